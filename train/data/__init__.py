@@ -1,0 +1,1 @@
+"""From text to batches: corpora, shards, streams and the loader."""

@@ -1,0 +1,1 @@
+"""How a sample of a shard becomes a row of a Batch, one file an objective."""

@@ -1,0 +1,1 @@
+"""What is trained: a backbone, its head and its loss, one file an objective."""

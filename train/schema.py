@@ -1,0 +1,185 @@
+"""The typed tree of a run's configuration: every key, its type, its unit and its bounds.
+
+A YAML in ``conf/`` chooses and sets numbers; what a key means stands here. ``train.config`` fills the tree from the command
+line; everything else receives it whole and resolved, and never changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    name: str | None = Field(None, description="default: <model>-<data>")
+    dir: str | None = Field(None, description="the run's folder; default: runs/<run.name>; must be seen by every worker")
+
+
+class Batch(Section):
+    """One optimizer step."""
+
+    global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
+    micro: Positive | None = Field(None, description="sequences per forward pass of a worker; default: as many as its share")
+    seq_len: Positive = Field(description="tokens per sequence")
+
+
+class Model(Section):
+    """A decoder-only transformer: GPT-2 and Llama are settings of it."""
+
+    family: Literal["decoder"]
+    layers: Positive
+    width: Positive = Field(description="features of the residual stream")
+    heads: Positive
+    kv_heads: Positive | None = Field(None, description="heads of keys and values; default: heads")
+    mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
+    vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
+    max_len: Positive = Field(description="longest sequence, in tokens, that positions are made for")
+    position: Literal["learned", "rope"]
+    norm: Literal["layer_norm", "rms_norm"]
+    activation: Literal["gelu", "swiglu"]
+    bias: bool = Field(description="biases in linear layers and layer norms")
+    tied: bool = Field(description="the head shares the token embedding")
+    dropout: Fraction = 0.0
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
+
+
+class Objective(Section):
+    """What is trained."""
+
+    name: Literal["causal"]
+
+
+class Tokenizer(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "file", "chars", "bytes"]
+    vocab_size: Positive | None = Field(None, description="of a trained bpe, its special token included")
+    path: str | None = Field(None, description="a tokenizer.json, for kind=file")
+
+
+class Data(Section):
+    """The corpus, its shards and the order in which they are read."""
+
+    source: Literal["stdlib", "text"]
+    paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
+    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
+    encoding_errors: Literal["strict", "replace"] = Field("strict", description="what to do with bytes that are not UTF-8")
+    dedup: bool = Field(True, description="drop documents whose cleaned text came before")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
+    tokenizer: Tokenizer
+    shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
+    streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")
+    shuffle_shards: Positive = Field(16, description="shards within which samples are permuted")
+    pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
+    isolate: bool = Field(True, description="no token attends to another document of its row")
+    workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
+
+
+class Optimizer(Section):
+    """The update rule."""
+
+    name: Literal["sgd", "momentum", "adam", "adamw"]
+    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on matrices only: not on norms, biases, embeddings")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = 0.9
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
+
+
+class Schedule(Section):
+    """Learning rate over steps, as a factor of ``optimizer.lr``."""
+
+    name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+    warmup: NonNegative | Fraction = Field(0, description="steps of linear warm-up, or a fraction of all steps")
+    final: Fraction = Field(0.0, description="factor at the last step, for linear, cosine and wsd")
+    decay: Fraction = Field(0.2, description="share of all steps that wsd decays over")
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3]
+    offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
+
+
+class Precision(Section):
+    """Number format of forward and backward; the master weights are fp32 always."""
+
+    name: Literal["fp32", "bf16", "fp16"]
+
+
+class Cluster(Section):
+    """Where the workers run."""
+
+    workers: Positive = 1
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
+    cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
+    address: str | None = Field(None, description="an existing Ray cluster; default: a private one on this machine")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens for the others; 0: any free one")
+    max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
+    start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
+
+
+class Tracking(Section):
+    """W&B beside the local files."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a key, else offline")
+    project: str = "trireme"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Generation(Section):
+    """How samples are drawn."""
+
+    prompts: list[str] = Field(description="what the samples of a run start with")
+    max_tokens: NonNegative = 200
+    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0: greedy")
+    top_k: NonNegative = Field(0, description="0: all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: NonNegative = 0
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    steps: Positive = Field(description="optimizer steps in all")
+    seed: NonNegative
+    log_every: Positive = Field(description="steps between lines of metrics.jsonl")
+    eval_every: NonNegative = Field(description="steps between evaluations; 0: only at the end")
+    eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation while training; default: all")
+    save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
+    keep_last: Positive = Field(description="newest checkpoints kept")
+    keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
+    batch: Batch
+    model: Model
+    objective: Objective
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    zero: Zero
+    precision: Precision
+    cluster: Cluster
+    tracking: Tracking
+    generation: Generation
