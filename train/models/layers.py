@@ -6,16 +6,16 @@ there.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from train import schema
+from train import rng, schema
 
 
 class Linear(nn.Linear):
@@ -188,11 +188,5 @@ def init_weights(module: nn.Module, seed: int) -> None:
             elif isinstance(owner, Norm):
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(_draw(f"{path}.{leaf}", parameter.shape, owner.init_std, seed))
-
-
-def _draw(name: str, shape: torch.Size, std: float | Tensor | nn.Module, seed: int) -> Tensor:
-    """Normal(0, std) of ``shape``, a pure function of (seed, name)."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    return torch.empty(shape, device="cpu").normal_(0.0, float(std), generator=generator)  # type: ignore[arg-type]
+                draw = rng.generator(seed, "init", f"{path}.{leaf}").standard_normal(parameter.shape, np.float32)
+                parameter.copy_(torch.from_numpy(draw).mul_(owner.init_std))
