@@ -182,13 +182,13 @@ class Engine:
     def scalars(self) -> dict[str, float]:
         """What else the optimizer remembers: the dynamic loss scale of fp16."""
         scaler = self._scaler()
-        return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if hasattr(scaler, k)}
+        return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, k, None) is not None}
 
     def load_scalars(self, values: dict[str, float]) -> None:
         """Set what ``scalars`` gave, where this precision has it."""
         scaler = self._scaler()
         for key, value in values.items():
-            if hasattr(scaler, key):
+            if getattr(scaler, key, None) is not None:
                 setattr(scaler, key, type(getattr(scaler, key))(value))
 
     def _scaler(self) -> Any:
