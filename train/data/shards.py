@@ -172,7 +172,7 @@ class Shards:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
         stamps.check(folder, table["name"], table["size"], table["sha256"])
-        self._table: Ids = np.load(folder / table["name"], mmap_mode="r", allow_pickle=False)
+        self._table: Ids = np.load(folder / table["name"], mmap_mode="r", allow_pickle=False).view(np.ndarray)
         self.sizes: Ids = self._table[1]  # places of every sample
         self.text_bytes: Ids = self._table[2]
 
@@ -241,7 +241,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete the folder and run `./launch.sh prepare`") from None
     if index.get("version") != VERSION:
-        raise UserError(f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again")
+        raise UserError(
+            f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again"
+        )
     return index
 
 
