@@ -30,9 +30,7 @@ def chunked_linear_cross_entropy(
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows: int
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows: int) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide(weight).dtype) if for_weight else None

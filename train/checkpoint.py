@@ -26,9 +26,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from train import dist
-from train.engine import Engine, Piece
+from train.data.files import write_whole
+from train.engine import MASTER, Engine, Piece
 from train.errors import UserError
 from train.progress import Progress
+
+__all__ = ["MANIFEST", "MASTER", "Checkpoint", "Checkpoints", "complete"]
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -97,27 +100,28 @@ class Reader:
         return whole
 
 
+def complete(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a folder, oldest first."""
+    found = []
+    for path in folder.glob("step_*"):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+        except (OSError, ValueError):
+            continue
+        if manifest.get("version") == VERSION:
+            found.append(Checkpoint(path, manifest))
+    return sorted(found, key=lambda c: c.progress.step)
+
+
 class Checkpoints:
     """The checkpoints of one run's folder."""
 
     def __init__(self, folder: Path, keep_last: int, keep_best: int, world: dist.World) -> None:
         self.folder, self.keep_last, self.keep_best, self.world = folder, keep_last, keep_best, world
 
-    def all(self) -> list[Checkpoint]:
-        """The complete ones, oldest first."""
-        found = []
-        for path in self.folder.glob("step_*"):
-            try:
-                manifest = json.loads((path / MANIFEST).read_text())
-            except (OSError, ValueError):
-                continue
-            if manifest.get("version") == VERSION:
-                found.append(Checkpoint(path, manifest))
-        return sorted(found, key=lambda c: c.progress.step)
-
     def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
         """The newest one that is whole; every rank gets the same, having hashed its share of the files. A collective."""
-        for checkpoint in reversed(self.all()):
+        for checkpoint in reversed(complete(self.folder)):
             mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
             damage = next((d for d in dist.gather_objects(mine) if d), None)
             if damage is None:
@@ -176,19 +180,19 @@ class Checkpoints:
         try:
             if errors:
                 raise OSError("; ".join(errors))
-            write_durably(aside / MANIFEST, json.dumps(manifest).encode())
+            write_whole(aside / MANIFEST, json.dumps(manifest).encode())
             _sync_folder(aside)
             if final.exists():  # written by an earlier start, and by then found damaged
                 shutil.rmtree(final)
             aside.rename(final)
-            write_durably(self.folder / "latest", final.name.encode())
+            write_whole(self.folder / "latest", final.name.encode())
             self._prune()
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
     def _prune(self) -> None:
-        kept = self.all()
+        kept = complete(self.folder)
         best = sorted((c for c in kept if c.val_loss is not None), key=lambda c: (c.val_loss, -c.progress.step))
         keep = {c.path for c in [*kept[-self.keep_last :], *best[: self.keep_best]]}
         for checkpoint in kept:
@@ -210,17 +214,6 @@ class Checkpoints:
                 f"no checkpoint could be written to {self.folder}: {error}. Earlier checkpoints are untouched. "
                 "Make room or mend the folder, then give the same command: the run goes on from the newest one."
             )
-
-
-def write_durably(file: Path, content: bytes) -> None:
-    """Replace ``file`` by ``content`` at once: after a crash it holds the old bytes or the new ones."""
-    aside = file.with_name(f".{file.name}.writing")
-    with aside.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(file)
-    _sync_folder(file.parent)
 
 
 def _write_pieces(file: Path, states: dict[tuple[str, str, int], Tensor]) -> dict[str, Any]:

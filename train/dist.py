@@ -59,9 +59,7 @@ def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting
     """
     timeout = timedelta(seconds=meeting.timeout_s)
     options: dict[str, Any] = {} if meeting.listen_fd is None else {"master_listen_fd": meeting.listen_fd}
-    store = dist.TCPStore(
-        meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
-    )
+    store = dist.TCPStore(meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options)
     world = World(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
     _initialise(world, dist.PrefixStore(f"world/{meeting.generation}", store))
     return world

@@ -16,12 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.backends.cuda.is_built():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on every start, that it found nothing else
+import deepspeed
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from train.batch import Batch, Losses
+from train.dist import World
 from train.schema import Config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
@@ -64,17 +68,17 @@ class Engine:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: Config,
-        world_size: int,
-        rank: int,
+        world: World,
         micro: int,
         accumulation: int,
     ) -> None:
         """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
-        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.shapes = {name: p.shape for name, p in objective.named_parameters()}
         self.names = {p: name for name, p in objective.named_parameters()}
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
+        os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
         self.unfused = config.zero.stage == 0 and not self.plain
@@ -271,5 +275,4 @@ def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bo
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if config.precision.name == "fp16":
         settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
     return settings

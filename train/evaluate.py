@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from train import dist
 from train.batch import Batch, Losses, to_device
+from train.data.loader import EvalLoader
 from train.errors import Stopped
 
 
@@ -42,26 +43,23 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Batch], Losses],
-    groups: Iterable[tuple[int, Batch]],
-    total_groups: int,
-    device: torch.device,
-    should_stop: Callable[[], bool],
+    forward: Callable[[Batch], Losses], held_out: EvalLoader, world: dist.World, should_stop: Callable[[], bool]
 ) -> tuple[float, int]:
-    """(nats, places) over all groups of all ranks; ``groups`` are this rank's: (number, batch), as many on every rank.
+    """(nats, places) over all groups of all ranks. A collective.
 
     Each group's sum has its own place in one table, which is then added up in one order: who computed which changes nothing.
     Raises Stopped on every rank once any rank is asked to stop.
     """
-    sums, counts = [0.0] * total_groups, [0.0] * total_groups
-    for number, batch in groups:
+    sums, counts = [0.0] * held_out.groups, [0.0] * held_out.groups
+    for turn, batch in enumerate(held_out):
         if dist.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
-        total, count = forward(to_device(batch, device))["loss"]
-        if number < total_groups:
+        total, count = forward(to_device(batch, world.device))["loss"]
+        number = world.rank + turn * world.size
+        if number < held_out.groups:
             sums[number], counts[number] = float(total), float(count)
     table = dist.all_reduce_sum([*sums, *counts])
-    return math.fsum(table[:total_groups]), int(math.fsum(table[total_groups:]))
+    return math.fsum(table[: held_out.groups]), int(math.fsum(table[held_out.groups :]))
 
 
 def gzip_bits_per_byte(text: bytes) -> float:

@@ -17,9 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from train.checkpoint import write_durably
+from train.data.files import write_whole
 from train.schema import Config, Tracking
 
 FINISH_TIMEOUT_S = 60.0
@@ -34,7 +34,7 @@ class Metrics:
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = [r for r in read_records(file) if r["step"] <= last_step]
-        write_durably(file, "".join(_line(r) for r in lines).encode())
+        write_whole(file, "".join(_line(r) for r in lines).encode())
         self.out = file.open("a")
 
     def append(self, record: Record) -> None:
@@ -76,7 +76,7 @@ class RunFile:
 
     def save(self) -> None:
         """Write it; called with every logged step, so a kill loses little."""
-        write_durably(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
+        write_whole(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
 
 
 class Wandb:
@@ -177,7 +177,7 @@ class Tracker:
 
     def finish(self, summary: Record) -> None:
         """The run's last word: ``summary.json``, and W&B closed."""
-        write_durably(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
         self.close(summary)
 
     def close(self, summary: Record) -> None:
@@ -188,12 +188,12 @@ class Tracker:
             self.wandb.finish(summary)
 
 
-def _mode(tracking: Tracking) -> str:
-    """"auto" asks nobody: online where a key lies at hand, offline elsewhere."""
-    if tracking.wandb != "auto":
+def _mode(tracking: Tracking) -> Literal["online", "offline"]:
+    """ "auto" asks nobody: online where a key lies at hand, offline elsewhere."""
+    if tracking.wandb in ("online", "offline"):
         return tracking.wandb
-    if os.environ.get("WANDB_MODE") in ("offline", "online"):
-        return os.environ["WANDB_MODE"]
+    if (asked := os.environ.get("WANDB_MODE")) in ("online", "offline"):
+        return asked
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore"))
     return "online" if known else "offline"

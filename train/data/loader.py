@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ class Loader:
         self._shards, self._share, self._isolate, self._pin = shards, share, isolate, pin
         self._streams = range(share.rank, plan.shape.streams, share.world)
         most = plan.depth * -(-plan.shape.streams // share.world)
+        self.micro = share.micro
         self.micro_batches = -(-most // share.micro)
         self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
@@ -138,9 +140,7 @@ class Loader:
         for key, value in batch.items():
             value[:, used:] = IGNORE if key == "targets" else 0
         # The pieces come stream by stream, the rows of a step in the order j = i * S + s: one transposed view of the result.
-        views = [
-            value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()
-        ]
+        views = [value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()]
         together = Pieces(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
         fill(self._shards, together, self._isolate, Rows(*views))
         micro = self._share.micro
@@ -159,9 +159,7 @@ class EvalLoader:
     ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
     """
 
-    def __init__(
-        self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None
-    ) -> None:
+    def __init__(self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None) -> None:
         self._shards, self._share, self._isolate = shards, share, isolate
         self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
@@ -170,6 +168,12 @@ class EvalLoader:
             self.groups = self._plan.steps_per_epoch
             if tokens is not None:
                 self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
+
+    def first(self, tokens: int) -> EvalLoader:
+        """The first groups, as many as hold ``tokens`` places."""
+        part = copy(self)
+        part.groups = min(self.groups, -(-tokens // (self._shape.rows * self._shape.seq_len)))
+        return part
 
     def __len__(self) -> int:
         return -(-self.groups // self._share.world)
@@ -185,9 +189,7 @@ class EvalLoader:
             return 0.0
         unit = self._shape.seq_len if self._shape.pack else 1
         end = min(self.groups * self._share.micro * unit, self._plan.order.units)
-        places = (
-            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
-        )
+        places = end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
         return self._shards.bytes * places / self._shards.tokens
 
     def _group(self, group: int) -> Batch:
@@ -206,8 +208,7 @@ class EvalLoader:
 def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
     """Tensors of a Batch, not yet filled, in the order of `Rows`; page-locked with ``pin``, so that a GPU copies them unattended."""
     return {
-        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin)
-        for key in Rows._fields
+        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin) for key in Rows._fields
     }
 
 

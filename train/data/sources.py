@@ -23,7 +23,18 @@ MAX_SHOWN = 20
 
 # Tests and vendored packages of the standard library, and tables that programs wrote: no prose, no code worth learning.
 _STDLIB_SKIP = frozenset(
-    ["test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data", "ensurepip", "encodings"]
+    [
+        "test",
+        "tests",
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "lib2to3",
+        "pydoc_data",
+        "ensurepip",
+        "encodings",
+    ]
 )
 
 
@@ -75,9 +86,7 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     elif data.paths:
         found = [file for path in data.paths for file in _expand(path, problems)]
     else:
-        raise UserError(
-            'data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]'
-        )
+        raise UserError('data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]')
     complain(problems)
     if not found:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")
