@@ -15,8 +15,9 @@ import torch
 from train import schema
 from train.batch import IGNORE, Batch
 from train.data.examples.causal import Rows, fill
+from train.data.order import Layout, Order, Shuffle
 from train.data.shards import Corpus, Shards
-from train.data.streams import Cursor, Layout, Order, Pieces, Plan, Shape, Shuffle
+from train.data.streams import Cursor, Plan, Shape
 from train.errors import UserError
 
 Step = tuple[list[Batch], Cursor]
@@ -30,7 +31,7 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Share:
-    """Whose rows: ``rank`` of ``world``, in micro-batches of ``micro`` rows. Rank r owns the streams s with s mod world = r."""
+    """Whose rows: those of the streams s with s mod ``world`` = ``rank``, in micro-batches of ``micro`` rows."""
 
     rank: int
     world: int
@@ -45,8 +46,9 @@ def layout_of(shards: Shards) -> Layout:
 class Loader:
     """Endless steps of training data from a cursor on; every rank gets equally many micro-batches of ``micro`` rows.
 
-    Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) weigh nothing: all their targets
-    are IGNORE. ``next()`` raises what went wrong while preparing, UserError for damaged shards included.
+    Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) weigh nothing:
+    all their targets are IGNORE. ``next()`` raises what went wrong while preparing, UserError for damaged shards
+    included.
     """
 
     def __init__(self, shards: Shards, plan: Plan, share: Share, isolate: bool = True, pin: bool = False) -> None:
@@ -134,15 +136,16 @@ class Loader:
     def build(self, cursor: Cursor, steps: int) -> list[Step]:
         """This rank's next ``steps`` steps from a cursor, all in one epoch."""
         depth, own, seq_len = self.plan.depth, len(self._streams), self.plan.shape.seq_len
-        pieces = [self.plan.stream(stream, cursor, steps) for stream in self._streams]
+        pieces = self.plan.rows(self._streams, cursor, steps)
         batch = empty_batch((steps, self.micro_batches * self._share.micro, seq_len), self._pin)
         used = depth * own
         for key, value in batch.items():
             value[:, used:] = IGNORE if key == "targets" else 0
-        # The pieces come stream by stream, the rows of a step in the order j = i * S + s: one transposed view of the result.
-        views = [value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()]
-        together = Pieces(*(np.concatenate(columns) for columns in zip(*pieces, strict=True)))
-        fill(self._shards, together, self._isolate, Rows(*views))
+        # Pieces come stream by stream, a step's rows in the order j = i * S + s: a transposed view of the result.
+        views = [
+            value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()
+        ]
+        fill(self._shards, pieces, self._isolate, Rows(*views))
         micro = self._share.micro
         done: list[Step] = []
         for step in range(steps):
@@ -155,11 +158,13 @@ class Loader:
 class EvalLoader:
     """The rows of a split in the order of storage, in groups of ``micro`` rows that are the same for any world.
 
-    Rank r gives groups r, r + world, ...; those that are missing at the end weigh nothing, so that every rank gives equally many.
-    ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
+    Rank r gives groups r, r + world, ...; those that are missing at the end weigh nothing, so that every rank gives
+    equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
     """
 
-    def __init__(self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None) -> None:
+    def __init__(
+        self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None
+    ) -> None:
         self._shards, self._share, self._isolate = shards, share, isolate
         self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
@@ -184,12 +189,14 @@ class EvalLoader:
 
     @property
     def bytes(self) -> float:
-        """Bytes of text that the groups predict: of the whole split exactly, of a part of it in proportion to its places."""
+        """Bytes of text that the groups predict: exact for the whole split, in proportion to places for a part."""
         if not self.groups:
             return 0.0
         unit = self._shape.seq_len if self._shape.pack else 1
         end = min(self.groups * self._share.micro * unit, self._plan.order.units)
-        places = end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+        places = (
+            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+        )
         return self._shards.bytes * places / self._shards.tokens
 
     def _group(self, group: int) -> Batch:
@@ -200,15 +207,16 @@ class EvalLoader:
                 value.fill_(IGNORE if key == "targets" else 0)
             return batch
         unit = self._shape.seq_len if self._shape.pack else 1
-        pieces = self._plan.stream(0, Cursor(0, group * self._shape.rows * unit), 1)
+        pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
         fill(self._shards, pieces, self._isolate, Rows(*(value.numpy() for value in batch.values())))
         return batch
 
 
 def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
-    """Tensors of a Batch, not yet filled, in the order of `Rows`; page-locked with ``pin``, so that a GPU copies them unattended."""
+    """Tensors of a Batch, not filled, in the order of `Rows`; page-locked with ``pin``, as copies to a GPU need."""
     return {
-        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin) for key in Rows._fields
+        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin)
+        for key in Rows._fields
     }
 
 

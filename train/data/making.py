@@ -1,7 +1,7 @@
 """The making of a corpus folder from its recipe: tokenizer, shards, tables, index, each whole or absent.
 
-A finished shard leaves a receipt (its entry and its table); a later prepare keeps every file that its receipt agrees with, so
-going on after a kill and repairing damage are the same work.
+A finished shard leaves a receipt (its entry and its table); a later prepare keeps every file that its receipt agrees
+with, so going on after a kill and repairing damage are the same work.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def _plan(making: Making, made: Tokenizer, split: str, dtype: str) -> list[work.
     numbers = ((ends - 1) // making.data.shard_tokens).astype(np.int64)
     borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(documents)]
     jobs = []
-    for number, (first, last) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for number, (first, last) in enumerate(pairwise(borders)):
         part = documents[first:last]
         named = {int(n): making.sources[int(n)] for n in np.unique(part["file"])}
         path = making.folder / f"{split}-{number:06d}.tar"

@@ -1,9 +1,9 @@
-"""From text to a prepared corpus: find the documents, drop repeats, hold some out, make the tokenizer, write the shards.
+"""From text to a prepared corpus, once: what is there and right is kept, and the second time there is nothing to do.
 
-    list_files -> find_documents (processes) -> keep, split -> tokenizer.json -> plan -> encode_shard (processes) -> index.json
+    list_files -> find_recipe (read, clean, drop repeats, hold out) -> make (tokenizer.json, shards, tables, index.json)
 
-Every step is a function of the text and the settings, so a prepare that was killed goes on where it was: a shard with a receipt
-that its bytes agree with is kept. The index comes last; a folder without one is not a corpus.
+Every step is a function of the text and the settings, so a prepare that was killed goes on where it was: a shard with
+a receipt that its bytes agree with is kept. The index comes last; a folder without one is not a corpus.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def prepare(data: schema.Data, report: Report) -> Path:
     except OSError as error:
         if error.errno in _NO_PLACE:
             raise UserError(
-                f"the corpus cannot be written: {error.strerror}: {error.filename or data.dir or 'corpora'}. Free the place or "
-                "set data.dir=/another/folder; shards that are finished are kept"
+                f"the corpus cannot be written: {error.strerror}: {error.filename or data.dir or 'corpora'}. "
+                "Free the place or set data.dir=/another/folder; shards that are finished are kept"
             ) from error
         raise
     report({"phase": "ready", "folder": str(folder), "new": True})
@@ -59,7 +59,7 @@ def resolve(data: schema.Data) -> Path | None:
 
 
 def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
-    """A digest of the settings and of name, size and time of every file: unchanged means that there is nothing to do."""
+    """A digest of the settings and of path, size and time of every file: while it lasts, the corpus is current."""
     given = Path(data.tokenizer.path).stat() if data.tokenizer.kind == "file" and data.tokenizer.path else None
     known = [shards.VERSION, clean.VERSION, settings(data), given and (given.st_size, given.st_mtime_ns)]
     listed = [(file.path, file.size, file.mtime_ns) for file in sources]

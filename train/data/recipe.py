@@ -83,8 +83,8 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[work.Span]]:
 def _split(documents: work.Documents, fraction: float, sources: list[SourceFile], how: Reading) -> dict[str, work.Documents]:
     """Hold out the documents whose hash, as a number in [0, 1), lies below ``fraction``.
 
-    So a document stays on its side whatever is added to the corpus. Neither side may be empty: of several documents the one
-    of lowest hash is held out (the one of highest trained on); a single document is cut, its end held out.
+    So a document stays on its side whatever is added to the corpus. Neither side may be empty: of several documents
+    the one of lowest hash is held out (the one of highest trained on); a single document is cut, its end held out.
     """
     if fraction == 0:
         return {"train": documents, "val": documents[:0]}

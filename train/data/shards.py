@@ -6,9 +6,9 @@
     <corpus>/train.table.npy       int64 (3, samples): where tokens begin in the tar (bytes), places, bytes of text
     <corpus>/verified.txt          stamps of files whose sha256 was checked, so that the next open need not
 
-A document of n tokens is stored as [EOT, t1 .. tn, EOT]: it has n + 1 *places*, inputs being the first n + 1 ids and targets
-the last n + 1. All counts of "tokens" here are places. webdataset writes the tars; local ones are read through the table and
-a memory map. Nothing is ever unpickled.
+A document of n tokens is stored as [EOT, t1 .. tn, EOT]: it has n + 1 *places*, inputs being the first n + 1 ids and
+targets the last n + 1. All counts of "tokens" here are places. webdataset writes the tars; local ones are read
+through the table and a memory map. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the corpus as the index promises it. ``samples``, ``tokens`` (places) and ``bytes`` (of text) are its sums."""
+    """A shard as the index promises it: sums of its samples, places and bytes of text; its size and sha256."""
 
     name: str
     samples: int
@@ -193,7 +193,7 @@ class Shards:
         return self.stored(one, np.array([1]), self.sizes[one] - 1)[0]
 
     def _map(self, shard: int) -> NDArray[Any]:
-        """The whole tar as an array of ids (data begins at multiples of 64 bytes); its sha256 is checked the first time."""
+        """A whole tar as an array of ids (data begins at multiples of 64 bytes), checked the first time."""
         found = self._open.get(shard)
         if found is None:
             entry = self.entries[shard]
@@ -261,7 +261,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 def write_table(folder: Path, split: str, table: Ids, stamps: Stamps) -> dict[str, Any]:
     """Write a split's table (3, samples); returns its entry for the index."""
     content = npy_bytes(table)
-    entry = {"name": f"{split}.table.npy", "size": len(content), "sha256": sha256(content).hexdigest()}
-    files.write_whole(folder / entry["name"], content)
-    stamps.add(folder / entry["name"], entry["sha256"])
-    return entry
+    path, digest = folder / f"{split}.table.npy", sha256(content).hexdigest()
+    files.write_whole(path, content)
+    stamps.add(path, digest)
+    return {"name": path.name, "size": len(content), "sha256": digest}

@@ -1,7 +1,7 @@
 """Where text comes from: the files of a corpus, and the documents inside them.
 
-A plain file is one document; a line of a ``.jsonl`` file is one. A file is read in spans of bytes, so that a large one is
-shared among processes: a line belongs to the span in which it begins.
+A plain file is one document; a line of a ``.jsonl`` file is one. A file is read in spans of bytes, so that a large
+one is shared among processes: a line belongs to the span in which it begins.
 """
 
 from __future__ import annotations
@@ -23,18 +23,8 @@ MAX_SHOWN = 20
 
 # Tests and vendored packages of the standard library, and tables that programs wrote: no prose, no code worth learning.
 _STDLIB_SKIP = frozenset(
-    [
-        "test",
-        "tests",
-        "idlelib",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "lib2to3",
-        "pydoc_data",
-        "ensurepip",
-        "encodings",
-    ]
+    {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "ensurepip"}
+    | {"site-packages", "dist-packages", "__pycache__"}
 )
 
 
@@ -86,7 +76,9 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     elif data.paths:
         found = [file for path in data.paths for file in _expand(path, problems)]
     else:
-        raise UserError('data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]')
+        raise UserError(
+            'data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]'
+        )
     complain(problems)
     if not found:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")
@@ -102,7 +94,7 @@ def _expand(path: str, problems: list[str]) -> list[SourceFile]:
     expanded = str(Path(path).expanduser())
     if not glob.has_magic(expanded) or os.path.lexists(expanded):
         return _file_or_folder(expanded, "", problems)
-    matches = sorted(glob.glob(expanded, recursive=True))
+    matches = sorted(glob.glob(expanded, recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
     if not matches:
         problems.append(f"{path}: the pattern matches no file (looked from {Path.cwd()})")
     root = expanded[: min(expanded.find(sign) for sign in "*?[" if sign in expanded)].rpartition("/")[0]
@@ -126,7 +118,7 @@ def _file_or_folder(path: str, name: str, problems: list[str]) -> list[SourceFil
 
 
 def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> Iterator[SourceFile]:
-    """Every file below ``root`` that is not hidden, by name; links to folders are not followed, so there are no rings."""
+    """Every file below ``root`` that is not hidden, by name. Links to folders are not followed: they may be rings."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError as error:
@@ -192,8 +184,8 @@ def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str:
         text = raw.decode("utf-8", how.errors)
     except UnicodeDecodeError as error:
         raise BadText(
-            f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the file, "
-            "or take data.encoding_errors=replace"
+            f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
+            "file, or take data.encoding_errors=replace"
         ) from None
     return _field(file, offset, text, how) if file.lines else text
 

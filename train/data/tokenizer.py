@@ -40,7 +40,8 @@ class Tokenizer:
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
-        # Only a character vocabulary has no pre-tokenizer and no merges; the library would drop unknown ones in silence.
+        # Only a character vocabulary has no pre-tokenizer and no merges; the library would drop unknown ones in
+        # silence.
         characters = vocabulary.keys() - {EOT}
         self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
         # A text equals the sum of its pieces only where the tokenizer puts nothing before or between words.

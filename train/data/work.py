@@ -1,7 +1,7 @@
 """What the processes of `prepare` do: find the documents of a span of bytes, and write one shard.
 
-Nothing here imports torch: these processes start in a moment. All they get and give is small: positions of documents, never
-their text.
+Nothing here imports torch: these processes start in a moment. All they get and give is small: positions of documents,
+never their text.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ def encode_shard(job: ShardJob) -> tuple[Entry, Ids]:
 
 
 Run = Callable[..., Iterator[Any]]
-"""run(function, tasks): the result of ``function(*task)`` for every task, in the order in which they finish, with its number."""
+"""run(function, tasks): (number of the task, ``function(*task)``) for every task, in the order in which they finish."""
 
 
 @contextmanager
 def processes(count: int) -> Iterator[Run]:
-    """Yields a ``run`` over ``count`` processes, or in this one where count is 1. Leaving early drops the tasks not begun."""
+    """Yields a ``run`` over ``count`` processes, or over this one. Leaving early drops the tasks not begun."""
     if count == 1:
         yield _run_here
         return
@@ -150,7 +150,7 @@ def _run_there(pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: I
 
 
 def _enter() -> None:
-    """Begin a worker process: one thread for its tokenizer, deaf to Ctrl-C (its parent decides), gone with its parent."""
+    """Begin a process: one thread for its tokenizer, deaf to Ctrl-C (its parent decides), gone with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.batch import IGNORE
+from train.data.order import Pieces
 from train.data.shards import Shards
-from train.data.streams import Pieces
 
 
 class Rows(NamedTuple):
@@ -24,12 +24,12 @@ class Rows(NamedTuple):
 def fill(shards: Shards, pieces: Pieces, isolate: bool, out: Rows) -> None:
     """Write the rows that ``pieces`` tile, in their order, into ``out`` (arrays that may be strided views).
 
-    A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a row all
-    pieces but the last end their documents with EOT, which is also what the next begins with; so one line of seq_len + 1 ids
-    holds the inputs and the targets of a row. Padding: token 0, target IGNORE, segment 0.
+    A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a
+    row all pieces but the last end their documents with EOT, which is also what the next begins with; so one line of
+    seq_len + 1 ids holds the inputs and the targets of a row. Padding: token 0, target IGNORE, segment 0.
 
-    With ``isolate`` positions count within the piece and segments number the pieces of a row from 1; without, a row is one
-    segment and positions count within it.
+    With ``isolate`` positions count within the piece and segments number the pieces of a row from 1; without, a row
+    is one segment and positions count within it.
     """
     shape, seq_len = out.tokens.shape, out.tokens.shape[-1]
     begins = np.cumsum(pieces.length) - pieces.length
