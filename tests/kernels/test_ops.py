@@ -1,4 +1,4 @@
-"""The public ops against the reference in float64: values, every gradient, odd shapes, and each dtype's own tolerance."""
+"""The public ops against the reference in float64: values, every gradient, odd shapes, a tolerance by dtype."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ quick = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def agree(op, expected, inputs, dtype):
-    """The op on ``dtype`` inputs equals the reference on float64 ones made of the same numbers, and so do all gradients."""
+    """The op on ``dtype`` inputs equals the reference on the same numbers in float64, and so do all gradients."""
     inputs = [x.detach().to(dtype).clone().requires_grad_() for x in inputs]
     exact = [x.detach().double().clone().requires_grad_() for x in inputs]
     before = [x.detach().clone() for x in inputs]

@@ -47,7 +47,7 @@ def make_config():
 
 @pytest.fixture
 def pack():
-    """pack([[tokens of a document, ...], ... rows], seq_len) -> Batch: each row's documents one after another, padded."""
+    """pack([[tokens of a document, ...], ... rows], seq_len) -> Batch: each row's documents in turn, padded."""
 
     def build(rows, seq_len):
         shape = len(rows), seq_len

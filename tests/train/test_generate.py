@@ -69,7 +69,7 @@ def test_it_stops_at_the_longest_sequence_and_says_so(model):
     assert [len(text) for text in texts] == [3, 9, 0]
     assert reasons == {0: "max_len", 1: "max_tokens", 2: "max_len"}
     assert texts[1] == uncached(model, [5], 9), "a row that is done does not disturb the others"
-    with pytest.raises(UserError, match="prompt 1 has 41 tokens.*40"):
+    with pytest.raises(UserError, match=r"prompt 1 has 41 tokens.*40"):
         generate(model, [[1], list(range(41))], options(), EOT)
 
 

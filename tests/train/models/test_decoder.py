@@ -1,4 +1,4 @@
-"""The decoder is GPT-2 and Llama: equal logits to transformers', published sizes, published initialisation, and no leaks."""
+"""The decoder is GPT-2 and Llama: transformers' logits, published sizes and initialisation, and FLOPs."""
 
 from pathlib import Path
 

@@ -16,10 +16,9 @@ def documents(sizes, seed=0):
 
 
 def split(batch, micro):
-    parts = [
+    return [
         dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
     ]
-    return parts
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,5 +101,5 @@ def test_what_makes_no_sense_is_refused_with_what_does(make_config, monkeypatch)
     with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
         build_objective(make_config(seq_len=129), 257)
     monkeypatch.setitem(objectives.MEANINGFUL, "causal", ("recurrent",))
-    with pytest.raises(UserError, match="causal makes no sense .* decoder.*causal with recurrent"):
+    with pytest.raises(UserError, match=r"causal makes no sense .* decoder.*causal with recurrent"):
         build_objective(make_config(), 257)
