@@ -75,9 +75,13 @@ class Decoder(nn.Module):
 
         Without it attention is plainly causal: padding stands at the end of a row, where no trained token sees it.
         """
-        segments = kernels.Segments(batch["segments"], batch["segments"]) if isolate else None
-        context = Context(self._rope(batch["positions"]), segments)
-        return self._run(batch["tokens"], batch["positions"], context)
+        if isolate:
+            positions = batch["positions"]
+            context = Context(self._rope(positions), kernels.Segments(batch["segments"], batch["segments"]))
+        else:  # every row counts from 0
+            positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)[None]
+            context = Context(self._rope(positions))
+        return self._run(batch["tokens"], positions, context)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, DecoderState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything; room for ``capacity`` tokens a row.
@@ -85,7 +89,7 @@ class Decoder(nn.Module):
         Returns the hidden state of each row's last token, (B, D), and the state to go on from.
         """
         rows, longest = tokens.shape
-        positions = torch.arange(longest, device=tokens.device).expand(rows, -1)
+        positions = torch.arange(longest, device=tokens.device)[None]
         state = DecoderState([KVCache(capacity) for _ in self.blocks], lengths, longest, capacity)
         hidden = self._run(tokens, positions, Context(self._rope(positions)), state.caches)
         return hidden[torch.arange(rows, device=tokens.device), lengths - 1], state
