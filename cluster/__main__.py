@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
 
-from cluster import launch
-from train import config as configuration
-from train.data import prepare
-from train.schema import Config
+from cluster.begin import begin
+
+VERBS = ("train",)
 
 
 def main(arguments: list[str]) -> int:
     """Runs the verb that ``arguments`` name, and returns the exit code."""
     verb, *rest = arguments or ["train"]
-    if verb != "train":
-        print(f"there is no verb {verb!r}: try `python -m cluster train --help`", file=sys.stderr)
-        return launch.BAD_INPUT
-    if {"-h", "--help"} & set(rest):
-        print(configuration.help_text())
-        return launch.DONE
-    elsewhere = any(argument.startswith(("cluster=", "cluster.address=", "experiment=")) for argument in rest)
-    return launch.run(launch.Plan(lambda: configuration.load(rest), find_corpus, elsewhere))
+    if verb not in VERBS:
+        print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
+        return 2
+    begun = None if {"-h", "--help"} & set(rest) else begin()
+    # Only now: these imports take a second, in which the warm process gets on with its own.
+    from cluster import train_verb
 
-
-def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
-    """The folder of the prepared corpus, which is prepared first where it is missing or old."""
-    ready = prepare.resolve(config.data)
-    if ready is None:
-        ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}))
-    return str(ready.absolute())
+    return train_verb.run(rest, begun)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ up meanwhile, privately, unless an override speaks of the cluster's address.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import host, lock, nodes, plan, watch
+from cluster.begin import Begun
 from cluster.signals import STOPPED, Asked, Signals, end_now
 from cluster.job import Clock, Job
 from cluster.supervisor import Supervisor
@@ -25,28 +24,25 @@ from train.console import Console
 from train.errors import UserError
 from train.schema import Config
 
-TARGET = "train.run:train_rank"
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: how to get its configuration and its corpus, and what each rank runs."""
+    """What to run: how to get its configuration and its corpus."""
 
     compose: Callable[[], Config]
     find_corpus: Callable[[Config, Callable[[dict], None]], str]
     elsewhere: bool = False
     """Whether the cluster may not be a private one, so that starting one ahead may be in vain."""
-    target: str = TARGET
 
 
-def run(what: Plan) -> int:
+def run(what: Plan, begun: Begun) -> int:
     """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
     console = Console()
-    clock = Clock(float(os.environ.get("TRIREME_T0") or time.time()))
     signals = Signals(on_second=console.close)
-    start = Start(what, console, clock, signals)
+    start = Start(what, begun, console, signals)
     try:
         code = start.go()
     except Asked:
@@ -58,7 +54,7 @@ def run(what: Plan) -> int:
     finally:
         console.close()
     # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
-    shutil.rmtree(start.folder, ignore_errors=True)
+    shutil.rmtree(begun.folder, ignore_errors=True)
     sys.stdout.flush()
     sys.stderr.flush()
     end_now(code)
@@ -68,20 +64,19 @@ def run(what: Plan) -> int:
 class Start:
     """The start of one job, and its end."""
 
-    def __init__(self, what: Plan, console: Console, clock: Clock, signals: Signals) -> None:
+    def __init__(self, what: Plan, begun: Begun, console: Console, signals: Signals) -> None:
         self.what = what
+        self.begun = begun
         self.console = console
-        self.clock = clock
         self.signals = signals
-        self.folder = host.make_folder()
+        self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.node: nodes.PrivateNode | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
         clock = self.clock
-        clock.mark("launch")
-        warm = host.WarmProcess(self.folder, self.what.target)
+        clock.mark("driver")
         with ThreadPoolExecutor(1) as pool:
             composing = pool.submit(self.what.compose)
             if not self.what.elsewhere:
@@ -95,7 +90,7 @@ class Start:
         self._cluster(config)
         known = nodes.inventory()
         device = plan.choose_device(config.cluster.device, known)
-        warm.set_device(device)
+        self.begun.warm.set_device(device)
         request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
         placement = plan.place(known, request)
         if placement.waiting:
@@ -105,14 +100,14 @@ class Start:
         self.console.show(
             {"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)}
         )
-        job = Job(config, corpus, self.what.target, self.folder.name, self._show, self.signals, clock)
+        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
         verdict = Supervisor(job, device).run()
         code = self._finish(verdict, config)
         held.close()
         return code
 
     def _private(self) -> None:
-        self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.folder)
+        self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
         self.signals.again()
         self.clock.mark("ray")
 

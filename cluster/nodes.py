@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,21 @@ from train.errors import UserError
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing travels through the object store but a few KiB of news; this is about the least Ray takes."""
+RAYLET_S = 30.0
 
 
 class PrivateNode(ray._private.node.Node):
-    """A head node without the API server, which only shows things."""
+    """A head node without the API server, which only shows things, and without half seconds slept through."""
 
     def start_api_server(self, **options: Any) -> None:
         """Starts nothing."""
+
+    def start_ray_processes(self) -> None:
+        """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half second."""
+        super().start_ray_processes()
+        deadline = time.monotonic() + RAYLET_S
+        while time.monotonic() < deadline and not self.get_gcs_client().get_all_node_info():
+            time.sleep(0.01)
 
 
 def _settings(folder: Path) -> dict[str, str]:
@@ -46,6 +55,9 @@ def _settings(folder: Path) -> dict[str, str]:
         # Ray's name for it: a loopback address may be a node's own, which it allows on laptops only.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # The raylet looks for its own object store, misses it by a millisecond, and would sleep a second.
+        "RAY_raylet_client_connect_timeout_milliseconds": "20",
+        "RAY_raylet_client_num_connect_attempts": "500",
     }
 
 
