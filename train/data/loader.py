@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class Loader:
         self._shards, self._share, self._isolate, self._pin = shards, share, isolate, pin
         self._streams = range(share.rank, plan.shape.streams, share.world)
         most = plan.depth * -(-plan.shape.streams // share.world)
+        self.micro = share.micro
         self.micro_batches = -(-most // share.micro)
         self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
@@ -171,6 +173,12 @@ class EvalLoader:
             self.groups = self._plan.steps_per_epoch
             if tokens is not None:
                 self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
+
+    def first(self, tokens: int) -> EvalLoader:
+        """The first groups, as many as hold ``tokens`` places."""
+        part = copy(self)
+        part.groups = min(self.groups, -(-tokens // (self._shape.rows * self._shape.seq_len)))
+        return part
 
     def __len__(self) -> int:
         return -(-self.groups // self._share.world)

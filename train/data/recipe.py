@@ -80,9 +80,7 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[work.Span]]:
         yield group
 
 
-def _split(
-    documents: work.Documents, fraction: float, sources: list[SourceFile], how: Reading
-) -> dict[str, work.Documents]:
+def _split(documents: work.Documents, fraction: float, sources: list[SourceFile], how: Reading) -> dict[str, work.Documents]:
     """Hold out the documents whose hash, as a number in [0, 1), lies below ``fraction``.
 
     So a document stays on its side whatever is added to the corpus. Neither side may be empty: of several documents

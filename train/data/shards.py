@@ -241,9 +241,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete the folder and run `./launch.sh prepare`") from None
     if index.get("version") != VERSION:
-        raise UserError(
-            f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again"
-        )
+        raise UserError(f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again")
     return index
 
 

@@ -81,9 +81,7 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
                         characters.update(text)
         except OSError as error:
             problems.append(f"{span.file.path}: {error.strerror or error}")
-    return Found(
-        np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans)
-    )
+    return Found(np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans))
 
 
 def _hash(encoded: bytes) -> tuple[int, int]:
@@ -155,9 +153,7 @@ def _run_here(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) ->
         yield number, function(*task)
 
 
-def _run_there(
-    pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]
-) -> Iterator[Any]:
+def _run_there(pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     pending = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
     for future in as_completed(pending):
         yield pending.pop(future), future.result()
