@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +31,7 @@ def build_corpus(tmp_path):
                 first += len(sizes)
             table_entry = shards.write_table(folder, split, np.concatenate(tables, axis=1), stamps)
             splits[split] = shards.index_split(entries, table_entry)
-        index = {
-            "version": shards.VERSION,
-            "recipe": "made by hand",
-            "settings": {},
-            "tokenizer": {"sha256": made.fingerprint, "vocab_size": made.vocab_size, "eot": made.eot},
-            "dtype": "uint16",
-            "splits": splits,
-        }
-        files.write_whole(folder / shards.INDEX, json.dumps(index).encode())
+        shards.write_index(folder, {"recipe": "made by hand", "settings": {}}, made, "uint16", splits)
         return shards.Corpus(folder)
 
     return build

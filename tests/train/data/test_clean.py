@@ -23,8 +23,6 @@ def test_cleaning(raw, expected):
     assert clean(raw) == expected
 
 
-@given(
-    st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("\n\r \t\ufeff\x00a\u0301\u1100\u1161")))
-)
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("\n\r \t\ufeff\x00a\u0301\u1100\u1161"))))
 def test_a_cleaned_text_is_clean(text):
     assert clean(clean(text)) == clean(text)

@@ -99,9 +99,7 @@ def test_streams_are_equal_to_one_unit(drawn):
     steps = plan.steps_per_epoch
     pieces = plan.rows(range(plan.shape.streams), Cursor(), steps)
     rows = steps * plan.depth * plan.shape.seq_len
-    filled = [
-        sum(place[0] >= 0 for place in places(pieces)[s * rows : (s + 1) * rows]) for s in range(plan.shape.streams)
-    ]
+    filled = [sum(place[0] >= 0 for place in places(pieces)[s * rows : (s + 1) * rows]) for s in range(plan.shape.streams)]
     if plan.shape.pack:
         assert sum(filled) == units
         assert max(filled) - min(filled) <= 1

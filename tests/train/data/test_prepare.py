@@ -156,9 +156,7 @@ def test_many_processes_write_what_one_does(tmp_path, text_data, monkeypatch):
     assert content(one) == content(many)
 
 
-@pytest.mark.parametrize(
-    "name", ["train-000001.tar", "val-000000.tar", "train.table.npy", "tokenizer.json", "index.json"]
-)
+@pytest.mark.parametrize("name", ["train-000001.tar", "val-000000.tar", "train.table.npy", "tokenizer.json", "index.json"])
 def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, name):
     write_lines(tmp_path / "a.jsonl", 300)
     data = text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=4000)
@@ -197,9 +195,8 @@ def start(folder: Path, workers: int, name: str) -> subprocess.Popen:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, text_data, workers):
     write_lines(tmp_path / "a.jsonl", 400)
-    undisturbed = content(
-        prepare(text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=3000, dir="once"), quiet)
-    )
+    keys = {"kind": "bpe", "vocab_size": 300, "shard_tokens": 3000}
+    undisturbed = content(prepare(text_data("a.jsonl", **keys, dir="once"), quiet))
     process = start(tmp_path, workers, "killed")
     for line in process.stdout:
         if "'tokenize'" in line and "'kept'" not in line:  # the first shard is written, others are on their way
@@ -214,8 +211,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, text_
     receipts = {path.name.removesuffix(".json") for path in (tmp_path / "killed" / "receipts").glob("*.tar.json")}
     assert receipts
     events = []
-    keys = {"kind": "bpe", "vocab_size": 300, "shard_tokens": 3000, "dir": "killed", "workers": workers}
-    folder = prepare(text_data("a.jsonl", **keys), events.append)
+    folder = prepare(text_data("a.jsonl", **keys, dir="killed", workers=workers), events.append)
     assert content(folder) == undisturbed
     assert not list(folder.glob(".aside-*"))
     assert next(event["kept"] for event in events if "kept" in event) == len(receipts)

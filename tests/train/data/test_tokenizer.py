@@ -75,9 +75,7 @@ def test_an_unknown_character_is_named():
         chars("abc").encode("zaxb")
 
 
-@pytest.mark.parametrize(
-    "made", [BPE, BYTES, chars("".join(sorted(set("".join(TEXTS)))))], ids=["bpe", "bytes", "chars"]
-)
+@pytest.mark.parametrize("made", [BPE, BYTES, chars("".join(sorted(set("".join(TEXTS)))))], ids=["bpe", "bytes", "chars"])
 def test_long_texts_are_cut_without_loss(made, monkeypatch):
     text = "".join(TEXTS)
     whole = made.encode(text)
