@@ -42,6 +42,7 @@ def run(what: Plan, begun: Begun) -> int:
     """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
     console = Console()
     signals = Signals(on_second=console.close)
+    signals.listen()
     start = Start(what, begun, console, signals)
     try:
         code = start.go()
@@ -108,7 +109,7 @@ class Start:
 
     def _private(self) -> None:
         self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
-        self.signals.again()
+        self.signals.listen()
         self.clock.mark("ray")
 
     def _cluster(self, config: Config) -> None:
@@ -120,7 +121,7 @@ class Start:
             if self.node is not None:
                 nodes.shutdown(self.node)
             nodes.join(address, str(REPOSITORY))
-            self.signals.again()
+            self.signals.listen()
             self.clock.mark("ray")
 
     def _show(self, event: dict) -> None:

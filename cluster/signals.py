@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
 
@@ -26,9 +26,8 @@ class Signals:
         self.heard: int | None = None
         self._early = True
         self._on_second = on_second
-        self.again()
 
-    def again(self) -> None:
+    def listen(self) -> None:
         """Installs the handlers; to be repeated after ``ray.init``, which installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # nohup and `&` in scripts say by SIG_IGN that a signal is not for us.
@@ -38,16 +37,6 @@ class Signals:
     def running(self) -> None:
         """From here on there is something to save: a signal is looked up, not raised."""
         self._early = False
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Puts signals off for a moment that must not be torn."""
-        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
     def _handle(self, number: int, frame: object) -> None:
         if self.heard is not None:

@@ -103,11 +103,9 @@ def explain(verdict: Verdict) -> list[str]:
         ranks = ", ".join(str(e.rank) for e in verdict.collateral[:8]) + (
             ", ..." if len(verdict.collateral) > 8 else ""
         )
-        one = len(verdict.collateral) == 1
-        lines += [
-            "",
-            f"rank{'' if one else 's'} {ranks} fell with it ({'its' if one else 'their'} error{'' if one else 's'} follow from this one)",
-        ]
+        many = len(verdict.collateral) > 1
+        follow = "their errors follow" if many else "its error follows"
+        lines += ["", f"rank{'s' if many else ''} {ranks} fell with it ({follow} from this one)"]
     return lines
 
 
