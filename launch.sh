@@ -61,9 +61,10 @@ set_up() {
     log="$(mktemp "${TMPDIR:-/tmp}/trireme-setup-XXXXXX.log")"
     began=$SECONDS
     echo "Setting up $venv with $("$python" -V) (once; some minutes). Log: $log" >&2
+    rm -f "$venv/.ready"  # first: a setup killed in what follows is done again
     rm -rf "$venv"
     "$python" -m venv "$venv" >>"$log" 2>&1 || fail "python -m venv failed; the last lines of $log:" "$(tail -n 5 "$log")"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$lock" >>"$log" 2>&1 9>&- &
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$lock" >>"$log" 2>&1 &  # keeps the lock, even orphaned
     local pip=$!
     trap 'kill $pip 2>/dev/null || true; exit 130' INT
     trap 'kill $pip 2>/dev/null || true; exit 143' TERM

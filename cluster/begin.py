@@ -23,7 +23,9 @@ class Begun:
 
 
 def begin(target: str = TARGET) -> Begun:
-    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each rank."""
+    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
+    rank.
+    """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = host.make_folder()
     return Begun(folder, host.WarmProcess(folder, target), target, since)

@@ -1,8 +1,8 @@
 """From a command line to a job's exit code: everything slow at the start is begun at once, side by side.
 
 Three things take seconds: importing torch and DeepSpeed (the warm process), Ray's processes, and composing the
-configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray comes
-up meanwhile, privately, unless an override speaks of the cluster's address.
+configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray
+comes up meanwhile, privately, unless an override speaks of the cluster's address.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import host, lock, nodes, plan, watch
 from cluster.begin import Begun
-from cluster.signals import STOPPED, Asked, Signals, end_now
 from cluster.job import Clock, Job
+from cluster.signals import STOPPED, Asked, Signals, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
 from train.errors import UserError

@@ -1,8 +1,9 @@
 """Ray's own processes: a private cluster on this machine, started lean and on the loopback only, or one that exists.
 
-``ray.init`` also starts a dashboard, an autoscaler's monitor and a log forwarder, waits for them, and rewrites a loopback
-address to the machine's public one. A private cluster needs none of that: the same ``Node`` that ``ray.init`` makes is made
-here without them, which halves the time, and everything listens on 127.0.0.1 and asks for a token made for this job.
+``ray.init`` also starts a dashboard, an autoscaler's monitor and a log forwarder, waits for them, and rewrites a
+loopback address to the machine's public one. A private cluster needs none of that: the same ``Node`` that ``ray.init``
+makes is made here without them, which halves the time, and everything listens on 127.0.0.1 and asks for a token made
+for this job.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class PrivateNode(ray._private.node.Node):
         """Starts nothing."""
 
     def start_ray_processes(self) -> None:
-        """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half second."""
+        """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half
+        second.
+        """
         super().start_ray_processes()
         deadline = time.monotonic() + RAYLET_S
         while time.monotonic() < deadline and not self.get_gcs_client().get_all_node_info():
@@ -45,7 +48,9 @@ class PrivateNode(ray._private.node.Node):
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """What every process of a private cluster reads: a token of this job's own, known to this user only, and the loopback."""
+    """What every process of a private cluster reads: a token of this job's own, known to this user only, and the
+    loopback.
+    """
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -85,7 +90,9 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
 
 
 def join(address: str, import_from: str) -> None:
-    """Joins the cluster at ``address``; its workers find our code at ``import_from``. Raises UserError where there is none."""
+    """Joins the cluster at ``address``; its workers find our code at ``import_from``. Raises UserError where there is
+    none.
+    """
     try:
         _join(address, {"env_vars": {"PYTHONPATH": import_from}})
     except (ConnectionError, RuntimeError, ValueError) as error:

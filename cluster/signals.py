@@ -1,4 +1,6 @@
-"""How the driver hears SIGINT, SIGTERM and SIGHUP: the first asks for a stop that saves, the second ends everything now."""
+"""How the driver hears SIGINT, SIGTERM and SIGHUP: the first asks for a stop that saves, the second ends everything
+now.
+"""
 
 from __future__ import annotations
 

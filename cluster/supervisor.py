@@ -1,4 +1,4 @@
-"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; after a failure, again."""
+"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; if it failed, again."""
 
 from __future__ import annotations
 

@@ -1,17 +1,19 @@
-"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's ranks.
+"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's
+ranks.
 
-    python -m cluster.warm TARGET LISTENING_FD       (started by ``cluster.host.start_warm``)
+    python -m cluster.warm TARGET LISTENING_FD       (started by ``cluster.host.WarmProcess``)
 
-A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on every
-start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its children's
-deaths at once and reports them with their signal and peak memory.
+A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on
+every start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its
+children's deaths at once and reports them with their signal and peak memory.
 
-Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the kernel
-kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
+Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the
+kernel kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import selectors
@@ -115,7 +117,9 @@ class Warm:
         wire.send(steward, {"pid": pid, "ready": self.ready})
 
     def _become_trainer(self, parent: int, request: wire.Message, fds: list[int]) -> None:
-        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit handlers."""
+        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit
+        handlers.
+        """
         code = trainer.FAILED
         try:
             wire.die_with_parent(parent)
@@ -143,10 +147,8 @@ class Warm:
             child = self.children.pop(pid, None)
             if child is not None and child.steward.fileno() >= 0:
                 code = os.waitstatus_to_exitcode(status)
-                try:
+                with contextlib.suppress(OSError):  # the steward is gone too; its own end is reported by Ray
                     wire.send(child.steward, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
-                except OSError:
-                    pass  # the steward is gone too; its own end is reported by Ray
 
 
 def main() -> None:

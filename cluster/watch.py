@@ -14,7 +14,8 @@ from typing import Literal
 STOPPED, BAD_INPUT = 75, 2
 
 COLLATERAL = re.compile(
-    r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused|DistBackendError|DistNetworkError|DistStoreError"
+    r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused"
+    r"|DistBackendError|DistNetworkError|DistStoreError"
     r"|ProcessGroup|NCCL error|Gloo|gloo/transport|[Tt]imed out waiting|Socket [Tt]imeout|recvValue failed"
 )
 """What torch says of a peer that went away. A rank whose last error matches is believed to be a victim."""
@@ -87,7 +88,9 @@ def how(end: End) -> str:
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """The block that a failure prints: the first line names rank, host, pid and cause; evidence; then the others, in one line."""
+    """The block that a failure prints: the first line names rank, host, pid and cause; evidence; then the others, in
+    one line.
+    """
     end = verdict.cause
     if end is None:
         return []

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from cluster.begin import begin  # noqa: E402
+from cluster.begin import begin
 
 if __name__ == "__main__":
     begun = begin("toy:train_rank")

@@ -34,7 +34,11 @@ def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, work
         ([node("me", 2)], Request(3, 1, 0), ["only 2 fit", "me: 2 cores", "1 core short", "cluster.workers=2"]),
         ([node("me", 2)], Request(1, 4, 0), ["none fits", "2 cores short", "fewer cluster.cpus_per_worker"]),
         ([node("a", 64, 4), node("b", 64, 4)], Request(9, 1, 1), ["only 8 fit", "a: 64 cores, 4 GPUs", "1 GPU short"]),
-        ([node("a", 4, 8), node("b", 8, 0)], Request(6, 1, 1), ["only 4 fit", "1 core short of another", "1 GPU short"]),
+        (
+            [node("a", 4, 8), node("b", 8, 0)],
+            Request(6, 1, 1),
+            ["only 4 fit", "1 core short of another", "1 GPU short"],
+        ),
         ([], Request(1, 1, 0), ["none fits"]),
     ],
 )
