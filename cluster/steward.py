@@ -152,8 +152,8 @@ class Steward:
         ended: wire.Message | None = None
         alive = True
         while alive:
-            ready, _, _ = select.select([connection, read_fd], [], [])
-            if connection in ready:
+            ready, _, _ = select.select([connection.fileno(), read_fd], [], [])
+            if connection.fileno() in ready:
                 ended, _ = wire.receive(connection)
                 alive = False
             if read_fd in ready or not alive:

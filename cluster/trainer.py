@@ -118,8 +118,8 @@ def _take_over_output(log: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    faulthandler.enable(sys.__stderr__)
-    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    faulthandler.enable(2)
+    faulthandler.register(signal.SIGUSR1, 2)
 
 
 def _check_device(device: str) -> None:

@@ -26,7 +26,11 @@ from dataclasses import dataclass
 
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
 
-from cluster import trainer, wire
+from cluster import host, trainer, wire
+
+
+LIFELINE = 0
+"""Standard input: it ends when the owner does."""
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Warm:
         # Ending is the owner's business: after a signal to everybody the trainers still have to save.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        for source in (self.listener, awake, sys.stdin.buffer.raw):
+        for source in (self.listener, awake, LIFELINE):
             self.selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in self.selector.select():
@@ -80,7 +84,7 @@ class Warm:
                 elif key.fileobj is awake:
                     awake.recv(4096)
                     self._reap()
-                elif key.fileobj is sys.stdin.buffer.raw:
+                elif key.fileobj == LIFELINE:
                     return
                 else:
                     self._hear(key.fileobj)  # type: ignore[arg-type]
@@ -155,17 +159,14 @@ def main() -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
     warm = Warm(socket.socket(fileno=fd), target)
-    device = b""
-    while not device.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            return
-        device += byte
-    # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
-    gpu = device.strip() == b"gpu"
-    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
-    warm.load()
-    warm.serve()
+    device = sys.stdin.readline().strip()
+    if device:
+        # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
+        os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
+        warm.load()
+        warm.serve()
+    if host.MARK in os.environ:
+        host.end_job(os.environ[host.MARK])
 
 
 if __name__ == "__main__":

@@ -228,7 +228,11 @@ class Console:
             value = summary.get(key)
             if finite(value):
                 text = (
-                    duration(value) if key == "wall_s" else count(value) if isinstance(value, int) else f"{value:.4g}"
+                    duration(float(value or 0))
+                    if key == "wall_s"
+                    else count(value)
+                    if isinstance(value, int)
+                    else f"{value:.4g}"
                 )
                 facts.append(f"{word} {text}")
         self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
@@ -263,11 +267,6 @@ class Console:
                 ("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}"
             )
         )
-
-    def stopped_early(self) -> None:
-        """A stop before the first step: nothing was there to save."""
-        self._live_off()
-        self._line(Text("Stopped before training began. Run the same command again to start.", style="yellow"))
 
     def bad_input(self, message: str) -> None:
         """What is wrong with the input, where, and the cure."""

@@ -46,7 +46,7 @@ class Run:
         values = {**base, "steps": steps, "cluster": {**base["cluster"], **cluster}}
         (tmp_path / "run" / "logs").mkdir(parents=True)
         self.events = []
-        self.signals = Signals(lambda: None)
+        self.signals = Signals()
         config = configuration.parse(values)
         job = Job(
             config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.signals, Clock(time.time())
@@ -160,20 +160,6 @@ def test_a_sigterm_to_one_trainer_stops_the_job_after_saving(job_folder, tmp_pat
     assert run.of("stopping")
 
 
-def test_the_death_of_the_warm_process_fails_the_world_and_the_next_start_has_another(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
-
-    def kill_warm():
-        when(lambda: len(run.of("step")) > 2)
-        psutil.Process(run.pids()[0]).parent().kill()
-
-    other = meanwhile(kill_warm)
-    assert run.go().kind == "done"
-    other.join()
-    assert "the warm process that it was forked from ended" in run.of("failure")[0]["lines"][0]
-    assert run.of("plan")[-1]["start_step"] > 0
-
-
 def test_a_dead_steward_is_replaced_for_the_next_start(job_folder, tmp_path):
     run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
 
@@ -202,3 +188,17 @@ def test_nothing_of_a_private_cluster_listens_off_the_loopback(job_folder):
     assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
     assert (job_folder / "token").stat().st_mode & 0o777 == 0o600
     assert job_folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_death_of_the_warm_process_fails_the_world_and_the_next_start_has_another(job_folder, tmp_path):
+    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
+
+    def kill_warm():
+        when(lambda: len(run.of("step")) > 2)
+        psutil.Process(run.pids()[0]).parent().kill()
+
+    other = meanwhile(kill_warm)
+    assert run.go().kind == "done"
+    other.join()
+    assert "the warm process that it was forked from ended" in run.of("failure")[0]["lines"][0]
+    assert run.of("plan")[-1]["start_step"] > 0
