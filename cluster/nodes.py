@@ -88,7 +88,7 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
         num_gpus=gpus,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        include_log_monitor=False,  # type: ignore[arg-type]  Ray's annotation is wrong
+        include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=str(folder / "ray"),
     )

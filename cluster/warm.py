@@ -28,7 +28,6 @@ import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that b
 
 from cluster import host, trainer, wire
 
-
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
 
