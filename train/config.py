@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -60,6 +60,8 @@ ELSEWHERE = {
 }
 """What other systems call our keys, so that a newcomer's first guess is answered."""
 
+S = TypeVar("S", bound=Section)
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -81,9 +83,7 @@ def load(overrides: Sequence[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*found, str(error).strip()]) from error
     choices = composed.hydra.runtime.choices
-    values = {
-        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
-    }
+    values = {str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"}
     try:
         config = finish(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
@@ -98,17 +98,20 @@ def read(path: Path) -> Config:
     try:
         return parse(yaml.safe_load(path.read_text()))
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=..."
-        ) from error
+        raise UserError(f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=...") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:
     """The typed tree of plain values. UserError lists every unknown key, missing key and wrong type."""
+    return typed(Config, values)
+
+
+def typed(section: type[S], values: dict[str, Any]) -> S:
+    """A section of the tree from plain values, or ConfigError."""
     try:
-        return Config.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()]) from error
 
@@ -155,9 +158,7 @@ def problems(config: Config) -> list[str]:
             f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
         )
     if b.seq_len > m.max_len:
-        found.append(
-            f"batch.seq_len={b.seq_len} is longer than model.max_len={m.max_len}: lower the one or raise the other"
-        )
+        found.append(f"batch.seq_len={b.seq_len} is longer than model.max_len={m.max_len}: lower the one or raise the other")
     if m.width % m.heads:
         found.append(f"model.heads={m.heads} does not divide model.width={m.width}")
     elif m.position == "rope" and (m.width // m.heads) % 2:
@@ -176,9 +177,7 @@ def problems(config: Config) -> list[str]:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
     warmup = config.schedule.warmup
     if isinstance(warmup, int) and warmup >= config.steps and warmup > 0:
-        found.append(
-            f"schedule.warmup={warmup} takes all of steps={config.steps}: lower it, or give a fraction such as 0.02"
-        )
+        found.append(f"schedule.warmup={warmup} takes all of steps={config.steps}: lower it, or give a fraction such as 0.02")
     return found
 
 

@@ -142,9 +142,7 @@ class Cluster(Section):
 class Tracking(Section):
     """W&B beside the local files."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: online with a key, else offline"
-    )
+    wandb: Literal["auto", "online", "offline", "off"] = Field("auto", description="auto: online with a key, else offline")
     project: str = "trireme"
     entity: str | None = None
     group: str | None = None

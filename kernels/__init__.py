@@ -1,0 +1,42 @@
+"""The hot operations of the models, as public functions. Importing this touches no driver.
+
+    attention             queries over keys and values: causal or full, grouped heads, packed documents
+    layer_norm, rms_norm  and their residual forms add_layer_norm, add_rms_norm
+    rope                  rotary position embedding
+    gelu, gated_mlp       the two activations of an MLP
+    cross_entropy         loss as (sum, count); linear_cross_entropy has the output matrix fused in
+
+``kernels.reference`` says what right means; statistics and losses are float32 at least, whatever comes in.
+"""
+
+from kernels.segments import Segments
+from kernels.torch_ops import (
+    RopeTable,
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    cross_entropy,
+    gated_mlp,
+    gelu,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    rope_table,
+)
+
+__all__ = [
+    "RopeTable",
+    "Segments",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "cross_entropy",
+    "gated_mlp",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_table",
+]

@@ -1,0 +1,86 @@
+"""What right means: each public op written out in plain torch, in float32 (float64 for float64 inputs).
+
+Slow and plain by intent. The public ops and the fused kernels are tested against these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.segments import Segments, causal_mask
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the format that statistics and losses are computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, segments: Segments | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale) v: q (B, Tq, H, Dh), k and v (B, Tk, Hkv, Dh), Hkv dividing H -> (B, Tq, H, Dh).
+
+    Query head h reads key head h // (H / Hkv). ``scale`` is 1/sqrt(Dh) unless given. See Ainslie et al. 2023 for
+    grouped heads; with ``causal`` the last query stands at the last key.
+    """
+    groups = q.shape[2] // k.shape[2]
+    keys, values = (wide(x).repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", wide(q), keys) * (scale or 1 / math.sqrt(q.shape[-1]))
+    if segments is not None:
+        scores = scores.masked_fill(~segments.visible(causal)[:, None], float("-inf"))
+    elif causal:
+        scores = scores.masked_fill(~causal_mask(q.shape[1], k.shape[1], q.device), float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).to(q.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016)."""
+    centred = wide(x) - wide(x).mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * wide(weight)
+    return (normed if bias is None else normed + wide(bias)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """X / sqrt(mean of squares + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
+    return (wide(x) / (wide(x).square().mean(-1, keepdim=True) + eps).sqrt() * wide(weight)).to(x.dtype)
+
+
+def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Each pair (x[i], x[i + Dh/2]) of x (B, T, H, Dh) turned by positions (B, T) * theta^(-2i/Dh) radians.
+
+    Su et al. 2021, in the order of halves that Llama checkpoints of transformers use.
+    """
+    half = x.shape[-1] // 2
+    angles = positions.double()[:, :, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half).to(x.device)
+    turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(x[..., :half].double(), x[..., half:].double())
+    return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x * normal CDF(x), by the tanh approximation that GPT-2 was trained with (Hendrycks and Gimpel 2016)."""
+    y = wide(x)
+    return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))).to(x.dtype)
+
+
+def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
+    """gate * sigmoid(gate) * up: the product inside SwiGLU (Shazeer 2020)."""
+    return (wide(gate) * torch.sigmoid(wide(gate)) * wide(up)).to(gate.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """-log softmax(logits)[target] summed over the places of logits (N, V) and targets (N,) that are not ignored.
+
+    Returns the sum (float32, or float64 for float64 logits) and the count (int64) of those places, in nats.
+    """
+    trained = targets != ignore_index
+    chosen = torch.where(trained, targets, 0)
+    losses = wide(logits).logsumexp(-1) - wide(logits).gather(-1, chosen[:, None])[:, 0]
+    return torch.where(trained, losses, 0).sum(), trained.sum()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
+    return cross_entropy(wide(hidden) @ wide(weight).T, targets, ignore_index)

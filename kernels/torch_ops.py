@@ -1,0 +1,108 @@
+"""The public ops by the fastest exact path that torch offers on any device; tested against ``kernels.reference``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.chunked_loss import chunked_linear_cross_entropy
+from kernels.reference import wide
+from kernels.segments import Segments, causal_mask
+
+WHOLE_LOGITS = 1 << 24
+"""Above this many logits (64 MiB in float32) the loss is computed in chunks of tokens."""
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, segments: Segments | None = None, scale: float | None = None
+) -> Tensor:
+    """softmax(q k^T * scale) v: q (B, Tq, H, Dh), k and v (B, Tk, Hkv, Dh), Hkv dividing H -> (B, Tq, H, Dh).
+
+    With ``segments`` a token sees only its own document; with ``causal`` no later key, the last query standing at the
+    last key. ``scale`` is 1/sqrt(Dh) unless given.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    mask = None
+    if segments is not None:
+        mask = segments.mask(causal, q.dtype)
+    elif causal and 1 < queries != keys:  # torch puts the first query at the first key
+        mask = causal_mask(queries, keys, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal and mask is None and queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer normalisation of the last dimension of x; weight and bias (D,)."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(residual + x), residual + x): the step between two layers of a pre-norm transformer."""
+    total = residual + x
+    return layer_norm(total, weight, bias, eps), total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation of the last dimension of x; weight (D,)."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(residual + x), residual + x)."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+class RopeTable(NamedTuple):
+    """Cosines and sines of a batch's positions, (B, T, 1, Dh/2) float32 each: made once, used by every layer."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> RopeTable:
+    """Angles of positions (B, T): frequency i of Dh/2 turns by theta^(-2i/Dh) radians a token."""
+    half = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[:, :, None, None].float() * theta ** (-half / head_dim)
+    return RopeTable(angles.cos(), angles.sin())
+
+
+def rope(x: Tensor, table: RopeTable) -> Tensor:
+    """Rotary position embedding of x (B, T, H, Dh), computed in float32, in the order of halves (see the reference)."""
+    a, b = wide(x).chunk(2, -1)
+    return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by the tanh approximation, as GPT-2's."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the product inside SwiGLU."""
+    return F.silu(gate) * up
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
+    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum")
+    return total, (targets != ignore_index).sum()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T, without ever holding more than ``WHOLE_LOGITS`` logits."""
+    if hidden.shape[0] * weight.shape[0] <= WHOLE_LOGITS:
+        return cross_entropy(F.linear(hidden, weight), targets, ignore_index)
+    rows = max(1, WHOLE_LOGITS // weight.shape[0])
+    return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, rows)

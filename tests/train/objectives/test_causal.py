@@ -1,0 +1,105 @@
+"""The causal objective: sums and counts that add up over any split of the batch, and documents that never meet."""
+
+import pytest
+import torch
+
+from train import objectives
+from train.errors import UserError
+from train.objectives import build_objective
+
+NAMES = ["gpt_tiny", "llama_tiny"]
+
+
+def documents(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 257, (size,), generator=generator).tolist() for size in sizes]
+
+
+def split(batch, micro):
+    return [
+        dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_loss_is_the_sum_of_minus_log_probabilities_and_the_count(make_config, pack, name):
+    objective = build_objective(make_config(name), 257)
+    batch = pack([documents([9, 12]), documents([30], seed=1), []], 32)
+    total, count = objective(batch)["loss"]
+    trained = batch["targets"] != -100
+    padded = objective.head(objective.backbone(batch))
+    right = -padded.double().log_softmax(-1)[trained].gather(-1, batch["targets"][trained][:, None]).sum()
+    assert count.item() == trained.sum() == 8 + 11 + 29
+    assert total.item() == pytest.approx(right.item(), rel=1e-6)
+    assert objective.logits(batch).shape == (3, 32, 257)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulation_gives_the_gradients_of_the_whole_batch(make_config, pack, name):
+    ragged = [[3, 5, 2], [30], [2], [15, 16], [], [7, 7, 7], [33], [2, 3]]
+    batch = pack([documents(sizes, seed=i) for i, sizes in enumerate(ragged)], 32)
+    count = (batch["targets"] != -100).sum()
+    gradients = []
+    for micro in (8, 4, 1):
+        objective = build_objective(make_config(name), 257).double()
+        for part in split(batch, micro):
+            (objective(part)["loss"][0] / count).backward()
+        gradients.append([p.grad for p in objective.parameters()])
+    for other in gradients[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(gradients[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changing_a_document_leaves_the_others_of_its_row_unchanged(make_config, pack, name):
+    objective = build_objective(make_config(name), 257).eval()
+    first, middle, last = documents([9, 12, 10])
+    with torch.no_grad():
+        before = objective.logits(pack([[first, middle, last]], 32))
+        after = objective.logits(pack([[first, documents([12], seed=7)[0], last]], 32))
+        joined = build_objective(make_config(name, isolate=False), 257).eval()
+        leaked = [joined.logits(pack([[first, x, last]], 32)) for x in (middle, documents([12], seed=7)[0])]
+    assert torch.equal(before[:, :8], after[:, :8])
+    assert torch.equal(before[:, 19:], after[:, 19:])
+    assert not torch.equal(before[:, 8:19], after[:, 8:19])
+    assert not torch.equal(leaked[0][:, 19:28], leaked[1][:, 19:28]), "without isolation a token sees earlier documents"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packed_document_has_the_logits_it_has_alone(make_config, pack, name):
+    objective = build_objective(make_config(name), 257).double().eval()
+    parts = documents([9, 2, 16])
+    with torch.no_grad():
+        packed = objective.logits(pack([parts], 32))[0]
+        start = 0
+        for document in parts:
+            size = len(document) - 1
+            alone = objective.logits(pack([[document]], size))[0]
+            assert torch.allclose(packed[start : start + size], alone, atol=1e-12)
+            start += size
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_zero_weight_trains_nothing_and_stays_finite(make_config, pack, name, isolate):
+    objective = build_objective(make_config(name, isolate=isolate), 257)
+    total, count = objective(pack([[], []], 32))["loss"]
+    total.backward()
+    assert (total.item(), count.item()) == (0, 0)
+    assert all(p.grad.eq(0).all() for p in objective.parameters())
+
+
+def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_config):
+    tied, untied = (build_objective(make_config(tied=tied), 257) for tied in (True, False))
+    for objective in (tied, untied):
+        assert {key.split(".")[0] for key in objective.state_dict()} == {"backbone", "head"}
+    assert "head.weight" not in dict(tied.named_parameters())
+    assert "head.weight" in dict(untied.named_parameters())
+    assert tied.head.weight is tied.backbone.embed.weight
+
+
+def test_what_makes_no_sense_is_refused_with_what_does(make_config, monkeypatch):
+    with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
+        build_objective(make_config(seq_len=129), 257)
+    monkeypatch.setitem(objectives.MEANINGFUL, "causal", ("recurrent",))
+    with pytest.raises(UserError, match=r"causal makes no sense .* decoder.*causal with recurrent"):
+        build_objective(make_config(), 257)

@@ -1,0 +1,151 @@
+"""The decoder-only transformer: GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023) are settings of it.
+
+Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from train import schema
+from train.batch import Batch
+from train.errors import UserError
+from train.models.layers import Attention, Context, Embedding, GeluMLP, KVCache, Norm, SwigluMLP, dropout
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each normalised before and added after.
+
+    The add is left to the next norm, which does both in one pass: a block takes and returns the residual stream and
+    what is still to be added to it.
+    """
+
+    def __init__(self, model: schema.Model) -> None:
+        super().__init__()
+        self.p = model.dropout
+        self.attention_norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+        self.attention = Attention(model)
+        self.mlp_norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+        self.mlp = GeluMLP(model) if model.activation == "gelu" else SwigluMLP(model)
+
+    def forward(self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        """(x, delta) -> (x, delta), each (B, T, D)."""
+        h, x = self.attention_norm(x, delta)
+        delta = dropout(self.attention(h, context, cache), self.p, self.training)
+        h, x = self.mlp_norm(x, delta)
+        return x, dropout(self.mlp(h), self.p, self.training)
+
+
+@dataclass
+class DecoderState:
+    """What decoding carries from token to token; nobody else looks inside.
+
+    ``ends`` (B,) int64 is the number of tokens each row holds; ``longest`` the largest of them, known without asking
+    the device. A row that is full keeps overwriting its last place: its logits mean nothing from then on.
+    """
+
+    caches: list[KVCache]
+    ends: Tensor
+    longest: int
+    capacity: int
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, final norm."""
+
+    def __init__(self, model: schema.Model, vocab_size: int) -> None:
+        """``vocab_size`` is the number of rows of the embedding. Raises UserError where sizes do not fit."""
+        super().__init__()
+        _check(model)
+        self.model = model
+        self.max_len = model.max_len
+        self.embed = Embedding(vocab_size, model.width, model.init_std)
+        learned = model.position == "learned"
+        self.positions = Embedding(model.max_len, model.width, model.init_std) if learned else None
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+
+    def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row.
+
+        Without it attention is plainly causal: padding stands at the end of a row, where no trained token sees it.
+        """
+        if isolate:
+            positions = batch["positions"]
+            context = Context(self._rope(positions), kernels.Segments(batch["segments"], batch["segments"]))
+        else:  # every row counts from 0
+            positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)[None]
+            context = Context(self._rope(positions))
+        return self._run(batch["tokens"], positions, context)
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, DecoderState]:
+        """Reads prompts (B, T), row b holding lengths[b] tokens and then anything; room for ``capacity`` tokens a row.
+
+        Returns the hidden state of each row's last token, (B, D), and the state to go on from.
+        """
+        rows, longest = tokens.shape
+        positions = torch.arange(longest, device=tokens.device)[None]
+        state = DecoderState([KVCache(capacity) for _ in self.blocks], lengths, longest, capacity)
+        hidden = self._run(tokens, positions, Context(self._rope(positions)), state.caches)
+        return hidden[torch.arange(rows, device=tokens.device), lengths - 1], state
+
+    def decode(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """One more token (B,) for every row: its hidden state (B, D), and the state after it."""
+        ends, longest = state.ends.clamp(max=state.capacity - 1), min(state.longest, state.capacity - 1)
+        keys = torch.arange(longest + 1, device=token.device)
+        seen = kernels.Segments(torch.ones_like(token)[:, None], (keys <= ends[:, None]).long())
+        context = Context(self._rope(ends[:, None]), seen, ends, longest)
+        hidden = self._run(token[:, None], ends[:, None], context, state.caches)
+        return hidden[:, 0], DecoderState(state.caches, ends + 1, longest + 1, state.capacity)
+
+    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+        """FLOPs of matrix products, forward and backward, per token of rows of ``seq_len``; the head is not included.
+
+        A product of (m, k) by (k, n) is 2mkn; the backward pass makes two products for each of the forward's (Kaplan
+        et al. 2020; PaLM, appendix B). So 6 per weight of the linear layers, and 12 * heads * head_dim per layer and
+        visible key. With ``causal`` a token sees (seq_len + 1) / 2 keys on average, the work that has to be done;
+        without, seq_len, as PaLM and nanoGPT count. What recomputation adds is not counted.
+        """
+        model, block = self.model, self.blocks[0]
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.mlp
+        linears = [m for part in (attention, mlp) for m in part.modules() if isinstance(m, nn.Linear)]
+        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        keys = (seq_len + 1) / 2 if causal else seq_len
+        return model.layers * (6 * weights + 12 * attention.heads * attention.head_dim * keys)
+
+    def _run(self, tokens: Tensor, positions: Tensor, context: Context, caches: list[KVCache] | None = None) -> Tensor:
+        x, delta = self.embed(tokens), None
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = dropout(x, self.model.dropout, self.training)
+        for i, block in enumerate(self.blocks):
+            if self.model.checkpoint_activations and torch.is_grad_enabled():
+                # The sum alone is kept for the backward pass, not both its parts.
+                x, delta = checkpoint(block, x if delta is None else x + delta, None, context, use_reentrant=False)
+            else:
+                x, delta = block(x, delta, context, caches[i] if caches else None)
+        return self.norm(x, delta)[0]
+
+    def _rope(self, positions: Tensor) -> kernels.RopeTable | None:
+        if self.model.position != "rope":
+            return None
+        return kernels.rope_table(positions, self.model.width // self.model.heads, self.model.rope_theta)
+
+
+def _check(model: schema.Model) -> None:
+    kv_heads = model.kv_heads or model.heads
+    problems = []
+    if model.width % model.heads:
+        problems.append(f"model.width={model.width} is not a multiple of model.heads={model.heads}")
+    elif model.position == "rope" and model.width // model.heads % 2:
+        problems.append(f"rope turns pairs, but model.width / model.heads is {model.width // model.heads}, which is odd")
+    if model.heads % kv_heads:
+        problems.append(f"model.heads={model.heads} is not a multiple of model.kv_heads={kv_heads}")
+    if problems:
+        raise UserError("; ".join(problems))

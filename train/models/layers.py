@@ -1,0 +1,192 @@
+"""Leaves that the model families share: parameters with their initialisation, norms, attention and MLPs.
+
+Every parameter is read inside the forward of the module that owns it, and nowhere else: ZeRO-3 holds it whole only
+there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from train import rng, schema
+
+
+class Linear(nn.Linear):
+    """A linear layer; ``init_std`` is the deviation its weight starts with. Filled by ``init_weights``."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, init_std: float) -> None:
+        self.init_std = init_std
+        super().__init__(inputs, outputs, bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing: ``init_weights`` fills them, and drawing twice would double the start-up of a large model."""
+
+
+class Embedding(nn.Embedding):
+    """A table of rows; ``init_std`` is the deviation its weight starts with. Filled by ``init_weights``."""
+
+    def __init__(self, rows: int, width: int, init_std: float) -> None:
+        self.init_std = init_std
+        super().__init__(rows, width)
+
+    def reset_parameters(self) -> None:
+        """Nothing: ``init_weights`` fills it."""
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with the residual add before it."""
+
+    def __init__(self, kind: str, width: int, bias: bool, eps: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layer_norm" else None
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(x + delta), x + delta) of the residual stream x (B, T, D) and what the last layer adds to it."""
+        if self.kind == "rms_norm":
+            if delta is None:
+                return kernels.rms_norm(x, self.weight, self.eps), x
+            return kernels.add_rms_norm(delta, x, self.weight, self.eps)
+        if delta is None:
+            return kernels.layer_norm(x, self.weight, self.bias, self.eps), x
+        return kernels.add_layer_norm(delta, x, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every attention layer of one forward pass needs to know, made once.
+
+    ``ends`` (B,) is set when decoding: how many keys each row's cache already holds; ``longest`` is the largest of
+    them.
+    """
+
+    rope: kernels.RopeTable | None = None
+    segments: kernels.Segments | None = None
+    ends: Tensor | None = None
+    longest: int = 0
+
+
+class KVCache:
+    """Keys and values (B, capacity, Hkv, Dh) that one attention layer has seen, allocated at the first write."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.keys: Tensor
+        self.values: Tensor
+
+    def start(self, k: Tensor, v: Tensor) -> None:
+        """Keeps the prompt's keys and values, (B, T, Hkv, Dh) with T <= capacity."""
+        shape = k.shape[0], self.capacity, *k.shape[2:]
+        self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        self.keys[:, : k.shape[1]] = k
+        self.values[:, : v.shape[1]] = v
+
+    def append(self, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Writes one key and value (B, 1, Hkv, Dh) at the end of each row; returns views up to the longest row."""
+        assert context.ends is not None
+        rows = torch.arange(k.shape[0], device=k.device)
+        self.keys[rows, context.ends] = k[:, 0]
+        self.values[rows, context.ends] = v[:, 0]
+        return self.keys[:, : context.longest + 1], self.values[:, : context.longest + 1]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads. Attention weights themselves have no dropout."""
+
+    def __init__(self, model: schema.Model) -> None:
+        super().__init__()
+        self.heads = model.heads
+        self.kv_heads = model.kv_heads or model.heads
+        self.head_dim = model.width // model.heads
+        inner = self.heads * self.head_dim
+        projected = inner + 2 * self.kv_heads * self.head_dim
+        self.qkv = Linear(model.width, projected, model.bias, model.init_std)
+        self.out = Linear(inner, model.width, model.bias, residual_std(model))
+
+    def forward(self, x: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+        """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if context.rope is not None:
+            q, k = kernels.rope(q, context.rope), kernels.rope(k, context.rope)
+        decoding = context.ends is not None
+        if cache is not None and decoding:
+            k, v = cache.append(k, v, context)
+        elif cache is not None:
+            cache.start(k, v)
+        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments)
+        return self.out(y.flatten(-2))
+
+
+class GeluMLP(nn.Module):
+    """Up, GELU, down."""
+
+    def __init__(self, model: schema.Model) -> None:
+        super().__init__()
+        inner = model.mlp_width or 4 * model.width
+        self.up = Linear(model.width, inner, model.bias, model.init_std)
+        self.down = Linear(inner, model.width, model.bias, residual_std(model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, T, D) -> (B, T, D)."""
+        return self.down(kernels.gelu(self.up(x)))
+
+
+class SwigluMLP(nn.Module):
+    """Gate and up in one projection, SwiGLU, down."""
+
+    def __init__(self, model: schema.Model) -> None:
+        super().__init__()
+        inner = model.mlp_width or 4 * model.width
+        self.gate_up = Linear(model.width, 2 * inner, model.bias, model.init_std)
+        self.down = Linear(inner, model.width, model.bias, residual_std(model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (B, T, D) -> (B, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(kernels.gated_mlp(gate, up))
+
+
+def residual_std(model: schema.Model) -> float:
+    """Deviation of a projection that adds to the residual stream: init_std / sqrt(2 * layers), as GPT-2 (section 2.3).
+
+    Megatron-LM starts Llama the same way (``scaled_init_method_normal``).
+    """
+    return model.init_std / math.sqrt(2 * model.layers)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout from the global generator, which the loop seeds every step; no work where p is 0."""
+    return F.dropout(x, p, training) if p and training else x
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, seed: int) -> None:
+    """Fills every parameter: weights normal(0, init_std) of their module, biases 0, norms 1.
+
+    Each is drawn by a generator of its own, seeded by (seed, name), in float32 on the CPU: what it holds depends
+    neither on the order of construction nor on devices, world size or ZeRO stage. Parameters on ``meta`` are left
+    alone.
+    """
+    done: set[int] = set()
+    for path, owner in module.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in done or parameter.is_meta:
+                continue
+            done.add(id(parameter))
+            if leaf == "bias":
+                parameter.zero_()
+            elif isinstance(owner, Norm):
+                parameter.fill_(1.0)
+            else:
+                draw = rng.generator(seed, "init", f"{path}.{leaf}").standard_normal(parameter.shape, np.float32)
+                parameter.copy_(torch.from_numpy(draw).mul_(owner.init_std))

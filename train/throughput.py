@@ -1,0 +1,42 @@
+"""How fast a run is: tokens a second, and the share of the device's peak that its matrix products reach."""
+
+from __future__ import annotations
+
+import re
+
+PEAKS = (
+    (r"B200", 2250e12),
+    (r"GH200", 989e12),
+    (r"H[12]00.*NVL", 835e12),
+    (r"H100 PCIe", 756e12),
+    (r"H[12]00", 989e12),
+    (r"A100", 312e12),
+    (r"L40S", 362e12),
+    (r"A10G", 70e12),
+    (r"A10\b", 125e12),
+    (r"L4\b", 121e12),
+    (r"RTX 4090", 165e12),
+    (r"RTX 3090", 71e12),
+    (r"MI300X", 1307e12),
+)
+"""Dense bf16 (and fp16) FLOP/s by device name, the first match wins; from the makers' data sheets."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Peak FLOP/s of a device as ``torch.cuda.get_device_name`` names it; None where unknown, on CPUs and in fp32."""
+    if precision == "fp32":
+        return None
+    return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
+
+
+def tokens_per_second(tokens: int, seconds: float) -> float:
+    """Tokens of all workers over the time they took; 0 where no time has passed."""
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def utilization(tokens_per_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, between 0 and 1 (PaLM, appendix B): FLOPs that the model needs over what devices can do.
+
+    ``tokens_per_s`` is of all devices together. Recomputed activations do not count as work. None without a peak.
+    """
+    return None if peak is None else tokens_per_s * flops_per_token / (devices * peak)
