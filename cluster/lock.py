@@ -14,7 +14,9 @@ from train.errors import UserError
 
 
 def take(run_dir: Path) -> IO[str]:
-    """Makes the run's folder and locks it: keep the file open. UserError says who holds it, or why it cannot be written."""
+    """Makes the run's folder and locks it: keep the file open. UserError says who holds it, or why it cannot be
+    written.
+    """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         file = (run_dir / "lock").open("a+")

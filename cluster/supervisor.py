@@ -1,4 +1,4 @@
-"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; after a failure, again."""
+"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; if it failed, again."""
 
 from __future__ import annotations
 
@@ -90,11 +90,17 @@ class Supervisor:
             except ray.exceptions.RayError:
                 alive.append(False)
         if not all(alive):
-            for steward in self.stewards:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(steward)
-            ray.util.remove_placement_group(self.group)
+            self.release()
             self.place()
+
+    def release(self) -> None:
+        """Ends the stewards and gives their places back."""
+        for steward in self.stewards:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(steward)
+        self.stewards = []
+        if self.group is not None:
+            ray.util.remove_placement_group(self.group)
 
     def run_world(self) -> watch.Verdict:
         """One start of all ranks, to the end of all of them."""

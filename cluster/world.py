@@ -68,7 +68,9 @@ class World:
         self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
 
     def follow(self) -> watch.Verdict:
-        """Shows what the ranks say until all have ended. After the first bad end the rest get a moment, then are killed."""
+        """Shows what the ranks say until all have ended. After the first bad end the rest get a moment, then are
+        killed.
+        """
         polls = {s.poll.remote(POLL_S): rank for rank, s in enumerate(self.stewards)}
         bad_since: float | None = None
         while len(self.ends) < self.size:

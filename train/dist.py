@@ -1,8 +1,8 @@
 """The world of a run: who this rank is, how the ranks meet, and the few words they say to each other outside DeepSpeed.
 
-The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that the
-caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so nothing that
-an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
+The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that
+the caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so
+nothing that an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class World:
 class Meeting:
     """Where the ranks of one start of a world meet.
 
-    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the starts.
+    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the
+    starts.
     """
 
     host: str
@@ -141,7 +142,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def same_everywhere(name: str, digest: str) -> None:
-    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that differ."""
+    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that
+    differ.
+    """
     digests = gather_objects(digest[:DIGEST_BYTES])
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:
