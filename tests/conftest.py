@@ -24,7 +24,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(data, lambda event: None)
 
 
-TEXT = ["data=text", "data.tokenizer.kind=bytes", "data.tokenizer.vocab_size=null", "data.shard_tokens=1000", "data.val_fraction=0.2"]
+TEXT = [
+    "data=text",
+    "data.tokenizer.kind=bytes",
+    "data.tokenizer.vocab_size=null",
+    "data.shard_tokens=1000",
+    "data.val_fraction=0.2",
+]
 
 
 @pytest.fixture

@@ -80,7 +80,7 @@ class Engine:
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.shapes = {name: p.shape for name, p in objective.named_parameters()}
-        self.names = {p: name for name, p in objective.named_parameters()}
+        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
