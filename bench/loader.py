@@ -73,7 +73,6 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
         from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
     except ImportError:
         raise SystemExit("litdata is not installed: `pip install litdata`, or leave it out with --no-peer") from None
-    import torch
 
     np.save(folder / "ids.npy", np.concatenate(texts))
     np.save(folder / "ends.npy", np.cumsum([len(text) for text in texts]))

@@ -191,8 +191,10 @@ class Tracker:
 def _mode(tracking: Tracking) -> Literal["online", "offline"]:
     """What "auto" means asks nobody: online where a key lies at hand, offline elsewhere."""
     asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
-    if asked == "online" or asked == "offline":
-        return asked
+    if asked == "online":
+        return "online"
+    if asked == "offline":
+        return "offline"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore"))
     return "online" if known else "offline"
