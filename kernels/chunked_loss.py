@@ -23,15 +23,15 @@ def chunked_linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():  # a Function is told that its inputs want gradients even where none are taken
+        hidden, weight = hidden.detach(), weight.detach()
     total = _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows)
     return total, (targets != ignore_index).sum()
 
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows: int
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows: int) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide(weight).dtype) if for_weight else None

@@ -54,12 +54,8 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Su et al. 2021, in the order of halves that Llama checkpoints of transformers use.
     """
     half = x.shape[-1] // 2
-    angles = positions.double()[:, :, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half).to(
-        x.device
-    )
-    turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(
-        x[..., :half].double(), x[..., half:].double()
-    )
+    angles = positions.double()[:, :, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half).to(x.device)
+    turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(x[..., :half].double(), x[..., half:].double())
     return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 
@@ -85,8 +81,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     return torch.where(trained, losses, 0).sum(), trained.sum()
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
     return cross_entropy(wide(hidden) @ wide(weight).T, targets, ignore_index)

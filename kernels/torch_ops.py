@@ -47,9 +47,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(layer_norm(residual + x), residual + x): the step between two layers of a pre-norm transformer."""
     total = residual + x
     return layer_norm(total, weight, bias, eps), total
@@ -102,9 +100,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
     return total, (targets != ignore_index).sum()
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T; where logits are many, only a chunk of them ever exists."""
     (tokens, width), vocab = hidden.shape, weight.shape[0]
     rows = max(width, WHOLE_LOGITS // vocab)  # fewer, and adding to the gradient (V, D) would outweigh the products

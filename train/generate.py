@@ -54,9 +54,7 @@ def generate(
     prompts = [list(prompt) or [eot] for prompt in prompts]
     for row, prompt in enumerate(prompts):
         if len(prompt) > model.max_len:
-            raise UserError(
-                f"prompt {row} has {len(prompt)} tokens, the model's longest sequence {model.max_len}: shorten it"
-            )
+            raise UserError(f"prompt {row} has {len(prompt)} tokens, the model's longest sequence {model.max_len}: shorten it")
     room = [min(options.max_tokens, model.max_len - len(prompt)) for prompt in prompts]
     texts: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
@@ -109,9 +107,7 @@ def probabilities(logits: Tensor, options: schema.Generation) -> Tensor:
     if options.top_p < 1:
         ordered, order = probs.sort(descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered
-        probs = probs.masked_fill(
-            torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= options.top_p), 0
-        )
+        probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= options.top_p), 0)
     return probs / probs.sum(-1, keepdim=True)
 
 

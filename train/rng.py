@@ -16,3 +16,9 @@ def generator(*key: object) -> np.random.Generator:
     return np.random.Generator(
         np.random.Philox(key=int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little"))
     )
+
+
+def seed_of(*key: object) -> int:
+    """A seed for torch from ``key``: the numbers of a step are a function of (seed, step, rank), so nothing is saved."""
+    text = "/".join(str(part) for part in key)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

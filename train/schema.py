@@ -1,7 +1,7 @@
 """The typed tree of a run's configuration: every key, its type, its unit and its bounds.
 
-A YAML in ``conf/`` chooses and sets numbers; what a key means stands here. ``train.config`` fills the tree from the command
-line; everything else receives it whole and resolved, and never changes it.
+A YAML in ``conf/`` chooses and sets numbers; what a key means stands here. ``train.config`` fills the tree from the
+command line; everything else receives it whole and resolved, and never changes it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Run(Section):
     """Where the run lives."""
 
     name: str | None = Field(None, description="default: <model>-<data>")
-    dir: str | None = Field(None, description="the run's folder; default: runs/<run.name>; must be seen by every worker")
+    dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
 
 
 class Batch(Section):
     """One optimizer step."""
 
     global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
-    micro: Positive | None = Field(None, description="sequences per forward pass of a worker; default: as many as its share")
+    micro: Positive | None = Field(None, description="sequences per forward pass; default: a worker's whole share")
     seq_len: Positive = Field(description="tokens per sequence")
 
 
@@ -80,7 +80,7 @@ class Data(Section):
     paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
-    encoding_errors: Literal["strict", "replace"] = Field("strict", description="what to do with bytes that are not UTF-8")
+    encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
     tokenizer: Tokenizer
@@ -97,7 +97,7 @@ class Optimizer(Section):
 
     name: Literal["sgd", "momentum", "adam", "adamw"]
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="on matrices only: not on norms, biases, embeddings")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="not on norms, biases, embeddings")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Fraction = 0.9
@@ -134,7 +134,7 @@ class Cluster(Section):
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
     address: str | None = Field(None, description="an existing Ray cluster; default: a private one on this machine")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens for the others; 0: any free one")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
     max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
 
@@ -168,7 +168,7 @@ class Config(Section):
     seed: NonNegative
     log_every: Positive = Field(description="steps between lines of metrics.jsonl")
     eval_every: NonNegative = Field(description="steps between evaluations; 0: only at the end")
-    eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation while training; default: all")
+    eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation in training; default: all")
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
     keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")

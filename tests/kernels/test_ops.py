@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import reference
@@ -55,10 +56,7 @@ def test_attention(dtype, rows, tokens, kv_heads, groups, head_dim, causal, docu
     if documents:
         ids = torch.randint(0, documents + 1, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
         segments = kernels.Segments(ids, ids)
-    ops = (
-        lambda q, k, v, op=op: op(q, k, v, causal=causal, segments=segments)
-        for op in (kernels.attention, reference.attention)
-    )
+    ops = (lambda q, k, v, op=op: op(q, k, v, causal=causal, segments=segments) for op in (kernels.attention, reference.attention))
     agree(*ops, (q, k, v), dtype)
 
 
@@ -159,9 +157,7 @@ def test_rope(dtype, tokens, heads, half):
         assert torch.allclose(plain(x), reference.rope(x, positions, 10000.0), atol=1e-4)
     else:
         wider = {torch.float32: 1e-4}.get(dtype, TOLERANCE[dtype])
-        assert (
-            plain(x.to(dtype)).double() - reference.rope(x.to(dtype).double(), positions, 10000.0)
-        ).abs().max() < 4 * wider
+        assert (plain(x.to(dtype)).double() - reference.rope(x.to(dtype).double(), positions, 10000.0)).abs().max() < 4 * wider
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
@@ -239,6 +235,18 @@ def test_the_chunked_loss_trains_either_side_alone_and_runs_under_autocast(monke
         assert torch.allclose(once.grad, again.grad, atol=3e-2)
 
 
+def test_the_chunked_loss_makes_no_gradients_where_none_are_taken(monkeypatch):
+    monkeypatch.setattr("kernels.torch_ops.WHOLE_LOGITS", 22)
+    weight = normal(11, 4, seed=1).requires_grad_()
+    hidden, targets = normal(5, 4).requires_grad_(), torch.tensor([1, IGNORE, 3, 0, 10])
+    products = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            kernels.linear_cross_entropy(hidden, weight, targets)
+        products.append(counter.get_total_flops())
+    assert products[0] > products[1] == 2 * 5 * 11 * 4
+
+
 def test_extreme_logits_keep_the_loss_finite_and_exact():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-1e4, 1e4, 0.0]], requires_grad=True)
     total, count = kernels.cross_entropy(logits, torch.tensor([1, 1]))
@@ -249,7 +257,5 @@ def test_extreme_logits_keep_the_loss_finite_and_exact():
 
 
 def test_importing_the_ops_loads_no_driver():
-    code = (
-        "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
-    )
+    code = "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)

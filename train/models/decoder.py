@@ -33,9 +33,7 @@ class Block(nn.Module):
         self.mlp_norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
         self.mlp = GeluMLP(model) if model.activation == "gelu" else SwigluMLP(model)
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D)."""
         h, x = self.attention_norm(x, delta)
         delta = dropout(self.attention(h, context, cache), self.p, self.training)
@@ -146,9 +144,7 @@ def _check(model: schema.Model) -> None:
     if model.width % model.heads:
         problems.append(f"model.width={model.width} is not a multiple of model.heads={model.heads}")
     elif model.position == "rope" and model.width // model.heads % 2:
-        problems.append(
-            f"rope turns pairs, but model.width / model.heads is {model.width // model.heads}, which is odd"
-        )
+        problems.append(f"rope turns pairs, but model.width / model.heads is {model.width // model.heads}, which is odd")
     if model.heads % kv_heads:
         problems.append(f"model.heads={model.heads} is not a multiple of model.kv_heads={kv_heads}")
     if problems:

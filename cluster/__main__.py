@@ -1,0 +1,26 @@
+"""The driver's command line: ``python -m cluster train [group=choice] [key=value]``."""
+
+from __future__ import annotations
+
+import sys
+
+from cluster.begin import begin
+
+VERBS = ("train",)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the verb that ``arguments`` name, and returns the exit code."""
+    verb, *rest = arguments or ["train"]
+    if verb not in VERBS:
+        print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
+        return 2
+    begun = None if {"-h", "--help"} & set(rest) else begin()
+    # Only now: these imports take a second, in which the warm process gets on with its own.
+    from cluster import train_verb
+
+    return train_verb.run(rest, begun)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,29 @@
+"""The first moments of a driver: what takes longest is begun before anything else is even imported."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import host
+
+TARGET = "train.run:train_rank"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is under way: the job's private folder, its warm process, and the moment the command was given."""
+
+    folder: Path
+    warm: host.WarmProcess
+    target: str
+    since: float
+
+
+def begin(target: str = TARGET) -> Begun:
+    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each rank."""
+    since = float(os.environ.get("TRIREME_T0") or time.time())
+    folder = host.make_folder()
+    return Begun(folder, host.WarmProcess(folder, target), target, since)

@@ -1,0 +1,46 @@
+"""What the parts of the driver share about the job that they run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.signals import Signals
+from train.schema import Config
+
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Clock:
+    """When each phase of the start was reached, in seconds since the command was given."""
+
+    start: float
+    marks: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, name: str, at: float | None = None) -> None:
+        """Notes that ``name`` was reached, the first time it is."""
+        self.marks.setdefault(name, (time.time() if at is None else at) - self.start)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, and who is told."""
+
+    config: Config
+    corpus: str
+    target: str
+    """What each rank runs, ``module:function``."""
+    folder: str
+    """Name of the job's private folder on every host."""
+    show: Show
+    signals: Signals
+    clock: Clock
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, absolute."""
+        return Path(self.config.run.dir or ".").absolute()

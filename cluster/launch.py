@@ -1,0 +1,143 @@
+"""From a command line to a job's exit code: everything slow at the start is begun at once, side by side.
+
+Three things take seconds: importing torch and DeepSpeed (the warm process), Ray's processes, and composing the
+configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray comes
+up meanwhile, privately, unless an override speaks of the cluster's address.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import host, lock, nodes, plan, watch
+from cluster.begin import Begun
+from cluster.signals import STOPPED, Asked, Signals, end_now
+from cluster.job import Clock, Job
+from cluster.supervisor import Supervisor
+from train.console import Console
+from train.errors import UserError
+from train.schema import Config
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: how to get its configuration and its corpus."""
+
+    compose: Callable[[], Config]
+    find_corpus: Callable[[Config, Callable[[dict], None]], str]
+    elsewhere: bool = False
+    """Whether the cluster may not be a private one, so that starting one ahead may be in vain."""
+
+
+def run(what: Plan, begun: Begun) -> int:
+    """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
+    console = Console()
+    signals = Signals(on_second=console.close)
+    start = Start(what, begun, console, signals)
+    try:
+        code = start.go()
+    except Asked:
+        console.stopped_early()
+        code = STOPPED
+    except UserError as error:
+        console.bad_input(str(error))
+        code = BAD_INPUT
+    finally:
+        console.close()
+    # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
+    shutil.rmtree(begun.folder, ignore_errors=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_now(code)
+    return code
+
+
+class Start:
+    """The start of one job, and its end."""
+
+    def __init__(self, what: Plan, begun: Begun, console: Console, signals: Signals) -> None:
+        self.what = what
+        self.begun = begun
+        self.console = console
+        self.signals = signals
+        self.clock = Clock(begun.since)
+        self.run_dir = Path()
+        self.node: nodes.PrivateNode | None = None
+
+    def go(self) -> int:
+        """Everything up to the verdict."""
+        clock = self.clock
+        clock.mark("driver")
+        with ThreadPoolExecutor(1) as pool:
+            composing = pool.submit(self.what.compose)
+            if not self.what.elsewhere:
+                self._private()
+            config = composing.result()
+        clock.mark("config")
+        self.run_dir = Path(config.run.dir or ".").absolute()
+        held = lock.take(self.run_dir)
+        corpus = self.what.find_corpus(config, self.console.show)
+        clock.mark("corpus")
+        self._cluster(config)
+        known = nodes.inventory()
+        device = plan.choose_device(config.cluster.device, known)
+        self.begun.warm.set_device(device)
+        request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
+        placement = plan.place(known, request)
+        if placement.waiting:
+            self.console.show(
+                {"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"}
+            )
+        self.console.show(
+            {"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)}
+        )
+        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
+        verdict = Supervisor(job, device).run()
+        code = self._finish(verdict, config)
+        held.close()
+        return code
+
+    def _private(self) -> None:
+        self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
+        self.signals.again()
+        self.clock.mark("ray")
+
+    def _cluster(self, config: Config) -> None:
+        """Has the driver on the right cluster: the one it started ahead, or the one the configuration names."""
+        address = config.cluster.address
+        if address is None and self.node is None:
+            self._private()
+        elif address is not None:
+            if self.node is not None:
+                nodes.shutdown(self.node)
+            nodes.join(address, str(REPOSITORY))
+            self.signals.again()
+            self.clock.mark("ray")
+
+    def _show(self, event: dict) -> None:
+        self.console.show(event)
+        if event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.clock.marks:
+            self.clock.mark("first_step_done", event["t"])
+            self.console.startup(self.clock.marks)
+            (self.run_dir / "startup.json").write_text(json.dumps(self.clock.marks, indent=1) + "\n")
+
+    def _finish(self, verdict: watch.Verdict, config: Config) -> int:
+        if verdict.kind == "done":
+            self.console.finished(config)
+            return DONE
+        if verdict.kind == "stopped":
+            self.console.stopped(config)
+            return STOPPED
+        if verdict.kind == "bad_input" and verdict.cause is not None:
+            self.console.bad_input(verdict.cause.error or "")
+            return BAD_INPUT
+        return FAILED

@@ -1,0 +1,203 @@
+"""The steward of a rank: a Ray actor that starts, watches and signals the rank's trainer, and never trains itself.
+
+It stays awake whatever its trainer does, so it sees a death at once, says what the trainer left in its log, and starts the
+next one from the host's warm process in a fraction of a second. It outlives every start of a world.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from cluster import host, wire
+
+TAIL_LINES = 20
+TAIL_BYTES = 64 << 10
+QUIET_EVENTS = {"error", "stop_asked", "phase"}
+"""What ranks other than 0 say that anybody needs to hear."""
+
+
+class Steward:
+    """One rank's steward. Every method returns at once, but ``poll``, which waits for news."""
+
+    def __init__(self, job: str, target: str, device: str) -> None:
+        self.folder = host.own_folder(job)
+        self.target = target
+        self.device = device
+        self.warm: host.WarmProcess | None = None
+        self.listener: socket.socket | None = None
+        self.connection: socket.socket | None = None
+        self.news: collections.deque[dict[str, Any]] = collections.deque()
+        self.changed = threading.Condition()
+
+    def where(self) -> dict[str, Any]:
+        """The node, host name, address and GPUs that Ray gave this rank."""
+        context = ray.get_runtime_context()
+        return {
+            "node": context.get_node_id(),
+            "host": socket.gethostname(),
+            "ip": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+            "gpus": context.get_accelerator_ids().get("GPU", []),
+        }
+
+    def listen(self, ip: str, port: int) -> dict[str, Any]:
+        """Binds the socket where the next world meets (rank 0's steward): {"host", "port"}, or {"error"}."""
+        if self.listener is not None:
+            self.listener.close()
+        self.listener = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.listener.bind((ip, port))
+        except OSError as error:
+            self.listener.close()
+            self.listener = None
+            return {"error": error.strerror or str(error)}
+        self.listener.listen(1024)
+        return {"host": ip, "port": self.listener.getsockname()[1]}
+
+    def start(self, order: dict[str, Any]) -> dict[str, Any]:
+        """Starts the trainer that ``order`` describes: {"pid", "ready"}, or {"failed": why the imports failed}.
+
+        order: rank, size, local_rank, meeting {host, port, generation}, config (JSON), corpus, log, env, threads.
+        """
+        self.kill()
+        log = Path(order["log"])
+        offset = log.stat().st_size if log.exists() else 0
+        connection = self._connect()
+        read_fd, write_fd = os.pipe()
+        fds = [write_fd]
+        if self.listener is not None:
+            fds.append(self.listener.fileno())
+        request = {**order, "env": {**order["env"], **self._own_env()}, "target": self.target, "device": self.device}
+        wire.send(connection, request, fds)
+        os.close(write_fd)
+        if self.listener is not None:
+            self.listener.close()
+            self.listener = None
+        answer, _ = wire.receive(connection)
+        if answer is None or "failed" in answer:
+            connection.close()
+            os.close(read_fd)
+            return answer or {"failed": f"the warm process ended; its log is {self.folder / 'warm.log'}"}
+        self.connection = connection
+        watch = (connection, read_fd, order, answer["pid"], offset)
+        threading.Thread(target=self._watch, args=watch, daemon=True).start()
+        return answer
+
+    def _own_env(self) -> dict[str, str]:
+        """What only this host knows: the rank's device, and the network interface that the node's address is on."""
+        where = self.where()
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(where["gpus"]) if self.device == "gpu" else ""}
+        interface = host.interface_of(where["ip"])
+        if interface is not None:
+            env |= {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+        return env
+
+    def _connect(self) -> socket.socket:
+        """A connection to the host's warm process, started here if nobody has."""
+        with host.alone(self.folder):
+            connection = host.connect_warm(self.folder)
+            if connection is None:
+                if self.warm is not None:
+                    self.warm.close()
+                self.warm = host.WarmProcess(self.folder, self.target)
+                self.warm.set_device(self.device)
+                connection = host.connect_warm(self.folder)
+        if connection is None:
+            raise RuntimeError(f"the warm process does not answer; its log is {self.folder / 'warm.log'}")
+        return connection
+
+    def poll(self, wait_s: float) -> list[dict[str, Any]]:
+        """What happened since the last call, in order; waits up to ``wait_s`` for something to happen."""
+        with self.changed:
+            self.changed.wait_for(lambda: bool(self.news), wait_s)
+            news = list(self.news)
+            self.news.clear()
+        return news
+
+    def signal(self, number: int) -> None:
+        """Sends the trainer a signal, if it lives."""
+        if self.connection is not None:
+            try:
+                wire.send(self.connection, {"signal": number})
+            except OSError:
+                self.connection = None
+
+    def kill(self) -> None:
+        """Ends the trainer now."""
+        self.signal(signal.SIGKILL)
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        with self.changed:
+            self.news.append(record)
+            self.changed.notify_all()
+
+    def _watch(self, connection: socket.socket, read_fd: int, order: dict[str, Any], pid: int, offset: int) -> None:
+        """Passes on what the trainer says until it ends, then how it ended. Runs in a thread of its own."""
+        world = {"rank": order["rank"], "generation": order["meeting"]["generation"]}
+        kills_before = host.oom_kills()
+        pending = b""
+        ended: wire.Message | None = None
+        alive = True
+        while alive:
+            ready, _, _ = select.select([connection, read_fd], [], [])
+            if connection in ready:
+                ended, _ = wire.receive(connection)
+                alive = False
+            if read_fd in ready or not alive:
+                pending = self._pass_on(pending + _available(read_fd), world)
+        os.close(read_fd)
+        connection.close()
+        code = ended["exit"] if ended else -signal.SIGKILL
+        record: dict[str, Any] = {"event": "exit", "code": code, "pid": pid, "t": time.time(), **world}
+        if code not in (0, 75):
+            record["host"] = socket.gethostname()
+            record["tail"] = tail(Path(order["log"]), offset)
+            record["peak_mib"] = ended["peak_kib"] // 1024 if ended else None
+            record["memory_mib"] = psutil.virtual_memory().total >> 20
+            record["oom"] = host.oom_kills() - kills_before
+            record["orphaned"] = ended is None
+        self._tell(record)
+
+    def _pass_on(self, data: bytes, world: dict[str, Any]) -> bytes:
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            event = json.loads(line)
+            if world["rank"] == 0 or event["event"] in QUIET_EVENTS:
+                self._tell({**event, **world})
+        return rest
+
+
+def _available(fd: int) -> bytes:
+    """All that can be read from a pipe now. A trainer's own children may keep it open, so its end is not waited for."""
+    data = b""
+    while select.select([fd], [], [], 0)[0]:
+        part = os.read(fd, 1 << 16)
+        if not part:
+            break
+        data += part
+    return data
+
+
+def tail(log: Path, offset: int) -> list[str]:
+    """The last lines that were written to ``log`` after byte ``offset``."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(offset, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]

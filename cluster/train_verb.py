@@ -1,0 +1,31 @@
+"""The verb ``train``: what a job's command line means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster import launch
+from cluster.begin import Begun
+from train import config as configuration
+from train.data import prepare
+from train.schema import Config
+
+MAY_NAME_A_CLUSTER = ("cluster=", "cluster.address=", "experiment=")
+
+
+def run(overrides: Sequence[str], begun: Begun | None) -> int:
+    """Runs the job that ``overrides`` ask for; explains them where nothing was begun. Returns the exit code."""
+    if begun is None:
+        print(configuration.help_text())
+        return launch.DONE
+    elsewhere = any(override.startswith(MAY_NAME_A_CLUSTER) for override in overrides)
+    return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus, elsewhere), begun)
+
+
+def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
+    """The folder of the prepared corpus, which is prepared first where it is missing or old."""
+    ready = prepare.resolve(config.data)
+    if ready is None:
+        ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}))
+    return str(ready.absolute())

@@ -1,0 +1,170 @@
+"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's ranks.
+
+    python -m cluster.warm TARGET LISTENING_FD       (started by ``cluster.host.start_warm``)
+
+A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on every
+start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its children's
+deaths at once and reports them with their signal and peak memory.
+
+Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the kernel
+kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
+
+from cluster import trainer, wire
+
+
+@dataclass
+class Child:
+    """A forked trainer and the steward that hears of it."""
+
+    pid: int
+    steward: socket.socket
+
+
+class Warm:
+    """Serves stewards until its owner is gone."""
+
+    def __init__(self, listener: socket.socket, target: str) -> None:
+        self.target = target
+        self.listener = listener
+        self.selector = selectors.DefaultSelector()
+        self.children: dict[int, Child] = {}
+        self.failure: str | None = None
+        self.ready = 0.0
+
+    def load(self) -> None:
+        """Imports the target, and whatever its module wants loaded before the fork (its ``preload``, if it has one)."""
+        try:
+            module = sys.modules[trainer.load_target(self.target).__module__]
+            if hasattr(module, "preload"):
+                module.preload()
+        except Exception:
+            self.failure = traceback.format_exc()
+        # What is loaded now lives as long as the process: out of the collector's sight, its pages stay shared.
+        gc.collect()
+        gc.freeze()
+        self.ready = time.time()
+
+    def serve(self) -> None:
+        """Answers stewards and reports deaths until the owner closes standard input."""
+        awake, wake = socket.socketpair()
+        awake.setblocking(False)
+        wake.setblocking(False)
+        signal.set_wakeup_fd(wake.fileno())
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        # Ending is the owner's business: after a signal to everybody the trainers still have to save.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        for source in (self.listener, awake, sys.stdin.buffer.raw):
+            self.selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.listener:
+                    self._accept()
+                elif key.fileobj is awake:
+                    awake.recv(4096)
+                    self._reap()
+                elif key.fileobj is sys.stdin.buffer.raw:
+                    return
+                else:
+                    self._hear(key.fileobj)  # type: ignore[arg-type]
+
+    def _accept(self) -> None:
+        steward, _ = self.listener.accept()
+        self.selector.register(steward, selectors.EVENT_READ)
+
+    def _hear(self, steward: socket.socket) -> None:
+        """One message of a steward: the request for a trainer, or a signal for the one it has."""
+        child = next((c for c in self.children.values() if c.steward is steward), None)
+        message, fds = wire.receive(steward, max_fds=2)
+        if message is None:
+            self.selector.unregister(steward)
+            steward.close()
+            if child:
+                os.kill(child.pid, signal.SIGKILL)
+        elif "signal" in message:
+            if child:
+                os.kill(child.pid, message["signal"])
+        elif self.failure:
+            wire.send(steward, {"failed": self.failure})
+        else:
+            self._fork(steward, message, fds)
+
+    def _fork(self, steward: socket.socket, request: wire.Message, fds: list[int]) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_trainer(parent, request, fds)
+        for fd in fds:
+            os.close(fd)
+        self.children[pid] = Child(pid, steward)
+        wire.send(steward, {"pid": pid, "ready": self.ready})
+
+    def _become_trainer(self, parent: int, request: wire.Message, fds: list[int]) -> None:
+        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit handlers."""
+        code = trainer.FAILED
+        try:
+            wire.die_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for key in list(self.selector.get_map().values()):
+                if isinstance(key.fileobj, socket.socket):
+                    key.fileobj.close()
+            self.selector.close()
+            code = trainer.run(request, fds[0], fds[1] if len(fds) > 1 else None)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+    def _reap(self) -> None:
+        """Reports every trainer that ended: exit code or signal, and the most memory it held."""
+        while True:
+            try:
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            child = self.children.pop(pid, None)
+            if child is not None and child.steward.fileno() >= 0:
+                code = os.waitstatus_to_exitcode(status)
+                try:
+                    wire.send(child.steward, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
+                except OSError:
+                    pass  # the steward is gone too; its own end is reported by Ray
+
+
+def main() -> None:
+    """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
+    target, fd = sys.argv[1], int(sys.argv[2])
+    warm = Warm(socket.socket(fileno=fd), target)
+    device = b""
+    while not device.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return
+        device += byte
+    # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
+    gpu = device.strip() == b"gpu"
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
+    warm.load()
+    warm.serve()
+
+
+if __name__ == "__main__":
+    main()

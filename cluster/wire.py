@@ -1,0 +1,57 @@
+"""What the processes of a job say to each other on one host: JSON messages over Unix sockets, file descriptors beside them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import struct
+from typing import Any
+
+HEADER = struct.Struct("!I")
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+Message = dict[str, Any]
+
+
+def send(sock: socket.socket, message: Message, fds: list[int] | None = None) -> None:
+    """Sends one message, and with it copies of the open files ``fds``."""
+    body = json.dumps(message).encode()
+    data = HEADER.pack(len(body)) + body
+    sent = socket.send_fds(sock, [data], fds or [])
+    sock.sendall(data[sent:])
+
+
+def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message | None, list[int]]:
+    """The next message and the files that came with it; None when the other side is gone."""
+    head, fds, _, _ = socket.recv_fds(sock, HEADER.size, max_fds)
+    head += _exactly(sock, HEADER.size - len(head)) if head else b""
+    if len(head) < HEADER.size:
+        return None, fds
+    size = HEADER.unpack(head)[0]
+    body = _exactly(sock, size)
+    return (json.loads(body) if len(body) == size else None), fds
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    """``size`` bytes, or fewer when the other side went away."""
+    data = b""
+    while len(data) < size:
+        try:
+            part = sock.recv(size - len(data))
+        except ConnectionError:
+            break
+        if not part:
+            break
+        data += part
+    return data
+
+
+def die_with_parent(parent: int) -> None:
+    """Has the kernel kill this process when the thread that made it ends; at once if ``parent`` is gone already."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,22 @@
+"""A driver for tests: ``python drive.py RUN_DIR FAULT_JSON [more settings as JSON]`` runs the toy rank as a job."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.begin import begin  # noqa: E402
+
+if __name__ == "__main__":
+    begun = begin("toy:train_rank")
+
+    from cluster import launch
+    from train import config as configuration
+
+    run_dir, fault, *settings = sys.argv[1:]
+    base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
+    more = json.loads(settings[0]) if settings else {}
+    values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
+    what = launch.Plan(lambda: configuration.parse(values), lambda config, report: fault, "address" in more)
+    sys.exit(launch.run(what, begun))

@@ -1,0 +1,161 @@
+"""``python -m train <verb>``: what one process does without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from train import config as configuration
+from train import schema
+from train.errors import Stopped, UserError
+
+OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss, perplexity and bits per byte on the held-out split."""
+    options = _options(argv, {"run.dir": None, "checkpoint": "latest"})
+    from train import dist
+    from train.data.loader import held_out_text
+    from train.data.shards import Corpus
+    from train.evaluate import Evaluation, gzip_bits_per_byte
+    from train.evaluate import evaluate as measure
+    from train.run import loaders
+    from train.saved import open_run
+
+    folder, world = Path(options["run.dir"]), dist.from_env()
+    run = open_run(folder, options["checkpoint"], str(world.device))
+    about = json.loads((folder / "corpus.json").read_text())
+    corpus = Corpus(about["folder"])
+    if corpus.fingerprint != about["fingerprint"]:
+        raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
+    held_out = loaders(run.config, corpus, world)[1]
+    if not held_out.groups:
+        raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
+    nats, places = measure(run.objective, held_out, world, lambda: False)
+    found = Evaluation(nats, places, held_out.bytes / places)
+    text = b"".join(held_out_text(corpus))
+    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out tokens", title_justify="left")
+    for column in ("measure", "value"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    table.add_row("loss (nats per token)", f"{found.loss:.4f}")
+    table.add_row("perplexity", f"{found.perplexity:.2f}")
+    table.add_row("bits_per_byte", f"{found.bits_per_byte:.4f}")
+    table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
+    OUT.print(table)
+    return OK
+
+
+def generate(argv: Sequence[str]) -> int:
+    """generate run.dir=FOLDER prompt=TEXT [checkpoint=latest] [max_tokens=200] [temperature=0.8] [top_k=0] [top_p=1.0] [seed=0].
+
+    temperature=0 is greedy; the text is written as it is drawn.
+    """
+    names = [n for n in schema.Generation.model_fields if n != "prompts"]
+    options = _options(argv, {"run.dir": None, "prompt": "", "checkpoint": "latest"} | dict.fromkeys(names, ""))
+    from train.generate import generate as draw
+    from train.saved import open_run
+
+    run = open_run(Path(options["run.dir"]), options["checkpoint"])
+    chosen = {"prompts": [options["prompt"]]} | {n: _number(options[n]) for n in names if options[n]}
+    settings = configuration.typed(schema.Generation, run.config.generation.model_dump() | chosen)
+    tokenizer, ids = run.tokenizer, []
+    sys.stdout.write(options["prompt"])
+
+    def show(row: int, token: int) -> None:
+        before = tokenizer.decode(ids)
+        ids.append(token)
+        sys.stdout.write(tokenizer.decode(ids).removeprefix(before).rstrip("\ufffd"))
+        sys.stdout.flush()
+
+    prompt = [tokenizer.eot, *tokenizer.encode(options["prompt"])]
+    draw(run.objective, [prompt], settings, tokenizer.eot, on_token=show)
+    sys.stdout.write("\n")
+    return OK
+
+
+def worker(argv: Sequence[str]) -> int:
+    """worker config=FILE corpus=FOLDER: one rank of a world that torchrun, or a like launcher, has started."""
+    options = _options(argv, {"config": None, "corpus": None})
+    from train import dist
+    from train.run import train_rank
+
+    config = configuration.read(Path(options["config"]))
+    world = dist.from_env()
+
+    def emit(event: dict[str, object]) -> None:
+        if world.first:
+            OUT.print_json(data=event, indent=None, default=float)
+
+    train_rank(config, options["corpus"], world, emit, lambda: False)
+    dist.leave()
+    return OK
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """prepare [data=stdlib|text] [data.paths=[...]] [key=value ...]: text to tokenised shards; resumable, idempotent."""
+    from train.data.progress import prepare_with_progress
+
+    prepare_with_progress(configuration.load(argv).data, OUT)
+    return OK
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
+    "worker": worker,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a verb; the exit code of the process."""
+    verb = VERBS.get(argv[0]) if argv else None
+    if verb is None:
+        ERR.print("usage: python -m train " + "|".join(VERBS) + " [key=value ...]")
+        return BAD_INPUT
+    if {"-h", "--help"} & set(argv[1:]):
+        OUT.print(verb.__doc__, markup=False)
+        return OK
+    try:
+        return verb(argv[1:])
+    except UserError as error:
+        ERR.print(f"[bold red]{argv[0]}:[/] ", end="")
+        ERR.print(str(error), markup=False)
+        return BAD_INPUT
+    except Stopped:
+        return STOPPED
+    except KeyboardInterrupt:
+        return 130
+
+
+def _options(argv: Sequence[str], known: dict[str, str | None]) -> dict[str, str]:
+    """``key=value`` arguments over the defaults of ``known``; None there: it must be given."""
+    given: dict[str, str | None] = {}
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            raise UserError(f"{argument!r} is not one of: " + " ".join(f"{k}=..." for k in known))
+        given[key] = value
+    missing = [key for key, value in {**known, **given}.items() if value is None]
+    if missing:
+        raise UserError(f"{missing[0]}=... is needed")
+    return {key: value or "" for key, value in {**known, **given}.items()}
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,321 @@
+"""What a run shows: events in, lines on the terminal out.
+
+On a terminal a live line moves below a quiet record of what happened; elsewhere the same record is plain text, with a line
+of progress every few seconds. An event that lacks a field shows without it: the console never ends a run. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_EVERY_S = 5.0
+BAR_WIDTH = 28
+PREPARE = "prepare"
+
+Event = dict[str, Any]
+
+
+class Console:
+    """Shows one run's events. ``show`` takes any event; the other methods speak for the driver."""
+
+    def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(highlight=False, soft_wrap=False)
+        self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._config: dict[str, Any] = {}
+        self._began = time.monotonic()
+        self._first_step: tuple[int, float] | None = None
+        self._last_plain = -math.inf
+        self._best: float | None = None
+        self._samples: list[tuple[str, str]] = []
+        self._verbs: dict[str, Callable[[Event], None]] = {
+            "job": self._job,
+            "plan": self._plan,
+            "phase": self._phase,
+            "prepare": self._prepare,
+            "step": self._step,
+            "eval": self._eval,
+            "save": self._save,
+            "sample": self._sample,
+            "note": self._note,
+            "done": self._done,
+            "failure": self._failure,
+            "stopping": self._stopping,
+        }
+
+    def show(self, event: Event) -> None:
+        """Shows one event; kinds that it does not know are not shown."""
+        verb = self._verbs.get(event.get("event", ""))
+        if verb is not None:
+            verb(event)
+
+    def close(self) -> None:
+        """Takes the live line away and gives the cursor back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # what the run is
+
+    def _job(self, event: Event) -> None:
+        self._config = event.get("config") or {}
+        cluster, run = self._config.get("cluster", {}), self._config.get("run", {})
+        workers = cluster.get("workers")
+        hosts = event.get("hosts", 1)
+        device = {"gpu": "a GPU each", "cpu": f"{_plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
+            event.get("device", ""), ""
+        )
+        places = f"{_plural(workers, 'worker')}, {device}" + (
+            f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
+        )
+        self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
+        self._fact(
+            "workers",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
+            f"{self._config.get('precision', {}).get('name')}",
+        )
+        self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
+
+    def _plan(self, event: Event) -> None:
+        model, batch = self._config.get("model", {}), self._config.get("batch", {})
+        shape = [
+            f"{model[key]} {word}"
+            for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads"))
+            if key in model
+        ]
+        self._fact("model", f"{_count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
+        tokens = event.get("tokens")
+        what = f"{_count(event.get('steps'))} steps"
+        if batch:
+            what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
+        self._fact("work", what + (f": {_count(tokens)} tokens" if tokens else ""))
+        if event.get("start_step"):
+            self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
+
+    def _phase(self, event: Event) -> None:
+        words = {
+            "engine": "building the model",
+            "first_step": "first step",
+            "eval": "evaluating",
+            "save": "saving",
+            "sample": "sampling",
+        }
+        word = words.get(event.get("name", ""))
+        if word:
+            self._status(Text(f"  {word} ...", style="dim"))
+
+    def _prepare(self, event: Event) -> None:
+        done, total = event.get("done"), event.get("total")
+        text = f"  preparing the corpus: {event.get('phase', '')}"
+        if done is not None:
+            text += f" {done:,}" + (f" of {total:,}" if total else "")
+        self._status(Text(text, style="dim"))
+
+    # how it goes
+
+    def _step(self, event: Event) -> None:
+        now = time.monotonic()
+        step, steps = event.get("step", 0), event.get("steps") or self._config.get("steps")
+        if self._first_step is None:
+            self._first_step = (step, now)
+        eta = self._eta(step, steps, now)
+        facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
+        facts += [f"loss {event['loss']:.4f}"] if _finite(event.get("loss")) else []
+        facts += [f"{_count(event['tokens_per_s'])} tokens/s"] if event.get("tokens_per_s") else []
+        facts += [f"{eta} left"] if eta else []
+        if self.terminal.is_terminal:
+            row = Table.grid(padding=(0, 2))
+            bar = ProgressBar(
+                total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
+            )
+            row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
+            self._status(row)
+        elif now - self._last_plain >= PLAIN_EVERY_S or step == steps:
+            self._last_plain = now
+            self._line(Text("  " + "  ".join(facts)))
+
+    def _eta(self, step: int, steps: int | None, now: float) -> str:
+        first, since = self._first_step or (step, now)
+        if not steps or step <= first:
+            return ""
+        return _duration((now - since) / (step - first) * (steps - step))
+
+    def _eval(self, event: Event) -> None:
+        loss = event.get("val_loss")
+        if not _finite(loss):
+            return
+        better = self._best is None or loss < self._best
+        fall = f"  ({loss - self._best:+.4f})" if self._best is not None else ""
+        self._best = loss if better else self._best
+        text = Text.assemble(
+            ("  step ", "dim"),
+            (f"{event.get('step', 0):,}".rjust(7), "dim"),
+            "  validation loss ",
+            (f"{loss:.4f}", "bold"),
+        )
+        if _finite(event.get("bits_per_byte")):
+            text.append(f"  {event['bits_per_byte']:.4f} bits per byte")
+        text.append(fall, style="green" if better else "yellow")
+        self._line(text)
+
+    def _save(self, event: Event) -> None:
+        seconds = f" in {event['seconds']:.1f} s" if _finite(event.get("seconds")) else ""
+        self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
+
+    def _sample(self, event: Event) -> None:
+        body = Text.assemble((str(event.get("prompt", "")), "cyan"), str(event.get("text", "")))
+        if self.terminal.is_terminal:
+            self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
+        else:
+            self._line(Text("  a sample:"))
+            self._line(Text("\n".join("  | " + line for line in body.plain.splitlines())))
+
+    def _note(self, event: Event) -> None:
+        self._line(Text(f"  {event.get('text', '')}", style="yellow"))
+
+    def _stopping(self, event: Event) -> None:
+        self._line(Text("  stopping: finishing the step and saving (once more to end at once)", style="yellow"))
+
+    def _failure(self, event: Event) -> None:
+        self._live_off()
+        lines = [str(line) for line in event.get("lines", [])]
+        body = Text("\n".join(lines[1:]))
+        title = lines[0] if lines else "the job failed"
+        if self.errors.is_terminal:
+            body = Text.assemble((title, "bold red"), "\n", body) if lines[1:] else Text(title, style="bold red")
+            self.errors.print(Panel(body, title="failed", title_align="left", border_style="red"))
+        else:
+            self.errors.print(Text(f"FAILED: {title}"))
+            if lines[1:]:
+                self.errors.print(Text("\n".join(f"  {line}".rstrip() for line in lines[1:])))
+        logs = f"{self._config.get('run', {}).get('dir', 'the run folder')}/logs/"
+        self.errors.print(Text(f"The ranks' logs: {logs}"))
+        self.errors.print(
+            Text(
+                f"Next: {event['next']}"
+                if event.get("next")
+                else "Next: run the same command again to go on from the newest checkpoint"
+            )
+        )
+
+    def _done(self, event: Event) -> None:
+        summary = event.get("summary") or {}
+        names = {
+            "step": "steps",
+            "val_loss": "validation loss",
+            "perplexity": "perplexity",
+            "bits_per_byte": "bits per byte",
+            "tokens": "tokens",
+            "wall_s": "time",
+            "goodput": "goodput",
+        }
+        facts = []
+        for key, word in names.items():
+            value = summary.get(key)
+            if _finite(value):
+                text = (
+                    _duration(value) if key == "wall_s" else _count(value) if isinstance(value, int) else f"{value:.4g}"
+                )
+                facts.append(f"{word} {text}")
+        self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
+
+    # what the driver says
+
+    def startup(self, marks: dict[str, float]) -> None:
+        """One line: the seconds after the command at which each phase of the start was reached."""
+        names = (
+            ("config", "config"),
+            ("ray", "Ray up"),
+            ("workers", "workers up"),
+            ("imports", "imports"),
+            ("first_step", "engine"),
+            ("first_step_done", "first step"),
+        )
+        facts = [f"{word} {marks[key]:.1f}" for key, word in names if key in marks]
+        self._line(Text("  seconds to the first step: " + " · ".join(facts), style="dim"))
+
+    def finished(self, config: Any) -> None:
+        """Where the run lies, and what to type next."""
+        where = config.run.dir
+        self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
+        self._fact("next", f'./launch.sh generate run.dir={where} prompt="..."')
+        self._fact("", f"./launch.sh evaluate run.dir={where}")
+
+    def stopped(self, config: Any) -> None:
+        """How to go on after a stop."""
+        self._live_off()
+        self._line(
+            Text.assemble(
+                ("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}"
+            )
+        )
+
+    def stopped_early(self) -> None:
+        """A stop before the first step: nothing was there to save."""
+        self._live_off()
+        self._line(Text("Stopped before training began. Run the same command again to start.", style="yellow"))
+
+    def bad_input(self, message: str) -> None:
+        """What is wrong with the input, where, and the cure."""
+        self._live_off()
+        self.errors.print(Text.assemble(("error: ", "bold red"), message))
+
+    # how it is drawn
+
+    def _fact(self, name: str, text: str) -> None:
+        self._line(Text.assemble((f"  {name:9}", "dim"), text))
+
+    def _line(self, what: RenderableType) -> None:
+        self.terminal.print(what, soft_wrap=not self.terminal.is_terminal)
+
+    def _status(self, what: RenderableType) -> None:
+        if not self.terminal.is_terminal:
+            return
+        if self._live is None:
+            self._live = Live(Group(what), console=self.terminal, transient=True, refresh_per_second=8)
+            self._live.start()
+        else:
+            self._live.update(what)
+
+    def _live_off(self) -> None:
+        self.close()
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(number: Any) -> str:
+    """A number as people say it: 950, 12.3k, 124M."""
+    if not _finite(number):
+        return "?"
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}" if isinstance(number, float) else str(number)
+
+
+def _duration(seconds: float) -> str:
+    """Time as people say it: 8 s, 2 min 05 s, 3 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _plural(number: Any, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"

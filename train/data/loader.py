@@ -1,0 +1,240 @@
+"""Batches for one rank: a thread prepares the next steps while the model works on this one."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from train import schema
+from train.batch import IGNORE, Batch
+from train.data.examples.causal import Rows, fill
+from train.data.order import Layout, Order, Shuffle
+from train.data.shards import Corpus, Shards
+from train.data.streams import Cursor, Plan, Shape
+from train.errors import UserError
+
+Step = tuple[list[Batch], Cursor]
+"""The micro-batches of one rank for one optimizer step, and where the data stands after it."""
+
+_CHUNK = 1 << 17
+"""Tokens that are put together at once: enough that numpy's fixed costs are small, few enough to stay in the cache."""
+_AHEAD = 2
+"""Chunks that wait for the model."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Whose rows: those of the streams s with s mod ``world`` = ``rank``, in micro-batches of ``micro`` rows."""
+
+    rank: int
+    world: int
+    micro: int
+
+
+def layout_of(shards: Shards) -> Layout:
+    """What the order must know of a split."""
+    return Layout(shards.shard_samples, shards.shard_tokens, shards.sizes)
+
+
+class Loader:
+    """Endless steps of training data from a cursor on; every rank gets equally many micro-batches of ``micro`` rows.
+
+    Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) weigh nothing:
+    all their targets are IGNORE. ``next()`` raises what went wrong while preparing, UserError for damaged shards
+    included.
+    """
+
+    def __init__(self, shards: Shards, plan: Plan, share: Share, isolate: bool = True, pin: bool = False) -> None:
+        if share.world > plan.shape.streams:
+            raise UserError(
+                f"{share.world} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
+                f"{plan.shape.streams} workers, or a larger batch.global"
+            )
+        self.plan = plan
+        self._shards, self._share, self._isolate, self._pin = shards, share, isolate, pin
+        self._streams = range(share.rank, plan.shape.streams, share.world)
+        most = plan.depth * -(-plan.shape.streams // share.world)
+        self.micro = share.micro
+        self.micro_batches = -(-most // share.micro)
+        self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
+        self._cursor = Cursor()
+        self._ready: deque[Step] = deque()
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._queue: queue.Queue[list[Step] | BaseException] = queue.Queue(_AHEAD)
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        """This rank's share of the next step, and the cursor after it."""
+        if not self._ready:
+            if self._thread is None:
+                self._start()
+            chunk = self._queue.get()
+            if isinstance(chunk, BaseException):
+                self.close()
+                raise chunk
+            self._ready.extend(chunk)
+        step = self._ready.popleft()
+        self._cursor = step[1]
+        return step
+
+    def seek(self, cursor: Cursor) -> None:
+        """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
+        self.plan.check(cursor)
+        self.close()
+        self._cursor = cursor
+
+    def data_hash(self, cursor: Cursor) -> str:
+        """A hash of what the whole world's step at the cursor trains on, the same on every rank of any world."""
+        return self.plan.data_hash(cursor)
+
+    def close(self) -> None:
+        """Stop preparing. The loader goes on from its last step if it is asked again."""
+        self._stop.set()
+        while self._thread is not None:
+            try:
+                self._queue.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.001)
+                self._thread = self._thread if self._thread.is_alive() else None
+        self._ready.clear()
+
+    def _start(self) -> None:
+        self._stop = threading.Event()
+        self._queue = queue.Queue(_AHEAD)
+        arguments = (self._cursor, self._stop, self._queue)
+        self._thread = threading.Thread(target=self._prepare, args=arguments, name="loader", daemon=True)
+        self._thread.start()
+
+    def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[Step] | BaseException]) -> None:
+        """The thread: one step at first, so that the first batch is there soon, then twice as many each time."""
+        steps = 1
+        while not stop.is_set():
+            try:
+                steps = min(steps, self._chunk, self.plan.steps_left(cursor))
+                chunk = self.build(cursor, steps)
+            except BaseException as error:
+                out.put(error)
+                return
+            cursor, steps = chunk[-1][1], 2 * steps
+            while not stop.is_set():
+                try:
+                    out.put(chunk, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+
+    def build(self, cursor: Cursor, steps: int) -> list[Step]:
+        """This rank's next ``steps`` steps from a cursor, all in one epoch."""
+        depth, own, seq_len = self.plan.depth, len(self._streams), self.plan.shape.seq_len
+        pieces = self.plan.rows(self._streams, cursor, steps)
+        batch = empty_batch((steps, self.micro_batches * self._share.micro, seq_len), self._pin)
+        used = depth * own
+        for key, value in batch.items():
+            value[:, used:] = IGNORE if key == "targets" else 0
+        # Pieces come stream by stream, a step's rows in the order j = i * S + s: a transposed view of the result.
+        views = [
+            value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()
+        ]
+        fill(self._shards, pieces, self._isolate, Rows(*views))
+        micro = self._share.micro
+        done: list[Step] = []
+        for step in range(steps):
+            cursor = self.plan.after(cursor)
+            parts = [slice(at, at + micro) for at in range(0, self.micro_batches * micro, micro)]
+            done.append(([{key: value[step, part] for key, value in batch.items()} for part in parts], cursor))
+        return done
+
+
+class EvalLoader:
+    """The rows of a split in the order of storage, in groups of ``micro`` rows that are the same for any world.
+
+    Rank r gives groups r, r + world, ...; those that are missing at the end weigh nothing, so that every rank gives
+    equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
+    """
+
+    def __init__(
+        self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None
+    ) -> None:
+        self._shards, self._share, self._isolate = shards, share, isolate
+        self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
+        self.groups = 0
+        if shards.samples:
+            self._plan = Plan(Order(layout_of(shards), Shuffle(0, 0), shape.pack), self._shape)
+            self.groups = self._plan.steps_per_epoch
+            if tokens is not None:
+                self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
+
+    def first(self, tokens: int) -> EvalLoader:
+        """The first groups, as many as hold ``tokens`` places."""
+        part = copy(self)
+        part.groups = min(self.groups, -(-tokens // (self._shape.rows * self._shape.seq_len)))
+        return part
+
+    def __len__(self) -> int:
+        return -(-self.groups // self._share.world)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for group in range(self._share.rank, len(self) * self._share.world, self._share.world):
+            yield self._group(group)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of text that the groups predict: exact for the whole split, in proportion to places for a part."""
+        if not self.groups:
+            return 0.0
+        unit = self._shape.seq_len if self._shape.pack else 1
+        end = min(self.groups * self._share.micro * unit, self._plan.order.units)
+        places = (
+            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+        )
+        return self._shards.bytes * places / self._shards.tokens
+
+    def _group(self, group: int) -> Batch:
+        shape = (self._shape.rows, self._shape.seq_len)
+        batch = empty_batch(shape, pin=False)
+        if group >= self.groups:
+            for key, value in batch.items():
+                value.fill_(IGNORE if key == "targets" else 0)
+            return batch
+        unit = self._shape.seq_len if self._shape.pack else 1
+        pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
+        fill(self._shards, pieces, self._isolate, Rows(*(value.numpy() for value in batch.values())))
+        return batch
+
+
+def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
+    """Tensors of a Batch, not filled, in the order of `Rows`; page-locked with ``pin``, as copies to a GPU need."""
+    return {
+        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin)
+        for key in Rows._fields
+    }
+
+
+def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bool = False) -> Loader:
+    """The training split as the configuration orders it. Raises UserError where streams, batch and world do not fit."""
+    data, shards = config.data, corpus.split("train")
+    order = Order(layout_of(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
+    shape = Shape(config.batch.global_, config.batch.seq_len, data.streams or config.batch.global_, data.pack)
+    return Loader(shards, Plan(order, shape), share, data.isolate, pin)
+
+
+def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, tokens: int | None = None) -> EvalLoader:
+    """The held-out split as the configuration shapes its rows; ``tokens`` as for EvalLoader."""
+    shape = Shape(share.micro, config.batch.seq_len, 1, config.data.pack)
+    return EvalLoader(corpus.split("val"), shape, share, config.data.isolate, tokens)
+
+
+def held_out_text(corpus: Corpus) -> Iterator[bytes]:
+    """The text of the held-out documents, one by one: what bits per byte are counted over."""
+    shards = corpus.split("val")
+    return (corpus.tokenizer.decode(shards.document(sample).tolist()).encode() for sample in range(shards.samples))

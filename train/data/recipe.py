@@ -1,0 +1,103 @@
+"""What a corpus is made of: its documents, found and cleaned, without repeats, and which of them are held out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from train import schema
+from train.data import clean, shards, tokenizer, work
+from train.data.sources import Reading, SourceFile, complain, reading
+from train.errors import UserError
+
+Report = Callable[[dict[str, Any]], None]
+"""Told {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)}.
+
+What it raises ends the work; finished shards are kept.
+"""
+
+_SPAN = 4 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a corpus is made of: settings, documents and their split. Two equal recipes make equal corpora."""
+
+    digest: str
+    settings: dict[str, Any]
+    splits: dict[str, work.Documents]
+    characters: str
+
+
+def settings(data: schema.Data) -> dict[str, Any]:
+    """The keys of ``data`` that decide what the shards hold."""
+    keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
+    return data.model_dump(include=keys)
+
+
+def find_recipe(data: schema.Data, sources: list[SourceFile], run: work.Run, report: Report) -> Recipe:
+    """Read all text once. Raises UserError with every problem of every file, or if nothing is left."""
+    how, total = reading(data), sum(file.size for file in sources)
+    given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
+    tasks = [(spans, how, data.tokenizer.kind == "chars") for spans in _spans(sources)]
+    found: dict[int, work.Found] = {}
+    done = 0
+    for number, part in run(work.find_documents, tasks):
+        found[number] = part
+        done += part.read
+        report({"phase": "read", "done": done, "total": total})
+    parts = [found[number] for number in range(len(tasks))]
+    complain([problem for part in parts for problem in part.problems])
+    documents = np.concatenate([part.documents for part in parts])
+    if not len(documents):
+        raise UserError(f"the corpus is empty: {len(sources)} files of {total:,} bytes hold no text after cleaning")
+    if data.dedup:
+        documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
+    names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
+    chosen = settings(data)
+    described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
+    digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
+    characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
+    return Recipe(digest, chosen, _split(documents, data.val_fraction, sources, how), characters)
+
+
+def _spans(sources: list[SourceFile]) -> Iterator[list[work.Span]]:
+    """Lists of spans of about _SPAN bytes, in order: small files together, large files of lines in pieces."""
+    group: list[work.Span] = []
+    for number, file in enumerate(sources):
+        step = _SPAN if file.lines else max(file.size, 1)
+        for begin in range(0, max(file.size, 1), step):
+            group.append(work.Span(number, file, begin, min(begin + step, file.size)))
+            if sum(span.end - span.begin for span in group) >= _SPAN:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def _split(documents: work.Documents, fraction: float, sources: list[SourceFile], how: Reading) -> dict[str, work.Documents]:
+    """Hold out the documents whose hash, as a number in [0, 1), lies below ``fraction``.
+
+    So a document stays on its side whatever is added to the corpus. Neither side may be empty: of several documents
+    the one of lowest hash is held out (the one of highest trained on); a single document is cut, its end held out.
+    """
+    if fraction == 0:
+        return {"train": documents, "val": documents[:0]}
+    if len(documents) == 1:
+        text = work.text_of(dict(enumerate(sources)), documents[0], how)
+        middle = int(len(text) * (1 - fraction))
+        train, val = documents.copy(), documents.copy()
+        train["end"], val["begin"] = middle, middle
+        train["bytes"] = len(text[:middle].encode())
+        val["bytes"] = len(text[middle:].encode())
+        return {"train": train, "val": val}
+    places = documents["hash"][:, 0].astype(np.float64) / 2.0**64
+    held = places < fraction
+    held[np.argmin(places)] = True
+    held[np.argmax(places)] = False
+    return {"train": documents[~held], "val": documents[held]}

@@ -1,0 +1,267 @@
+"""A prepared corpus on disk: plain WebDataset tar shards, a table of their samples, and an index that proves them.
+
+    <corpus>/index.json            what is here, with sha256 of everything; written last: without it there is no corpus
+    <corpus>/tokenizer.json
+    <corpus>/train-000000.tar      samples 000000000.meta.json {"source", "bytes"}, 000000000.tokens.npy
+    <corpus>/train.table.npy       int64 (3, samples): where tokens begin in the tar (bytes), places, bytes of text
+    <corpus>/verified.txt          stamps of files whose sha256 was checked, so that the next open need not
+
+A document of n tokens is stored as [EOT, t1 .. tn, EOT]: it has n + 1 *places*, inputs being the first n + 1 ids and
+targets the last n + 1. All counts of "tokens" here are places. webdataset writes the tars; local ones are read
+through the table and a memory map. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.data import files
+from train.data.tokenizer import FILE as TOKENIZER_FILE
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.errors import UserError
+
+VERSION = 1
+INDEX = "index.json"
+SPLITS = ("train", "val")
+_STAMPS = "verified.txt"
+_BLOCK = 512
+_MAX_OPEN = 8192
+"""Shards mapped at once; the system allows some 65 thousand maps."""
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard as the index promises it: sums of its samples, places and bytes of text; its size and sha256."""
+
+    name: str
+    samples: int
+    tokens: int
+    bytes: int
+    size: int
+    sha256: str
+
+
+class _Hashing:
+    """A file that hashes what passes through it, so that a shard is read by nobody to be proved."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = sha256()
+
+    def write(self, block: bytes) -> int:
+        self.digest.update(block)
+        return self._file.write(block)
+
+
+def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDArray[Any]]]) -> tuple[Entry, Ids]:
+    """Write one tar, whole or not at all; returns its entry and its table (3, samples).
+
+    ``documents`` are (source, bytes of text, stored ids); ``first`` is the number of the first in its split. The bytes
+    written are a function of the arguments.
+    """
+    from webdataset import TarWriter  # 1.3 s, and only writers need it
+
+    rows: list[tuple[int, int, int]] = []
+    temporary = files.aside(path)
+    with temporary.open("wb") as file:
+        hashing = _Hashing(file)
+        with TarWriter(hashing, encoder=False, mtime=0) as writer:
+            for number, (source, text_bytes, ids) in enumerate(documents, first):
+                meta = json.dumps({"source": source, "bytes": text_bytes}, ensure_ascii=False).encode()
+                stored = npy_bytes(ids)
+                begin = writer.tarstream.offset
+                writer.write({"__key__": f"{number:09d}", "meta.json": meta, "tokens.npy": stored})
+                header = len(stored) - ids.nbytes
+                rows.append((begin + 2 * _BLOCK + -(-len(meta) // _BLOCK) * _BLOCK + header, len(ids) - 1, text_bytes))
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    files.publish(temporary, path)
+    table = np.array(rows, np.int64).reshape(-1, 3).T.copy()
+    sums = [int(total) for total in table.sum(axis=1)]
+    return Entry(path.name, len(rows), sums[1], sums[2], size, hashing.digest.hexdigest()), table
+
+
+class Stamps:
+    """Which files of a folder have been hashed and found right, told by size, mtime (ns) and inode.
+
+    A file that changes gets another stamp. Where the folder cannot be written, stamps last as long as the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _STAMPS
+        try:
+            lines = self._path.read_text("utf-8").splitlines()
+        except OSError:
+            lines = []
+        self._known = set(lines)
+
+    @staticmethod
+    def _line(path: Path, digest: str) -> str:
+        stat = path.stat()
+        return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {digest}"
+
+    def holds(self, path: Path, digest: str) -> bool:
+        """Whether the file is the one that was found to have this sha256."""
+        return self._line(path, digest) in self._known
+
+    def add(self, path: Path, digest: str) -> None:
+        """Note that the file's sha256 was found to be ``digest``."""
+        line = self._line(path, digest)
+        self._known.add(line)
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError:
+            pass  # a folder that is read only: hash again next time
+
+    def check(self, folder: Path, name: str, size: int, digest: str) -> None:
+        """Raise UserError unless the file is whole and has this sha256; hashes it only if its stamp is unknown."""
+        path = folder / name
+        check_size(folder, name, size)
+        if self.holds(path, digest):
+            return
+        if (found := files.sha256_of(path)) != digest:
+            raise UserError(f"{path}: damaged: its sha256 is {found}, the index says {digest}. {_CURE}")
+        self.add(path, digest)
+
+
+_CURE = "Run `./launch.sh prepare` again with the same settings: it makes anew what is damaged and keeps the rest."
+
+
+def check_size(folder: Path, name: str, size: int) -> None:
+    """Raise UserError if the file is missing or has another size (bytes)."""
+    path = folder / name
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}. {_CURE}") from None
+    if found != size:
+        raise UserError(f"{path}: truncated or overwritten: it has {found:,} bytes, the index says {size:,}. {_CURE}")
+
+
+class Shards:
+    """One split of a corpus: the table of its samples and views of their stored ids. Samples are numbered from 0."""
+
+    def __init__(self, folder: Path, split: dict[str, Any], dtype: str, stamps: Stamps) -> None:
+        self.folder = folder
+        self.entries = [Entry(**entry) for entry in split["shards"]]
+        self.samples = sum(entry.samples for entry in self.entries)
+        self.tokens = sum(entry.tokens for entry in self.entries)
+        self.bytes = sum(entry.bytes for entry in self.entries)
+        self.shard_samples: Ids = np.array([entry.samples for entry in self.entries], np.int64)
+        self.shard_tokens: Ids = np.array([entry.tokens for entry in self.entries], np.int64)
+        self.first: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
+        self.dtype = np.dtype(dtype)
+        self._stamps = stamps
+        self._open: dict[int, NDArray[Any]] = {}
+        for entry in self.entries:
+            check_size(folder, entry.name, entry.size)
+        table = split["table"]
+        stamps.check(folder, table["name"], table["size"], table["sha256"])
+        self._table: Ids = np.load(folder / table["name"], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        self.sizes: Ids = self._table[1]  # places of every sample
+        self.text_bytes: Ids = self._table[2]
+
+    def stored(self, samples: Ids, starts: Ids, lengths: Ids) -> list[NDArray[Any]]:
+        """Views of stored ids: of each sample, ``lengths`` ids from its place ``starts``. A sample -1 gives zeros."""
+        shards = np.searchsorted(self.first, samples, side="right") - 1
+        begins = self._table[0][samples] // self.dtype.itemsize + starts
+        zeros = np.zeros(int(lengths[samples < 0].max(initial=0)), self.dtype)
+        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist() if shard >= 0}
+        maps[-1] = zeros
+        begins[samples < 0] = 0
+        ends = begins + lengths
+        return [maps[h][a:b] for h, a, b in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)]
+
+    def document(self, sample: int) -> NDArray[Any]:
+        """The ids of one document, without the EOT around it."""
+        one = np.array([sample])
+        return self.stored(one, np.array([1]), self.sizes[one] - 1)[0]
+
+    def _map(self, shard: int) -> NDArray[Any]:
+        """A whole tar as an array of ids (data begins at multiples of 64 bytes), checked the first time."""
+        found = self._open.get(shard)
+        if found is None:
+            entry = self.entries[shard]
+            self._stamps.check(self.folder, entry.name, entry.size, entry.sha256)
+            with (self.folder / entry.name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            found = np.frombuffer(mapped, self.dtype)
+            if len(self._open) >= _MAX_OPEN:
+                self._open.pop(next(iter(self._open)), None)
+            self._open[shard] = found
+        return found
+
+
+class Corpus:
+    """A prepared corpus, opened. Raises UserError, with the cure, for anything missing, cut short or changed."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
+        self.stamps = Stamps(self.folder)
+        self.tokenizer: Tokenizer = load_tokenizer(self.folder)
+        if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
+            raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {_CURE}")
+        self._splits: dict[str, Shards] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest over the index, and so over every byte of shards and tokenizer: equal only for an equal corpus."""
+        return sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
+
+    def split(self, name: str) -> Shards:
+        """The samples of "train" or "val"; the held-out split of a corpus may be empty (``samples == 0``)."""
+        if name not in self._splits:
+            self._splits[name] = Shards(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
+        return self._splits[name]
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a prepared corpus. Raises UserError if there is none, or one of another version."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no prepared corpus (no {INDEX}): run `./launch.sh prepare` first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete the folder and run `./launch.sh prepare`") from None
+    if index.get("version") != VERSION:
+        raise UserError(f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again")
+    return index
+
+
+def index_split(entries: list[Entry], table: dict[str, Any]) -> dict[str, Any]:
+    """What the index says about one split."""
+    sums = {key: sum(getattr(entry, key) for entry in entries) for key in ("samples", "tokens", "bytes")}
+    return {**sums, "table": table, "shards": [asdict(entry) for entry in entries]}
+
+
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """The array as a .npy file."""
+    stored = io.BytesIO()
+    np.lib.format.write_array(stored, array, version=(1, 0), allow_pickle=False)
+    return stored.getvalue()
+
+
+def write_table(folder: Path, split: str, table: Ids, stamps: Stamps) -> dict[str, Any]:
+    """Write a split's table (3, samples); returns its entry for the index."""
+    content = npy_bytes(table)
+    path, digest = folder / f"{split}.table.npy", sha256(content).hexdigest()
+    files.write_whole(path, content)
+    stamps.add(path, digest)
+    return {"name": path.name, "size": len(content), "sha256": digest}

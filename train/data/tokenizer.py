@@ -1,0 +1,154 @@
+"""Text to token ids and back, always by a ``tokenizer.json`` of the ``tokenizers`` library in the corpus folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from train import schema
+from train.errors import UserError
+
+FILE = "tokenizer.json"
+EOT = "<|endoftext|>"
+_END_TOKENS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_BYTES = 256
+_LONG = 1 << 20
+"""Characters above which a text is encoded piece by piece: the library holds some 100 bytes a token meanwhile."""
+
+
+class Tokenizer:
+    """Encodes and decodes; ``eot`` is the id that ends (and begins) every document, ``vocab_size`` counts all ids."""
+
+    def __init__(self, content: str) -> None:
+        try:
+            self._fast = Fast.from_str(content)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"not a tokenizer.json that the tokenizers library reads: {error}") from None
+        # A text that spells a special token is text: it must not end a document, and it must come back as it was.
+        self._fast.encode_special_tokens = True
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        ids = [self._fast.token_to_id(token) for token in _END_TOKENS]
+        known = [identity for identity in ids if identity is not None]
+        if not known:
+            raise UserError(f"the tokenizer has no token that ends a document (looked for {', '.join(_END_TOKENS)})")
+        self.eot: int = known[0]
+        vocabulary = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
+        # Only a character vocabulary has no pre-tokenizer and no merges; the library would drop unknown ones in
+        # silence.
+        characters = vocabulary.keys() - {EOT}
+        self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
+        # A text equals the sum of its pieces only where the tokenizer puts nothing before or between words.
+        whole = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
+        self._piece = _LONG if whole and self._fast.normalizer is None else None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without ``eot``. Raises UserError for a character that a character vocabulary lacks."""
+        if self._characters is not None and (unknown := set(text) - self._characters):
+            listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
+            raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
+        ids: list[int] = []
+        for piece in _pieces(text, self._piece or len(text)):
+            ids.extend(self._fast.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; bytes that are no whole character become the replacement character."""
+        return self._fast.decode(list(ids), skip_special_tokens=False)
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """The tokenizer of a prepared corpus or of a run."""
+    path = Path(folder) / FILE
+    try:
+        return Tokenizer(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Pieces of about ``size`` characters or less, cut before a line where there is one: they join to the text."""
+    start = 0
+    while len(text) - start > size:
+        newline = text.rfind("\n", start + 1, start + size)
+        stop = newline if newline > 0 else start + size
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def build_tokenizer(settings: schema.Tokenizer, texts: Iterable[str], characters: str) -> str:
+    """The content of a new ``tokenizer.json``: a function of the settings and the text alone.
+
+    ``texts`` are what a bpe learns from; ``characters`` those of the whole corpus, for chars. Raises UserError.
+    """
+    match settings.kind:
+        case "bpe":
+            return _train_bpe(settings.vocab_size, texts)
+        case "chars":
+            return _finish(Fast(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[])), decoders.Fuse())
+        case "bytes":
+            fast = Fast(models.BPE(vocab={sign: byte for byte, sign in enumerate(_byte_signs())}, merges=[]))
+            fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            return _finish(fast, decoders.ByteLevel())
+        case "file":
+            return given_tokenizer(settings)
+
+
+def given_tokenizer(settings: schema.Tokenizer) -> str:
+    """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError."""
+    if settings.path is None:
+        raise UserError("data.tokenizer.kind=file needs data.tokenizer.path=/where/tokenizer.json")
+    try:
+        content = Path(settings.path).expanduser().read_text("utf-8")
+        Tokenizer(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
+    return content
+
+
+def _train_bpe(vocab_size: int | None, texts: Iterable[str]) -> str:
+    if vocab_size is None or vocab_size <= _BYTES:
+        raise UserError(
+            f"data.tokenizer.vocab_size={vocab_size}: a byte-level bpe needs more than {_BYTES} ids "
+            f"({_BYTES} bytes and {EOT}); set e.g. data.tokenizer.vocab_size=4096"
+        )
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    fast.train_from_iterator(texts, trainer)
+    return fast.to_str()
+
+
+def _finish(fast: Fast, decoder: decoders.Decoder) -> str:
+    """Add the end token after all others, and how tokens become text again."""
+    fast.add_special_tokens([EOT])
+    fast.decoder = decoder
+    return fast.to_str()
+
+
+def _byte_signs() -> list[str]:
+    """The sign that byte-level tokenizers write for each byte, in the order of the bytes.
+
+    Printable bytes stand for themselves; the others, in order, for the characters from 256 up (Radford et al. 2019,
+    `bytes_to_unicode` of GPT-2).
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(_BYTES) if byte not in printable]
+    return [chr(byte if byte in printable else _BYTES + others.index(byte)) for byte in range(_BYTES)]

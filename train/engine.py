@@ -1,0 +1,278 @@
+"""DeepSpeed, whole, behind one class: the only file that knows it.
+
+The engine trains an objective (an nn.Module that returns Losses) under ZeRO 0-3, and shows its state as *pieces*: flat runs of one
+parameter's fp32 master weights and moments, wherever the stage happens to keep them. Checkpoints are made of pieces, so they know
+neither stage nor world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+if not torch.backends.cuda.is_built():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on every start, that it found nothing else
+import deepspeed
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch import Tensor, nn
+
+from train.batch import Batch, Losses
+from train.dist import World
+from train.schema import Config
+
+# DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
+vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
+
+MASTER = "weight"
+"""The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
+
+    name: str
+    start: int
+    numel: int
+    holder: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece's view of ``tensor``, which has the layout of the holder: (numel,)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    losses: Losses
+    grad_norm: float
+    applied: bool
+    """False where a non-finite gradient kept the update from being made."""
+
+
+class Engine:
+    """One rank's share of the model and its optimizer."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        world: World,
+        micro: int,
+        accumulation: int,
+    ) -> None:
+        """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
+        self.rank, self.world_size = world.rank, world.size
+        self.clip = config.optimizer.clip
+        self.shapes = {name: p.shape for name, p in objective.named_parameters()}
+        self.names = {p: name for name, p in objective.named_parameters()}
+        self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
+        os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
+        self.unfused = config.zero.stage == 0 and not self.plain
+        initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
+        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
+        self.pieces = list(self._pieces())
+        if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
+            torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
+            self.inner.state.clear()
+            self._spread_masters()
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def train_step(self, micro_batches: Sequence[Batch], counts: dict[str, int], lr: float) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches.
+
+        ``counts`` are the trained places of the global batch, per loss: each loss is a sum divided by its count. DeepSpeed
+        averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``.
+        """
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.engine.train()
+        # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
+        scale = float(self.engine.optimizer.loss_scale_config.cur_scale) if self.unfused else 1.0
+        totals: dict[str, tuple[Tensor, Tensor]] = {}
+        norm, applied = math.nan, True
+        for n, batch in enumerate(micro_batches):
+            losses = self.engine(batch)
+            loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, (s, _) in losses.items()]).sum()
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            for name, (total, count) in losses.items():
+                before = totals.get(name, (torch.zeros_like(total), torch.zeros_like(count)))
+                totals[name] = (before[0] + total.detach(), before[1] + count)
+            if self.plain and n == len(micro_batches) - 1:
+                norm, applied = self._clip_plain()
+            self.engine.step()
+        if not self.plain:
+            applied = not getattr(self.engine.optimizer, "overflow", False)
+            norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
+        return StepResult(totals, norm, applied)
+
+    def _clip_plain(self) -> tuple[float, bool]:
+        """Clip as ZeRO does, where there is no ZeRO; drop the gradients altogether if their norm is not finite.
+
+        Adam would carry one NaN element in its moments for ever, so the norm is looked at before the update.
+        """
+        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if not math.isfinite(norm):
+            self.engine.module.zero_grad(set_to_none=True)
+            return math.nan, False
+        if self.clip > 0:
+            torch._foreach_div_(grads, max(1.0, (norm + 1e-6) / self.clip))
+        return norm, True
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        """Losses of one micro-batch, nothing trained."""
+        self.engine.eval()
+        losses: Losses = self.engine(batch)
+        return losses
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    def states(self, piece: Piece) -> dict[str, Tensor]:
+        """The kinds of a piece and this rank's views of them: the fp32 master weights and the optimizer's moments."""
+        found = {MASTER: piece.of(piece.holder)}
+        for kind, value in self.inner.state.get(piece.holder, {}).items():
+            if isinstance(value, Tensor) and value.numel() == piece.holder.numel() and kind != "step":
+                found[kind] = piece.of(value)
+        return found
+
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
+        for holder in {id(p.holder): p.holder for p in self.pieces}.values():
+            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds if k != MASTER}
+            if "exp_avg" in moments:
+                on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
+                moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
+            if moments:
+                self.inner.state[holder] = moments
+        for piece in self.pieces:
+            for kind, view in self.states(piece).items():
+                view.copy_(read(piece, kind))
+        self._spread_masters()
+
+    @torch.no_grad()
+    def _spread_masters(self) -> None:
+        """Carry the fp32 masters into the weights that forward uses, in their precision, on every rank."""
+        zero, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
+        if self.plain:
+            return
+        if stage == ZeroStageEnum.weights:
+            zero._partition_all_parameters()
+            for group in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero._post_step(set())
+        elif stage == ZeroStageEnum.disabled:
+            for low, high in zip(zero.fp16_groups, zero.fp32_groups, strict=True):
+                torch._foreach_copy_(list(low), list(high))
+        else:
+            zero.update_lp_params()
+
+    def scalars(self) -> dict[str, float]:
+        """What else the optimizer remembers: the dynamic loss scale of fp16."""
+        scaler = self._scaler()
+        return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, k, None) is not None}
+
+    def load_scalars(self, values: dict[str, float]) -> None:
+        """Set what ``scalars`` gave, where this precision has it."""
+        scaler = self._scaler()
+        for key, value in values.items():
+            if getattr(scaler, key, None) is not None:
+                setattr(scaler, key, type(getattr(scaler, key))(value))
+
+    def _scaler(self) -> Any:
+        zero = self.engine.optimizer
+        return zero.loss_scale_config if self.unfused else getattr(zero, "loss_scaler", None)
+
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, whole, in fp32 on the CPU of rank 0, one at a time; other ranks take part and get empty ones.
+
+        A collective: every rank iterates to the end.
+        """
+        for name, param in self.engine.module.named_parameters():
+            gathered = deepspeed.zero.GatheredParameters([param]) if self._stage3 else contextlib.nullcontext()
+            with gathered:
+                yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
+
+    @property
+    def _stage3(self) -> bool:
+        return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.weights)
+
+    # --------------------------------------------------------------------------------------- where each stage keeps it
+
+    def _pieces(self) -> Iterator[Piece]:
+        zero, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
+        if stage == ZeroStageEnum.weights:
+            yield from self._pieces_of_stage3(zero)
+        elif stage == ZeroStageEnum.disabled:
+            masters = {} if self.plain else dict(_zip_groups(zero.fp16_groups, zero.fp32_groups))
+            for param, name in self.names.items():
+                yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
+        else:
+            flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+            for param, name in self.names.items():
+                mapping = param._hp_mapping
+                if mapping is not None:  # None: another rank holds all of it
+                    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+                    yield Piece(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+
+    def _pieces_of_stage3(self, zero: Any) -> Iterator[Piece]:
+        for param, name in self.names.items():
+            group, offset, share = zero.grad_position[zero.get_param_id(param)]
+            start = self.rank * share
+            numel = min(share, param.ds_numel - start)  # the last ranks' shares are padded
+            if numel > 0:
+                yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+    @property
+    def replicated(self) -> bool:
+        """Every rank holds every piece: stage 0."""
+        return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.disabled)
+
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _zip_groups(low: Any, high: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    for a, b in zip(low, high, strict=True):
+        yield from zip(a, b, strict=True)
+
+
+def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bool) -> dict[str, Any]:
+    """DeepSpeed's settings for a run. Without ZeRO and in fp32 (``plain``) clipping is the engine's own."""
+    zero: dict[str, Any] = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": False}
+    if config.zero.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if config.zero.stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if plain else config.optimizer.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # plain SGD is one
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
+        "steps_per_print": None,
+    }
+    if config.precision.name == "bf16":
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if config.zero.stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if config.precision.name == "fp16":
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+    return settings

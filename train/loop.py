@@ -1,0 +1,166 @@
+"""The loop of one rank, in the order in which things happen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from train import dist
+from train.batch import Batch, count_targets, to_device
+from train.data.loader import Loader
+from train.engine import Engine, StepResult
+from train.errors import Stopped, UserError
+from train.progress import Progress
+from train.rng import seed_of
+from train.schedule import learning_rate
+from train.schema import Config
+from train.throughput import tokens_per_second
+
+Record = dict[str, Any]
+EMIT_EVERY_S = 0.1
+
+
+class Aside(Protocol):
+    """What a run does beside its steps. All but ``log`` are collectives."""
+
+    def log(self, record: Record) -> None:
+        """Keep the numbers of a step."""
+
+    def evaluate(self, progress: Progress) -> Record:
+        """The held-out loss of the model as it is now."""
+
+    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+        """A checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+
+
+@dataclass
+class Training:
+    """One rank's run, assembled: what the loop needs, and nothing else."""
+
+    config: Config
+    world: dist.World
+    engine: Engine
+    loader: Loader
+    aside: Aside
+    emit: Callable[[Record], None]
+    should_stop: Callable[[], bool]
+    progress: Progress
+    saved_step: int | None = None
+    """The step of the newest checkpoint."""
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every so many steps happens at this one; all of it happens at the last."""
+        return step == self.config.steps or (every > 0 and step % every == 0)
+
+
+def train(run: Training) -> Progress:
+    """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
+    config, progress, pace = run.config, run.progress, Pace(run.progress)
+    while progress.step < config.steps:
+        began = time.monotonic()
+        torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
+        micro_batches, cursor = next(run.loader)
+        tokens, stop = agree(micro_batches, run.should_stop())
+        if stop:
+            _stop(run, progress)
+        batches = [to_device(batch, run.world.device) for batch in micro_batches]
+        lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
+        result = run.engine.train_step(batches, {"loss": tokens}, lr)
+        before, progress = progress, progress.after(cursor, tokens, result.applied, time.monotonic() - began)
+        _refuse_divergence(run, result, progress)
+        record = {}
+        if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
+            record = report(run, result, before, progress, lr) | pace.since_last(progress)
+        pace.show(run, progress, record)
+        _aside(run, progress, record)
+    return progress
+
+
+def agree(micro_batches: Sequence[Batch], stop: bool) -> tuple[int, bool]:
+    """(places trained on in the global batch, whether any rank is asked to stop): one small sum over the ranks.
+
+    Before the first backward pass, since every gradient is divided by the count of the whole batch.
+    """
+    places, stops = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop)])
+    return int(places), stops > 0
+
+
+def report(run: Training, result: StepResult, before: Progress, progress: Progress, lr: float) -> Record:
+    """The line of ``metrics.jsonl`` of this step, without its times. A collective: the loss is summed over the ranks."""
+    total, count = result.losses["loss"]
+    loss, places = dist.all_reduce_sum([float(total), float(count)])
+    return {
+        "step": progress.step,
+        "loss": loss / places,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens": progress.tokens,
+        "epoch": before.cursor.epoch,
+        "data_hash": run.loader.data_hash(before.cursor),
+    }
+
+
+def finish_pending(run: Training, record: Record) -> None:
+    """Make the evaluation that a stop cut short, so that ``metrics.jsonl`` is what it would have been."""
+    _aside(run, run.progress, record)
+
+
+def _aside(run: Training, progress: Progress, record: Record) -> None:
+    val_loss = None
+    if run.due(run.config.eval_every, progress.step):
+        try:
+            evaluated = run.aside.evaluate(progress)
+        except Stopped:
+            run.aside.save(progress, None, record)
+            raise
+        record, val_loss = record | evaluated, evaluated.get("val_loss")
+    if record:
+        run.aside.log(record)
+    if run.due(run.config.save_every, progress.step) and progress.step != run.saved_step:
+        run.aside.save(progress, val_loss, None)
+        run.saved_step = progress.step
+
+
+def _stop(run: Training, progress: Progress) -> None:
+    if progress.step not in (0, run.saved_step):
+        run.aside.save(progress, None, None)
+    raise Stopped
+
+
+def _refuse_divergence(run: Training, result: StepResult, progress: Progress) -> None:
+    if result.applied:
+        return
+    limit = run.config.optimizer.max_skipped
+    run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
+    if progress.skipped_in_row >= limit:
+        raise UserError(
+            f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
+            f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
+            "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
+        )
+
+
+class Pace:
+    """Times for people to look at: the speed since the last line, and a progress event now and then."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.last, self.shown = progress, -math.inf
+
+    def since_last(self, progress: Progress) -> Record:
+        """Tokens per second since this was last asked."""
+        seconds = progress.train_s - self.last.train_s
+        speed = tokens_per_second(progress.tokens - self.last.tokens, seconds)
+        self.last = progress
+        return {"tokens_per_s": round(speed, 1)}
+
+    def show(self, run: Training, progress: Progress, record: Record) -> None:
+        """Say where the run is; with the numbers of a logged step when there are any."""
+        now = time.monotonic()
+        if record or now - self.shown > EMIT_EVERY_S:
+            self.shown = now
+            run.emit({"event": "step", "steps": run.config.steps, "step": progress.step} | record)

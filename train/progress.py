@@ -1,0 +1,45 @@
+"""How far a run has come: all that must be remembered beside weights and moments."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from train.data.streams import Cursor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The state of a run after ``step`` optimizer steps; everything else is a function of it and the configuration."""
+
+    step: int = 0
+    cursor: Cursor = Cursor(0, 0)
+    """Where the data goes on: after the batch consumed, not the one prefetched."""
+    tokens: int = 0
+    """Places trained on so far."""
+    updates: int = 0
+    """Steps whose update was made; the moments have seen this many."""
+    skipped_in_row: int = 0
+    train_s: float = 0.0
+    """Seconds spent in the steps that count."""
+
+    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> Progress:
+        """The progress after one more step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            cursor=cursor,
+            tokens=self.tokens + tokens,
+            updates=self.updates + applied,
+            skipped_in_row=0 if applied else self.skipped_in_row + 1,
+            train_s=self.train_s + seconds,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        """What ``to_dict`` gave."""
+        return cls(**{**values, "cursor": Cursor(**values["cursor"])})

@@ -1,0 +1,63 @@
+"""What a run's folder says of the runs before: whether they are done, and whether this configuration may go on from them.
+
+Light on purpose: the driver asks before anything is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train import config as configuration
+from train.errors import UserError
+from train.schema import Config
+
+IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
+"""Keys that make a run what it is; a run with other values is another run."""
+INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations")
+"""Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
+
+
+def check(config: Config, corpus_fingerprint: str) -> list[str]:
+    """What has changed since the run in ``run.dir`` was last started, a line a key; nothing if it is new.
+
+    Raises UserError where going on would train something else under the same name.
+    """
+    folder = Path(config.run.dir or "")
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return []
+    try:
+        old = yaml.safe_load(saved.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
+    changes = list(configuration.differences(old, configuration.to_dict(config)))
+    refused = [c for c in changes if c[0].startswith(IDENTITY) and c[0] not in INCIDENTAL]
+    if refused:
+        lines = "\n".join(f"  - {key}: {was!r} there, {now!r} here" for key, was, now in refused)
+        raise UserError(
+            f"{folder} holds a run of another kind:\n{lines}\n"
+            "Give the old values to go on with it, or another run.name to start anew"
+        )
+    for manifest in folder.glob("checkpoints/step_*/checkpoint.json"):
+        with contextlib.suppress(ValueError, OSError):
+            was = json.loads(manifest.read_text())["corpus"]
+            if was != corpus_fingerprint:
+                raise UserError(
+                    f"{folder} was trained on the corpus {was[:12]}, and this one is {corpus_fingerprint[:12]}: the text, its "
+                    "cleaning or its tokenizer changed. Restore them to go on, or take another run.name to start anew"
+                )
+    return [f"{key}: {was} -> {now}" for key, was, now in changes]
+
+
+def finished(config: Config) -> dict[str, Any] | None:
+    """The summary of the run in ``run.dir`` if it has made all its steps."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads((Path(config.run.dir or "") / "summary.json").read_text())
+        if summary["step"] >= config.steps:
+            return dict(summary)
+    return None

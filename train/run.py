@@ -1,0 +1,246 @@
+"""The one place where a rank's run is put together, from a configuration and a corpus to its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train import config as configuration
+from train import dist, resume
+from train.checkpoint import Checkpoint, Checkpoints
+from train.data.files import write_whole
+from train.data.loader import EvalLoader, Loader, Share, held_out_loader, training_loader
+from train.data.shards import Corpus
+from train.engine import Engine
+from train.errors import Stopped, UserError
+from train.evaluate import Evaluation, evaluate
+from train.generate import generate
+from train.loop import Record, Training, finish_pending, train
+from train.objectives import build_objective
+from train.optim import build_optimizer, parameter_groups
+from train.progress import Progress
+from train.schema import Config
+from train.tracking import Tracker
+
+Emit = Callable[[Record], None]
+EVAL_TOKENS_PER_GROUP = 8192
+
+
+def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
+    """What one rank of a world runs: train to the last step, evaluate, sample, summarise.
+
+    Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
+    UserError for what the user can mend.
+    """
+    folder = Path(config.run.dir or "")
+    emit({"event": "phase", "name": "data"})
+    dist.same_everywhere("configuration", configuration.digest(config))
+    corpus = Corpus(corpus_folder)
+    dist.same_everywhere("corpus", corpus.fingerprint)
+    _as_first(world, lambda: _open_folder(folder, config, corpus, emit))
+    loader, held_out = loaders(config, corpus, world)
+    emit({"event": "phase", "name": "engine"})
+    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
+    found = checkpoints.newest(lambda text: _note(world, emit, text))
+    progress, pending = restore(found, engine, checkpoints, loader)
+    emit({"event": "plan", **_plan(config, corpus, objective, progress)})
+    tracker = None
+    if world.first:
+        tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
+    work = Work(config, world, corpus, engine, held_out, checkpoints, tracker, emit, should_stop)
+    saved = progress.step if found else None
+    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    emit({"event": "phase", "name": "train"})
+    try:
+        if pending is not None:
+            finish_pending(training, pending)
+        progress = train(training)
+        work.finish(progress)
+    except Stopped:
+        if tracker:
+            tracker.close({})
+        raise
+    finally:
+        loader.close()
+
+
+def loaders(config: Config, corpus: Corpus, world: dist.World) -> tuple[Loader, EvalLoader]:
+    """The rank's training data, and the held-out data in groups that are the same for any world."""
+    streams = config.data.streams or config.batch.global_
+    rows = -(-streams // world.size) * (config.batch.global_ // streams)
+    micro = config.batch.micro or rows
+    loader = training_loader(corpus, config, Share(world.rank, world.size, micro), pin=world.device.type == "cuda")
+    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
+    return loader, held_out_loader(corpus, config, Share(world.rank, world.size, group))
+
+
+def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
+    """The objective and the engine that trains it; every rank draws the same weights."""
+    objective = build_objective(config, vocab_size).to(world.device)
+    optimizer = build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
+    return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
+
+
+def restore(found: Checkpoint | None, engine: Engine, checkpoints: Checkpoints, loader: Loader) -> tuple[Progress, Record | None]:
+    """Fill engine and loader from a checkpoint, or start at the beginning: the progress, and a record still to be finished."""
+    if found is None:
+        return Progress(), None
+    checkpoints.restore(found, engine)
+    loader.seek(found.progress.cursor)
+    return found.progress, found.manifest["pending"]
+
+
+class Work:
+    """What a rank does beside its steps: log, evaluate, sample, save, summarise."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: dist.World,
+        corpus: Corpus,
+        engine: Engine,
+        held_out: EvalLoader,
+        checkpoints: Checkpoints,
+        tracker: Tracker | None,
+        emit: Emit,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.config, self.world, self.corpus, self.engine = config, world, corpus, engine
+        self.held_out, self.checkpoints, self.tracker = held_out, checkpoints, tracker
+        self.emit, self.should_stop = emit, should_stop
+        self.last: Evaluation | None = None
+        self.plain: Any = None
+
+    def log(self, record: Record) -> None:
+        """Rank 0 writes the line of a step; numbers that are not finite become null, since JSON has none."""
+        if self.tracker:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            self.tracker.log(finite)
+
+    def evaluate(self, progress: Progress) -> Record:
+        """Loss and bits per byte of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
+        if not self.held_out.groups:
+            return {}
+        began = time.monotonic()
+        self.emit({"event": "phase", "name": "eval"})
+        part = self.config.eval_tokens if progress.step < self.config.steps else None
+        held_out = self.held_out if part is None else self.held_out.first(part)
+        nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
+        self.last = Evaluation(nats, places, held_out.bytes / max(places, 1))
+        found = {"val_loss": self.last.loss, "bits_per_byte": self.last.bits_per_byte}
+        self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
+        self._sample(progress)
+        self.emit({"event": "phase", "name": "train"})
+        return found
+
+    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+        """A checkpoint of now. The metrics up to it are forced to the disk first."""
+        began = time.monotonic()
+        self.emit({"event": "phase", "name": "save"})
+        if self.tracker:
+            self.tracker.metrics.sync()
+        path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
+        seconds = time.monotonic() - began
+        self.emit({"event": "save", "step": progress.step, "path": str(path), "seconds": seconds})
+        self.emit({"event": "phase", "name": "train"})
+
+    def finish(self, progress: Progress) -> None:
+        """The summary of a run that made all its steps."""
+        if self.held_out.groups and self.last is None:
+            self.evaluate(progress)
+        if not self.tracker:
+            return
+        wall = self.tracker.run.wall_s
+        summary = {
+            "step": progress.step,
+            "val_loss": self.last and self.last.loss,
+            "perplexity": self.last and self.last.perplexity,
+            "bits_per_byte": self.last and self.last.bits_per_byte,
+            "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            "tokens": progress.tokens,
+            "wall_s": round(wall, 2),
+            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "starts": self.tracker.run.values["starts"],
+        }
+        self.tracker.finish(summary)
+        self.emit({"event": "done", "summary": summary})
+
+    def _sample(self, progress: Progress) -> None:
+        """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
+        options = self.config.generation
+        if not options.prompts or not options.max_tokens:
+            return
+        weights = dict(self.engine.whole_weights())
+        if not self.world.first:
+            return
+        self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        self.plain.load_state_dict(weights, strict=False)
+        rows = list(zip(options.prompts, write_on(self.plain.eval(), self.corpus, self.config), strict=True))
+        for prompt, text in rows:
+            self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
+        if self.tracker:
+            self.tracker.samples(progress.step, rows)
+
+
+def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
+    """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
+    tokenizer = corpus.tokenizer
+    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
+    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+
+
+def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
+    """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    changes = resume.check(config, corpus.fingerprint)
+    if changes:
+        emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
+    folder.mkdir(parents=True, exist_ok=True)
+    content = yaml.safe_dump(configuration.to_dict(config), sort_keys=False, allow_unicode=True)
+    write_whole(folder / "config.yaml", content.encode())
+    write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
+    about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
+    write_whole(folder / "corpus.json", json.dumps(about).encode())
+
+
+def _as_first(world: dist.World, act: Callable[[], None]) -> None:
+    """Rank 0 acts; what it finds wrong is raised on all ranks."""
+    error = None
+    if world.first:
+        try:
+            act()
+        except (UserError, OSError) as failure:
+            error = str(failure)
+    if error := dist.broadcast_object(error):
+        raise UserError(error)
+
+
+def _note(world: dist.World, emit: Emit, text: str) -> None:
+    if world.first:
+        emit({"event": "note", "text": text})
+
+
+def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
+    tokens_per_step = config.batch.global_ * config.batch.seq_len
+    train_places = corpus.split("train").tokens
+    return {
+        "model": config.run.name,
+        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
+        "steps": config.steps,
+        "start_step": progress.step,
+        "tokens": tokens_per_step * config.steps,
+        "tokens_per_step": tokens_per_step,
+        "corpus_tokens": train_places,
+        "epochs": tokens_per_step * config.steps / max(train_places, 1),
+        "flops_per_token": objective.flops_per_token(config.batch.seq_len),
+        "zero_stage": config.zero.stage,
+        "precision": config.precision.name,
+        "workers": config.cluster.workers,
+        "vocab_size": corpus.tokenizer.vocab_size,
+    }

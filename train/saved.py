@@ -1,0 +1,61 @@
+"""A run as its folder keeps it: what evaluating, sampling and exporting start from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train import config as configuration
+from train.checkpoint import MASTER, Checkpoint, complete
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.errors import UserError
+from train.objectives import build_objective
+from train.schema import Config
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A trained objective, in fp32 and ready to be asked, with what it needs."""
+
+    config: Config
+    tokenizer: Tokenizer
+    objective: Any
+    checkpoint: Checkpoint
+
+
+def open_run(folder: Path, which: str = "latest", device: str = "cpu") -> SavedRun:
+    """The run in ``folder`` at checkpoint ``which``: "latest", "best" (lowest held-out loss) or a step.
+
+    Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
+    """
+    config = configuration.read(folder / "config.yaml")
+    checkpoint = choose(complete(folder / "checkpoints"), which, folder)
+    if damage := checkpoint.damage():
+        raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with checkpoint=<step>")
+    tokenizer = load_tokenizer(folder)
+    objective = build_objective(config, tokenizer.vocab_size)
+    reader = checkpoint.reader()
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            parameter.copy_(reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
+    return SavedRun(config, tokenizer, objective.to(device).eval(), checkpoint)
+
+
+def choose(checkpoints: list[Checkpoint], which: str, folder: Path) -> Checkpoint:
+    """One of a run's checkpoints: "latest", "best" or a step number."""
+    if not checkpoints:
+        raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
+    if which == "latest":
+        return checkpoints[-1]
+    if which == "best":
+        measured = [c for c in checkpoints if c.val_loss is not None]
+        return min(measured, key=lambda c: c.val_loss or 0.0) if measured else checkpoints[-1]
+    for checkpoint in checkpoints:
+        if str(checkpoint.progress.step) == which:
+            return checkpoint
+    there = ", ".join(str(c.progress.step) for c in checkpoints)
+    raise UserError(f"{folder} has no checkpoint {which!r}. It has the steps {there}; or say latest or best")

@@ -1,0 +1,207 @@
+"""Where a run's numbers go: a local append-only file first, then W&B, which may be absent, offline or down.
+
+``metrics.jsonl`` is the truth. W&B is fed from it by a thread of its own, so nothing it does can delay or stop a step. Its run id
+lives in the run's folder, so a restarted job goes on in the same W&B run; offline, the run is written anew from ``metrics.jsonl``,
+so each step is in it once, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from train.data.files import write_whole
+from train.schema import Config, Tracking
+
+FINISH_TIMEOUT_S = 60.0
+Record = dict[str, Any]
+
+
+class Metrics:
+    """``metrics.jsonl``: a line a logged step, each step once."""
+
+    def __init__(self, file: Path, last_step: int) -> None:
+        """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [r for r in read_records(file) if r["step"] <= last_step]
+        write_whole(file, "".join(_line(r) for r in lines).encode())
+        self.out = file.open("a")
+
+    def append(self, record: Record) -> None:
+        """Add a line; it is in the kernel's hands when this returns."""
+        self.out.write(_line(record))
+        self.out.flush()
+
+    def sync(self) -> None:
+        """Force what was written to the disk: before a checkpoint, so that a resume finds every line up to it."""
+        os.fsync(self.out.fileno())
+
+
+def read_records(file: Path) -> list[Record]:
+    """The whole lines of a metrics file, in order; a last line cut short by a crash is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+class RunFile:
+    """``run.json``: what the run keeps over its starts: the W&B id, and the seconds it was up."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "run.json"
+        self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "wall_s": 0.0}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.values |= json.loads(self.file.read_text())
+        self.values["starts"] += 1
+        self.before, self.began = self.values["wall_s"], time.monotonic()
+        self.save()
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the run's workers have been up, over all starts."""
+        return float(self.before + time.monotonic() - self.began)
+
+    def save(self) -> None:
+        """Write it; called with every logged step, so a kill loses little."""
+        write_whole(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
+
+
+class Wandb:
+    """One W&B run, fed by a thread from a queue; every call returns at once."""
+
+    def __init__(self, config: Config, folder: Path, run_id: str, note: Callable[[str], None]) -> None:
+        self.config, self.folder, self.run_id, self.note = config, folder, run_id, note
+        self.mode = _mode(config.tracking)
+        self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, record: Record) -> None:
+        """Metrics of one step."""
+        self.queue.put(("log", record))
+
+    def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """(prompt, text) pairs drawn at a step, for the table of samples."""
+        self.queue.put(("samples", [(step, *row) for row in rows]))
+
+    def finish(self, summary: Record) -> None:
+        """Hand over the summary and wait for what is queued, but not for ever."""
+        self.queue.put(("summary", summary))
+        self.queue.put(None)
+        self.thread.join(FINISH_TIMEOUT_S)
+        if self.thread.is_alive():
+            self.note(f"W&B did not answer within {FINISH_TIMEOUT_S:.0f} s and was left behind; metrics.jsonl has it all")
+
+    def _work(self) -> None:
+        try:
+            self._feed()
+        except Exception as error:  # W&B must never stop a run, whatever it raises
+            self.note(f"W&B failed and was left behind ({error}); metrics.jsonl has it all")
+
+    def _feed(self) -> None:
+        import wandb  # not at the top: its import takes a second, which the first step need not wait for
+
+        if self.mode == "offline":
+            for stale in (self.folder / "wandb").glob(f"offline-run-*-{self.run_id}"):
+                shutil.rmtree(stale)
+        tracking = self.config.tracking
+        run = wandb.init(
+            mode=self.mode,
+            id=self.run_id,
+            resume="allow" if self.mode == "online" else None,
+            dir=str(self.folder),
+            name=self.config.run.name,
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group,
+            tags=tracking.tags,
+            job_type="train",
+            config=self.config.model_dump(by_alias=True, mode="json"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
+        )
+        rows: list[tuple[int, str, str]] = []
+        seen = 0
+        if self.mode == "offline":  # written anew: first what the file already holds
+            for record in read_records(self.folder / "metrics.jsonl"):
+                seen = record["step"]
+                run.log(_without_step(record), step=seen)
+        while (item := self.queue.get()) is not None:
+            what, value = item
+            if what == "log" and value["step"] > seen:
+                run.log(_without_step(value), step=value["step"])
+            elif what == "samples":
+                rows += value
+                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=rows[-1][0])
+            elif what == "summary":
+                run.summary.update(value)
+        run.finish()
+
+
+class Tracker:
+    """Rank 0's one place for numbers."""
+
+    def __init__(self, config: Config, last_step: int, note: Callable[[str], None]) -> None:
+        folder = Path(config.run.dir or "")
+        self.folder = folder
+        self.metrics = Metrics(folder / "metrics.jsonl", last_step)
+        self.run = RunFile(folder)
+        off = config.tracking.wandb == "off"
+        self.wandb = None if off else Wandb(config, folder, self.run.values["wandb_id"], note)
+
+    def log(self, record: Record) -> None:
+        """One step's numbers: to the file, then to W&B."""
+        self.metrics.append(record)
+        self.run.save()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """(prompt, text) pairs: to ``samples.jsonl``, then to W&B."""
+        with (self.folder / "samples.jsonl").open("a") as out:
+            out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
+        if self.wandb:
+            self.wandb.samples(step, rows)
+
+    def finish(self, summary: Record) -> None:
+        """The run's last word: ``summary.json``, and W&B closed."""
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        self.close(summary)
+
+    def close(self, summary: Record) -> None:
+        """Close W&B; the run may go on later."""
+        self.metrics.sync()
+        self.run.save()
+        if self.wandb:
+            self.wandb.finish(summary)
+
+
+def _mode(tracking: Tracking) -> Literal["online", "offline"]:
+    """ "auto" asks nobody: online where a key lies at hand, offline elsewhere."""
+    if tracking.wandb in ("online", "offline"):
+        return tracking.wandb
+    if (asked := os.environ.get("WANDB_MODE")) in ("online", "offline"):
+        return asked
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore"))
+    return "online" if known else "offline"
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _without_step(record: Record) -> Record:
+    return {k: v for k, v in record.items() if k != "step"}
