@@ -23,6 +23,8 @@ def chunked_linear_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():  # a Function is told that its inputs want gradients even where none are taken
+        hidden, weight = hidden.detach(), weight.detach()
     total = _ChunkedLinearCrossEntropy.apply(hidden, weight, targets, ignore_index, rows)
     return total, (targets != ignore_index).sum()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import reference
@@ -232,6 +233,18 @@ def test_the_chunked_loss_trains_either_side_alone_and_runs_under_autocast(monke
     for once, again in ((hidden, both[0]), (weight, both[1])):
         assert again.grad.dtype == torch.float32
         assert torch.allclose(once.grad, again.grad, atol=3e-2)
+
+
+def test_the_chunked_loss_makes_no_gradients_where_none_are_taken(monkeypatch):
+    monkeypatch.setattr("kernels.torch_ops.WHOLE_LOGITS", 22)
+    weight = normal(11, 4, seed=1).requires_grad_()
+    hidden, targets = normal(5, 4).requires_grad_(), torch.tensor([1, IGNORE, 3, 0, 10])
+    products = []
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled), FlopCounterMode(display=False) as counter:
+            kernels.linear_cross_entropy(hidden, weight, targets)
+        products.append(counter.get_total_flops())
+    assert products[0] > products[1] == 2 * 5 * 11 * 4
 
 
 def test_extreme_logits_keep_the_loss_finite_and_exact():

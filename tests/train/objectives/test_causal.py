@@ -97,7 +97,7 @@ def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_
 
 def test_what_makes_no_sense_is_refused_with_what_does(make_config, monkeypatch):
     with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
-        build_objective(make_config(seq_len=129), 257)
+        build_objective(make_config(seq_len=129, max_len=128), 257)
     monkeypatch.setitem(objectives.MEANINGFUL, "causal", ("recurrent",))
     with pytest.raises(UserError, match=r"causal makes no sense .* decoder.*causal with recurrent"):
         build_objective(make_config(), 257)
