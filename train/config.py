@@ -119,9 +119,8 @@ def typed(section: type[S], values: dict[str, Any]) -> S:
 def finish(values: dict[str, Any], name: str) -> Config:
     """Check ``values`` and fill in what is derived: the run's name and folder, the streams."""
     config = parse(values)
-    run = dict(values["run"])
-    run["name"] = run["name"] or name
-    run["dir"] = run["dir"] or str(Path("runs") / run["name"])
+    title = config.run.name or name
+    run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
     data = dict(values["data"], streams=config.data.streams or config.batch.global_)
     config = parse({**values, "run": run, "data": data})
     found = problems(config)

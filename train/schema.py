@@ -163,7 +163,7 @@ class Generation(Section):
 class Config(Section):
     """A whole run."""
 
-    run: Run
+    run: Run = Run()
     steps: Positive = Field(description="optimizer steps in all")
     seed: NonNegative
     log_every: Positive = Field(description="steps between lines of metrics.jsonl")

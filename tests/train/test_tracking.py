@@ -1,0 +1,78 @@
+"""Numbers outlive kills: each step once in metrics.jsonl, one W&B run, and nothing of W&B stops a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import worlds
+
+from train.tracking import Metrics, RunFile, read_records
+
+
+def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 8)) + '{"step": 8, "lo')
+    metrics = Metrics(file, last_step=5)
+    metrics.append({"step": 6, "loss": 2.0})
+    assert [r["step"] for r in read_records(file)] == [1, 2, 3, 4, 5, 6]
+    assert read_records(file)[-1]["loss"] == 2.0
+
+
+def test_a_run_keeps_its_wandb_id_and_counts_its_starts(tmp_path: Path):
+    first = RunFile(tmp_path).values
+    second = RunFile(tmp_path).values
+    assert first["wandb_id"] == second["wandb_id"]
+    assert (first["starts"], second["starts"]) == (1, 2)
+
+
+def test_offline_a_resumed_run_is_one_wandb_run_with_each_step_once(make, corpus: Path):
+    config = make("tracking=wandb", "tracking.wandb=offline", "generation.prompts=[a]", "generation.max_tokens=3")
+    worlds.train_world(config, corpus, {"event": "step", "step": 3})
+    worlds.train_world(config, corpus)
+    runs = list((Path(config.run.dir) / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1
+    steps, tables, name = read_wandb(next(runs[0].glob("*.wandb")))
+    assert steps == list(range(1, 9))
+    assert tables > 0
+    assert name == json.loads((Path(config.run.dir) / "run.json").read_text())["wandb_id"]
+
+
+def read_wandb(file: Path) -> tuple[list[int], int, str]:
+    """(the steps that have a loss, the tables logged, the run id) of an offline W&B file, as `wandb sync` reads it."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    steps, tables, run_id = [], 0, ""
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        run_id = record.run.run_id or run_id
+        if record.HasField("history"):
+            items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+            if "loss" in items:
+                steps.append(int(items["_step"]))
+            tables += any("samples" in key for key in items)
+    return steps, tables, run_id
+
+
+def test_wandb_that_cannot_be_reached_is_left_behind(make, corpus: Path, monkeypatch):
+    config = make("tracking=wandb", "tracking.wandb=online")
+    ranks = worlds.start(1 + 1, unreachable, worlds.configuration.to_dict(config), str(corpus)).wait()
+    assert [rank.result for rank in ranks] == ["done", "done"]
+    notes = [e["text"] for e in ranks[0].events if e["event"] == "note"]
+    assert any("W&B" in text and "metrics.jsonl has it all" in text for text in notes)
+    assert len(worlds.metrics(config)) == 8
+
+
+def unreachable(world, emit, config, corpus: str) -> str:
+    """Train against a W&B host that refuses connections."""
+    import os
+
+    import train.tracking
+
+    os.environ |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    train.tracking.FINISH_TIMEOUT_S = 3.0
+    return worlds.train(world, emit, config, corpus)
