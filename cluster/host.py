@@ -149,11 +149,7 @@ def count_gpus() -> int:
     """NVIDIA devices of this machine that this process may use; asked of the kernel, so that CUDA stays untouched."""
     devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        devices
-        if visible is None
-        else min(devices, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
-    )
+    return devices if visible is None else min(devices, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
 
 
 def count_cpus() -> int:

@@ -90,12 +90,8 @@ class Start:
         request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
         placement = plan.place(known, request)
         if placement.waiting:
-            self.console.show(
-                {"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"}
-            )
-        self.console.show(
-            {"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)}
-        )
+            self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
+        self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
         verdict = Supervisor(job, device).run()
         code = self._finish(verdict, config)

@@ -48,9 +48,7 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
     """
     any_gpu = any(node.gpus for node in nodes)
     if asked == "gpu" and not any_gpu:
-        raise UserError(
-            "cluster.device=gpu, but no node has a GPU: use cluster.device=cpu, or join a cluster that has some"
-        )
+        raise UserError("cluster.device=gpu, but no node has a GPU: use cluster.device=cpu, or join a cluster that has some")
     return ("gpu" if any_gpu else "cpu") if asked == "auto" else asked
 
 

@@ -40,9 +40,7 @@ class Supervisor:
             failures += 1
             left = self.job.config.cluster.max_failures - failures
             last = left < 0 or self.job.signals.heard is not None
-            plan_ = (
-                None if last else f"starting again from the newest checkpoint (restart {failures} of {failures + left})"
-            )
+            plan_ = None if last else f"starting again from the newest checkpoint (restart {failures} of {failures + left})"
             self.job.show({"event": "failure", "lines": watch.explain(verdict), "next": plan_})
             if last:
                 return verdict

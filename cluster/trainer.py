@@ -58,9 +58,7 @@ class StopFlag:
         if not self._asked:
             self._asked = True
             # From another thread: the main one may hold the lock of the event pipe at this very moment.
-            threading.Thread(
-                target=self._events, args=({"event": "stop_asked", "signal": number},), daemon=True
-            ).start()
+            threading.Thread(target=self._events, args=({"event": "stop_asked", "signal": number},), daemon=True).start()
 
     def __call__(self) -> bool:
         """Whether the run was asked to stop."""

@@ -103,9 +103,7 @@ def explain(verdict: Verdict) -> list[str]:
     elif end.tail:
         lines += ["", "the last lines of its log:", *(f"  {line}" for line in end.tail)]
     if verdict.collateral:
-        ranks = ", ".join(str(e.rank) for e in verdict.collateral[:8]) + (
-            ", ..." if len(verdict.collateral) > 8 else ""
-        )
+        ranks = ", ".join(str(e.rank) for e in verdict.collateral[:8]) + (", ..." if len(verdict.collateral) > 8 else "")
         many = len(verdict.collateral) > 1
         follow = "their errors follow" if many else "its error follows"
         lines += ["", f"rank{'s' if many else ''} {ranks} fell with it ({follow} from this one)"]

@@ -61,9 +61,7 @@ class World:
         answers = ask(starts, cluster.start_timeout)
         for rank, answer in enumerate(answers):
             if "failed" in answer:
-                raise RuntimeError(
-                    f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}"
-                )
+                raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
         self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
 

@@ -24,7 +24,6 @@ from train.words import count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
 BAR_WIDTH = 28
-PREPARE = "prepare"
 
 Event = dict[str, Any]
 
@@ -37,11 +36,10 @@ class Console:
         self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._config: dict[str, Any] = {}
-        self._began = time.monotonic()
         self._first_step: tuple[int, float] | None = None
         self._last_plain = -math.inf
         self._best: float | None = None
-        self._samples: list[tuple[str, str]] = []
+        self._preparing: str | None = None
         self._verbs: dict[str, Callable[[Event], None]] = {
             "job": self._job,
             "plan": self._plan,
@@ -79,23 +77,18 @@ class Console:
         device = {"gpu": "a GPU each", "cpu": f"{plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
             event.get("device", ""), ""
         )
-        places = f"{plural(workers, 'worker')}, {device}" + (
-            f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
-        )
+        places = f"{plural(workers, 'worker')}, {device}" + (f", on up to {hosts} hosts" if hosts > 1 else ", on this machine")
         self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
         self._fact(
             "workers",
-            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
-            f"{self._config.get('precision', {}).get('name')}",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, {self._config.get('precision', {}).get('name')}",
         )
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 
     def _plan(self, event: Event) -> None:
         model, batch = self._config.get("model", {}), self._config.get("batch", {})
         shape = [
-            f"{model[key]} {word}"
-            for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads"))
-            if key in model
+            f"{model[key]} {word}" for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads")) if key in model
         ]
         self._fact("model", f"{count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
         tokens = event.get("tokens")
@@ -123,6 +116,9 @@ class Console:
         text = f"  preparing the corpus: {event.get('phase', '')}"
         if done is not None:
             text += f" {done:,}" + (f" of {total:,}" if total else "")
+        if event.get("phase") != self._preparing and not self.terminal.is_terminal:
+            self._line(Text(f"  preparing the corpus: {event.get('phase', '')}"))
+        self._preparing = event.get("phase")
         self._status(Text(text, style="dim"))
 
     # how it goes
@@ -139,9 +135,7 @@ class Console:
         facts += [f"{eta} left"] if eta else []
         if self.terminal.is_terminal:
             row = Table.grid(padding=(0, 2))
-            bar = ProgressBar(
-                total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
-            )
+            bar = ProgressBar(total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan")
             row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
             self._status(row)
         elif now - self._last_plain >= PLAIN_EVERY_S or step == steps:
@@ -228,11 +222,7 @@ class Console:
             value = summary.get(key)
             if finite(value):
                 text = (
-                    duration(float(value or 0))
-                    if key == "wall_s"
-                    else count(value)
-                    if isinstance(value, int)
-                    else f"{value:.4g}"
+                    duration(float(value or 0)) if key == "wall_s" else count(value) if isinstance(value, int) else f"{value:.4g}"
                 )
                 facts.append(f"{word} {text}")
         self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
@@ -263,9 +253,7 @@ class Console:
         """How to go on after a stop."""
         self._live_off()
         self._line(
-            Text.assemble(
-                ("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}"
-            )
+            Text.assemble(("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}")
         )
 
     def bad_input(self, message: str) -> None:

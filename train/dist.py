@@ -60,9 +60,7 @@ def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting
     """
     timeout = timedelta(seconds=meeting.timeout_s)
     options: dict[str, Any] = {} if meeting.listen_fd is None else {"master_listen_fd": meeting.listen_fd}
-    store = dist.TCPStore(
-        meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
-    )
+    store = dist.TCPStore(meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options)
     world = World(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
     _initialise(world, dist.PrefixStore(f"world/{meeting.generation}", store))
     return world
@@ -77,9 +75,7 @@ def from_env() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
-        raise UserError(
-            f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
-        )
+        raise UserError(f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here")
     world = World(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
     return world

@@ -41,9 +41,7 @@ class Driver:
         return self.process.wait(seconds)
 
     def until_training(self):
-        self.until(
-            lambda: (self.run_dir / "progress").exists() and int((self.run_dir / "progress").read_text() or 0) > 2
-        )
+        self.until(lambda: (self.run_dir / "progress").exists() and int((self.run_dir / "progress").read_text() or 0) > 2)
 
     def until(self, condition, seconds=60):
         end = time.monotonic() + seconds

@@ -48,9 +48,7 @@ class Run:
         self.events = []
         self.signals = Signals()
         config = configuration.parse(values)
-        job = Job(
-            config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.signals, Clock(time.time())
-        )
+        job = Job(config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.signals, Clock(time.time()))
         self.clock = job.clock
         self.supervisor = Supervisor(job, "cpu")
 
@@ -88,14 +86,7 @@ def test_a_world_runs_to_its_end_and_its_start_is_timed_by_phase(job_folder, tmp
     assert [event["step"] for event in run.of("step")] == [1, 2, 3, 4, 5]
     assert run.of("done")[0]["summary"] == {"step": 5}
     marks = run.clock.marks
-    assert (
-        marks["workers"]
-        <= marks["start"]
-        <= marks["connected"]
-        <= marks["engine"]
-        <= marks["first_step"]
-        <= marks["train"]
-    )
+    assert marks["workers"] <= marks["start"] <= marks["connected"] <= marks["engine"] <= marks["first_step"] <= marks["train"]
     when(lambda: not any(psutil.pid_exists(pid) for pid in run.pids()), 5)
 
 

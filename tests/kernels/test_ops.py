@@ -55,10 +55,7 @@ def test_attention(dtype, rows, tokens, kv_heads, groups, head_dim, causal, docu
     if documents:
         ids = torch.randint(0, documents + 1, (rows, tokens), generator=torch.Generator().manual_seed(tokens))
         segments = kernels.Segments(ids, ids)
-    ops = (
-        lambda q, k, v, op=op: op(q, k, v, causal=causal, segments=segments)
-        for op in (kernels.attention, reference.attention)
-    )
+    ops = (lambda q, k, v, op=op: op(q, k, v, causal=causal, segments=segments) for op in (kernels.attention, reference.attention))
     agree(*ops, (q, k, v), dtype)
 
 
@@ -159,9 +156,7 @@ def test_rope(dtype, tokens, heads, half):
         assert torch.allclose(plain(x), reference.rope(x, positions, 10000.0), atol=1e-4)
     else:
         wider = {torch.float32: 1e-4}.get(dtype, TOLERANCE[dtype])
-        assert (
-            plain(x.to(dtype)).double() - reference.rope(x.to(dtype).double(), positions, 10000.0)
-        ).abs().max() < 4 * wider
+        assert (plain(x.to(dtype)).double() - reference.rope(x.to(dtype).double(), positions, 10000.0)).abs().max() < 4 * wider
 
 
 def test_rope_makes_scores_depend_on_distance_alone():
@@ -249,7 +244,5 @@ def test_extreme_logits_keep_the_loss_finite_and_exact():
 
 
 def test_importing_the_ops_loads_no_driver():
-    code = (
-        "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
-    )
+    code = "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
     subprocess.run([sys.executable, "-c", code], check=True)

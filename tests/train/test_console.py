@@ -120,9 +120,7 @@ def test_the_end_names_the_folder_and_the_next_commands():
     console = Console(Terminal(file=out, width=60))
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"))
     console.finished(config)
-    console.startup(
-        {"config": 0.5, "ray": 2.0, "workers": 2.4, "imports": 4.1, "first_step": 5.0, "first_step_done": 5.5}
-    )
+    console.startup({"config": 0.5, "ray": 2.0, "workers": 2.4, "imports": 4.1, "first_step": 5.0, "first_step_done": 5.5})
     console.stopped(config)
     text = out.getvalue()
     assert './launch.sh generate run.dir=runs/x prompt="..."' in text

@@ -85,14 +85,8 @@ assert dist.broadcast_object({"a": 1}) == {"a": 1}
 dist.leave()
 dist.leave()
 """
-    bare = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**bare, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
-    )
+    bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    run = subprocess.run([sys.executable, "-c", code], env={**bare, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 
@@ -107,7 +101,5 @@ def test_torchrun_s_environment_is_understood(tmp_path, size):
         "dist.leave()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(script)]
-    run = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -63,9 +63,7 @@ def test_greedy_text_equals_the_uncached_one_and_a_batch_its_rows(model):
 
 def test_it_stops_at_the_longest_sequence_and_says_so(model):
     reasons = {}
-    texts = generate(
-        model, [list(range(37)), [5], list(range(40))], options(max_tokens=9), EOT, on_stop=reasons.__setitem__
-    )
+    texts = generate(model, [list(range(37)), [5], list(range(40))], options(max_tokens=9), EOT, on_stop=reasons.__setitem__)
     assert [len(text) for text in texts] == [3, 9, 0]
     assert reasons == {0: "max_len", 1: "max_tokens", 2: "max_len"}
     assert texts[1] == uncached(model, [5], 9), "a row that is done does not disturb the others"

@@ -18,9 +18,7 @@ def test_only_matrices_decay(make_config, name, tied):
     for path in decayed:
         assert path.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", "head.weight"))
     assert ("head.weight" in decayed) is not tied
-    assert all(
-        path.endswith("bias") or "norm" in path or "embed" in path or "positions" in path for path in rest["names"]
-    )
+    assert all(path.endswith("bias") or "norm" in path or "embed" in path or "positions" in path for path in rest["names"])
     named = dict(objective.named_parameters())
     assert sorted(decayed | set(rest["names"])) == sorted(named)
     for group in (matrices, rest):
@@ -65,9 +63,7 @@ def test_update_rules_equal_their_formulas(kind):
     start, *gradients = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(6))
     parameter = torch.nn.Parameter(start.float())
     chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
-    optimizer = build_optimizer(
-        chosen, [{"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["w"]}]
-    )
+    optimizer = build_optimizer(chosen, [{"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["w"]}])
     for gradient in gradients:
         parameter.grad = gradient.float()
         optimizer.step()

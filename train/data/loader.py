@@ -142,9 +142,7 @@ class Loader:
         for key, value in batch.items():
             value[:, used:] = IGNORE if key == "targets" else 0
         # Pieces come stream by stream, a step's rows in the order j = i * S + s: a transposed view of the result.
-        views = [
-            value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()
-        ]
+        views = [value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()]
         fill(self._shards, pieces, self._isolate, Rows(*views))
         micro = self._share.micro
         done: list[Step] = []
@@ -162,9 +160,7 @@ class EvalLoader:
     equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
     """
 
-    def __init__(
-        self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None
-    ) -> None:
+    def __init__(self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None) -> None:
         self._shards, self._share, self._isolate = shards, share, isolate
         self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
@@ -194,9 +190,7 @@ class EvalLoader:
             return 0.0
         unit = self._shape.seq_len if self._shape.pack else 1
         end = min(self.groups * self._share.micro * unit, self._plan.order.units)
-        places = (
-            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
-        )
+        places = end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
         return self._shards.bytes * places / self._shards.tokens
 
     def _group(self, group: int) -> Batch:
@@ -215,8 +209,7 @@ class EvalLoader:
 def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
     """Tensors of a Batch, not filled, in the order of `Rows`; page-locked with ``pin``, as copies to a GPU need."""
     return {
-        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin)
-        for key in Rows._fields
+        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin) for key in Rows._fields
     }
 
 

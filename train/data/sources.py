@@ -76,9 +76,7 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     elif data.paths:
         found = [file for path in data.paths for file in _expand(path, problems)]
     else:
-        raise UserError(
-            'data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]'
-        )
+        raise UserError('data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]')
     complain(problems)
     if not found:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")

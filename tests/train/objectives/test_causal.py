@@ -16,9 +16,7 @@ def documents(sizes, seed=0):
 
 
 def split(batch, micro):
-    return [
-        dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
-    ]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
