@@ -21,6 +21,10 @@ import torch
 if not torch.backends.cuda.is_built():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on every start, that it found nothing else
 import deepspeed
+
+# Loaded by the first optimizer and by ZeRO itself, seconds later; here they are paid for once, before a warm process forks.
+import deepspeed.runtime.zero.muon.muon_optimizer
+import torch._dynamo
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Batches for one rank: a thread prepares the next steps while the model works on this one."""
+"""Batches for one rank: a thread plans and reads the next steps while the model works on this one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from train import schema
 from train.batch import IGNORE, Batch
-from train.data.examples.causal import Rows, fill
-from train.data.order import Layout, Order, Shuffle
+from train.data.examples.causal import CausalRows, Rows
+from train.data.order import Layout, Order, Shuffle, take
 from train.data.shards import Corpus, Shards
 from train.data.streams import Cursor, Plan, Shape
 from train.errors import UserError
@@ -23,8 +23,11 @@ from train.errors import UserError
 Step = tuple[list[Batch], Cursor]
 """The micro-batches of one rank for one optimizer step, and where the data stands after it."""
 
-_CHUNK = 1 << 17
-"""Tokens that are put together at once: enough that numpy's fixed costs are small, few enough to stay in the cache."""
+_Read = tuple[CausalRows, int, Cursor]
+"""A step that is read but not yet written to tensors: its rows, which step of them it is, and the cursor after it."""
+
+_CHUNK = 1 << 18
+"""Tokens that are read at once: enough that numpy's fixed costs are small, few enough to stay in a cache."""
 _AHEAD = 2
 """Chunks that wait for the model."""
 
@@ -65,10 +68,10 @@ class Loader:
         self.micro_batches = -(-most // share.micro)
         self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
-        self._ready: deque[Step] = deque()
+        self._ready: deque[_Read] = deque()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._queue: queue.Queue[list[Step] | BaseException] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[list[_Read] | BaseException] = queue.Queue(_AHEAD)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -83,9 +86,8 @@ class Loader:
                 self.close()
                 raise chunk
             self._ready.extend(chunk)
-        step = self._ready.popleft()
-        self._cursor = step[1]
-        return step
+        rows, step, self._cursor = self._ready.popleft()
+        return self._micro_batches(rows, step), self._cursor
 
     def seek(self, cursor: Cursor) -> None:
         """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
@@ -115,17 +117,17 @@ class Loader:
         self._thread = threading.Thread(target=self._prepare, args=arguments, name="loader", daemon=True)
         self._thread.start()
 
-    def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[Step] | BaseException]) -> None:
+    def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_Read] | BaseException]) -> None:
         """The thread: one step at first, so that the first batch is there soon, then twice as many each time."""
         steps = 1
         while not stop.is_set():
             try:
                 steps = min(steps, self._chunk, self.plan.steps_left(cursor))
-                chunk = self.build(cursor, steps)
+                chunk = self._read(cursor, steps)
             except BaseException as error:
                 out.put(error)
                 return
-            cursor, steps = chunk[-1][1], 2 * steps
+            cursor, steps = chunk[-1][2], 2 * steps
             while not stop.is_set():
                 try:
                     out.put(chunk, timeout=0.1)
@@ -133,24 +135,25 @@ class Loader:
                 except queue.Full:
                     continue
 
-    def build(self, cursor: Cursor, steps: int) -> list[Step]:
+    def _read(self, cursor: Cursor, steps: int) -> list[_Read]:
         """This rank's next ``steps`` steps from a cursor, all in one epoch."""
-        depth, own, seq_len = self.plan.depth, len(self._streams), self.plan.shape.seq_len
+        own, rows_each = len(self._streams), steps * self.plan.depth
         pieces = self.plan.rows(self._streams, cursor, steps)
-        batch = empty_batch((steps, self.micro_batches * self._share.micro, seq_len), self._pin)
-        used = depth * own
-        for key, value in batch.items():
-            value[:, used:] = IGNORE if key == "targets" else 0
-        # Pieces come stream by stream, a step's rows in the order j = i * S + s: a transposed view of the result.
-        views = [value[:, :used].view(steps, depth, own, seq_len).permute(2, 0, 1, 3).numpy() for value in batch.values()]
-        fill(self._shards, pieces, self._isolate, Rows(*views))
-        micro = self._share.micro
-        done: list[Step] = []
-        for step in range(steps):
-            cursor = self.plan.after(cursor)
-            parts = [slice(at, at + micro) for at in range(0, self.micro_batches * micro, micro)]
-            done.append(([{key: value[step, part] for key, value in batch.items()} for part in parts], cursor))
-        return done
+        if own > 1:
+            # From stream after stream to step after step, and in a step to the rows' order j = i * S + s.
+            stream, row = np.divmod((np.cumsum(pieces.length) - 1) // self.plan.shape.seq_len, rows_each)
+            pieces = take(pieces, np.argsort(row * own + stream, kind="stable"))
+        rows = CausalRows(self._shards, pieces, self.plan.shape.seq_len, self._isolate)
+        return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
+
+    def _micro_batches(self, rows: CausalRows, step: int) -> list[Batch]:
+        micro, used = self._share.micro, self.plan.depth * len(self._streams)
+        batch = empty_batch((self.micro_batches * micro, self.plan.shape.seq_len), self._pin)
+        rows.write(step * used, Rows(*(value[:used].numpy() for value in batch.values())))
+        if used < self.micro_batches * micro:
+            weigh_nothing({key: value[used:] for key, value in batch.items()})
+        parts = [slice(at, at + micro) for at in range(0, self.micro_batches * micro, micro)]
+        return [{key: value[part] for key, value in batch.items()} for part in parts]
 
 
 class EvalLoader:
@@ -197,12 +200,12 @@ class EvalLoader:
         shape = (self._shape.rows, self._shape.seq_len)
         batch = empty_batch(shape, pin=False)
         if group >= self.groups:
-            for key, value in batch.items():
-                value.fill_(IGNORE if key == "targets" else 0)
+            weigh_nothing(batch)
             return batch
         unit = self._shape.seq_len if self._shape.pack else 1
         pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
-        fill(self._shards, pieces, self._isolate, Rows(*(value.numpy() for value in batch.values())))
+        rows = CausalRows(self._shards, pieces, self._shape.seq_len, self._isolate)
+        rows.write(0, Rows(*(value.numpy() for value in batch.values())))
         return batch
 
 
@@ -211,6 +214,12 @@ def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
     return {
         key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin) for key in Rows._fields
     }
+
+
+def weigh_nothing(batch: Batch) -> None:
+    """Make padding of all the rows of a batch."""
+    for key, value in batch.items():
+        value.fill_(IGNORE if key == "targets" else 0)
 
 
 def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bool = False) -> Loader:

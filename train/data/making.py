@@ -79,15 +79,7 @@ def make(making: Making) -> None:
         done = [receipts[job.path.name] for job in jobs[name]]
         table = np.concatenate([np.zeros((3, 0), np.int64), *(table for _, table in done)], axis=1)
         splits[name] = shards.index_split([entry for entry, _ in done], shards.write_table(folder, name, table, stamps))
-    index = {
-        "version": shards.VERSION,
-        "recipe": recipe.digest,
-        "settings": recipe.settings,
-        "tokenizer": {"sha256": made.fingerprint, "vocab_size": made.vocab_size, "eot": made.eot},
-        "dtype": dtype,
-        "splits": splits,
-    }
-    files.write_whole(folder / shards.INDEX, json.dumps(index, indent=1).encode())
+    shards.write_index(folder, {"recipe": recipe.digest, "settings": recipe.settings}, made, dtype, splits)
 
 
 def _tokenizer(making: Making, stamps: shards.Stamps) -> Tokenizer:

@@ -118,7 +118,7 @@ class Order:
         pieces = _together(parts)
         if len(parts) > 2:
             sort = np.argsort(cut, kind="stable")
-            cut, pieces = cut[sort], _take(pieces, sort)
+            cut, pieces = cut[sort], take(pieces, sort)
         return pieces, which[cut]
 
     def _inside(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[Pieces, Ints]:
@@ -175,7 +175,8 @@ def _together(parts: list[Pieces]) -> Pieces:
     return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def _take(pieces: Pieces, which: Ints) -> Pieces:
+def take(pieces: Pieces, which: Ints) -> Pieces:
+    """Some pieces, in another order."""
     return Pieces(*(column[which] for column in pieces))
 
 

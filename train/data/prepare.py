@@ -22,7 +22,10 @@ from train.data.sources import SourceFile, list_files
 from train.errors import UserError
 
 _SOURCES = "sources.stamp"
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_NO_PLACE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST),
+)
 
 
 def prepare(data: schema.Data, report: Report) -> Path:

@@ -251,6 +251,18 @@ def index_split(entries: list[Entry], table: dict[str, Any]) -> dict[str, Any]:
     return {**sums, "table": table, "shards": [asdict(entry) for entry in entries]}
 
 
+def write_index(folder: Path, origin: dict[str, Any], made: Tokenizer, dtype: str, splits: dict[str, dict[str, Any]]) -> None:
+    """Write the index, and with it declare the corpus whole. ``origin`` is its recipe's digest and settings."""
+    index = {
+        "version": VERSION,
+        **origin,
+        "tokenizer": {"sha256": made.fingerprint, "vocab_size": made.vocab_size, "eot": made.eot},
+        "dtype": dtype,
+        "splits": splits,
+    }
+    files.write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
+
+
 def npy_bytes(array: NDArray[Any]) -> bytes:
     """The array as a .npy file."""
     stored = io.BytesIO()

@@ -18,6 +18,7 @@ from train import schema
 from train.data.clean import clean
 from train.errors import UserError
 
+CHANGED = "the file changed while it was being prepared: run the same command again"
 MAX_SHOWN = 20
 """Problems listed in one message; more are counted."""
 
@@ -80,7 +81,10 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     complain(problems)
     if not found:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")
-    return list({os.path.realpath(file.path): file for file in reversed(found)}.values())[::-1]
+    once: dict[str, SourceFile] = {}
+    for file in found:
+        once.setdefault(os.path.realpath(file.path), file)
+    return list(once.values())
 
 
 def _stdlib(file: SourceFile) -> bool:
@@ -158,11 +162,14 @@ def read_span(file: SourceFile, begin: int, end: int, how: Reading) -> Iterator[
 
 def read_document(file: SourceFile, offset: int, length: int, how: Reading) -> str:
     """The cleaned text of one document found by ``read_span``. Raises UserError if the file has changed since."""
-    with open(file.path, "rb") as stream:  # noqa: PTH123
-        stream.seek(offset)
-        text = _text_or_problem(file, offset, stream.read(length), how)
+    try:
+        with open(file.path, "rb") as stream:  # noqa: PTH123
+            stream.seek(offset)
+            text = _text_or_problem(file, offset, stream.read(length), how)
+    except OSError as error:
+        raise UserError(f"{file.path}: {error.strerror or error} ({CHANGED})") from None
     if isinstance(text, BadText):
-        raise UserError(f"{text} (the file changed while it was being prepared: run the same command again)")
+        raise UserError(f"{text} ({CHANGED})")
     return text
 
 

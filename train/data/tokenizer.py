@@ -70,8 +70,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         return Tokenizer(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.shards import Entry, Ids, write_shard
-from train.data.sources import BadText, Reading, SourceFile, read_document, read_span
+from train.data.sources import CHANGED, BadText, Reading, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.errors import UserError
 
 DOCUMENT = np.dtype(
     [
@@ -74,8 +76,7 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
                     problems.append(str(text))
                 elif text:
                     encoded = text.encode()
-                    digest = np.frombuffer(sha256(encoded).digest()[:16], ">u8")
-                    rows.append((span.number, offset, length, len(encoded), tuple(digest.tolist()), 0, WHOLE))
+                    rows.append((span.number, offset, length, len(encoded), _hash(encoded), 0, WHOLE))
                     if with_characters:
                         characters.update(text)
         except OSError as error:
@@ -83,9 +84,18 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
     return Found(np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans))
 
 
+def _hash(encoded: bytes) -> tuple[int, int]:
+    """The first 128 bits of the sha256."""
+    high, low = struct.unpack(">QQ", sha256(encoded).digest()[:16])
+    return high, low
+
+
 def text_of(files: dict[int, SourceFile], document: np.void, how: Reading) -> str:
-    """The text that is meant by one row of DOCUMENT."""
-    text = read_document(files[int(document["file"])], int(document["offset"]), int(document["length"]), how)
+    """The text that is meant by one row of DOCUMENT. Raises UserError if the file is no longer what it was."""
+    file = files[int(document["file"])]
+    text = read_document(file, int(document["offset"]), int(document["length"]), how)
+    if _hash(text.encode()) != tuple(document["hash"].tolist()):
+        raise UserError(f"{file.path}: {CHANGED}")
     return text[int(document["begin"]) : int(document["end"])]
 
 

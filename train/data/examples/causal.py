@@ -13,7 +13,7 @@ from train.data.shards import Shards
 
 
 class Rows(NamedTuple):
-    """Four arrays of one shape (..., seq_len): the keys of a Batch."""
+    """Four contiguous arrays of shape (rows, seq_len): the keys of a Batch."""
 
     tokens: NDArray[Any]
     targets: NDArray[Any]
@@ -21,42 +21,60 @@ class Rows(NamedTuple):
     segments: NDArray[Any]
 
 
-def fill(shards: Shards, pieces: Pieces, isolate: bool, out: Rows) -> None:
-    """Write the rows that ``pieces`` tile, in their order, into ``out`` (arrays that may be strided views).
+class CausalRows:
+    """The rows that some pieces tile, in their order: read for many rows at once, to be written a few at a time.
 
-    A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a
-    row all pieces but the last end their documents with EOT, which is also what the next begins with; so one line of
+    Reading is what may wait for a disk, and takes two bytes a token; writing is a copy of some microseconds.
+
+    A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a row
+    all pieces but the last end their documents with EOT, which is also what the next begins with; so one line of
     seq_len + 1 ids holds the inputs and the targets of a row. Padding: token 0, target IGNORE, segment 0.
 
     With ``isolate`` positions count within the piece and segments number the pieces of a row from 1; without, a row
     is one segment and positions count within it.
     """
-    shape, seq_len = out.tokens.shape, out.tokens.shape[-1]
-    begins = np.cumsum(pieces.length) - pieces.length
-    row = begins // seq_len
-    first = np.append(True, row[1:] != row[:-1])
-    last = np.append(first[1:], True)
-    padding = pieces.sample < 0
-    # The one id more is the last real piece's; where a row is all padding, the padding's.
-    more = np.where(padding, first & last, last | np.append(padding[1:], False))
-    lines = np.empty(out.tokens.size + out.tokens.size // seq_len, shards.dtype)
-    np.concatenate(shards.stored(pieces.sample, pieces.start, pieces.length + more), out=lines)
-    lines = lines.reshape(*shape[:-1], seq_len + 1)
-    out.tokens[...] = lines[..., :-1]
-    out.targets[...] = lines[..., 1:]
-    if isolate:
-        places = np.arange(out.tokens.size, dtype=np.int32)
-        places -= np.repeat(begins.astype(np.int32), pieces.length)
-        numbers = np.arange(1, len(row) + 1, dtype=np.int32)
-        numbers -= np.maximum.accumulate(np.where(first, numbers, 1)) - 1
-        numbers[padding] = 0
-        out.positions[...] = places.reshape(shape)
-        out.segments[...] = np.repeat(numbers, pieces.length).reshape(shape)
-    else:
-        out.positions[...] = np.arange(seq_len)
-        out.segments[...] = 1
-    if padding.any():
-        empty = np.repeat(padding, pieces.length).reshape(shape)
-        out.tokens[empty] = 0
-        out.targets[empty] = IGNORE
-        out.segments[empty] = 0
+
+    def __init__(self, shards: Shards, pieces: Pieces, seq_len: int, isolate: bool) -> None:
+        ends = np.cumsum(pieces.length)
+        self._begins = ends - pieces.length
+        self._lengths = pieces.length
+        self._seq_len, self._isolate = seq_len, isolate
+        row = self._begins // seq_len
+        first = np.ones(len(row), bool)
+        np.not_equal(row[1:], row[:-1], out=first[1:])
+        last = np.append(first[1:], True)
+        padding = pieces.sample < 0
+        self._padding = padding if padding.any() else None
+        more = last
+        if self._padding is not None:
+            # The one id more is the last real piece's; where a row is all padding, the padding's.
+            more = np.where(padding, first & last, last | np.append(padding[1:], False))
+        heads = np.flatnonzero(first)
+        self._lines = np.empty((len(heads), seq_len + 1), shards.dtype)
+        ids = shards.stored(pieces.sample, pieces.start, pieces.length + more)
+        np.concatenate(ids, out=self._lines.reshape(-1))
+        self._row_starts: list[int] = [*heads.tolist(), len(row)]
+        self._numbers = (np.arange(1, len(row) + 1) - np.repeat(heads, np.diff(self._row_starts))).astype(np.int32)
+        self._numbers[padding] = 0
+
+    def write(self, begin: int, out: Rows) -> None:
+        """Write as many rows as ``out`` has, from row ``begin`` on."""
+        count, seq_len = out.tokens.shape
+        part = slice(self._row_starts[begin], self._row_starts[begin + count])
+        lengths = self._lengths[part]
+        lines = self._lines[begin : begin + count]
+        np.copyto(out.tokens, lines[:, :-1])
+        np.copyto(out.targets, lines[:, 1:])
+        if self._isolate:
+            starts = (self._begins[part] - begin * seq_len).astype(np.int32)
+            places = np.arange(count * seq_len, dtype=np.int32)
+            np.copyto(out.positions.reshape(-1), places - np.repeat(starts, lengths))
+            np.copyto(out.segments.reshape(-1), np.repeat(self._numbers[part], lengths))
+        else:
+            np.copyto(out.positions, np.arange(seq_len))
+            out.segments.fill(1)
+        if self._padding is not None and (padding := self._padding[part]).any():
+            empty = np.repeat(padding, lengths).reshape(count, seq_len)
+            out.tokens[empty] = 0
+            out.targets[empty] = IGNORE
+            out.segments[empty] = 0

@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import schema
+from train.data import files, shards, tokenizer
+
+
+@pytest.fixture
+def build_corpus(tmp_path):
+    """A function that writes a corpus whose training shards hold documents of given lengths, in bytes."""
+
+    def build(train: list[list[int]], val: list[list[int]] = (), name: str = "corpus") -> shards.Corpus:
+        folder = tmp_path / name
+        folder.mkdir()
+        stamps = shards.Stamps(folder)
+        content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
+        files.write_whole(folder / tokenizer.FILE, content.encode())
+        made = tokenizer.load_tokenizer(folder)
+        random = np.random.default_rng(0)
+        splits = {}
+        for split, lengths in (("train", train), ("val", val)):
+            entries, tables, first = [], [np.zeros((3, 0), np.int64)], 0
+            for number, sizes in enumerate(lengths):
+                texts = [bytes(random.integers(97, 123, size, dtype=np.uint8)) for size in sizes]
+                documents = [(f"d{i}", len(t), np.array([256, *t, 256], np.uint16)) for i, t in enumerate(texts)]
+                entry, table = shards.write_shard(folder / f"{split}-{number:06d}.tar", first, documents)
+                entries.append(entry)
+                tables.append(table)
+                first += len(sizes)
+            table_entry = shards.write_table(folder, split, np.concatenate(tables, axis=1), stamps)
+            splits[split] = shards.index_split(entries, table_entry)
+        shards.write_index(folder, {"recipe": "made by hand", "settings": {}}, made, "uint16", splits)
+        return shards.Corpus(folder)
+
+    return build
+
+
+@pytest.fixture
+def text_data(tmp_path, monkeypatch):
+    """A function that gives the data section for some text files, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.Data:
+        section = schema.Tokenizer(kind=kind, vocab_size=vocab_size, path=keys.pop("tokenizer_path", None))
+        keys = {"workers": 1, **keys}
+        return schema.Data(source="text", paths=[str(path) for path in paths], tokenizer=section, **keys)
+
+    return data

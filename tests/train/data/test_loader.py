@@ -1,0 +1,236 @@
+"""Batches: what every row holds, that ranks share exactly, that a loader goes on from anywhere."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.batch import IGNORE
+from train.data.loader import EvalLoader, Loader, Share, held_out_text, layout_of
+from train.data.order import Order, Shuffle
+from train.data.streams import Cursor, Plan, Shape
+from train.errors import UserError
+
+UNEVEN = [[3, 5, 2, 9, 4, 6, 8], [11], [1 + i % 13 for i in range(100)]]  # shards of 7, 1 and 100 documents
+
+
+def plan_of(corpus, shape: Shape, seed: int = 0) -> Plan:
+    return Plan(Order(layout_of(corpus.split("train")), Shuffle(seed, 2), shape.pack), shape)
+
+
+def steps_of(corpus, shape: Shape, share: Share, count: int, start: Cursor | None = None, isolate: bool = True):
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, isolate)
+    loader.seek(start or Cursor())
+    steps = [next(loader) for _ in range(count)]
+    loader.close()
+    return steps
+
+
+def real_rows(micro_batches) -> list[tuple]:
+    """Every row that is trained on, as (tokens, targets, positions, segments)."""
+    whole = {key: torch.cat([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    keep = (whole["segments"] > 0).any(dim=1)
+    return [tuple(tuple(whole[key][row].tolist()) for key in whole) for row in torch.nonzero(keep).flatten().tolist()]
+
+
+def trained(micro_batches) -> int:
+    return sum(int((batch["targets"] != IGNORE).sum()) for batch in micro_batches)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("micro", [1, 2, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_uneven_shards_give_an_exact_epoch_to_any_number_of_ranks(build_corpus, pack, micro, world):
+    corpus = build_corpus(UNEVEN)
+    split = corpus.split("train")
+    shape = Shape(10, 16, 5, pack)
+    plan = plan_of(corpus, shape)
+    count = plan.steps_per_epoch
+    alone = steps_of(corpus, shape, Share(0, 1, 10), count)
+    ranks = [steps_of(corpus, shape, Share(rank, world, micro), count) for rank in range(world)]
+    assert len({len(step[0]) for rank in ranks for step in rank}) == 1
+    assert all(batch["tokens"].shape == (micro, 16) for rank in ranks for step in rank for batch in step[0])
+    for number in range(count):
+        together = [row for rank in ranks for row in real_rows(rank[number][0])]
+        assert sorted(together) == sorted(real_rows(alone[number][0]))
+        assert {rank[number][1] for rank in ranks} == {alone[number][1]}
+    assert sum(trained(step[0]) for step in alone) == split.tokens
+    assert alone[-1][1] == Cursor(1, 0)
+    if not pack:  # each document is a row, and came once
+        rows = [row for step in alone for row in real_rows(step[0])]
+        documents = [tuple(split.document(sample).tolist()) for sample in range(split.samples)]
+        assert sorted(row[1][: row[3].count(1) - 1] for row in rows) == sorted(documents)
+
+
+def reference_row(split, pieces, T: int, isolate: bool) -> tuple:
+    """A row built from its pieces token by token, from the definition in the contract."""
+    tokens, targets, positions, segments = [], [], [], []
+    number = 0
+    for sample, start, length in pieces:
+        if sample < 0:
+            tokens += [0] * length
+            targets += [IGNORE] * length
+            segments += [0] * length
+        else:
+            number += 1
+            stored = [256, *split.document(sample).tolist(), 256]
+            tokens += stored[start : start + length]
+            targets += stored[start + 1 : start + length + 1]
+            segments += [number if isolate else 1] * length
+        positions += range(length)
+    return tokens, targets, positions if isolate else list(range(T)), segments
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_hold_what_the_contract_says(build_corpus, pack, isolate):
+    corpus = build_corpus(UNEVEN)
+    split, T = corpus.split("train"), 16
+    shape = Shape(4, T, 2, pack)
+    plan = plan_of(corpus, shape)
+    cursor = Cursor()
+    for micro_batches, after in steps_of(corpus, shape, Share(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
+        rows, room = [[]], T
+        for piece in zip(*(column.tolist() for column in plan.rows(range(2), cursor, 1)), strict=True):
+            if not room:
+                rows.append([])
+                room = T
+            rows[-1].append(piece)
+            room -= piece[2]
+        for stream in range(2):
+            for i in range(2):
+                expected = reference_row(split, rows[stream * 2 + i], T, isolate)
+                row = i * 2 + stream  # row j of a step comes from stream j mod S
+                found = tuple(micro_batches[0][key][row].tolist() for key in micro_batches[0])
+                assert found == tuple(list(column) for column in expected)
+        cursor = after
+
+
+def test_a_document_longer_than_a_row_goes_on_in_the_next_with_new_positions(build_corpus):
+    corpus = build_corpus([[40]])
+    (first, _), (second, _) = steps_of(corpus, Shape(1, 16, 1), Share(0, 1, 1), 2)
+    assert first[0]["tokens"][0, 0] == 256
+    assert first[0]["targets"][0, -1] == second[0]["tokens"][0, 0]
+    assert second[0]["positions"][0].tolist() == list(range(16))
+
+
+def test_batches_have_the_dtypes_of_the_contract(build_corpus):
+    ((batches, _),) = steps_of(build_corpus(UNEVEN), Shape(4, 16, 2), Share(0, 1, 2), 1)
+    assert [value.dtype for value in batches[0].values()] == [torch.int64, torch.int64, torch.int64, torch.int32]
+    assert list(batches[0]) == ["tokens", "targets", "positions", "segments"]
+    assert all(value.is_contiguous() for batch in batches for value in batch.values())
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_seek_equals_replay_across_epochs(build_corpus, pack):
+    corpus = build_corpus(UNEVEN)
+    shape = Shape(6, 16, 3, pack)
+    count = 3 * plan_of(corpus, shape).steps_per_epoch
+    replay = steps_of(corpus, shape, Share(1, 2, 2), count)
+    for number in range(0, count - 2, 3):
+        for (found, after), (expected, expected_after) in zip(
+            steps_of(corpus, shape, Share(1, 2, 2), 2, start=replay[number][1]), replay[number + 1 :], strict=False
+        ):
+            assert after == expected_after
+            assert all(torch.equal(a[key], b[key]) for a, b in zip(found, expected, strict=True) for key in a)
+
+
+def test_a_stop_at_other_world_sizes_loses_and_repeats_nothing(build_corpus):
+    corpus = build_corpus(UNEVEN)
+    shape = Shape(12, 8, 6)
+    count = 2 * plan_of(corpus, shape).steps_per_epoch
+    unbroken = [sorted(real_rows(step[0])) for step in steps_of(corpus, shape, Share(0, 1, 12), count)]
+    cursor, seen = Cursor(), []
+    for world in (4, 2, 6, 1, 5):
+        part = count // 5 + 1
+        ranks = [steps_of(corpus, shape, Share(rank, world, 2), part, start=cursor) for rank in range(world)]
+        seen += [sorted(row for rank in ranks for row in real_rows(rank[step][0])) for step in range(part)]
+        cursor = ranks[0][-1][1]
+    assert seen[:count] == unbroken
+
+
+def test_the_position_handed_out_is_that_of_the_batch_consumed(build_corpus):
+    corpus = build_corpus([[200] * 20])
+    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(2, 8, 2)), Share(0, 1, 2))
+    positions = [next(loader)[1].position for _ in range(5)]
+    loader.close()
+    assert positions == [8, 16, 24, 32, 40]
+
+
+def test_closing_ends_the_thread_and_the_loader_can_go_on(build_corpus):
+    corpus = build_corpus(UNEVEN)
+    shape, share = Shape(4, 16, 2), Share(0, 1, 4)
+    expected = steps_of(corpus, shape, share, 4)
+    before = threading.active_count()
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share)
+    found = [next(loader), next(loader)]
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    found += [next(loader), next(loader)]
+    loader.close()
+    assert [step[1] for step in found] == [step[1] for step in expected]
+
+
+def test_a_damaged_shard_is_reported_by_next(build_corpus):
+    corpus = build_corpus([[50] * 4])
+    path = corpus.folder / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(1, 8, 1)), Share(0, 1, 1))
+    with pytest.raises(UserError, match=r"train-000000.tar: damaged.*launch.sh prepare"):
+        next(loader)
+
+
+def test_more_workers_than_streams_are_refused(build_corpus):
+    corpus = build_corpus(UNEVEN)
+    with pytest.raises(UserError, match="3 workers for 2 streams"):
+        Loader(corpus.split("train"), plan_of(corpus, Shape(4, 16, 2)), Share(0, 3, 1))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
+    corpus = build_corpus([[5]], UNEVEN)
+    split, shape = corpus.split("val"), Shape(1, 16, 1, pack)
+    alone = [batch for batch in EvalLoader(split, shape, Share(0, 1, 4)) if trained([batch])]
+    loaders = [EvalLoader(split, shape, Share(rank, world, 4)) for rank in range(world)]
+    assert len({len(loader) for loader in loaders}) == 1
+    groups = [list(loader) for loader in loaders]
+    interleaved = [groups[number % world][number // world] for number in range(world * len(loaders[0]))]
+    for number, batch in enumerate(interleaved):
+        if number < len(alone):
+            assert all(torch.equal(batch[key], alone[number][key]) for key in batch)
+        else:
+            assert trained([batch]) == 0
+            assert not batch["segments"].any()
+    assert trained(alone) == split.tokens
+    assert loaders[0].bytes == split.bytes
+
+
+def test_held_out_groups_may_be_limited(build_corpus):
+    split = build_corpus([[5]], UNEVEN).split("val")
+    loader = EvalLoader(split, Shape(1, 16, 1), Share(0, 1, 4), tokens=100)
+    assert loader.groups == 2
+    assert trained(list(loader)) == 128
+    assert loader.bytes == pytest.approx(split.bytes * 128 / split.tokens)
+
+
+def test_an_empty_held_out_split_gives_no_groups(build_corpus):
+    loader = EvalLoader(build_corpus([[5]]).split("val"), Shape(1, 16, 1), Share(0, 2, 4))
+    assert (len(loader), loader.bytes, list(loader)) == (0, 0.0, [])
+
+
+def test_held_out_text_comes_back_byte_for_byte(build_corpus):
+    corpus = build_corpus([[5]], UNEVEN)
+    assert sum(map(len, held_out_text(corpus))) == corpus.split("val").bytes
+
+
+def test_planning_needs_no_torch():
+    code = "import train.data.prepare, train.data.streams, sys; raise SystemExit('torch' in sys.modules)"
+    root = Path(__file__).parents[3]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
