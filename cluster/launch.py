@@ -74,11 +74,10 @@ class Start:
         clock = self.clock
         clock.mark("driver")
         with ThreadPoolExecutor(1) as pool:
-            composing = pool.submit(self.what.compose)
+            composing = pool.submit(self._compose)
             if not self.what.elsewhere:
                 self._private()
             config = composing.result()
-        clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
         held = lock.take(self.run_dir)
         corpus = self.what.find_corpus(config, self.console.show)
@@ -97,6 +96,11 @@ class Start:
         code = self._finish(verdict, config)
         held.close()
         return code
+
+    def _compose(self) -> Config:
+        config = self.what.compose()
+        self.clock.mark("config")
+        return config
 
     def _private(self) -> None:
         self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
