@@ -150,7 +150,7 @@ class Console:
 
     def _eval(self, event: Event) -> None:
         loss = event.get("val_loss")
-        if not finite(loss):
+        if loss is None or not finite(loss):
             return
         better = self._best is None or loss < self._best
         fall = f"  ({loss - self._best:+.4f})" if self._best is not None else ""
