@@ -1,8 +1,7 @@
-"""From a command line to a job's exit code: everything slow at the start is begun at once, side by side.
+"""From a command line to a job's exit code.
 
-Three things take seconds: importing torch and DeepSpeed (the warm process), Ray's processes, and composing the
-configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray
-comes up meanwhile, privately, unless an override speaks of the cluster's address.
+Importing torch and DeepSpeed takes longest, so the warm process is at it already (``cluster.begin``) while the driver composes
+the configuration, which fails within a second if it is wrong, and then brings up Ray.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +31,6 @@ class Plan:
 
     compose: Callable[[], Config]
     find_corpus: Callable[[Config, Callable[[dict], None]], str]
-    elsewhere: bool = False
-    """Whether the cluster may not be a private one, so that starting one ahead may be in vain."""
 
 
 def run(what: Plan, begun: Begun) -> int:
@@ -67,17 +63,12 @@ class Start:
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
-        self.node: nodes.PrivateNode | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
         clock = self.clock
         clock.mark("driver")
-        with ThreadPoolExecutor(1) as pool:
-            composing = pool.submit(self.what.compose)
-            if not self.what.elsewhere:
-                self._private()
-            config = composing.result()
+        config = self.what.compose()
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
         held = lock.take(self.run_dir)
@@ -98,22 +89,15 @@ class Start:
         held.close()
         return code
 
-    def _private(self) -> None:
-        self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
+    def _cluster(self, config: Config) -> None:
+        """Has the driver on the cluster that the configuration names, or on a private one."""
+        address = config.cluster.address
+        if address is None:
+            nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
+        else:
+            nodes.join(address, str(REPOSITORY))
         self.signals.listen()
         self.clock.mark("ray")
-
-    def _cluster(self, config: Config) -> None:
-        """Has the driver on the right cluster: the one it started ahead, or the one the configuration names."""
-        address = config.cluster.address
-        if address is None and self.node is None:
-            self._private()
-        elif address is not None:
-            if self.node is not None:
-                nodes.shutdown(self.node)
-            nodes.join(address, str(REPOSITORY))
-            self.signals.listen()
-            self.clock.mark("ray")
 
     def _show(self, event: dict) -> None:
         self.console.show(event)

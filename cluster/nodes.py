@@ -36,10 +36,6 @@ ANSWER_S = 5.0
 class PrivateNode(ray._private.node.Node):
     """A head node without the API server, which only shows things, and without half seconds slept through."""
 
-    folder: Path
-    replaced: dict[str, str]
-    """What the environment said before the private cluster's settings were put there."""
-
     def start_api_server(self, **options: Any) -> None:
         """Starts nothing."""
 
@@ -77,9 +73,7 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
 
     To be called from the main thread: the kernel ends Ray's processes with the thread that started them.
     """
-    settings = _settings(folder)
-    replaced = {name: os.environ[name] for name in settings if name in os.environ}
-    os.environ.update(settings)
+    os.environ.update(_settings(folder))
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")  # Ray read the environment when it was imported
     parameters = ray._private.parameter.RayParams(
@@ -93,7 +87,6 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
         temp_dir=str(folder / "ray"),
     )
     node = PrivateNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
-    node.folder, node.replaced = folder, replaced
     _join(node.address, {})
     return node
 
@@ -129,11 +122,6 @@ def shutdown(node: PrivateNode | None) -> None:
     ray.shutdown()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
-        for name in _settings(node.folder):
-            os.environ.pop(name, None)
-        os.environ.update(node.replaced)
-        ray_constants.ENABLE_RAY_CLUSTER = True
-        Config.initialize("")
 
 
 def inventory() -> list[Node]:

@@ -176,7 +176,7 @@ class Steward:
         for line in lines:
             event = json.loads(line)
             if world["rank"] == 0 or event["event"] in QUIET_EVENTS:
-                self._tell({**event, **world})
+                self._tell({"t": time.time(), **event, **world})
         return rest
 
 

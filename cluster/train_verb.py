@@ -11,16 +11,13 @@ from train import config as configuration
 from train.data import prepare
 from train.schema import Config
 
-MAY_NAME_A_CLUSTER = ("cluster=", "cluster.address=", "experiment=")
-
 
 def run(overrides: Sequence[str], begun: Begun | None) -> int:
     """Runs the job that ``overrides`` ask for; explains them where nothing was begun. Returns the exit code."""
     if begun is None:
         print(configuration.help_text())
         return launch.DONE
-    elsewhere = any(override.startswith(MAY_NAME_A_CLUSTER) for override in overrides)
-    return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus, elsewhere), begun)
+    return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus), begun)
 
 
 def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:

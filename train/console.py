@@ -24,7 +24,6 @@ from train.words import count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
 BAR_WIDTH = 28
-PREPARE = "prepare"
 
 Event = dict[str, Any]
 
@@ -37,11 +36,10 @@ class Console:
         self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._config: dict[str, Any] = {}
-        self._began = time.monotonic()
         self._first_step: tuple[int, float] | None = None
         self._last_plain = -math.inf
         self._best: float | None = None
-        self._samples: list[tuple[str, str]] = []
+        self._preparing: str | None = None
         self._verbs: dict[str, Callable[[Event], None]] = {
             "job": self._job,
             "plan": self._plan,
@@ -118,6 +116,9 @@ class Console:
         text = f"  preparing the corpus: {event.get('phase', '')}"
         if done is not None:
             text += f" {done:,}" + (f" of {total:,}" if total else "")
+        if event.get("phase") != self._preparing and not self.terminal.is_terminal:
+            self._line(Text(f"  preparing the corpus: {event.get('phase', '')}"))
+        self._preparing = event.get("phase")
         self._status(Text(text, style="dim"))
 
     # how it goes

@@ -18,5 +18,5 @@ if __name__ == "__main__":
     base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
     more = json.loads(settings[0]) if settings else {}
     values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
-    what = launch.Plan(lambda: configuration.parse(values), lambda config, report: fault, "address" in more)
+    what = launch.Plan(lambda: configuration.parse(values), lambda config, report: fault)
     sys.exit(launch.run(what, begun))

@@ -94,7 +94,7 @@ def test_a_killed_rank_is_named_first_and_the_others_are_folded(job_folder, tmp_
     run = Run(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill"})
     began = time.monotonic()
     assert run.go().kind == "failed"
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30  # gloo alone would wait half an hour; on a quiet machine it is 2 s
     [failure] = run.of("failure")
     assert failure["lines"][0] == f"rank 1 on {socket.gethostname()} (pid {run.pids()[1]}) killed by SIGKILL"
     assert "  rank 1 is about to kill" in failure["lines"]

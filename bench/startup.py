@@ -1,0 +1,127 @@
+"""Time from the command to the end of the first step, by phase, beside torchrun running the same step.
+
+    ./launch.sh bench startup [repeats=5] [group=choice] [key=value]
+
+Both train the same resolved configuration on the same prepared corpus, taking turns, so that a slow minute of the machine
+is shared. Each run is ended after its first step. Medians, in seconds since the command was given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from train import config as configuration
+from train.data import prepare
+from train.schema import Config
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIMIT_S = 300.0
+GOAL = 1.5
+PHASES = {
+    "config": "configuration composed",
+    "ray": "Ray up",
+    "workers": "workers placed",
+    "imports": "imports done",
+    "data": "ranks met",
+    "engine": "data open, engine begun",
+    "first_step": "engine built",
+    "train": "first step done",
+}
+
+Marks = dict[str, float]
+
+
+def ours(overrides: list[str], run_dir: Path) -> Marks:
+    """One start of ``launch.sh train``."""
+    log = run_dir.with_suffix(".log")
+    with log.open("w") as file:
+        command = [REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"]
+        process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    try:
+        end = time.monotonic() + LIMIT_S
+        while not (run_dir / "startup.json").exists():
+            if process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"launch.sh reached no first step:\n{log.read_text()}")
+            time.sleep(0.05)
+        return json.loads((run_dir / "startup.json").read_text())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def torchrun(config: Path, corpus: str, workers: int) -> Marks:
+    """One start of torchrun with the same step; rank 0's worker prints its events as JSON lines."""
+    began = time.time()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    worker = ["-m", "train", "worker", f"config={config}", f"corpus={corpus}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0"}
+    process = subprocess.Popen(
+        [*launcher, *worker], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    marks: Marks = {}
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line) if line.startswith(b"{") else {}
+            if event.get("event") == "phase":
+                marks.setdefault(event["name"], event["t"] - began)
+            if "train" in marks:
+                return marks
+        raise SystemExit(f"torchrun reached no first step: try it by hand:\n{' '.join([*launcher, *worker])}")
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def same_run(config: Config, folder: Path) -> Path:
+    """The resolved configuration as a file, for a run in ``folder``."""
+    values = configuration.to_dict(config)
+    values["run"]["dir"] = str(folder)
+    path = folder.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints the table, and returns 0 when the goal is met."""
+    repeats = next((int(a.split("=")[1]) for a in arguments if a.startswith("repeats=")), 5)
+    overrides = ["tracking=off", *(a for a in arguments if not a.startswith("repeats="))]
+    config = configuration.load(overrides)
+    corpus = prepare.resolve(config.data) or prepare.prepare(config.data, lambda progress: None)
+    mine, theirs = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        for number in range(repeats):
+            mine.append(ours(overrides, Path(temporary) / f"ours_{number}"))
+            settings = same_run(config, Path(temporary) / f"torchrun_{number}")
+            theirs.append(torchrun(settings, str(corpus.absolute()), config.cluster.workers))
+    table = Table(title=f"seconds since the command, median of {repeats}, {config.cluster.workers} workers")
+    for column in ("phase", "launch.sh", "torchrun"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for key, words in PHASES.items():
+        table.add_row(words, middle(mine, key), middle(theirs, key))
+    ratio = statistics.median(m["train"] for m in mine) / statistics.median(t["train"] for t in theirs)
+    out = Console()
+    out.print(table)
+    out.print(f"launch.sh / torchrun: {ratio:.2f} (goal: at most {GOAL})")
+    return int(ratio > GOAL)
+
+
+def middle(runs: list[Marks], key: str) -> str:
+    """The median of a phase, where all runs have it."""
+    return f"{statistics.median(run[key] for run in runs):.2f}" if all(key in run for run in runs) else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
