@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import worlds
 
 from train.data.prepare import prepare
 from train.schema import Config
+
+
+forkserver.ensure_running()  # with worlds' imports, before prepare's workers start one that has imported less
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the server of forks
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train.run", "worlds"])
-forkserver.ensure_running()  # before prepare's workers start one that has imported less
 
 TINY = [
     *("model=gpt_tiny", "model.layers=2", "model.width=32", "model.max_len=32", "batch.seq_len=16", "batch.global=4"),
