@@ -89,7 +89,7 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
     while True:
         dataset = StreamingDataset(str(folder / "shards"), item_loader=TokensLoader(block_size=seq_len + 1), shuffle=True)
         for block in StreamingDataLoader(dataset, batch_size=batch, num_workers=0, drop_last=True):
-            assert block.shape == (batch, seq_len + 1)
+            assert tuple(block.shape) == (batch, seq_len + 1)
             yield batch * seq_len
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import host
+from cluster.signals import Signals
 
 TARGET = "train.run:train_rank"
 
@@ -20,10 +22,22 @@ class Begun:
     warm: host.WarmProcess
     target: str
     since: float
+    signals: Signals
+
+    def clear(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def begin(target: str = TARGET) -> Begun:
-    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each rank."""
+    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
+    rank.
+    """
     since = float(os.environ.get("TRIREME_T0") or time.time())
+    signals = Signals()
+    signals.listen()
     folder = host.make_folder()
-    return Begun(folder, host.WarmProcess(folder, target), target, since)
+    os.environ[host.MARK] = str(folder)
+    begun = Begun(folder, host.WarmProcess(folder, target), target, since, signals)
+    signals.on_end.append(begun.clear)
+    return begun

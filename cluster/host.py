@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import psutil
 from train.errors import UserError
 
 PREFIX = "trireme-"
+MARK = "TRIREME_JOB"
+"""The environment variable that everything a driver starts on its own host inherits: the job's folder."""
 LONGEST_TEMP = 40
 """Characters: Ray puts sockets some 60 characters deeper, and a Unix socket's path ends at 107."""
 
@@ -64,6 +67,19 @@ def sweep() -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.stat().st_uid == os.getuid():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_job(folder: str) -> None:
+    """Kills what a driver that is gone left on its host, found by the mark in the environment, and removes its folder.
+
+    The kernel has ended Ray's main processes and the trainers with it; Ray's agents would look around for some seconds.
+    """
+    mark = f"{MARK}={folder}".encode()
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if int(place.name) != os.getpid() and mark in (place / "environ").read_bytes().split(b"\0"):
+                os.kill(int(place.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def own_folder(name: str) -> Path:
@@ -133,11 +149,7 @@ def count_gpus() -> int:
     """NVIDIA devices of this machine that this process may use; asked of the kernel, so that CUDA stays untouched."""
     devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        devices
-        if visible is None
-        else min(devices, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
-    )
+    return devices if visible is None else min(devices, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
 
 
 def count_cpus() -> int:

@@ -1,24 +1,23 @@
 """From a command line to a job's exit code: everything slow at the start is begun at once, side by side.
 
 Three things take seconds: importing torch and DeepSpeed (the warm process), Ray's processes, and composing the
-configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray comes
-up meanwhile, privately, unless an override speaks of the cluster's address.
+configuration. None needs another, so the warm process starts first, the configuration composes in a thread, and Ray
+comes up meanwhile, privately, unless an override speaks of the cluster's address.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import host, lock, nodes, plan, watch
 from cluster.begin import Begun
-from cluster.signals import STOPPED, Asked, Signals, end_now
 from cluster.job import Clock, Job
+from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
 from train.errors import UserError
@@ -41,20 +40,17 @@ class Plan:
 def run(what: Plan, begun: Begun) -> int:
     """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
     console = Console()
-    signals = Signals(on_second=console.close)
-    start = Start(what, begun, console, signals)
+    begun.signals.on_end.insert(0, console.close)
+    start = Start(what, begun, console)
     try:
         code = start.go()
-    except Asked:
-        console.stopped_early()
-        code = STOPPED
     except UserError as error:
         console.bad_input(str(error))
         code = BAD_INPUT
     finally:
         console.close()
     # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
-    shutil.rmtree(begun.folder, ignore_errors=True)
+    begun.clear()
     sys.stdout.flush()
     sys.stderr.flush()
     end_now(code)
@@ -64,11 +60,11 @@ def run(what: Plan, begun: Begun) -> int:
 class Start:
     """The start of one job, and its end."""
 
-    def __init__(self, what: Plan, begun: Begun, console: Console, signals: Signals) -> None:
+    def __init__(self, what: Plan, begun: Begun, console: Console) -> None:
         self.what = what
         self.begun = begun
         self.console = console
-        self.signals = signals
+        self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.node: nodes.PrivateNode | None = None
@@ -94,12 +90,8 @@ class Start:
         request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
         placement = plan.place(known, request)
         if placement.waiting:
-            self.console.show(
-                {"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"}
-            )
-        self.console.show(
-            {"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)}
-        )
+            self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
+        self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
         verdict = Supervisor(job, device).run()
         code = self._finish(verdict, config)
@@ -108,7 +100,7 @@ class Start:
 
     def _private(self) -> None:
         self.node = nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
-        self.signals.again()
+        self.signals.listen()
         self.clock.mark("ray")
 
     def _cluster(self, config: Config) -> None:
@@ -120,7 +112,7 @@ class Start:
             if self.node is not None:
                 nodes.shutdown(self.node)
             nodes.join(address, str(REPOSITORY))
-            self.signals.again()
+            self.signals.listen()
             self.clock.mark("ray")
 
     def _show(self, event: dict) -> None:

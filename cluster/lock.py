@@ -14,20 +14,18 @@ from train.errors import UserError
 
 
 def take(run_dir: Path) -> IO[str]:
-    """Makes the run's folder and locks it: keep the file open. UserError says who holds it, or why it cannot be written."""
+    """Makes the run's folder and locks it: keep the file open. UserError says who holds it, or why it cannot be
+    written.
+    """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         file = (run_dir / "lock").open("a+")
     except OSError as error:
-        raise UserError(
-            f"run.dir={run_dir} cannot be written: {error.strerror}. Give another with run.dir=..."
-        ) from error
+        raise UserError(f"run.dir={run_dir} cannot be written: {error.strerror}. Give another with run.dir=...") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"run.dir={run_dir} is in use by {_holder(run_dir)}. Wait for it, or give another run.dir"
-        ) from None
+        raise UserError(f"run.dir={run_dir} is in use by {_holder(run_dir)}. Wait for it, or give another run.dir") from None
     file.truncate(0)
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
     file.flush()

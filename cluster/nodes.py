@@ -1,8 +1,9 @@
 """Ray's own processes: a private cluster on this machine, started lean and on the loopback only, or one that exists.
 
-``ray.init`` also starts a dashboard, an autoscaler's monitor and a log forwarder, waits for them, and rewrites a loopback
-address to the machine's public one. A private cluster needs none of that: the same ``Node`` that ``ray.init`` makes is made
-here without them, which halves the time, and everything listens on 127.0.0.1 and asks for a token made for this job.
+``ray.init`` also starts a dashboard, an autoscaler's monitor and a log forwarder, waits for them, and rewrites a
+loopback address to the machine's public one. A private cluster needs none of that: the same ``Node`` that ``ray.init``
+makes is made here without them, which halves the time, and everything listens on 127.0.0.1 and asks for a token made
+for this job.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import ray._private.node
 import ray._private.parameter
 import ray._private.state
 from ray._private import ray_constants
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 from cluster.plan import Node
 from train.errors import UserError
@@ -28,16 +30,23 @@ LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing travels through the object store but a few KiB of news; this is about the least Ray takes."""
 RAYLET_S = 30.0
+ANSWER_S = 5.0
 
 
 class PrivateNode(ray._private.node.Node):
     """A head node without the API server, which only shows things, and without half seconds slept through."""
 
+    folder: Path
+    replaced: dict[str, str]
+    """What the environment said before the private cluster's settings were put there."""
+
     def start_api_server(self, **options: Any) -> None:
         """Starts nothing."""
 
     def start_ray_processes(self) -> None:
-        """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half second."""
+        """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half
+        second.
+        """
         super().start_ray_processes()
         deadline = time.monotonic() + RAYLET_S
         while time.monotonic() < deadline and not self.get_gcs_client().get_all_node_info():
@@ -45,7 +54,9 @@ class PrivateNode(ray._private.node.Node):
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """What every process of a private cluster reads: a token of this job's own, known to this user only, and the loopback."""
+    """What every process of a private cluster reads: a token of this job's own, known to this user only, and the
+    loopback.
+    """
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
@@ -66,7 +77,9 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
 
     To be called from the main thread: the kernel ends Ray's processes with the thread that started them.
     """
-    os.environ.update(_settings(folder))
+    settings = _settings(folder)
+    replaced = {name: os.environ[name] for name in settings if name in os.environ}
+    os.environ.update(settings)
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")  # Ray read the environment when it was imported
     parameters = ray._private.parameter.RayParams(
@@ -75,23 +88,28 @@ def start_private(cpus: int, gpus: int, folder: Path) -> PrivateNode:
         num_gpus=gpus,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        include_log_monitor=False,
+        include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=str(folder / "ray"),
     )
     node = PrivateNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
+    node.folder, node.replaced = folder, replaced
     _join(node.address, {})
     return node
 
 
 def join(address: str, import_from: str) -> None:
-    """Joins the cluster at ``address``; its workers find our code at ``import_from``. Raises UserError where there is none."""
+    """Joins the cluster at ``address``; its workers find our code at ``import_from``. Raises UserError where there is
+    none.
+    """
     try:
+        host_name, _, port = address.rpartition(":")
+        socket.create_connection((host_name, int(port)), ANSWER_S).close()  # Ray itself would try for minutes
         _join(address, {"env_vars": {"PYTHONPATH": import_from}})
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise UserError(
-            f"cluster.address={address}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
-            "Check the address, that this machine is a node of it, and its token (RAY_AUTH_TOKEN_PATH)."
+            f"cluster.address={address}: no Ray cluster answers there ({str(error).strip().splitlines()[0]}). "
+            "Give HOST:PORT of its head, on a machine that is a node of it, with its token (RAY_AUTH_TOKEN_PATH)."
         ) from error
 
 
@@ -111,6 +129,11 @@ def shutdown(node: PrivateNode | None) -> None:
     ray.shutdown()
     if node is not None:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
+        for name in _settings(node.folder):
+            os.environ.pop(name, None)
+        os.environ.update(node.replaced)
+        ray_constants.ENABLE_RAY_CLUSTER = True
+        Config.initialize("")
 
 
 def inventory() -> list[Node]:

@@ -36,19 +36,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Placement:
-    """Workers per node, by name, as they would be packed now; ``waiting``: how many must wait for others' jobs to end."""
+    """Workers per node, by name, as they would be packed now; ``waiting``: how many must wait for others to end."""
 
     workers: dict[str, int]
     waiting: int
 
 
 def choose_device(asked: str, nodes: Sequence[Node]) -> str:
-    """ "cpu" or "gpu": what ``cluster.device`` means on these nodes. Raises UserError where GPUs are asked for and none is."""
+    """ "cpu" or "gpu": what ``cluster.device`` means on these nodes. Raises UserError where GPUs are asked for and none
+    is.
+    """
     any_gpu = any(node.gpus for node in nodes)
     if asked == "gpu" and not any_gpu:
-        raise UserError(
-            "cluster.device=gpu, but no node has a GPU: use cluster.device=cpu, or join a cluster that has some"
-        )
+        raise UserError("cluster.device=gpu, but no node has a GPU: use cluster.device=cpu, or join a cluster that has some")
     return ("gpu" if any_gpu else "cpu") if asked == "auto" else asked
 
 

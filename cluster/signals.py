@@ -1,34 +1,31 @@
-"""How the driver hears SIGINT, SIGTERM and SIGHUP: the first asks for a stop that saves, the second ends everything now."""
+"""How the driver hears SIGINT, SIGTERM and SIGHUP: the first asks for a stop that saves, the second ends all now.
+
+Until there is something to save, the first one ends everything too: what a start builds is made to be killed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 
 import psutil
 
 STOPPED = 75
-PATIENCE_S = 4.0
-"""How long the unwinding of an early stop may take before the process just ends."""
-
-
-class Asked(BaseException):
-    """A stop was asked for before training began: there is nothing to save."""
+EARLY = "Stopped before training began: nothing is lost. Run the same command again to start."
 
 
 class Signals:
-    """The driver's ear. While ``early``, a signal raises Asked in the main thread; later it only counts."""
+    """The driver's ear. ``heard``: the first signal that came while training; ``on_end``: done before a hasty end."""
 
-    def __init__(self, on_second: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         self.heard: int | None = None
+        self.on_end: list[Callable[[], None]] = []
         self._early = True
-        self._on_second = on_second
-        self.again()
 
-    def again(self) -> None:
+    def listen(self) -> None:
         """Installs the handlers; to be repeated after ``ray.init``, which installs its own."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # nohup and `&` in scripts say by SIG_IGN that a signal is not for us.
@@ -36,27 +33,17 @@ class Signals:
                 signal.signal(number, self._handle)
 
     def running(self) -> None:
-        """From here on there is something to save: a signal is looked up, not raised."""
+        """From here on there is something to save: the first signal is noted, for the supervisor to see."""
         self._early = False
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Puts signals off for a moment that must not be torn."""
-        numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-
     def _handle(self, number: int, frame: object) -> None:
-        if self.heard is not None:
-            self._on_second()
-            end_now(128 + number)
+        if self._early or self.heard is not None:
+            for action in self.on_end:
+                action()
+            if self._early:
+                print(EARLY, file=sys.stderr, flush=True)
+            end_now(STOPPED if self._early else 128 + number)
         self.heard = number
-        if self._early:
-            threading.Thread(target=_give_up_later, daemon=True).start()
-            raise Asked
 
 
 def end_now(code: int) -> None:
@@ -65,8 +52,3 @@ def end_now(code: int) -> None:
         with contextlib.suppress(psutil.Error):
             child.kill()
     os._exit(code)
-
-
-def _give_up_later() -> None:
-    threading.Event().wait(PATIENCE_S)
-    end_now(STOPPED)

@@ -1,7 +1,7 @@
 """The steward of a rank: a Ray actor that starts, watches and signals the rank's trainer, and never trains itself.
 
-It stays awake whatever its trainer does, so it sees a death at once, says what the trainer left in its log, and starts the
-next one from the host's warm process in a fraction of a second. It outlives every start of a world.
+It stays awake whatever its trainer does, so it sees a death at once, says what the trainer left in its log, and starts
+the next one from the host's warm process in a fraction of a second. It outlives every start of a world.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Steward:
         ended: wire.Message | None = None
         alive = True
         while alive:
-            ready, _, _ = select.select([connection, read_fd], [], [])
-            if connection in ready:
+            ready, _, _ = select.select([connection.fileno(), read_fd], [], [])
+            if connection.fileno() in ready:
                 ended, _ = wire.receive(connection)
                 alive = False
             if read_fd in ready or not alive:

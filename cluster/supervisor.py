@@ -1,4 +1,4 @@
-"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; after a failure, again."""
+"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; if it failed, again."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ class Supervisor:
             failures += 1
             left = self.job.config.cluster.max_failures - failures
             last = left < 0 or self.job.signals.heard is not None
-            plan_ = (
-                None if last else f"starting again from the newest checkpoint (restart {failures} of {failures + left})"
-            )
+            plan_ = None if last else f"starting again from the newest checkpoint (restart {failures} of {failures + left})"
             self.job.show({"event": "failure", "lines": watch.explain(verdict), "next": plan_})
             if last:
                 return verdict
@@ -90,11 +88,17 @@ class Supervisor:
             except ray.exceptions.RayError:
                 alive.append(False)
         if not all(alive):
-            for steward in self.stewards:
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(steward)
-            ray.util.remove_placement_group(self.group)
+            self.release()
             self.place()
+
+    def release(self) -> None:
+        """Ends the stewards and gives their places back."""
+        for steward in self.stewards:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(steward)
+        self.stewards = []
+        if self.group is not None:
+            ray.util.remove_placement_group(self.group)
 
     def run_world(self) -> watch.Verdict:
         """One start of all ranks, to the end of all of them."""

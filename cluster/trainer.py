@@ -1,14 +1,14 @@
 """The process of one rank: forked from the host's warm process, it joins the world and runs the target to its end.
 
-Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed), and what it has to
-say goes through the event pipe, one JSON line an event. Everything printed goes to the rank's own log.
+Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed), and what it
+has to say goes through the event pipe, one JSON line an event. Everything printed goes to the rank's own log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import faulthandler
+import fcntl
 import importlib
 import json
 import os
@@ -58,9 +58,7 @@ class StopFlag:
         if not self._asked:
             self._asked = True
             # From another thread: the main one may hold the lock of the event pipe at this very moment.
-            threading.Thread(
-                target=self._events, args=({"event": "stop_asked", "signal": number},), daemon=True
-            ).start()
+            threading.Thread(target=self._events, args=({"event": "stop_asked", "signal": number},), daemon=True).start()
 
     def __call__(self) -> bool:
         """Whether the run was asked to stop."""
@@ -74,7 +72,9 @@ def load_target(name: str) -> Callable[..., None]:
 
 
 def run(request: dict[str, Any], events_fd: int, listen_fd: int | None) -> int:
-    """Runs one rank to its end and returns its exit status. ``request`` is what the steward sent (see ``Steward.start``)."""
+    """Runs one rank to its end and returns its exit status. ``request`` is what the steward sent (see
+    ``Steward.start``).
+    """
     _take_over_output(request["log"])
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
@@ -116,8 +116,8 @@ def _take_over_output(log: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    faulthandler.enable(sys.__stderr__)
-    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    faulthandler.enable(2)
+    faulthandler.register(signal.SIGUSR1, 2)
 
 
 def _check_device(device: str) -> None:
@@ -134,7 +134,8 @@ def _check_device(device: str) -> None:
 def _only_writer(request: dict[str, Any], events: Events) -> Any:
     """Holds the right to write into the run's folder, on rank 0.
 
-    The driver's lock goes when the driver dies; a rank 0 on another host may live some seconds longer. The next one waits here.
+    The driver's lock goes when the driver dies; a rank 0 on another host may live some seconds longer. The next one
+    waits here.
     """
     if request["rank"]:
         yield

@@ -1,17 +1,19 @@
-"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's ranks.
+"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's
+ranks.
 
-    python -m cluster.warm TARGET LISTENING_FD       (started by ``cluster.host.start_warm``)
+    python -m cluster.warm TARGET LISTENING_FD       (started by ``cluster.host.WarmProcess``)
 
-A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on every
-start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its children's
-deaths at once and reports them with their signal and peak memory.
+A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on
+every start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its
+children's deaths at once and reports them with their signal and peak memory.
 
-Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the kernel
-kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
+Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the
+kernel kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import selectors
@@ -24,7 +26,10 @@ from dataclasses import dataclass
 
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
 
-from cluster import trainer, wire
+from cluster import host, trainer, wire
+
+LIFELINE = 0
+"""Standard input: it ends when the owner does."""
 
 
 @dataclass
@@ -69,7 +74,7 @@ class Warm:
         # Ending is the owner's business: after a signal to everybody the trainers still have to save.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        for source in (self.listener, awake, sys.stdin.buffer.raw):
+        for source in (self.listener, awake, LIFELINE):
             self.selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in self.selector.select():
@@ -78,7 +83,7 @@ class Warm:
                 elif key.fileobj is awake:
                     awake.recv(4096)
                     self._reap()
-                elif key.fileobj is sys.stdin.buffer.raw:
+                elif key.fileobj == LIFELINE:
                     return
                 else:
                     self._hear(key.fileobj)  # type: ignore[arg-type]
@@ -115,7 +120,9 @@ class Warm:
         wire.send(steward, {"pid": pid, "ready": self.ready})
 
     def _become_trainer(self, parent: int, request: wire.Message, fds: list[int]) -> None:
-        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit handlers."""
+        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit
+        handlers.
+        """
         code = trainer.FAILED
         try:
             wire.die_with_parent(parent)
@@ -143,27 +150,22 @@ class Warm:
             child = self.children.pop(pid, None)
             if child is not None and child.steward.fileno() >= 0:
                 code = os.waitstatus_to_exitcode(status)
-                try:
+                with contextlib.suppress(OSError):  # the steward is gone too; its own end is reported by Ray
                     wire.send(child.steward, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
-                except OSError:
-                    pass  # the steward is gone too; its own end is reported by Ray
 
 
 def main() -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
     warm = Warm(socket.socket(fileno=fd), target)
-    device = b""
-    while not device.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            return
-        device += byte
-    # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
-    gpu = device.strip() == b"gpu"
-    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
-    warm.load()
-    warm.serve()
+    device = sys.stdin.readline().strip()
+    if device:
+        # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
+        os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
+        warm.load()
+        warm.serve()
+    if host.MARK in os.environ:
+        host.end_job(os.environ[host.MARK])
 
 
 if __name__ == "__main__":

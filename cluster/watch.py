@@ -14,7 +14,8 @@ from typing import Literal
 STOPPED, BAD_INPUT = 75, 2
 
 COLLATERAL = re.compile(
-    r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused|DistBackendError|DistNetworkError|DistStoreError"
+    r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused"
+    r"|DistBackendError|DistNetworkError|DistStoreError"
     r"|ProcessGroup|NCCL error|Gloo|gloo/transport|[Tt]imed out waiting|Socket [Tt]imeout|recvValue failed"
 )
 """What torch says of a peer that went away. A rank whose last error matches is believed to be a victim."""
@@ -87,7 +88,9 @@ def how(end: End) -> str:
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """The block that a failure prints: the first line names rank, host, pid and cause; evidence; then the others, in one line."""
+    """The block that a failure prints: the first line names rank, host, pid and cause; evidence; then the others, in
+    one line.
+    """
     end = verdict.cause
     if end is None:
         return []
@@ -100,14 +103,10 @@ def explain(verdict: Verdict) -> list[str]:
     elif end.tail:
         lines += ["", "the last lines of its log:", *(f"  {line}" for line in end.tail)]
     if verdict.collateral:
-        ranks = ", ".join(str(e.rank) for e in verdict.collateral[:8]) + (
-            ", ..." if len(verdict.collateral) > 8 else ""
-        )
-        one = len(verdict.collateral) == 1
-        lines += [
-            "",
-            f"rank{'' if one else 's'} {ranks} fell with it ({'its' if one else 'their'} error{'' if one else 's'} follow from this one)",
-        ]
+        ranks = ", ".join(str(e.rank) for e in verdict.collateral[:8]) + (", ..." if len(verdict.collateral) > 8 else "")
+        many = len(verdict.collateral) > 1
+        follow = "their errors follow" if many else "its error follows"
+        lines += ["", f"rank{'s' if many else ''} {ranks} fell with it ({follow} from this one)"]
     return lines
 
 

@@ -1,4 +1,6 @@
-"""What the processes of a job say to each other on one host: JSON messages over Unix sockets, file descriptors beside them."""
+"""What the processes of a job say to each other on one host: JSON messages over Unix sockets, file descriptors beside
+them.
+"""
 
 from __future__ import annotations
 

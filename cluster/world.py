@@ -61,14 +61,14 @@ class World:
         answers = ask(starts, cluster.start_timeout)
         for rank, answer in enumerate(answers):
             if "failed" in answer:
-                raise RuntimeError(
-                    f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}"
-                )
+                raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
         self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
 
     def follow(self) -> watch.Verdict:
-        """Shows what the ranks say until all have ended. After the first bad end the rest get a moment, then are killed."""
+        """Shows what the ranks say until all have ended. After the first bad end the rest get a moment, then are
+        killed.
+        """
         polls = {s.poll.remote(POLL_S): rank for rank, s in enumerate(self.stewards)}
         bad_since: float | None = None
         while len(self.ends) < self.size:

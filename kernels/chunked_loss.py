@@ -19,8 +19,7 @@ from kernels.reference import wide
 def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss of hidden (N, D) @ weight (V, D)^T at targets (N,): (sum, count), with the logits of ``rows`` tokens at a
-    time."""
+    """(sum, count) of the loss of hidden (N, D) @ weight (V, D)^T at targets (N,), ``rows`` tokens at a time."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -38,14 +37,22 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], rows):
                 part = slice(start, start + rows)
-                logits = wide(F.linear(hidden[part], weight))
-                total += F.cross_entropy(logits, targets[part], ignore_index=ignore_index, reduction="sum")
-                if grad_hidden is None and grad_weight is None:
+                log_probs = F.log_softmax(wide(F.linear(hidden[part], weight)), -1)
+                trained = (targets[part] != ignore_index)[:, None]
+                chosen = torch.where(trained, targets[part, None], 0)
+                total -= torch.where(trained, log_probs.gather(-1, chosen), 0).sum()
+                if not (for_hidden or for_weight):
                     continue
-                grad_logits = _grad_logits(logits, targets[part], ignore_index).to(hidden.dtype)
+                # softmax minus one-hot where trained, in the place of the log-probabilities, which are used up
+                one_hot = torch.ones_like(chosen, dtype=log_probs.dtype)
+                grad_logits = log_probs.exp_().scatter_add_(-1, chosen, -one_hot).mul_(trained).to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad_logits, weight, out=grad_hidden[part])
-                if grad_weight is not None:
+                if grad_weight is None:
+                    continue
+                if grad_weight.dtype == grad_logits.dtype:
+                    grad_weight.addmm_(grad_logits.T, hidden[part])
+                else:
                     grad_weight += grad_logits.T @ hidden[part]
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         ctx.grads = grad_hidden, grad_weight  # type: ignore[attr-defined]
@@ -56,11 +63,3 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else (g * grad).to(g.dtype) for g in ctx.grads)  # type: ignore[attr-defined]
         return *grads, None, None, None
-
-
-def _grad_logits(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Softmax minus one-hot where trained, zero where ignored: (rows, V)."""
-    trained = targets != ignore_index
-    grad = logits.softmax(-1)
-    grad[torch.arange(len(targets), device=grad.device), torch.where(trained, targets, 0)] -= 1
-    return grad.mul_(trained[:, None])

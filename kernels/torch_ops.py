@@ -12,8 +12,8 @@ from kernels.chunked_loss import chunked_linear_cross_entropy
 from kernels.reference import wide
 from kernels.segments import Segments, causal_mask
 
-WHOLE_LOGITS = 1 << 24
-"""Above this many logits (64 MiB in float32) the loss is computed in chunks of tokens."""
+WHOLE_LOGITS = 1 << 22
+"""Above this many logits (16 MiB in float32) the loss is computed in chunks of tokens."""
 
 
 def attention(
@@ -101,8 +101,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> 
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T, without ever holding more than ``WHOLE_LOGITS`` logits."""
-    if hidden.shape[0] * weight.shape[0] <= WHOLE_LOGITS:
+    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T; where logits are many, only a chunk of them ever exists."""
+    (tokens, width), vocab = hidden.shape, weight.shape[0]
+    rows = max(width, WHOLE_LOGITS // vocab)  # fewer, and adding to the gradient (V, D) would outweigh the products
+    if tokens <= rows:
         return cross_entropy(F.linear(hidden, weight), targets, ignore_index)
-    rows = max(1, WHOLE_LOGITS // weight.shape[0])
     return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, rows)

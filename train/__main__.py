@@ -66,7 +66,8 @@ def generate(argv: Sequence[str]) -> int:
     run = open_run(Path(options["run.dir"]), options["checkpoint"])
     chosen = {"prompts": [options["prompt"]]} | {n: _number(options[n]) for n in names if options[n]}
     settings = configuration.typed(schema.Generation, run.config.generation.model_dump() | chosen)
-    tokenizer, ids = run.tokenizer, []
+    tokenizer = run.tokenizer
+    ids: list[int] = []
     sys.stdout.write(options["prompt"])
 
     def show(row: int, token: int) -> None:

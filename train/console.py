@@ -1,7 +1,8 @@
 """What a run shows: events in, lines on the terminal out.
 
-On a terminal a live line moves below a quiet record of what happened; elsewhere the same record is plain text, with a line
-of progress every few seconds. An event that lacks a field shows without it: the console never ends a run. Imports no torch.
+On a terminal a live line moves below a quiet record of what happened; elsewhere the same record is plain text, with a
+line of progress every few seconds. An event that lacks a field shows without it: the console never ends a run. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -19,6 +19,8 @@ from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from train.words import count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
 BAR_WIDTH = 28
@@ -74,33 +76,28 @@ class Console:
         cluster, run = self._config.get("cluster", {}), self._config.get("run", {})
         workers = cluster.get("workers")
         hosts = event.get("hosts", 1)
-        device = {"gpu": "a GPU each", "cpu": f"{_plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
+        device = {"gpu": "a GPU each", "cpu": f"{plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
             event.get("device", ""), ""
         )
-        places = f"{_plural(workers, 'worker')}, {device}" + (
-            f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
-        )
+        places = f"{plural(workers, 'worker')}, {device}" + (f", on up to {hosts} hosts" if hosts > 1 else ", on this machine")
         self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
         self._fact(
             "workers",
-            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
-            f"{self._config.get('precision', {}).get('name')}",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, {self._config.get('precision', {}).get('name')}",
         )
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 
     def _plan(self, event: Event) -> None:
         model, batch = self._config.get("model", {}), self._config.get("batch", {})
         shape = [
-            f"{model[key]} {word}"
-            for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads"))
-            if key in model
+            f"{model[key]} {word}" for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads")) if key in model
         ]
-        self._fact("model", f"{_count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
+        self._fact("model", f"{count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
         tokens = event.get("tokens")
-        what = f"{_count(event.get('steps'))} steps"
+        what = f"{count(event.get('steps'))} steps"
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
-        self._fact("work", what + (f": {_count(tokens)} tokens" if tokens else ""))
+        self._fact("work", what + (f": {count(tokens)} tokens" if tokens else ""))
         if event.get("start_step"):
             self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
 
@@ -132,14 +129,12 @@ class Console:
             self._first_step = (step, now)
         eta = self._eta(step, steps, now)
         facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
-        facts += [f"loss {event['loss']:.4f}"] if _finite(event.get("loss")) else []
-        facts += [f"{_count(event['tokens_per_s'])} tokens/s"] if event.get("tokens_per_s") else []
+        facts += [f"loss {event['loss']:.4f}"] if finite(event.get("loss")) else []
+        facts += [f"{count(event['tokens_per_s'])} tokens/s"] if event.get("tokens_per_s") else []
         facts += [f"{eta} left"] if eta else []
         if self.terminal.is_terminal:
             row = Table.grid(padding=(0, 2))
-            bar = ProgressBar(
-                total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
-            )
+            bar = ProgressBar(total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan")
             row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
             self._status(row)
         elif now - self._last_plain >= PLAIN_EVERY_S or step == steps:
@@ -150,11 +145,11 @@ class Console:
         first, since = self._first_step or (step, now)
         if not steps or step <= first:
             return ""
-        return _duration((now - since) / (step - first) * (steps - step))
+        return duration((now - since) / (step - first) * (steps - step))
 
     def _eval(self, event: Event) -> None:
         loss = event.get("val_loss")
-        if not _finite(loss):
+        if not finite(loss):
             return
         better = self._best is None or loss < self._best
         fall = f"  ({loss - self._best:+.4f})" if self._best is not None else ""
@@ -165,13 +160,13 @@ class Console:
             "  validation loss ",
             (f"{loss:.4f}", "bold"),
         )
-        if _finite(event.get("bits_per_byte")):
+        if finite(event.get("bits_per_byte")):
             text.append(f"  {event['bits_per_byte']:.4f} bits per byte")
         text.append(fall, style="green" if better else "yellow")
         self._line(text)
 
     def _save(self, event: Event) -> None:
-        seconds = f" in {event['seconds']:.1f} s" if _finite(event.get("seconds")) else ""
+        seconds = f" in {event['seconds']:.1f} s" if finite(event.get("seconds")) else ""
         self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
 
     def _sample(self, event: Event) -> None:
@@ -224,9 +219,9 @@ class Console:
         facts = []
         for key, word in names.items():
             value = summary.get(key)
-            if _finite(value):
+            if finite(value):
                 text = (
-                    _duration(value) if key == "wall_s" else _count(value) if isinstance(value, int) else f"{value:.4g}"
+                    duration(float(value or 0)) if key == "wall_s" else count(value) if isinstance(value, int) else f"{value:.4g}"
                 )
                 facts.append(f"{word} {text}")
         self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
@@ -257,15 +252,8 @@ class Console:
         """How to go on after a stop."""
         self._live_off()
         self._line(
-            Text.assemble(
-                ("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}"
-            )
+            Text.assemble(("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}")
         )
-
-    def stopped_early(self) -> None:
-        """A stop before the first step: nothing was there to save."""
-        self._live_off()
-        self._line(Text("Stopped before training began. Run the same command again to start.", style="yellow"))
 
     def bad_input(self, message: str) -> None:
         """What is wrong with the input, where, and the cure."""
@@ -291,31 +279,3 @@ class Console:
 
     def _live_off(self) -> None:
         self.close()
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(number: Any) -> str:
-    """A number as people say it: 950, 12.3k, 124M."""
-    if not _finite(number):
-        return "?"
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}" if isinstance(number, float) else str(number)
-
-
-def _duration(seconds: float) -> str:
-    """Time as people say it: 8 s, 2 min 05 s, 3 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _plural(number: Any, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

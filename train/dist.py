@@ -1,8 +1,8 @@
 """The world of a run: who this rank is, how the ranks meet, and the few words they say to each other outside DeepSpeed.
 
-The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that the
-caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so nothing that
-an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
+The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that
+the caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so
+nothing that an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class World:
 class Meeting:
     """Where the ranks of one start of a world meet.
 
-    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the starts.
+    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the
+    starts.
     """
 
     host: str
@@ -59,9 +60,7 @@ def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting
     """
     timeout = timedelta(seconds=meeting.timeout_s)
     options: dict[str, Any] = {} if meeting.listen_fd is None else {"master_listen_fd": meeting.listen_fd}
-    store = dist.TCPStore(
-        meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
-    )
+    store = dist.TCPStore(meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options)
     world = World(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
     _initialise(world, dist.PrefixStore(f"world/{meeting.generation}", store))
     return world
@@ -76,9 +75,7 @@ def from_env() -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
-        raise UserError(
-            f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
-        )
+        raise UserError(f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here")
     world = World(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
     return world
@@ -141,7 +138,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def same_everywhere(name: str, digest: str) -> None:
-    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that differ."""
+    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that
+    differ.
+    """
     digests = gather_objects(digest[:DIGEST_BYTES])
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:

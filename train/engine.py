@@ -21,6 +21,10 @@ import torch
 if not torch.backends.cuda.is_built():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns, on every start, that it found nothing else
 import deepspeed
+
+# Loaded by the first optimizer and by ZeRO itself, seconds later; here they are paid for once, before a warm process forks.
+import deepspeed.runtime.zero.muon.muon_optimizer
+import torch._dynamo
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
@@ -76,7 +80,7 @@ class Engine:
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.shapes = {name: p.shape for name, p in objective.named_parameters()}
-        self.names = {p: name for name, p in objective.named_parameters()}
+        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

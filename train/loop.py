@@ -105,6 +105,11 @@ def report(run: Training, result: StepResult, before: Progress, progress: Progre
     }
 
 
+def phase(name: str) -> Record:
+    """The event that a rank has come to another part of its work; ``t`` is seconds since 1970."""
+    return {"event": "phase", "name": name, "t": time.time()}
+
+
 def finish_pending(run: Training, record: Record) -> None:
     """Make the evaluation that a stop cut short, so that ``metrics.jsonl`` is what it would have been."""
     _aside(run, run.progress, record)
@@ -161,6 +166,8 @@ class Pace:
     def show(self, run: Training, progress: Progress, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""
         now = time.monotonic()
+        if self.shown < 0:
+            run.emit(phase("train"))
         if record or now - self.shown > EMIT_EVERY_S:
             self.shown = now
             run.emit({"event": "step", "steps": run.config.steps, "step": progress.step} | record)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from train.data.streams import Cursor
@@ -13,7 +13,7 @@ class Progress:
     """The state of a run after ``step`` optimizer steps; everything else is a function of it and the configuration."""
 
     step: int = 0
-    cursor: Cursor = Cursor(0, 0)
+    cursor: Cursor = field(default_factory=Cursor)
     """Where the data goes on: after the batch consumed, not the one prefetched."""
     tokens: int = 0
     """Places trained on so far."""

@@ -21,7 +21,7 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
-from train.loop import Record, Training, finish_pending, train
+from train.loop import Record, Training, finish_pending, phase, train
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
@@ -39,13 +39,13 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     UserError for what the user can mend.
     """
     folder = Path(config.run.dir or "")
-    emit({"event": "phase", "name": "data"})
+    emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
     _as_first(world, lambda: _open_folder(folder, config, corpus, emit))
     loader, held_out = loaders(config, corpus, world)
-    emit({"event": "phase", "name": "engine"})
+    emit(phase("engine"))
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
     found = checkpoints.newest(lambda text: _note(world, emit, text))
@@ -57,7 +57,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     work = Work(config, world, corpus, engine, held_out, checkpoints, tracker, emit, should_stop)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
-    emit({"event": "phase", "name": "train"})
+    emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
@@ -129,7 +129,7 @@ class Work:
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
-        self.emit({"event": "phase", "name": "eval"})
+        self.emit(phase("eval"))
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -137,19 +137,19 @@ class Work:
         found = {"val_loss": self.last.loss, "bits_per_byte": self.last.bits_per_byte}
         self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
         self._sample(progress)
-        self.emit({"event": "phase", "name": "train"})
+        self.emit(phase("train"))
         return found
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """A checkpoint of now. The metrics up to it are forced to the disk first."""
         began = time.monotonic()
-        self.emit({"event": "phase", "name": "save"})
+        self.emit(phase("save"))
         if self.tracker:
             self.tracker.metrics.sync()
         path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
         seconds = time.monotonic() - began
         self.emit({"event": "save", "step": progress.step, "path": str(path), "seconds": seconds})
-        self.emit({"event": "phase", "name": "train"})
+        self.emit(phase("train"))
 
     def finish(self, progress: Progress) -> None:
         """The summary of a run that made all its steps."""

@@ -189,10 +189,9 @@ class Tracker:
 
 
 def _mode(tracking: Tracking) -> Literal["online", "offline"]:
-    """ "auto" asks nobody: online where a key lies at hand, offline elsewhere."""
-    if tracking.wandb in ("online", "offline"):
-        return tracking.wandb
-    if (asked := os.environ.get("WANDB_MODE")) in ("online", "offline"):
+    """What "auto" means asks nobody: online where a key lies at hand, offline elsewhere."""
+    asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
+    if asked == "online" or asked == "offline":
         return asked
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore"))

@@ -1,4 +1,6 @@
-"""A real rank to run in tests: a loop of gloo all-reduces that says what it does, and fails in the ways that it is told."""
+"""A real rank to run in tests: a loop of gloo all-reduces that says what it does, and fails in the ways that it is
+told.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from train.errors import Stopped, UserError
 
 
 def train_rank(config, corpus, world, emit, should_stop):
-    """Counts to ``config.steps`` with the others. ``corpus`` is JSON: {"rank": r, "step": n, "do": what, "times": k}."""
+    """Counts to ``config.steps`` with the others. ``corpus`` is JSON: {"rank": r, "step": n, "do": what, "times": k,
+    "sleep": s}."""
     fault = json.loads(corpus)
     progress = Path(config.run.dir) / "progress"
     start = int(progress.read_text()) if progress.exists() else 0
@@ -54,5 +57,7 @@ def _fail(fault, world, step, run_dir):
         raise ValueError("the oar broke")
     elif fault["do"] == "refuse":
         raise UserError("the corpus is not the one that this run began with")
+    elif fault["do"] == "hang":
+        time.sleep(1000)
     elif fault["do"] == "exit":
         os._exit(7)

@@ -253,3 +253,13 @@ def write_table(folder: Path, split: str, table: Ids, stamps: Stamps) -> dict[st
     files.write_whole(path, content)
     stamps.add(path, digest)
     return {"name": path.name, "size": len(content), "sha256": digest}
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus holds, for showing: folder, vocabulary, and per split its documents, tokens (places), bytes, shards."""
+    keys = ("samples", "tokens", "bytes")
+    splits = {
+        name: {**{key: split[key] for key in keys}, "shards": len(split["shards"])}
+        for name, split in corpus.index["splits"].items()
+    }
+    return {"folder": str(corpus.folder), "vocab_size": corpus.tokenizer.vocab_size, "splits": splits}

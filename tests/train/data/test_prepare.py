@@ -297,5 +297,5 @@ def test_a_given_tokenizer_is_part_of_the_corpus(tmp_path, text_data):
     folder = prepare(given, quiet)
     assert Corpus(folder).tokenizer.fingerprint == Corpus(made).tokenizer.fingerprint
     assert resolve(given) == folder
-    with pytest.raises(UserError, match="no.json"):
+    with pytest.raises(UserError, match=r"no\.json"):
         prepare(text_data("a.jsonl", kind="file", tokenizer_path="no.json"), quiet)

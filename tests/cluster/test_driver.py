@@ -1,0 +1,173 @@
+"""A whole job as its user sees it: a driver process, its exit code, its words, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+HERE = Path(__file__).resolve().parent
+ENDLESS = {"steps": 100000}
+SLOW = json.dumps({"sleep": 0.05})
+
+
+class Driver:
+    """One running ``drive.py``; everything it starts is found by the environment variable it inherits."""
+
+    def __init__(self, tmp_path, fault="{}", **settings):
+        self.run_dir = tmp_path / "run"
+        self.mark = f"TRIREME_TEST={tmp_path}"
+        self.out = tmp_path / f"out_{time.monotonic_ns()}"
+        environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "TRIREME_TEST": str(tmp_path)}
+        with self.out.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, HERE / "drive.py", self.run_dir, fault, json.dumps(settings)],
+                env=environment,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def text(self):
+        return self.out.read_text()
+
+    def wait(self, seconds=60):
+        return self.process.wait(seconds)
+
+    def until_training(self):
+        self.until(lambda: (self.run_dir / "progress").exists() and int((self.run_dir / "progress").read_text() or 0) > 2)
+
+    def until(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def alive(self):
+        """Every living process of this job, the driver included."""
+        found = []
+        for process in psutil.process_iter(["pid", "name"]):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and self.mark in process_environment(process):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def expect_nothing_left(self, seconds=5):
+        end = time.monotonic() + seconds
+        while left := self.alive():
+            assert time.monotonic() < end, [(p.pid, p.cmdline()) for p in left]
+            time.sleep(0.05)
+
+
+def process_environment(process):
+    return Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+
+
+@pytest.fixture
+def start(tmp_path):
+    drivers = []
+
+    def begin(*args, **settings):
+        drivers.append(Driver(tmp_path, *args, **settings))
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        for process in driver.alive():
+            process.kill()
+        driver.process.wait()
+
+
+def test_a_run_says_what_it_does_and_what_to_type_next(start):
+    driver = start(steps=5)
+    assert driver.wait() == 0
+    text = driver.text()
+    for words in (
+        "2 workers, 1 core each",
+        "ZeRO stage 2",
+        "step 5/5",
+        "Done",
+        "generate run.dir=",
+        "seconds to the first step",
+    ):
+        assert words in text
+    assert "\x1b" not in text
+    marks = json.loads((driver.run_dir / "startup.json").read_text())
+    assert {"config", "ray", "workers", "imports", "first_step_done"} <= marks.keys()
+    driver.expect_nothing_left()
+
+
+def test_sigterm_saves_and_exits_75_with_how_to_go_on_and_one_job_a_folder(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    other = start(SLOW, **ENDLESS)
+    assert other.wait() == 2
+    assert f"in use by another job: pid {driver.process.pid} on" in other.text()
+    driver.process.terminate()
+    assert driver.wait(15) == 75
+    assert "Stopped and saved. Run the same command again to go on" in driver.text()
+    driver.expect_nothing_left()
+
+
+def test_a_second_signal_ends_everything_now(start):
+    # rank 1 never comes back from its step, so the first signal can not be heeded
+    driver = start(json.dumps({"rank": 1, "step": 5, "do": "hang"}), **ENDLESS)
+    driver.until_training()
+    driver.process.send_signal(signal.SIGINT)
+    driver.until(lambda: "stopping" in driver.text(), 10)
+    assert driver.process.poll() is None
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.wait(5) == 130
+    driver.expect_nothing_left()
+
+
+def test_a_killed_driver_leaves_nothing_running(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    assert len(driver.alive()) > 6
+    driver.process.kill()
+    driver.wait()
+    driver.expect_nothing_left(seconds=8)
+
+
+@pytest.mark.parametrize("delay", [0.5, 1.5])
+def test_a_signal_during_the_start_exits_75_at_once(start, delay):
+    driver = start(**ENDLESS)
+    time.sleep(delay)
+    driver.process.terminate()
+    began = time.monotonic()
+    assert driver.wait(10) == 75
+    assert time.monotonic() - began < 5
+    assert "before training began" in driver.text()
+    driver.expect_nothing_left()
+
+
+def test_more_workers_than_cores_fail_in_seconds_with_the_cure(start):
+    began = time.monotonic()
+    driver = start(workers=16, cpus_per_worker=16)
+    assert driver.wait() == 2
+    assert time.monotonic() - began < 20
+    assert "cluster.workers=16" in driver.text()
+    assert "short of another" in driver.text()
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(start, tmp_path):
+    (tmp_path / "run").write_text("a file is in the way")
+    driver = start()
+    assert driver.wait() == 2
+    assert "cannot be written" in driver.text()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(start):
+    driver = start(address="127.0.0.1:1")
+    assert driver.wait() == 2
+    assert "no Ray cluster answers there" in driver.text()

@@ -1,0 +1,43 @@
+"""What many tests share: a small prepared corpus, and runs in folders of their own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import worlds
+
+from train.data.prepare import prepare
+from train.schema import Config
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 60 short documents of made-up words, in bytes, in several small shards."""
+    folder = tmp_path_factory.mktemp("text")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeioumnrst", k=draw.randint(1, 7))) for _ in range(50)]
+    for n in range(60):
+        (folder / f"{n:02}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(3, 40))))
+    data = worlds.compose(*TEXT, f"data.paths=[{folder}]", f"data.dir={folder.with_name('corpus')}").data
+    return prepare(data, lambda event: None)
+
+
+TEXT = [
+    "data=text",
+    "data.tokenizer.kind=bytes",
+    "data.tokenizer.vocab_size=null",
+    "data.shard_tokens=1000",
+    "data.val_fraction=0.2",
+]
+
+
+@pytest.fixture
+def make(corpus: Path, tmp_path: Path):
+    """make(*overrides, name=...) -> the configuration of a run on the corpus, in a folder of its own."""
+
+    def composed(*overrides: str, name: str = "run") -> Config:
+        return worlds.compose(*TEXT, "data.paths=[x]", f"data.dir={corpus}", f"run.dir={tmp_path / name}", *overrides)
+
+    return composed

@@ -1,0 +1,96 @@
+"""A run end to end, on real gloo ranks and the real engine: what it promises of its numbers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+
+from train import config as configuration
+
+
+def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: Path):
+    config = make("cluster.workers=2", "steps=12")
+    assert worlds.train_world(config, corpus) == ["done", "done"]
+    lines = worlds.metrics(config)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "data_hash"} <= lines[0].keys()
+    assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 12]
+    assert lines[-1]["val_loss"] < lines[3]["val_loss"]
+    folder = Path(config.run.dir or "")
+    assert (folder / "checkpoints" / "latest").read_text() == "step_12"
+    assert {"config.yaml", "summary.json", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
+
+
+def test_every_stage_and_world_gives_the_same_losses(make, corpus: Path):
+    curves = {}
+    for stage, workers in itertools.product((0, 1, 2, 3), (1, 2)):
+        config = make(f"zero={stage}", f"cluster.workers={workers}", "save_every=0", name=f"z{stage}w{workers}")
+        worlds.train_world(config, corpus)
+        curves[stage, workers] = [line["loss"] for line in worlds.metrics(config)]
+    expected = torch.tensor(curves[0, 1])
+    for losses in curves.values():
+        torch.testing.assert_close(torch.tensor(losses), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("zero", ["0", "2", "3"])
+def test_a_stopped_run_goes_on_bit_for_bit(make, corpus: Path, zero: str):
+    whole = make(f"zero={zero}", "cluster.workers=2", "model.dropout=0.1", name="whole")
+    parts = make(f"zero={zero}", "cluster.workers=2", "model.dropout=0.1", name="parts")
+    assert worlds.train_world(whole, corpus) == ["done", "done"]
+    assert worlds.train_world(parts, corpus, {"event": "step", "step": 3}) == ["stopped", "stopped"]
+    assert worlds.train_world(parts, corpus) == ["done", "done"]
+    assert worlds.metrics(parts) == worlds.metrics(whole)
+    expected, found = worlds.state(whole, 8), worlds.state(parts, 8)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_stop_during_evaluation_loses_no_line(make, corpus: Path):
+    whole, parts = make(name="whole"), make(name="parts")
+    worlds.train_world(whole, corpus)
+    assert worlds.train_world(parts, corpus, {"event": "phase", "name": "eval"}) == ["stopped", "stopped"]
+    assert [line["step"] for line in worlds.metrics(parts)] == [1, 2, 3]
+    assert worlds.train_world(parts, corpus) == ["done", "done"]
+    assert worlds.metrics(parts) == worlds.metrics(whole)
+
+
+def test_a_run_moves_between_worlds_and_stages(make, corpus: Path):
+    whole = make("cluster.workers=2", "zero=2", "steps=9", name="whole")
+    worlds.train_world(whole, corpus)
+    for workers, zero, stop in ((2, 2, 3), (1, 3, 6), (2, 1, None)):
+        part = make(f"cluster.workers={workers}", f"zero={zero}", "steps=9", name="parts")
+        end = worlds.train_world(part, corpus, stop and {"event": "step", "step": stop})
+        assert set(end) == {"stopped" if stop else "done"}
+    found, expected = worlds.metrics(part), worlds.metrics(whole)
+    assert [line["data_hash"] for line in found] == [line["data_hash"] for line in expected]
+    losses = [torch.tensor([line["loss"] for line in lines]) for lines in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_evaluation_is_the_same_number_for_any_world(make, corpus: Path):
+    found = set()
+    for workers in (1, 2, 3):
+        config = make(f"cluster.workers={workers}", "steps=1", "optimizer.lr=1e-9", name=f"w{workers}")
+        worlds.train_world(config, corpus)
+        found.add(round(worlds.metrics(config)[-1]["val_loss"], 9))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("zero", ["0", "1", "3"])
+def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_with_a_reason(make, corpus: Path, zero: str):
+    config = make(f"zero={zero}", "optimizer.lr=1e30", "optimizer.clip=0", "optimizer.max_skipped=3", "cluster.workers=2")
+    ends = worlds.train_world(config, corpus)
+    assert all("3 updates in a row" in end and "optimizer.lr" in end for end in ends)
+
+
+def test_ranks_that_differ_in_their_configuration_refuse(make, corpus: Path):
+    ranks = worlds.run(2, differing, configuration.to_dict(make("cluster.workers=2")), str(corpus))
+    assert all("the workers do not agree on the configuration" in text and "rank 1" in text for text in ranks)
+
+
+def differing(world, emit, config, folder) -> str:
+    return worlds.train(world, emit, {**config, "seed": world.rank}, folder)

@@ -1,0 +1,36 @@
+"""Numbers as people say them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def finite(value: Any) -> bool:
+    """Whether ``value`` is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def count(number: Any) -> str:
+    """A number as people say it: 950, 12.3k, 124M."""
+    if not finite(number):
+        return "?"
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}" if isinstance(number, float) else str(number)
+
+
+def duration(seconds: float) -> str:
+    """Time as people say it: 8 s, 2 min 05 s, 3 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def plural(number: Any, word: str) -> str:
+    """A count with its noun."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
