@@ -24,6 +24,7 @@ from train import schema
 from train.data import files, shards, tokenizer
 from train.data.loader import Loader, Share, layout_of
 from train.data.order import Order, Shuffle
+from train.data.stamps import Stamps
 from train.data.streams import Cursor, Plan, Shape
 
 SHARD_TOKENS = 1 << 20
@@ -41,7 +42,7 @@ def documents(tokens: int) -> list[np.ndarray]:
 
 def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
     """The documents as a prepared corpus."""
-    stamps = shards.Stamps(folder)
+    stamps = Stamps(folder)
     files.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "").encode())
     made = tokenizer.load_tokenizer(folder)
     eot = np.array([made.eot], np.uint16)
@@ -73,7 +74,6 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
         from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
     except ImportError:
         raise SystemExit("litdata is not installed: `pip install litdata`, or leave it out with --no-peer") from None
-
     np.save(folder / "ids.npy", np.concatenate(texts))
     np.save(folder / "ends.npy", np.cumsum([len(text) for text in texts]))
     loader = TokensLoader(block_size=seq_len + 1)
@@ -165,8 +165,8 @@ def main(argv: list[str]) -> int:
     if len(rounds) == 2:
         ratios = [a / b for a, b in zip(*rounds.values(), strict=True)]
         print(f"  trireme / litdata      {statistics.median(ratios):7.2f}          ({min(ratios):.2f} to {max(ratios):.2f})")
-    for name, found in zip(("open the corpus", "seek to first batch"), zip(*times, strict=True), strict=True):
-        print(f"  {name:22} {statistics.median(found):7.1f} ms       (worst of {len(found)} random positions: {max(found):.1f})")
+    for name, taken in zip(("open the corpus", "seek to first batch"), zip(*times, strict=True), strict=True):
+        print(f"  {name:22} {statistics.median(taken):7.1f} ms       (worst of {len(taken)} random positions: {max(taken):.1f})")
     return 0
 
 

@@ -79,13 +79,7 @@ class Loader:
     def __next__(self) -> Step:
         """This rank's share of the next step, and the cursor after it."""
         if not self._ready:
-            if self._thread is None:
-                self._start()
-            chunk = self._queue.get()
-            if isinstance(chunk, BaseException):
-                self.close()
-                raise chunk
-            self._ready.extend(chunk)
+            self._ready.extend(self._start() if self._thread is None else self._wait())
         rows, step, self._cursor = self._ready.popleft()
         return self._micro_batches(rows, step), self._cursor
 
@@ -110,15 +104,25 @@ class Loader:
                 self._thread = self._thread if self._thread.is_alive() else None
         self._ready.clear()
 
-    def _start(self) -> None:
+    def _start(self) -> list[_Read]:
+        """Read one step here and now, so that the first batch waits for nobody, and begin the thread behind it."""
+        first = self._read(self._cursor, 1)
         self._stop = threading.Event()
         self._queue = queue.Queue(_AHEAD)
-        arguments = (self._cursor, self._stop, self._queue)
+        arguments = (first[-1][2], self._stop, self._queue)
         self._thread = threading.Thread(target=self._prepare, args=arguments, name="loader", daemon=True)
         self._thread.start()
+        return first
+
+    def _wait(self) -> list[_Read]:
+        chunk = self._queue.get()
+        if isinstance(chunk, BaseException):
+            self.close()
+            raise chunk
+        return chunk
 
     def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_Read] | BaseException]) -> None:
-        """The thread: one step at first, so that the first batch is there soon, then twice as many each time."""
+        """The thread: one step at first, so that the second batch is there soon, then twice as many each time."""
         steps = 1
         while not stop.is_set():
             try:

@@ -18,6 +18,7 @@ from train import schema
 from train.data import files, shards, tokenizer, work
 from train.data.recipe import Recipe, Report
 from train.data.sources import SourceFile, reading
+from train.data.stamps import Stamps
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 
@@ -69,7 +70,7 @@ def make(making: Making) -> None:
     folder, recipe = making.folder, making.recipe
     for left in [*folder.glob(f"{files.ASIDE}*"), *(folder / _RECEIPTS).glob(f"{files.ASIDE}*")]:
         left.unlink()  # of a prepare that was killed: we hold the lock
-    stamps = shards.Stamps(folder)
+    stamps = Stamps(folder)
     made = _tokenizer(making, stamps)
     dtype = "uint16" if made.vocab_size <= 1 << 16 else "uint32"
     jobs = {name: _plan(making, made, name, dtype) for name in shards.SPLITS}
@@ -82,7 +83,7 @@ def make(making: Making) -> None:
     shards.write_index(folder, {"recipe": recipe.digest, "settings": recipe.settings}, made, dtype, splits)
 
 
-def _tokenizer(making: Making, stamps: shards.Stamps) -> Tokenizer:
+def _tokenizer(making: Making, stamps: Stamps) -> Tokenizer:
     """The tokenizer of the corpus, made unless it is there and the one that was made."""
     path, receipt = making.folder / tokenizer.FILE, making.folder / _RECEIPTS / f"{tokenizer.FILE}.json"
     try:
@@ -133,7 +134,7 @@ def _tokens_per_byte(making: Making, made: Tokenizer) -> float:
 Receipt = tuple[shards.Entry, shards.Ids]
 
 
-def _encode(making: Making, jobs: list[work.ShardJob], stamps: shards.Stamps) -> dict[str, Receipt]:
+def _encode(making: Making, jobs: list[work.ShardJob], stamps: Stamps) -> dict[str, Receipt]:
     """Write every shard that has no receipt, or does not agree with it; the receipts by name of shard."""
     kept = {job.path.name: receipt for job in jobs if (receipt := _kept(making.folder, job.path, stamps))}
     missing = [job for job in jobs if job.path.name not in kept]
@@ -149,7 +150,7 @@ def _encode(making: Making, jobs: list[work.ShardJob], stamps: shards.Stamps) ->
     return kept
 
 
-def _kept(folder: Path, path: Path, stamps: shards.Stamps) -> Receipt | None:
+def _kept(folder: Path, path: Path, stamps: Stamps) -> Receipt | None:
     """The receipt of a shard that is there and whole."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:

@@ -19,6 +19,7 @@ from train.data import clean, files, shards, tokenizer, work
 from train.data.making import Making, enter, make
 from train.data.recipe import Report, find_recipe, settings
 from train.data.sources import SourceFile, list_files
+from train.data.stamps import Stamps
 from train.errors import UserError
 
 _SOURCES = "sources.stamp"
@@ -90,7 +91,7 @@ def _whole(folder: Path) -> bool:
         index = shards.read_index(folder)
     except UserError:
         return False
-    stamps = shards.Stamps(folder)
+    stamps = Stamps(folder)
     entries = [entry for split in index["splits"].values() for entry in [split["table"], *split["shards"]]]
     tokens = {"name": tokenizer.FILE, "sha256": index["tokenizer"]["sha256"]}
     return all(stamps.holds(folder / entry["name"], entry["sha256"]) for entry in [tokens, *entries])

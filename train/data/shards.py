@@ -8,7 +8,7 @@
 
 A document of n tokens is stored as [EOT, t1 .. tn, EOT]: it has n + 1 *places*, inputs being the first n + 1 ids and
 targets the last n + 1. All counts of "tokens" here are places. webdataset writes the tars; local ones are read
-through the table and a memory map. Nothing is ever unpickled.
+at the offsets of the table. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from train.data import files
+from train.data.order import Pieces
+from train.data.stamps import CURE, Stamps, check_size
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
@@ -34,10 +36,15 @@ from train.errors import UserError
 VERSION = 1
 INDEX = "index.json"
 SPLITS = ("train", "val")
-_STAMPS = "verified.txt"
 _BLOCK = 512
-_MAX_OPEN = 8192
-"""Shards mapped at once; the system allows some 65 thousand maps."""
+_MAX_OPEN = 256
+"""Shards held open at once, well below the usual limit of 1024 files."""
+_MAP_AFTER = 64
+_MAP_SIZE = 16 << 20
+"""Pieces read from a shard before it is mapped, and the largest that is (bytes). A page's first touch costs more than a
+read, so a resumed run reads at first; a page mapped whole and used again costs a tenth of a read."""
+_SMALL_TABLE = 64 << 20
+"""Bytes up to which a table is read at once; a larger one is mapped, since a rank needs parts of it."""
 
 Ids = NDArray[np.int64]
 
@@ -95,66 +102,17 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     return Entry(path.name, len(rows), sums[1], sums[2], size, hashing.digest.hexdigest()), table
 
 
-class Stamps:
-    """Which files of a folder have been hashed and found right, told by size, mtime (ns) and inode.
+@dataclass
+class _Shard:
+    """An open shard: its file, how many pieces were read from it, and its bytes in memory once that pays."""
 
-    A file that changes gets another stamp. Where the folder cannot be written, stamps last as long as the process.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / _STAMPS
-        try:
-            lines = self._path.read_text("utf-8").splitlines()
-        except OSError:
-            lines = []
-        self._known = set(lines)
-
-    @staticmethod
-    def _line(path: Path, digest: str) -> str:
-        stat = path.stat()
-        return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {digest}"
-
-    def holds(self, path: Path, digest: str) -> bool:
-        """Whether the file is the one that was found to have this sha256."""
-        return self._line(path, digest) in self._known
-
-    def add(self, path: Path, digest: str) -> None:
-        """Note that the file's sha256 was found to be ``digest``."""
-        line = self._line(path, digest)
-        self._known.add(line)
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError:
-            pass  # a folder that is read only: hash again next time
-
-    def check(self, folder: Path, name: str, size: int, digest: str) -> None:
-        """Raise UserError unless the file is whole and has this sha256; hashes it only if its stamp is unknown."""
-        path = folder / name
-        check_size(folder, name, size)
-        if self.holds(path, digest):
-            return
-        if (found := files.sha256_of(path)) != digest:
-            raise UserError(f"{path}: damaged: its sha256 is {found}, the index says {digest}. {_CURE}")
-        self.add(path, digest)
-
-
-_CURE = "Run `./launch.sh prepare` again with the same settings: it makes anew what is damaged and keeps the rest."
-
-
-def check_size(folder: Path, name: str, size: int) -> None:
-    """Raise UserError if the file is missing or has another size (bytes)."""
-    path = folder / name
-    try:
-        found = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. {_CURE}") from None
-    if found != size:
-        raise UserError(f"{path}: truncated or overwritten: it has {found:,} bytes, the index says {size:,}. {_CURE}")
+    file: io.FileIO
+    uses: int = 0
+    mapped: memoryview | None = None
 
 
 class Shards:
-    """One split of a corpus: the table of its samples and views of their stored ids. Samples are numbered from 0."""
+    """One split of a corpus: the table of its samples, and their stored ids. Samples are numbered from 0."""
 
     def __init__(self, folder: Path, split: dict[str, Any], dtype: str, stamps: Stamps) -> None:
         self.folder = folder
@@ -167,43 +125,61 @@ class Shards:
         self.first: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
         self.dtype = np.dtype(dtype)
         self._stamps = stamps
-        self._open: dict[int, NDArray[Any]] = {}
+        self._open: dict[int, _Shard] = {}
         for entry in self.entries:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
         stamps.check(folder, table["name"], table["size"], table["sha256"])
-        self._table: Ids = np.load(folder / table["name"], mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        how: Literal["r"] | None = "r" if table["size"] > _SMALL_TABLE else None
+        self._table: Ids = np.load(folder / table["name"], mmap_mode=how, allow_pickle=False).view(np.ndarray)
         self.sizes: Ids = self._table[1]  # places of every sample
         self.text_bytes: Ids = self._table[2]
 
-    def stored(self, samples: Ids, starts: Ids, lengths: Ids) -> list[NDArray[Any]]:
-        """Views of stored ids: of each sample, ``lengths`` ids from its place ``starts``. A sample -1 gives zeros."""
-        shards = np.searchsorted(self.first, samples, side="right") - 1
-        begins = self._table[0][samples] // self.dtype.itemsize + starts
-        zeros = np.zeros(int(lengths[samples < 0].max(initial=0)), self.dtype)
-        maps = {shard: self._map(shard) for shard in np.unique(shards).tolist() if shard >= 0}
-        maps[-1] = zeros
-        begins[samples < 0] = 0
-        ends = begins + lengths
-        return [maps[h][a:b] for h, a, b in zip(shards.tolist(), begins.tolist(), ends.tolist(), strict=True)]
+    def read(self, pieces: Pieces, out: NDArray[Any]) -> None:
+        """Read ``length`` stored ids of each piece from its place ``start`` on, one after the other, into ``out`` (flat).
+
+        A sample -1 gives zeros. Raises UserError for a shard that is damaged; each is hashed when it is first opened.
+        """
+        width = self.dtype.itemsize
+        shards = np.searchsorted(self.first, pieces.sample, side="right") - 1
+        begins = self._table[0][pieces.sample] + pieces.start * width
+        numbers, counts = np.unique(shards, return_counts=True)
+        used = zip(numbers.tolist(), counts.tolist(), strict=True)
+        opened = {shard: self._shard(shard, count) for shard, count in used if shard >= 0}
+        place = memoryview(out.data).cast("B")
+        at = 0
+        for shard, begin, size in zip(shards.tolist(), begins.tolist(), (pieces.length * width).tolist(), strict=True):
+            end = at + size
+            if shard < 0:
+                place[at:end] = bytes(size)
+            elif (mapped := opened[shard].mapped) is not None:
+                place[at:end] = mapped[begin : begin + size]
+            elif os.preadv(opened[shard].file.fileno(), (place[at:end],), begin) != size:
+                entry = self.entries[shard]
+                check_size(self.folder, entry.name, entry.size)
+                raise UserError(f"{self.folder / entry.name}: cut short while it was read. {CURE}")
+            at = end
 
     def document(self, sample: int) -> NDArray[Any]:
         """The ids of one document, without the EOT around it."""
-        one = np.array([sample])
-        return self.stored(one, np.array([1]), self.sizes[one] - 1)[0]
+        ids = np.empty(int(self.sizes[sample]) - 1, self.dtype)
+        self.read(Pieces(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+        return ids
 
-    def _map(self, shard: int) -> NDArray[Any]:
-        """A whole tar as an array of ids (data begins at multiples of 64 bytes), checked the first time."""
+    def _shard(self, shard: int, uses: int) -> _Shard:
+        """An open shard, checked the first time, mapped when it has been used much. It closes when nobody holds it."""
         found = self._open.get(shard)
         if found is None:
             entry = self.entries[shard]
             self._stamps.check(self.folder, entry.name, entry.size, entry.sha256)
-            with (self.folder / entry.name).open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            found = np.frombuffer(mapped, self.dtype)
+            found = _Shard(io.FileIO(self.folder / entry.name))
             if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open)), None)
             self._open[shard] = found
+        found.uses += uses
+        if found.mapped is None and found.uses >= _MAP_AFTER and self.entries[shard].size <= _MAP_SIZE:
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            found.mapped = memoryview(mmap.mmap(found.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
         return found
 
 
@@ -216,7 +192,7 @@ class Corpus:
         self.stamps = Stamps(self.folder)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
-            raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {_CURE}")
+            raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {CURE}")
         self._splits: dict[str, Shards] = {}
 
     @property
@@ -277,3 +253,13 @@ def write_table(folder: Path, split: str, table: Ids, stamps: Stamps) -> dict[st
     files.write_whole(path, content)
     stamps.add(path, digest)
     return {"name": path.name, "size": len(content), "sha256": digest}
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """What a corpus holds, for showing: folder, vocabulary, and per split its documents, tokens (places), bytes, shards."""
+    keys = ("samples", "tokens", "bytes")
+    splits = {
+        name: {**{key: split[key] for key in keys}, "shards": len(split["shards"])}
+        for name, split in corpus.index["splits"].items()
+    }
+    return {"folder": str(corpus.folder), "vocab_size": corpus.tokenizer.vocab_size, "splits": splits}

@@ -5,6 +5,7 @@ import pytest
 
 from train import schema
 from train.data import files, shards, tokenizer
+from train.data.stamps import Stamps
 
 
 @pytest.fixture
@@ -14,7 +15,7 @@ def build_corpus(tmp_path):
     def build(train: list[list[int]], val: list[list[int]] = (), name: str = "corpus") -> shards.Corpus:
         folder = tmp_path / name
         folder.mkdir()
-        stamps = shards.Stamps(folder)
+        stamps = Stamps(folder)
         content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
         files.write_whole(folder / tokenizer.FILE, content.encode())
         made = tokenizer.load_tokenizer(folder)

@@ -234,3 +234,14 @@ def test_planning_needs_no_torch():
     code = "import train.data.prepare, train.data.streams, sys; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_damage_found_ahead_is_reported_when_its_step_is_due(build_corpus):
+    corpus = build_corpus([[50] * 4, [50] * 4])
+    plan = Plan(Order(layout_of(corpus.split("train")), Shuffle(0, 0), True), Shape(1, 51, 1))
+    (corpus.folder / "train-000001.tar").write_bytes(b"\0" * (corpus.folder / "train-000001.tar").stat().st_size)
+    loader = Loader(corpus.split("train"), plan, Share(0, 1, 1))
+    for _ in range(3):
+        next(loader)
+    with pytest.raises(UserError, match=r"train-000001.tar: damaged"):
+        [next(loader) for _ in range(2)]

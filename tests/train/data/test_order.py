@@ -39,7 +39,7 @@ def plans(draw):
 
 
 @given(plans(), st.integers(0, 3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_every_place_comes_exactly_once_an_epoch(drawn, epoch):
     shards, plan = drawn
     sizes = [size for shard in shards for size in shard]

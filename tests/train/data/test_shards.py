@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from train.data import shards
+from train.data import files, shards
+from train.data.order import Pieces
 from train.data.shards import Corpus
 from train.errors import UserError
 
@@ -93,8 +94,8 @@ def test_damage_is_named_with_the_cure(build_corpus, name, how, message):
 def test_a_shard_is_hashed_once_and_again_after_it_changed(build_corpus, monkeypatch):
     folder = build_corpus(UNEVEN).folder
     hashed = []
-    real = shards.files.sha256_of
-    monkeypatch.setattr(shards.files, "sha256_of", lambda path: hashed.append(path.name) or real(path))
+    real = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: hashed.append(path.name) or real(path))
     Corpus(folder).split("train").document(0)
     assert hashed == ["train-000000.tar"]
     Corpus(folder).split("train").document(3)
@@ -122,7 +123,8 @@ def test_a_fingerprint_follows_the_bytes_and_not_the_place(build_corpus, tmp_pat
 def test_few_open_shards_serve_many(build_corpus, monkeypatch):
     monkeypatch.setattr(shards, "_MAX_OPEN", 1)
     split = build_corpus(UNEVEN).split("train")
-    found = split.stored(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
-    assert [len(ids) for ids in found] == [2, 3, 1, 1, 4]
-    assert [ids[0] for ids in found[:3]] == [256, 256, 256]
-    assert found[4].tolist() == [0, 0, 0, 0]
+    pieces = Pieces(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
+    found = np.ones(11, np.uint16)
+    split.read(pieces, found)
+    first, second = split.document(0), split.document(7)
+    assert found.tolist() == [256, first[0], 256, second[0], second[1], 256, first[0], 0, 0, 0, 0]

@@ -51,8 +51,7 @@ class CausalRows:
             more = np.where(padding, first & last, last | np.append(padding[1:], False))
         heads = np.flatnonzero(first)
         self._lines = np.empty((len(heads), seq_len + 1), shards.dtype)
-        ids = shards.stored(pieces.sample, pieces.start, pieces.length + more)
-        np.concatenate(ids, out=self._lines.reshape(-1))
+        shards.read(pieces._replace(length=pieces.length + more), self._lines.reshape(-1))
         self._row_starts: list[int] = [*heads.tolist(), len(row)]
         self._numbers = (np.arange(1, len(row) + 1) - np.repeat(heads, np.diff(self._row_starts))).astype(np.int32)
         self._numbers[padding] = 0
