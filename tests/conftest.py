@@ -12,7 +12,6 @@ import worlds
 from train.data.prepare import prepare
 from train.schema import Config
 
-
 forkserver.ensure_running()  # with worlds' imports, before prepare's workers start one that has imported less
 
 
