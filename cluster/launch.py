@@ -19,7 +19,7 @@ from cluster.job import Clock, Job
 from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
-from train.errors import UserError
+from train.errors import NO_ROOM, UserError, no_room
 from train.schema import Config
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -48,6 +48,11 @@ def run(what: Plan, begun: Begun) -> int:
         code = BAD_INPUT
         if start.held is not None:
             lock.take_back(start.run_dir)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        console.bad_input(no_room(error))
+        code = BAD_INPUT
     finally:
         console.close()
     # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
