@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cluster.begin import begin
+from cluster.signals import Signals
 
 VERBS = ("train",)
 
@@ -15,7 +15,11 @@ def main(arguments: list[str]) -> int:
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return 2
-    begun = None if {"-h", "--help"} & set(rest) else begin()
+    signals = Signals()
+    signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
+    from cluster.begin import begin
+
+    begun = None if {"-h", "--help"} & set(rest) else begin(signals)
     # Only now: these imports take a second, in which the warm process gets on with its own.
     from cluster import train_verb
 

@@ -29,13 +29,11 @@ class Begun:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def begin(target: str = TARGET) -> Begun:
+def begin(signals: Signals, target: str = TARGET) -> Begun:
     """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
-    rank.
+    rank. ``signals`` listens already.
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
-    signals = Signals()
-    signals.listen()
     folder = host.make_folder()
     os.environ[host.MARK] = str(folder)
     begun = Begun(folder, host.WarmProcess(folder, target), target, since, signals)

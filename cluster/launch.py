@@ -83,6 +83,7 @@ class Start:
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
         self.held = lock.take(self.run_dir)
+        self.signals.on_end.append(lambda: lock.take_back(self.run_dir))
         if summary := self.what.finished(config):
             self.console.complete(config, summary)
             return DONE

@@ -24,7 +24,7 @@ def read(order: dict[str, Any]) -> dict[str, Any] | None:
     """What the trainer that was started by ``order`` left: {"code", "error"}; None while it has not."""
     with contextlib.suppress(OSError, ValueError):
         word = json.loads(_place(order).read_text())
-        if {**_who(order), **word} == word:
+        if {**word, **_who(order)} == word:
             return dict(word)
     return None
 

@@ -96,7 +96,7 @@ class Console:
         ]
         self._fact("model", f"{count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
         tokens = event.get("tokens")
-        what = f"{count(event.get('steps'))} steps"
+        what = plural(count(event.get("steps")), "step")
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
         self._fact("work", what + (f": {count(tokens)} tokens" if tokens else ""))

@@ -109,7 +109,10 @@ class Wandb:
         try:
             self._feed()
         except Exception as error:  # W&B must never stop a run, whatever it raises
-            self.note(f"W&B failed and was left behind ({error}); metrics.jsonl has it all")
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.note(
+                f"W&B failed and was left behind; metrics.jsonl has it all, and tracking.wandb=offline keeps a copy to sync ({why})"
+            )
 
     def _feed(self) -> None:
         import wandb  # not at the top: its import takes a second, which the first step need not wait for

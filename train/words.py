@@ -36,4 +36,4 @@ def duration(seconds: float) -> str:
 
 def plural(number: Any, word: str) -> str:
     """A count with its noun."""
-    return f"{number} {word}{'' if number == 1 else 's'}"
+    return f"{number} {word}{'' if str(number) == '1' else 's'}"

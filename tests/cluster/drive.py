@@ -7,9 +7,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.begin import begin
+from cluster.signals import Signals
 
 if __name__ == "__main__":
-    begun = begin("toy:train_rank")
+    signals = Signals()
+    signals.listen()
+    begun = begin(signals, "toy:train_rank")
 
     from cluster import launch
     from train import config as configuration
