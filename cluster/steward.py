@@ -200,4 +200,5 @@ def tail(log: Path, offset: int) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    return [line.rstrip() for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("Extension modules:")]
+    return lines[-TAIL_LINES:]

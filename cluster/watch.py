@@ -98,6 +98,8 @@ def explain(verdict: Verdict) -> list[str]:
     lines = [f"{where} {how(end)}"]
     if end.peak_mib and end.code == -signal.SIGKILL:
         lines.append(f"it held at most {end.peak_mib:,} MiB of the host's {end.memory_mib or 0:,} MiB; {_oom(end)}")
+    if end.code == -signal.SIGBUS:
+        lines.append("a file that it read as memory was cut short: a shard of the corpus, or /dev/shm is full")
     if end.error and end.code > 0:
         lines += ["", *end.error.rstrip().splitlines()]
     elif end.tail:

@@ -144,10 +144,11 @@ class Wandb:
         while (item := self.queue.get()) is not None:
             what, value = item
             if what == "log" and value["step"] > seen:
-                run.log(_without_step(value), step=value["step"])
+                seen = value["step"]
+                run.log(_without_step(value), step=seen)
             elif what == "samples":
                 rows += value
-                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=rows[-1][0])
+                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=max(seen, rows[-1][0]))
             elif what == "summary":
                 run.summary.update(value)
         run.finish()
