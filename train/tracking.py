@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,8 @@ class Metrics:
         """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [r for r in read_records(file) if r["step"] <= last_step]
-        write_whole(file, "".join(_line(r) for r in lines).encode())
+        self.kept = [r for r in read_records(file) if r["step"] <= last_step]
+        write_whole(file, "".join(_line(r) for r in self.kept).encode())
         self.out = file.open("a")
 
     def append(self, record: Record) -> None:
@@ -82,8 +82,10 @@ class RunFile:
 class Wandb:
     """One W&B run, fed by a thread from a queue; every call returns at once."""
 
-    def __init__(self, config: Config, folder: Path, run_id: str, note: Callable[[str], None]) -> None:
-        self.config, self.folder, self.run_id, self.note = config, folder, run_id, note
+    def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
+        """``history`` is what metrics.jsonl holds already: an offline run is written anew, from its first step on."""
+        self.config, self.run_id, self.history, self.note = config, run_id, history, note
+        self.folder = Path(config.run.dir or "")
         self.mode = _mode(config.tracking)
         self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -133,14 +135,12 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
         )
         rows: list[tuple[int, str, str]] = []
-        seen = 0
-        if self.mode == "offline":  # written anew: first what the file already holds
-            for record in read_records(self.folder / "metrics.jsonl"):
-                seen = record["step"]
-                run.log(_without_step(record), step=seen)
+        if self.mode == "offline":
+            for record in self.history:
+                run.log(_without_step(record), step=record["step"])
         while (item := self.queue.get()) is not None:
             what, value = item
-            if what == "log" and value["step"] > seen:
+            if what == "log":
                 run.log(_without_step(value), step=value["step"])
             elif what == "samples":
                 rows += value
@@ -159,7 +159,7 @@ class Tracker:
         self.metrics = Metrics(folder / "metrics.jsonl", last_step)
         self.run = RunFile(folder)
         off = config.tracking.wandb == "off"
-        self.wandb = None if off else Wandb(config, folder, self.run.values["wandb_id"], note)
+        self.wandb = None if off else Wandb(config, self.run.values["wandb_id"], self.metrics.kept, note)
 
     def log(self, record: Record) -> None:
         """One step's numbers: to the file, then to W&B."""
