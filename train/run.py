@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,26 +98,23 @@ def restore(found: Checkpoint | None, engine: Engine, checkpoints: Checkpoints, 
     return found.progress, found.manifest["pending"]
 
 
+@dataclass
 class Work:
     """What a rank does beside its steps: log, evaluate, sample, save, summarise."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: dist.World,
-        corpus: Corpus,
-        engine: Engine,
-        held_out: EvalLoader,
-        checkpoints: Checkpoints,
-        tracker: Tracker | None,
-        emit: Emit,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.world, self.corpus, self.engine = config, world, corpus, engine
-        self.held_out, self.checkpoints, self.tracker = held_out, checkpoints, tracker
-        self.emit, self.should_stop = emit, should_stop
-        self.last: Evaluation | None = None
-        self.plain: Any = None
+    config: Config
+    world: dist.World
+    corpus: Corpus
+    engine: Engine
+    held_out: EvalLoader
+    checkpoints: Checkpoints
+    tracker: Tracker | None
+    """Rank 0's; the others have none."""
+    emit: Emit
+    should_stop: Callable[[], bool]
+    last: Evaluation | None = None
+    plain: Any = None
+    """A copy of the objective outside DeepSpeed, to sample from."""
 
     def log(self, record: Record) -> None:
         """Rank 0 writes the line of a step; numbers that are not finite become null, since JSON has none."""
