@@ -29,6 +29,7 @@ SAVED = {
     "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
 }
 """The verbs that take a run's folder, and their options."""
+TEMPLATES = {("group", "choice"), ("key", "value")}
 SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
 
 
