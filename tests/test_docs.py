@@ -22,7 +22,9 @@ LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs)/[\w./-]+\.(?:py|md|yaml|png))`")
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
-MACHINE = re.compile(r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)")
+MACHINE = re.compile(
+    r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)"
+)
 
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
@@ -112,11 +114,11 @@ def test_relative_links_lead_to_files(document: Path):
 def test_files_and_tests_that_are_mentioned_exist(document: Path):
     text = document.read_text("utf-8")
     assert [file for file in FILE.findall(text) if not (ROOT / file).is_file()] == []
-    assert [f"{file}::{test}" for file, test in TEST.findall(text) if test not in tests_of(file)] == []
+    assert [f"{file}::{test}" for file, test in TEST.findall(text) if test not in functions_of(file)] == []
 
 
 @functools.cache
-def tests_of(file: str) -> set[str]:
+def functions_of(file: str) -> set[str]:
     return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -132,4 +134,5 @@ def test_the_page_of_keys_is_the_help_of_the_program():
 
 
 def test_every_page_is_reached_from_the_readme():
-    assert [name(page) for page in DOCUMENTS if page.parent.name == "docs" and f"({name(page)})" not in DOCUMENTS[0].read_text()] == []
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [name(page) for page in (ROOT / "docs").glob("*.md") if f"({name(page)})" not in readme] == []
