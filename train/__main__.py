@@ -30,16 +30,17 @@ def evaluate(argv: Sequence[str]) -> int:
     from train.run import loaders
     from train.saved import open_run
 
-    folder, world = Path(options["run.dir"]), dist.from_env()
-    run = open_run(folder, options["checkpoint"], str(world.device))
+    folder = Path(options["run.dir"])
+    run = open_run(folder, options["checkpoint"])
     about = json.loads((folder / "corpus.json").read_text())
     corpus = Corpus(about["folder"])
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
+    world = dist.from_env()
     held_out = loaders(run.config, corpus, world)[1]
     if not held_out.groups:
         raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
-    nats, places = measure(run.objective, held_out, world, lambda: False)
+    nats, places = measure(run.objective.to(world.device), held_out, world, lambda: False)
     found = Evaluation(nats, places, held_out.bytes / places)
     text = b"".join(held_out_text(corpus))
     table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out tokens", title_justify="left")
