@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from train import config as configuration
-from train.checkpoint import MASTER, Checkpoint, complete
+from train.checkpoint import Checkpoint, complete
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.objectives import build_objective
+from train.pieces import MASTER
 from train.schema import Config
 
 
