@@ -22,7 +22,9 @@ LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs)/[\w./-]+\.(?:py|md|yaml|png))`")
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
-MACHINE = re.compile(r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)")
+MACHINE = re.compile(
+    r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)"
+)
 
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
@@ -131,4 +133,6 @@ def test_the_page_of_keys_is_the_help_of_the_program():
 
 
 def test_every_page_is_reached_from_the_readme():
-    assert [name(page) for page in DOCUMENTS if page.parent.name == "docs" and f"({name(page)})" not in DOCUMENTS[0].read_text()] == []
+    assert [
+        name(page) for page in DOCUMENTS if page.parent.name == "docs" and f"({name(page)})" not in DOCUMENTS[0].read_text()
+    ] == []
