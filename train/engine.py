@@ -1,8 +1,7 @@
 """DeepSpeed, whole, behind one class: the only file that knows it.
 
-The engine trains an objective (an nn.Module that returns Losses) under ZeRO 0-3, and shows its state as *pieces*: flat runs of one
-parameter's fp32 master weights and moments, wherever the stage happens to keep them. Checkpoints are made of pieces, so they know
-neither stage nor world size.
+The engine trains an objective (an nn.Module that returns Losses) under ZeRO 0-3, and shows its state as pieces (``train.pieces``),
+wherever the stage happens to keep them.
 """
 
 from __future__ import annotations
@@ -30,28 +29,11 @@ from torch import Tensor, nn
 
 from train.batch import Batch, Losses
 from train.dist import World
+from train.pieces import MASTER, Piece
 from train.schema import Config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
-
-MASTER = "weight"
-"""The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
-
-    name: str
-    start: int
-    numel: int
-    holder: Tensor
-    offset: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece's view of ``tensor``, which has the layout of the holder: (numel,)."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)

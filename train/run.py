@@ -17,7 +17,7 @@ from train import config as configuration
 from train import dist, resume
 from train.checkpoint import Checkpoint, Checkpoints
 from train.data.files import write_whole
-from train.data.loader import EvalLoader, Loader, Share, held_out_loader, training_loader
+from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
 from train.engine import Engine
 from train.errors import Stopped, UserError
@@ -32,7 +32,6 @@ from train.throughput import estimated_seconds, matmul_rate
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
-EVAL_TOKENS_PER_GROUP = 8192
 
 
 def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
@@ -47,7 +46,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
     _as_first(world, lambda: _open_folder(folder, config, corpus, emit))
-    loader, held_out = loaders(config, corpus, world)
+    loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
@@ -72,16 +71,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         raise
     finally:
         loader.close()
-
-
-def loaders(config: Config, corpus: Corpus, world: dist.World) -> tuple[Loader, EvalLoader]:
-    """The rank's training data, and the held-out data in groups that are the same for any world."""
-    streams = config.data.streams or config.batch.global_
-    rows = -(-streams // world.size) * (config.batch.global_ // streams)
-    micro = config.batch.micro or rows
-    loader = training_loader(corpus, config, Share(world.rank, world.size, micro), pin=world.device.type == "cuda")
-    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
-    return loader, held_out_loader(corpus, config, Share(world.rank, world.size, group))
 
 
 def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:

@@ -23,6 +23,7 @@ from train.data.files import write_whole
 from train.schema import Config, Tracking
 
 FINISH_TIMEOUT_S = 60.0
+KEEP_EVERY_S = 5.0
 Record = dict[str, Any]
 
 
@@ -66,7 +67,7 @@ class RunFile:
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.values |= json.loads(self.file.read_text())
         self.values["starts"] += 1
-        self.before, self.began = self.values["wall_s"], time.monotonic()
+        self.before, self.began, self.saved = self.values["wall_s"], time.monotonic(), 0.0
         self.save()
 
     @property
@@ -74,8 +75,14 @@ class RunFile:
         """Seconds that the run's workers have been up, over all starts."""
         return float(self.before + time.monotonic() - self.began)
 
+    def keep(self) -> None:
+        """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
+        if time.monotonic() - self.saved > KEEP_EVERY_S:
+            self.save()
+
     def save(self) -> None:
-        """Write it; called with every logged step, so a kill loses little."""
+        """Write it."""
+        self.saved = time.monotonic()
         write_whole(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
 
 
@@ -164,7 +171,7 @@ class Tracker:
     def log(self, record: Record) -> None:
         """One step's numbers: to the file, then to W&B."""
         self.metrics.append(record)
-        self.run.save()
+        self.run.keep()
         if self.wandb:
             self.wandb.log(record)
 
