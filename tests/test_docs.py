@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from bench import curve
 from train import config as configuration
 from train import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
 
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
@@ -136,3 +138,15 @@ def test_the_page_of_keys_is_the_help_of_the_program():
 def test_every_page_is_reached_from_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [name(page) for page in (ROOT / "docs").glob("*.md") if f"({name(page)})" not in readme] == []
+
+
+def test_a_curve_is_drawn_from_metrics_and_a_folder_without_them_is_named(tmp_path: Path):
+    lines = [{"step": n, "loss": 9.0 - n, "tokens": 64 * n} | ({"val_loss": 8.5 - n} if n % 2 else {}) for n in range(1, 5)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curve.series(lines, "tokens", "val_loss", skip=1) == ([192], [5.5])
+    out = tmp_path / "figures" / "loss.png"
+    assert curve.main([str(tmp_path / "run"), "--out", str(out), "--x", "tokens"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"elsewhere holds no metrics\.jsonl"):
+        curve.main([str(tmp_path / "elsewhere"), "--out", str(out)])
