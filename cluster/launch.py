@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from cluster import host, lock, nodes, plan, watch
 from cluster.begin import Begun
@@ -18,7 +19,7 @@ from cluster.job import Clock, Job
 from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
-from train.errors import UserError
+from train.errors import NO_ROOM, UserError, no_room
 from train.schema import Config
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -27,10 +28,12 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: how to get its configuration and its corpus."""
+    """What to run: how to get its configuration and its corpus, and whether it is done already."""
 
     compose: Callable[[], Config]
     find_corpus: Callable[[Config, Callable[[dict], None]], str]
+    finished: Callable[[Config], dict | None] = lambda config: None
+    """The summary of a run that has made all its steps already."""
 
 
 def run(what: Plan, begun: Begun) -> int:
@@ -42,6 +45,13 @@ def run(what: Plan, begun: Begun) -> int:
         code = start.go()
     except UserError as error:
         console.bad_input(str(error))
+        code = BAD_INPUT
+        if start.held is not None:
+            lock.take_back(start.run_dir)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        console.bad_input(no_room(error))
         code = BAD_INPUT
     finally:
         console.close()
@@ -63,6 +73,7 @@ class Start:
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
+        self.held: IO[str] | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -71,7 +82,10 @@ class Start:
         config = self.what.compose()
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
-        held = lock.take(self.run_dir)
+        self.held = lock.take(self.run_dir)
+        if summary := self.what.finished(config):
+            self.console.complete(config, summary)
+            return DONE
         corpus = self.what.find_corpus(config, self.console.show)
         clock.mark("corpus")
         self._cluster(config)
@@ -85,9 +99,7 @@ class Start:
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
         verdict = Supervisor(job, device).run()
-        code = self._finish(verdict, config)
-        held.close()
-        return code
+        return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on a private one."""

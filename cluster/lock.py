@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -30,6 +31,15 @@ def take(run_dir: Path) -> IO[str]:
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
     file.flush()
     return file
+
+
+def take_back(run_dir: Path) -> None:
+    """Removes what ``take`` made, while it is locked, where nothing else has come into the folder."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in run_dir.iterdir()} == {"lock", "logs"}:
+            (run_dir / "logs").rmdir()
+            (run_dir / "lock").unlink()
+            run_dir.rmdir()
 
 
 def _holder(run_dir: Path) -> str:

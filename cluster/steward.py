@@ -70,7 +70,7 @@ class Steward:
     def start(self, order: dict[str, Any]) -> dict[str, Any]:
         """Starts the trainer that ``order`` describes: {"pid", "ready"}, or {"failed": why the imports failed}.
 
-        order: rank, size, local_rank, meeting {host, port, generation}, config (JSON), corpus, log, env, threads.
+        order: job, rank, size, local_rank, meeting {host, port, generation}, config (JSON), corpus, log, env, threads.
         """
         self.kill()
         log = Path(order["log"])

@@ -118,6 +118,7 @@ class Supervisor:
             seen[place["node"]] += 1
             orders.append(
                 {
+                    "job": self.job.folder,
                     "rank": rank,
                     "size": size,
                     "local_rank": local,

@@ -8,7 +8,8 @@ from typing import Any
 from cluster import launch
 from cluster.begin import Begun
 from train import config as configuration
-from train.data import prepare
+from train import resume
+from train.data import prepare, shards
 from train.schema import Config
 
 
@@ -17,12 +18,17 @@ def run(overrides: Sequence[str], begun: Begun | None) -> int:
     if begun is None:
         print(configuration.help_text())
         return launch.DONE
-    return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus), begun)
+    return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus, resume.finished), begun)
 
 
 def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
-    """The folder of the prepared corpus, which is prepared first where it is missing or old."""
+    """The folder of the prepared corpus, which is prepared first where it is missing or old.
+
+    Raises UserError where ``run.dir`` holds a run that can not go on with this configuration, or on this corpus.
+    """
+    resume.check(config, None)
     ready = prepare.resolve(config.data)
     if ready is None:
         ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}))
+    resume.check(config, shards.fingerprint(shards.read_index(ready)))
     return str(ready.absolute())

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from cluster import word
 from train import dist
-from train.errors import Stopped, UserError
+from train.errors import NO_ROOM, Stopped, UserError, no_room
 from train.schema import Config
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -81,6 +82,14 @@ def run(request: dict[str, Any], events_fd: int, listen_fd: int | None) -> int:
     torch.set_num_threads(request["threads"])
     events = Events(events_fd)
     stop = StopFlag(events)
+    code, error = _run_target(request, events, stop, listen_fd)
+    if stop():
+        word.leave(request, code, error)
+    return code
+
+
+def _run_target(request: dict[str, Any], events: Events, stop: StopFlag, listen_fd: int | None) -> tuple[int, str | None]:
+    """The exit status, and the error that was sent if there was one."""
     events({"event": "phase", "name": "start", "t": time.time()})
     try:
         config = Config.model_validate_json(request["config"])
@@ -92,17 +101,27 @@ def run(request: dict[str, Any], events_fd: int, listen_fd: int | None) -> int:
             load_target(request["target"])(config, request["corpus"], world, events, stop)
             dist.leave()
     except Stopped:
-        return STOPPED
+        return STOPPED, None
     except UserError as error:
         events({"event": "error", "kind": "user", "text": str(error)})
-        return BAD_INPUT
+        return BAD_INPUT, str(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            return FAILED, _traceback(events)
+        text = no_room(error)
+        events({"event": "error", "kind": "user", "text": text})
+        return BAD_INPUT, text
     except BaseException:
         # Whatever it is, an interpreter's exit included: a rank that ends early has to say why.
-        text = traceback.format_exc()
-        print(text, file=sys.stderr)
-        events({"event": "error", "kind": "exception", "text": text})
-        return FAILED
-    return DONE
+        return FAILED, _traceback(events)
+    return DONE, None
+
+
+def _traceback(events: Events) -> str:
+    text = traceback.format_exc()
+    print(text, file=sys.stderr)
+    events({"event": "error", "kind": "exception", "text": text})
+    return text
 
 
 def _take_over_output(log: str) -> None:

@@ -8,7 +8,8 @@ every start, for every rank. It never touches CUDA and starts no thread, for nei
 children's deaths at once and reports them with their signal and peak memory.
 
 Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the
-kernel kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed.
+kernel kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed: at once, or,
+where everybody was told to end (as a batch system does), when it has had time to save.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from cluster import host, trainer, wire
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
+ORPHAN_S = 1.0
+"""How long a trainer outlives its steward: a signal to everybody reaches us soon after it has ended the steward."""
+SAVE_S = 60.0
+"""How long after such a signal, when the trainers are saving what they have."""
 
 
 @dataclass
@@ -38,6 +43,8 @@ class Child:
 
     pid: int
     steward: socket.socket
+    orphaned: float | None = None
+    """When its steward was lost (monotonic)."""
 
 
 class Warm:
@@ -49,6 +56,7 @@ class Warm:
         self.selector = selectors.DefaultSelector()
         self.children: dict[int, Child] = {}
         self.failure: str | None = None
+        self.told_to_stop = False
         self.ready = 0.0
 
     def load(self) -> None:
@@ -73,11 +81,11 @@ class Warm:
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         # Ending is the owner's business: after a signal to everybody the trainers still have to save.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, self._told)
         for source in (self.listener, awake, LIFELINE):
             self.selector.register(source, selectors.EVENT_READ)
         while True:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select(self._kill_orphans()):
                 if key.fileobj is self.listener:
                     self._accept()
                 elif key.fileobj is awake:
@@ -87,6 +95,17 @@ class Warm:
                     return
                 else:
                     self._hear(key.fileobj)  # type: ignore[arg-type]
+
+    def _told(self, number: int, frame: object) -> None:
+        self.told_to_stop = True
+
+    def _kill_orphans(self) -> float | None:
+        """Kills the trainers whose time without a steward is over; the seconds until this is to be asked again."""
+        orphans = [(child, child.orphaned) for child in self.children.values() if child.orphaned is not None]
+        for child, since in orphans:
+            if time.monotonic() > since + (SAVE_S if self.told_to_stop else ORPHAN_S):
+                os.kill(child.pid, signal.SIGKILL)
+        return 0.1 if orphans else None
 
     def _accept(self) -> None:
         steward, _ = self.listener.accept()
@@ -100,7 +119,7 @@ class Warm:
             self.selector.unregister(steward)
             steward.close()
             if child:
-                os.kill(child.pid, signal.SIGKILL)
+                child.orphaned = time.monotonic()
         elif "signal" in message:
             if child:
                 os.kill(child.pid, message["signal"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from cluster import watch
+from cluster import watch, word
 from cluster.job import Job
 from train.errors import UserError
 
@@ -19,6 +19,10 @@ HEAR_S = 0.2
 """How long a signal to the driver may wait to be seen."""
 SETTLE_S = 1.0
 """After the first bad end, how long the others may take to end by themselves and say why."""
+NOTICE_S = 1.5
+"""How long a lost steward is taken for one that a signal to everybody has ended, and the signal to us is waited for."""
+WORD_S = 65.0
+"""After such a signal, how long a trainer may take to save and leave its last word."""
 
 
 def ask(questions: Sequence[Any], timeout: float) -> list[Any]:
@@ -32,6 +36,14 @@ def ask(questions: Sequence[Any], timeout: float) -> list[Any]:
     return ray.get(list(questions))
 
 
+def _answered(polls: dict[Any, int]) -> list[Any]:
+    """The polls that were answered by now, after a moment's wait."""
+    if not polls:
+        time.sleep(HEAR_S)
+        return []
+    return ray.wait(list(polls), num_returns=1, timeout=HEAR_S, fetch_local=True)[0]
+
+
 class World:
     """One start of all ranks."""
 
@@ -43,6 +55,8 @@ class World:
         self.size = len(stewards)
         self.ends: dict[int, watch.End] = {}
         self.errors: dict[int, str] = {}
+        self.orders: list[dict[str, Any]] = []
+        self.orphans: dict[int, tuple[float, Exception]] = {}
         self.killed = False
         self.stop_sent = False
 
@@ -57,7 +71,8 @@ class World:
                 "Choose another, or cluster.port=0 for any free one"
             )
         meeting = {**met, "generation": self.generation}
-        starts = [s.start.remote({**order, "meeting": meeting}) for s, order in zip(self.stewards, orders, strict=True)]
+        self.orders = [{**order, "meeting": meeting} for order in orders]
+        starts = [s.start.remote(order) for s, order in zip(self.stewards, self.orders, strict=True)]
         answers = ask(starts, cluster.start_timeout)
         for rank, answer in enumerate(answers):
             if "failed" in answer:
@@ -73,13 +88,13 @@ class World:
         bad_since: float | None = None
         while len(self.ends) < self.size:
             self._pass_on_stop()
-            ready, _ = ray.wait(list(polls), num_returns=1, timeout=HEAR_S, fetch_local=True)
-            for poll in ready:
+            self._hear_orphans()
+            for poll in _answered(polls):
                 rank = polls.pop(poll)
                 try:
                     news = ray.get(poll)
                 except ray.exceptions.RayError as error:
-                    self._lost(rank, error)
+                    self.orphans[rank] = time.monotonic(), error
                     continue
                 for record in news:
                     self._take(rank, record)
@@ -97,9 +112,22 @@ class World:
             self.job.show({"event": "stopping", "signal": self.job.signals.heard})
             self._to_all(signal.SIGTERM)
 
+    def _hear_orphans(self) -> None:
+        """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
+        for rank, (since, error) in list(self.orphans.items()):
+            found = word.read(self.orders[rank])
+            if found is not None:
+                self.errors.setdefault(rank, found["error"] or "")
+                self._ended(rank, {"code": found["code"], "pid": self.places[rank]["pid"]})
+            elif time.monotonic() > since + (NOTICE_S if self.job.signals.heard is None else WORD_S):
+                self._lost(rank, error)
+            else:
+                continue
+            del self.orphans[rank]
+
     def _to_all(self, number: int) -> None:
         for rank, steward in enumerate(self.stewards):
-            if rank not in self.ends:
+            if rank not in self.ends and rank not in self.orphans:
                 steward.signal.remote(number)
 
     def _kill_rest(self) -> None:
@@ -131,7 +159,7 @@ class World:
             code=record["code"],
             host=record.get("host", ""),
             pid=record["pid"],
-            error=self.errors.get(rank),
+            error=self.errors.get(rank) or None,
             tail=tuple(record.get("tail", ())),
             peak_mib=record.get("peak_mib"),
             memory_mib=record.get("memory_mib"),

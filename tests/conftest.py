@@ -18,7 +18,7 @@ forkserver.ensure_running()  # with worlds' imports, before prepare's workers st
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 60 short documents of made-up words, in bytes, in several small shards."""
-    folder = tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("text", numbered=False)
     draw = random.Random(0)
     words = ["".join(draw.choices("aeioumnrst", k=draw.randint(1, 7))) for _ in range(50)]
     for n in range(60):
@@ -44,3 +44,15 @@ def make(corpus: Path, tmp_path: Path):
         return worlds.compose(*TEXT, "data.paths=[x]", f"data.dir={corpus}", f"run.dir={tmp_path / name}", *overrides)
 
     return composed
+
+
+@pytest.fixture
+def as_typed(corpus: Path, tmp_path: Path):
+    """as_typed(*overrides, name=...) -> what is typed for a run on the corpus by somebody who has its text."""
+
+    def typed(*overrides: str, name: str = "run") -> list[str]:
+        text = corpus.parent / "text"
+        here = [f"data.paths=[{text}]", f"data.dir={corpus}", f"run.dir={tmp_path / name}"]
+        return [*worlds.TINY, *TEXT, *here, *overrides]
+
+    return typed

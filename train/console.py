@@ -20,9 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from train.words import count, duration, finite, plural
+from train.words import PREPARING, count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
+ESTIMATE_AFTER_S = 2.0
+"""How long steps are watched before the time of all of them is told."""
 BAR_WIDTH = 28
 
 Event = dict[str, Any]
@@ -38,6 +40,8 @@ class Console:
         self._config: dict[str, Any] = {}
         self._first_step: tuple[int, float] | None = None
         self._last_plain = -math.inf
+        self._last: Event = {}
+        self._estimated = False
         self._best: float | None = None
         self._preparing: str | None = None
         self._verbs: dict[str, Callable[[Event], None]] = {
@@ -113,14 +117,14 @@ class Console:
             self._status(Text(f"  {word} ...", style="dim"))
 
     def _prepare(self, event: Event) -> None:
-        done, total = event.get("done"), event.get("total")
-        text = f"  preparing the corpus: {event.get('phase', '')}"
-        if done is not None:
-            text += f" {done:,}" + (f" of {total:,}" if total else "")
-        if event.get("phase") != self._preparing and not self.terminal.is_terminal:
-            self._line(Text(f"  preparing the corpus: {event.get('phase', '')}"))
-        self._preparing = event.get("phase")
-        self._status(Text(text, style="dim"))
+        words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.get("phase", ""))
+        if words is None:
+            return
+        text, done, total = f"  preparing the corpus: {words}", event.get("done"), event.get("total")
+        if words != self._preparing and not self.terminal.is_terminal:
+            self._line(Text(text))
+        self._preparing = words
+        self._status(Text(text + (f", {done / total:.0%}" if finite(done) and total else ""), style="dim"))
 
     # how it goes
 
@@ -130,16 +134,21 @@ class Console:
         if self._first_step is None:
             self._first_step = (step, now)
         eta = self._eta(step, steps, now)
+        measured = finite(event.get("loss"))
+        self._last = event if measured else self._last  # between logged steps the line keeps the last one's numbers
         facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
-        facts += [f"loss {event['loss']:.4f}"] if finite(event.get("loss")) else []
-        facts += [f"{count(event['tokens_per_s'])} tokens/s"] if event.get("tokens_per_s") else []
-        facts += [f"{eta} left"] if eta else []
+        facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
+        facts += [f"{count(self._last['tokens_per_s'])} tokens/s"] if self._last.get("tokens_per_s") else []
+        facts += [f"{eta} left"] if eta and step != steps else []
+        if measured and eta and not self._estimated and now - self._first_step[1] > ESTIMATE_AFTER_S:
+            self._estimated = True
+            self._fact("time", f"about {eta} to go")
         if self.terminal.is_terminal:
             row = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan")
             row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
             self._status(row)
-        elif now - self._last_plain >= PLAIN_EVERY_S or step == steps:
+        elif measured and (now - self._last_plain >= PLAIN_EVERY_S or step == steps):
             self._last_plain = now
             self._line(Text("  " + "  ".join(facts)))
 
@@ -172,6 +181,8 @@ class Console:
         self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
 
     def _sample(self, event: Event) -> None:
+        if event.get("step", 0) < self._config.get("steps", 0):
+            return  # samples.jsonl has those of earlier evaluations; here they would bury the losses
         body = Text.assemble((str(event.get("prompt", "")), "cyan"), str(event.get("text", "")))
         if self.terminal.is_terminal:
             self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
@@ -186,7 +197,7 @@ class Console:
         self._line(Text("  stopping: finishing the step and saving (once more to end at once)", style="yellow"))
 
     def _failure(self, event: Event) -> None:
-        self._live_off()
+        self.close()
         lines = [str(line) for line in event.get("lines", [])]
         body = Text("\n".join(lines[1:]))
         title = lines[0] if lines else "the job failed"
@@ -199,13 +210,8 @@ class Console:
                 self.errors.print(Text("\n".join(f"  {line}".rstrip() for line in lines[1:])))
         logs = f"{self._config.get('run', {}).get('dir', 'the run folder')}/logs/"
         self.errors.print(Text(f"The ranks' logs: {logs}"))
-        self.errors.print(
-            Text(
-                f"Next: {event['next']}"
-                if event.get("next")
-                else "Next: run the same command again to go on from the newest checkpoint"
-            )
-        )
+        then = event.get("next") or "run the same command again to go on from the newest checkpoint"
+        self.errors.print(Text(f"Next: {then}"))
 
     def _done(self, event: Event) -> None:
         summary = event.get("summary") or {}
@@ -250,16 +256,27 @@ class Console:
         self._fact("next", f'./launch.sh generate run.dir={where} prompt="..."')
         self._fact("", f"./launch.sh evaluate run.dir={where}")
 
+    def complete(self, config: Any, summary: Event) -> None:
+        """What an earlier start has come to, and how to go further."""
+        self._done({"summary": summary})
+        self._line(
+            Text(
+                f"  {config.run.dir} is complete already: nothing to do. Train it further with steps=..., "
+                "or start a new run with run.name=..."
+            )
+        )
+        self.finished(config)
+
     def stopped(self, config: Any) -> None:
         """How to go on after a stop."""
-        self._live_off()
+        self.close()
         self._line(
             Text.assemble(("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}")
         )
 
     def bad_input(self, message: str) -> None:
         """What is wrong with the input, where, and the cure."""
-        self._live_off()
+        self.close()
         self.errors.print(Text.assemble(("error: ", "bold red"), message))
 
     # how it is drawn
@@ -278,6 +295,3 @@ class Console:
             self._live.start()
         else:
             self._live.update(what)
-
-    def _live_off(self) -> None:
-        self.close()

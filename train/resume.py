@@ -22,8 +22,10 @@ INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activa
 """Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
 
 
-def check(config: Config, corpus_fingerprint: str) -> list[str]:
+def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
     """What has changed since the run in ``run.dir`` was last started, a line a key; nothing if it is new.
+
+    ``corpus_fingerprint`` is None before the corpus is known; the keys can be looked at even so.
 
     Raises UserError where going on would train something else under the same name.
     """
@@ -46,7 +48,7 @@ def check(config: Config, corpus_fingerprint: str) -> list[str]:
     for manifest in folder.glob("checkpoints/step_*/checkpoint.json"):
         with contextlib.suppress(ValueError, OSError):
             was = json.loads(manifest.read_text())["corpus"]
-            if was != corpus_fingerprint:
+            if corpus_fingerprint is not None and was != corpus_fingerprint:
                 raise UserError(
                     f"{folder} was trained on the corpus {was[:12]}, and this one is {corpus_fingerprint[:12]}: the text, its "
                     "cleaning or its tokenizer changed. Restore them to go on, or take another run.name to start anew"

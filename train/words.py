@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+PREPARING = {"read": "reading and cleaning", "tokenizer": "making the tokenizer", "tokenize": "writing shards"}
+"""What a prepare does in each of its phases."""
+
 
 def finite(value: Any) -> bool:
     """Whether ``value`` is a number that can be shown."""

@@ -118,6 +118,16 @@ def test_sigterm_saves_and_exits_75_with_how_to_go_on_and_one_job_a_folder(start
     driver.expect_nothing_left()
 
 
+def test_a_signal_to_every_process_saves_and_exits_75(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    for process in driver.alive():
+        process.terminate()
+    assert driver.wait(30) == 75, driver.text()
+    assert "Stopped and saved" in driver.text()
+    driver.expect_nothing_left()
+
+
 def test_a_second_signal_ends_everything_now(start):
     # rank 1 never comes back from its step, so the first signal can not be heeded
     driver = start(json.dumps({"rank": 1, "step": 5, "do": "hang"}), **ENDLESS)

@@ -30,7 +30,7 @@ LIFE = [
     {"event": "eval", "step": 400, "val_loss": 3.25, "bits_per_byte": 1.9},
     {"event": "save", "step": 400, "path": "runs/x/checkpoints/step_400", "seconds": 0.41},
     {"event": "note", "text": "W&B is offline"},
-    {"event": "sample", "prompt": "def ", "text": "main():\n    pass [not markup]"},
+    {"event": "sample", "step": 1000, "prompt": "def ", "text": "main():\n    pass [not markup]"},
     {"event": "done", "summary": {"step": 1000, "val_loss": 3.25, "wall_s": 331.0, "tokens": 4_096_000}},
 ]
 
@@ -72,6 +72,32 @@ def test_a_file_gets_plain_lines_without_control_characters():
     assert "\x1b" not in text
     assert "\r" not in text
     assert "step 10/1,000  loss 6.5000  12.3k tokens/s" in text
+
+
+def test_samples_before_the_end_are_left_to_their_file():
+    for terminal in (True, False):
+        text, _ = shown([LIFE[0], {"event": "sample", "step": 400, "prompt": "def ", "text": "early"}], terminal)
+        assert "early" not in text
+
+
+def test_the_live_line_keeps_the_last_loss_between_logged_steps():
+    steps = [{"event": "step", "step": 10, "steps": 1000, "loss": 6.5}, {"event": "step", "step": 11, "steps": 1000}]
+    text, _ = shown([LIFE[0], *steps], terminal=True)
+    assert "loss 6.5000" in text.split("step 11/")[-1]
+
+
+def test_a_file_gets_no_line_of_progress_without_a_loss():
+    text, _ = shown([{"event": "step", "step": 3, "steps": 1000}])
+    assert text == ""
+
+
+def test_a_run_that_is_complete_says_so_and_how_to_go_further():
+    out = io.StringIO()
+    console = Console(Terminal(file=out, width=200, highlight=False))
+    console.complete(SimpleNamespace(run=SimpleNamespace(dir="runs/x")), LIFE[-1]["summary"])
+    text = out.getvalue()
+    for words in ("validation loss 3.25", "complete already", "steps=...", "run.name=..."):
+        assert words in text
 
 
 def test_progress_in_a_file_is_a_line_now_and_then_and_the_last_step():

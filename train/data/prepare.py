@@ -8,11 +8,14 @@ a receipt that its bytes agree with is kept. The index comes last; a folder with
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from train import schema
 from train.data import clean, files, shards, tokenizer, work
@@ -58,8 +61,17 @@ def prepare(data: schema.Data, report: Report) -> Path:
 
 
 def resolve(data: schema.Data) -> Path | None:
-    """The folder of the corpus if it is prepared, whole and of these very sources; nothing is read but stamps."""
-    return _current(data, list_files(data))
+    """The folder of the corpus if it is prepared, whole and of these very sources; nothing is read but stamps.
+
+    Raises UserError, with the cure, where it is prepared and a file is no longer what the index says.
+    """
+    sources = list_files(data)
+    found = _current(data, sources)
+    if found is None:
+        for folder in _of_these(data, sources):
+            _refuse_damage(folder)
+            return folder
+    return found
 
 
 def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
@@ -71,27 +83,42 @@ def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
 
 
 def _current(data: schema.Data, sources: list[SourceFile]) -> Path | None:
+    return next((folder for folder in _of_these(data, sources) if _whole(folder)), None)
+
+
+def _of_these(data: schema.Data, sources: list[SourceFile]) -> Iterator[Path]:
+    """The corpora that were made, to the end, of these sources as they are now."""
     try:
         stamp = _stamp(data, sources)
     except OSError:
-        return None  # the tokenizer's file is missing: the work itself says so
+        return  # the tokenizer's file is missing: the work itself says so
     folders = [Path(data.dir)] if data.dir else sorted(Path("corpora").glob(f"{data.source}-*"))
     for folder in folders:
-        try:
-            if (folder / _SOURCES).read_text("utf-8") == stamp and _whole(folder):
-                return folder
-        except OSError:
-            continue
-    return None
+        with contextlib.suppress(OSError):
+            if (folder / _SOURCES).read_text("utf-8") == stamp and (folder / shards.INDEX).exists():
+                yield folder
 
 
 def _whole(folder: Path) -> bool:
     """Whether every file of the index is the one whose sha256 was found right."""
     try:
         index = shards.read_index(folder)
-    except UserError:
+        stamps = Stamps(folder)
+        return all(stamps.holds(folder / name, digest) for name, _, digest in _promised(index))
+    except (UserError, OSError):
         return False
+
+
+def _promised(index: dict[str, Any]) -> Iterator[tuple[str, int | None, str]]:
+    """(name, size, sha256) of every file that an index speaks of."""
+    yield tokenizer.FILE, None, index["tokenizer"]["sha256"]
+    for split in index["splits"].values():
+        for entry in [split["table"], *split["shards"]]:
+            yield entry["name"], entry["size"], entry["sha256"]
+
+
+def _refuse_damage(folder: Path) -> None:
+    """Raise UserError for the first file that is not what the index says; hashes those that changed since they were."""
     stamps = Stamps(folder)
-    entries = [entry for split in index["splits"].values() for entry in [split["table"], *split["shards"]]]
-    tokens = {"name": tokenizer.FILE, "sha256": index["tokenizer"]["sha256"]}
-    return all(stamps.holds(folder / entry["name"], entry["sha256"]) for entry in [tokens, *entries])
+    for name, size, digest in _promised(shards.read_index(folder)):
+        stamps.check(folder, name, size, digest)

@@ -11,9 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from train import schema
 from train.data.prepare import prepare
 from train.data.shards import Corpus, describe
-from train.words import plural
-
-_PHASES = {"read": "reading and cleaning", "tokenizer": "making the tokenizer", "tokenize": "writing shards"}
+from train.words import PREPARING, plural
 
 
 def prepare_with_progress(data: schema.Data, console: Console) -> Path:
@@ -28,12 +26,12 @@ def prepare_with_progress(data: schema.Data, console: Console) -> Path:
             phase = event["phase"]
             if phase == "wait":
                 bars.print(f"another prepare works on {event['folder']}: waiting for it")
-            if phase not in _PHASES:
+            if phase not in PREPARING:
                 return
             if phase not in tasks:
-                tasks[phase] = bars.add_task(_PHASES[phase], total=event["total"])
+                tasks[phase] = bars.add_task(PREPARING[phase], total=event["total"])
                 if not console.is_terminal:
-                    console.print(_PHASES[phase])
+                    console.print(PREPARING[phase])
                 if event.get("kept"):
                     bars.print(f"{event['kept']} of {event['shards']} shards were finished before, and are kept")
             bars.update(tasks[phase], completed=event["done"])

@@ -14,6 +14,7 @@ from train import schema
 from train.data import clean, shards, tokenizer, work
 from train.data.sources import Reading, SourceFile, complain, reading
 from train.errors import UserError
+from train.words import plural
 
 Report = Callable[[dict[str, Any]], None]
 """Told {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)}.
@@ -55,7 +56,7 @@ def find_recipe(data: schema.Data, sources: list[SourceFile], run: work.Run, rep
     complain([problem for part in parts for problem in part.problems])
     documents = np.concatenate([part.documents for part in parts])
     if not len(documents):
-        raise UserError(f"the corpus is empty: {len(sources)} files of {total:,} bytes hold no text after cleaning")
+        raise UserError(f"the corpus is empty: no text is left after cleaning in {plural(len(sources), 'file')} of {total:,} bytes")
     if data.dedup:
         documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()

@@ -198,13 +198,18 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Hex digest over the index, and so over every byte of shards and tokenizer: equal only for an equal corpus."""
-        return sha256(json.dumps(self.index, sort_keys=True).encode()).hexdigest()
+        return fingerprint(self.index)
 
     def split(self, name: str) -> Shards:
         """The samples of "train" or "val"; the held-out split of a corpus may be empty (``samples == 0``)."""
         if name not in self._splits:
             self._splits[name] = Shards(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
         return self._splits[name]
+
+
+def fingerprint(index: dict[str, Any]) -> str:
+    """What names a corpus: a hex digest over its index."""
+    return sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} is no prepared corpus (no {INDEX}): run `./launch.sh prepare` first") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete the folder and run `./launch.sh prepare`") from None
+        raise UserError(f"{path} cannot be read ({error}). {CURE}") from None
     if index.get("version") != VERSION:
         raise UserError(f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again")
     return index

@@ -44,8 +44,11 @@ class Stamps:
         except OSError:
             pass  # a folder that is read only: hash again next time
 
-    def check(self, folder: Path, name: str, size: int, digest: str) -> None:
-        """Raise UserError unless the file is whole and has this sha256; hashes it only if its stamp is unknown."""
+    def check(self, folder: Path, name: str, size: int | None, digest: str) -> None:
+        """Raise UserError unless the file is whole and has this sha256; hashes it only if its stamp is unknown.
+
+        ``size`` in bytes, or None where it is not known.
+        """
         path = folder / name
         check_size(folder, name, size)
         if self.holds(path, digest):
@@ -55,12 +58,12 @@ class Stamps:
         self.add(path, digest)
 
 
-def check_size(folder: Path, name: str, size: int) -> None:
-    """Raise UserError if the file is missing or has another size (bytes)."""
+def check_size(folder: Path, name: str, size: int | None) -> None:
+    """Raise UserError if the file is missing or has another size (bytes; None: any)."""
     path = folder / name
     try:
         found = path.stat().st_size
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. {CURE}") from None
-    if found != size:
+    if size is not None and found != size:
         raise UserError(f"{path}: truncated or overwritten: it has {found:,} bytes, the index says {size:,}. {CURE}")

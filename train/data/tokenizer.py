@@ -110,7 +110,9 @@ def given_tokenizer(settings: schema.Tokenizer) -> str:
     try:
         content = Path(settings.path).expanduser().read_text("utf-8")
         Tokenizer(content)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"data.tokenizer.path={settings.path}: {error.strerror} (looked from {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     except UserError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None

@@ -164,7 +164,8 @@ def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, nam
     before = content(folder)
     kept = (folder / "train-000000.tar").stat().st_ino
     (folder / name).write_bytes((folder / name).read_bytes()[:-600])
-    assert resolve(data) is None
+    with pytest.raises(UserError, match=r"prepare` again"):
+        resolve(data)
     assert prepare(data, quiet) == folder
     assert content(folder) == before
     assert (folder / "train-000000.tar").stat().st_ino == kept
