@@ -1,6 +1,6 @@
 """Time of a training step beside nanoGPT's own, same architecture, same machine, taking turns.
 
-    ./launch.sh bench step --peer PATH [--rounds 15] [--steps 40] [--threads 2] [--stages 0 1 2 3] [key=value ...]
+    ./launch.sh bench step --peer PATH [--rounds 15] [--steps 40] [--threads 2] [--stages 0,1,2,3] [key=value ...]
 
 PATH is a checkout of nanoGPT, whose model.py is imported from there. Ours is the whole loop of ``train.loop`` as a run has it:
 the loader and its thread, the count of tokens agreed on, DeepSpeed, clipping, AdamW, the log line every ``log_every`` steps.
@@ -22,6 +22,7 @@ import string
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -135,6 +136,11 @@ def load_peer(checkout: Path) -> ModuleType:
     return module
 
 
+def numbers(text: str) -> list[int]:
+    """The integers of "0,2"."""
+    return [int(part) for part in text.split(",")]
+
+
 def processor() -> str:
     """The name of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -149,9 +155,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=40, help="of each in a round")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages, the first for the goal")
+    parser.add_argument("--stages", type=numbers, default=[0, 1, 2, 3], help="ZeRO stages; the first is the goal's")
     parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
     options = parser.parse_intermixed_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     torch.set_num_threads(options.threads)
     peer = load_peer(options.peer)
     with tempfile.TemporaryDirectory() as folder:
