@@ -73,7 +73,9 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
     try:
         from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
     except ImportError:
-        raise SystemExit("litdata is not installed: `pip install litdata`, or leave it out with --no-peer") from None
+        raise SystemExit(
+            "litdata is not installed. Install it in an environment of its own (it brings another torch), or use --no-peer"
+        ) from None
     np.save(folder / "ids.npy", np.concatenate(texts))
     np.save(folder / "ends.npy", np.cumsum([len(text) for text in texts]))
     loader = TokensLoader(block_size=seq_len + 1)

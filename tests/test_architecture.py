@@ -24,11 +24,6 @@ FENCES = {
 """Who alone may import a heavy dependency; replacing one is a change to one place."""
 
 MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS = 300, 40, 6
-EXCEPTIONS = {
-    ("train/run.py", "Work.__init__"): "the parts of a run, named one by one, rather than a bag of them",
-    ("train/engine.py", "Engine.__init__"): "what DeepSpeed needs to know",
-}
-"""(file, function) -> why it may have more arguments."""
 
 
 def name(file: Path) -> str:
@@ -89,8 +84,7 @@ def test_files_and_functions_keep_their_size(file: Path):
         body = [n for n in ast.walk(function) if isinstance(n, ast.stmt)]
         assert len(body) - 1 <= MAX_STATEMENTS, f"{owner} has {len(body) - 1} statements"
         arguments = [a for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
-        if (name(file), owner) not in EXCEPTIONS:
-            assert len(arguments) + len(function.args.kwonlyargs) <= MAX_ARGUMENTS, f"{owner} takes {len(arguments)} arguments"
+        assert len(arguments) + len(function.args.kwonlyargs) <= MAX_ARGUMENTS, f"{owner} takes {len(arguments)} arguments"
 
 
 def functions(tree: ast.AST, owner: str = ""):

@@ -23,23 +23,23 @@ def evaluate(argv: Sequence[str]) -> int:
     """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss, perplexity and bits per byte on the held-out split."""
     options = _options(argv, {"run.dir": None, "checkpoint": "latest"})
     from train import dist
-    from train.data.loader import held_out_text
+    from train.data.loader import held_out_text, loaders
     from train.data.shards import Corpus
     from train.evaluate import Evaluation, gzip_bits_per_byte
     from train.evaluate import evaluate as measure
-    from train.run import loaders
     from train.saved import open_run
 
-    folder, world = Path(options["run.dir"]), dist.from_env()
-    run = open_run(folder, options["checkpoint"], str(world.device))
+    folder = Path(options["run.dir"])
+    run = open_run(folder, options["checkpoint"])
     about = json.loads((folder / "corpus.json").read_text())
     corpus = Corpus(about["folder"])
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
-    held_out = loaders(run.config, corpus, world)[1]
+    world = dist.from_env()
+    held_out = loaders(corpus, run.config, world)[1]
     if not held_out.groups:
         raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
-    nats, places = measure(run.objective, held_out, world, lambda: False)
+    nats, places = measure(run.objective.to(world.device), held_out, world, lambda: False)
     found = Evaluation(nats, places, held_out.bytes / places)
     text = b"".join(held_out_text(corpus))
     table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out tokens", title_justify="left")

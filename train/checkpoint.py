@@ -27,11 +27,9 @@ from torch import Tensor
 
 from train import dist
 from train.data.files import write_whole
-from train.engine import MASTER, Engine, Piece
 from train.errors import UserError
+from train.pieces import Piece, Stateful
 from train.progress import Progress
-
-__all__ = ["MANIFEST", "MASTER", "Checkpoint", "Checkpoints", "complete"]
 
 VERSION = 1
 MANIFEST = "checkpoint.json"
@@ -129,7 +127,7 @@ class Checkpoints:
             note(f"{checkpoint.path.name} is damaged and is not used: {damage}")
         return None
 
-    def restore(self, checkpoint: Checkpoint, engine: Engine) -> None:
+    def restore(self, checkpoint: Checkpoint, engine: Stateful) -> None:
         """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
         ours = {name: list(shape) for name, shape in engine.shapes.items()}
         if ours != checkpoint.manifest["shapes"]:
@@ -142,7 +140,7 @@ class Checkpoints:
         )
         engine.load_scalars(checkpoint.manifest["scalars"])
 
-    def save(self, engine: Engine, progress: Progress, val_loss: float | None, about: dict[str, Any]) -> Path:
+    def save(self, engine: Stateful, progress: Progress, val_loss: float | None, about: dict[str, Any]) -> Path:
         """Write ``step_<n>``, complete or not at all, and drop those that need not be kept. A collective.
 
         ``about`` is what a resume must find unchanged. Raises UserError on every rank when any rank cannot write.
@@ -171,7 +169,7 @@ class Checkpoints:
         self._as_first(lambda: self._complete(aside, final, manifest, errors))
         return final
 
-    def _mine(self, engine: Engine) -> Sequence[Piece]:
+    def _mine(self, engine: Stateful) -> Sequence[Piece]:
         """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
         return engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
 

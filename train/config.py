@@ -250,7 +250,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def help_text() -> str:
     """The groups with their choices, and every key with its type, default and meaning."""
-    lines = ["Choose with group=choice:"]
+    lines = ["usage: ./launch.sh train [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
     lines += [f"  {name + '=':13}{', '.join(choices)}" for name, choices in groups().items()]
     lines += ["", "Set with key=value (types as in Python; lists as [a,b]):"]
     for key, (_, default, description) in keys().items():

@@ -99,7 +99,8 @@ class Console:
         what = plural(count(event.get("steps")), "step")
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
-        self._fact("work", what + (f": {count(tokens)} tokens" if tokens else ""))
+        about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s") else ""
+        self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
         if event.get("start_step"):
             self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
 

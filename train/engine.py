@@ -1,8 +1,7 @@
 """DeepSpeed, whole, behind one class: the only file that knows it.
 
-The engine trains an objective (an nn.Module that returns Losses) under ZeRO 0-3, and shows its state as *pieces*: flat runs of one
-parameter's fp32 master weights and moments, wherever the stage happens to keep them. Checkpoints are made of pieces, so they know
-neither stage nor world size.
+The engine trains an objective (an nn.Module that returns Losses) under ZeRO 0-3, and shows its state as pieces (``train.pieces``),
+wherever the stage happens to keep them.
 """
 
 from __future__ import annotations
@@ -30,28 +29,11 @@ from torch import Tensor, nn
 
 from train.batch import Batch, Losses
 from train.dist import World
+from train.pieces import MASTER, Piece
 from train.schema import Config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
-
-MASTER = "weight"
-"""The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
-
-    name: str
-    start: int
-    numel: int
-    holder: Tensor
-    offset: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """This piece's view of ``tensor``, which has the layout of the holder: (numel,)."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
@@ -89,6 +71,8 @@ class Engine:
         initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
+        if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
+            self.engine.enable_backward_allreduce = world.size > 1
         self.pieces = list(self._pieces())
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
             torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
@@ -105,7 +89,8 @@ class Engine:
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
-        self.engine.train()
+        if not self.engine.module.training:  # it walks all modules
+            self.engine.train()
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
         scale = float(self.engine.optimizer.loss_scale_config.cur_scale) if self.unfused else 1.0
         totals: dict[str, tuple[Tensor, Tensor]] = {}
@@ -130,13 +115,13 @@ class Engine:
 
         Adam would carry one NaN element in its moments for ever, so the norm is looked at before the update.
         """
-        grads = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.names if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
         if not math.isfinite(norm):
             self.engine.module.zero_grad(set_to_none=True)
             return math.nan, False
-        if self.clip > 0:
-            torch._foreach_div_(grads, max(1.0, (norm + 1e-6) / self.clip))
+        if 0 < self.clip < norm + 1e-6:
+            torch._foreach_div_(grads, (norm + 1e-6) / self.clip)
         return norm, True
 
     @torch.no_grad()

@@ -96,7 +96,7 @@ def report(run: Training, result: StepResult, before: Progress, progress: Progre
     loss, places = dist.all_reduce_sum([float(total), float(count)])
     return {
         "step": progress.step,
-        "loss": loss / places,
+        "loss": loss / max(places, 1.0),
         "lr": lr,
         "grad_norm": result.grad_norm,
         "tokens": progress.tokens,

@@ -6,16 +6,18 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from train import config as configuration
 from train import dist, resume
 from train.checkpoint import Checkpoint, Checkpoints
 from train.data.files import write_whole
-from train.data.loader import EvalLoader, Loader, Share, held_out_loader, training_loader
+from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
 from train.engine import Engine
 from train.errors import Stopped, UserError
@@ -26,10 +28,10 @@ from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
 from train.schema import Config
+from train.throughput import estimated_seconds, matmul_rate
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
-EVAL_TOKENS_PER_GROUP = 8192
 
 
 def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
@@ -44,13 +46,13 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
     _as_first(world, lambda: _open_folder(folder, config, corpus, emit))
-    loader, held_out = loaders(config, corpus, world)
+    loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
     found = checkpoints.newest(lambda text: _note(world, emit, text))
     progress, pending = restore(found, engine, checkpoints, loader)
-    emit({"event": "plan", **_plan(config, corpus, objective, progress)})
+    emit({"event": "plan", **_plan(config, corpus, objective, progress), **_estimate(config, world, objective, progress)})
     tracker = None
     if world.first:
         tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
@@ -71,16 +73,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         loader.close()
 
 
-def loaders(config: Config, corpus: Corpus, world: dist.World) -> tuple[Loader, EvalLoader]:
-    """The rank's training data, and the held-out data in groups that are the same for any world."""
-    streams = config.data.streams or config.batch.global_
-    rows = -(-streams // world.size) * (config.batch.global_ // streams)
-    micro = config.batch.micro or rows
-    loader = training_loader(corpus, config, Share(world.rank, world.size, micro), pin=world.device.type == "cuda")
-    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
-    return loader, held_out_loader(corpus, config, Share(world.rank, world.size, group))
-
-
 def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
     """The objective and the engine that trains it; every rank draws the same weights."""
     objective = build_objective(config, vocab_size).to(world.device)
@@ -97,26 +89,23 @@ def restore(found: Checkpoint | None, engine: Engine, checkpoints: Checkpoints, 
     return found.progress, found.manifest["pending"]
 
 
+@dataclass
 class Work:
     """What a rank does beside its steps: log, evaluate, sample, save, summarise."""
 
-    def __init__(
-        self,
-        config: Config,
-        world: dist.World,
-        corpus: Corpus,
-        engine: Engine,
-        held_out: EvalLoader,
-        checkpoints: Checkpoints,
-        tracker: Tracker | None,
-        emit: Emit,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self.config, self.world, self.corpus, self.engine = config, world, corpus, engine
-        self.held_out, self.checkpoints, self.tracker = held_out, checkpoints, tracker
-        self.emit, self.should_stop = emit, should_stop
-        self.last: Evaluation | None = None
-        self.plain: Any = None
+    config: Config
+    world: dist.World
+    corpus: Corpus
+    engine: Engine
+    held_out: EvalLoader
+    checkpoints: Checkpoints
+    tracker: Tracker | None
+    """Rank 0's; the others have none."""
+    emit: Emit
+    should_stop: Callable[[], bool]
+    last: Evaluation | None = None
+    plain: Any = None
+    """A copy of the objective outside DeepSpeed, to sample from."""
 
     def log(self, record: Record) -> None:
         """Rank 0 writes the line of a step; numbers that are not finite become null, since JSON has none."""
@@ -244,3 +233,11 @@ def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) ->
         "workers": config.cluster.workers,
         "vocab_size": corpus.tokenizer.vocab_size,
     }
+
+
+def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
+    """How long the steps that are left will take, from a hundredth of a second of matrix products."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.name]
+    tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
+    flops = tokens * objective.flops_per_token(config.batch.seq_len)
+    return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from train import config as configuration
-from train.checkpoint import MASTER, Checkpoint, complete
+from train.checkpoint import Checkpoint, complete
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.objectives import build_objective
+from train.pieces import MASTER
 from train.schema import Config
 
 
@@ -27,7 +28,7 @@ class SavedRun:
     checkpoint: Checkpoint
 
 
-def open_run(folder: Path, which: str = "latest", device: str = "cpu") -> SavedRun:
+def open_run(folder: Path, which: str = "latest") -> SavedRun:
     """The run in ``folder`` at checkpoint ``which``: "latest", "best" (lowest held-out loss) or a step.
 
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
@@ -42,7 +43,7 @@ def open_run(folder: Path, which: str = "latest", device: str = "cpu") -> SavedR
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
-    return SavedRun(config, tokenizer, objective.to(device).eval(), checkpoint)
+    return SavedRun(config, tokenizer, objective.eval(), checkpoint)
 
 
 def choose(checkpoints: list[Checkpoint], which: str, folder: Path) -> Checkpoint:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
+
+import torch
 
 PEAKS = (
     (r"B200", 2250e12),
@@ -40,3 +43,28 @@ def utilization(tokens_per_s: float, flops_per_token: float, devices: int, peak:
     ``tokens_per_s`` is of all devices together. Recomputed activations do not count as work. None without a peak.
     """
     return None if peak is None else tokens_per_s * flops_per_token / (devices * peak)
+
+
+TYPICAL_SHARE = 0.5
+"""Of the rate of bare matrix products, what a training step of a small model reaches: for estimates only."""
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02) -> float:
+    """FLOP/s of matrix products on ``device``, measured for about ``seconds``."""
+    size = 256 if device.type == "cpu" else 4096
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began, products = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds:
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        products += 1
+    return 2 * size**3 * products / spent
+
+
+def estimated_seconds(flops: float, devices: int, rate: float) -> float:
+    """How long a run of ``flops`` will take on so many devices of that matmul rate, about."""
+    return flops / (devices * rate * TYPICAL_SHARE)

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from train.data.files import write_whole
 from train.schema import Config, Tracking
 
 FINISH_TIMEOUT_S = 60.0
+KEEP_EVERY_S = 5.0
 Record = dict[str, Any]
 
 
@@ -33,8 +34,8 @@ class Metrics:
         """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        lines = [r for r in read_records(file) if r["step"] <= last_step]
-        write_whole(file, "".join(_line(r) for r in lines).encode())
+        self.kept = [r for r in read_records(file) if r["step"] <= last_step]
+        write_whole(file, "".join(_line(r) for r in self.kept).encode())
         self.out = file.open("a")
 
     def append(self, record: Record) -> None:
@@ -66,7 +67,7 @@ class RunFile:
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.values |= json.loads(self.file.read_text())
         self.values["starts"] += 1
-        self.before, self.began = self.values["wall_s"], time.monotonic()
+        self.before, self.began, self.saved = self.values["wall_s"], time.monotonic(), 0.0
         self.save()
 
     @property
@@ -74,16 +75,24 @@ class RunFile:
         """Seconds that the run's workers have been up, over all starts."""
         return float(self.before + time.monotonic() - self.began)
 
+    def keep(self) -> None:
+        """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
+        if time.monotonic() - self.saved > KEEP_EVERY_S:
+            self.save()
+
     def save(self) -> None:
-        """Write it; called with every logged step, so a kill loses little."""
+        """Write it."""
+        self.saved = time.monotonic()
         write_whole(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
 
 
 class Wandb:
     """One W&B run, fed by a thread from a queue; every call returns at once."""
 
-    def __init__(self, config: Config, folder: Path, run_id: str, note: Callable[[str], None]) -> None:
-        self.config, self.folder, self.run_id, self.note = config, folder, run_id, note
+    def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
+        """``history`` is what metrics.jsonl holds already: an offline run is written anew, from its first step on."""
+        self.config, self.run_id, self.history, self.note = config, run_id, history, note
+        self.folder = Path(config.run.dir or "")
         self.mode = _mode(config.tracking)
         self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -136,19 +145,16 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
         )
         rows: list[tuple[int, str, str]] = []
-        seen = 0
-        if self.mode == "offline":  # written anew: first what the file already holds
-            for record in read_records(self.folder / "metrics.jsonl"):
-                seen = record["step"]
-                run.log(_without_step(record), step=seen)
+        if self.mode == "offline":
+            for record in self.history:
+                run.log(_without_step(record), step=record["step"])
         while (item := self.queue.get()) is not None:
             what, value = item
-            if what == "log" and value["step"] > seen:
-                seen = value["step"]
-                run.log(_without_step(value), step=seen)
+            if what == "log":
+                run.log(_without_step(value), step=value["step"])
             elif what == "samples":
                 rows += value
-                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=max(seen, rows[-1][0]))
+                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=rows[-1][0])
             elif what == "summary":
                 run.summary.update(value)
         run.finish()
@@ -163,12 +169,12 @@ class Tracker:
         self.metrics = Metrics(folder / "metrics.jsonl", last_step)
         self.run = RunFile(folder)
         off = config.tracking.wandb == "off"
-        self.wandb = None if off else Wandb(config, folder, self.run.values["wandb_id"], note)
+        self.wandb = None if off else Wandb(config, self.run.values["wandb_id"], self.metrics.kept, note)
 
     def log(self, record: Record) -> None:
         """One step's numbers: to the file, then to W&B."""
         self.metrics.append(record)
-        self.run.save()
+        self.run.keep()
         if self.wandb:
             self.wandb.log(record)
 

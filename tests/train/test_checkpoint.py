@@ -35,12 +35,13 @@ def composed(corpus: Path, run: Path, *overrides: str):
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     """Every piece that this rank holds after loading the newest checkpoint."""
     from train.checkpoint import Checkpoints
+    from train.data.loader import loaders
     from train.data.shards import Corpus
-    from train.run import build_engine, loaders, restore
+    from train.run import build_engine, restore
 
     config = configuration.parse(config)
     corpus_ = Corpus(corpus)
-    loader, _ = loaders(config, corpus_, world)
+    loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(Path(config.run.dir or "") / "checkpoints", 9, 9, world)
     restore(checkpoints.newest(lambda text: None), engine, checkpoints, loader)

@@ -46,7 +46,7 @@ def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
         (["data=text"], ["data.paths"]),
         (["optimizer.lr=1,2"], ["sweep"]),
         (["steps"], ["key=value"]),
-        (["model.heads=3"], ["model.heads=3", "model.width=256"]),
+        (["model.heads=5"], ["model.heads=5", "model.width=192"]),
     ],
 )
 def test_a_mistake_is_named_with_its_cure(overrides: list[str], said: list[str]):

@@ -1,8 +1,9 @@
 """Speed by numbers worked out by hand."""
 
 import pytest
+import torch
 
-from train.throughput import peak_flops, tokens_per_second, utilization
+from train.throughput import TYPICAL_SHARE, estimated_seconds, matmul_rate, peak_flops, tokens_per_second, utilization
 
 
 def test_tokens_per_second():
@@ -40,3 +41,8 @@ def test_no_peak_is_claimed_where_none_is_known():
 def test_utilization():
     # 8 devices of 1e15 FLOP/s; 4e6 tokens a second of 1e9 FLOPs each: half of what they can do
     assert utilization(4e6, 1e9, 8, 1e15) == pytest.approx(0.5)
+
+
+def test_an_estimate_is_work_over_the_rate_that_was_measured():
+    assert estimated_seconds(1e12, 2, 1e11) == pytest.approx(5 / TYPICAL_SHARE)
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, 0.005) < 1e14

@@ -18,6 +18,7 @@ from train.data.examples.causal import CausalRows, Rows
 from train.data.order import Layout, Order, Shuffle, take
 from train.data.shards import Corpus, Shards
 from train.data.streams import Cursor, Plan, Shape
+from train.dist import World
 from train.errors import UserError
 
 Step = tuple[list[Batch], Cursor]
@@ -30,6 +31,8 @@ _CHUNK = 1 << 18
 """Tokens that are read at once: enough that numpy's fixed costs are small, few enough to stay in a cache."""
 _AHEAD = 2
 """Chunks that wait for the model."""
+EVAL_TOKENS_PER_GROUP = 8192
+"""Held-out tokens of one forward pass where batch.micro leaves it open: no function of the world, so sums are the same in any."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,16 @@ def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, tokens:
     """The held-out split as the configuration shapes its rows; ``tokens`` as for EvalLoader."""
     shape = Shape(share.micro, config.batch.seq_len, 1, config.data.pack)
     return EvalLoader(corpus.split("val"), shape, share, config.data.isolate, tokens)
+
+
+def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:
+    """The rank's training data, and the held-out data in groups that are the same for any world."""
+    streams = config.data.streams or config.batch.global_
+    rows = -(-streams // world.size) * (config.batch.global_ // streams)
+    share = Share(world.rank, world.size, config.batch.micro or rows)
+    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
+    train = training_loader(corpus, config, share, pin=world.device.type == "cuda")
+    return train, held_out_loader(corpus, config, Share(world.rank, world.size, group))
 
 
 def held_out_text(corpus: Corpus) -> Iterator[bytes]:

@@ -1,0 +1,206 @@
+"""Time of a training step beside nanoGPT's own, same architecture, same machine, taking turns.
+
+    ./launch.sh bench step --peer PATH [--rounds 15] [--steps 40] [--threads 2] [--stages 0,1,2,3] [key=value ...]
+
+PATH is a checkout of nanoGPT, whose model.py is imported from there. Ours is the whole loop of ``train.loop`` as a run has it:
+the loader and its thread, the count of tokens agreed on, DeepSpeed, clipping, AdamW, the log line every ``log_every`` steps.
+Theirs is the loop of its train.py: a random batch, forward, backward, clip_grad_norm_, its own AdamW, zero_grad, and the
+loss read every ``log_every`` steps; in fp32 and not compiled. Both from memory, on the same random characters. Evaluation
+and checkpoints are left out on both sides. A round runs each once; a ratio is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import platform
+import random
+import statistics
+import string
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from train import config as configuration
+from train import dist
+from train.data import prepare
+from train.data.shards import Corpus
+from train.loop import Record, Training, train
+from train.progress import Progress
+from train.run import build_engine, loaders
+from train.schema import Config
+
+GOAL = 1.05
+CHARACTERS = string.printable[:65]
+TEXT_LENGTH = 1_000_000
+WARM_UP = 10
+
+Turn = Callable[[int], None]
+"""Trains so many steps more."""
+
+
+class Nothing:
+    """What a run does beside its steps, left out; the records of logged steps are made and dropped."""
+
+    def log(self, record: Record) -> None:
+        """Nothing is kept."""
+
+    def evaluate(self, progress: Progress) -> Record:
+        """Nothing is evaluated."""
+        return {}
+
+    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+        """Nothing is saved."""
+
+
+def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
+    """The product's training loop, to be gone on with, and its number of parameters."""
+    loader, _ = loaders(config, corpus, world)
+    engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
+    parameters = sum(shape.numel() for shape in engine.shapes.values())
+    run = Training(config, world, engine, loader, Nothing(), lambda event: None, lambda: False, Progress())
+
+    def turn(steps: int) -> None:
+        run.config = config.model_copy(update={"steps": run.progress.step + steps})
+        run.progress = train(run)
+
+    return turn, parameters
+
+
+def theirs(config: Config, corpus: Corpus, peer: ModuleType) -> tuple[Turn, int]:
+    """The same for nanoGPT's model and optimizer, in the order of its train.py."""
+    split, rows, length = corpus.split("train"), config.batch.global_, config.batch.seq_len
+    tokens = torch.cat([torch.from_numpy(split.document(n).astype("int64")) for n in range(split.samples)])
+    names = {"n_layer": config.model.layers, "n_head": config.model.heads, "n_embd": config.model.width}
+    shape = peer.GPTConfig(
+        block_size=length, vocab_size=corpus.tokenizer.vocab_size, dropout=config.model.dropout, bias=config.model.bias, **names
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
+        model: nn.Module = peer.GPT(shape)
+        optimizer = model.configure_optimizers(config.optimizer.weight_decay, config.optimizer.lr, config.optimizer.betas, "cpu")
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.randint(len(tokens) - length, (rows,)).tolist()
+        return torch.stack([tokens[i : i + length] for i in places]), torch.stack([tokens[i + 1 : i + 1 + length] for i in places])
+
+    def turn(steps: int) -> None:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.lr
+            _, loss = model(*batch())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % config.log_every == 0:
+                loss.item()
+
+    return turn, sum(p.numel() for p in model.parameters())
+
+
+def measure(turns: dict[str, Turn], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Milliseconds a step of every turn in every round, after a warm-up; odd rounds go in the other order."""
+    for turn in turns.values():
+        turn(WARM_UP)
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name in list(turns)[:: -1 if number % 2 else 1]:
+            began = time.perf_counter()
+            turns[name](steps)
+            found[name].append(1e3 * (time.perf_counter() - began) / steps)
+    return found
+
+
+def load_peer(checkout: Path) -> ModuleType:
+    """model.py of a checkout of nanoGPT, as a module."""
+    path = checkout / "model.py"
+    if not path.is_file():
+        raise SystemExit(f"no model.py in {checkout}: --peer is a checkout of https://github.com/karpathy/nanoGPT")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(text: str) -> list[int]:
+    """The integers of "0,2"."""
+    return [int(part) for part in text.split(",")]
+
+
+def processor() -> str:
+    """The name of this machine's CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints the table, and returns 0 when the goal is met at the first of the stages."""
+    parser = argparse.ArgumentParser(prog="bench step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--peer", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=40, help="of each in a round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stages", type=numbers, default=[0, 1, 2, 3], help="ZeRO stages; the first is the goal's")
+    parser.add_argument("overrides", nargs="*", help="key=value of the configuration")
+    options = parser.parse_intermixed_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    torch.set_num_threads(options.threads)
+    peer = load_peer(options.peer)
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text("".join(random.Random(0).choices(CHARACTERS, k=TEXT_LENGTH)))
+        data = [f"data.paths=[{text}]", f"data.dir={folder}/corpus"]
+        config = configuration.load(["experiment=shakespeare_char", "tracking=off", *data, *options.overrides])
+        corpus = Corpus(prepare.prepare(config.data, lambda progress: None))
+        world = dist.connect(0, 1, 0, "cpu", dist.Meeting("127.0.0.1", 0))
+        made = {"nanoGPT": theirs(config, corpus, peer)}
+        for stage in options.stages:
+            zero = config.zero.model_copy(update={"stage": stage})
+            made[f"ours, ZeRO {stage}"] = ours(config.model_copy(update={"zero": zero}), corpus, world)
+        found = measure({name: turn for name, (turn, _) in made.items()}, options.rounds, options.steps)
+        dist.leave()
+    return report(config, options, {name: parameters for name, (_, parameters) in made.items()}, found)
+
+
+def report(config: Config, options: argparse.Namespace, parameters: dict[str, int], found: dict[str, list[float]]) -> int:
+    """The table; 1 where the goal is missed."""
+    model, batch = config.model, config.batch
+    out = Console()
+    out.print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, {config.precision.name}")
+    table = Table(
+        title=f"{model.layers} layers, {model.width} wide, {batch.global_} x {batch.seq_len}: "
+        f"{options.rounds} rounds of {options.steps} steps, taking turns"
+    )
+    for column in ("", "parameters", "ms a step", "range", "ratio", "range"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    ratios = {name: [a / b for a, b in zip(times, found["nanoGPT"], strict=True)] for name, times in found.items()}
+    for name, times in found.items():
+        table.add_row(name, f"{parameters[name]:,}", *middle(times, 2), *middle(ratios[name], 3))
+    out.print(table)
+    ratio = statistics.median(ratios[f"ours, ZeRO {options.stages[0]}"])
+    out.print(f"ours / nanoGPT at ZeRO {options.stages[0]}: {ratio:.3f} (goal: at most {GOAL})")
+    return int(ratio > GOAL)
+
+
+def middle(values: list[float], digits: int) -> tuple[str, str]:
+    """The median and the range."""
+    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f}-{max(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""What the documents say exists: commands compose, keys and tests are there, links lead somewhere, and no machine is named."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bench import curve
+from train import config as configuration
+from train import schema
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs)/[\w./-]+\.(?:py|md|yaml|png))`")
+KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+MACHINE = re.compile(
+    r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)"
+)
+
+SAVED = {
+    "evaluate": {"run.dir", "checkpoint"},
+    "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
+}
+"""The verbs that take a run's folder, and their options."""
+TEMPLATES = {("group", "choice"), ("key", "value")}
+SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
+
+
+def name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def inline(document: Path) -> list[str]:
+    """The code between single backticks, blocks left out."""
+    return CODE.findall(FENCE.sub("", document.read_text("utf-8")))
+
+
+def commands(document: Path) -> list[list[str]]:
+    """The arguments of every ``./launch.sh`` in the document's sh blocks and inline code. Output blocks are not commands."""
+    blocks = [block for kind, block in FENCE.findall(document.read_text("utf-8")) if kind == "sh"]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline(document)
+    found = [shlex.split(line, comments=True) for line in lines if "./launch.sh" in line]
+    return [words[words.index("./launch.sh") + 1 :] for words in found if "./launch.sh" in words]
+
+
+@functools.cache
+def verbs() -> set[str]:
+    """The verbs that launch.sh itself knows."""
+    line = re.search(r'^verbs="([^"]+)"', (ROOT / "launch.sh").read_text(), re.MULTILINE)
+    assert line
+    return set(line[1].split())
+
+
+COMMANDS = [(document, words) for document in DOCUMENTS for words in commands(document)]
+
+
+def command_name(value: object) -> str:
+    return name(value) if isinstance(value, Path) else " ".join(map(str, value)) if isinstance(value, list) else ""
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 20
+    assert {words[0] for _, words in COMMANDS if words} >= {"train", "prepare", "evaluate", "generate", "test", "check", "bench"}
+
+
+@pytest.mark.parametrize(("document", "words"), COMMANDS, ids=command_name)
+def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: list[str]):
+    verb, arguments = (words[0], words[1:]) if words and "=" not in words[0] else ("train", words)
+    assert verb in verbs()
+    if verb in ("train", "prepare") and not {"--help", "..."} & set(arguments):
+        configuration.load(arguments)
+    elif verb in SAVED:
+        given = {argument.partition("=")[0] for argument in arguments}
+        assert given <= SAVED[verb]
+        assert "run.dir" in given or not given
+    elif verb == "bench" and arguments:
+        assert (ROOT / "bench" / f"{arguments[0]}.py").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_key_and_choice_that_is_mentioned_exists(document: Path):
+    known, groups = configuration.keys(), configuration.groups()
+    options = set().union(*SAVED.values())
+    sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
+    for code in inline(document):
+        words = [] if code.startswith((".", "-")) else code.split()
+        for key, equals, value in (word.partition("=") for word in words):
+            if not KEY.fullmatch(key) or (key, value) in TEMPLATES:
+                continue
+            if key in groups and value and value != "...":
+                assert value in groups[key], code
+            elif equals:
+                assert key in known or key in groups or key in options, code
+            elif "." in key and key.split(".")[0] in SECTIONS and not key.endswith((".json", ".jsonl", ".py", ".yaml")):
+                assert key in known or key in sections, code
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_relative_links_lead_to_files(document: Path):
+    links = [link for link in LINK.findall(document.read_text("utf-8")) if not link.startswith(("http://", "https://"))]
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_files_and_tests_that_are_mentioned_exist(document: Path):
+    text = document.read_text("utf-8")
+    assert [file for file in FILE.findall(text) if not (ROOT / file).is_file()] == []
+    assert [f"{file}::{test}" for file, test in TEST.findall(text) if test not in functions_of(file)] == []
+
+
+@functools.cache
+def functions_of(file: str) -> set[str]:
+    return {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_no_machine_is_named(document: Path):
+    assert [found[0] for found in MACHINE.finditer(document.read_text("utf-8"))] == []
+
+
+def test_the_page_of_keys_is_the_help_of_the_program():
+    """When it is not: replace the first text block of the page by what ``./launch.sh train --help`` prints."""
+    blocks = [block for kind, block in FENCE.findall((ROOT / "docs" / "configuration.md").read_text("utf-8")) if kind == "text"]
+    assert blocks[0].rstrip("\n") == configuration.help_text()
+
+
+def test_every_page_is_reached_from_the_readme():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert [name(page) for page in (ROOT / "docs").glob("*.md") if f"({name(page)})" not in readme] == []
+
+
+def test_a_curve_is_drawn_from_metrics_and_a_folder_without_them_is_named(tmp_path: Path):
+    lines = [{"step": n, "loss": 9.0 - n, "tokens": 64 * n} | ({"val_loss": 8.5 - n} if n % 2 else {}) for n in range(1, 5)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curve.series(lines, "tokens", "val_loss", skip=1) == ([192], [5.5])
+    out = tmp_path / "figures" / "loss.png"
+    assert curve.main([str(tmp_path / "run"), "--out", str(out), "--x", "tokens"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"elsewhere holds no metrics\.jsonl"):
+        curve.main([str(tmp_path / "elsewhere"), "--out", str(out)])

@@ -1,0 +1,57 @@
+"""Pieces: the state of a model in training, without its ZeRO stage or world size.
+
+A piece is a flat run of one parameter: its fp32 master weights and its moments, as this rank holds them. Engines show their
+state as pieces and are filled from them; checkpoints are made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MASTER = "weight"
+"""The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
+
+    name: str
+    start: int
+    numel: int
+    holder: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This piece's view of ``tensor``, which has the layout of the holder: (numel,)."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+class Stateful(Protocol):
+    """What can be saved and restored by pieces."""
+
+    shapes: dict[str, torch.Size]
+    """Every parameter's whole shape, by name."""
+    pieces: list[Piece]
+    """Those that this rank holds."""
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank holds every piece."""
+
+    def states(self, piece: Piece) -> dict[str, Tensor]:
+        """The kinds of a piece (MASTER, and the optimizer's moments) and views of them: (numel,) float32."""
+
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
+
+    def scalars(self) -> dict[str, float]:
+        """What else must be remembered, such as a loss scale."""
+
+    def load_scalars(self, values: dict[str, float]) -> None:
+        """Set what ``scalars`` gave."""
