@@ -35,10 +35,11 @@ from torch import nn
 from train import config as configuration
 from train import dist
 from train.data import prepare
+from train.data.loader import loaders
 from train.data.shards import Corpus
 from train.loop import Record, Training, train
 from train.progress import Progress
-from train.run import build_engine, loaders
+from train.run import build_engine
 from train.schema import Config
 
 GOAL = 1.05
@@ -66,7 +67,7 @@ class Nothing:
 
 def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""
-    loader, _ = loaders(config, corpus, world)
+    loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
     run = Training(config, world, engine, loader, Nothing(), lambda event: None, lambda: False, Progress())

@@ -133,10 +133,10 @@ def test_a_second_signal_ends_everything_now(start):
     driver = start(json.dumps({"rank": 1, "step": 5, "do": "hang"}), **ENDLESS)
     driver.until_training()
     driver.process.send_signal(signal.SIGINT)
-    driver.until(lambda: "stopping" in driver.text(), 10)
+    driver.until(lambda: "stopping" in driver.text(), 30)
     assert driver.process.poll() is None
     driver.process.send_signal(signal.SIGINT)
-    assert driver.wait(5) == 130
+    assert driver.wait(20) == 130
     driver.expect_nothing_left()
 
 
