@@ -98,12 +98,14 @@ class Start:
         if placement.waiting:
             self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
+        self.console.show({"event": "phase", "name": "workers"})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
         verdict = Supervisor(job, device).run()
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on a private one."""
+        self.console.show({"event": "phase", "name": "ray"})
         address = config.cluster.address
         if address is None:
             nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)

@@ -145,6 +145,7 @@ class World:
         elif event == "stop_asked":
             if self.job.signals.heard is None:
                 self.job.signals.heard = record["signal"]
+            self._pass_on_stop()
         elif event == "phase":
             if rank == 0:
                 self.job.clock.mark(record["name"], record["t"])

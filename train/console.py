@@ -23,8 +23,8 @@ from rich.text import Text
 from train.words import PREPARING, count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
-ESTIMATE_AFTER_S = 2.0
-"""How long steps are watched before the time of all of them is told."""
+LEAST_ESTIMATE_S = 5.0
+"""What is done sooner is not worth an estimate: starting takes longer."""
 BAR_WIDTH = 28
 
 Event = dict[str, Any]
@@ -41,7 +41,6 @@ class Console:
         self._first_step: tuple[int, float] | None = None
         self._last_plain = -math.inf
         self._last: Event = {}
-        self._estimated = False
         self._best: float | None = None
         self._preparing: str | None = None
         self._verbs: dict[str, Callable[[Event], None]] = {
@@ -99,13 +98,15 @@ class Console:
         what = plural(count(event.get("steps")), "step")
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
-        about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s") else ""
+        about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s", 0) >= LEAST_ESTIMATE_S else ""
         self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
         if event.get("start_step"):
             self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
 
     def _phase(self, event: Event) -> None:
         words = {
+            "ray": "starting Ray",
+            "workers": "starting the workers",
             "engine": "building the model",
             "first_step": "first step",
             "eval": "evaluating",
@@ -119,6 +120,7 @@ class Console:
     def _prepare(self, event: Event) -> None:
         words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.get("phase", ""))
         if words is None:
+            self.close()
             return
         text, done, total = f"  preparing the corpus: {words}", event.get("done"), event.get("total")
         if words != self._preparing and not self.terminal.is_terminal:
@@ -140,9 +142,6 @@ class Console:
         facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
         facts += [f"{count(self._last['tokens_per_s'])} tokens/s"] if self._last.get("tokens_per_s") else []
         facts += [f"{eta} left"] if eta and step != steps else []
-        if measured and eta and not self._estimated and now - self._first_step[1] > ESTIMATE_AFTER_S:
-            self._estimated = True
-            self._fact("time", f"about {eta} to go")
         if self.terminal.is_terminal:
             row = Table.grid(padding=(0, 2))
             bar = ProgressBar(total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan")
