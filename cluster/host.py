@@ -70,16 +70,22 @@ def sweep() -> None:
 
 
 def end_job(folder: str) -> None:
-    """Kills what a driver that is gone left on its host, found by the mark in the environment, and removes its folder.
+    """Kills what a driver that is gone left on its host, found by the mark in its environment or by its open files.
 
     The kernel has ended Ray's main processes and the trainers with it; Ray's agents would look around for some seconds.
     """
-    mark = f"{MARK}={folder}".encode()
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if int(place.name) != os.getpid() and mark in (place / "environ").read_bytes().split(b"\0"):
+            if int(place.name) != os.getpid() and _belongs(place, folder):
                 os.kill(int(place.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _belongs(place: Path, folder: str) -> bool:
+    """Whether a process of /proc is of the job. One that renames itself, as Ray's do, may write over its environment."""
+    if f"{MARK}={folder}".encode() in (place / "environ").read_bytes().split(b"\0"):
+        return True
+    return any(str(file.readlink()).startswith(f"{folder}/") for file in (place / "fd").iterdir())
 
 
 def own_folder(name: str) -> Path:
