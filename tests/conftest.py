@@ -23,17 +23,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["".join(draw.choices("aeioumnrst", k=draw.randint(1, 7))) for _ in range(50)]
     for n in range(60):
         (folder / f"{n:02}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(3, 40))))
-    data = worlds.compose(*TEXT, f"data.paths=[{folder}]", f"data.dir={folder.with_name('corpus')}").data
+    data = worlds.compose(*worlds.TEXT, f"data.paths=[{folder}]", f"data.dir={folder.with_name('corpus')}").data
     return prepare(data, lambda event: None)
-
-
-TEXT = [
-    "data=text",
-    "data.tokenizer.kind=bytes",
-    "data.tokenizer.vocab_size=null",
-    "data.shard_tokens=1000",
-    "data.val_fraction=0.2",
-]
 
 
 @pytest.fixture
@@ -41,7 +32,7 @@ def make(corpus: Path, tmp_path: Path):
     """make(*overrides, name=...) -> the configuration of a run on the corpus, in a folder of its own."""
 
     def composed(*overrides: str, name: str = "run") -> Config:
-        return worlds.compose(*TEXT, "data.paths=[x]", f"data.dir={corpus}", f"run.dir={tmp_path / name}", *overrides)
+        return worlds.on_corpus(corpus, tmp_path / name, *overrides)
 
     return composed
 
@@ -53,6 +44,6 @@ def as_typed(corpus: Path, tmp_path: Path):
     def typed(*overrides: str, name: str = "run") -> list[str]:
         text = corpus.parent / "text"
         here = [f"data.paths=[{text}]", f"data.dir={corpus}", f"run.dir={tmp_path / name}"]
-        return [*worlds.TINY, *TEXT, *here, *overrides]
+        return [*worlds.TINY, *worlds.TEXT, *here, *overrides]
 
     return typed

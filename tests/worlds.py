@@ -28,6 +28,11 @@ TINY = [
     *("optimizer.lr=1e-2", "schedule=constant"),
 ]
 
+TEXT = [
+    *("data=text", "data.tokenizer.kind=bytes", "data.tokenizer.vocab_size=null"),
+    *("data.shard_tokens=1000", "data.val_fraction=0.2"),
+]
+
 
 @dataclass
 class Rank:
@@ -116,6 +121,11 @@ def _enter(rank: int, size: int, port: int, pipe: Any, function: Callable[..., A
 def compose(*overrides: str) -> Config:
     """The tiny test configuration with overrides."""
     return configuration.load([*TINY, *overrides])
+
+
+def on_corpus(corpus: Path, run: Path, *overrides: str) -> Config:
+    """The tiny test configuration on a prepared corpus, with the run in a folder of its own."""
+    return compose(*TEXT, "data.paths=[x]", f"data.dir={corpus}", f"run.dir={run}", *overrides)
 
 
 def train(world: Any, emit: Any, config: dict[str, Any], corpus: str, stop_when: dict[str, Any] | None = None) -> str:

@@ -201,13 +201,7 @@ class Checkpoints:
 
     def _as_first(self, act: Callable[[], None]) -> None:
         """Rank 0 acts while the others wait; its failure is raised on all of them."""
-        error = None
-        if self.world.first:
-            try:
-                act()
-            except OSError as failure:
-                error = str(failure)
-        if error := dist.broadcast_object(error):
+        if error := dist.act_first(act):
             raise UserError(
                 f"no checkpoint could be written to {self.folder}: {error}. Earlier checkpoints are untouched. "
                 "Make room or mend the folder, then give the same command: the run goes on from the newest one."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -135,6 +135,17 @@ def gather_objects(value: Any) -> list[Any]:
     rows = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
     dist.all_gather(rows, mine)
     return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+
+def act_first(act: Callable[[], None]) -> str | None:
+    """Rank 0 acts while the others wait; on every rank, what it found wrong (its UserError's or OSError's text), or None."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except (UserError, OSError) as failure:
+            error = str(failure)
+    return broadcast_object(error)
 
 
 def same_everywhere(name: str, digest: str) -> None:

@@ -42,4 +42,4 @@ class Progress:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
         """What ``to_dict`` gave."""
-        return cls(**{**values, "cursor": Cursor(**values["cursor"])})
+        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"])})

@@ -45,7 +45,8 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-    _as_first(world, lambda: _open_folder(folder, config, corpus, emit))
+    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit)):
+        raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
@@ -196,18 +197,6 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> No
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
-
-
-def _as_first(world: dist.World, act: Callable[[], None]) -> None:
-    """Rank 0 acts; what it finds wrong is raised on all ranks."""
-    error = None
-    if world.first:
-        try:
-            act()
-        except (UserError, OSError) as failure:
-            error = str(failure)
-    if error := dist.broadcast_object(error):
-        raise UserError(error)
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:

@@ -27,9 +27,7 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def composed(corpus: Path, run: Path, *overrides: str):
-    text = ["data=text", "data.tokenizer.kind=bytes", "data.tokenizer.vocab_size=null", "data.shard_tokens=1000"]
-    text += ["data.val_fraction=0.2", "data.paths=[x]", f"data.dir={corpus}", f"run.dir={run}"]
-    return worlds.compose(*text, *SAVE, *overrides)
+    return worlds.on_corpus(corpus, run, *SAVE, *overrides)
 
 
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:

@@ -21,9 +21,7 @@ from train.schema import Config
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("trained")
-    text = ["data=text", "data.tokenizer.kind=bytes", "data.tokenizer.vocab_size=null", "data.shard_tokens=1000"]
-    text += ["data.val_fraction=0.2", "data.paths=[x]", f"data.dir={corpus}", f"run.dir={folder / 'run'}"]
-    config = worlds.compose(*text, "steps=6", "save_every=2", "zero=3", "cluster.workers=2")
+    config = worlds.on_corpus(corpus, folder / "run", "steps=6", "save_every=2", "zero=3", "cluster.workers=2")
     worlds.train_world(config, corpus)
     return config
 
