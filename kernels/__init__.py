@@ -6,12 +6,12 @@
     gelu, gated_mlp       the two activations of an MLP
     cross_entropy         loss as (sum, count); linear_cross_entropy has the output matrix fused in
 
-``kernels.reference`` says what right means; statistics and losses are float32 at least, whatever comes in.
+``use`` and ``force`` choose between the Triton kernels and torch. ``kernels.reference`` says what right means; statistics and
+losses are float32 at least, whatever comes in.
 """
 
-from kernels.segments import Segments
-from kernels.torch_ops import (
-    RopeTable,
+from kernels.dispatch import force, use
+from kernels.ops import (
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -22,8 +22,9 @@ from kernels.torch_ops import (
     linear_cross_entropy,
     rms_norm,
     rope,
-    rope_table,
 )
+from kernels.segments import Segments
+from kernels.torch_ops import RopeTable, rope_table
 
 __all__ = [
     "RopeTable",
@@ -32,6 +33,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "force",
     "gated_mlp",
     "gelu",
     "layer_norm",
@@ -39,4 +41,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
+    "use",
 ]

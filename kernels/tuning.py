@@ -1,0 +1,114 @@
+"""Which tiles a kernel runs with: measured once a GPU and version for each class of shapes, and kept on disk.
+
+Training never measures in passing. ``measuring()`` is entered on purpose, by one process of a host, before its first step or by
+the benchmark; every other call takes what the table holds, or an op's own first guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import triton
+
+Tiles = dict[str, int]
+"""Constants of a kernel (block sizes) and of its launch (num_warps, num_stages)."""
+
+ROUNDS, WARM_UP = 11, 3
+_forced: dict[str, Tiles] = {}
+_measuring = False
+
+
+def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], None]) -> Tiles:
+    """The tiles for ``op`` on this class of shapes: the first candidate is the guess where nothing was measured.
+
+    ``run`` starts the kernel with given tiles; it may be called many times, so it must write nothing but its outputs.
+    """
+    if op in _forced:
+        return _forced[op]
+    if not torch.cuda.is_available() or len(candidates) == 1:
+        return candidates[0]
+    table, key = _table(_file()), f"{op} {' '.join(map(str, shape_class))}"
+    if key not in table and _measuring:
+        table[key] = min(candidates, key=functools.partial(_milliseconds, run))
+        _keep(_file(), key, table[key])
+    return table.get(key, candidates[0])
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Within, classes of shapes that the table lacks are measured, candidate by candidate, and added to it."""
+    global _measuring
+    before, _measuring = _measuring, True
+    try:
+        yield
+    finally:
+        _measuring = before
+
+
+@contextlib.contextmanager
+def force(**tiles: Tiles) -> Iterator[None]:
+    """Within, the ops named run with the tiles given: how tests reach every candidate."""
+    before = dict(_forced)
+    _forced.update(tiles)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
+    """Median time of a run; infinite for tiles that this GPU has no room for."""
+    times = []
+    try:
+        for _ in range(WARM_UP + ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(tiles)
+            end.record()
+            times.append((start, end))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in times[WARM_UP:])
+
+
+@functools.cache
+def _file() -> Path:
+    """The table of this GPU, these versions and this text of the kernels."""
+    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))
+    about = [torch.cuda.get_device_name(), f"torch{torch.__version__}", f"triton{triton.__version__}"]
+    name = "-".join([*about, hashlib.sha256(sources).hexdigest()[:12]]).replace(" ", "_").replace("/", "_")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "trireme" / "tiles" / f"{name}.json"
+
+
+@functools.cache
+def _table(file: Path) -> dict[str, Tiles]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _keep(file: Path, key: str, tiles: Tiles) -> None:
+    """Adds a line to the table on disk, beside what other processes have added; without room it is only remembered."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _table.cache_clear()
+            table = _table(file)
+            table[key] = tiles
+            aside = file.with_suffix(".new")
+            aside.write_text(json.dumps(table, indent=0, sort_keys=True))
+            aside.replace(file)
