@@ -27,6 +27,7 @@ Tiles = dict[str, int]
 ROUNDS, WARM_UP = 11, 3
 _forced: dict[str, Tiles] = {}
 _measuring = False
+_every_candidate = False
 
 
 def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], None]) -> Tiles:
@@ -36,6 +37,9 @@ def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], ru
     """
     if op in _forced:
         return _forced[op]
+    if _every_candidate:
+        for tiles in candidates:
+            run(tiles)
     if len(candidates) == 1:
         return candidates[0]
     table, key = _table(_file()), f"{op} {' '.join(map(str, shape_class))}"
@@ -66,6 +70,17 @@ def force(**tiles: Tiles) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@contextlib.contextmanager
+def every_candidate() -> Iterator[None]:
+    """Within, every candidate is started before the choice is: how a test compiles all that may ever run."""
+    global _every_candidate
+    _every_candidate = True
+    try:
+        yield
+    finally:
+        _every_candidate = False
 
 
 def forget() -> None:
