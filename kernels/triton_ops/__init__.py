@@ -4,24 +4,24 @@ from kernels.torch_ops import (
     add_layer_norm,
     add_rms_norm,
     attention,
-    cross_entropy,
     gated_mlp,
     gelu,
     layer_norm,
-    linear_cross_entropy,
     rms_norm,
     rope,
 )
+from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "cross_entropy_step",
     "gated_mlp",
     "gelu",
     "layer_norm",
-    "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_",
 ]
