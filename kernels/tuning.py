@@ -27,7 +27,7 @@ _forced: dict[str, Tiles] = {}
 _measuring = False
 
 
-def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], None]) -> Tiles:
+def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], object]) -> Tiles:
     """The tiles for ``op`` on this class of shapes: the first candidate is the guess where nothing was measured.
 
     ``run`` starts the kernel with given tiles; it may be called many times, so it must write nothing but its outputs.
@@ -66,7 +66,7 @@ def force(**tiles: Tiles) -> Iterator[None]:
         _forced.update(before)
 
 
-def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
+def _milliseconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
     """Median time of a run; infinite for tiles that this GPU has no room for."""
     times = []
     try:
@@ -85,7 +85,7 @@ def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
 @functools.cache
 def _file() -> Path:
     """The table of this GPU, these versions and this text of the kernels."""
-    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py")))
     about = [torch.cuda.get_device_name(), f"torch{torch.__version__}", f"triton{triton.__version__}"]
     name = "-".join([*about, hashlib.sha256(sources).hexdigest()[:12]]).replace(" ", "_").replace("/", "_")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
