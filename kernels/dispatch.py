@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ import kernels.torch_ops as torch_ops
 
 Choice = Literal["auto", "triton", "torch"]
 _choice: Choice = "auto"
+_has_triton = importlib.util.find_spec("triton") is not None
 
 
 def use(choice: Choice, device: torch.device) -> str:
@@ -34,7 +33,7 @@ def use(choice: Choice, device: torch.device) -> str:
     if choice == "triton":
         return "Triton's, as kernels=triton asks" + (", interpreted on the CPU: slow" if device.type == "cpu" else "")
     if device.type == "cuda":
-        return "Triton's, on CUDA" if _has_triton() else "torch's own: Triton is not installed"
+        return "Triton's, on CUDA" if _has_triton else "torch's own: Triton is not installed"
     return f"torch's own: no CUDA device ({device.type})"
 
 
@@ -51,23 +50,15 @@ def force(choice: Choice) -> Iterator[None]:
 
 def ops(x: Tensor) -> ModuleType:
     """The module whose functions run for a tensor like ``x``."""
-    if _choice == "torch" or (_choice == "auto" and not (x.is_cuda and _has_triton())):
+    if _choice == "torch" or (_choice == "auto" and not (x.is_cuda and _has_triton)):
         return torch_ops
-    return _triton_ops()
+    import kernels.triton_ops as triton_ops  # Triton loads where it runs, and only there
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton_ops() -> ModuleType:
-    return importlib.import_module("kernels.triton_ops")
+    return triton_ops
 
 
 def _check_triton(device: torch.device) -> None:
-    if not _has_triton():
+    if not _has_triton:
         raise ValueError("kernels=triton, but Triton is not installed: pip install triton, or kernels=auto")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
