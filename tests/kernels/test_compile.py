@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper to machine code that fits: found by Triton's own compiler, on any machine (see tests/offline.py)."""
+"""Every kernel compiles for Hopper to machine code that fits: Triton's own compiler says so, on any machine (tests/offline.py)."""
 
 from __future__ import annotations
 
