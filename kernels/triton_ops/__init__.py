@@ -2,15 +2,14 @@
 
 from kernels.torch_ops import (
     add_layer_norm,
-    add_rms_norm,
     attention,
     gated_mlp,
     gelu,
     layer_norm,
-    rms_norm,
     rope,
 )
 from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
+from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "add_layer_norm",
