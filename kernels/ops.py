@@ -70,9 +70,7 @@ def cross_entropy(
     The sum is float32 (float64 for float64 logits), the count int64. Of a target's probability ``label_smoothing`` is spread
     evenly over the vocabulary (Szegedy et al. 2016); ``z_loss`` * logsumexp(logits)^2 is added to every place (PaLM, section 5).
     """
-    return ops(logits).cross_entropy(
-        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
-    )
+    return ops(logits).cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
 def linear_cross_entropy(

@@ -132,4 +132,7 @@ def cross_entropy_step(
 
 def scale_(x: Tensor, by: Tensor) -> None:
     """x *= by, a number on the same device: the product is made in float32 at least."""
-    x.copy_(wide(x) * by)
+    if x.dtype == by.dtype:
+        x *= by
+    else:
+        x.copy_(wide(x) * by)
