@@ -49,6 +49,11 @@ def force(choice: Choice) -> Iterator[None]:
         _choice = before
 
 
+def asked() -> Choice:
+    """What was asked for: an op that Triton cannot run is an error where Triton was, and torch's under ``auto``."""
+    return _choice
+
+
 def ops(x: Tensor) -> ModuleType:
     """The module whose functions run for a tensor like ``x``."""
     if _choice == "torch" or (_choice == "auto" and not (x.is_cuda and _has_triton())):

@@ -1,9 +1,9 @@
 """The Triton implementations, gathered; what is not here yet is torch's."""
 
+from kernels.attention import attention
 from kernels.torch_ops import (
     add_layer_norm,
     add_rms_norm,
-    attention,
     cross_entropy,
     gated_mlp,
     gelu,
