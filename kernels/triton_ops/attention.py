@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from kernels import dispatch, torch_ops
-from kernels.attention_backward import attention_backward
-from kernels.attention_bias import attention_bias_backward
-from kernels.attention_forward import attention_forward
-from kernels.attention_tiles import FAR, WIDEST
+from kernels.triton_ops.attention_backward import attention_backward
+from kernels.triton_ops.attention_bias import attention_bias_backward
+from kernels.triton_ops.attention_forward import attention_forward
+from kernels.triton_ops.attention_tiles import FAR, WIDEST
 from kernels.segments import Segments
 from kernels.torch_ops import RopeTable
 

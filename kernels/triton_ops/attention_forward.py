@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tuning
-from kernels.attention_tiles import (
+from kernels.triton_ops.attention_tiles import (
     LOG2_E,
     bias_strides,
     columns,

@@ -1,6 +1,6 @@
 """The Triton implementations, gathered; what is not here yet is torch's."""
 
-from kernels.attention import attention
+from kernels.triton_ops.attention import attention
 from kernels.torch_ops import (
     add_layer_norm,
     add_rms_norm,
