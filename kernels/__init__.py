@@ -23,11 +23,13 @@ from kernels.ops import (
     rms_norm,
     rope,
 )
+from kernels.philox import Dropout
 from kernels.segments import Segments
 from kernels.torch_ops import RopeTable, rope_table
 
 __all__ = [
     "Choice",
+    "Dropout",
     "RopeTable",
     "Segments",
     "add_layer_norm",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.dispatch import ops
+from kernels.philox import Dropout
 from kernels.segments import Segments
 from kernels.torch_ops import RopeTable
 
@@ -40,9 +41,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return ops(x).layer_norm(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(residual + x), residual + x): the step between two layers of a pre-norm transformer."""
-    return ops(x).add_layer_norm(x, residual, weight, bias, eps)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) where total = residual + dropout(x): the step between two layers of a pre-norm transformer.
+
+    x and residual (..., D) may differ in dtype: both results have the wider one.
+    """
+    return ops(x).add_layer_norm(x, residual, weight, bias, eps, dropout)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,9 +56,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops(x).rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + x), residual + x)."""
-    return ops(x).add_rms_norm(x, residual, weight, eps)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) where total = residual + dropout(x): as ``add_layer_norm``."""
+    return ops(x).add_rms_norm(x, residual, weight, eps, dropout)
 
 
 def rope(x: Tensor, table: RopeTable) -> Tensor:
