@@ -46,7 +46,7 @@ from kernels.launch import dot, launch
 
 
 @triton.jit
-def _attention_dq_kernel(
+def _attention_backward_q_kernel(
     q,  # (B, Tq, H, Dh)
     k,  # (B, Tk, Hkv, Dh), turned
     v,  # (B, Tk, Hkv, Dh)
@@ -161,7 +161,7 @@ def _attention_dq_kernel(
 
 
 @triton.jit
-def _attention_dkv_kernel(
+def _attention_backward_kv_kernel(
     q,  # (B, Tq, H, Dh), turned
     k,  # (B, Tk, Hkv, Dh), turned
     v,  # (B, Tk, Hkv, Dh)
@@ -302,10 +302,10 @@ def attention_backward(
     shared = bias, q_marks, k_marks, cos, sin
     options = before, after, scale
     dq = functools.partial(_run_dq, (q, k, v, *shared, out, lse, grad_out, q_turned, delta, grad_q), options)
-    dq(tuning.best("attention_dq", shape_class(q, k, after, q_marks), _dq_candidates(q), dq))
+    dq(tuning.best("attention_backward_q", shape_class(q, k, after, q_marks), _dq_candidates(q), dq))
     q = q if q_turned is None else q_turned
     dkv = functools.partial(_run_dkv, (q, k, v, *shared, lse, grad_out, delta, grad_k, grad_v), options)
-    dkv(tuning.best("attention_dkv", shape_class(q, k, after, q_marks), _dkv_candidates(q), dkv))
+    dkv(tuning.best("attention_backward_kv", shape_class(q, k, after, q_marks), _dkv_candidates(q), dkv))
     return grads
 
 
@@ -327,7 +327,7 @@ def _run_dq(tensors: tuple[Tensor | None, ...], options: tuple[int, int, float],
     strides = *(n for x in (q, k, v, grad_out) for n in x.stride()[:3]), *bias_strides(bias), rope_stride(cos)
     sizes = queries, k.shape[1], heads, rows * heads, before, after, together(k, groups)
     grid = (triton.cdiv(queries, chosen["BLOCK_M"]) * rows * heads,)
-    launch(_attention_dq_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
+    launch(_attention_backward_q_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
 
 
 def _run_dkv(tensors: tuple[Tensor | None, ...], options: tuple[int, int, float], chosen: tuning.Tiles) -> None:
@@ -339,7 +339,7 @@ def _run_dkv(tensors: tuple[Tensor | None, ...], options: tuple[int, int, float]
     strides = *(n for x in (q, k, v, grad_out) for n in x.stride()[:3]), *bias_strides(bias), rope_stride(cos)
     sizes = q.shape[1], keys, heads, rows * heads, before, after, together(q, 1)
     grid = (triton.cdiv(keys, chosen["BLOCK_N"]) * rows * heads,)
-    launch(_attention_dkv_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
+    launch(_attention_backward_kv_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
 
 
 def _dq_candidates(q: Tensor) -> list[tuning.Tiles]:

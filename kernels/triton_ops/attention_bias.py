@@ -30,7 +30,7 @@ from kernels.launch import dot, launch
 
 
 @triton.jit
-def _attention_dbias_kernel(
+def _attention_backward_bias_kernel(
     q,  # (B, Tq, H, Dh), turned
     k,  # (B, Tk, Hkv, Dh), turned
     v,  # (B, Tk, Hkv, Dh)
@@ -131,7 +131,7 @@ def attention_bias_backward(
         q, k = turned(q, cos, sin), turned(k, cos, sin)
     tensors = q, k, v, bias, q_marks, k_marks, lse, grad_out, delta, grad
     run = functools.partial(_run, tensors, (before, after, scale))
-    run(tuning.best("attention_dbias", shape_class(q, k, after, q_marks), _candidates(q), run))
+    run(tuning.best("attention_backward_bias", shape_class(q, k, after, q_marks), _candidates(q), run))
     return grad
 
 
@@ -150,7 +150,7 @@ def _run(tensors: tuple[Tensor | None, ...], options: tuple[int, int, float], ch
     shared = (n if bias.shape[dim] == 1 else 1 for dim, n in ((0, rows), (1, heads)))
     sizes = queries, keys, heads, bias.shape[1], *shared, before, after
     grid = triton.cdiv(queries, chosen["BLOCK_M"]) * triton.cdiv(keys, chosen["BLOCK_N"]), bias.shape[0] * bias.shape[1]
-    launch(_attention_dbias_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
+    launch(_attention_backward_bias_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
 
 
 def _candidates(q: Tensor) -> list[tuning.Tiles]:
