@@ -50,11 +50,6 @@ def force(choice: Choice) -> Iterator[None]:
         _choice = before
 
 
-def asked() -> Choice:
-    """What was asked for: an op that Triton cannot run is an error where Triton was, and torch's under ``auto``."""
-    return _choice
-
-
 def ops(x: Tensor) -> ModuleType:
     """The module whose functions run for a tensor like ``x``."""
     if _choice == "torch" or not _HAS_TRITON or not (x.is_cuda or (_choice == "triton" and _INTERPRETED)):
@@ -62,6 +57,13 @@ def ops(x: Tensor) -> ModuleType:
     import kernels.triton_ops as triton_ops  # Triton loads where it runs, and only there
 
     return triton_ops
+
+
+def torchs(what: str) -> ModuleType:
+    """Torch's ops, for what Triton's have no kernel. Raises ValueError, with the cure, where Triton's were asked for."""
+    if _choice == "triton":
+        raise ValueError(f"kernels=triton, but there is no Triton kernel for {what}: kernels=auto or kernels=torch")
+    return torch_ops
 
 
 def measuring() -> contextlib.AbstractContextManager[None]:

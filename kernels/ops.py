@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.dispatch import ops
+from kernels.dispatch import ops, torchs
 from kernels.philox import Dropout
 from kernels.segments import Segments
 from kernels.torch_ops import RopeTable
+
+WIDEST_HEAD = 256
+"""Of attention's kernels: two tiles and an accumulator of this width still fit a multiprocessor's memory and registers."""
 
 
 def attention(
@@ -32,8 +35,9 @@ def attention(
     ``bias`` (B or 1, H or 1, Tq, Tk) is added to the scaled scores; -inf hides a key. ``rope`` turns q and k first
     (self-attention: Tq = Tk). ``scale`` is 1/sqrt(Dh) unless given.
     """
+    chosen = ops(q) if q.shape[-1] <= WIDEST_HEAD else torchs(f"attention of heads {q.shape[-1]} wide, only {WIDEST_HEAD}")
     options = {"segments": segments, "window": window, "bias": bias, "rope": rope, "scale": scale}
-    return ops(q).attention(q, k, v, causal=causal, **options)
+    return chosen.attention(q, k, v, causal=causal, **options)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

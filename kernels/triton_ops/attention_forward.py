@@ -17,31 +17,25 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
+import kernels.tuning as tuning
+from kernels.launch import dot, launch
 from kernels.triton_ops.attention_tiles import (
     LOG2_E,
-    bias_strides,
+    Problem,
     columns,
-    constants,
     load_tile,
     padded,
     place,
-    rope_stride,
     sees,
-    shape_class,
+    side_by_side,
     tile_at,
     tiles,
-    together,
     turn,
-    turned,
-    unit_stride,
 )
-from kernels.launch import dot, launch
 
 PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200: with fewer, the keys are split."""
@@ -80,7 +74,7 @@ def _attention_forward_kernel(
     before,
     after,
     part,  # keys of a split, a multiple of BLOCK_N
-    side_by_side,
+    beside,  # pairs whose programs run side by side
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -91,7 +85,7 @@ def _attention_forward_kernel(
 ):
     # Which queries, and what they see. Rows past the end repeat the last one and are not stored.
     blocks = (queries + BLOCK_M - 1) // BLOCK_M
-    block, pair = place(tl.program_id(0), blocks, pairs, side_by_side)
+    block, pair = place(tl.program_id(0), blocks, pairs, beside)
     block = blocks - 1 - block  # causal: the last sees most
     split = tl.program_id(1).to(tl.int64)
     row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
@@ -141,9 +135,7 @@ def _attention_forward_kernel(
             weights = tl.exp2(scores * unit - base[:, None])
             shrink = tl.exp2(largest - base)
             total = total * shrink + tl.sum(weights, 1)
-            v_tile = load_tile(
-                v + first.to(tl.int64) * v_t, inside[:, None] * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D
-            )
+            v_tile = load_tile(v + first.to(tl.int64) * v_t, inside[:, None] * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
             acc = dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
             largest = new
 
@@ -189,78 +181,31 @@ def _attention_merge_kernel(
     tl.store(lse + which, tl.where(empty, float("inf"), largest + tl.log2(total)))
 
 
-@torch.library.custom_op("trireme::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_marks: Tensor | None,
-    k_marks: Tensor | None,
-    before: int,
-    after: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(out (B, Tq, H, Dh), lse (B, H, Tq)): see ``kernels.attention`` for the meaning, and the kernel for the rest."""
-    q, k, v = (unit_stride(x) for x in (q, k, v))
-    out, lse = _outputs(q)
-    if out.numel() == 0 or k.shape[1] == 0:
-        return out.zero_(), lse.fill_(torch.inf)
-    if cos is not None and sin is not None:
-        k = turned(k, cos, sin)
-    run = functools.partial(_run, q, k, v, bias, cos, sin, q_marks, k_marks, out, lse, before, after, scale)
-    run(tuning.best("attention_forward", shape_class(q, k, after, q_marks), _candidates(q), run))
-    return out, lse
+def run_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
+    """Writes the output (B, Tq, H, Dh) and the log-sums (B, H, Tq). Keys are turned already, queries are not."""
+    run = functools.partial(_run, problem, out, lse)
+    run(tuning.best("attention_forward", problem.shape_class(), _candidates(problem.q), run))
 
 
-@attention_forward.register_fake
-def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    rows, queries, heads, _ = q.shape
-    sums = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((rows, heads, queries), dtype=sums)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_marks: Tensor | None,
-    k_marks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    before: int,
-    after: int,
-    scale: float,
-    chosen: tuning.Tiles,
-) -> None:
-    rows, queries, heads, head_dim = q.shape
-    keys, groups = k.shape[1], heads // k.shape[2]
+def _run(problem: Problem, out: Tensor, lse: Tensor, chosen: tuning.Tiles) -> None:
+    (rows, queries, heads, head_dim), keys = out.shape, problem.k.shape[1]
     programs = triton.cdiv(queries, chosen["BLOCK_M"]) * rows * heads
-    splits = split_count(programs, queries, keys, chosen)
+    splits = _splits(programs, queries, keys, chosen)
     part = triton.cdiv(triton.cdiv(keys, splits), chosen["BLOCK_N"]) * chosen["BLOCK_N"]
     parts, part_lse = out, lse
     if splits > 1:
         parts, part_lse = (lse.new_empty((splits, *x.shape)) for x in (out, lse))
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *bias_strides(bias), rope_stride(cos)
-    sizes = queries, keys, heads, rows * heads, before, after, part, together(k, groups)
-    tensors = q, k, v, bias, q_marks, k_marks, cos, sin, parts, part_lse
-    launch(_attention_forward_kernel, (programs, splits), *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
+    heads_beside = side_by_side(problem.k) * problem.groups
+    sizes = queries, keys, heads, rows * heads, problem.before, problem.after, part, heads_beside
+    arguments = *problem[:8], parts, part_lse, *problem.strides(), *sizes
+    launch(_attention_forward_kernel, (programs, splits), *arguments, **problem.constants(), **chosen)
     if splits > 1:
-        sizes = splits, queries, heads
         dims = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_S": triton.next_power_of_2(splits)}
-        launch(_attention_merge_kernel, (rows * queries * heads,), parts, part_lse, out, lse, *sizes, **dims)
+        grid = (rows * queries * heads,)
+        launch(_attention_merge_kernel, grid, parts, part_lse, out, lse, splits, queries, heads, **dims, num_warps=4)
 
 
-def split_count(programs: int, queries: int, keys: int, chosen: tuning.Tiles) -> int:
+def _splits(programs: int, queries: int, keys: int, chosen: tuning.Tiles) -> int:
     """Parts that the keys are cut into: more than one where a single block of queries leaves multiprocessors idle."""
     if queries > chosen["BLOCK_M"]:
         return 1

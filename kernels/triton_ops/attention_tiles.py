@@ -8,15 +8,14 @@ declares nothing whole, and its tiles compare ids.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import launch
-
-WIDEST = 256
-"""Largest head dimension: two tiles of it and an accumulator still fit a multiprocessor's shared memory and registers."""
 
 FAR = 1 << 30
 """A distance that no row is long enough to reach."""
@@ -25,14 +24,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def place(program, blocks, pairs, together):
-    """(block, pair) of a program: ``together`` pairs of row and head advance block by block at the same time.
+def place(program, blocks, pairs, beside):
+    """(block, pair) of a program: ``beside`` pairs of row and head advance block by block at the same time.
 
     Their keys and values fit the L2 cache together, heads of a group are neighbours, and every pair's first block (by the
     caller the longest) is started before any pair's second, so that the last programs to end are short.
     """
-    first = program // (together * blocks) * together
-    width = tl.minimum(together, pairs - first)
+    first = program // (beside * blocks) * beside
+    width = tl.minimum(beside, pairs - first)
     at = program - first * blocks
     return at // width, first + at % width
 
@@ -142,8 +141,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = 64
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_M": size}
-    grid = triton.cdiv(length, size), rows * heads
-    launch(_turn_kernel, grid, x, cos, sin, out, *x.stride()[:3], rope_stride(cos), length, heads, **sizes, num_warps=4)
+    grid, batch = (triton.cdiv(length, size), rows * heads), 0 if cos.shape[0] == 1 else cos.stride(0)
+    launch(_turn_kernel, grid, x, cos, sin, out, *x.stride()[:3], batch, length, heads, **sizes, num_warps=4)
     return out
 
 
@@ -152,42 +151,53 @@ def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def unit_stride(x: Tensor) -> Tensor:
+class Problem(NamedTuple):
+    """What every kernel of attention is told, in the order of their arguments; dense along the last dimension of q, k and v."""
+
+    q: Tensor  # (B, Tq, H, Dh)
+    k: Tensor  # (B, Tk, Hkv, Dh)
+    v: Tensor
+    bias: Tensor | None  # (B or 1, H or 1, Tq, Tk)
+    q_marks: Tensor | None  # (B, 4, Tq) int32, of Segments.marks
+    k_marks: Tensor | None  # (B, 4, Tk)
+    cos: Tensor | None  # (B or 1, T, 1, Dh/2) float32, dense
+    sin: Tensor | None
+    before: int  # places back and ahead that a query sees
+    after: int
+    scale: float
+
+    @property
+    def groups(self) -> int:
+        """Query heads to a key head."""
+        return self.q.shape[2] // self.k.shape[2]
+
+    def strides(self, *more: Tensor) -> list[int]:
+        """Of q, k, v and ``more``, then of the bias and the rotary table: 0 where these are broadcast."""
+        bias = [0] * 4 if self.bias is None else [s * (n > 1) for n, s in zip(self.bias.shape, self.bias.stride(), strict=True)]
+        table = 0 if self.cos is None or self.cos.shape[0] == 1 else self.cos.stride(0)
+        return [*(s for x in (self.q, self.k, self.v, *more) for s in x.stride()[:3]), *bias, table]
+
+    def constants(self) -> dict[str, object]:
+        """What kernels are compiled for. float32 is multiplied as ``torch.set_float32_matmul_precision`` says, the highest
+        being three products in TF32, which lose no more than float32's own rounding."""
+        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = precision if self.q.dtype == torch.float32 else "ieee"
+        head_dim = self.q.shape[3]
+        dims = {"GROUPS": self.groups, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+        return {**dims, "SCALE": self.scale, "PRECISION": precision}
+
+    def shape_class(self) -> tuple[object, ...]:
+        """What the best tiles depend on, coarsely, so that few classes are ever measured."""
+        kind = "packed" if self.q_marks is not None else "causal" if self.after == 0 else "full"
+        lengths = (triton.next_power_of_2(x.shape[1]) for x in (self.q, self.k))
+        return str(self.q.dtype).removeprefix("torch."), padded(self.q.shape[3]), kind, *lengths
+
+
+def dense(x: Tensor) -> Tensor:
     """``x`` itself where its last dimension is dense in memory, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def together(k: Tensor, groups: int) -> int:
-    """How many query heads' programs run side by side: those whose keys and values share half of an L2 cache of 50 MB."""
-    head = 2 * k.shape[1] * k.shape[3] * k.element_size()
-    return max(1, (24 << 20) // max(head, 1)) * groups
-
-
-def constants(q: Tensor, groups: int, scale: float) -> dict[str, object]:
-    """What the kernels are compiled for. float32 is multiplied as ``torch.set_float32_matmul_precision`` says, the highest
-    being three products in TF32, which lose no more than float32's own rounding."""
-    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    if q.dtype != torch.float32:
-        precision = "ieee"
-    dims = {"HEAD_DIM": q.shape[3], "BLOCK_D": padded(q.shape[3])}
-    return {"GROUPS": groups, **dims, "SCALE": scale, "PRECISION": precision}
-
-
-def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
-    """Strides of a bias as (B, H, Tq, Tk): 0 where it is broadcast."""
-    if bias is None:
-        return 0, 0, 0, 0
-    batch, head, query, key = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
-    return batch, head, query, key
-
-
-def rope_stride(cos: Tensor | None) -> int:
-    """Stride of a table's rows: 0 where one serves the whole batch."""
-    return 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)
-
-
-def shape_class(q: Tensor, k: Tensor, after: int, marks: Tensor | None) -> tuple[object, ...]:
-    """What the best tiles depend on, coarsely: so that few classes are ever measured."""
-    kind = "packed" if marks is not None else "causal" if after == 0 else "full"
-    lengths = (triton.next_power_of_2(x.shape[1]) for x in (q, k))
-    return str(q.dtype).removeprefix("torch."), padded(q.shape[3]), kind, *lengths
+def side_by_side(x: Tensor) -> int:
+    """How many heads of x (B, T, Hkv, Dh) programs work on at the same time: their keys and values fill half of 50 MB of L2."""
+    return max(1, (24 << 20) // (2 * x.shape[1] * x.shape[3] * x.element_size()))

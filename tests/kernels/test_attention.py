@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import reference, tuning
-from kernels.triton_ops import attention_backward, attention_bias, attention_forward
+from kernels.triton_ops import attention_backward_kv, attention_backward_q, attention_forward
 
 KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv", "attention_backward_bias")
 SMALL = {name: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2} for name in KERNELS}
@@ -48,12 +48,12 @@ def compare(backend, inputs, dtype=torch.float32, layout="plain", **options):
 
 
 @backends
-@examples(max_examples=22, deadline=None, derandomize=True)
+@examples(max_examples=16, deadline=None, derandomize=True)
 @given(
     dtype=numerics.dtypes,
     layout=numerics.layouts,
     rows=st.integers(1, 2),
-    queries=st.sampled_from([1, 2, 31, 67]),
+    queries=st.sampled_from([1, 31, 49]),
     more=st.sampled_from([0, 0, 0, 30, -20]),
     kv_heads=st.integers(1, 2),
     groups=st.sampled_from([1, 2]),
@@ -64,9 +64,7 @@ def compare(backend, inputs, dtype=torch.float32, layout="plain", **options):
     bias=st.sampled_from([None, None, (False, False), (True, False), (False, True), (True, True)]),
     rope=st.booleans(),
 )
-def test_attention(
-    backend, dtype, layout, rows, queries, more, kv_heads, groups, head_dim, causal, window, documents, bias, rope
-):
+def test_attention(backend, dtype, layout, rows, queries, more, kv_heads, groups, head_dim, causal, window, documents, bias, rope):
     keys = max(1, queries + more)
     inputs = tensors(rows, queries, keys, kv_heads, groups, head_dim)
     if bias is not None:
@@ -90,7 +88,7 @@ def test_every_width_of_head(backend, head_dim):
 
 def test_wider_heads_are_torchs_where_the_choice_is_free_and_an_error_where_triton_was_asked_for():
     q, k, v = tensors(1, 5, 5, 1, 1, 257)
-    with kernels.force("triton"), pytest.raises(ValueError, match="up to 256 wide, not 257"):
+    with kernels.force("triton"), pytest.raises(ValueError, match="heads 257 wide, only 256"):
         kernels.attention(q, k, v, causal=True)
     compare("auto", (q, k, v), causal=True)
 
@@ -225,7 +223,7 @@ def test_as_many_tiles_are_computed_as_hold_a_visible_pair(monkeypatch, causal, 
         products.append(1)
         return kernels.launch.dot(*args)
 
-    for module in (attention_forward, attention_backward):
+    for module in (attention_forward, attention_backward_q, attention_backward_kv):
         monkeypatch.setattr(module, "dot", counting)
     q, k, v = (x.requires_grad_() for x in tensors(1, 224, 224, 1, 1, 16))
     with kernels.force("triton"), tuning.force(**SMALL):
@@ -262,12 +260,11 @@ def test_the_registered_ops_keep_torchs_rules():
     marks = kernels.Segments(*[torch.ones(1, 3, dtype=torch.long, device=DEVICE)] * 2).marks()
     bias = normal(1, 1, 3, 3).requires_grad_()
     table = [x.contiguous() for x in kernels.rope_table(torch.arange(3, device=DEVICE)[None], 4, 100.0)]
-    torch.library.opcheck(torch.ops.trireme.attention_forward.default, (q, k, v, bias, *table, *marks, 9, 0, 0.5))
-    q, k, v, bias = (x.detach() for x in (q, k, v, bias))
-    out, lse = torch.ops.trireme.attention_forward(q, k, v, None, None, None, None, None, 9, 0, 0.5)
-    saved = out, q, k, v, bias, *table, *marks
-    torch.library.opcheck(torch.ops.trireme.attention_backward.default, (*saved, out, lse, 9, 0, 0.5))
-    torch.library.opcheck(torch.ops.trireme.attention_bias_backward.default, (*saved, lse, lse, 9, 0, 0.5))
+    arguments = q, k, v, bias, *marks, *table, 9, 0, 0.5
+    torch.library.opcheck(torch.ops.trireme.attention_forward.default, arguments)
+    out, lse = torch.ops.trireme.attention_forward(*arguments)
+    taken = [x.detach() if isinstance(x, torch.Tensor) else x for x in (*arguments, out, lse, out)]
+    torch.library.opcheck(torch.ops.trireme.attention_backward.default, (*taken, True))
 
 
 @backends

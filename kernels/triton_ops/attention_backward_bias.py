@@ -1,7 +1,7 @@
 """The gradient of an additive bias of attention: dS summed over the rows and heads that share the bias.
 
 A program owns a tile of the bias's gradient and walks over everything that was broadcast, making the scores again each time
-(see ``attention_backward``): a sum in one program in a fixed order, so two runs are equal bit for bit, at two products of the
+(see ``attention_backward_q``): a sum in one program in a fixed order, so two runs are equal bit for bit, at two products of the
 backward's seven. Nothing but the gradient itself is written.
 """
 
@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.triton_ops.attention_tiles import (
-    LOG2_E,
-    bias_strides,
-    columns,
-    constants,
-    load_tile,
-    sees,
-    shape_class,
-    turned,
-    unit_stride,
-)
+import kernels.tuning as tuning
 from kernels.launch import dot, launch
+from kernels.triton_ops.attention_tiles import LOG2_E, Problem, columns, load_tile, sees
 
 
 @triton.jit
@@ -105,52 +94,19 @@ def _attention_backward_bias_kernel(
     tl.store(grad_bias + stored, acc.to(grad_bias.dtype.element_ty), mask=(at_q < queries)[:, None] & (at_k < keys)[None, :])
 
 
-@torch.library.custom_op("trireme::attention_bias_backward", mutates_args=())
-def attention_bias_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    q_marks: Tensor | None,
-    k_marks: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    before: int,
-    after: int,
-    scale: float,
-) -> Tensor:
-    """The gradient of ``bias``, dense in its shape."""
-    grad = bias.new_empty(bias.shape)
-    if grad.numel() == 0 or q.numel() == 0:
-        return grad.zero_()
-    grad_out, q, k, v = (unit_stride(x) for x in (grad_out, q, k, v))
-    if cos is not None and sin is not None:
-        q, k = turned(q, cos, sin), turned(k, cos, sin)
-    tensors = q, k, v, bias, q_marks, k_marks, lse, grad_out, delta, grad
-    run = functools.partial(_run, tensors, (before, after, scale))
-    run(tuning.best("attention_backward_bias", shape_class(q, k, after, q_marks), _candidates(q), run))
-    return grad
+def run_backward_bias(problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor) -> None:
+    """Writes the gradient of the bias. Queries and keys are turned already."""
+    run = functools.partial(_run, problem, lse, grad_out, delta, grad_bias)
+    run(tuning.best("attention_backward_bias", problem.shape_class(), _candidates(problem.q), run))
 
 
-@attention_bias_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *others: object) -> Tensor:
-    return bias.new_empty(bias.shape)
-
-
-def _run(tensors: tuple[Tensor | None, ...], options: tuple[int, int, float], chosen: tuning.Tiles) -> None:
-    q, k, v, bias, grad_out = (tensors[i] for i in (0, 1, 2, 3, 7))
-    assert q is not None and k is not None and v is not None and bias is not None and grad_out is not None
-    before, after, scale = options
-    rows, queries, heads, _ = q.shape
-    keys, groups = k.shape[1], heads // k.shape[2]
-    strides = *(n for x in (q, k, v, grad_out) for n in x.stride()[:3]), *bias_strides(bias)
-    shared = (n if bias.shape[dim] == 1 else 1 for dim, n in ((0, rows), (1, heads)))
-    sizes = queries, keys, heads, bias.shape[1], *shared, before, after
-    grid = triton.cdiv(queries, chosen["BLOCK_M"]) * triton.cdiv(keys, chosen["BLOCK_N"]), bias.shape[0] * bias.shape[1]
-    launch(_attention_backward_bias_kernel, grid, *tensors, *strides, *sizes, **constants(q, groups, scale), **chosen)
+def _run(problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor, chosen: tuning.Tiles) -> None:
+    (rows, queries, heads, _), (bias_rows, bias_heads, _, keys) = problem.q.shape, grad_bias.shape
+    shared = rows if bias_rows == 1 else 1, heads if bias_heads == 1 else 1
+    sizes = queries, keys, heads, bias_heads, *shared, problem.before, problem.after
+    arguments = *problem[:6], lse, grad_out, delta, grad_bias, *problem.strides(grad_out)[:-1], *sizes
+    grid = triton.cdiv(queries, chosen["BLOCK_M"]) * triton.cdiv(keys, chosen["BLOCK_N"]), bias_rows * bias_heads
+    launch(_attention_backward_bias_kernel, grid, *arguments, **problem.constants(), **chosen)
 
 
 def _candidates(q: Tensor) -> list[tuning.Tiles]:
