@@ -2,12 +2,12 @@
 
 from kernels.torch_ops import (
     add_layer_norm,
-    attention,
     gated_mlp,
     gelu,
     layer_norm,
     rope,
 )
+from kernels.triton_ops.attention import attention
 from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
 

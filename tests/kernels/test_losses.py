@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.tools.memory import liger_head_bytes, materialised_head_bytes, peak_bytes
-
 from kernels import chunked_loss, reference, tuning
 from kernels.triton_ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
