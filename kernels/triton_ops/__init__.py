@@ -1,15 +1,14 @@
 """The Triton implementations, gathered; what is not here yet is torch's."""
 
 from kernels.torch_ops import (
-    add_layer_norm,
     attention,
     cross_entropy,
     gated_mlp,
     gelu,
-    layer_norm,
     linear_cross_entropy,
     rope,
 )
+from kernels.triton_ops.layer_norm import add_layer_norm, layer_norm
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
