@@ -53,7 +53,7 @@ def _layer_norm_forward_kernel(
         residual = tl.load(residual_ptr + row.to(tl.int64) * residual_step + column, mask=inside, other=0.0)
         x = x.to(wide)
         if THRESHOLD > 0:
-            x = tl.where(keep(seed, row, 0, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
+            x = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
         x = (x + residual.to(wide)).to(total_ptr.dtype.element_ty)  # normalised as stored: the backward pass sees no other
         tl.store(total_ptr + here, x, mask=inside)
     x = x.to(wide)
@@ -101,24 +101,32 @@ def _layer_norm_backward_kernel(
         row = start + tl.arange(0, BLOCK_R)[:, None]
         inside = (row < n_rows) & (column < width)
         here = row.to(tl.int64) * width + column
-        grad = tl.load(grad_ptr + row.to(tl.int64) * grad_step + column, mask=inside, other=0.0).to(wide)
-        total = tl.load(total_ptr + row.to(tl.int64) * total_step + column, mask=inside, other=0.0).to(wide)
+        grad_at = grad_ptr + row.to(tl.int64) * grad_step + column
+        total_at = total_ptr + row.to(tl.int64) * total_step + column
+        grad = tl.load(grad_at, mask=inside, other=0.0).to(wide)
+        total = tl.load(total_at, mask=inside, other=0.0).to(wide)
         rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
         mean = tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)
         normed = tl.where(inside, total - mean, 0.0) * rstd
         weight_share += grad * normed
         if bias_partial_ptr is not None:
             bias_share += grad
-        grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(wide)  # from the cache: registers are short
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(wide)  # from the cache: registers are short
+        grad *= weight
         along = tl.sum(grad * normed, 1, keep_dims=True) / width
-        out = rstd * (grad - tl.sum(grad, 1, keep_dims=True) / width - normed * along)
+        level = tl.sum(grad, 1, keep_dims=True) / width
+        if BLOCK_D > 8192:  # 32 warps have 64 registers a thread: read again, from the cache, what would not stay in them
+            grad = tl.load(grad_at, mask=inside, other=0.0, eviction_policy="evict_first").to(wide)
+            grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0, eviction_policy="evict_last").to(wide)
+            normed = (tl.load(total_at, mask=inside, other=0.0, eviction_policy="evict_first").to(wide) - mean) * rstd
+        out = rstd * (grad - level - normed * along)
         if grad_total_ptr is not None:
             further = tl.load(grad_total_ptr + row.to(tl.int64) * grad_total_step + column, mask=inside, other=0.0)
             out += further.to(wide)
         tl.store(grad_residual_ptr + here, out.to(grad_residual_ptr.dtype.element_ty), mask=inside)
         if grad_x_ptr is not None:
             if THRESHOLD > 0:
-                out = tl.where(keep(seed, row, 0, width, THRESHOLD, BLOCK_R, BLOCK_D), out * SCALE, 0.0)
+                out = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), out * SCALE, 0.0)
             tl.store(grad_x_ptr + here, out.to(grad_x_ptr.dtype.element_ty), mask=inside)
     here = tl.program_id(0) * width + column
     tl.store(weight_partial_ptr + here, tl.sum(weight_share, 0, keep_dims=True), mask=column < width)
