@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from kernels.dispatch import ops
@@ -51,14 +53,14 @@ def rope(x: Tensor, table: RopeTable) -> Tensor:
     return ops(x).rope(x, table)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, as GPT-2's."""
-    return ops(x).gelu(x)
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x (..., D) + bias (D,), by the tanh approximation that GPT-2 was trained with."""
+    return ops(x).bias_gelu(x, bias)
 
 
-def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the product inside SwiGLU."""
-    return ops(gate).gated_mlp(gate, up)
+def gated_mlp(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu"] = "silu") -> Tensor:
+    """activation(gate) * up: the product inside SwiGLU with "silu", GeGLU with "gelu". Halves of one tensor are not copied."""
+    return ops(gate).gated_mlp(gate, up, activation)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,14 +88,14 @@ def rope(x: Tensor, table: RopeTable) -> Tensor:
     return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, as GPT-2's."""
-    return F.gelu(x, approximate="tanh")
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x (..., D) + bias (D,), by the tanh approximation that GPT-2 was trained with."""
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the product inside SwiGLU."""
-    return F.silu(gate) * up
+def gated_mlp(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu"] = "silu") -> Tensor:
+    """activation(gate) * up: the product inside SwiGLU with "silu", GeGLU with "gelu"."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,19 @@
 """The Triton implementations, gathered; what is not here yet is torch's."""
 
-from kernels.torch_ops import (
-    attention,
-    cross_entropy,
-    gated_mlp,
-    gelu,
-    linear_cross_entropy,
-    rope,
-)
+from kernels.torch_ops import attention, cross_entropy, linear_cross_entropy
+from kernels.triton_ops.bias_gelu import bias_gelu
+from kernels.triton_ops.gated_mlp import gated_mlp
 from kernels.triton_ops.layer_norm import add_layer_norm, layer_norm
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
+from kernels.triton_ops.rope import rope
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "bias_gelu",
     "cross_entropy",
     "gated_mlp",
-    "gelu",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",

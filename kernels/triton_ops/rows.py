@@ -61,6 +61,12 @@ def _tiles(width: int, *choices: tuple[int, int]) -> list[Tiles]:
     return [t for n, t in enumerate(tiles) if t not in tiles[:n]]
 
 
+def tile(width: int, elements: int) -> Tiles:
+    """Part of a few rows, for kernels to which a row is nothing: ``elements`` in all, and whole lines of memory."""
+    block = min(max(triton.next_power_of_2(width), 16), 1024)
+    return {"BLOCK_R": elements // block, "BLOCK_D": block, "num_warps": 4}
+
+
 def programs(n_rows: int, tiles: Tiles, device: torch.device) -> int:
     """Programs that walk over the rows: as many as run at once, or fewer where there is less to do."""
     at_once = processors(device) * max(RESIDENT_WARPS // tiles["num_warps"], 1)
