@@ -2,6 +2,7 @@
 
     attention             queries over keys and values: causal or full, grouped heads, packed documents
     layer_norm, rms_norm  and their residual forms add_layer_norm, add_rms_norm
+    dropout               with a mask that is a function of its seed; the residual forms have it fused in
     rope                  rotary position embedding
     bias_gelu, gated_mlp  the two activations of an MLP
     cross_entropy         loss as (sum, count); linear_cross_entropy has the output matrix fused in
@@ -17,6 +18,7 @@ from kernels.ops import (
     attention,
     bias_gelu,
     cross_entropy,
+    dropout,
     gated_mlp,
     layer_norm,
     linear_cross_entropy,
@@ -36,6 +38,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "dropout",
     "force",
     "gated_mlp",
     "layer_norm",

@@ -48,6 +48,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropou
     return ops(x).add_rms_norm(x, residual, weight, eps, dropout)
 
 
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """X (..., D), each element zeroed with probability how.p and the others divided by 1 - how.p; how.seed names the mask."""
+    return ops(x).dropout(x, how)
+
+
 def rope(x: Tensor, table: RopeTable) -> Tensor:
     """Rotary position embedding of x (B, T, H, Dh), computed in float32, in the order of halves (see the reference)."""
     return ops(x).rope(x, table)

@@ -68,6 +68,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropou
     return rms_norm(total, weight, eps), total
 
 
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """``how`` applied to x (..., D)."""
+    return philox.dropout(x, how)
+
+
 class RopeTable(NamedTuple):
     """Cosines and sines of a batch's positions, (B, T, 1, Dh/2) float32 each: made once, used by every layer."""
 

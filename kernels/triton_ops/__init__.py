@@ -2,6 +2,7 @@
 
 from kernels.torch_ops import attention, cross_entropy, linear_cross_entropy
 from kernels.triton_ops.bias_gelu import bias_gelu
+from kernels.triton_ops.dropout import dropout
 from kernels.triton_ops.gated_mlp import gated_mlp
 from kernels.triton_ops.layer_norm import add_layer_norm, layer_norm
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
@@ -13,6 +14,7 @@ __all__ = [
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "dropout",
     "gated_mlp",
     "layer_norm",
     "linear_cross_entropy",
