@@ -11,7 +11,7 @@
 losses are float32 at least, whatever comes in.
 """
 
-from kernels.dispatch import force, use
+from kernels.dispatch import Choice, force, measuring, use
 from kernels.ops import (
     add_layer_norm,
     add_rms_norm,
@@ -30,6 +30,7 @@ from kernels.segments import Segments
 from kernels.torch_ops import RopeTable, rope_table
 
 __all__ = [
+    "Choice",
     "Dropout",
     "RopeTable",
     "Segments",
@@ -43,6 +44,7 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear_cross_entropy",
+    "measuring",
     "rms_norm",
     "rope",
     "rope_table",

@@ -1,7 +1,8 @@
 """The Triton implementations, gathered; what is not here yet is torch's."""
 
-from kernels.torch_ops import attention, cross_entropy, linear_cross_entropy
+from kernels.torch_ops import attention
 from kernels.triton_ops.bias_gelu import bias_gelu
+from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
 from kernels.triton_ops.dropout import dropout
 from kernels.triton_ops.gated_mlp import gated_mlp
 from kernels.triton_ops.layer_norm import add_layer_norm, layer_norm
@@ -14,10 +15,11 @@ __all__ = [
     "attention",
     "bias_gelu",
     "cross_entropy",
+    "cross_entropy_step",
     "dropout",
     "gated_mlp",
     "layer_norm",
-    "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_",
 ]
