@@ -104,7 +104,7 @@ def _(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    total, *grads = output
+    grads = output[1:]
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)  # else zeros as large as they are would be made for them
     ctx.save_for_backward(*grads)
@@ -112,7 +112,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    grads = (_scaled(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+    wanted = (w and grad is not None for w in ctx.wanted)
+    grads = (_scaled(x, grad) if w else None for x, w in zip(ctx.saved_tensors, wanted, strict=True))
     return *grads, None, None, None, None, None, None
 
 

@@ -8,7 +8,8 @@ from kernels.torch_ops import (
     layer_norm,
     rope,
 )
-from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
+from kernels.triton_ops.cross_entropy import cross_entropy
+from kernels.triton_ops.loss_step import cross_entropy_step, scale_
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
