@@ -237,8 +237,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    by_logits = None if grad is None else cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return by_logits, None, None, None, None
+    if grad is None:  # nothing comes from the losses
+        return (None,) * 5
+    return cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
