@@ -57,9 +57,7 @@ def linear_cross_entropy_forward(
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             logits = torch.mm(hidden[part], weight.T)
-            losses[part], grad = step(
-                logits, targets[part], ignore_index, label_smoothing, z_loss, for_hidden or for_weight
-            )
+            losses[part], grad = step(logits, targets[part], ignore_index, label_smoothing, z_loss, for_hidden or for_weight)
             if for_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if for_weight:
@@ -108,6 +106,7 @@ def _(x: Tensor, by: Tensor) -> Tensor:
 def _setup_context(ctx, inputs, output):
     total, *grads = output
     ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)  # else zeros as large as they are would be made for them
     ctx.save_for_backward(*grads)
     ctx.wanted = inputs[-2:]
 

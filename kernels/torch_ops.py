@@ -10,24 +10,34 @@ from torch.nn import functional as F
 
 import kernels.philox as philox
 from kernels.philox import Dropout
-from kernels.reference import wide
-from kernels.segments import Segments, causal_mask
+from kernels.reference import turned, wide
+from kernels.segments import Segments, additive, band
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, segments: Segments | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    segments: Segments | None = None,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    rope: RopeTable | None = None,
+    scale: float | None = None,
 ) -> Tensor:
-    """softmax(q k^T * scale) v: q (B, Tq, H, Dh), k and v (B, Tk, Hkv, Dh), Hkv dividing H -> (B, Tq, H, Dh).
-
-    With ``segments`` a token sees only its own document; with ``causal`` no later key, the last query standing at the
-    last key. ``scale`` is 1/sqrt(Dh) unless given.
-    """
+    """As ``kernels.ops.attention``, by torch's scaled_dot_product_attention."""
     queries, keys = q.shape[1], k.shape[1]
+    if rope is not None:
+        q, k = turned(q, *rope), turned(k, *rope)
     mask = None
     if segments is not None:
-        mask = segments.mask(causal, q.dtype)
-    elif causal and 1 < queries != keys:  # torch puts the first query at the first key
-        mask = causal_mask(queries, keys, q.device)
+        mask = segments.mask(causal, window, q.dtype)
+    elif window is not None or (causal and queries > 1 and (bias is not None or queries != keys)):
+        # torch puts the first query at the first key, and takes either a mask or its own causal one
+        mask = additive(band(queries, keys, causal, window, q.device), q.dtype)
+    if bias is not None:
+        mask = bias.to(q.dtype) if mask is None else mask + bias.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -137,4 +147,7 @@ def cross_entropy_step(
 
 def scale_(x: Tensor, by: Tensor) -> None:
     """x *= by, a number on the same device: the product is made in float32 at least."""
-    x.copy_(wide(x) * by)
+    if x.dtype == by.dtype:
+        x *= by
+    else:
+        x.copy_(wide(x) * by)

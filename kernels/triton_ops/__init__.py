@@ -1,6 +1,6 @@
-"""The Triton implementations, gathered; what is not here yet is torch's."""
+"""The Triton implementations, gathered."""
 
-from kernels.torch_ops import attention
+from kernels.triton_ops.attention import attention
 from kernels.triton_ops.bias_gelu import bias_gelu
 from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
 from kernels.triton_ops.dropout import dropout

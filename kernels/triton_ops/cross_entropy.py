@@ -279,6 +279,7 @@ def _(
 def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.settings = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, output[1])
 
 

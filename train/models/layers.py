@@ -117,14 +117,14 @@ class Attention(nn.Module):
         """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if context.rope is not None:
-            q, k = kernels.rope(q, context.rope), kernels.rope(k, context.rope)
-        decoding = context.ends is not None
+        rope, decoding = context.rope, context.ends is not None
+        if rope is not None and cache is not None:  # a cache keeps keys as they are compared: turned
+            q, k, rope = kernels.rope(q, rope), kernels.rope(k, rope), None
         if cache is not None and decoding:
             k, v = cache.append(k, v, context)
         elif cache is not None:
             cache.start(k, v)
-        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments)
+        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments, rope=rope)
         return self.out(y.flatten(-2))
 
 
