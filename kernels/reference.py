@@ -149,5 +149,5 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
-    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    return cross_entropy(wide(hidden) @ wide(weight).T, targets, **settings)
+    logits = wide(hidden) @ wide(weight).T
+    return cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)

@@ -113,8 +113,8 @@ def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
-    wanted = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    total, trained = F.cross_entropy(wide(logits), targets, reduction="sum", **wanted), targets != ignore_index
+    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    trained = targets != ignore_index
     if z_loss:
         total = total + z_loss * torch.where(trained, wide(logits).logsumexp(-1), 0).square().sum()
     return total, trained.sum()
