@@ -80,7 +80,7 @@ def tile_at(number, EDGE: tl.constexpr, begin, whole_begin, whole, BLOCK: tl.con
 def columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr):
     """(columns, kept) of a tile BLOCK_D wide; with ``HALVES`` each half of the head fills its own half of the tile."""
     at = tl.arange(0, BLOCK_D)
-    if HALVES:
+    if HALVES and HEAD_DIM != BLOCK_D:
         half: tl.constexpr = BLOCK_D // 2
         return at // half * (HEAD_DIM // 2) + at % half, at % half < HEAD_DIM // 2
     return at, at < HEAD_DIM
