@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels.chunked_loss import chunked_linear_cross_entropy
 from kernels.dispatch import ops, torchs
 from kernels.philox import Dropout
 from kernels.segments import Segments
@@ -80,11 +81,28 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     return ops(gate).gated_mlp(gate, up)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
-    return ops(logits).cross_entropy(logits, targets, ignore_index)
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``.
+
+    The sum is float32 (float64 for float64 logits), the count int64. Of a target's probability ``label_smoothing`` is spread
+    evenly over the vocabulary (Szegedy et al. 2016); ``z_loss`` * logsumexp(logits)^2 is added to every place (PaLM, section 5).
+    """
+    return ops(logits).cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T; where logits are many, only a chunk of them ever exists."""
-    return ops(hidden).linear_cross_entropy(hidden, weight, targets, ignore_index)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T; where tokens are many, the logits of a chunk are all that ever exist.
+
+    Under autocast the products are of its dtype. Gradients are made in the forward pass where they are wanted.
+    """
+    return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, label_smoothing, z_loss)

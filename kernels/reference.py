@@ -121,17 +121,32 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     return (wide(gate) * torch.sigmoid(wide(gate)) * wide(up)).to(gate.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[target] summed over the places of logits (N, V) and targets (N,) that are not ignored.
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The loss of logits (N, V) at targets (N,), summed over the places that are not ``ignore_index``: (sum, count).
 
-    Returns the sum (float32, or float64 for float64 logits) and the count (int64) of those places, in nats.
+    A place costs the cross-entropy, in nats, of softmax(logits) to its target; of the target's probability
+    ``label_smoothing`` is spread evenly over the vocabulary (Szegedy et al. 2016). ``z_loss`` * logsumexp(logits)^2 is added
+    (PaLM, section 5). The sum is float32 (float64 for float64 logits), the count int64.
     """
     trained = targets != ignore_index
     chosen = torch.where(trained, targets, 0)
-    losses = wide(logits).logsumexp(-1) - wide(logits).gather(-1, chosen[:, None])[:, 0]
+    normaliser = wide(logits).logsumexp(-1)
+    losses = -(1 - label_smoothing) * (wide(logits).gather(-1, chosen[:, None])[:, 0] - normaliser)
+    losses = losses - label_smoothing * (wide(logits) - normaliser[:, None]).mean(-1) + z_loss * normaliser**2
     return torch.where(trained, losses, 0).sum(), trained.sum()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
-    return cross_entropy(wide(hidden) @ wide(weight).T, targets, ignore_index)
+    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return cross_entropy(wide(hidden) @ wide(weight).T, targets, **settings)

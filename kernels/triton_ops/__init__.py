@@ -2,14 +2,13 @@
 
 from kernels.torch_ops import (
     add_layer_norm,
-    cross_entropy,
     gated_mlp,
     gelu,
     layer_norm,
-    linear_cross_entropy,
     rope,
 )
 from kernels.triton_ops.attention import attention
+from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
@@ -17,10 +16,11 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "cross_entropy_step",
     "gated_mlp",
     "gelu",
     "layer_norm",
-    "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_",
 ]
