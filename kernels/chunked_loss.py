@@ -82,8 +82,8 @@ def _(
 
 def _outputs(hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    grads = (x.new_empty(x.shape if wanted else 0) for x, wanted in ((hidden, for_hidden), (weight, for_weight)))
-    return hidden.new_empty((), dtype=dtype), *grads
+    by_hidden, by_weight = (x.new_empty(x.shape if y else 0) for x, y in ((hidden, for_hidden), (weight, for_weight)))
+    return hidden.new_empty((), dtype=dtype), by_hidden, by_weight
 
 
 def _chunk_rows(tokens: int) -> int:
@@ -104,7 +104,7 @@ def _(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    total, *grads = output
+    _, *grads = output
     ctx.mark_non_differentiable(*grads)
     ctx.set_materialize_grads(False)  # else zeros as large as they are would be made for them
     ctx.save_for_backward(*grads)
@@ -112,6 +112,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # nothing comes from the loss
+        return (None,) * 8
     grads = (_scaled(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
     return *grads, None, None, None, None, None, None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from kernels.chunked_loss import chunked_linear_cross_entropy
@@ -66,19 +68,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropou
     return ops(x).add_rms_norm(x, residual, weight, eps, dropout)
 
 
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """X (..., D), each element zeroed with probability how.p and the others divided by 1 - how.p; how.seed names the mask."""
+    return ops(x).dropout(x, how)
+
+
 def rope(x: Tensor, table: RopeTable) -> Tensor:
     """Rotary position embedding of x (B, T, H, Dh), computed in float32, in the order of halves (see the reference)."""
     return ops(x).rope(x, table)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, as GPT-2's."""
-    return ops(x).gelu(x)
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x (..., D) + bias (D,), by the tanh approximation that GPT-2 was trained with."""
+    return ops(x).bias_gelu(x, bias)
 
 
-def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the product inside SwiGLU."""
-    return ops(gate).gated_mlp(gate, up)
+def gated_mlp(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu"] = "silu") -> Tensor:
+    """activation(gate) * up: the product inside SwiGLU with "silu", GeGLU with "gelu". Halves of one tensor are not copied."""
+    return ops(gate).gated_mlp(gate, up, activation)
 
 
 def cross_entropy(

@@ -110,15 +110,16 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x * normal CDF(x), by the tanh approximation that GPT-2 was trained with (Hendrycks and Gimpel 2016)."""
-    y = wide(x)
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y * normal CDF(y) of y = x + bias, by the tanh approximation that GPT-2 was trained with (Hendrycks and Gimpel 2016)."""
+    y = wide(x) if bias is None else wide(x) + wide(bias)
     return (0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))).to(x.dtype)
 
 
-def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
-    """gate * sigmoid(gate) * up: the product inside SwiGLU (Shazeer 2020)."""
-    return (wide(gate) * torch.sigmoid(wide(gate)) * wide(up)).to(gate.dtype)
+def gated_mlp(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """gate * sigmoid(gate) * up: the product inside SwiGLU (Shazeer 2020); with gelu(gate) inside GeGLU."""
+    active = wide(gate) * torch.sigmoid(wide(gate)) if activation == "silu" else bias_gelu(wide(gate))
+    return (active * wide(up)).to(gate.dtype)
 
 
 def cross_entropy(
@@ -148,5 +149,5 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
-    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    return cross_entropy(wide(hidden) @ wide(weight).T, targets, **settings)
+    logits = wide(hidden) @ wide(weight).T
+    return cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)

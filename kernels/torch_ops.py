@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,6 +74,11 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropou
     return rms_norm(total, weight, eps), total
 
 
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """``how`` applied to x (..., D)."""
+    return philox.dropout(x, how)
+
+
 class RopeTable(NamedTuple):
     """Cosines and sines of a batch's positions, (B, T, 1, Dh/2) float32 each: made once, used by every layer."""
 
@@ -94,22 +99,22 @@ def rope(x: Tensor, table: RopeTable) -> Tensor:
     return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU by the tanh approximation, as GPT-2's."""
-    return F.gelu(x, approximate="tanh")
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU of x (..., D) + bias (D,), by the tanh approximation that GPT-2 was trained with."""
+    return F.gelu(x if bias is None else x + bias, approximate="tanh")
 
 
-def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, the product inside SwiGLU."""
-    return F.silu(gate) * up
+def gated_mlp(gate: Tensor, up: Tensor, activation: Literal["silu", "gelu"] = "silu") -> Tensor:
+    """activation(gate) * up: the product inside SwiGLU with "silu", GeGLU with "gelu"."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
-    wanted = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    total, trained = F.cross_entropy(wide(logits), targets, reduction="sum", **wanted), targets != ignore_index
+    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    trained = targets != ignore_index
     if z_loss:
         total = total + z_loss * torch.where(trained, wide(logits).logsumexp(-1), 0).square().sum()
     return total, trained.sum()

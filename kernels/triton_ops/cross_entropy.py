@@ -284,6 +284,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    if grad is None:  # nothing comes from the losses
+        return (None,) * 5
     return cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
