@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import dispatch
+import kernels.dispatch as dispatch
 from kernels.reference import wide
 
 LEAST_ROWS, MOST_CHUNKS = 1024, 16
