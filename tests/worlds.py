@@ -155,7 +155,7 @@ def train_world(config: Config, corpus: Path, stop_when: dict[str, Any] | None =
     return run(size, train, configuration.to_dict(config), str(corpus), stop_when, timeout=timeout)
 
 
-TIMES = ("tokens_per_s",)
+TIMES = ("tokens_per_s", "save_stall_s")
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

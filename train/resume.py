@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from train import config as configuration
+from train import manifest
 from train.errors import UserError
 from train.schema import Config
 
@@ -45,9 +46,9 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
             f"{folder} holds a run of another kind:\n{lines}\n"
             "Give the old values to go on with it, or another run.name to start anew"
         )
-    for manifest in folder.glob("checkpoints/step_*/checkpoint.json"):
-        with contextlib.suppress(ValueError, OSError):
-            was = json.loads(manifest.read_text())["corpus"]
+    for checkpoint in folder.glob("checkpoints/step_*"):
+        with contextlib.suppress(manifest.Damaged):
+            was = manifest.read(checkpoint)["corpus"]
             if corpus_fingerprint is not None and was != corpus_fingerprint:
                 raise UserError(
                     f"{folder} was trained on the corpus {was[:12]}, and this one is {corpus_fingerprint[:12]}: the text, its "

@@ -32,7 +32,7 @@ def composed(corpus: Path, run: Path, *overrides: str):
 
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     """Every piece that this rank holds after loading the newest checkpoint."""
-    from train.checkpoint import Checkpoints
+    from train.checkpoint import newest
     from train.data.loader import loaders
     from train.data.shards import Corpus
     from train.run import build_engine, restore
@@ -41,8 +41,7 @@ def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     corpus_ = Corpus(corpus)
     loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
-    checkpoints = Checkpoints(Path(config.run.dir or "") / "checkpoints", 9, 9, world)
-    restore(checkpoints.newest(lambda text: None), engine, checkpoints, loader)
+    restore(newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
     loader.close()
     forward = dict(engine.whole_weights())
     pieces = {f"{k}/{p.name}@{p.start}": v.clone().numpy() for p in engine.pieces for k, v in engine.states(p).items()}
