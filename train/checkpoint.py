@@ -115,10 +115,10 @@ def newest(folder: Path, world: dist.World, note: Callable[[str], None]) -> Chec
         note(f"{path.name} is damaged and is not used: {damage}")
     for checkpoint in reversed(found):
         mine = checkpoint.damage(slice(world.rank, None, world.size))
-        damage = next((d for d in dist.gather_objects(mine) if d), None)
-        if damage is None:
+        found_damage = [d for d in dist.gather_objects(mine) if d]
+        if not found_damage:
             return checkpoint
-        note(f"{checkpoint.path.name} is damaged and is not used: {damage}")
+        note(f"{checkpoint.path.name} is damaged and is not used: {found_damage[0]}")
     return None
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from train import config as configuration
 from train import checkpoint, dist, resume
+from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders

@@ -1,7 +1,7 @@
 """Saving behind the steps: a checkpoint is begun between two steps and completed while later ones run.
 
-Every rank's own thread copies its pieces (``train.snapshot``), writes them into a folder aside and forces them to the disk. When all
-ranks have, rank 0 adds the manifest and renames the folder, so that one of that name is whole; then ``latest`` is moved. The
+Every rank's own thread copies its pieces (``train.snapshot``), writes them into a folder aside and forces them to the disk. When
+all ranks have, rank 0 adds the manifest and renames the folder, so that one of that name is whole; then ``latest`` is moved. The
 threads speak through the world's store, never by a collective. One save at a time: the next one waits for it.
 """
 

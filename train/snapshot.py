@@ -42,8 +42,9 @@ class Snapshot:
         self.taken = threading.Event()
         """Set once it is copied; from a GPU: once its copying is queued, with ``copied`` behind it."""
         self.taken.set()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready, self.copied = (torch.cuda.Event(), torch.cuda.Event()) if self.stream else (None, None)
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ready: Any = torch.cuda.Event() if self.stream else None
+        self.copied: Any = torch.cuda.Event() if self.stream else None
 
     def begin(self, states: dict[Key, Tensor]) -> None:
         """What is to be taken, as it is now: views, each (numel,) float32."""
