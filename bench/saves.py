@@ -1,11 +1,12 @@
 """What a save costs the steps: beside torch's own savers, and at every tenth step of the default run.
 
-    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH] [--skip every_ten|stall]
+    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH] [--only stall|every_ten]
 
-The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in turn, in the
-same processes, saves that state once a round and the steps go on until it is written. "stall" is what the loop is held up: the call,
-and for ours also what the next update waits for its copy. "lost" is all that training lost: the stall, and how much longer than
-the median undisturbed step the steps took until the file was written. The first save of each, which allocates, is not counted.
+The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in turn, in
+the same processes, saves that state once a round and the steps go on until it is written. "stall" is what the loop is held up:
+the call, and for ours also what the next update waits for its copy. "lost" is all that training lost: the stall, and how much
+longer than the median undisturbed step the steps took until the file was written. The first save of each, which allocates, is
+not counted.
 
 Every tenth step: the default run's model, batch and loop (``train.loop``), 2 workers, taking turns with and without saves.
 """
@@ -127,9 +128,7 @@ class AsyncSave:
     def begin(self, number: int) -> None:
         """Copy, and hand over."""
         state = {f"{self.world.rank}/{name}": value for name, value in self.steps.state().items()}
-        self.future = dcp.async_save(
-            state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind
-        )
+        self.future = dcp.async_save(state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind)
 
     def busy(self) -> bool:
         """Whether it is still being written."""
@@ -286,7 +285,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", help="where to save; default: the place of temporary files")
     parser.add_argument("--only", choices=["stall", "every_ten"])
     options = parser.parse_args(arguments)
-    out, met = Console(), []
+    out, met = Console(width=110), []
     out.print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, fp32")
     if options.only != "every_ten":
         for size in options.workers:

@@ -10,7 +10,7 @@
 losses are float32 at least, whatever comes in.
 """
 
-from kernels.dispatch import force, use
+from kernels.dispatch import Choice, force, measuring, use
 from kernels.ops import (
     add_layer_norm,
     add_rms_norm,
@@ -27,6 +27,7 @@ from kernels.segments import Segments
 from kernels.torch_ops import RopeTable, rope_table
 
 __all__ = [
+    "Choice",
     "RopeTable",
     "Segments",
     "add_layer_norm",
@@ -38,6 +39,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "measuring",
     "rms_norm",
     "rope",
     "rope_table",

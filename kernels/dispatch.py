@@ -35,7 +35,7 @@ def use(choice: Choice, device: torch.device) -> str:
         return "Triton's, as kernels=triton asks" + (", interpreted on the CPU: slow" if device.type == "cpu" else "")
     if device.type == "cuda":
         return "Triton's, on CUDA" if _has_triton() else "torch's own: Triton is not installed"
-    return f"torch's own: no CUDA device ({device.type})"
+    return "torch's own: no CUDA device"
 
 
 @contextlib.contextmanager
@@ -51,9 +51,16 @@ def force(choice: Choice) -> Iterator[None]:
 
 def ops(x: Tensor) -> ModuleType:
     """The module whose functions run for a tensor like ``x``."""
-    if _choice == "torch" or (_choice == "auto" and not (x.is_cuda and _has_triton())):
+    if _choice == "torch" or not (x.is_cuda or (_choice == "triton" and _interpreted())) or not _has_triton():
         return torch_ops
-    return _triton_ops()
+    return importlib.import_module("kernels.triton_ops")
+
+
+def measuring() -> contextlib.AbstractContextManager[None]:
+    """Within, Triton's kernels measure which tiles are fastest for shapes they have not met on this machine (kernels.tuning)."""
+    if _choice == "torch" or not _has_triton():
+        return contextlib.nullcontext()
+    return importlib.import_module("kernels.tuning").measuring()
 
 
 @functools.cache
@@ -61,15 +68,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def _triton_ops() -> ModuleType:
-    return importlib.import_module("kernels.triton_ops")
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _check_triton(device: torch.device) -> None:
     if not _has_triton():
         raise ValueError("kernels=triton, but Triton is not installed: pip install triton, or kernels=auto")
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type == "cpu" and not _interpreted():
         raise ValueError(
             "kernels=triton on a CPU runs in Triton's interpreter, thousands of times slower: for a look or a test, "
             "set TRITON_INTERPRET=1 in the environment; else kernels=auto"

@@ -10,9 +10,11 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ Tiles = dict[str, int]
 ROUNDS, WARM_UP = 11, 3
 _forced: dict[str, Tiles] = {}
 _measuring = False
+_every_candidate = False
 
 
 def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], None]) -> Tiles:
@@ -34,7 +37,10 @@ def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], ru
     """
     if op in _forced:
         return _forced[op]
-    if not torch.cuda.is_available() or len(candidates) == 1:
+    if _every_candidate:
+        for tiles in candidates:
+            run(tiles)
+    if len(candidates) == 1:
         return candidates[0]
     table, key = _table(_file()), f"{op} {' '.join(map(str, shape_class))}"
     if key not in table and _measuring:
@@ -66,27 +72,56 @@ def force(**tiles: Tiles) -> Iterator[None]:
         _forced.update(before)
 
 
-def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
-    """Median time of a run; infinite for tiles that this GPU has no room for."""
-    times = []
+@contextlib.contextmanager
+def every_candidate() -> Iterator[None]:
+    """Within, every candidate is started before the choice is: how a test compiles all that may ever run."""
+    global _every_candidate
+    _every_candidate = True
     try:
-        for _ in range(WARM_UP + ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(tiles)
-            end.record()
-            times.append((start, end))
+        yield
+    finally:
+        _every_candidate = False
+
+
+def forget() -> None:
+    """Drops what was read from the disk: the next look reads it again."""
+    _file.cache_clear()
+    _table.cache_clear()
+
+
+def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
+    """Median time of a run; infinite for tiles that this device has no room for."""
+    try:
+        times = (_on_cuda if torch.cuda.is_available() else _on_cpu)(functools.partial(run, tiles))
     except triton.runtime.errors.OutOfResources:
         return float("inf")
+    return statistics.median(times[WARM_UP:])
+
+
+def _on_cuda(run: Callable[[], None]) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WARM_UP + ROUNDS)]
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in times[WARM_UP:])
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _on_cpu(run: Callable[[], None]) -> list[float]:
+    marks = [time.perf_counter()]
+    for _ in range(WARM_UP + ROUNDS):
+        run()
+        marks.append(time.perf_counter())
+    return [1e3 * (after - before) for before, after in itertools.pairwise(marks)]
 
 
 @functools.cache
 def _file() -> Path:
-    """The table of this GPU, these versions and this text of the kernels."""
+    """The table of this device, these versions and this text of the kernels."""
     sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))
-    about = [torch.cuda.get_device_name(), f"torch{torch.__version__}", f"triton{triton.__version__}"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    about = [device, f"torch{torch.__version__}", f"triton{triton.__version__}"]
     name = "-".join([*about, hashlib.sha256(sources).hexdigest()[:12]]).replace(" ", "_").replace("/", "_")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "trireme" / "tiles" / f"{name}.json"

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -109,9 +110,15 @@ def _enter(rank: int, size: int, port: int, pipe: Any, function: Callable[..., A
     from train import dist
 
     torch.set_num_threads(1)
+    alone = threading.Lock()  # what is done behind the steps has its word too
+
+    def emit(event: dict[str, Any]) -> None:
+        with alone:
+            pipe.send(("event", event))
+
     try:
         world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port, timeout_s=60))
-        pipe.send(("result", function(world, lambda event: pipe.send(("event", event)), *arguments)))
+        pipe.send(("result", function(world, emit, *arguments)))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
         os._exit(1)

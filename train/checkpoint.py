@@ -10,6 +10,7 @@ the checkpoint before it is taken instead, and that is said.
 
 from __future__ import annotations
 
+import shutil
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from train import dist, manifest
-from train.data.files import sha256_of
+from train.data.files import sha256_of, write_whole
 from train.errors import UserError
+from train.mirror import Mirror
 from train.pieces import Stateful
 from train.progress import Progress
 from train.snapshot import key
@@ -92,14 +94,15 @@ class Reader:
         return whole
 
 
-def inventory(folder: Path) -> tuple[list[Checkpoint], dict[Path, str]]:
-    """The checkpoints of a folder whose manifest is whole, oldest first, and what is wrong with those where it is not."""
+def inventory(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
+    """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
     whole, damaged = [], {}
     for path in folder.glob("step_*"):
-        try:
-            whole.append(Checkpoint(path, manifest.read(path)))
-        except manifest.Damaged as damage:
-            damaged[path] = str(damage)
+        if step := manifest.FOLDER.fullmatch(path.name):
+            try:
+                whole.append(Checkpoint(path, manifest.read(path)))
+            except manifest.Damaged as damage:
+                damaged[int(step[1])] = str(damage)
     return sorted(whole, key=lambda c: c.progress.step), damaged
 
 
@@ -108,18 +111,72 @@ def complete(folder: Path) -> list[Checkpoint]:
     return inventory(folder)[0]
 
 
-def newest(folder: Path, world: dist.World, note: Callable[[str], None]) -> Checkpoint | None:
-    """The newest one that is whole; every rank gets the same, having hashed its share of the files. A collective."""
-    found, damaged = inventory(folder)
-    for path, damage in damaged.items():
-        note(f"{path.name} is damaged and is not used: {damage}")
-    for checkpoint in reversed(found):
-        mine = checkpoint.damage(slice(world.rank, None, world.size))
-        found_damage = [d for d in dist.gather_objects(mine) if d]
-        if not found_damage:
+def newest(folder: Path, world: dist.World, note: Callable[[str], None], mirror: Mirror | None = None) -> Checkpoint | None:
+    """The newest one that is whole, here or, if it is newer or the one here is damaged, in the mirror, from where it is fetched.
+
+    Every rank gets the same, having hashed its share of the files. A collective. Raises UserError where there is none here and the
+    mirror, which may have one, cannot be read.
+    """
+    lost: list[str] = []
+    for name, values, remote in dist.broadcast_object(_candidates(folder, note, mirror, lost) if world.first else None):
+        checkpoint = Checkpoint(folder / name, values)
+        share = slice(world.rank, None, world.size)
+        if remote and mirror:
+            damage = _fetch(checkpoint, world, mirror, lost)
+        else:
+            damage = next((d for d in dist.gather_objects(checkpoint.damage(share)) if d), None)
+        if damage is None:
+            if mirror:
+                mirror.offer(name)
             return checkpoint
-        note(f"{checkpoint.path.name} is damaged and is not used: {found_damage[0]}")
+        note(f"{name}{' in the mirror' if remote else ''} is damaged and is not used: {damage}")
+    if error := dist.broadcast_object("; ".join(lost)):
+        raise UserError(f"no checkpoint is here, and {error}. Mend that, or begin anew without save_mirror")
     return None
+
+
+def _candidates(
+    folder: Path, note: Callable[[str], None], mirror: Mirror | None, lost: list[str]
+) -> list[tuple[str, dict[str, Any], bool]]:
+    """Rank 0: the name, the manifest and whether it is in the mirror, of all that may be used, the best first."""
+    whole, damaged = inventory(folder)
+    for step, damage in damaged.items():
+        note(f"step_{step} is damaged and is not used: {damage}")
+    here, there = [(c.path.name, c.manifest, False) for c in whole], []
+    try:
+        there = [(f"step_{step}", values, True) for step, values in mirror.manifests().items()] if mirror else []
+    except OSError as error:
+        note(str(error))
+        lost.append(str(error))
+    said = (folder / "latest").read_text(errors="replace") if (folder / "latest").exists() else None
+    if said is not None and said not in {name for name, *_ in here}:
+        note(f"latest says {said[:40]!r}, which is no whole checkpoint")
+    return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
+
+
+def _fetch(checkpoint: Checkpoint, world: dist.World, mirror: Mirror, lost: list[str]) -> str | None:
+    """Bring a checkpoint here from the mirror, whole or not at all: what is wrong with it, or None. A collective."""
+    aside = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
+    coming = Checkpoint(aside, checkpoint.manifest)
+
+    def begin() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def end() -> None:
+        write_whole(aside / manifest.MANIFEST, manifest.to_bytes(checkpoint.manifest))
+        if checkpoint.path.exists():
+            shutil.rmtree(checkpoint.path)
+        aside.rename(checkpoint.path)
+
+    if not (error := dist.act_first(begin)):
+        mine = mirror.fetch(checkpoint.path.name, checkpoint.manifest, aside)
+        error = next((e for e in dist.gather_objects(mine) if e), None)
+    if error:
+        lost.append(f"{checkpoint.path.name} could not be fetched: {error}")
+        return error
+    mine = coming.damage(slice(world.rank, None, world.size))
+    return next((d for d in dist.gather_objects(mine) if d), None) or dist.act_first(end)
 
 
 def restore(checkpoint: Checkpoint, engine: Stateful) -> None:

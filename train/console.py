@@ -99,6 +99,7 @@ class Console:
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
         about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s", 0) >= LEAST_ESTIMATE_S else ""
+        self._fact("kernels", str(event.get("kernels", "")))
         self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
         if event.get("start_step"):
             self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
@@ -177,6 +178,7 @@ class Console:
 
     def _save(self, event: Event) -> None:
         seconds = f" in {event['seconds']:.1f} s" if finite(event.get("seconds")) else ""
+        seconds += f", the steps waited {event['stall_s']:.2f} s" if finite(event.get("stall_s")) else ""
         self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
 
     def _sample(self, event: Event) -> None:

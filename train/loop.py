@@ -101,7 +101,7 @@ def train(run: Training) -> Progress:
 
 
 def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
-    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one small sum over the ranks.
+    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one sum over the ranks.
 
     Before the first backward pass, since every gradient is divided by the count of the whole batch.
     """

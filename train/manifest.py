@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,14 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
     if strange := [name for name in files if not FILE.fullmatch(name)]:
         raise Damaged(f"{MANIFEST} names a file {strange[0]!r}")
     return values
+
+
+def superfluous(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
+    """The steps of those that are neither among the newest nor among those of lowest held-out loss."""
+    steps = sorted(m["progress"]["step"] for m in manifests)
+    best = sorted((m["val_loss"], -m["progress"]["step"]) for m in manifests if m["val_loss"] is not None)
+    kept = {*steps[-keep_last:], *(-step for _, step in best[:keep_best])}
+    return [step for step in steps if step not in kept]
 
 
 def read(folder: Path) -> dict[str, Any]:

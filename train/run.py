@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from train import checkpoint, dist, resume
@@ -24,15 +23,19 @@ from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
 from train.loop import Record, Training, finish_pending, phase, train
+from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
 from train.saving import Saver
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
+from train.tiles import DTYPES, choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
+MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
+"""How long the end of a run, and a stop, wait for the last copy to be complete elsewhere."""
 
 
 def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
@@ -46,18 +49,28 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit)):
+
+    def note(text: str) -> None:
+        if world.first:
+            emit({"event": "note", "text": text})
+
+    mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
+    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    found = checkpoint.newest(folder / "checkpoints", world, lambda text: _note(world, emit, text))
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     progress, pending = restore(found, engine, loader)
-    saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world)
-    emit({"event": "plan", **_plan(config, corpus, objective, progress), **_estimate(config, world, objective, progress)})
+    saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
+    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
+    emit({"event": "plan", "kernels": chosen} | plan)
     tracker = None
     if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
+        tracker = Tracker(config, progress.step - (pending is not None), note)
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
@@ -67,9 +80,11 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
             finish_pending(training, pending)
         progress = train(training)
         work.finish(progress)
+        saver.leave(MIRROR_WAIT_S)
     except Stopped:
         if tracker:
             tracker.close({})
+        saver.leave(MIRROR_WAIT_STOPPED_S)
         raise
     finally:
         saver.close()
@@ -208,8 +223,10 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
+def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    if mirror and not (folder / "config.yaml").exists():
+        mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
@@ -219,11 +236,6 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> No
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
-
-
-def _note(world: dist.World, emit: Emit, text: str) -> None:
-    if world.first:
-        emit({"event": "note", "text": text})
 
 
 def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
@@ -248,7 +260,7 @@ def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) ->
 
 def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
     """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.name]
+    dtype = DTYPES[config.precision.name]
     tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
     flops = tokens * objective.flops_per_token(config.batch.seq_len)
     return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

@@ -7,8 +7,6 @@ threads speak through the world's store, never by a collective. One save at a ti
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import shutil
 import threading
@@ -20,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from train import dist, manifest
-from train.checkpoint import Checkpoint, complete
+from train.checkpoint import complete
 from train.data.files import write_whole
 from train.errors import UserError
+from train.mirror import Mirror
 from train.pieces import Piece, Stateful
 from train.progress import Progress
-from train.snapshot import Snapshot
+from train.snapshot import Snapshot, step_aside
 
-NICENESS = 10
-"""Of the writing thread: it takes what the steps leave. A step that waits for it leaves everything."""
 LOOK_S = 0.01
 CLOSE_S = 10.0
 
@@ -53,8 +50,8 @@ class Save:
 class Saver:
     """One rank's part in saving a run's checkpoints. Made by all ranks together."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int, world: dist.World) -> None:
-        self.folder, self.keep_last, self.keep_best, self.world = folder, keep_last, keep_best, world
+    def __init__(self, folder: Path, keep_last: int, keep_best: int, world: dist.World, mirror: Mirror | None = None) -> None:
+        self.folder, self.keep_last, self.keep_best, self.world, self.mirror = folder, keep_last, keep_best, world, mirror
         self.snapshot, self.post = Snapshot(world.device), dist.Post("saves")
         self.stall_s = 0.0
         """Seconds that steps have waited for saves."""
@@ -127,9 +124,16 @@ class Saver:
                 "Make room or mend the folder, then give the same command: the run goes on from the newest one."
             )
 
+    def leave(self, limit_s: float) -> None:
+        """Wait, but not for ever, until the newest checkpoint is copied to the mirror, if there is one. A collective."""
+        if self.mirror:
+            self.mirror.settle(limit_s)
+
     def close(self) -> None:
         """Give up what is in flight: the run is over, one way or another."""
         self.given_up.set()
+        if self.mirror:
+            self.mirror.given_up.set()
         if self.current:
             self.current.thread.join(CLOSE_S)
 
@@ -140,8 +144,6 @@ class Saver:
     # ------------------------------------------------------------------------------------------ in the writer's thread
 
     def _behind(self, save: Save) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         try:
             save.error = self._tell(save, self._write(save))
         except dist.GivenUp:
@@ -155,6 +157,7 @@ class Saver:
         aside = self._aside(save)
         try:
             self.snapshot.take()
+            step_aside()  # from here on, no step waits
             aside.mkdir(parents=True, exist_ok=True)
             entry = self.snapshot.write(aside / f"rank_{self.world.rank}.safetensors", self.given_up.is_set)
         except Exception as error:  # whatever it is, the others must not wait for this rank
@@ -189,12 +192,18 @@ class Saver:
                 self._remove(final)
             aside.rename(final)
             write_whole(self.folder / "latest", final.name.encode())
-            for checkpoint in superfluous(complete(self.folder), self.keep_last, self.keep_best):
-                self._remove(checkpoint.path)
+            self._prune()
+            if self.mirror:
+                self.mirror.offer(final.name)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             return str(error)
         return None
+
+    def _prune(self) -> None:
+        for step in manifest.superfluous([c.manifest for c in complete(self.folder)], self.keep_last, self.keep_best):
+            if self.mirror is None or self.mirror.working != f"step_{step}":  # else it is dropped after the next save
+                self._remove(self.folder / f"step_{step}")
 
     def _aside(self, save: Save) -> Path:
         return self.folder / f".step_{save.step}.{self.start}.saving"
@@ -204,10 +213,3 @@ class Saver:
         gone = self.folder / f".{path.name}.{self.start}.deleting"
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def superfluous(checkpoints: Sequence[Checkpoint], keep_last: int, keep_best: int) -> list[Checkpoint]:
-    """Those (of all, oldest first) that are neither among the newest nor among those of lowest held-out loss."""
-    best = sorted((c for c in checkpoints if c.val_loss is not None), key=lambda c: (c.val_loss, -c.progress.step))
-    kept = {c.path for c in [*checkpoints[-keep_last:], *best[:keep_best]]}
-    return [c for c in checkpoints if c.path not in kept]
