@@ -10,6 +10,7 @@ the checkpoint before it is taken instead, and that is said.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -148,9 +149,10 @@ def _candidates(
     except OSError as error:
         note(str(error))
         lost.append(str(error))
-    said = (folder / "latest").read_text(errors="replace") if (folder / "latest").exists() else None
-    if said is not None and said not in {name for name, *_ in here}:
-        note(f"latest says {said[:40]!r}, which is no whole checkpoint")
+    with contextlib.suppress(OSError):
+        said = (folder / "latest").read_text(errors="replace")
+        if said not in {name for name, *_ in here}:
+            note(f"latest says {said[:40]!r}, which is no whole checkpoint")
     return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 

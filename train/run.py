@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-
-    def note(text: str) -> None:
-        if world.first:
-            emit({"event": "note", "text": text})
-
+    note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
     if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
         raise UserError(error)
@@ -236,6 +233,11 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirro
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+
+
+def _note(world: dist.World, emit: Emit, text: str) -> None:
+    if world.first:
+        emit({"event": "note", "text": text})
 
 
 def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:

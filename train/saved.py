@@ -35,9 +35,9 @@ def open_run(folder: Path, which: str = "latest") -> SavedRun:
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
     """
     config = configuration.read(folder / "config.yaml")
+    checkpoint, reader = _opened(folder, which)
     tokenizer = load_tokenizer(folder)
     objective = build_objective(config, tokenizer.vocab_size)
-    checkpoint, reader = _opened(folder, which)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
