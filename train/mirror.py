@@ -21,7 +21,6 @@ from train import dist, manifest
 from train.data.files import write_whole
 from train.errors import UserError
 from train.schema import Config
-from train.snapshot import step_aside
 
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
 """What a resume reads of a run's folder, beside its checkpoints."""
@@ -72,7 +71,6 @@ class Mirror:
             return (self.offered or self.working) is not None
 
     def _work(self) -> None:
-        step_aside()
         rank, given_up = self.world.rank, self.given_up.is_set
         with contextlib.suppress(dist.GivenUp, RuntimeError):  # the store may go first, with rank 0
             for turn in itertools.count():

@@ -24,7 +24,7 @@ from train.errors import UserError
 from train.mirror import Mirror
 from train.pieces import Piece, Stateful
 from train.progress import Progress
-from train.snapshot import Snapshot, step_aside
+from train.snapshot import Snapshot
 
 LOOK_S = 0.01
 CLOSE_S = 10.0
@@ -157,7 +157,6 @@ class Saver:
         aside = self._aside(save)
         try:
             self.snapshot.take()
-            step_aside()  # from here on, no step waits
             aside.mkdir(parents=True, exist_ok=True)
             entry = self.snapshot.write(aside / f"rank_{self.world.rank}.safetensors", self.given_up.is_set)
         except Exception as error:  # whatever it is, the others must not wait for this rank

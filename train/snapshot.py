@@ -28,7 +28,6 @@ from torch import Tensor
 BLOCK = 4096
 """What O_DIRECT's places and sizes are multiples of."""
 CHUNK = 16 << 20
-NICENESS = 10
 Key = tuple[str, str, int]
 """Kind, parameter, first element."""
 
@@ -112,12 +111,6 @@ class Snapshot:
             self.memory.madvise(mmap.MADV_HUGEPAGE)
         if self.stream:  # pinned in place: torch's own pinned memory is rounded up to a power of two
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(self.memory), len(self.memory), 0))
-
-
-def step_aside() -> None:
-    """Let this thread have what the steps leave of the processor."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def key(kind: str, name: str, start: int) -> str:
