@@ -97,7 +97,7 @@ class Ours:
 
     def busy(self) -> bool:
         """Whether it is still being written."""
-        return self.saver.current is not None and self.saver.current.thread.is_alive()
+        return self.saver.busy
 
 
 class TorchSave:

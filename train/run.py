@@ -164,10 +164,13 @@ class Work:
 
     def settle(self) -> None:
         """Wait for the save in flight."""
-        self.emit(phase("save"))
+        waits = self.saver.busy
+        if waits:
+            self.emit(phase("save"))
         self.saver.settle()
         self.save_failed()
-        self.emit(phase("train"))
+        if waits:
+            self.emit(phase("train"))
 
     @property
     def stall_s(self) -> float:

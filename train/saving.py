@@ -94,10 +94,15 @@ class Saver:
         """Wait until the weights and moments are copied: before each update."""
         self.stall_s += self.snapshot.hold()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return self.current is not None and self.current.thread.is_alive()
+
     def ended(self) -> Save | None:
         """The last save, once, when it is over."""
         save = self.current
-        if save is None or save.told or save.thread.is_alive():
+        if save is None or save.told or self.busy:
             return None
         save.told = True
         return save
@@ -115,7 +120,7 @@ class Saver:
         began, save = time.monotonic(), self.current
         if save is None:
             return
-        while dist.all_reduce_sum([float(save.thread.is_alive())])[0]:
+        while dist.all_reduce_sum([float(self.busy)])[0]:
             save.thread.join(LOOK_S)
         self.stall_s += time.monotonic() - began
         if save.error:
