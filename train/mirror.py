@@ -105,6 +105,9 @@ class Mirror:
     def _complete(self, name: str, errors: Sequence[str]) -> None:
         """Rank 0: what makes the copy a checkpoint, and the end of those that are not kept; or a note of what failed."""
         error = errors[0] if errors else self._attempt(partial(self._put_last, name)) or self._attempt(self._prune)
+        if error:
+            with contextlib.suppress(Exception):  # what is torn takes room
+                self._prune()
         if error and not self.failing:
             self.note(f"{name} could not be copied to {self.url}: {error}. The run goes on; later checkpoints are tried again")
         elif self.failing and not error:

@@ -76,28 +76,27 @@ def test_a_damaged_copy_is_named_and_the_one_before_is_fetched(make, corpus: Pat
 
 def test_a_mirror_that_fails_is_a_note_and_one_that_cannot_be_read_stops_a_new_machine(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    config = make(*MIRRORED, "steps=40", f"save_mirror=file://{elsewhere}")
-    (elsewhere / "mine").write_text("in the way")
+    config = make(*MIRRORED, "steps=20", f"save_mirror=file://{elsewhere}")
+    elsewhere.write_text("in the way")
     ranks = train(config, corpus)  # a new run can not know what is there
-    assert all("cannot be read" in rank.result and "save_mirror" in rank.result for rank in ranks)
-    (elsewhere / "mine").unlink()
+    assert all("cannot be read" in rank.result for rank in ranks), ranks
+    elsewhere.unlink()
     train(config, corpus, {"event": "step", "step": 3})
     shutil.rmtree(elsewhere)
     elsewhere.write_text("gone")
     ranks = train(config, corpus)
     assert [rank.result for rank in ranks] == ["done", "done"]
     assert len([note for note in notes(ranks) if "could not be copied" in note]) == 1
-    assert worlds.metrics(config)[-1]["step"] == 40
+    assert worlds.metrics(config)[-1]["step"] == 20
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file system of its own size")
 def test_a_mirror_that_is_full_keeps_what_it_has(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(elsewhere)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(elsewhere)], check=True)
     try:
-        config = make(*MIRRORED, "model.width=64", "keep_last=9", "steps=12", f"save_mirror=file://{elsewhere}")
+        config = make(*MIRRORED, "model.width=64", "keep_last=9", "save_every=1", "steps=12", f"save_mirror=file://{elsewhere}")
         ranks = train(config, corpus)
         assert [rank.result for rank in ranks] == ["done", "done"]
         assert any("could not be copied" in note and "No space" in note for note in notes(ranks))
@@ -149,7 +148,7 @@ def lose_the_folder(world, emit, config, corpus: str) -> tuple[str, str, int]:
 @pytest.mark.parametrize("url", ["sftp://me:canary@host/x", "pipe:ls", "simplecache::s3://x", "s3://b/x?key=canary", "/tmp/canary"])
 def test_a_url_that_holds_a_secret_or_is_none_is_refused_and_not_shown(make, url: str):
     with pytest.raises(configuration.ConfigError) as caught:
-        make(f"'save_mirror=\"{url}\"'" if False else f'save_mirror="{url}"')
+        make(f'save_mirror="{url}"')
     assert "save_mirror is no plain URL" in str(caught.value)
     assert "canary" not in str(caught.value)
 
