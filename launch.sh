@@ -3,6 +3,7 @@
 #
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
 #   ./launch.sh [train] [group=choice] [key=value]
+#   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|prepare|evaluate|generate|bench|help
 #
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
@@ -12,11 +13,11 @@ export TRIREME_T0="${EPOCHREALTIME/,/.}"
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
-verbs="train test check prepare evaluate generate bench help"
+verbs="train cluster test check prepare evaluate generate bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # 3.11 or newer, with what making an environment takes.
 find_python() {
@@ -117,7 +118,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="$venv/bin/python"
 
 case "$verb" in
-    train) run "$python" -m cluster train "$@" ;;
+    train|cluster) run "$python" -m cluster "$verb" "$@" ;;
     prepare|evaluate|generate) run "$python" -m train "$verb" "$@" ;;
     bench)
         [ $# -gt 0 ] || code=2 fail "bench needs a name: $(cd "$root/bench" && echo *.py | sed 's/\.py//g; s/__init__ *//')"

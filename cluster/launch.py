@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cluster import host, lock, nodes, plan, watch
+from cluster import gather, lock, nodes, plan, remote, watch
 from cluster.begin import Begun
 from cluster.job import Clock, Job
 from cluster.signals import STOPPED, end_now
@@ -23,7 +23,6 @@ from train.errors import NO_ROOM, UserError, no_room
 from train.schema import Config
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,9 @@ def run(what: Plan, begun: Begun) -> int:
         code = BAD_INPUT
     finally:
         console.close()
-    # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
+    if start.others is not None:
+        start.others.close()
+    # The kernel takes Ray's processes and the trainers on this host away with this one: nothing to wait for.
     begun.clear()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,6 +75,7 @@ class Start:
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
+        self.others: remote.Remote | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -104,13 +106,9 @@ class Start:
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
-        """Has the driver on the cluster that the configuration names, or on a private one."""
+        """Has the driver on the cluster that the configuration names, or on one of the job's own."""
         self.console.show({"event": "phase", "name": "ray"})
-        address = config.cluster.address
-        if address is None:
-            nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
-        else:
-            nodes.join(address, str(REPOSITORY))
+        self.others = gather.gather(config.cluster, self.begun)
         self.signals.listen()
         self.clock.mark("ray")
 

@@ -84,15 +84,17 @@ class Host:
 
     def pids(self) -> list[int]:
         """Every living process on this host but the first, as this machine numbers them."""
-        found, space = [], os.readlink(f"/proc/{self.init}/ns/pid")
+        found, space = [], Path(f"/proc/{self.init}/ns/pid").readlink()
         for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 state = (place / "stat").read_text().rpartition(")")[2].split()[0]
-                if os.readlink(place / "ns/pid") == space and state != "Z" and int(place.name) != self.init:
+                if (place / "ns/pid").readlink() == space and state != "Z" and int(place.name) != self.init:
                     found.append(int(place.name))
         return found
 
-    def start(self, command: Sequence[Any], env: dict[str, str] | None = None, cwd: Any = "/tmp", **options: Any) -> subprocess.Popen:
+    def start(
+        self, command: Sequence[Any], env: dict[str, str] | None = None, cwd: Any = "/tmp", **options: Any
+    ) -> subprocess.Popen:
         """Starts a command on this host. The signals that end a program are passed on to it, and SIGKILL ends it too."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN)}
         environment = {**kept, "HOME": HOME, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(env or {})}
