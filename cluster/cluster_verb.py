@@ -117,14 +117,14 @@ def down(options: Options, words: Sequence[str]) -> int:
         member.end(folder)  # what a crash has left
         OUT.print("No cluster's node is up on this host.")
         return OK
-    if found["head"] or "--all" in words:
-        nodes.authenticate(token.place(), found["address"])
-        try:
-            nodes.drain(found["address"])
-        except UserError as error:
-            ERR.print(f"the other nodes were not told ({error}); each ends when it misses its head", markup=False)
+    everything = found["head"] or "--all" in words
+    nodes.authenticate(token.place(), found["address"])
+    try:
+        nodes.drain(found["address"], None if everything else found["node"])
+    except UserError as error:
+        ERR.print(f"the others were not told: {error}", markup=False)
     member.end(folder)
-    what = "The cluster" if found["head"] or "--all" in words else "This host's node"
+    what = "The cluster" if everything else "This host's node"
     OUT.print(f"{what} at {found['address']} is down.")
     return OK
 

@@ -11,13 +11,13 @@ from train.schema import Cluster
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def gather(cluster: Cluster, begun: Begun) -> remote.Remote | None:
-    """Joins the cluster that is named, or starts one; the nodes of it on other hosts, if the job has such.
+def gather(cluster: Cluster, name: str, begun: Begun) -> remote.Remote | None:
+    """Joins the cluster that is configured, or starts one; the nodes of it on other hosts, if the job called ``name`` has such.
 
     To be called from the main thread. UserError says in words what does not work, and on which host.
     """
     if cluster.address is not None:
-        _join(cluster.address)
+        _join(cluster.address, name)
         return None
     kind, names = remote.others(cluster)
     ip = nodes.LOOPBACK
@@ -34,16 +34,16 @@ def gather(cluster: Cluster, begun: Begun) -> remote.Remote | None:
         over = remote.over_ssh if kind == "ssh" else remote.over_srun
         commands = over(names, words, cluster.remote_dir or str(REPOSITORY))
         others = remote.Remote(commands, secret.read_text(), begun.folder)
-    nodes.drive(node.address, None, ip)
+    nodes.drive(node.address, name, None, ip)
     if others is not None:
         others.wait(cluster.start_timeout)
     return others
 
 
-def _join(address: str) -> None:
+def _join(address: str, name: str) -> None:
     """On a cluster that is up, the workers import our code from where we do: its path must be the same on every host."""
     if address == "auto":
         found = member.local()
-        nodes.join(found["address"], str(REPOSITORY), found["ip"])
+        nodes.join(found["address"], name, str(REPOSITORY), found["ip"])
     else:
-        nodes.join(address, str(REPOSITORY))
+        nodes.join(address, name, str(REPOSITORY))

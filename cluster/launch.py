@@ -108,7 +108,7 @@ class Start:
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on one of the job's own."""
         self.console.show({"event": "phase", "name": "ray"})
-        self.others = gather.gather(config.cluster, self.begun)
+        self.others = gather.gather(config.cluster, config.run.name or "", self.begun)
         self.signals.listen()
         self.clock.mark("ray")
 

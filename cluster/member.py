@@ -52,7 +52,7 @@ def lasting_folder() -> Path:
 
 
 def living(folder: Path) -> dict[str, Any] | None:
-    """What the node in ``folder`` says of itself: {"pid", "address", "ip", "head", "since"}; None where none lives."""
+    """What the node in ``folder`` says of itself: {"pid", "address", "ip", "head", "node", "since"}; None where none lives."""
     with contextlib.suppress(OSError, ValueError), (folder / "node.json").open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +104,7 @@ class Keeper:
             nodes.authenticate(start.token, order.address)
             versions.compare(nodes.published(order.address), order.address)
             self.node = nodes.start_member(start, order.address)
-        about = {"pid": os.getpid(), "address": self.node.address, "ip": order.ip, "head": order.address is None}
+        about = {"pid": os.getpid(), "address": self.node.address, "ip": order.ip, "head": order.address is None, "node": self.node.node_id}
         about |= {"since": time.time(), "host": socket.gethostname(), "cpus": order.cpus, "gpus": order.gpus}
         self.file = (self.folder / "node.json").open("w")
         fcntl.flock(self.file, fcntl.LOCK_EX)
@@ -137,6 +137,7 @@ class Keeper:
         if hasattr(self, "node"):
             self.node.end()
         host.end_job(str(self.folder))
+        host.sweep()  # of the jobs that were here
 
 
 def main() -> int:

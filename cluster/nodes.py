@@ -23,6 +23,7 @@ import ray._private.node
 import ray._private.parameter
 import ray._private.state
 import ray._private.utils
+import ray._private.worker
 from ray._private import ray_constants
 from ray._raylet import (  # type: ignore[attr-defined]
     AuthenticationTokenLoader,
@@ -196,21 +197,23 @@ def published(address: str) -> dict[str, str]:
     return dict(json.loads(found)) if found else {}
 
 
-def drain(address: str) -> None:
-    """Has every node of the cluster end."""
+def drain(address: str, node: str | None = None) -> None:
+    """Takes one node out of the cluster, or, without ``node``, every one: each ends."""
     client = check(address)
-    client.drain_nodes([node.binary() for node in client.get_all_node_info()])
+    gone = [one.binary() for one in client.get_all_node_info()] if node is None else [ray.NodeID.from_hex(node).binary()]
+    client.drain_nodes(gone)
 
 
-def join(address: str, import_from: str | None, ip: str | None = None) -> None:
-    """Makes this process a driver on the cluster at ``address``; its workers find our code at ``import_from``.
+def join(address: str, name: str, import_from: str | None, ip: str | None = None) -> None:
+    """Makes this process the driver of a job called ``name`` on the cluster at ``address``; its workers find our code at
+    ``import_from``.
 
     ``ip``: which of the nodes on this machine, where there are several. Raises UserError where that does not work.
     """
     authenticate(None, address)
     check(address)
     try:
-        drive(address, import_from, ip)
+        drive(address, name, import_from, ip)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:
         raise UserError(
             f"this machine is not a node of the cluster at {address} ({str(error).strip().partition(chr(10))[0]}): "
@@ -218,10 +221,12 @@ def join(address: str, import_from: str | None, ip: str | None = None) -> None:
         ) from error
 
 
-def drive(address: str, import_from: str | None, ip: str | None) -> None:
+def drive(address: str, name: str, import_from: str | None, ip: str | None) -> None:
     """As ``join``, on a cluster that is known to answer."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    ray._private.utils.get_entrypoint_name = lambda: "trireme"  # else the command line, with what is secret in it
+    # What becomes of Ray's processes is said by us, in words, and to whoever it concerns.
+    ray._private.worker.listen_error_messages = lambda worker, threads_stopped: None
+    ray._private.utils.get_entrypoint_name = lambda: name  # else the command line, with what is secret in it
     ray.init(
         address=address,
         namespace="trireme",

@@ -12,9 +12,14 @@ from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
 
 from cluster import nodes
 from cluster.plan import Node
+from train.words import plural
 
 JOB_DIGITS = 8
 """Of a placement group's id, the last so many say which job made it."""
+
+
+NAME = 60
+"""Characters of a job's name that are shown: of drivers that are not ours it is the command line."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,7 @@ def _holder(job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, 
     for group in mine:
         for bundle, node in group["bundles_to_node_id"].items():
             held.setdefault(names.get(node, "a lost node"), Counter()).update(group["bundles"][bundle])
-    words = {"CPU": "cores", "GPU": "GPUs"}
-    holds = {name: " and ".join(f"{n:g} {words.get(kind, kind)}" for kind, n in has.items()) for name, has in held.items()}
+    words = {"CPU": "core", "GPU": "GPU"}
+    holds = {name: " and ".join(plural(int(n), words.get(kind, kind)) for kind, n in has.items()) for name, has in held.items()}
     seconds = time.time() - job["StartTime"] / 1000
-    name = next((group["name"] for group in mine if group["name"]), job["JobID"])
-    return Holder(name, hosts.get(job["DriverIPAddress"], job["DriverIPAddress"]), job["DriverPid"], seconds, holds)
+    return Holder(job["Entrypoint"][:NAME], hosts.get(job["DriverIPAddress"], job["DriverIPAddress"]), job["DriverPid"], seconds, holds)
