@@ -6,18 +6,22 @@
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|prepare|evaluate|generate|bench|help
 #
+# Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
 export TRIREME_T0="${EPOCHREALTIME/,/.}"
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; this is where it was made
+    root="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/launch\.sh.*|\1|p')"
+fi
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
 verbs="train cluster test check prepare evaluate generate bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # 3.11 or newer, with what making an environment takes.
 find_python() {

@@ -1,11 +1,11 @@
-"""Real hosts for tests, on one machine: each with its own network address, name, processes and /tmp, joined by a switch.
+"""Real hosts for tests, on one machine: each with its own address, name, processes, /tmp, /run and /dev/shm, joined by a switch.
 
     with hosts(3, shared=tmp_path) as [a, b, c]:
         a.run(["ss", "-ltn"])
         b.cut_off()
 
-They are namespaces of the kernel. What they share is the file system without /tmp and /dev/shm, and ``shared``: the storage that
-every host of a real cluster sees. Namespaces have no names and end with us, so nothing is left behind and any number of tests
+They are namespaces of the kernel. What they share is the rest of the file system, and ``shared``: the storage that every host of
+a real cluster sees. They know each other by name. Namespaces have no names and end with us, so nothing is left behind and any number of tests
 may run at once. Needs root, iproute2 and util-linux; ``WHY_NOT`` says what is missing.
 """
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ def hosts(number: int, shared: Path, cores: int = 1) -> Iterator[list[Host]]:
         _in(switch.pid, "ip link set bridge up")
         for n in range(number):
             mine = {there[(n * cores + k) % len(there)] for k in range(cores)}
-            made.append(Host(chr(ord("a") + n), f"{NETWORK}.{n + 1}", mine, switch, paths))
+            made.append(Host(ascii_lowercase[n], f"{NETWORK}.{n + 1}", mine, switch, paths))
         yield made
     finally:
         for holder in (*(host.holder for host in made), switch):
@@ -153,18 +154,21 @@ def _in(pid: int, command: str) -> None:
 
 
 def _furnish(name: str, shared: Sequence[str]) -> None:
-    """A new host's name, its /tmp and /dev/shm, and in /tmp what is shared there."""
+    """A new host's name, what it alone sees, in /tmp what is shared there, and the names of the others."""
     subprocess.run(["hostname", name], check=True)
     _mount("-t", "tmpfs", "stash", "/mnt")
     for number, path in enumerate(shared):
         Path(f"/mnt/{number}").mkdir()
         _mount("--bind", path, f"/mnt/{number}")
-    for place in ("/tmp", "/dev/shm"):
+    for place in ("/tmp", "/run", "/dev/shm"):
         _mount("-t", "tmpfs", "-o", "mode=1777", name, place)
     for number, path in enumerate(shared):
         Path(path).mkdir(parents=True)
         _mount("--bind", f"/mnt/{number}", path)
     Path(HOME).mkdir(mode=0o700)
+    known = Path("/run/hosts")
+    known.write_text("127.0.0.1 localhost\n" + "".join(f"{NETWORK}.{n + 1} {letter}\n" for n, letter in enumerate(ascii_lowercase)))
+    _mount("--bind", str(known), "/etc/hosts")
 
 
 def _mount(*arguments: str) -> None:
