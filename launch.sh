@@ -91,11 +91,18 @@ set_up() {
     exec 9>&-
 }
 
+# What is secret in a command, as train/redact.py has it: passwords in URLs, and what is given to keys named like one.
+hide() {
+    sed -E -e "s#([a-zA-Z0-9+.-]+:/+)([^ '\"@/]*:[^ '\"@]*|[^ '\"@/]+)@#\1[hidden]@#g" \
+        -e "s#([?&][a-zA-Z0-9_.-]*(key|token|secret|password|signature|credential|sig)[a-zA-Z0-9_.-]*=)[^& '\"]+#\1[hidden]#gI" \
+        -e "s#(([._-]key|token|secret|password|passwd|passphrase)=)[^ '\",]+#\1[hidden]#gI"
+}
+
 # Shows the command, then becomes it, so that signals go straight to it.
 run() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#$venv/${venv#"$PWD/"}}" "$plain" >&2
+    printf '%s+ %s%s\n' "$dim" "${*/#$venv/${venv#"$PWD/"}}" "$plain" | hide >&2
     exec "$@"
 }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from cluster.signals import Signals
+from train import redact
 
 VERBS = ("train", "cluster")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the verb that ``arguments`` name, and returns the exit code."""
+    redact.cover()
     verb, *rest = arguments or ["train"]
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)

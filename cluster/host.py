@@ -198,6 +198,18 @@ def address_towards(address: str) -> str:
         raise UserError(f"no way leads from this host to {address}: {error}") from error
 
 
+def refuses(address: str, patience_s: float = 5.0) -> bool:
+    """Whether the host of ``address``, HOST:PORT, answers that nobody listens there."""
+    name, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((name.strip("[]"), int(port)), patience_s).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def interface_of(ip: str) -> str | None:
     """The network interface that has address ``ip``."""
     for name, addresses in psutil.net_if_addrs().items():

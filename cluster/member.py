@@ -28,6 +28,9 @@ from train.errors import UserError
 LOOK_S = 0.5
 SAVE_S = 70.0
 """How long a job's node that was told to end (a batch system tells everybody) leaves its trainers to save."""
+BACK_S = 1800.0
+"""How long a lost head is asked whether it is back."""
+AGAIN_S = 2.0
 LIFELINE = 0
 """Standard input, in the node of one job."""
 
@@ -104,7 +107,13 @@ class Keeper:
             nodes.authenticate(start.token, order.address)
             versions.compare(nodes.published(order.address), order.address)
             self.node = nodes.start_member(start, order.address)
-        about = {"pid": os.getpid(), "address": self.node.address, "ip": order.ip, "head": order.address is None, "node": self.node.node_id}
+        about = {
+            "pid": os.getpid(),
+            "address": self.node.address,
+            "ip": order.ip,
+            "head": order.address is None,
+            "node": self.node.node_id,
+        }
         about |= {"since": time.time(), "host": socket.gethostname(), "cpus": order.cpus, "gpus": order.gpus}
         self.file = (self.folder / "node.json").open("w")
         fcntl.flock(self.file, fcntl.LOCK_EX)
@@ -123,6 +132,23 @@ class Keeper:
                 give_up = time.monotonic() + (SAVE_S if self.told else 0.0)
             if give_up is not None and time.monotonic() > give_up:
                 return
+
+    def back(self, address: str) -> bool:
+        """Whether the cluster has taken this host back, after the network between them was lost. The head is asked for a while;
+        one whose host answers, but which does not, is gone.
+        """
+        self.node.end()
+        if self.file is not None:
+            self.file.close()
+        deadline = time.monotonic() + BACK_S
+        while not self.told and time.monotonic() < deadline and not host.refuses(address):
+            with contextlib.suppress(UserError):
+                if nodes.published(address).get("down"):
+                    return False
+                self.start()
+                return True
+            time.sleep(AGAIN_S)
+        return False
 
     def _forsaken(self) -> bool:
         """Whether the driver that this node is for has gone. Waits a moment for that."""
@@ -150,6 +176,8 @@ def main() -> int:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
         keeper.keep()
+        while not keeper.told and order.address is not None and keeper.back(order.address):
+            keeper.keep()
     except UserError as error:
         say({"error": str(error)})
         return 2

@@ -200,6 +200,8 @@ def published(address: str) -> dict[str, str]:
 def drain(address: str, node: str | None = None) -> None:
     """Takes one node out of the cluster, or, without ``node``, every one: each ends."""
     client = check(address)
+    if node is None:  # so that those who lose it do not wait for it
+        client.internal_kv_put(ABOUT, json.dumps({"down": "yes"}).encode(), True, ABOUT)
     gone = [one.binary() for one in client.get_all_node_info()] if node is None else [ray.NodeID.from_hex(node).binary()]
     client.drain_nodes(gone)
 

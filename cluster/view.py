@@ -75,4 +75,6 @@ def _holder(job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, 
     words = {"CPU": "core", "GPU": "GPU"}
     holds = {name: " and ".join(plural(int(n), words.get(kind, kind)) for kind, n in has.items()) for name, has in held.items()}
     seconds = time.time() - job["StartTime"] / 1000
-    return Holder(job["Entrypoint"][:NAME], hosts.get(job["DriverIPAddress"], job["DriverIPAddress"]), job["DriverPid"], seconds, holds)
+    return Holder(
+        job["Entrypoint"][:NAME], hosts.get(job["DriverIPAddress"], job["DriverIPAddress"]), job["DriverPid"], seconds, holds
+    )

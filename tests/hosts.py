@@ -5,8 +5,8 @@
         b.cut_off()
 
 They are namespaces of the kernel. What they share is the rest of the file system, and ``shared``: the storage that every host of
-a real cluster sees. They know each other by name. Namespaces have no names and end with us, so nothing is left behind and any number of tests
-may run at once. Needs root, iproute2 and util-linux; ``WHY_NOT`` says what is missing.
+a real cluster sees. They know each other by name. Namespaces themselves have no names and end with us, so nothing is left behind
+and any number of tests may run at once. Needs root, iproute2 and util-linux; ``WHY_NOT`` says what is missing.
 """
 
 from __future__ import annotations
