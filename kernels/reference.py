@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+import kernels.philox as philox
+from kernels.philox import Dropout
 from kernels.segments import Segments, causal_mask
 
 
@@ -46,6 +48,31 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """X / sqrt(mean of squares + eps) * weight over the last dimension (Zhang and Sennrich 2019)."""
     return (wide(x) / (wide(x).square().mean(-1, keepdim=True) + eps).sqrt() * wide(weight)).to(x.dtype)
+
+
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """X where 32 random bits of each element, read as a number in [0, 1), are at least p, over 1 - p; else 0."""
+    return wide(x) * philox.keep(x.shape, how, x.device) / (1 - how.p) if how.p < 1 else wide(x) * 0
+
+
+def add(x: Tensor, residual: Tensor, how: Dropout | None = None) -> Tensor:
+    """Residual + dropout(x) in the wider dtype of the two."""
+    total = wide(residual) + (wide(x) if how is None else dropout(x, how))
+    return total.to(torch.promote_types(x.dtype, residual.dtype))
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) where total = residual + dropout(x)."""
+    total = add(x, residual, dropout)
+    return layer_norm(total, weight, bias, eps), total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) where total = residual + dropout(x)."""
+    total = add(x, residual, dropout)
+    return rms_norm(total, weight, eps), total
 
 
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:

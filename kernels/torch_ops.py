@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels.philox as philox
 from kernels.chunked_loss import chunked_linear_cross_entropy
+from kernels.philox import Dropout
 from kernels.reference import wide
 from kernels.segments import Segments, causal_mask
 
@@ -47,9 +49,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(residual + x), residual + x): the step between two layers of a pre-norm transformer."""
-    total = residual + x
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) where total = residual + dropout(x): the step between two layers of a pre-norm transformer."""
+    total = residual + (x if dropout is None else philox.dropout(x, dropout))
     return layer_norm(total, weight, bias, eps), total
 
 
@@ -58,9 +62,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + x), residual + x)."""
-    total = residual + x
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) where total = residual + dropout(x)."""
+    total = residual + (x if dropout is None else philox.dropout(x, dropout))
     return rms_norm(total, weight, eps), total
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from train import config as configuration
@@ -30,6 +29,7 @@ from train.progress import Progress
 from train.redact import redact_tree
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
+from train.tiles import DTYPES, choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
@@ -50,11 +50,13 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
     found = checkpoints.newest(lambda text: _note(world, emit, text))
     progress, pending = restore(found, engine, checkpoints, loader)
-    emit({"event": "plan", **_plan(config, corpus, objective, progress), **_estimate(config, world, objective, progress)})
+    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
+    emit({"event": "plan", "kernels": chosen} | plan)
     tracker = None
     if world.first:
         tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
@@ -227,7 +229,7 @@ def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) ->
 
 def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
     """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.name]
+    dtype = DTYPES[config.precision.name]
     tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
     flops = tokens * objective.flops_per_token(config.batch.seq_len)
     return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

@@ -176,6 +176,7 @@ class Config(Section):
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
     keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
     batch: Batch
     model: Model
     objective: Objective
