@@ -95,7 +95,7 @@ set_up() {
 hide() {
     sed -E -e "s#([a-zA-Z0-9+.-]+:/+)([^ '\"@/]*:[^ '\"@]*|[^ '\"@/]+)@#\1[hidden]@#g" \
         -e "s#([?&][a-zA-Z0-9_.-]*(key|token|secret|password|signature|credential|sig)[a-zA-Z0-9_.-]*=)[^& '\"]+#\1[hidden]#gI" \
-        -e "s#(([._-]key|token|secret|password|passwd|passphrase)=)[^ '\",]+#\1[hidden]#gI"
+        -e "s#text_key=#text\x01key=#g" -e "s#(([._-]key|token|secret|password|passwd|passphrase)=)[^ '\",]+#\1[hidden]#gI" -e "s#\x01#_#g"
 }
 
 # Shows the command, then becomes it, so that signals go straight to it.

@@ -54,4 +54,4 @@ def cover() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
-        stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign, misc]
+        stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]
