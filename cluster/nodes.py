@@ -49,10 +49,10 @@ SETTINGS = {
     "RAY_raylet_client_num_connect_attempts": "500",
     # Ray's own is 15: the trainers, which are forked below its workers, would give way to everything else on the host.
     "RAY_worker_niceness": "0",
-    # A host that is cut off is missed after some 7 s, and not after 40.
+    # A host that is cut off is missed after some 15 s, and not after a minute; a busy one has time to answer.
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
 }
 """What every process of a cluster of ours reads."""
 

@@ -12,7 +12,7 @@ from hosts import HOME, WHY_NOT, hosts
 
 from train import config as configuration
 
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(600)]
 TOKEN = f"{HOME}/.ray/auth_token"
 PORT = 6379
 
@@ -186,7 +186,7 @@ def test_a_host_that_was_cut_off_is_missed_and_comes_back_by_itself(three):
     a, b, c, _ = three
     address = f"{a.ip}:{PORT}"
     b.cut_off()
-    wait_for(lambda: living_hosts(a, address) == {a.ip, c.ip}, 40)
+    wait_for(lambda: living_hosts(a, address) == {a.ip, c.ip}, 60)
     b.reconnect()
     wait_for(lambda: living_hosts(a, address) == {a.ip, b.ip, c.ip}, 60)
 

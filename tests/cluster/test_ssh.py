@@ -17,7 +17,7 @@ from hosts import HOME, WHY_NOT, hosts
 LAUNCH = worlds.REPOSITORY / "launch.sh"
 VENV = Path(os.environ.get("TRIREME_VENV", worlds.REPOSITORY / ".venv"))
 WHY_NOT = WHY_NOT or ("" if Path(sys.prefix) == VENV else "not run by ./launch.sh test, whose environment the hosts are to use")
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(600)]
 USES = {"TRIREME_VENV": str(VENV)}
 
 
@@ -26,7 +26,7 @@ def missing(*programs):
     return pytest.mark.skipif(bool(absent), reason=f"{', '.join(absent)} not found")
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
