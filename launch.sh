@@ -13,13 +13,15 @@ export TRIREME_T0="${EPOCHREALTIME/,/.}"
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; this is where it was made
-    root="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\([^ ]*\)/launch\.sh.*|\1|p')"
+    root="$({ scontrol show job "$SLURM_JOB_ID" || true; } | sed -n 's|^ *Command=\([^ ]*\)/launch\.sh.*|\1|p')"
 fi
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
 verbs="train cluster test check prepare evaluate generate bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
+
+[ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' "$root/launch.sh"; }
 

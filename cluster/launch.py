@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cluster import gather, lock, nodes, plan, remote, watch
+from cluster import gather, lock, nodes, plan, remote, view, watch
 from cluster.begin import Begun
 from cluster.job import Clock, Job
 from cluster.signals import STOPPED, end_now
@@ -21,6 +21,7 @@ from cluster.supervisor import Supervisor
 from train.console import Console
 from train.errors import NO_ROOM, UserError, no_room
 from train.schema import Config
+from train.words import plural
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -98,7 +99,8 @@ class Start:
         request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
         placement = plan.place(known, request)
         if placement.waiting:
-            self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
+            held = "; ".join(map(str, view.holders()))
+            self.console.show({"event": "note", "text": f"waiting: no room yet for {plural(placement.waiting, 'worker')}: {held}"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         self.console.show({"event": "phase", "name": "workers"})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)

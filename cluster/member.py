@@ -57,6 +57,8 @@ def lasting_folder() -> Path:
 def living(folder: Path) -> dict[str, Any] | None:
     """What the node in ``folder`` says of itself: {"pid", "address", "ip", "head", "node", "since"}; None where none lives."""
     with contextlib.suppress(OSError, ValueError), (folder / "node.json").open("r+") as file:
+        if folder.lstat().st_uid != os.getuid():
+            return None  # anybody can make a folder of that name in /tmp, and be sent our token
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # its keeper holds it as long as it lives, so the pid is right
@@ -239,7 +241,10 @@ def fresh(folder: Path) -> Path:
     """The folder for a new node, private and empty."""
     if folder.exists():
         host.end_job(str(folder))
-    folder.mkdir(mode=0o700)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        raise UserError(f"{folder} is not this user's: have it removed") from None
     return folder
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import ray._private.state
 from ray._private.state import GlobalState
 from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
 
@@ -40,6 +41,9 @@ class Holder:
     seconds: float
     holds: dict[str, str]
 
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid} on {self.host}) holds " + ", ".join(f"{n}: {what}" for n, what in self.holds.items())
+
 
 @dataclass(frozen=True)
 class View:
@@ -56,14 +60,28 @@ def look(address: str) -> View:
     nodes.check(address)
     state = GlobalState()
     state._initialize_global_state(GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False))
-    living = [info for info in state.node_table() if info["Alive"]]
+    living = _living(state)
     places = [Where(i["NodeManagerAddress"], "node:__internal_head__" in i["Resources"]) for i in living]
     found = nodes.nodes_of(state)
-    names = {info["NodeID"]: node.name for info, node in zip(living, found, strict=True)}
-    hosts = {where.address: node.name for node, where in zip(found, places, strict=True)}
-    groups = [g for g in state.placement_group_table().values() if g["state"] == "CREATED"]
+    return View(address, list(zip(found, places, strict=True)), _holders(state))
+
+
+def holders() -> list[Holder]:
+    """The jobs that hold something of the cluster that this process has joined."""
+    return _holders(ray._private.state.state)
+
+
+def _living(state: Any) -> list[dict[str, Any]]:
+    return [info for info in state.node_table() if info["Alive"]]
+
+
+def _holders(state: Any) -> list[Holder]:
+    both = list(zip(_living(state), nodes.nodes_of(state), strict=True))
+    names = {info["NodeID"]: node.name for info, node in both}
+    hosts = {info["NodeManagerAddress"]: node.name for info, node in both}
+    groups = [group for group in state.placement_group_table().values() if group["state"] == "CREATED"]
     jobs = [_holder(job, groups, names, hosts) for job in state.job_table() if not job["IsDead"]]
-    return View(address, list(zip(found, places, strict=True)), [job for job in jobs if job.holds])
+    return [job for job in jobs if job.holds]
 
 
 def _holder(job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, str], hosts: dict[str, str]) -> Holder:

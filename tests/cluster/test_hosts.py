@@ -104,6 +104,12 @@ def test_status_says_which_job_holds_what_and_a_stopped_job_holds_nothing(three,
     shown = trireme(c, "cluster", "status").stdout
     assert re.search(r"│ long +│ pid \d+ on a +│ .* │ [abc]: 1 core, [abc]: 1 core +│", shown), shown
     assert "0 of 1" in shown
+    held = re.search(r"│ ([abc]: 1 core, [abc]: 1 core)", shown)[1]
+    late = trireme(
+        a, "train", *as_typed("cluster.workers=2", "cluster.address=auto", "cluster.start_timeout=1", name="late"), cwd=tmp_path
+    )
+    assert late.returncode == 2
+    assert re.search(rf"waiting: no room yet for 1 worker: long \(pid \d+ on a\) holds {held}", late.stdout), late.stdout
     job.terminate()
     assert job.wait(60) == 75, (tmp_path / "out").read_text()
     wait_for(lambda: "No job holds any of it" in trireme(c, "cluster", "status").stdout, 20)
