@@ -157,6 +157,8 @@ def _background(order: member.Order) -> dict:
 
 def _free(ip: str, port: int) -> None:
     """Raises UserError unless a head can listen there."""
+    if ip in ("0.0.0.0", "::"):
+        raise UserError(f"bind={ip} is no address that others can be told: give the one by which they reach this host")
     with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
