@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels import dispatch
+import kernels.dispatch as dispatch
 from kernels.reference import wide
 
 LEAST_ROWS, MOST_CHUNKS = 1024, 16
