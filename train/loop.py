@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from train import dist
+from train import dist, pulse
 from train.batch import Batch, count_targets, to_device
 from train.data.loader import Loader
 from train.engine import Engine, StepResult
@@ -63,6 +63,8 @@ def train(run: Training) -> Progress:
     config, progress, pace = run.config, run.progress, Pace(run.progress)
     while progress.step < config.steps:
         began = time.monotonic()
+        pulse.at_step(progress.step + 1)
+        pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
         tokens, stop = agree(micro_batches, run.should_stop())

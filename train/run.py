@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from train import config as configuration
-from train import dist, resume
+from train import dist, pulse, resume
 from train.checkpoint import Checkpoint, Checkpoints
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
@@ -53,7 +53,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
     found = checkpoints.newest(lambda text: _note(world, emit, text))
     progress, pending = restore(found, engine, checkpoints, loader)
-    emit({"event": "plan", **_plan(config, corpus, objective, progress), **_estimate(config, world, objective, progress)})
+    emit({"event": "plan", **_plan(config, world, corpus, objective, progress), **_estimate(config, world, objective, progress)})
     tracker = None
     if world.first:
         tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
@@ -67,6 +67,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         progress = train(training)
         work.finish(progress)
     except Stopped:
+        pulse.enter("end")
         if tracker:
             tracker.close({})
         raise
@@ -120,6 +121,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
+        pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -134,6 +136,7 @@ class Work:
         """A checkpoint of now. The metrics up to it are forced to the disk first."""
         began = time.monotonic()
         self.emit(phase("save"))
+        pulse.enter("save")
         if self.tracker:
             self.tracker.metrics.sync()
         path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
@@ -145,6 +148,7 @@ class Work:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        pulse.enter("end")
         if not self.tracker:
             return
         wall = self.tracker.run.wall_s
@@ -167,6 +171,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens:
             return
+        pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -183,7 +188,8 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
     tokenizer = corpus.tokenizer
     prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
+    return [tokenizer.decode(ids) for ids in written]
 
 
 def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
@@ -204,7 +210,7 @@ def _note(world: dist.World, emit: Emit, text: str) -> None:
         emit({"event": "note", "text": text})
 
 
-def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
+def _plan(config: Config, world: dist.World, corpus: Corpus, objective: Any, progress: Progress) -> Record:
     tokens_per_step = config.batch.global_ * config.batch.seq_len
     train_places = corpus.split("train").tokens
     return {
@@ -219,7 +225,7 @@ def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) ->
         "flops_per_token": objective.flops_per_token(config.batch.seq_len),
         "zero_stage": config.zero.stage,
         "precision": config.precision.name,
-        "workers": config.cluster.workers,
+        "workers": world.size,
         "vocab_size": corpus.tokenizer.vocab_size,
     }
 
