@@ -93,14 +93,15 @@ class Start:
         known = nodes.inventory()
         device = plan.choose_device(config.cluster.device, known)
         self.begun.warm.set_device(device)
-        request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
+        cluster = config.cluster
+        request = plan.Request(cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers)
         placement = plan.place(known, request)
         if placement.waiting:
-            self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
+            self.console.show({"event": "note", "text": f"no room yet for {placement.waiting} of the workers: waiting for it"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         self.console.show({"event": "phase", "name": "workers"})
         job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
-        verdict = Supervisor(job, device).run()
+        verdict = Supervisor(job, device, plan.begin_with(placement, request)).run()
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:

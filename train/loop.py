@@ -14,7 +14,7 @@ from train import dist, pulse
 from train.batch import Batch, count_targets, to_device
 from train.data.loader import Loader
 from train.engine import Engine, StepResult
-from train.errors import Stopped, UserError
+from train.errors import NotFinite, Stopped
 from train.progress import Progress
 from train.rng import seed_of
 from train.schedule import learning_rate
@@ -123,6 +123,7 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         try:
             evaluated = run.aside.evaluate(progress)
         except Stopped:
+            run.emit({"event": "stop_agreed"})
             run.aside.save(progress, None, record)
             raise
         record, val_loss = record | evaluated, evaluated.get("val_loss")
@@ -134,6 +135,7 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
 
 
 def _stop(run: Training, progress: Progress) -> None:
+    run.emit({"event": "stop_agreed"})
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, None)
     raise Stopped
@@ -145,7 +147,7 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
     limit = run.config.optimizer.max_skipped
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
-        raise UserError(
+        raise NotFinite(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
             "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"

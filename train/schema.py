@@ -135,8 +135,11 @@ class Cluster(Section):
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
     address: str | None = Field(None, description="an existing Ray cluster; default: a private one on this machine")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
-    max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
+    min_workers: Positive | None = Field(None, description="fewest to go on with when some are lost; default: workers")
+    max_failures: NonNegative = Field(3, description="restarts in a row without progress before the job gives up")
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
+    hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
+    grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
 
 
 class Tracking(Section):
