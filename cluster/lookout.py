@@ -60,12 +60,8 @@ class Lookout:
             shown = sorted(found.items())[:MOST_RANKS]
             return [line for rank, seen in shown for line in (f"rank {rank}:", *(f"  {f}" for f in seen["stack"][:3]))]
         seen = found.get(culprit, {"kernel": ["its steward did not answer"], "stack": []})
-        stack = ["its stack, innermost first:", *(f"  {frame}" for frame in seen["stack"])]
-        return [
-            *(f"kernel: {line}" for line in seen["kernel"]),
-            "",
-            *(stack if seen["stack"] else ["it could not write its stack"]),
-        ]
+        kernel, stack = [f"kernel: {line}" for line in seen["kernel"]], [f"  {frame}" for frame in seen["stack"]]
+        return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 
 
 def beat_of(record: dict[str, Any]) -> watch.Beat:
