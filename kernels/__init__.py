@@ -6,12 +6,12 @@
     gelu, gated_mlp       the two activations of an MLP
     cross_entropy         loss as (sum, count); linear_cross_entropy has the output matrix fused in
 
-``kernels.reference`` says what right means; statistics and losses are float32 at least, whatever comes in.
+``use`` and ``force`` choose between the Triton kernels and torch. ``kernels.reference`` says what right means; statistics and
+losses are float32 at least, whatever comes in.
 """
 
-from kernels.segments import Segments
-from kernels.torch_ops import (
-    RopeTable,
+from kernels.dispatch import Choice, force, measuring, use
+from kernels.ops import (
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -22,21 +22,28 @@ from kernels.torch_ops import (
     linear_cross_entropy,
     rms_norm,
     rope,
-    rope_table,
 )
+from kernels.philox import Dropout
+from kernels.segments import Segments
+from kernels.torch_ops import RopeTable, rope_table
 
 __all__ = [
+    "Choice",
+    "Dropout",
     "RopeTable",
     "Segments",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "force",
     "gated_mlp",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "measuring",
     "rms_norm",
     "rope",
     "rope_table",
+    "use",
 ]

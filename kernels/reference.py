@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+import kernels.philox as philox
+from kernels.philox import Dropout
 from kernels.segments import Segments, causal_mask
 
 
@@ -48,6 +50,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide(x) / (wide(x).square().mean(-1, keepdim=True) + eps).sqrt() * wide(weight)).to(x.dtype)
 
 
+def dropout(x: Tensor, how: Dropout) -> Tensor:
+    """X where 32 random bits of each element, read as a number in [0, 1), are at least p, over 1 - p; else 0."""
+    return wide(x) * philox.keep(x.shape, how, x.device) / (1 - how.p) if how.p < 1 else wide(x) * 0
+
+
+def add(x: Tensor, residual: Tensor, how: Dropout | None = None) -> Tensor:
+    """Residual + dropout(x) in the wider dtype of the two."""
+    total = wide(residual) + (wide(x) if how is None else dropout(x, how))
+    return total.to(torch.promote_types(x.dtype, residual.dtype))
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) where total = residual + dropout(x)."""
+    total = add(x, residual, dropout)
+    return layer_norm(total, weight, bias, eps), total
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) where total = residual + dropout(x)."""
+    total = add(x, residual, dropout)
+    return rms_norm(total, weight, eps), total
+
+
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Each pair (x[i], x[i + Dh/2]) of x (B, T, H, Dh) turned by positions (B, T) * theta^(-2i/Dh) radians.
 
@@ -70,17 +97,32 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     return (wide(gate) * torch.sigmoid(wide(gate)) * wide(up)).to(gate.dtype)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """-log softmax(logits)[target] summed over the places of logits (N, V) and targets (N,) that are not ignored.
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The loss of logits (N, V) at targets (N,), summed over the places that are not ``ignore_index``: (sum, count).
 
-    Returns the sum (float32, or float64 for float64 logits) and the count (int64) of those places, in nats.
+    A place costs the cross-entropy, in nats, of softmax(logits) to its target; of the target's probability
+    ``label_smoothing`` is spread evenly over the vocabulary (Szegedy et al. 2016). ``z_loss`` * logsumexp(logits)^2 is added
+    (PaLM, section 5). The sum is float32 (float64 for float64 logits), the count int64.
     """
     trained = targets != ignore_index
     chosen = torch.where(trained, targets, 0)
-    losses = wide(logits).logsumexp(-1) - wide(logits).gather(-1, chosen[:, None])[:, 0]
+    normaliser = wide(logits).logsumexp(-1)
+    losses = -(1 - label_smoothing) * (wide(logits).gather(-1, chosen[:, None])[:, 0] - normaliser)
+    losses = losses - label_smoothing * (wide(logits) - normaliser[:, None]).mean(-1) + z_loss * normaliser**2
     return torch.where(trained, losses, 0).sum(), trained.sum()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T."""
-    return cross_entropy(wide(hidden) @ wide(weight).T, targets, ignore_index)
+    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+    return cross_entropy(wide(hidden) @ wide(weight).T, targets, **settings)

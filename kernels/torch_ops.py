@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.chunked_loss import chunked_linear_cross_entropy
+import kernels.philox as philox
+from kernels.philox import Dropout
 from kernels.reference import wide
 from kernels.segments import Segments, causal_mask
-
-WHOLE_LOGITS = 1 << 22
-"""Above this many logits (16 MiB in float32) the loss is computed in chunks of tokens."""
 
 
 def attention(
@@ -47,9 +45,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(residual + x), residual + x): the step between two layers of a pre-norm transformer."""
-    total = residual + x
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(total), total) where total = residual + dropout(x): the step between two layers of a pre-norm transformer."""
+    total = residual + (x if dropout is None else philox.dropout(x, dropout))
     return layer_norm(total, weight, bias, eps), total
 
 
@@ -58,9 +58,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(residual + x), residual + x)."""
-    total = residual + x
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+    """(rms_norm(total), total) where total = residual + dropout(x)."""
+    total = residual + (x if dropout is None else philox.dropout(x, dropout))
     return rms_norm(total, weight, eps), total
 
 
@@ -94,16 +94,42 @@ def gated_mlp(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
-    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum")
-    return total, (targets != ignore_index).sum()
+    wanted = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    total, trained = F.cross_entropy(wide(logits), targets, reduction="sum", **wanted), targets != ignore_index
+    if z_loss:
+        total = total + z_loss * torch.where(trained, wide(logits).logsumexp(-1), 0).square().sum()
+    return total, trained.sum()
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
-    """``cross_entropy`` of hidden (N, D) @ weight (V, D)^T; where logits are many, only a chunk of them ever exists."""
-    (tokens, width), vocab = hidden.shape, weight.shape[0]
-    rows = max(width, WHOLE_LOGITS // vocab)  # fewer, and adding to the gradient (V, D) would outweigh the products
-    if tokens <= rows:
-        return cross_entropy(F.linear(hidden, weight), targets, ignore_index)
-    return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, rows)
+def cross_entropy_step(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(the loss of each row of logits (N, V), its gradient or None), not by autograd; ``logits`` may be overwritten."""
+    log_probs, trained = F.log_softmax(wide(logits), -1), (targets != ignore_index)[:, None]
+    chosen = torch.where(trained, targets[:, None], 0)
+    at_target = log_probs.gather(-1, chosen)
+    losses = at_target * -(1 - label_smoothing)
+    normaliser = wide(logits.gather(-1, chosen)) - at_target
+    if label_smoothing:
+        losses -= label_smoothing * log_probs.mean(-1, keepdim=True)
+    if z_loss:
+        losses += z_loss * normaliser.square()
+    losses = torch.where(trained, losses, 0)[:, 0]
+    if not gradient:
+        return losses, None
+    grad = log_probs.exp_()  # the log-probabilities are used up
+    if z_loss:
+        grad *= 1 + 2 * z_loss * normaliser
+    if label_smoothing:
+        grad -= label_smoothing / logits.shape[-1]
+    one_hot = torch.full_like(at_target, 1 - label_smoothing)
+    return losses, grad.scatter_add_(-1, chosen, -one_hot).mul_(trained).to(logits.dtype)
+
+
+def scale_(x: Tensor, by: Tensor) -> None:
+    """x *= by, a number on the same device: the product is made in float32 at least."""
+    x.copy_(wide(x) * by)

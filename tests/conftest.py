@@ -6,6 +6,7 @@ import random
 from multiprocessing import forkserver
 from pathlib import Path
 
+import interpreter  # noqa: F401  before anything imports Triton
 import pytest
 import worlds
 

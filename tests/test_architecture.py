@@ -24,6 +24,7 @@ FENCES = {
 """Who alone may import a heavy dependency; replacing one is a change to one place."""
 
 MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS = 300, 40, 6
+"""Triton's kernels are excepted; what registered ops and the public ops over them take is flat: tensors and numbers."""
 
 
 def name(file: Path) -> str:
@@ -81,8 +82,13 @@ def test_files_and_functions_keep_their_size(file: Path):
     text = file.read_text()
     assert len(text.splitlines()) <= MAX_LINES
     for owner, function in functions(ast.parse(text)):
+        decorators = " ".join(ast.unparse(d) for d in function.decorator_list)
+        if "triton.jit" in decorators:
+            continue
         body = [n for n in ast.walk(function) if isinstance(n, ast.stmt)]
         assert len(body) - 1 <= MAX_STATEMENTS, f"{owner} has {len(body) - 1} statements"
+        if name(file).startswith("kernels/"):
+            continue
         arguments = [a for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
         assert len(arguments) + len(function.args.kwonlyargs) <= MAX_ARGUMENTS, f"{owner} takes {len(arguments)} arguments"
 

@@ -101,6 +101,7 @@ class Console:
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
         about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s", 0) >= LEAST_ESTIMATE_S else ""
+        self._fact("kernels", str(event.get("kernels", "")))
         self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
         if event.get("start_step"):
             self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")

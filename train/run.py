@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from train import config as configuration
@@ -29,6 +28,7 @@ from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
+from train.tiles import DTYPES, choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
@@ -49,11 +49,13 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
     found = checkpoints.newest(lambda text: _note(world, emit, text))
     progress, pending = restore(found, engine, checkpoints, loader)
-    emit({"event": "plan", **_plan(config, world, corpus, objective, progress), **_estimate(config, world, objective, progress)})
+    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
+    emit({"event": "plan", "kernels": chosen} | plan)
     tracker = None
     if world.first:
         tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
@@ -210,7 +212,7 @@ def _note(world: dist.World, emit: Emit, text: str) -> None:
         emit({"event": "note", "text": text})
 
 
-def _plan(config: Config, world: dist.World, corpus: Corpus, objective: Any, progress: Progress) -> Record:
+def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
     tokens_per_step = config.batch.global_ * config.batch.seq_len
     train_places = corpus.split("train").tokens
     return {
@@ -225,14 +227,14 @@ def _plan(config: Config, world: dist.World, corpus: Corpus, objective: Any, pro
         "flops_per_token": objective.flops_per_token(config.batch.seq_len),
         "zero_stage": config.zero.stage,
         "precision": config.precision.name,
-        "workers": world.size,
+        "workers": config.cluster.workers,
         "vocab_size": corpus.tokenizer.vocab_size,
     }
 
 
 def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
     """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision.name]
+    dtype = DTYPES[config.precision.name]
     tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
     flops = tokens * objective.flops_per_token(config.batch.seq_len)
     return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

@@ -63,6 +63,8 @@ class Objective(Section):
     """What is trained."""
 
     name: Literal["causal"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of a target's probability, spread over all")
+    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of logsumexp(logits)^2 in the training loss, as PaLM's")
 
 
 class Tokenizer(Section):
@@ -175,6 +177,7 @@ class Config(Section):
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
     keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
+    kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
     batch: Batch
     model: Model
     objective: Objective
