@@ -16,6 +16,7 @@ from typing import IO
 from cluster import host, lock, nodes, plan, watch
 from cluster.begin import Begun
 from cluster.job import Clock, Job
+from cluster.private import Private
 from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
@@ -74,6 +75,7 @@ class Start:
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
+        self.private: Private | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -100,7 +102,7 @@ class Start:
             self.console.show({"event": "note", "text": f"no room yet for {placement.waiting} of the workers: waiting for it"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         self.console.show({"event": "phase", "name": "workers"})
-        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
+        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private)
         verdict = Supervisor(job, device, plan.begin_with(placement, request)).run()
         return self._finish(verdict, config)
 
@@ -109,7 +111,7 @@ class Start:
         self.console.show({"event": "phase", "name": "ray"})
         address = config.cluster.address
         if address is None:
-            nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
+            self.private = Private(lambda: nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder))
         else:
             nodes.join(address, str(REPOSITORY))
         self.signals.listen()

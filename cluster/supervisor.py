@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +49,10 @@ class Supervisor:
             failed = world.marks.get("failed", world.marks.get("ended"))
             self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
             self.generation += 1
-            self._fill(world, slots, verdict)
+            if self.job.private is not None and self.job.private.lost():
+                self._rebuild(slots)
+            else:
+                self._fill(world, slots, verdict)
             if self.job.signals.heard is not None:
                 return watch.Verdict("stopped")
 
@@ -98,6 +104,17 @@ class Supervisor:
             text = f"going on with {len(self.slots.up())} of {workers} workers"
             text += "" if len(self.slots.up()) >= workers else "; more will join when there is room"
             self.job.show({"event": "note", "text": text})
+
+    def _rebuild(self, slots: list[Slot]) -> None:
+        """A new private cluster, and all places taken anew on it."""
+        assert self.job.private is not None
+        for slot in slots:
+            with contextlib.suppress(OSError):
+                os.kill((slot.place or {})["pid"], signal.SIGKILL)  # on this host; Ray can no longer be asked to
+        self.job.private.again()
+        self.job.signals.listen()
+        self.slots = Slots(self.job, self.device)
+        self.slots.take(self.size)
 
     def _more_than(self, size: int) -> Any:
         """Asks whether more than ``size`` workers have been up for long enough to be worth a restart."""

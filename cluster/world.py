@@ -120,8 +120,7 @@ class World:
                 self._look_after()
                 if time.monotonic() > looked + LOOK_S:
                     looked = time.monotonic()
-                    if more() and self.at_boundary and not (self.leaving or self.asked):
-                        self._leave()
+                    self._look_around(more)
         return self._verdict()
 
     def _verdict(self) -> watch.Verdict:
@@ -150,6 +149,16 @@ class World:
     def _pass_on_stop(self) -> None:
         if self.job.signals.heard is not None and not self.leaving:
             self.job.show({"event": "stopping", "signal": self.job.signals.heard})
+            self._leave()
+
+    def _look_around(self, more: Callable[[], bool]) -> None:
+        """Has the ranks save and end where Ray itself is gone, so that they will be too, or where more workers are there."""
+        if self.leaving or self.asked:
+            return
+        if self.job.private is not None and self.job.private.lost():
+            self.job.show({"event": "note", "text": "Ray's own processes have ended: saving, to go on with new ones"})
+            self._leave()
+        elif more() and self.at_boundary:
             self._leave()
 
     def _leave(self) -> None:
@@ -263,7 +272,8 @@ class World:
         self.lost.add(rank)
         place = self.places[rank]
         said = next((line.strip() for line in str(error or "").splitlines() if line.strip()), type(error).__name__)
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        ray_lives = self.job.private is None or not self.job.private.lost()
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if ray_lives else {place["node"]}
         if error is None:
             fault, words = "network lost", f"was lost: its host has not answered for {LOST_S:.0f} s"
         elif place["node"] not in alive or "node has died" in str(error):
