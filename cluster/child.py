@@ -18,8 +18,10 @@ TAIL_LINES = 20
 TAIL_BYTES = 64 << 10
 DUMP_S, DUMP_LOOK_S = 2.0, 0.05
 """How long a trainer may take to write its stacks, and between looks whether it has."""
-FRAMES = 14
-"""The innermost frames of a stack that are shown."""
+FRAMES, INNERMOST = 14, 3
+"""So many frames of a stack are shown at most, and so many of libraries'."""
+FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class Trainer:
@@ -67,9 +69,15 @@ class Trainer:
 
 
 def main_stack(dump: str) -> list[str]:
-    """The frames of the main thread, innermost first, from what faulthandler wrote: it comes last."""
-    threads = re.split(r"^(?:Current thread|Thread) 0x.*\n", dump, flags=re.MULTILINE)
-    return [line.strip() for line in threads[-1].splitlines() if line.startswith("  File ")][:FRAMES] if len(threads) > 1 else []
+    """The main thread's frames, innermost first, from what faulthandler wrote, where it comes last: "train/loop.py:12 in train".
+    Of libraries', only the innermost: where our code called them is what tells.
+    """
+    frames, last = [], re.split(r"^(?:Current thread|Thread) 0x.*\n", dump, flags=re.MULTILINE)[-1]
+    for number, (file, line, function) in enumerate(FRAME.findall(last)):
+        library = file.partition("site-packages/")[2]
+        if number < INNERMOST or not (library or "/lib/python" in file or file.startswith("<")):
+            frames.append(f"{library or file.removeprefix(f'{REPOSITORY}/')}:{line} in {function}")
+    return frames[:FRAMES]
 
 
 def tail(log: Path, offset: int) -> list[str]:

@@ -59,7 +59,7 @@ class Lookout:
         if culprit is None:
             shown = sorted(found.items())[:MOST_RANKS]
             return [line for rank, seen in shown for line in (f"rank {rank}:", *(f"  {f}" for f in seen["stack"][:3]))]
-        seen = found.get(culprit, {"kernel": ["its steward did not answer"], "stack": []})
+        seen = found.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
         kernel, stack = [f"kernel: {line}" for line in seen["kernel"]], [f"  {frame}" for frame in seen["stack"]]
         return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 

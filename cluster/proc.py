@@ -26,10 +26,15 @@ def rss_mib(pid: int) -> int:
 
 
 def wait_of(pid: int) -> list[str]:
-    """Where the kernel has the process: its state, system call and, where we may read them, its frames in the kernel."""
-    found = [f"state {letter}: {STATES.get(letter, 'runs, or sleeps in a call')}" if (letter := state(pid)) else "gone"]
-    for name in ("wchan", "syscall", "stack"):
+    """Where the kernel has the process: its state and system call, and its frames there if it waits for a device or a disk."""
+    letter = state(pid)
+    if not letter:
+        return ["gone"]
+    found = [f"state {letter}: {STATES.get(letter, 'runs, or sleeps in a call')}"]
+    for name in ("wchan", "syscall"):
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/{name}").read_text().split("\n")[:KERNEL_FRAMES]
-            found += [f"{name} {line.strip()}" for line in lines if line.strip() not in ("", "0", "running")]
-    return found
+            found.append(f"{name} {Path(f'/proc/{pid}/{name}').read_text().split(chr(10))[0]}")
+    lines = [", ".join(found)]
+    with contextlib.suppress(OSError):
+        lines += Path(f"/proc/{pid}/stack").read_text().splitlines()[:KERNEL_FRAMES] if letter == "D" else []
+    return lines

@@ -28,9 +28,9 @@ def explain(verdict: Verdict) -> list[str]:
     if verdict.fault in CURES:
         lines += ["", f"cure: {CURES[verdict.fault]}"]
     if verdict.collateral:
-        many = len(verdict.collateral) > 1
-        why = "their errors follow" if many else "its error follows"
-        lines += ["", f"{ranks(verdict.collateral)} fell with it ({why} from this one)"]
+        why = "their errors follow" if len(verdict.collateral) > 1 else "its error follows"
+        killed = all(end.ours for end in verdict.collateral)
+        lines += ["", f"{ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})"]
     return lines
 
 

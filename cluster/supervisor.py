@@ -108,9 +108,10 @@ class Supervisor:
     def _rebuild(self, slots: list[Slot]) -> None:
         """A new private cluster, and all places taken anew on it."""
         assert self.job.private is not None
-        for slot in slots:
-            with contextlib.suppress(OSError):
-                os.kill((slot.place or {})["pid"], signal.SIGKILL)  # on this host; Ray can no longer be asked to
+        for slot in slots:  # Ray can no longer be asked to end them
+            if slot.place is not None and slot.place["ip"] == self.job.private.node.node_ip_address:
+                with contextlib.suppress(OSError):
+                    os.kill(slot.place["pid"], signal.SIGKILL)
         self.job.private.again()
         self.job.signals.listen()
         self.slots = Slots(self.job, self.device)

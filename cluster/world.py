@@ -94,7 +94,6 @@ class World:
             if "failed" in answer:
                 raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
-        self.marks["forked"] = time.time()
         self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
 
     # ------------------------------------------------------------------------------------------------------- following
@@ -120,7 +119,8 @@ class World:
                 self._look_after()
                 if time.monotonic() > looked + LOOK_S:
                     looked = time.monotonic()
-                    self._look_around(more)
+                    if more() and self.at_boundary and not (self.leaving or self.asked):
+                        self._leave()
         return self._verdict()
 
     def _verdict(self) -> watch.Verdict:
@@ -151,16 +151,6 @@ class World:
             self.job.show({"event": "stopping", "signal": self.job.signals.heard})
             self._leave()
 
-    def _look_around(self, more: Callable[[], bool]) -> None:
-        """Has the ranks save and end where Ray itself is gone, so that they will be too, or where more workers are there."""
-        if self.leaving or self.asked:
-            return
-        if self.job.private is not None and self.job.private.lost():
-            self.job.show({"event": "note", "text": "Ray's own processes have ended: saving, to go on with new ones"})
-            self._leave()
-        elif more() and self.at_boundary:
-            self._leave()
-
     def _leave(self) -> None:
         """Has all ranks save and end."""
         self.leaving = True
@@ -169,7 +159,10 @@ class World:
     def _look_after(self) -> None:
         """Looks for what the living ranks cannot say themselves, and ends the world where it cannot go on."""
         living = [rank for rank in range(self.size) if rank not in self.ends and rank not in self.orphans]
-        self.finding = self.lookout.find(living)
+        if self.job.private is not None and self.job.private.lost():
+            self.finding = watch.Finding("worker lost", None, "processes of Ray's own have ended on the driver's host")
+        else:
+            self.finding = self.lookout.find(living)
         if self.finding is not None:
             self._kill_rest()
 
@@ -201,8 +194,9 @@ class World:
     def _give_up_silent(self) -> None:
         """After the kill, takes those for lost whose stewards do not say that they have ended."""
         assert self._killed is not None
+        patience = 0.0 if self.job.private is not None and self.job.private.lost() else LOST_S
         for rank in range(self.size):
-            if rank not in self.ends and rank not in self.orphans and time.monotonic() > self._killed + LOST_S:
+            if rank not in self.ends and rank not in self.orphans and time.monotonic() > self._killed + patience:
                 self._lost(rank, None)
 
     # --------------------------------------------------------------------------------------------------------- hearing
@@ -272,8 +266,10 @@ class World:
         self.lost.add(rank)
         place = self.places[rank]
         said = next((line.strip() for line in str(error or "").splitlines() if line.strip()), type(error).__name__)
-        ray_lives = self.job.private is None or not self.job.private.lost()
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if ray_lives else {place["node"]}
+        if self.job.private is not None and self.job.private.lost():
+            alive, error = {place["node"]}, error or RuntimeError("processes of Ray's own have ended")
+        else:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if error is None:
             fault, words = "network lost", f"was lost: its host has not answered for {LOST_S:.0f} s"
         elif place["node"] not in alive or "node has died" in str(error):

@@ -247,7 +247,7 @@ def _count_collectives() -> None:
     deepspeed.init_distributed(dist_init_required=False)
     backend = deepspeed.comm.comm.cdb
     for name in _COLLECTIVES:
-        setattr(backend, name, pulse.counted(getattr(type(backend), name).__get__(backend)))
+        setattr(backend, name, pulse.counted(getattr(type(backend), name).__get__(backend), name))
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 PHASES = {
     "ended": "noticed and ended",
-    "forked": "workers started",
+    "start": "workers started",
     "connected": "met",
     "engine": "data",
     "first_step": "engine and checkpoint",

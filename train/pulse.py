@@ -70,9 +70,9 @@ class Record:
         """Something moved within a long phase."""
         self._times[0] = time.monotonic()
 
-    def counted(self, collective: F) -> F:
-        """The function, with each call marked: its name, how many there were, and that the rank is inside it."""
-        name = collective.__name__.encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
+    def counted(self, collective: F, called: str = "") -> F:
+        """The function, with each call marked: what it is ``called``, how many there were, and that the rank is inside it."""
+        name = (called or collective.__name__).encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
 
         @functools.wraps(collective)
         def marked(*args: Any, **options: Any) -> Any:

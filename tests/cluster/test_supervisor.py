@@ -130,7 +130,7 @@ def test_a_failed_world_starts_again_and_goes_on_where_it_was(job_folder, tmp_pa
     assert "starting again in 1 s" in nexts[1]
     [recovered] = run.of("recovered")  # the second start reached no step
     assert (recovered["workers"], recovered["fault"], recovered["generation"]) == (2, "killed", 2)
-    assert recovered["failed"] < recovered["ended"] < recovered["forked"] < recovered["first_step"] < recovered["train"]
+    assert recovered["failed"] < recovered["ended"] < recovered["start"] < recovered["first_step"] < recovered["train"]
 
 
 def test_no_more_restarts_than_allowed(job_folder, tmp_path):
@@ -229,8 +229,8 @@ def test_a_hung_rank_is_named_with_its_stack_and_where_the_others_wait(job_folde
     assert any("toy.py" in line and "in _fail" in line for line in stack)
     if fault == "stop":
         assert "it is stopped by a signal (SIGSTOP, or a debugger)" in lines
-        assert "kernel: state T: stopped by a signal" in lines
-    assert lines[-1] == "rank 0 fell with it (its error follows from this one)"
+        assert any(line.startswith("kernel: state T: stopped by a signal") for line in lines)
+    assert lines[-1] == "rank 0 fell with it (ended by the driver)"
     hung_at = (tmp_path / "run" / "failed_1").stat().st_mtime
     assert next(t for t, kind in seen if kind == "failure") - hung_at < 2 + 5
     assert run.of("plan")[1]["start_step"] >= 2  # one that was stopped makes some steps more while it writes its stack

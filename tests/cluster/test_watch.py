@@ -165,7 +165,7 @@ def test_a_finding_comes_before_the_ends_that_it_led_to():
         "rank 2 on oar (pid 12) hung: nothing moved for 31 s in data of step 9",
         "ranks 0, 1 wait in all_reduce_sum #40",
     ]
-    assert lines[-1] == "ranks 0, 1 fell with it (their errors follow from this one)"
+    assert lines[-1] == "ranks 0, 1 fell with it (ended by the driver)"
 
 
 def test_a_world_in_which_nobody_can_be_blamed_is_told_without_a_rank():
