@@ -57,9 +57,7 @@ def linear_cross_entropy_forward(
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
             logits = torch.mm(hidden[part], weight.T)
-            losses[part], grad = step(
-                logits, targets[part], ignore_index, label_smoothing, z_loss, for_hidden or for_weight
-            )
+            losses[part], grad = step(logits, targets[part], ignore_index, label_smoothing, z_loss, for_hidden or for_weight)
             if for_hidden:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if for_weight:
@@ -84,8 +82,8 @@ def _(
 
 def _outputs(hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    grads = (x.new_empty(x.shape if wanted else 0) for x, wanted in ((hidden, for_hidden), (weight, for_weight)))
-    return hidden.new_empty((), dtype=dtype), *grads
+    by_hidden, by_weight = (x.new_empty(x.shape if y else 0) for x, y in ((hidden, for_hidden), (weight, for_weight)))
+    return hidden.new_empty((), dtype=dtype), by_hidden, by_weight
 
 
 def _chunk_rows(tokens: int) -> int:
@@ -106,13 +104,16 @@ def _(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    total, *grads = output
+    _, *grads = output
     ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)  # else zeros as large as they are would be made for them
     ctx.save_for_backward(*grads)
     ctx.wanted = inputs[-2:]
 
 
 def _backward(ctx, grad, *_):
+    if grad is None:  # nothing comes from the loss
+        return (None,) * 8
     grads = (_scaled(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
     return *grads, None, None, None, None, None, None
 

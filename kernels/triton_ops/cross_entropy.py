@@ -279,10 +279,13 @@ def _(
 def _setup_context(ctx, inputs, output):
     logits, targets, *ctx.settings = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, output[1])
 
 
 def _backward(ctx, grad, _):
+    if grad is None:  # nothing comes from the losses
+        return (None,) * 5
     return cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-
+from bench.tools.memory import liger_head_bytes, materialised_head_bytes, peak_bytes
 from kernels import chunked_loss, reference, tuning
 from kernels.triton_ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
@@ -154,7 +154,9 @@ def test_gradients_are_right_by_differences(backend, regularisers, small_chunks)
     targets = torch.tensor([1, IGNORE, 3, 0, 10], device=DEVICE)
     logits, hidden, weight = (normal(*s, seed=s[0]).requires_grad_() for s in ((5, 11), (5, 4), (11, 4)))
     with kernels.force(backend):
-        assert torch.autograd.gradcheck(lambda x: 0.3 * kernels.cross_entropy(x, targets, **regularisers)[0], logits, fast_mode=True)
+        assert torch.autograd.gradcheck(
+            lambda x: 0.3 * kernels.cross_entropy(x, targets, **regularisers)[0], logits, fast_mode=True
+        )
         linear = functools.partial(kernels.linear_cross_entropy, targets=targets, **regularisers)
         assert torch.autograd.gradcheck(lambda h, w: 0.3 * linear(h, w)[0], (hidden, weight), fast_mode=True)
 
@@ -262,3 +264,37 @@ def test_compiled_they_give_the_same(backend, small_chunks):
         got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight), (hidden, weight))
     for a, b in zip(want, got, strict=True):
         assert torch.allclose(a, b)
+
+
+@backends
+def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeypatch):
+    tokens, vocab, width = 1024, 4096, 128
+    monkeypatch.setattr(chunked_loss, "LEAST_ROWS", 64)
+    hidden, weight = (normal(*s).float().requires_grad_() for s in ((tokens, width), (vocab, width)))
+    targets = some_targets(tokens, vocab)
+
+    def run(head) -> tuple[Tensor, ...]:
+        found, count = head(hidden, weight, targets)
+        return torch.autograd.grad(found / count, (hidden, weight))
+
+    def materialised(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (targets != IGNORE).sum()
+
+    device = torch.device(DEVICE)
+    with kernels.force(backend):
+        run(kernels.linear_cross_entropy)  # what is made once: tables of operators, room of the products' libraries
+        ours = peak_bytes(lambda: run(kernels.linear_cross_entropy), device)
+    # torch's log-probabilities are not in place; the interpreter works on copies of what it reads and of what it writes.
+    copies = {"torch": 2, "triton": 1 if DEVICE == "cuda" else 3}[backend]
+    assert ours <= 1.1 * 4 * (vocab * width + tokens * width + copies * 64 * vocab)
+    whole = peak_bytes(lambda: run(materialised), device)
+    assert whole == pytest.approx(materialised_head_bytes(tokens, vocab), rel=0.1)
+    assert ours < whole / 8
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (16384, 2048), (32768, 4096), (65536, 2048), (131072, 4096)])
+def test_at_a_vocabulary_of_128k_the_peak_is_under_ligers_and_an_eighth_of_the_materialised(tokens, width):
+    vocab, size = 128256, 2
+    ours = size * (vocab * width + tokens * width + chunked_loss._chunk_rows(tokens) * vocab)
+    assert ours <= liger_head_bytes(tokens, vocab, width, size)
+    assert ours <= materialised_head_bytes(tokens, vocab) / 8
