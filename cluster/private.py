@@ -22,6 +22,11 @@ class Private:
         """Whether a process of the head node has ended."""
         return any(info.process.poll() is not None for infos in self.node.all_processes.values() for info in infos)
 
+    def check(self) -> None:
+        """Raises RayError where one has: calls to actors would neither return nor fail for a while."""
+        if self.lost():
+            raise ray.exceptions.RayError("processes of Ray's own have ended on the driver's host")
+
     def again(self) -> None:
         """Ends what is left of the old cluster and starts a new one."""
         self.node.kill_all_processes(check_alive=False, allow_graceful=False)

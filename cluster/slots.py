@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ REJOIN_S = 8.0
 """How long a lost worker's place on a host that lives may take to be filled again, before the others go on without it."""
 LEAVE_S = 120.0
 """How long a worker's place is left empty after its host gave notice."""
-LOOK_S = 0.2
+LOOK_S, ANSWER_S = 0.2, 5.0
 
 
 @dataclass
@@ -68,8 +69,10 @@ class Slots:
 
     def wait(self, least: int, wished: int, seconds: float) -> None:
         """Waits until ``wished`` slots are up, or at least ``least`` once ``REJOIN_S`` are over. UserError after ``seconds``."""
-        began = time.monotonic()
+        began, private = time.monotonic(), self.job.private
         while len(self.up()) < wished and self.job.signals.heard is None:
+            if private is not None:
+                private.check()
             waited = time.monotonic() - began
             if len(self.up()) >= least and waited > REJOIN_S:
                 return
@@ -107,6 +110,18 @@ class Slots:
     def settled(self, seconds: float) -> int:
         """How many slots have been up for so many seconds."""
         return sum(slot.place is not None and time.monotonic() - slot.since >= seconds for slot in self.all)
+
+    def silent(self, slots: Sequence[Slot]) -> set[int]:
+        """The places in ``slots`` of those whose stewards do not answer."""
+        questions = {slot.steward.where.remote(): n for n, slot in enumerate(slots)}
+        answered, rest = ray.wait(list(questions), num_returns=len(questions), timeout=ANSWER_S)
+        found = {questions[question] for question in rest}
+        for question in answered:
+            try:
+                ray.get(question)
+            except ray.exceptions.RayError:
+                found.add(questions[question])
+        return found
 
     def nodes_alive(self) -> set[str]:
         """Ids of the nodes that Ray believes to live."""

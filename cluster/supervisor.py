@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
+
 from cluster import recovery, report, watch
 from cluster.job import Job
 from cluster.slots import LEAVE_S, Slot, Slots
@@ -39,9 +41,7 @@ class Supervisor:
         while True:
             slots = self.slots.up()[: self.job.config.cluster.workers]
             world = World(self.job, slots, self.generation)
-            world.start(self.orders(slots))
-            self.job.signals.running()
-            verdict = world.follow(self._more_than(len(slots)))
+            verdict = self._live(world, slots)
             self.saved = max(self.saved, world.saved)
             again = self._after_failure(world, verdict) if verdict.kind == "failed" else self._after_stop(world, verdict)
             if not again:
@@ -49,12 +49,23 @@ class Supervisor:
             failed = world.marks.get("failed", world.marks.get("ended"))
             self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
             self.generation += 1
-            if self.job.private is not None and self.job.private.lost():
-                self._rebuild(slots)
-            else:
-                self._fill(world, slots, verdict)
+            self._prepare(world, slots, verdict)
             if self.job.signals.heard is not None:
                 return watch.Verdict("stopped")
+
+    def _live(self, world: World, slots: list[Slot]) -> watch.Verdict:
+        """Starts a world and follows it to its end."""
+        try:
+            world.start(self.orders(slots))
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            if self.job.private is None or not self.job.private.lost():
+                world.lost |= self.slots.silent(slots)
+            fault: watch.Fault = "worker lost" if isinstance(error, ray.exceptions.RayError) else "raised"
+            first, *rest = str(error).strip().splitlines()
+            words = f"the workers could not be started: {first}"
+            return watch.Verdict("failed", fault, finding=watch.Finding(fault, None, words, tuple(rest[-report.MOST_LINES :])))
+        self.job.signals.running()
+        return world.follow(self._more_than(len(slots)))
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
@@ -86,6 +97,19 @@ class Supervisor:
         while self.job.signals.heard is None and time.monotonic() < until:
             time.sleep(HEAR_S / 4)
         return self.job.signals.heard is None
+
+    def _prepare(self, world: World, slots: list[Slot], verdict: watch.Verdict) -> None:
+        """Has the workers up for the next world; on a new private cluster where the old one is gone."""
+        private = self.job.private
+        if private is None or not private.lost():
+            try:
+                self._fill(world, slots, verdict)
+            except ray.exceptions.RayError:
+                if private is None or not private.lost():
+                    raise
+        while private is not None and private.lost():
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._rebuild(slots)
 
     def _fill(self, world: World, slots: list[Slot], verdict: watch.Verdict) -> None:
         """Empties the places that were lost or are to be left, and waits for as many workers as there can be now."""

@@ -31,17 +31,6 @@ LOOK_S = 0.5
 """Between questions whether there is room for more workers."""
 
 
-def ask(questions: Sequence[Any], timeout: float) -> list[Any]:
-    """The stewards' answers, with an ear for signals in between."""
-    deadline = time.monotonic() + timeout
-    waiting = list(questions)
-    while waiting:
-        _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=HEAR_S)
-        if waiting and time.monotonic() > deadline:
-            raise UserError(f"{len(waiting)} of {len(questions)} workers did not answer within {timeout:.0f} s")
-    return ray.get(list(questions))
-
-
 class World:
     """One start of all ranks."""
 
@@ -77,10 +66,12 @@ class World:
     # -------------------------------------------------------------------------------------------------------- starting
 
     def start(self, orders: Sequence[dict[str, Any]]) -> None:
-        """Has every steward fork its trainer. UserError when the port is taken or the imports fail."""
+        """Has every steward fork its trainer. UserError when the port is taken, RuntimeError when the imports fail, RayError when a
+        steward is gone.
+        """
         cluster = self.job.config.cluster
         place = self.places[0]
-        [met] = ask([self.stewards[0].listen.remote(place["ip"], cluster.port)], cluster.start_timeout)
+        [met] = self._ask([self.stewards[0].listen.remote(place["ip"], cluster.port)])
         if "error" in met:
             raise UserError(
                 f"cluster.port={cluster.port} on {place['host']} ({place['ip']}): {met['error']}. "
@@ -89,12 +80,24 @@ class World:
         meeting = {**met, "generation": self.generation}
         self.orders = [{**order, "meeting": meeting} for order in orders]
         starts = [s.start.remote(order) for s, order in zip(self.stewards, self.orders, strict=True)]
-        answers = ask(starts, cluster.start_timeout)
+        answers = self._ask(starts)
         for rank, answer in enumerate(answers):
             if "failed" in answer:
                 raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
         self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
+
+    def _ask(self, questions: Sequence[Any]) -> list[Any]:
+        """The stewards' answers, with an ear for signals in between."""
+        timeout, waiting = self.job.config.cluster.start_timeout, list(questions)
+        deadline = time.monotonic() + timeout
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=HEAR_S)
+            if waiting and self.job.private is not None:
+                self.job.private.check()
+            if waiting and time.monotonic() > deadline:
+                raise UserError(f"{len(waiting)} of {len(questions)} workers did not answer within {timeout} s")
+        return ray.get(list(questions))
 
     # ------------------------------------------------------------------------------------------------------- following
 

@@ -100,7 +100,7 @@ LONG, SINGLE_KILLS = 300, 20
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_whose_processes_are_killed_one_by_one_equals_one_that_was_not(as_typed, tmp_path):
-    """Any may be hit: a trainer, a steward, the warm process, Ray's, the driver. When it is the driver, the command is given again."""
+    """Any of them: trainers, stewards, the warm process, Ray's, the driver; after the driver's death the command is given again."""
     draw = random.Random(os.environ.get("TRIREME_KILL_SEED", "11"))
     settings = [f"steps={LONG}", "save_every=5", "eval_every=50", "keep_last=2", "cluster.workers=2", "zero=2"]
     undisturbed, config = (configuration.load(as_typed(*settings, name=name)) for name in ("whole", "killed"))

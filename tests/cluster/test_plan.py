@@ -66,7 +66,7 @@ def test_a_job_begins_with_as_many_workers_as_there_is_room_for(nodes, least, si
 
 
 def test_fewer_cores_than_the_fewest_workers_need_are_refused():
-    with pytest.raises(UserError, match="cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
+    with pytest.raises(UserError, match=r"cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
         place([node("a", 2)], Request(4, 1, 0, 3))
 
 
