@@ -31,7 +31,6 @@ class Supervisor:
         self.slots = Slots(self.job, device)
         self.row: list[recovery.Failure] = []
         """The failures since there was progress."""
-        self.saved = 0
         self.down: dict[str, Any] = {}
         """When and of what the last world failed, until the next one trains."""
 
@@ -42,7 +41,6 @@ class Supervisor:
             slots = self.slots.up()[: self.job.config.cluster.workers]
             world = World(self.job, slots, self.generation)
             verdict = self._live(world, slots)
-            self.saved = max(self.saved, world.saved)
             again = self._after_failure(world, verdict) if verdict.kind == "failed" else self._after_stop(world, verdict)
             if not again:
                 return verdict
@@ -72,7 +70,7 @@ class Supervisor:
     def _after_failure(self, world: World, verdict: watch.Verdict) -> bool:
         """Says what failed and what follows; whether to start again, after the wait that this may take."""
         step = max((beat.step for beat in world.lookout.beats.values()), default=0)
-        failure = recovery.Failure(verdict.fault or "", report.signature(verdict), step, self.saved)
+        failure = recovery.Failure(verdict.fault or "", report.signature(verdict), step, self._newest())
         self.row = recovery.in_a_row(self.row, failure)
         decision = recovery.decide(self.row, self.job.config.cluster.max_failures)
         again = decision.again and self.job.signals.heard is None
@@ -82,6 +80,11 @@ class Supervisor:
             time.sleep(HEAR_S)
             again = self.job.signals.heard is None
         return again
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint; a folder of that name is complete."""
+        found = self.job.run_dir.glob("checkpoints/step_*")
+        return max((int(path.name[5:]) for path in found if path.name[5:].isdecimal()), default=0)
 
     def _after_stop(self, world: World, verdict: watch.Verdict) -> bool:
         """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to

@@ -51,8 +51,6 @@ class World:
         """Ranks that were told to end by a signal of their own, and the signal."""
         self.agreed = False
         """The ranks are saving, to end."""
-        self.saved = 0
-        """The newest checkpoint's step, as far as was heard."""
         self.marks: dict[str, float] = {}
         """When this start came to each of its phases, seconds since 1970; "train": when all ranks had made a step."""
         self.at_boundary = job.config.save_every == 0
@@ -224,8 +222,6 @@ class World:
         elif event == "phase":
             self._phase(rank, record)
         else:
-            if event == "save":
-                self.saved = record["step"]
             if self.job.config.save_every:
                 self.at_boundary = event == "save" or (self.at_boundary and event != "step")
             self.job.show(record)
