@@ -158,7 +158,7 @@ class Supervisor:
     def _show(self, event: dict[str, Any]) -> None:
         """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
         if event["event"] == "world" and self.down:
-            record = {"generation": self.generation, "workers": event["size"], **self.down, **event["marks"]}
+            record = {"generation": self.generation, "workers": event["size"], **event["marks"], **self.down}
             with (self.job.run_dir / "restarts.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.down = {}
