@@ -56,6 +56,8 @@ class Trainer:
     def inspect(self) -> dict[str, Any]:
         """See ``Steward.inspect``."""
         kernel = proc.wait_of(self.pid)
+        if not self.log.exists():
+            return {"kernel": kernel, "stack": []}
         start = size = self.log.stat().st_size
         self.signal(signal.SIGUSR1)  # faulthandler's, in C: it needs neither the interpreter's lock nor the main thread
         self.signal(signal.SIGCONT)

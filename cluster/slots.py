@@ -7,6 +7,7 @@ another has room, so a slot that was lost is only asked for a new steward: it an
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,17 @@ REJOIN_S = 8.0
 """How long a lost worker's place on a host that lives may take to be filled again, before the others go on without it."""
 LEAVE_S = 120.0
 """How long a worker's place is left empty after its host gave notice."""
-LOOK_S, ANSWER_S = 0.2, 5.0
+LOOK_S, ANSWER_S, KNOCK_S = 0.2, 5.0, 1.0
+
+
+def lives(node: str) -> bool:
+    """Whether the node of that id lives. Ray's word for it may be a quarter of a minute old, so its raylet's port is tried too."""
+    found = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
+    with contextlib.suppress(OSError):
+        if found is not None:
+            socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), KNOCK_S).close()
+            return True
+    return False
 
 
 @dataclass
@@ -122,10 +133,6 @@ class Slots:
             except ray.exceptions.RayError:
                 found.add(questions[question])
         return found
-
-    def nodes_alive(self) -> set[str]:
-        """Ids of the nodes that Ray believes to live."""
-        return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def empty(self, slot: Slot, seconds: float = 0.0) -> None:
         """Gives up the slot's steward, and asks for another when ``seconds`` are over."""

@@ -15,7 +15,7 @@ import ray
 
 from cluster import recovery, report, watch
 from cluster.job import Job
-from cluster.slots import LEAVE_S, Slot, Slots
+from cluster.slots import LEAVE_S, Slot, Slots, lives
 from cluster.world import HEAR_S, NOTICE_S, World
 
 
@@ -123,7 +123,7 @@ class Supervisor:
             elif rank in world.lost:
                 self.slots.empty(slot)
         self.slots.look()
-        alive = self.slots.nodes_alive() if world.lost else set()
+        alive = {node for node in {world.places[rank]["node"] for rank in world.lost} if lives(node)}
         back = sum(world.places[rank]["node"] in alive for rank in world.lost if not preempted)
         self.slots.wait(self.slots.least, len(self.slots.up()) + back, self.job.config.cluster.start_timeout)
         workers = self.job.config.cluster.workers

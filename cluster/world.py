@@ -12,7 +12,7 @@ import ray
 from cluster import watch, word
 from cluster.job import Job
 from cluster.lookout import Lookout, beat_of
-from cluster.slots import Slot
+from cluster.slots import Slot, lives
 from train.errors import UserError
 
 POLL_S = 1.0
@@ -264,17 +264,14 @@ class World:
         """A steward that does not answer took its trainer with it."""
         self.lost.add(rank)
         place = self.places[rank]
-        said = next((line.strip() for line in str(error or "").splitlines() if line.strip()), type(error).__name__)
         if self.job.private is not None and self.job.private.lost():
-            alive, error = {place["node"]}, error or RuntimeError("processes of Ray's own have ended")
-        else:
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if error is None:
+            fault, words = "worker lost", "was lost: processes of Ray's own have ended"
+        elif error is None:
             fault, words = "network lost", f"was lost: its host has not answered for {LOST_S:.0f} s"
-        elif place["node"] not in alive or "node has died" in str(error):
-            fault, words = "host lost", f"was lost with its host: {said}"
+        elif not lives(place["node"]):
+            fault, words = "host lost", "was lost with its host"
         else:
-            fault, words = "worker lost", f"was lost with its steward: {said}"
+            fault, words = "worker lost", "was lost with its steward, the process that watched over it"
         self.marks.setdefault("failed", time.time())
         self.ends[rank] = watch.End(
             rank=rank,
