@@ -96,5 +96,5 @@ def test_a_real_run_marks_its_phases_and_the_collectives_of_deepspeed_too(make, 
         assert last["phase"] == "end"
         counts = [beat["count"] for event, beat in seen if event["event"] == "step"]
         assert counts[-1] - counts[0] > 6, "more than our own two a step"
-        assert {beat["collective"] for _, beat in seen} & {"all_reduce", "all_gather", "all_gather_into_tensor"}
+        assert "broadcast" in {beat["collective"] for _, beat in seen}, "by which DeepSpeed spreads the first weights"
         assert last["busy_s"] > 0
