@@ -136,7 +136,7 @@ class Supervisor:
         """A new private cluster, and all places taken anew on it."""
         assert self.job.private is not None
         for slot in slots:  # Ray can no longer be asked to end them
-            if slot.place is not None and slot.place["ip"] == self.job.private.node.node_ip_address:
+            if slot.place is not None and slot.place["ip"] == self.job.private.start.ip:
                 with contextlib.suppress(OSError):
                     os.kill(slot.place["pid"], signal.SIGKILL)
         self.job.private.again()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray._private.parameter
 import worlds
 
-from cluster import host, nodes
+from cluster import host, nodes, token
 from cluster.job import Clock, Job
+from cluster.private import Private
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
 from train import config as configuration
@@ -33,9 +33,10 @@ def cluster():
         folder = host.make_folder()
         warm = host.WarmProcess(folder, target)
         warm.set_device("cpu")
-        node = nodes.start_private(cores, 0, folder)
-        ends.extend([lambda: nodes.shutdown(node), warm.close])
-        return folder, node
+        token.make(folder / "token")
+        own = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests")
+        ends.extend([own.end, warm.close])
+        return folder, own.node
 
     yield start
     for end in ends:
@@ -46,17 +47,7 @@ def cluster():
 
 def another_node(head, folder):
     """One more node of one core on this machine."""
-    parameters = ray._private.parameter.RayParams(
-        gcs_address=head.address,
-        node_ip_address="127.0.0.1",
-        num_cpus=1,
-        num_gpus=0,
-        object_store_memory=nodes.OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        include_log_monitor=False,
-        temp_dir=str(folder / "ray"),
-    )
-    return nodes.PrivateNode(parameters, head=False, shutdown_at_exit=False, spawn_reaper=True)
+    return nodes.start_member(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address)
 
 
 def until(condition, seconds=120):

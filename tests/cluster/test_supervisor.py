@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import host, nodes
+from cluster import host, nodes, token
 from cluster.job import Clock, Job
+from cluster.private import Private
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
 from train import config as configuration
@@ -30,9 +31,10 @@ def job_folder():
     folder = host.make_folder()
     warm = host.WarmProcess(folder, TARGET)
     warm.set_device("cpu")
-    node = nodes.start_private(2, 0, folder)
+    token.make(folder / "token")
+    cluster = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=2, gpus=0), "tests")
     yield folder
-    nodes.shutdown(node)
+    cluster.end()
     warm.close()
     os.environ.clear()
     os.environ.update(before)
