@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, resume
+from train import checkpoint, dist, pulse, resume
 from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
@@ -80,6 +80,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         work.finish(progress)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
+        pulse.enter("end")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
@@ -135,6 +136,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
+        pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -147,6 +149,7 @@ class Work:
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
+        pulse.enter("save")
         self.settle()
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
         self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
@@ -167,6 +170,7 @@ class Work:
         """Wait for the save in flight."""
         waits = self.saver.busy
         if waits:
+            pulse.enter("save")
             self.emit(phase("save"))
         self.saver.settle()
         self.save_failed()
@@ -182,6 +186,7 @@ class Work:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        pulse.enter("end")
         if not self.tracker:
             return
         wall = self.tracker.run.wall_s
@@ -205,6 +210,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens:
             return
+        pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -221,7 +227,8 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
     tokenizer = corpus.tokenizer
     prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
+    return [tokenizer.decode(ids) for ids in written]
 
 
 def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
