@@ -22,6 +22,9 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.goodput import Times, goodput
+from train.guard import Guard
+from train.ledger import Ledger
 from train.loop import Record, Training, finish_pending, phase, train
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
@@ -40,7 +43,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder = Path(config.run.dir or "")
+    folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
@@ -58,16 +61,19 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     emit({"event": "plan", "kernels": chosen} | plan)
     tracker = None
     if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
+        tracker = Tracker(config, progress.step - (pending is not None), times, lambda text: emit({"event": "note", "text": text}))
     work = Work(config, world, corpus, engine, held_out, checkpoints, tracker, emit, should_stop)
+    ledger = Ledger(folder)
+    loader.skip(ledger.rows)
+    guard = Guard(config, world, corpus, engine, loader, checkpoints, ledger, work.went_back)
     saved = progress.step if found else None
-    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
         progress = train(training)
-        work.finish(progress)
+        work.finish(progress, times)
     except Stopped:
         if tracker:
             tracker.close({})
@@ -137,19 +143,26 @@ class Work:
         began = time.monotonic()
         self.emit(phase("save"))
         if self.tracker:
-            self.tracker.metrics.sync()
+            self.tracker.sync()
         path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
         seconds = time.monotonic() - began
         self.emit({"event": "save", "step": progress.step, "path": str(path), "seconds": seconds})
         self.emit(phase("train"))
 
-    def finish(self, progress: Progress) -> None:
+    def went_back(self, progress: Progress, why: str) -> None:
+        """The run goes on from ``progress`` once more."""
+        _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.tracker:
+            self.tracker.go_back(progress.step)
+
+    def finish(self, progress: Progress, times: Times) -> None:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        times.lap("eval")
         if not self.tracker:
             return
-        wall = self.tracker.run.wall_s
+        seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
             "val_loss": self.last and self.last.loss,
@@ -157,8 +170,9 @@ class Work:
             "bits_per_byte": self.last and self.last.bits_per_byte,
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
-            "wall_s": round(wall, 2),
-            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "wall_s": round(sum(seconds.values()), 2),
+            "goodput": round(goodput(seconds), 4),
+            "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
         self.tracker.finish(summary)
