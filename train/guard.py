@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train import dist, spikes
-from train.batch import Batch, count_targets, to_device
+from train.batch import count_targets, to_device
 from train.checkpoint import Checkpoint, Checkpoints, complete
 from train.data.loader import Loader
 from train.data.shards import Corpus
@@ -35,6 +34,9 @@ from train.trace import parts
 
 LOOK_BACK = 8
 """Steps up to the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
+
+LOOK_AHEAD = 4096
+"""Rows left out at once, about; what is bad beyond them will be found when its step is made."""
 
 Place = tuple[Cursor, int]
 
@@ -122,48 +124,48 @@ class Guard:
         """The rows to leave out, and the layers whose numbers are the first that are not finite."""
         plan, again = self.loader.plan, before.step - target.step
         looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK + 1), again + 1)]
-        losses: dict[Place, float] = {}
-        layers: set[str] = set()
-        for cursor in looked:
-            batches = [to_device(b, self.world.device) for b in self.loader.peek(cursor)]
-            with first_nonfinite(self.engine.module) as first:
-                losses |= {(cursor, row): loss for row, loss in self._row_losses(batches).items()}
-            layers |= set(first)
-        places = list(losses)
-        blamed = [places[n] for n in spikes.blame(list(losses.values()), self.config.spikes.deviations)]
+        with first_nonfinite(self.engine.module) as first:
+            losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
+            limit = spikes.row_limit(list(losses.values()), self.config.spikes.deviations)
+            blamed = bad = [place for place, loss in losses.items() if spikes.stands_out(loss, limit)]
+            ahead = before.cursor
+            while bad and len(blamed) < LOOK_AHEAD:  # a bad document may be long: its row goes on in the steps to come
+                ahead = plan.after(ahead)
+                bad = [place for place, loss in self._row_losses(ahead).items() if spikes.stands_out(loss, limit)]
+                blamed = blamed + bad
         if not blamed:
             last = looked[-1:] if how == "in place" else looked[-2:]  # a loss is taken before its update: the one before, too
-            blamed = [place for place in places if place[0] in last]
-        return blamed, sorted({name for names in dist.gather_objects(sorted(layers)) for name in names})
+            blamed = [place for place in losses if place[0] in last]
+        return blamed, sorted({name for names in dist.gather_objects(sorted(set(first))) for name in names})
 
-    def _row_losses(self, batches: Sequence[Batch]) -> dict[int, float]:
-        """The loss of every row of the global batch that weighs anything, each row alone."""
+    def _row_losses(self, cursor: Cursor) -> dict[Place, float]:
+        """The loss of every row of the step at a cursor that weighs anything, each row alone."""
         rows = self.config.batch.global_
         sums, counts = [0.0] * rows, [0.0] * rows
         mine = iter(self.loader.row_numbers())
-        for batch in batches:
+        for batch in (to_device(b, self.world.device) for b in self.loader.peek(cursor)):
             for place in range(len(batch["tokens"])):
                 row = {key: value[place : place + 1] for key, value in batch.items()}
                 total, _ = self.engine.evaluate(row)["loss"]  # of padding too: under ZeRO-3 all ranks go together
                 if (number := next(mine, None)) is not None:
                     sums[number], counts[number] = float(total), count_targets(row)
         table = dist.all_reduce_sum([*sums, *counts])
-        return {n: table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
+        return {(cursor, n): table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
 
     def _entry(self, before: Progress, trouble: str, skipped: Sequence[Place]) -> Entry:
-        cursors = list(dict.fromkeys(cursor for cursor, _ in skipped))
-        groups = {cursor: sorted(row for at, row in skipped if at == cursor) for cursor in cursors}
-        documents: list[dict[str, Any]] = []
+        groups: dict[Cursor, list[int]] = {}
+        for cursor, row in skipped:
+            groups.setdefault(cursor, []).append(row)
+        documents: dict[str, str] = {}
         if self.world.first:
-            for cursor, rows in groups.items():
-                standing = [p for p in parts(self.corpus, self.loader.plan, cursor) if p.row in rows]
-                documents += [{"row": p.row, "document": p.document, "source": p.source, "tokens": p.tokens} for p in standing]
+            standing = (p for c, rows in groups.items() for p in parts(self.corpus, self.loader.plan, c) if p.row in rows)
+            documents = {part.document: part.source for part in standing}
         return {
             "step": before.step + 1,
             "kind": trouble,
             "time": round(time.time(), 3),
             "skipped": [{"epoch": c.epoch, "position": c.position, "rows": rows} for c, rows in groups.items()],
-            "documents": documents,
+            "documents": [{"document": document, "source": source} for document, source in documents.items()],
         }
 
     def _bound(self, entry: Entry) -> None:

@@ -68,7 +68,11 @@ def judge(loss: float, applied: bool, limit: float) -> Trouble | None:
     return "spike" if loss > limit else None
 
 
-def blame(losses: Sequence[float], deviations: float) -> list[int]:
-    """Which of some rows stand out by their losses under good weights: those that are not finite, else those far above the rest."""
-    broken = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
-    return broken or [n for n, loss in enumerate(losses) if loss > far(losses, deviations)]
+def row_limit(losses: Sequence[float], deviations: float) -> float:
+    """Above it a row stands out among ``losses``, those of rows under good weights. Where any is not finite, only such rows do."""
+    return far(losses, deviations) if all(map(math.isfinite, losses)) else math.inf
+
+
+def stands_out(loss: float, limit: float) -> bool:
+    """Whether a row of this loss is to blame."""
+    return not math.isfinite(loss) or loss > limit
