@@ -59,6 +59,13 @@ def ops(x: Tensor) -> ModuleType:
     return triton_ops
 
 
+def torchs(what: str) -> ModuleType:
+    """Torch's ops, for what Triton's have no kernel. Raises ValueError, with the cure, where Triton's were asked for."""
+    if _choice == "triton":
+        raise ValueError(f"kernels=triton, but there is no Triton kernel for {what}: kernels=auto or kernels=torch")
+    return torch_ops
+
+
 def measuring() -> contextlib.AbstractContextManager[None]:
     """Within, Triton's kernels measure which tiles are fastest for shapes they have not met on this machine (kernels.tuning)."""
     if _choice == "torch" or not _HAS_TRITON:

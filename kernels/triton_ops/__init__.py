@@ -1,26 +1,25 @@
-"""The Triton implementations, gathered; what is not here yet is torch's."""
+"""The Triton implementations, gathered."""
 
-from kernels.torch_ops import (
-    add_layer_norm,
-    attention,
-    cross_entropy,
-    gated_mlp,
-    gelu,
-    layer_norm,
-    linear_cross_entropy,
-    rope,
-)
+from kernels.triton_ops.attention import attention
+from kernels.triton_ops.bias_gelu import bias_gelu
+from kernels.triton_ops.cross_entropy import cross_entropy, cross_entropy_step, scale_
+from kernels.triton_ops.dropout import dropout
+from kernels.triton_ops.gated_mlp import gated_mlp
+from kernels.triton_ops.layer_norm import add_layer_norm, layer_norm
 from kernels.triton_ops.rms_norm import add_rms_norm, rms_norm
+from kernels.triton_ops.rope import rope
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "bias_gelu",
     "cross_entropy",
+    "cross_entropy_step",
+    "dropout",
     "gated_mlp",
-    "gelu",
     "layer_norm",
-    "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "scale_",
 ]

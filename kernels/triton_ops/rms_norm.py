@@ -54,7 +54,7 @@ def _rms_norm_forward_kernel(
         residual = tl.load(residual_ptr + row.to(tl.int64) * residual_step + column, mask=inside, other=0.0)
         x = x.to(wide)
         if THRESHOLD > 0:
-            x = tl.where(keep(seed, row, 0, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
+            x = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
         x = (x + residual.to(wide)).to(total_ptr.dtype.element_ty)  # normalised as stored: the backward pass sees no other
         tl.store(total_ptr + here, x, mask=inside)
     x = x.to(wide)
@@ -106,7 +106,7 @@ def _rms_norm_backward_kernel(
         tl.store(grad_residual_ptr + here, out.to(grad_residual_ptr.dtype.element_ty), mask=inside)
         if grad_x_ptr is not None:
             if THRESHOLD > 0:
-                out = tl.where(keep(seed, row, 0, width, THRESHOLD, BLOCK_R, BLOCK_D), out * SCALE, 0.0)
+                out = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), out * SCALE, 0.0)
             tl.store(grad_x_ptr + here, out.to(grad_x_ptr.dtype.element_ty), mask=inside)
     tl.store(partial_ptr + tl.program_id(0) * width + column, tl.sum(share, 0, keep_dims=True), mask=column < width)
 

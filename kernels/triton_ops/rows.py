@@ -26,8 +26,8 @@ def wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 in the interpreter, so that programs have several blocks each to walk over."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Multiprocessors of a GPU; 1 in the interpreter, so that a program has several blocks of rows to walk over."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 MAX_WIDTH = 1 << 15
@@ -61,6 +61,12 @@ def _tiles(width: int, *choices: tuple[int, int]) -> list[Tiles]:
     return [t for n, t in enumerate(tiles) if t not in tiles[:n]]
 
 
+def tile(width: int, elements: int) -> Tiles:
+    """Part of a few rows, for kernels to which a row is nothing: ``elements`` in all, and whole lines of memory."""
+    block = min(max(triton.next_power_of_2(width), 16), 1024)
+    return {"BLOCK_R": elements // block, "BLOCK_D": block, "num_warps": 4}
+
+
 def programs(n_rows: int, tiles: Tiles, device: torch.device) -> int:
     """Programs that walk over the rows: as many as run at once, or fewer where there is less to do."""
     at_once = processors(device) * max(RESIDENT_WARPS // tiles["num_warps"], 1)
@@ -68,9 +74,9 @@ def programs(n_rows: int, tiles: Tiles, device: torch.device) -> int:
 
 
 @triton.jit
-def keep(seed, rows, start, width, THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Dropout's mask [BLOCK_R, BLOCK_D] of ``rows`` [BLOCK_R, 1] from column ``start``, a multiple of 4: see kernels.philox."""
-    calls = rows.to(tl.int64) * ((width + 3) // 4) + start // 4 + tl.arange(0, BLOCK_D // 4)[None, :]
+def keep(seed, rows, width, THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Dropout's mask [BLOCK_R, BLOCK_D] of whole ``rows`` [BLOCK_R, 1]: see kernels.philox."""
+    calls = rows.to(tl.int64) * ((width + 3) // 4) + tl.arange(0, BLOCK_D // 4)[None, :]
     a, b, c, d = tl.randint4x(seed, calls)
     words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_R, BLOCK_D))
     return words >= THRESHOLD
