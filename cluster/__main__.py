@@ -6,7 +6,7 @@ import sys
 
 from cluster.signals import Signals
 
-VERBS = ("train",)
+VERBS = ("train", "verify-resume")
 
 
 def main(arguments: list[str]) -> int:
@@ -15,6 +15,10 @@ def main(arguments: list[str]) -> int:
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return 2
+    if verb == "verify-resume":
+        from cluster import verify
+
+        return verify.run(rest)
     signals = Signals()
     signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.begin import begin

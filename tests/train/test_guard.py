@@ -17,7 +17,10 @@ from train.tracking import read_records
 
 POISON = "~" * 40 + "".join(random.Random(1).choices("!$%&()*+-/:;<=>?@[]^_{|}0123456789", k=200))
 UNTIED = ("seed=11", "model.tied=false", "eval_every=0", "steps=24", "save_every=6", "spikes.window=8")
-SPIKY = ("cluster.workers=1", "eval_every=0", "steps=60", "save_every=10", "spikes.window=16", "optimizer=momentum", "optimizer.lr=0.3", "optimizer.clip=0")
+SPIKY = (
+    *("cluster.workers=1", "eval_every=0", "steps=60", "save_every=10", "spikes.window=16"),
+    *("optimizer=momentum", "optimizer.lr=0.3", "optimizer.clip=0"),
+)
 
 
 def written(folder: Path, odd: str) -> Path:
