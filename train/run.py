@@ -75,6 +75,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         progress = train(training)
         work.finish(progress, times)
     except Stopped:
+        times.lap("save")
         if tracker:
             tracker.close({})
         raise

@@ -57,7 +57,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02)
     if device.type == "cuda":
         torch.cuda.synchronize()
     began, products = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < seconds:
+    while (spent := time.perf_counter() - began) < seconds or not products:  # a busy machine may not give it even one
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -176,6 +176,8 @@ class Tracker:
 
     def go_back(self, step: int) -> None:
         """The steps after ``step`` will come again: what was logged of them is dropped."""
+        if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
+            return
         self.close({})
         self._open(step)
 

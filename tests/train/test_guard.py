@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -15,10 +14,12 @@ from train.data.prepare import prepare
 from train.schema import Config
 from train.tracking import read_records
 
-POISON = "~" * 40 + "".join(random.Random(1).choices("!$%&()*+-/:;<=>?@[]^_{|}0123456789", k=200))
-UNTIED = ("seed=11", "model.tied=false", "eval_every=0", "steps=24", "save_every=6", "spikes.window=8")
+GARBAGE = random.Random(1).choices("!$%&()*+-/:;<=>?@[]^_{|}0123456789", k=240)
+POISON = "".join("~" if n % 8 == 0 else sign for n, sign in enumerate(GARBAGE)) + "~"
+"""Every row of it holds a "~"."""
+UNTIED = ("seed=4", "model.tied=false", "eval_every=0", "steps=36", "save_every=6", "spikes.window=8")
 SPIKY = (
-    *("cluster.workers=1", "eval_every=0", "steps=60", "save_every=10", "spikes.window=16"),
+    *("seed=1", "cluster.workers=1", "eval_every=0", "steps=60", "save_every=10", "spikes.window=16"),
     *("optimizer=momentum", "optimizer.lr=0.3", "optimizer.clip=0"),
 )
 
@@ -32,7 +33,7 @@ def written(folder: Path, odd: str) -> Path:
     for n in range(40):
         (text / f"{n:02}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(3, 40))))
     (text / "odd.txt").write_text(odd)
-    options = (*worlds.TEXT, "data.val_fraction=0.1", f"data.paths=[{text}]", f"data.dir={folder / 'corpus'}")
+    options = (*worlds.TEXT, "data.val_fraction=0", f"data.paths=[{text}]", f"data.dir={folder / 'corpus'}")
     return prepare(worlds.compose(*options).data, lambda event: None)
 
 
@@ -113,13 +114,13 @@ def test_data_that_make_the_numbers_infinite_cost_one_step_and_change_nothing_el
     (entry,) = ledger(hit)
     assert (entry["kind"], entry["how"], entry["back_to"]) == ("non-finite", "in place", entry["step"] - 1)
     assert "odd.txt" in [document["source"] for document in entry["documents"]]
-    assert entry["layers"] == ["backbone.blocks.0.attention_norm"] or entry["layers"]
+    assert entry["layers"][0].startswith("backbone.")
     assert run(huge_row, with_ledger_of(plan, hit), poisoned) == ["done", "done"]
-    assert_same_run(hit, plan, 24)
+    assert_same_run(hit, plan, 36)
     if zero == "0":
         never = with_ledger_of(worlds.on_corpus(clean, tmp_path / "never", *keys), hit)
         assert run(huge_row, never, clean) == ["done", "done"]
-        assert_same_run(hit, never, 24)
+        assert_same_run(hit, never, 36)
 
 
 def test_a_ledger_holds_in_another_world(tmp_path, poisoned):
@@ -161,7 +162,7 @@ def test_a_fault_in_memory_goes_back_to_a_checkpoint_that_is_sound(tmp_path, cle
     assert (entry["step"], entry["how"], entry["back_to"]) == (9, "rolled back", 6)
     plan = with_ledger_of(worlds.on_corpus(clean, tmp_path / "plan", *UNTIED, "cluster.workers=2", "zero=2"), config)
     assert run(worlds.train, plan, clean) == ["done", "done"]
-    assert_same_run(config, plan, 24)
+    assert_same_run(config, plan, 36)
 
 
 def test_a_model_that_fails_on_any_data_ends_the_run_in_words(tmp_path, clean):
@@ -170,4 +171,3 @@ def test_a_model_that_fails_on_any_data_ends_the_run_in_words(tmp_path, clean):
     ends = run(worlds.train, config, clean)
     assert all("3 times in a row" in end and "optimizer.lr" in end for end in ends)
     assert len(ledger(config)) == 3
-    assert [json.dumps(part) for entry in ledger(config) for part in entry["skipped"]]
