@@ -31,9 +31,10 @@ from train.look import begin_anew, first_nonfinite
 from train.progress import Progress
 from train.schema import Config
 from train.trace import parts
+from train.words import plural
 
 LOOK_BACK = 8
-"""Steps up to the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
+"""Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
 
 LOOK_AHEAD = 4096
 """Rows left out at once, about; what is bad beyond them will be found when its step is made."""
@@ -123,7 +124,7 @@ class Guard:
     def _culprits(self, before: Progress, target: Progress, how: How) -> tuple[list[Place], list[str]]:
         """The rows to leave out, and the layers whose numbers are the first that are not finite."""
         plan, again = self.loader.plan, before.step - target.step
-        looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK + 1), again + 1)]
+        looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK), again + 1)]
         with first_nonfinite(self.engine.module) as first:
             losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
             limit = spikes.row_limit(list(losses.values()), self.config.spikes.deviations)
@@ -205,4 +206,4 @@ def words(entry: Entry) -> str:
     layers = f", first in {', '.join(entry['layers'][:2])}" if entry["layers"] else ""
     rows = sum(len(part["rows"]) for part in entry["skipped"])
     how = "made again" if entry["how"] == "in place" else f"back to step {entry['back_to']}"
-    return f"{what}{layers}; {how} without {rows} rows of {sources(entry)}"
+    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {sources(entry)}"

@@ -27,7 +27,7 @@ from kernels.triton_ops.attention_tiles import (
     side_by_side,
     tile_at,
     tiles,
-    turn,
+    turn_back,
 )
 
 
@@ -106,9 +106,9 @@ def _attention_backward_kv_kernel(
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), wide)
     for EDGE in tl.static_range(2):
         count = edges if EDGE else whole
-        for step in tl.range(0, GROUPS * count):  # one loop over heads and tiles, so that the copies never run dry
-            member = step // count
-            first = tile_at(step - member * count, EDGE, begin, whole_begin, whole, BLOCK_M)
+        for step in tl.range(0, count * GROUPS):  # one loop over tiles and heads, so that the copies never run dry
+            member = step % GROUPS
+            first = tile_at(step // GROUPS, EDGE, begin, whole_begin, whole, BLOCK_M)
             inside = tl.arange(0, BLOCK_M)
             if EDGE:
                 inside = tl.minimum(inside, queries - 1 - first)
@@ -136,7 +136,7 @@ def _attention_backward_kv_kernel(
 
     acc_k *= SCALE
     if cos is not None:
-        acc_k = turn(acc_k, cos + row * cos_b, sin + row * cos_b, rows, -1.0, HEAD_DIM)
+        acc_k = turn_back(acc_k, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM)
     stored = ((row * keys + at) * heads + head)[:, None] * HEAD_DIM
     inner = (at < keys)[:, None]
     tl.store(grad_k + stored + cols[None, :], acc_k.to(grad_k.dtype.element_ty), mask=inner & kept[None, :])

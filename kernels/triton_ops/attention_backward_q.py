@@ -26,12 +26,13 @@ from kernels.triton_ops.attention_tiles import (
     Problem,
     columns,
     load_tile,
+    load_turned,
     place,
     sees,
     side_by_side,
     tile_at,
     tiles,
-    turn,
+    turn_back,
 )
 
 
@@ -100,9 +101,10 @@ def _attention_backward_q_kernel(
     cols, kept = columns(HEAD_DIM, BLOCK_D, cos is not None)
     stored = ((row * queries + at) * heads + head)[:, None] * HEAD_DIM
     far = rows.to(tl.int64)[:, None]
-    q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-    if cos is not None:
-        q_tile = turn(q_tile, cos + row * cos_b, sin + row * cos_b, rows, 1.0, HEAD_DIM)
+    if cos is None:
+        q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+    else:
+        q_tile = load_turned(q + row * q_b + head * q_h, far * q_t, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM, BLOCK_D)
         tl.store(q_turned + stored + cols[None, :], q_tile, mask=(at < queries)[:, None] & kept[None, :])
     grad_tile = load_tile(grad_out + row * grad_b + head * grad_h, far * grad_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
     place_out = ((row * queries + rows) * heads + head)[:, None] * HEAD_DIM
@@ -142,7 +144,7 @@ def _attention_backward_q_kernel(
 
     acc *= SCALE
     if cos is not None:
-        acc = turn(acc, cos + row * cos_b, sin + row * cos_b, rows, -1.0, HEAD_DIM)
+        acc = turn_back(acc, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM)
     tl.store(grad_q + stored + cols[None, :], acc.to(grad_q.dtype.element_ty), mask=(at < queries)[:, None] & kept[None, :])
 
 

@@ -28,13 +28,13 @@ from kernels.triton_ops.attention_tiles import (
     Problem,
     columns,
     load_tile,
+    load_turned,
     padded,
     place,
     sees,
     side_by_side,
     tile_at,
     tiles,
-    turn,
 )
 
 PROGRAMS = 264
@@ -101,9 +101,11 @@ def _attention_forward_kernel(
 
     plain, plain_kept = columns(HEAD_DIM, BLOCK_D, False)
     cols, kept = columns(HEAD_DIM, BLOCK_D, cos is not None)
-    q_tile = load_tile(q + row * q_b + head * q_h, rows.to(tl.int64)[:, None] * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-    if cos is not None:
-        q_tile = turn(q_tile, cos + row * cos_b, sin + row * cos_b, rows, 1.0, HEAD_DIM)
+    far = rows.to(tl.int64)[:, None]
+    if cos is None:
+        q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+    else:
+        q_tile = load_turned(q + row * q_b + head * q_h, far * q_t, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM, BLOCK_D)
     k += row * k_b + head // GROUPS * k_h
     v += row * v_b + head // GROUPS * v_h
 
@@ -121,7 +123,7 @@ def _attention_forward_kernel(
             k_tile = load_tile(k + first.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
             scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
             if bias is not None:
-                offsets = rows.to(tl.int64)[:, None] * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
+                offsets = far * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
                 added = tl.load(bias + row * bias_b + head * bias_h + offsets).to(wide)
                 scores = (scores * SCALE + added) * LOG2_E
             if EDGE:

@@ -80,7 +80,7 @@ def tile_at(number, EDGE: tl.constexpr, begin, whole_begin, whole, BLOCK: tl.con
 def columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr):
     """(columns, kept) of a tile BLOCK_D wide; with ``HALVES`` each half of the head fills its own half of the tile."""
     at = tl.arange(0, BLOCK_D)
-    if HALVES:
+    if HALVES and HEAD_DIM != BLOCK_D:
         half: tl.constexpr = BLOCK_D // 2
         return at // half * (HEAD_DIM // 2) + at % half, at % half < HEAD_DIM // 2
     return at, at < HEAD_DIM
@@ -95,17 +95,44 @@ def load_tile(base, offsets, kept, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def turn(x, cos, sin, rows, sign, HEAD_DIM: tl.constexpr):
-    """Rotary embedding of a tile in HALVES order, in x's own format; ``sign`` -1 turns a gradient back. cos, sin (T, Dh/2)."""
-    height: tl.constexpr = x.shape[0]
-    half: tl.constexpr = x.shape[1] // 2
-    at = tl.arange(0, half)
+def rotate(a, b, cos, sin, rows, sign, HEAD_DIM: tl.constexpr):
+    """The two halves of a tile in rotary embedding, or with ``sign`` -1 turned back. cos, sin (T, Dh/2)."""
+    at = tl.arange(0, a.shape[1])
     offsets, kept = rows[:, None] * (HEAD_DIM // 2) + at[None, :], (at < HEAD_DIM // 2)[None, :]
     c = tl.load(cos + offsets, mask=kept, other=0.0)
     s = tl.load(sin + offsets, mask=kept, other=0.0) * sign
-    a, b = tl.split(tl.permute(tl.reshape(x, (height, 2, half)), (0, 2, 1)))
-    turned = tl.join(a * c - b * s, b * c + a * s)
-    return tl.reshape(tl.permute(turned, (0, 2, 1)), (height, 2 * half)).to(x.dtype)
+    return a * c - b * s, b * c + a * s
+
+
+@triton.jit
+def join_halves(a, b):
+    """(M, D/2) twice -> (M, D): a, then b."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def load_halves(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The two halves of the rows that start at ``offsets`` (M, 1)."""
+    at = tl.arange(0, BLOCK_D // 2)
+    kept = (at < HEAD_DIM // 2)[None, :]
+    a = tl.load(base + offsets + at[None, :], mask=kept, other=0.0)
+    return a, tl.load(base + offsets + at[None, :] + HEAD_DIM // 2, mask=kept, other=0.0)
+
+
+@triton.jit
+def load_turned(base, offsets, cos, sin, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile in rotary embedding, in its own format."""
+    a, b = load_halves(base, offsets, HEAD_DIM, BLOCK_D)
+    turned_a, turned_b = rotate(a, b, cos, sin, rows, 1.0, HEAD_DIM)
+    return join_halves(turned_a.to(a.dtype), turned_b.to(b.dtype))
+
+
+@triton.jit
+def turn_back(x, cos, sin, rows, HEAD_DIM: tl.constexpr):
+    """The gradient (M, D) of a tile from that of the tile in rotary embedding."""
+    a, b = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+    a, b = rotate(a, b, cos, sin, rows, -1.0, HEAD_DIM)
+    return join_halves(a, b)
 
 
 @triton.jit
@@ -113,7 +140,7 @@ def _turn_kernel(
     x,  # (B, T, H, Dh)
     cos,  # (B or 1, T, Dh/2)
     sin,
-    out,  # (B, T, H, Dh), contiguous
+    out,  # (B, T, H, Dh), dense
     x_b,
     x_t,
     x_h,
@@ -127,12 +154,13 @@ def _turn_kernel(
     row, head = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1) % heads
     at = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(at, length - 1)
-    cols, kept = columns(HEAD_DIM, BLOCK_D, True)
-    offsets = rows.to(tl.int64)[:, None] * x_t + cols[None, :]
-    tile = load_tile(x + row * x_b + head * x_h, offsets, kept, HEAD_DIM, BLOCK_D)
-    turned = turn(tile, cos + row * cos_b, sin + row * cos_b, rows, 1.0, HEAD_DIM)
-    places = ((row * length + at) * heads + head)[:, None] * HEAD_DIM + cols[None, :]
-    tl.store(out + places, turned, mask=(at < length)[:, None] & kept[None, :])
+    a, b = load_halves(x + row * x_b + head * x_h, rows.to(tl.int64)[:, None] * x_t, HEAD_DIM, BLOCK_D)
+    a, b = rotate(a, b, cos + row * cos_b, sin + row * cos_b, rows, 1.0, HEAD_DIM)
+    half = tl.arange(0, BLOCK_D // 2)
+    places = out + ((row * length + at) * heads + head)[:, None] * HEAD_DIM + half[None, :]
+    kept = (at < length)[:, None] & (half < HEAD_DIM // 2)[None, :]
+    tl.store(places, a.to(out.dtype.element_ty), mask=kept)
+    tl.store(places + HEAD_DIM // 2, b.to(out.dtype.element_ty), mask=kept)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

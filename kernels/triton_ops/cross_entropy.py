@@ -6,9 +6,8 @@
 logits (N, V) of any row stride, targets (N,) -> losses (N,); a row whose target is ``ignore_index`` costs 0, one whose target
 is no place of the vocabulary NaN. A program takes some rows and goes through the vocabulary in blocks, keeping the largest
 logit, the sum of exponentials below it (Milakov and Gimelshein 2018) and the sum of logits. The backward pass has a program a
-block; it reads lse and the logits once and writes the gradient once. ``cross_entropy_step`` does both in one kernel, the
-gradient in the memory of the logits: its second pass goes backwards, so that it begins with what the caches still hold.
-Losses are summed by torch, in a fixed order; there are no atomics.
+block; it reads lse and the logits once and writes the gradient once. Losses are summed by torch, in a fixed order; there are
+no atomics.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
 from kernels.launch import INTERPRETED, launch
-from kernels.reference import wide
+from kernels.tuning import Tiles, best
 
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def _statistics(
+def row_statistics(
     x,  # (ROWS,) pointers to the first logit of each row
     trained,  # (ROWS,) which rows are read; of the others nothing is said
     vocab,
@@ -55,7 +53,7 @@ def _statistics(
 
 
 @triton.jit
-def _losses(largest, total, plain, at_target, vocab, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
+def row_losses(largest, total, plain, at_target, vocab, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
     """(loss, lse) of rows; the difference of like logits is taken before the logarithm is added."""
     losses = (largest - at_target) + tl.log(total)
     lse = largest + tl.log(total)
@@ -67,7 +65,7 @@ def _losses(largest, total, plain, at_target, vocab, SMOOTHING: tl.constexpr, Z_
 
 
 @triton.jit
-def _rows_of(program, targets_ptr, rows, vocab, ignore_index, ROWS: tl.constexpr):
+def row_targets(program, targets_ptr, rows, vocab, ignore_index, ROWS: tl.constexpr):
     """(row numbers, which of them exist, targets, which are trained, which of these have a legal target), each (ROWS,)."""
     row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
@@ -92,11 +90,11 @@ def _cross_entropy_forward_kernel(
     COLS: tl.constexpr,
 ):
     WIDE: tl.constexpr = losses_ptr.dtype.element_ty
-    row, exists, target, trained, legal = _rows_of(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
+    row, exists, target, trained, legal = row_targets(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
     x = logits_ptr + row * stride
     at_target = tl.load(x + target, mask=legal, other=float("nan")).to(WIDE)
-    largest, total, plain = _statistics(x, trained, vocab, SMOOTHING, ROWS, COLS, WIDE)
-    losses, lse = _losses(largest, total, plain, at_target, vocab, SMOOTHING, Z_LOSS)
+    largest, total, plain = row_statistics(x, trained, vocab, SMOOTHING, ROWS, COLS, WIDE)
+    losses, lse = row_losses(largest, total, plain, at_target, vocab, SMOOTHING, Z_LOSS)
     tl.store(losses_ptr + row, tl.where(trained, losses, 0.0), mask=exists)
     tl.store(lse_ptr + row, tl.where(trained, lse, 0.0), mask=exists)
 
@@ -105,7 +103,7 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
-def _gradient(tile, shift, factor, one_hot, vocab, SMOOTHING: tl.constexpr):
+def row_gradient(tile, shift, factor, one_hot, vocab, SMOOTHING: tl.constexpr):
     """Factor * exp(tile - shift) - smoothing / V - (1 - smoothing) where one_hot; tile (ROWS, COLS), the others (ROWS, 1)."""
     grad = factor * tl.exp(tile - shift)
     if SMOOTHING > 0:
@@ -131,67 +129,22 @@ def _cross_entropy_backward_kernel(
     COLS: tl.constexpr,
 ):
     WIDE: tl.constexpr = lse_ptr.dtype.element_ty
-    row, exists, target, trained, legal = _rows_of(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
+    row, exists, target, trained, legal = row_targets(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
     column = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
     inside = column < vocab
     by = tl.load(grad_ptr + row * grad_stride, mask=trained, other=0.0).to(WIDE)
     by = tl.where(trained & (legal == 0), float("nan"), by)
     lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
     tile = tl.load(logits_ptr + (row * stride)[:, None] + column, mask=trained[:, None] & inside, other=0.0).to(WIDE)
-    grad = _gradient(tile, lse[:, None], (1 + 2 * Z_LOSS * lse)[:, None], column == target[:, None], vocab, SMOOTHING)
+    grad = row_gradient(tile, lse[:, None], (1 + 2 * Z_LOSS * lse)[:, None], column == target[:, None], vocab, SMOOTHING)
     grad = tl.where(trained[:, None], grad * by[:, None], 0.0)
     tl.store(out_ptr + (row * vocab)[:, None] + column, grad.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside)
-
-
-@triton.jit
-def _cross_entropy_step_kernel(
-    logits_ptr,  # (N, V), rows stride apart
-    targets_ptr,  # (N,)
-    losses_ptr,  # (N,)
-    out_ptr,  # (N, V), rows stride apart: the gradient of the losses' sum; may be logits itself
-    stride,
-    rows,
-    vocab,
-    ignore_index,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    WIDE: tl.constexpr = losses_ptr.dtype.element_ty
-    row, exists, target, trained, legal = _rows_of(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
-    x = logits_ptr + row * stride
-    at_target = tl.load(x + target, mask=legal, other=float("nan")).to(WIDE)
-    largest, total, plain = _statistics(x, trained, vocab, SMOOTHING, ROWS, COLS, WIDE)
-    losses, lse = _losses(largest, total, plain, at_target, vocab, SMOOTHING, Z_LOSS)
-    tl.store(losses_ptr + row, tl.where(trained, losses, 0.0), mask=exists)
-    factor = tl.where(trained & (legal == 0), float("nan"), (1 + 2 * Z_LOSS * lse) / total)
-    blocks = tl.cdiv(vocab, COLS)
-    for block in range(blocks):
-        column = (blocks - 1 - block) * COLS + tl.arange(0, COLS)[None, :]
-        inside = column < vocab
-        tile = tl.load(x[:, None] + column, mask=trained[:, None] & inside, other=0.0).to(WIDE)
-        grad = _gradient(tile, largest[:, None], factor[:, None], column == target[:, None], vocab, SMOOTHING)
-        grad = tl.where(trained[:, None], grad, 0.0)
-        tl.store(out_ptr + (row * stride)[:, None] + column, grad.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside)
-
-
-@triton.jit
-def _scale_kernel(
-    x_ptr,  # (n,)
-    by_ptr,  # one number
-    n,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    by = tl.load(by_ptr)
-    tl.store(x_ptr + at, (tl.load(x_ptr + at, mask=at < n).to(by.dtype) * by).to(x_ptr.dtype.element_ty), mask=at < n)
 
 
 # ------------------------------------------------------------------------------------------------------ host functions
 
 
-def candidates(rows: int, vocab: int) -> list[tuning.Tiles]:
+def candidates(rows: int, vocab: int) -> list[Tiles]:
     """Tiles for (rows, vocab) logits, the guess first: a block of the vocabulary, and as many rows as fill a program."""
     width = triton.next_power_of_2(max(vocab, 16))
     if INTERPRETED:  # a program costs time by the operation, not by its size
@@ -204,10 +157,10 @@ def candidates(rows: int, vocab: int) -> list[tuning.Tiles]:
     return tiles
 
 
-def _best(kernel: str, logits: Tensor, run: Callable[[tuning.Tiles], None]) -> tuning.Tiles:
+def best_tiles(kernel: str, logits: Tensor, run: Callable[[Tiles], None]) -> Tiles:
     """The best tiles for logits like these; ``run`` is for measuring them."""
     rows, vocab = logits.shape
-    return tuning.best(kernel, (triton.next_power_of_2(max(vocab, 1)), logits.dtype), candidates(rows, vocab), run)
+    return best(kernel, (triton.next_power_of_2(max(vocab, 1)), logits.dtype), candidates(rows, vocab), run)
 
 
 @torch.library.custom_op("trireme::cross_entropy_forward", mutates_args=())
@@ -219,7 +172,7 @@ def cross_entropy_forward(
     rows, vocab = logits.shape
     targets = targets.contiguous()
 
-    def run(tiles: tuning.Tiles) -> None:
+    def run(tiles: Tiles) -> None:
         launch(
             _cross_entropy_forward_kernel,
             (triton.cdiv(rows, tiles["ROWS"]),),
@@ -230,7 +183,7 @@ def cross_entropy_forward(
         )
 
     if rows:
-        run(_best("cross_entropy_forward", logits, run))
+        run(best_tiles("cross_entropy_forward", logits, run))
     return losses, lse
 
 
@@ -254,7 +207,7 @@ def cross_entropy_backward(
     rows, vocab = logits.shape
     targets = targets.contiguous()
 
-    def run(tiles: tuning.Tiles) -> None:
+    def run(tiles: Tiles) -> None:
         launch(
             _cross_entropy_backward_kernel,
             (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(vocab, tiles["COLS"])),
@@ -265,7 +218,7 @@ def cross_entropy_backward(
         )
 
     if rows:
-        run(_best("cross_entropy_backward", logits, run))
+        run(best_tiles("cross_entropy_backward", logits, run))
     return out
 
 
@@ -290,37 +243,6 @@ def _backward(ctx, grad, _):
 
 
 cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def cross_entropy_step(
-    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(the loss of each row of logits (N, V), its gradient or None), not by autograd; ``logits`` becomes the gradient."""
-    if not gradient:
-        return cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss)[0], None
-    rows, vocab = logits.shape
-    losses = wide(logits).new_empty(rows)
-    targets = targets.contiguous()
-
-    def run(tiles: tuning.Tiles, out: Tensor) -> None:
-        launch(
-            _cross_entropy_step_kernel,
-            (triton.cdiv(rows, tiles["ROWS"]),),
-            *(logits, targets, losses, out, logits.stride(0), rows, vocab, ignore_index),
-            SMOOTHING=label_smoothing,
-            Z_LOSS=z_loss,
-            **tiles,
-        )
-
-    run(_best("cross_entropy_step", logits, lambda tiles: run(tiles, torch.empty_like(logits))), logits)
-    return losses, logits
-
-
-def scale_(x: Tensor, by: Tensor) -> None:
-    """x *= by, a number on the same device: the product is made in the dtype of ``by``."""
-    block = 1 << 18 if INTERPRETED else 4096
-    if x.numel():
-        launch(_scale_kernel, (triton.cdiv(x.numel(), block),), x, by, x.numel(), BLOCK=block, num_warps=8)
 
 
 # ----------------------------------------------------------------------------------------------------- public function

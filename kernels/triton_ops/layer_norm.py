@@ -105,8 +105,9 @@ def _layer_norm_backward_kernel(
         total_at = total_ptr + row.to(tl.int64) * total_step + column
         grad = tl.load(grad_at, mask=inside, other=0.0).to(wide)
         total = tl.load(total_at, mask=inside, other=0.0).to(wide)
-        rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
-        mean = tl.load(mean_ptr + row, mask=row < n_rows, other=0.0)
+        line = start + tl.arange(0, BLOCK_R)  # of one dimension, or each thread would load it eight times
+        rstd = tl.load(rstd_ptr + line, mask=line < n_rows, other=0.0)[:, None]
+        mean = tl.load(mean_ptr + line, mask=line < n_rows, other=0.0)[:, None]
         normed = tl.where(inside, total - mean, 0.0) * rstd
         weight_share += grad * normed
         if bias_partial_ptr is not None:

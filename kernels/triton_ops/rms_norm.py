@@ -95,7 +95,8 @@ def _rms_norm_backward_kernel(
         here = row.to(tl.int64) * width + column
         grad = tl.load(grad_ptr + row.to(tl.int64) * grad_step + column, mask=inside, other=0.0).to(wide)
         total = tl.load(total_ptr + row.to(tl.int64) * total_step + column, mask=inside, other=0.0).to(wide)
-        rstd = tl.load(rstd_ptr + row, mask=row < n_rows, other=0.0)
+        line = start + tl.arange(0, BLOCK_R)  # of one dimension, or each thread would load it eight times
+        rstd = tl.load(rstd_ptr + line, mask=line < n_rows, other=0.0)[:, None]
         normed = total * rstd
         share += grad * normed
         grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(wide)  # from the cache: registers are short
