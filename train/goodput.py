@@ -28,18 +28,17 @@ class Times:
         self.spent: Seconds = dict.fromkeys(CAUSES, 0.0)
         self.began = self.last = clock()
 
-    def lap(self, cause: str) -> float:
-        """Give the time since the last lap to ``cause``; returns its seconds."""
+    def lap(self, cause: str, **within: float) -> float:
+        """Give the time since the last lap to ``cause``, but for what went to others ``within`` it; returns its seconds."""
         now = self.clock()
         seconds = max(0.0, now - self.last)
+        for other, part in within.items():
+            part = min(part, seconds)
+            self.spent[other] += part
+            seconds -= part
         self.spent[cause] += seconds
         self.last = now
         return seconds
-
-    def move(self, seconds: float, source: str, to: str) -> None:
-        """What was given to one cause was another's, in part."""
-        self.spent[source] -= seconds
-        self.spent[to] += seconds
 
     def go_on(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
         """Add what earlier starts spent until ``seen``; ``command`` is when this one was asked for, if that is known.

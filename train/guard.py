@@ -20,7 +20,7 @@ from pathlib import Path
 
 from train import dist, spikes
 from train.batch import count_targets, to_device
-from train.checkpoint import Checkpoint, Checkpoints, complete
+from train.checkpoint import Checkpoint, complete, restore
 from train.data.loader import Loader
 from train.data.shards import Corpus
 from train.data.streams import Cursor
@@ -51,8 +51,9 @@ class Guard:
     corpus: Corpus
     engine: Engine
     loader: Loader
-    checkpoints: Checkpoints
     ledger: Ledger
+    settle: Callable[[], None]
+    """Waits for the save in flight."""
     went_back: Callable[[Progress, str], None]
     """Told the progress that the run goes on from, and why."""
 
@@ -99,11 +100,12 @@ class Guard:
 
         Newer ones are removed: the next start must not go on from them.
         """
-        found = complete(self.checkpoints.folder)
+        self.settle()  # what is being saved must be copied first, and may be newer than what is gone back to
+        found = complete(self.ledger.file.with_name("checkpoints"))
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
             raise UserError(
-                f"after step {before.step} the model is broken, and so is every checkpoint in {self.checkpoints.folder}: "
+                f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
@@ -116,7 +118,7 @@ class Guard:
         mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
         if any(dist.gather_objects(mine)):
             return False
-        self.checkpoints.restore(checkpoint, self.engine)
+        restore(checkpoint, self.engine)
         recent = checkpoint.progress.recent
         reference = recent.reference or checkpoint.progress.cursor
         return self._sound(reference, recent.limit(self.config.spikes))

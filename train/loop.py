@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -28,7 +28,7 @@ EMIT_EVERY_S = 0.1
 
 
 class Aside(Protocol):
-    """What a run does beside its steps. All but ``log`` are collectives."""
+    """What a run does beside its steps. ``evaluate``, ``save`` and ``settle`` are collectives."""
 
     def log(self, record: Record) -> None:
         """Keep the numbers of a step."""
@@ -37,7 +37,20 @@ class Aside(Protocol):
         """The held-out loss of the model as it is now."""
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """A checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+        """Begin a checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+
+    def hold(self) -> None:
+        """Called before each update: returns when no save still needs the weights and moments as they are."""
+
+    def save_failed(self) -> bool:
+        """Whether the save that was begun last is known to have failed."""
+
+    def settle(self) -> None:
+        """Return when what was begun is saved; raise UserError on every rank if it could not be."""
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds, since the start, that steps have waited for saves."""
 
 
 @dataclass
@@ -69,15 +82,19 @@ def train(run: Training) -> Progress:
     while progress.step < config.steps:
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
-        tokens, stop = agree(micro_batches, run.should_stop())
+        tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
         run.times.lap("data")
+        if failed:
+            run.aside.settle()  # raises what is wrong
         if stop:
             _stop(run, progress)
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
-        result = run.engine.train_step(batches, {"loss": tokens}, lr) if tokens else NOT_MADE
+        stalled = run.aside.stall_s
+        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold) if tokens else NOT_MADE
         loss = mean_loss(result)
-        before, progress = progress, progress.after(cursor, tokens, result.applied, run.times.lap("train"))
+        seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
+        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds)
         if tokens and (back := run.guard.check(before, loss, result.applied)):
             progress, run.saved_step = back, min(run.saved_step or 0, back.step)
             pace.go_on_from(back)
@@ -93,16 +110,18 @@ def train(run: Training) -> Progress:
         pace.show(run, progress, record)
         run.times.lap("other")
         _aside(run, progress, record)
+    run.aside.settle()
+    run.times.lap("save")
     return progress
 
 
-def agree(micro_batches: Sequence[Batch], stop: bool) -> tuple[int, bool]:
-    """(places trained on in the global batch, whether any rank is asked to stop): one small sum over the ranks.
+def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
+    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one sum over the ranks.
 
     Before the first backward pass, since every gradient is divided by the count of the whole batch.
     """
-    places, stops = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop)])
-    return int(places), stops > 0
+    places, stops, fails = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop), float(failed)])
+    return int(places), stops > 0, fails > 0
 
 
 def mean_loss(result: StepResult) -> float:
@@ -138,8 +157,7 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         try:
             evaluated = run.aside.evaluate(progress)
         except Stopped:
-            run.aside.save(progress, None, record)
-            raise
+            _stop(run, progress, record)
         run.times.lap("eval")
         record, val_loss = record | evaluated, evaluated.get("val_loss")
     if record:
@@ -150,9 +168,10 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         run.saved_step = progress.step
 
 
-def _stop(run: Training, progress: Progress) -> None:
+def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:
     if progress.step not in (0, run.saved_step):
-        run.aside.save(progress, None, None)
+        run.aside.save(progress, None, pending)
+    run.aside.settle()
     raise Stopped
 
 
@@ -162,6 +181,7 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
     limit = run.config.optimizer.max_skipped
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
+        run.aside.settle()
         raise UserError(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
@@ -179,13 +199,14 @@ class Pace:
     def go_on_from(self, progress: Progress) -> None:
         """Count from here."""
         self.tokens, self.seconds = progress.tokens, self.spent["data"] + self.spent["train"]
+        self.stalled = self.spent["save"]
 
     def since_last(self, progress: Progress) -> Record:
-        """Tokens per second of steps, waiting for their data included, since this was last asked."""
-        tokens, seconds = self.tokens, self.seconds
+        """Tokens per second, waiting for data included, and the seconds waited for saves, since this was last asked."""
+        tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
         self.go_on_from(progress)
         speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
-        return {"tokens_per_s": round(speed, 1)}
+        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
 
     def show(self, run: Training, progress: Progress, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""

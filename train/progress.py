@@ -23,7 +23,7 @@ class Progress:
     skipped_in_row: int = 0
     """Steps in a row whose update was not made since its gradient was not finite."""
     train_s: float = 0.0
-    """Seconds spent in the steps that count, without waiting for their data."""
+    """Seconds spent in the steps that count, without waiting for their data or for saves."""
     recent: Recent = field(default_factory=Recent)
     """What the next steps are judged by."""
 

@@ -29,8 +29,9 @@ def test_every_moment_goes_to_one_cause():
     for cause, seconds in (("start", 3.0), ("data", 0.5), ("train", 4.0), ("data", 0.25), ("train", 4.0), ("save", 1.0)):
         clock.now += seconds
         assert times.lap(cause) == seconds
-    times.move(0.5, "train", "save")
-    assert times.spent == dict.fromkeys(CAUSES, 0.0) | {"start": 3.0, "data": 0.75, "train": 7.5, "save": 1.5}
+    clock.now += 2.0
+    assert times.lap("train", save=0.5) == 1.5
+    assert times.spent == dict.fromkeys(CAUSES, 0.0) | {"start": 3.0, "data": 0.75, "train": 9.5, "save": 1.5}
     assert sum(times.spent.values()) == clock.now - 1000.0
 
 
