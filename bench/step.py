@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import platform
 import random
 import statistics
 import string
@@ -32,11 +31,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bench.tools.results import processor
 from train import config as configuration
 from train import dist
 from train.data import prepare
-from train.data.loader import loaders
+from train.data.loader import Loader, loaders
 from train.data.shards import Corpus
+from train.engine import Engine
+from train.goodput import Times
+from train.guard import Guard
+from train.ledger import Ledger
 from train.loop import Record, Training, train
 from train.progress import Progress
 from train.run import build_engine
@@ -77,12 +81,19 @@ class Nothing:
     stall_s = 0.0
 
 
+def training(config: Config, world: dist.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing) -> Training:
+    """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
+    ledger = Ledger(Path(config.run.dir or ""))
+    guard = Guard(config, world, corpus, engine, loader, ledger, aside.settle, lambda progress, why: None)
+    return Training(config, world, engine, loader, aside, lambda event: None, lambda: False, guard, Times(), Progress())
+
+
 def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
-    run = Training(config, world, engine, loader, Nothing(), lambda event: None, lambda: False, Progress())
+    run = training(config, world, corpus, engine, loader, Nothing())
 
     def turn(steps: int) -> None:
         run.config = config.model_copy(update={"steps": run.progress.step + steps})
@@ -152,13 +163,6 @@ def load_peer(checkout: Path) -> ModuleType:
 def numbers(text: str) -> list[int]:
     """The integers of "0,2"."""
     return [int(part) for part in text.split(",")]
-
-
-def processor() -> str:
-    """The name of this machine's CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(arguments: list[str]) -> int:

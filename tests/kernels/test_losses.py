@@ -268,8 +268,8 @@ def test_compiled_they_give_the_same(backend, small_chunks):
 
 @backends
 def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeypatch):
-    tokens, vocab, width = 1024, 4096, 128
-    monkeypatch.setattr(chunked_loss, "LEAST_ROWS", 64)
+    tokens, vocab, width = 512, 2048, 128
+    monkeypatch.setattr(chunked_loss, "LEAST_ROWS", 32)
     hidden, weight = (normal(*s).float().requires_grad_() for s in ((tokens, width), (vocab, width)))
     targets = some_targets(tokens, vocab)
 
@@ -286,10 +286,10 @@ def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeyp
         ours = peak_bytes(lambda: run(kernels.linear_cross_entropy), device)
     # torch's log-probabilities are not in place; the interpreter works on copies of what it reads and of what it writes.
     copies = {"torch": 2, "triton": 1 if DEVICE == "cuda" else 3}[backend]
-    assert ours <= 1.1 * 4 * (vocab * width + tokens * width + copies * 64 * vocab)
+    assert ours <= 1.1 * 4 * (vocab * width + tokens * width + copies * 32 * vocab)
     whole = peak_bytes(lambda: run(materialised), device)
     assert whole == pytest.approx(materialised_head_bytes(tokens, vocab), rel=0.1)
-    assert ours < whole / 8
+    assert ours < whole / 5
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (16384, 2048), (32768, 4096), (65536, 2048), (131072, 4096)])
