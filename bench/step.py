@@ -40,7 +40,6 @@ from train.data.shards import Corpus
 from train.engine import Engine
 from train.goodput import Times
 from train.guard import Guard
-from train.ledger import Ledger
 from train.loop import Record, Training, train
 from train.progress import Progress
 from train.run import build_engine
@@ -83,8 +82,7 @@ class Nothing:
 
 def training(config: Config, world: dist.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing) -> Training:
     """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
-    ledger = Ledger(Path(config.run.dir or ""))
-    guard = Guard(config, world, corpus, engine, loader, ledger, aside.settle, lambda progress, why: None)
+    guard = Guard(config, world, corpus, engine, loader, aside.settle, lambda progress, why: None)
     return Training(config, world, engine, loader, aside, lambda event: None, lambda: False, guard, Times(), Progress())
 
 

@@ -178,7 +178,7 @@ def problems(config: Config) -> list[str]:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
     if config.save_mirror is not None and not MIRROR.fullmatch(config.save_mirror):  # not shown: it may hold a password
         found.append(
-            "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared/runs, without password, query or chain; "
+            "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared, without password, query or chain; "
             "credentials come from the environment or fsspec's own configuration"
         )
     warmup = config.schedule.warmup

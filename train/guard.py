@@ -51,11 +51,15 @@ class Guard:
     corpus: Corpus
     engine: Engine
     loader: Loader
-    ledger: Ledger
     settle: Callable[[], None]
     """Waits for the save in flight."""
     went_back: Callable[[Progress, str], None]
     """Told the progress that the run goes on from, and why."""
+
+    def __post_init__(self) -> None:
+        """The rows that the run's ledger leaves out are left out from here on. A collective."""
+        self.ledger = Ledger(Path(self.config.run.dir or ""))
+        self.loader.skip(self.ledger.rows)
 
     def check(self, before: Progress, loss: float, applied: bool) -> Progress | None:
         """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.

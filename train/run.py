@@ -25,7 +25,6 @@ from train.evaluate import Evaluation, evaluate
 from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
-from train.ledger import Ledger
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
 from train.objectives import build_objective
@@ -68,13 +67,9 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
     emit({"event": "plan", "kernels": chosen} | plan)
-    tracker = None
-    if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), times, note)
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
-    ledger = Ledger(folder)
-    loader.skip(ledger.rows)
-    guard = Guard(config, world, corpus, engine, loader, ledger, work.settle, work.went_back)
+    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
