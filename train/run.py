@@ -30,6 +30,7 @@ from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
+from train.redact import redact_tree
 from train.saving import Saver
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
@@ -243,7 +244,7 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirro
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(configuration.to_dict(config), sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
