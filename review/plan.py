@@ -77,12 +77,9 @@ class Trial:
     """One run of a study."""
 
     name: str
-    size: Size
-    budget: float
-    params: int
-    tokens: int
     config: Config
     overrides: tuple[str, ...]
+    """What makes that configuration of the command line's defaults."""
 
 
 def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[Trial]:
@@ -92,11 +89,20 @@ def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[T
     longest ones would cost the most steps.
     """
     for size in plan.sizes:
+        lr = plan.lr * (64 / size.width) ** 0.5
+        model = [f"model.{key}={value}" for key, value in vars(size).items()]
+        shared = (*plan.overrides, *model, f"optimizer.lr={lr:.2g}", *overrides)
+        config = configuration.load([*shared, "steps=1"])
+        params, flops_per_token = cost(config, config.model.vocab_size or 0)
+        per_step = config.batch.global_ * config.batch.seq_len
         largest = size is plan.sizes[-1]
         for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:
-            trial = _trial(plan, size, budget, folder, overrides)
-            if 0.5 <= trial.tokens / trial.params <= 200:
-                yield trial
+            steps = round(budget / flops_per_token / per_step)
+            if 0.5 <= steps * per_step / params <= 200:
+                name = f"w{size.width}-{budget:.2g}".replace("+", "")
+                own = (f"run.name={name}", f"run.dir={folder}/{name}", f"steps={steps}")
+                run = config.run.model_copy(update={"name": name, "dir": f"{folder}/{name}"})
+                yield Trial(name, config.model_copy(update={"run": run, "steps": steps}), (*shared, *own))
 
 
 def cost(config: Config, vocab_size: int) -> tuple[int, float]:
@@ -105,21 +111,3 @@ def cost(config: Config, vocab_size: int) -> tuple[int, float]:
         objective = build_objective(config, vocab_size)
     return sum(p.numel() for p in objective.parameters()), objective.flops_per_token(config.batch.seq_len)
 
-
-def _trial(plan: Plan, size: Size, budget: float, folder: str, overrides: Sequence[str]) -> Trial:
-    name = f"w{size.width}-{budget:.2g}".replace("+", "")
-    lr = plan.lr * (64 / size.width) ** 0.5
-    chosen = (
-        *plan.overrides,
-        *(f"model.{key}={value}" for key, value in vars(size).items()),
-        f"optimizer.lr={lr:.2g}",
-        f"run.name={name}",
-        f"run.dir={folder}/{name}",
-        *overrides,
-    )
-    config = configuration.load([*chosen, "steps=1"])
-    per_step = config.batch.global_ * config.batch.seq_len
-    params, flops_per_token = cost(config, config.model.vocab_size or 0)
-    steps = max(1, round(budget / flops_per_token / per_step))
-    chosen = (*chosen, f"steps={steps}")
-    return Trial(name, size, budget, params, steps * per_step, configuration.load(chosen), chosen)
