@@ -3,7 +3,7 @@
 #
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
 #   ./launch.sh [train] [group=choice] [key=value]
-#   ./launch.sh test|check|prepare|evaluate|generate|bench|help
+#   ./launch.sh test|check|prepare|evaluate|generate|review|bench|help
 #
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
@@ -12,7 +12,7 @@ export TRIREME_T0="${EPOCHREALTIME/,/.}"
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
-verbs="train test check prepare evaluate generate bench help"
+verbs="train test check prepare evaluate generate review bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
@@ -119,6 +119,7 @@ python="$venv/bin/python"
 case "$verb" in
     train) run "$python" -m cluster train "$@" ;;
     prepare|evaluate|generate) run "$python" -m train "$verb" "$@" ;;
+    review) run "$python" -m review "$@" ;;
     bench)
         [ $# -gt 0 ] || code=2 fail "bench needs a name: $(cd "$root/bench" && echo *.py | sed 's/\.py//g; s/__init__ *//')"
         name="$1"; shift

@@ -16,7 +16,9 @@ OK, BAD_INPUT = 0, 2
 def main(argv: Sequence[str]) -> int:
     """Writes the review and says where it is; the exit code."""
     parser = argparse.ArgumentParser(prog="./launch.sh review", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)")
     parser.add_argument("--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
@@ -26,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
     folders = [folder for folder in find(options.runs) if folder.resolve() != options.out.resolve()]
     runs = [read(folder) for folder in folders]
     if all(run.state == "missing" for run in runs):
-        print(f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib", file=sys.stderr)
+        print(
+            f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     from review.scaling import study
 

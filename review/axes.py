@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from review.compare import differing, ranked
+from review.compare import ASIDE, differing, ranked
 from review.read import Run, number
 
 MOST = 12
@@ -39,7 +39,7 @@ class Parallel:
 def axes_of(runs: Sequence[Run]) -> Parallel | None:
     """None for fewer than two finished runs, or where nothing differs between them."""
     order = [run for _, run in ranked(runs)]
-    keys = differing(order)[: MOST - 1]
+    keys = differing(order, ASIDE)[: MOST - 1]
     if len(order) < 2 or not keys:
         return None
     values = [[run.config.get(key) for key in keys] + [run.val_loss] for run in order]

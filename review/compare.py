@@ -10,13 +10,15 @@ from typing import Any
 from review.read import Run
 
 INCIDENTAL = ("run.name", "run.dir", "data.dir", "data.workers", "tracking.", "cluster.address", "cluster.port")
-"""Keys that say where a run lies, and nothing of what it trained."""
+"""Keys that say where a run lies, and nothing of what it did."""
+ASIDE = (*INCIDENTAL, "log_every", "eval_every", "eval_tokens", "save_every", "keep_", "generation.", "kernels")
+"""Keys that change nothing of what is trained, but what is done beside it."""
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """The keys of the configuration whose values are not the same in all runs that have one."""
+def differing(runs: Sequence[Run], but: tuple[str, ...] = INCIDENTAL) -> list[str]:
+    """The keys of the configuration whose values are not the same in all runs that have one; those of ``but`` left out."""
     configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(INCIDENTAL))
+    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(but))
     return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
 
 
@@ -33,7 +35,9 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if len({run.corpus for run in measured if run.corpus}) > 1:
         found.append("The runs were trained on different corpora or tokenizers: their losses are not comparable.")
     if len({repr(run.config.get("data.isolate")) for run in measured if run.config}) > 1:
-        found.append("Some runs let documents of a row see one another (data.isolate) and some do not: their losses differ by that alone.")
+        found.append(
+            "Some runs let documents of a row see one another (data.isolate) and some do not: their losses differ by that alone."
+        )
     return found
 
 
@@ -50,6 +54,8 @@ def noise(runs: Sequence[Run]) -> tuple[float, int] | None:
 def verdict(runs: Sequence[Run]) -> str:
     """One sentence or two: the best configuration, by how much, and whether that is more than seeds make."""
     order = ranked(runs)
+    if order and warnings([run for _, run in order]):
+        return "No verdict: the losses of these runs are not comparable."
     if not order:
         return "No run is finished: there is nothing to compare yet."
     best = order[0][1]
@@ -82,5 +88,5 @@ def _groups(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[float]]:
 
 
 def _identity(run: Run) -> tuple[Any, ...]:
-    same = {k: v for k, v in run.config.items() if k != "seed" and not k.startswith(INCIDENTAL)}
+    same = {k: v for k, v in run.config.items() if k != "seed" and not k.startswith(ASIDE)}
     return (run.corpus, *sorted((k, repr(v)) for k, v in same.items()))

@@ -54,8 +54,10 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
         kept = keep([values], POINTS)
         kept = kept[np.isfinite(values[kept])]
         axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=1.2, label=plain(run.name))
-        held = np.flatnonzero(np.isfinite(run.columns["val_loss"])) if y == "loss" else []
-        axes.plot(at[held], run.columns["val_loss"][held], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.6)
+        held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & (y == "loss"))
+        axes.plot(
+            at[held], run.columns["val_loss"][held], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.6
+        )
     axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if y == "loss" else "tokens per second, all workers")
     axes.set_title("training (lines, averaged over 2 % of the run) and held out (points)" if y == "loss" else "", fontsize=10)
     if y == "loss":
@@ -139,7 +141,9 @@ def scaling(study: Study | None) -> Figure | None:
     _guesses(left, study, lambda guess: study.k * guess.n * guess.d)
     left.set(xscale="log", xlabel="compute (FLOPs)", ylabel="held-out loss (nats per token)")
     draws = np.array([draw.frontier(compute, study.k)[0] for draw in study.draws])
-    right.fill_between(compute, *np.quantile(draws, (0.1, 0.9), axis=0), color="#4477AA", alpha=0.25, label="middle 80 % of the bootstrap")
+    right.fill_between(
+        compute, *np.quantile(draws, (0.1, 0.9), axis=0), color="#4477AA", alpha=0.25, label="middle 80 % of the bootstrap"
+    )
     right.plot(compute, best_n, color="#4477AA", label=f"law: N ~ C^{study.law.exponent:.2f}")
     if len(study.budgets[0]):
         right.plot(*study.budgets[:2], "s", color="#EE6677", label="lowest points of parabolas")

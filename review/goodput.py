@@ -8,8 +8,8 @@ from review.read import Run, number
 def shares(run: Run) -> dict[str, float]:
     """Share of the wall time of all starts by cause, adding up to 1; empty where the run does not say.
 
-    A run that keeps its time by cause (``time_by_cause``, seconds) is taken at its word; else useful training, which is goodput, and
-    the rest. A run without a summary, or without goodput, spent its time on steps as long as their speed says.
+    A run that keeps its time by cause (``time_by_cause``, seconds) is taken at its word; else useful training, which is
+    goodput, and the rest. A run without a summary, or without goodput, spent its time on steps as long as their speed says.
     """
     causes = run.summary.get("time_by_cause")
     if isinstance(causes, dict):

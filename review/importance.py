@@ -15,7 +15,7 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
 
-from review.compare import differing, ranked
+from review.compare import ASIDE, differing, ranked
 from review.read import Run, number
 
 LEAST_RUNS = 8
@@ -44,7 +44,7 @@ class Importances:
 def importances(runs: Sequence[Run]) -> Importances | None:
     """None for fewer than LEAST_RUNS finished runs, or where nothing but the seed differs."""
     order = ranked(runs)
-    keys = [key for key in differing([run for _, run in order]) if key != "seed"]
+    keys = [key for key in differing([run for _, run in order], ASIDE) if key != "seed"]
     if len(order) < LEAST_RUNS or not keys:
         return None
     x = np.array([codes([run.config.get(key) for _, run in order]) for key in keys]).T

@@ -20,7 +20,9 @@ Floats = NDArray[np.float64]
 
 HUBER = 1e-3
 """Residuals of log L beyond this count linearly: the paper's, so that a bad run pulls little."""
-STARTS = tuple(itertools.product((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), *2 * ((0, 0.5, 1, 1.5, 2),)))
+STARTS = tuple(
+    itertools.product((0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1), *2 * ((0, 0.5, 1, 1.5, 2),))
+)
 """(log A, log B, log E, alpha, beta) from which the paper descends."""
 DESCENTS = 40
 """Of those, the ones that start lowest are descended from; the rest end in the same valleys or in worse ones."""
@@ -63,7 +65,9 @@ def fit(n: Floats, d: Floats, loss: Floats, near: Law | None = None) -> Law:
     starts = np.array(known or STARTS, float)
     costs = np.array([_cost(start, log_n, log_d, log_loss)[0] for start in starts])
     ends = [
-        minimize(_cost, start, (log_n, log_d, log_loss), "L-BFGS-B", jac=True, bounds=BOUNDS, options={"maxiter": 2000, "ftol": 1e-13})
+        minimize(
+            _cost, start, (log_n, log_d, log_loss), "L-BFGS-B", jac=True, bounds=BOUNDS, options={"maxiter": 2000, "ftol": 1e-13}
+        )
         for start in starts[np.argsort(costs, kind="stable")[:DESCENTS]]
     ]
     a, b, e, alpha, beta = min(ends, key=lambda end: float(end.fun)).x

@@ -10,8 +10,8 @@ COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
 """Paul Tol's "bright" scheme: told apart by colour-blind eyes, and seen on white and on black."""
 DASHES = ("solid", "dash", "dot")
 FEW = len(COLOURS) * len(DASHES)
-SCALE = ("#FDE333", "#F5A35D", "#E2667F", "#B33D98", "#7A3FA8", "#4B5FB5")
-"""Best to worst where runs are many: a path of falling lightness, so that it reads without colour too."""
+SCALE = ("#4257C4", "#7A3FA8", "#B33D98", "#E2667F", "#F5A35D", "#F3D250")
+"""Best to worst where runs are many: a path of rising lightness, so that it reads without colour too."""
 
 
 def colours(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -27,7 +27,8 @@
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
     const merged = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 13 },
-      margin: { l: 60, r: 20, t: 24, b: 48 }, hovermode: "closest", ...layout,
+      margin: { l: 60, r: 20, t: 24, b: 48 }, hovermode: "closest",
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--dim"), activecolor: css("--accent") }, ...layout,
     };
     for (const key of Object.keys(merged).filter((k) => /^[xy]axis/.test(k))) merged[key] = { ...axis, ...merged[key] };
     Plotly.react(by(id), traces, merged, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });

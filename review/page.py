@@ -58,7 +58,7 @@ def render(runs: Sequence[Run], found: Importances | None, study: Study | None) 
 
 def content(runs: Sequence[Run], found: Importances | None, study: Study | None) -> dict[str, Any]:
     """What the page's script shows."""
-    keys, best = differing(runs), ranked(runs)
+    keys, best = differing(runs), [] if warnings(runs) else ranked(runs)
     losses = [loss for run in runs if (loss := run.val_loss) is not None]
     drawn = {id(run): f"r{i}" for i, run in enumerate(runs)}
     looks = colours(runs)
@@ -96,10 +96,10 @@ def explain(found: Importances | None) -> str:
         return f"Needs {LEAST_RUNS} finished runs."
     trust = "" if found.explained > 0.3 else " That is little: more runs are needed before this ranking means anything."
     return (
-        "A random forest predicts held-out loss from the keys that differ. A bar says by how many nats per token its error on runs that "
-        "it has not seen grows when that key is shuffled among them; the whisker is the middle 80 % of 20 draws of runs. Keys that were "
-        f"changed together share their importance. From {found.runs} runs; the forest explains {max(found.explained, 0):.0%} of "
-        f"the variance of unseen ones.{trust}"
+        "A random forest predicts held-out loss from the keys that differ. A bar says by how many nats per token its error on runs "
+        "that it has not seen grows when that key is shuffled among them; the whisker is the middle 80 % of 20 draws of runs. Keys "
+        f"that were changed together share their importance. From {found.runs} runs; the forest explains "
+        f"{max(found.explained, 0):.0%} of the variance of unseen ones.{trust}"
     )
 
 
@@ -126,7 +126,8 @@ def _run(run: Run, keys: list[str], budget: int) -> dict[str, Any]:
     if facts["step"] is None and len(run.steps):
         facts["step"] = int(run.steps[-1])
     environment = {"folder": relative(run.folder), "corpus": run.corpus[:12] or None} | {
-        str(key): value if isinstance(value, str | int | float) else json.dumps(value)[:500] for key, value in run.environment.items()
+        str(key): value if isinstance(value, str | int | float) else json.dumps(value)[:500]
+        for key, value in run.environment.items()
     }
     return facts | {
         "name": run.name,
@@ -155,7 +156,9 @@ def _held(run: Run) -> dict[str, Any]:
         return {"steps": []}
     measured = np.flatnonzero(np.isfinite(run.columns["val_loss"]))
     kept = measured[keep([run.columns["val_loss"][measured]], LEAST_POINTS)]
-    return {"steps": run.steps[kept].tolist()} | {name: _short(run.columns[name][kept]) for name in ("tokens", "seconds", "val_loss")}
+    return {"steps": run.steps[kept].tolist()} | {
+        name: _short(run.columns[name][kept]) for name in ("tokens", "seconds", "val_loss")
+    }
 
 
 def _samples(run: Run, most: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -108,6 +109,5 @@ def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[T
 def cost(config: Config, vocab_size: int) -> tuple[int, float]:
     """(parameters, FLOPs per token) of the model of a configuration, without making its weights."""
     with torch.device("meta"):
-        objective = build_objective(config, vocab_size)
+        objective: Any = build_objective(config, vocab_size)
     return sum(p.numel() for p in objective.parameters()), objective.flops_per_token(config.batch.seq_len)
-

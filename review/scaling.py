@@ -119,15 +119,15 @@ def study(runs: Sequence[Run]) -> Study | None:
 def report(found: Study) -> list[str]:
     """The study in lines of plain text."""
     law = found.law
-    names = ("E", "alpha", "beta", "exponent")
-    low = {name: found.spread(name) for name in names}
+    names = ("E", "alpha", "beta")
+    spread = {name: "{:.3f} to {:.3f}".format(*found.spread(name)) for name in (*names, "exponent")}
+    minima = "" if found.budgets[2] is None else f"; by parabolas (approach 2) N ~ C^{found.budgets[2]:.3f}"
     lines = [
-        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {len(found.fitted)} runs; N counts "
-        "all parameters, D tokens, L held-out nats per token",
-        "middle 80 % of the bootstrap: " + ", ".join(f"{name} {low[name][0]:.3f} to {low[name][1]:.3f}" for name in names if name != "exponent"),
-        f"compute-optimal: N ~ C^{law.exponent:.3f} ({low['exponent'][0]:.3f} to {low['exponent'][1]:.3f}), D ~ C^{1 - law.exponent:.3f}, "
-        f"C = {found.k:.2f} N D FLOPs"
-        + (f"; by parabolas (approach 2) N ~ C^{found.budgets[2]:.3f}" if found.budgets[2] is not None else ""),
+        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {len(found.fitted)} runs; "
+        "N counts all parameters, D tokens, L held-out nats per token",
+        "middle 80 % of the bootstrap: " + ", ".join(f"{name} {spread[name]}" for name in names),
+        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}, with C = {found.k:.2f} N D "
+        f"FLOPs{minima}",
     ]
     for guess in found.held_out:
         lines.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,7 +21,7 @@ def keep(values: list[Floats], most: int) -> NDArray[np.int64]:
     edges = np.linspace(0, n, max(2, most // (2 * len(values))) + 1).astype(int)
     kept = {0, n - 1}
     for curve in values:
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             piece = curve[start:stop]
             if np.isfinite(piece).any():
                 kept |= {int(start + np.nanargmin(piece)), int(start + np.nanargmax(piece))}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from train import config as configuration
@@ -22,6 +23,7 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
@@ -45,7 +47,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit)):
+    if error := dist.act_first(lambda: _open_folder(config, corpus, world.device, emit)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
@@ -188,8 +190,9 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
+def _open_folder(config: Config, corpus: Corpus, device: torch.device, emit: Emit) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    folder = Path(config.run.dir or "")
     changes = resume.check(config, corpus.fingerprint)
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
@@ -199,6 +202,7 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> No
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+    write_whole(folder / "environment.json", json.dumps(lineage(device, config.cluster.workers), indent=1).encode())
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:
