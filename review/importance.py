@@ -56,7 +56,7 @@ def importances(runs: Sequence[Run]) -> Importances | None:
         unseen = np.setdiff1d(np.arange(len(y)), drawn)
         if len(unseen) < 2:
             continue
-        forest = RandomForestRegressor(50, random_state=seed).fit(x[drawn], y[drawn])
+        forest = RandomForestRegressor(30, random_state=seed).fit(x[drawn], y[drawn])
         wrong += float(((forest.predict(x[unseen]) - y[unseen]) ** 2).sum())
         right += float(((y[drawn].mean() - y[unseen]) ** 2).sum())
         shuffled = permutation_importance(

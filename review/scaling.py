@@ -126,7 +126,7 @@ def report(found: Study) -> list[str]:
         f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {len(found.fitted)} runs; "
         "N counts all parameters, D tokens, L held-out nats per token",
         "middle 80 % of the bootstrap: " + ", ".join(f"{name} {spread[name]}" for name in names),
-        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}, with C = {found.k:.2f} N D "
+        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}; C = {found.k:.2f} N D "
         f"FLOPs{minima}",
     ]
     for guess in found.held_out:
