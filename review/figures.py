@@ -79,6 +79,7 @@ def goodput(runs: Sequence[Run]) -> Figure | None:
         values = np.array([100 * parts.get(cause, 0.0) for _, parts in rows])
         axes.barh([plain(run.name) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause))
         left += values
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set(xlabel="% of the wall time of all starts", xlim=(0, 100))
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

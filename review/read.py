@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -82,8 +83,14 @@ def find(places: list[Path]) -> list[Path]:
     for place in places:
         inner = [] if _is_run(place) else [p for pattern in ("*", "*/*") for p in sorted(place.glob(pattern)) if p.is_dir()]
         runs = [p for p in inner if _is_run(p)]
-        found += sorted(runs + [p for p in inner if p.parent == place and not any(p in (r, *r.parents) for r in runs)]) or [place]
+        empty = [p for p in inner if p.parent == place and not any(p in (r, *r.parents) for r in runs)]
+        found += sorted(runs + empty, key=_natural) or [place]
     return list(dict.fromkeys(found))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """So that run2 comes before run10."""
+    return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _is_run(folder: Path) -> bool:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_folders
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import run_folders
 from review import markdown
 from review.axes import axes_of, place
 from review.compare import differing, noise, verdict, warnings

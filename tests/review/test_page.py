@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
 import run_folders
 from browser import CHROMIUM, Browser
+
 from review import __main__ as command
 from review import page
 from review.read import read

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import run_folders
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import run_folders
 from cluster import lock
 from review import page
 from review.read import find, read
@@ -91,7 +91,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 KNOWN = st.fixed_dictionaries(
-    {}, optional={k: JSON for k in ("step", "steps", "loss", "val_loss", "tokens", "goodput", "prompt", "run", "text")}
+    {}, optional=dict.fromkeys(("step", "steps", "loss", "val_loss", "tokens", "goodput", "prompt", "run", "text"), JSON)
 )
 
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import run_folders
 import yaml
 
-import run_folders
 from bench import scaling as driver
 from review import scaling
 from review.law import Law
