@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib.util
 import io
-import platform
 import random
 import statistics
 import string
@@ -32,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bench.tools.results import processor
 from train import config as configuration
 from train import dist
 from train.data import prepare
@@ -140,13 +140,6 @@ def load_peer(checkout: Path) -> ModuleType:
 def numbers(text: str) -> list[int]:
     """The integers of "0,2"."""
     return [int(part) for part in text.split(",")]
-
-
-def processor() -> str:
-    """The name of this machine's CPU."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main(arguments: list[str]) -> int:

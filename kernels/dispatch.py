@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -18,6 +16,9 @@ import kernels.torch_ops as torch_ops
 
 Choice = Literal["auto", "triton", "torch"]
 _choice: Choice = "auto"
+# Found out once: torch.compile traces ``ops``, and can trace neither question.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(choice: Choice, device: torch.device) -> str:
@@ -34,7 +35,7 @@ def use(choice: Choice, device: torch.device) -> str:
     if choice == "triton":
         return "Triton's, as kernels=triton asks" + (", interpreted on the CPU: slow" if device.type == "cpu" else "")
     if device.type == "cuda":
-        return "Triton's, on CUDA" if _has_triton() else "torch's own: Triton is not installed"
+        return "Triton's, on CUDA" if _HAS_TRITON else "torch's own: Triton is not installed"
     return "torch's own: no CUDA device"
 
 
@@ -51,31 +52,33 @@ def force(choice: Choice) -> Iterator[None]:
 
 def ops(x: Tensor) -> ModuleType:
     """The module whose functions run for a tensor like ``x``."""
-    if _choice == "torch" or not (x.is_cuda or (_choice == "triton" and _interpreted())) or not _has_triton():
+    if _choice == "torch" or not _HAS_TRITON or not (x.is_cuda or (_choice == "triton" and _INTERPRETED)):
         return torch_ops
-    return importlib.import_module("kernels.triton_ops")
+    import kernels.triton_ops as triton_ops  # Triton loads where it runs, and only there
+
+    return triton_ops
+
+
+def torchs(what: str) -> ModuleType:
+    """Torch's ops, for what Triton's have no kernel. Raises ValueError, with the cure, where Triton's were asked for."""
+    if _choice == "triton":
+        raise ValueError(f"kernels=triton, but there is no Triton kernel for {what}: kernels=auto or kernels=torch")
+    return torch_ops
 
 
 def measuring() -> contextlib.AbstractContextManager[None]:
     """Within, Triton's kernels measure which tiles are fastest for shapes they have not met on this machine (kernels.tuning)."""
-    if _choice == "torch" or not _has_triton():
+    if _choice == "torch" or not _HAS_TRITON:
         return contextlib.nullcontext()
-    return importlib.import_module("kernels.tuning").measuring()
+    import kernels.tuning as tuning
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return tuning.measuring()
 
 
 def _check_triton(device: torch.device) -> None:
-    if not _has_triton():
+    if not _HAS_TRITON:
         raise ValueError("kernels=triton, but Triton is not installed: pip install triton, or kernels=auto")
-    if device.type == "cpu" and not _interpreted():
+    if device.type == "cpu" and not _INTERPRETED:
         raise ValueError(
             "kernels=triton on a CPU runs in Triton's interpreter, thousands of times slower: for a look or a test, "
             "set TRITON_INTERPRET=1 in the environment; else kernels=auto"

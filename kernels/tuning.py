@@ -30,7 +30,7 @@ _measuring = False
 _every_candidate = False
 
 
-def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], None]) -> Tiles:
+def best(op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], object]) -> Tiles:
     """The tiles for ``op`` on this class of shapes: the first candidate is the guess where nothing was measured.
 
     ``run`` starts the kernel with given tiles; it may be called many times, so it must write nothing but its outputs.
@@ -89,7 +89,7 @@ def forget() -> None:
     _table.cache_clear()
 
 
-def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
+def _milliseconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
     """Median time of a run; infinite for tiles that this device has no room for."""
     try:
         times = (_on_cuda if torch.cuda.is_available() else _on_cpu)(functools.partial(run, tiles))
@@ -98,7 +98,7 @@ def _milliseconds(run: Callable[[Tiles], None], tiles: Tiles) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def _on_cuda(run: Callable[[], None]) -> list[float]:
+def _on_cuda(run: Callable[[], object]) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(WARM_UP + ROUNDS)]
     for start, end in events:
         start.record()
@@ -108,7 +108,7 @@ def _on_cuda(run: Callable[[], None]) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _on_cpu(run: Callable[[], None]) -> list[float]:
+def _on_cpu(run: Callable[[], object]) -> list[float]:
     marks = [time.perf_counter()]
     for _ in range(WARM_UP + ROUNDS):
         run()
@@ -119,7 +119,7 @@ def _on_cpu(run: Callable[[], None]) -> list[float]:
 @functools.cache
 def _file() -> Path:
     """The table of this device, these versions and this text of the kernels."""
-    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("*.py")))
+    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py")))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
     about = [device, f"torch{torch.__version__}", f"triton{triton.__version__}"]
     name = "-".join([*about, hashlib.sha256(sources).hexdigest()[:12]]).replace(" ", "_").replace("/", "_")

@@ -63,6 +63,8 @@ class Objective(Section):
     """What is trained."""
 
     name: Literal["causal"]
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of a target, spread over the vocabulary")
+    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of logsumexp(logits)^2 in the training loss, as PaLM's")
 
 
 class Tokenizer(Section):

@@ -16,7 +16,7 @@ CONF = Path(__file__).parents[2] / "conf"
 def make_config():
     """config(model="gpt_tiny", seq_len=, isolate=, **keys of the model) -> schema.Config."""
 
-    def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, **keys):
+    def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, objective=None, **keys):
         chosen = yaml.safe_load((CONF / f"model/{model}.yaml").read_text())
         return schema.Config.model_validate(
             {
@@ -30,7 +30,7 @@ def make_config():
                 "keep_best": 0,
                 "batch": {"global": 8, "seq_len": seq_len},
                 "model": {**chosen, **keys},
-                "objective": {"name": "causal"},
+                "objective": {"name": "causal", **(objective or {})},
                 "data": {"source": "stdlib", "tokenizer": {"kind": "bytes"}, "isolate": isolate},
                 "optimizer": {"name": "adamw", "lr": 1e-3},
                 "schedule": {"name": "constant"},

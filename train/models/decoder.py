@@ -21,24 +21,22 @@ from train.models.layers import Attention, Context, Embedding, GeluMLP, KVCache,
 class Block(nn.Module):
     """Attention and an MLP, each normalised before and added after.
 
-    The add is left to the next norm, which does both in one pass: a block takes and returns the residual stream and
-    what is still to be added to it.
+    Dropout and the add are left to the next norm, which does all in one pass: a block takes and returns the residual
+    stream and what is still to be dropped out and added to it.
     """
 
     def __init__(self, model: schema.Model) -> None:
         super().__init__()
-        self.p = model.dropout
-        self.attention_norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+        self.attention_norm = Norm(model)
         self.attention = Attention(model)
-        self.mlp_norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+        self.mlp_norm = Norm(model)
         self.mlp = GeluMLP(model) if model.activation == "gelu" else SwigluMLP(model)
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D)."""
         h, x = self.attention_norm(x, delta)
-        delta = dropout(self.attention(h, context, cache), self.p, self.training)
-        h, x = self.mlp_norm(x, delta)
-        return x, dropout(self.mlp(h), self.p, self.training)
+        h, x = self.mlp_norm(x, self.attention(h, context, cache))
+        return x, self.mlp(h)
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Decoder(nn.Module):
         learned = model.position == "learned"
         self.positions = Embedding(model.max_len, model.width, model.init_std) if learned else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.norm = Norm(model.norm, model.width, model.bias, model.norm_eps)
+        self.norm = Norm(model)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row.
@@ -127,7 +125,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.model.checkpoint_activations and torch.is_grad_enabled():
                 # The sum alone is kept for the backward pass, not both its parts.
-                x, delta = checkpoint(block, x if delta is None else x + delta, None, context, use_reentrant=False)
+                x = x if delta is None else x + dropout(delta, self.model.dropout, self.training)
+                x, delta = checkpoint(block, x, None, context, use_reentrant=False)
             else:
                 x, delta = block(x, delta, context, caches[i] if caches else None)
         return self.norm(x, delta)[0]

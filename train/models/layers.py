@@ -41,24 +41,25 @@ class Embedding(nn.Embedding):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with the residual add before it."""
+    """LayerNorm or RMSNorm with dropout and the residual add before it."""
 
-    def __init__(self, kind: str, width: int, bias: bool, eps: float) -> None:
+    def __init__(self, model: schema.Model) -> None:
         super().__init__()
-        self.kind = kind
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias and kind == "layer_norm" else None
+        self.kind = model.norm
+        self.eps = model.norm_eps
+        self.p = model.dropout
+        self.weight = nn.Parameter(torch.ones(model.width))
+        self.bias = nn.Parameter(torch.zeros(model.width)) if model.bias and model.norm == "layer_norm" else None
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(x + delta), x + delta) of the residual stream x (B, T, D) and what the last layer adds to it."""
+        """(norm(sum), sum) where sum = x + dropout(delta): the residual stream x (B, T, D) and what the last layer adds to it."""
         if self.kind == "rms_norm":
             if delta is None:
                 return kernels.rms_norm(x, self.weight, self.eps), x
-            return kernels.add_rms_norm(delta, x, self.weight, self.eps)
+            return kernels.add_rms_norm(delta, x, self.weight, self.eps, draw_dropout(self.p, self.training))
         if delta is None:
             return kernels.layer_norm(x, self.weight, self.bias, self.eps), x
-        return kernels.add_layer_norm(delta, x, self.weight, self.bias, self.eps)
+        return kernels.add_layer_norm(delta, x, self.weight, self.bias, self.eps, draw_dropout(self.p, self.training))
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,23 @@ class Attention(nn.Module):
         """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if context.rope is not None:
-            q, k = kernels.rope(q, context.rope), kernels.rope(k, context.rope)
-        decoding = context.ends is not None
+        rope, decoding = context.rope, context.ends is not None
+        if rope is not None and cache is not None:  # a cache keeps keys as they are compared: turned
+            q, k, rope = kernels.rope(q, rope), kernels.rope(k, rope), None
         if cache is not None and decoding:
             k, v = cache.append(k, v, context)
         elif cache is not None:
             cache.start(k, v)
-        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments)
+        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments, rope=rope)
         return self.out(y.flatten(-2))
+
+
+class GeluLinear(Linear):
+    """A linear layer and GELU, its bias added in the pass of the GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., inputs) -> (..., outputs)."""
+        return kernels.bias_gelu(F.linear(x, self.weight), self.bias)
 
 
 class GeluMLP(nn.Module):
@@ -133,12 +142,12 @@ class GeluMLP(nn.Module):
     def __init__(self, model: schema.Model) -> None:
         super().__init__()
         inner = model.mlp_width or 4 * model.width
-        self.up = Linear(model.width, inner, model.bias, model.init_std)
+        self.up = GeluLinear(model.width, inner, model.bias, model.init_std)
         self.down = Linear(inner, model.width, model.bias, residual_std(model))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
-        return self.down(kernels.gelu(self.up(x)))
+        return self.down(self.up(x))
 
 
 class SwigluMLP(nn.Module):
@@ -164,9 +173,19 @@ def residual_std(model: schema.Model) -> float:
     return model.init_std / math.sqrt(2 * model.layers)
 
 
+def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:
+    """Dropout with a new mask, or None where nothing is dropped.
+
+    The mask's name is drawn from torch's CPU generator: the loop seeds it each step, checkpointing replays it, and no
+    device is asked.
+    """
+    return kernels.Dropout(p, int(torch.randint(2**63 - 1, ()))) if p and training else None
+
+
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout from the global generator, which the loop seeds every step; no work where p is 0."""
-    return F.dropout(x, p, training) if p and training else x
+    """Dropout while training."""
+    how = draw_dropout(p, training)
+    return x if how is None else kernels.dropout(x, how)
 
 
 @torch.no_grad()

@@ -23,16 +23,21 @@ class Head(nn.Module):
     ``named_parameters`` knows it by the embedding's name alone; in ``state_dict`` both names lead to the same storage.
     """
 
-    def __init__(self, embed: Embedding, tied: bool) -> None:
+    def __init__(self, embed: Embedding, tied: bool, objective: schema.Objective) -> None:
         super().__init__()
+        self.regularisers = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
         self.init_std = embed.init_std
         self.weight = embed.weight if tied else nn.Parameter(torch.empty_like(embed.weight))
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
-        """Logits (..., V) of hidden (..., D); or, given targets of its leading shape, their loss as (sum, count)."""
+        """Logits (..., V) of hidden (..., D); or, given targets of its leading shape, their loss as (sum, count).
+
+        In training the loss has the objective's label smoothing and z-loss, in evaluation it is the bare cross-entropy.
+        """
         if targets is None:
             return nn.functional.linear(hidden, self.weight)
-        return kernels.linear_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), IGNORE)
+        more = self.regularisers if self.training else {}
+        return kernels.linear_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), ignore_index=IGNORE, **more)
 
 
 class Causal(nn.Module):
@@ -91,5 +96,5 @@ def build_causal(config: schema.Config, vocab_size: int) -> Causal:
             "shorten the rows or raise model.max_len"
         )
     backbone = build_backbone(model, vocab_size)
-    head = Head(backbone.embed, model.tied)
+    head = Head(backbone.embed, model.tied, config.objective)
     return Causal(backbone, head, vocab_size, config.data.isolate)

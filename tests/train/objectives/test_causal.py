@@ -101,3 +101,16 @@ def test_what_makes_no_sense_is_refused_with_what_does(make_config, monkeypatch)
     monkeypatch.setitem(objectives.MEANINGFUL, "causal", ("recurrent",))
     with pytest.raises(UserError, match=r"causal makes no sense .* decoder.*causal with recurrent"):
         build_objective(make_config(), 257)
+
+
+def test_label_smoothing_and_z_loss_are_trained_with_and_not_evaluated_with(make_config, pack):
+    batch = pack([documents([30]), documents([20], seed=1)], 32)
+    plain = build_objective(make_config("gpt_tiny"), 257)
+    more = build_objective(make_config("gpt_tiny", objective={"label_smoothing": 0.1, "z_loss": 0.01}), 257)
+    assert torch.equal(plain(batch)["loss"][0], more.eval()(batch)["loss"][0])
+    total, count = more.train()(batch)["loss"]
+    trained = batch["targets"] != -100
+    logits = plain.head(plain.backbone(batch))[trained].double()
+    smooth = torch.nn.functional.cross_entropy(logits, batch["targets"][trained], reduction="sum", label_smoothing=0.1)
+    assert total.item() == pytest.approx((smooth + 0.01 * logits.logsumexp(-1).square().sum()).item(), rel=1e-6)
+    assert count == trained.sum()

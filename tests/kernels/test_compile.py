@@ -1,0 +1,81 @@
+"""Every kernel compiles for Hopper to machine code that fits: Triton's own compiler says so, on any machine (tests/offline.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OFFLINE = Path(__file__).resolve().parent.parent / "offline.py"
+SHARED_BYTES = 227 << 10
+REGISTERS = 64 << 10
+SPILLED_BYTES = 16
+"""A pair of registers moved out of a loop costs nothing; more is a tile that is too large."""
+
+CASES = {
+    "rms_norm": [f"ops.rms_norm(rand(64, {width}), rand({width}), 1e-5)" for width in (768, 4096, 16384)],
+    "layer_norm": [
+        *(f"ops.layer_norm(rand(64, {width}), rand({width}), rand({width}), 1e-5)" for width in (768, 4096, 8192)),
+        "ops.layer_norm(rand(64, 16384), rand(16384), None, 1e-5)",
+    ],
+    "add_layer_norm": [
+        "ops.add_layer_norm(rand(64, 4096), rand(64, 4096), rand(4096), rand(4096), 1e-5)",
+        "ops.add_layer_norm(rand(64, 4096), rand(64, 4096), rand(4096), rand(4096), 1e-5, kernels.Dropout(0.1, 7))",
+    ],
+    "bias_gelu": ["ops.bias_gelu(rand(64, 3072), rand(3072))"],
+    "gated_mlp": [f"ops.gated_mlp(*rand(64, 2 * 11008).chunk(2, -1), '{activation}')" for activation in ("silu", "gelu")],
+    "rope": [
+        f"ops.rope(rand(2, 8, 48, {head})[:, :, :32], kernels.rope_table(torch.arange(8)[None], {head}, 1e4))"
+        for head in (64, 96, 128)
+    ],
+    "dropout": ["ops.dropout(rand(64, 768), kernels.Dropout(0.1, 7))"],
+    "add_rms_norm": [
+        "ops.add_rms_norm(rand(64, 4096), rand(64, 4096), rand(4096), 1e-5)",
+        "ops.add_rms_norm(rand(64, 4096), rand(64, 4096), rand(4096), 1e-5, kernels.Dropout(0.1, 7))",
+    ],
+    "cross_entropy": [
+        "ops.cross_entropy(rand(64, 128256), torch.zeros(64, dtype=torch.int64), label_smoothing=0.1, z_loss=1e-4)",
+        "ops.cross_entropy_step(rand(64, 50304), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.cross_entropy_step(rand(64, 257), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.scale_(rand(64, 4096), torch.zeros(()))",
+    ],
+}
+
+
+OWN_BACKWARD = ("rope", "dropout")
+"""Their gradient goes through the kernel of their forward pass."""
+
+
+def compiled(cases: list[str], *options: str) -> list[dict[str, Any]]:
+    """What every kernel that the cases launch needs of the GPU."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(OFFLINE.parent.parent)
+    done = subprocess.run([sys.executable, OFFLINE, *options, *cases], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    for kernel in found:
+        assert kernel["spilled"] <= SPILLED_BYTES, kernel
+        assert kernel["shared"] <= SHARED_BYTES, kernel
+        assert kernel["registers"] * 32 * kernel["with"]["num_warps"] <= REGISTERS, kernel
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_every_kernel_fits_a_hopper_gpu(op: str):
+    found = compiled(CASES[op])
+    parts = {part for kernel in found for part in kernel["kernel"].split("_")}
+    assert ({op} if op in OWN_BACKWARD else {"forward", "backward"}) <= parts
+    check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", CASES)
+def test_every_tile_that_the_tuner_may_pick_fits_a_hopper_gpu(op: str):
+    check(compiled(CASES[op], "--every-candidate"))
