@@ -13,16 +13,19 @@ from train.data.files import write_whole
 OK, BAD_INPUT = 0, 2
 
 
+def parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    found = argparse.ArgumentParser(prog="./launch.sh review", description=(__doc__ or "").partition(": ")[2])
+    found.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)")
+    found.add_argument("--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)")
+    found.add_argument("--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)")
+    found.add_argument("--open", action="store_true", help="show the page in the browser")
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """Writes the review and says where it is; the exit code."""
-    parser = argparse.ArgumentParser(prog="./launch.sh review", description=(__doc__ or "").partition(": ")[2])
-    parser.add_argument(
-        "runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)")
-    parser.add_argument("--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)")
-    parser.add_argument("--open", action="store_true", help="show the page in the browser")
-    options = parser.parse_args(argv)
+    options = parser().parse_args(argv)
     from review.read import find, read  # only now: --help needs none of it
 
     folders = [folder for folder in find(options.runs) if folder.resolve() != options.out.resolve()]
