@@ -23,6 +23,9 @@
   const shown = () => data.runs.filter((run) => !state.hidden.has(run.id));
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  // Named one by one: the default bar also has a button that sends the chart to a server.
+  const buttons = ["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"];
+
   function figure(id, traces, layout) {
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
     const merged = {
@@ -31,7 +34,7 @@
       modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--dim"), activecolor: css("--accent") }, ...layout,
     };
     for (const key of Object.keys(merged).filter((k) => /^[xy]axis/.test(k))) merged[key] = { ...axis, ...merged[key] };
-    Plotly.react(by(id), traces, merged, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+    Plotly.react(by(id), traces, merged, { responsive: true, displaylogo: false, modeBarButtons: [buttons] });
   }
   const hoverlabel = { namelength: -1 };
   const legend = () => (data.few ? { orientation: "h", y: -0.2, yanchor: "top" } : undefined);

@@ -175,6 +175,7 @@ class Config(Section):
     keep_last: Positive = Field(description="newest checkpoints kept")
     keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
+    save_mirror: str | None = Field(None, description="where checkpoints are copied to as well: a URL that fsspec knows")
     batch: Batch
     model: Model
     objective: Objective

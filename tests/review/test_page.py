@@ -132,6 +132,9 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
         browser.value("(x => { x.value = 'tokens'; x.dispatchEvent(new Event('change')) })(document.getElementById('x'))")
         assert browser.value("document.getElementById('loss').data[0].x.at(-1)") == 1_024_000
         browser.value("document.getElementById('theme').click()")
+        titles = browser.value("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+        assert "Download plot as a PNG" in titles
+        assert not [title for title in titles if "hare" in title]  # plotly's own bar would send charts to a server
         assert browser.said == []
         assert [address for address in browser.asked if not address.startswith(("file:", "data:"))] == []
 
