@@ -25,6 +25,7 @@ from train.evaluate import Evaluation, evaluate
 from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
+from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
 from train.objectives import build_objective
@@ -55,7 +56,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
+    if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
@@ -243,8 +244,9 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     return [tokenizer.decode(ids) for ids in written]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
+def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    folder = Path(config.run.dir or "")
     if mirror and not (folder / "config.yaml").exists():
         mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
@@ -256,6 +258,7 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirro
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+    write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:

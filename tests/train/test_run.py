@@ -25,7 +25,7 @@ def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: P
     assert lines[-1]["val_loss"] < lines[3]["val_loss"]
     folder = Path(config.run.dir or "")
     assert (folder / "checkpoints" / "latest").read_text() == "step_12"
-    assert {"config.yaml", "summary.json", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
+    assert {"config.yaml", "summary.json", "tokenizer.json", "environment.json"} <= {f.name for f in folder.iterdir()}
 
 
 def test_every_stage_and_world_gives_the_same_losses(make, corpus: Path):
