@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 
-from train import dist
+from train import dist, pulse
 from train.batch import Batch, count_targets, to_device
 from train.data.loader import Loader
-from train.engine import Engine, StepResult
-from train.errors import Stopped, UserError
+from train.engine import NOT_MADE, Engine, StepResult
+from train.errors import NotFinite, Stopped
+from train.goodput import Times
+from train.guard import Guard
 from train.progress import Progress
 from train.rng import seed_of
 from train.schedule import learning_rate
@@ -26,7 +28,7 @@ EMIT_EVERY_S = 0.1
 
 
 class Aside(Protocol):
-    """What a run does beside its steps. All but ``log`` are collectives."""
+    """What a run does beside its steps. ``evaluate``, ``save`` and ``settle`` are collectives."""
 
     def log(self, record: Record) -> None:
         """Keep the numbers of a step."""
@@ -35,7 +37,20 @@ class Aside(Protocol):
         """The held-out loss of the model as it is now."""
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """A checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+        """Begin a checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+
+    def hold(self) -> None:
+        """Called before each update: returns when no save still needs the weights and moments as they are."""
+
+    def save_failed(self) -> bool:
+        """Whether the save that was begun last is known to have failed."""
+
+    def settle(self) -> None:
+        """Return when what was begun is saved; raise UserError on every rank if it could not be."""
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds, since the start, that steps have waited for saves."""
 
 
 @dataclass
@@ -49,6 +64,8 @@ class Training:
     aside: Aside
     emit: Callable[[Record], None]
     should_stop: Callable[[], bool]
+    guard: Guard
+    times: Times
     progress: Progress
     saved_step: int | None = None
     """The step of the newest checkpoint."""
@@ -60,45 +77,66 @@ class Training:
 
 def train(run: Training) -> Progress:
     """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
-    config, progress, pace = run.config, run.progress, Pace(run.progress)
+    config, progress, pace = run.config, run.progress, Pace(run)
+    run.times.lap("start")
     while progress.step < config.steps:
-        began = time.monotonic()
+        pulse.at_step(progress.step + 1)
+        pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
-        tokens, stop = agree(micro_batches, run.should_stop())
+        tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
+        run.times.lap("data")
+        if failed:
+            run.aside.settle()  # raises what is wrong
         if stop:
             _stop(run, progress)
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
-        result = run.engine.train_step(batches, {"loss": tokens}, lr)
-        before, progress = progress, progress.after(cursor, tokens, result.applied, time.monotonic() - began)
-        _refuse_divergence(run, result, progress)
+        stalled = run.aside.stall_s
+        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold) if tokens else NOT_MADE
+        loss = mean_loss(result)
+        seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
+        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds)
+        if tokens and (back := run.guard.check(before, loss, result.applied)):
+            progress, run.saved_step = back, min(run.saved_step or 0, back.step)
+            pace.go_on_from(back)
+            run.times.lap("redo")
+            continue
+        if tokens:
+            progress = replace(progress, recent=before.recent.after(loss, before.cursor, config.spikes))
+            _refuse_divergence(run, result, progress)
         record = {}
         if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
-            record = report(run, result, before, progress, lr) | pace.since_last(progress)
+            record = report(run, before, progress, {"loss": loss, "lr": lr, "grad_norm": result.grad_norm})
+            record |= pace.since_last(progress)
         pace.show(run, progress, record)
+        run.times.lap("other")
         _aside(run, progress, record)
+    run.aside.settle()
+    run.times.lap("save")
     return progress
 
 
-def agree(micro_batches: Sequence[Batch], stop: bool) -> tuple[int, bool]:
-    """(places trained on in the global batch, whether any rank is asked to stop): one small sum over the ranks.
+def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
+    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one sum over the ranks.
 
     Before the first backward pass, since every gradient is divided by the count of the whole batch.
     """
-    places, stops = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop)])
-    return int(places), stops > 0
+    places, stops, fails = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop), float(failed)])
+    return int(places), stops > 0, fails > 0
 
 
-def report(run: Training, result: StepResult, before: Progress, progress: Progress, lr: float) -> Record:
-    """The line of ``metrics.jsonl`` of this step, without its times. A collective: the loss is summed over the ranks."""
-    total, count = result.losses["loss"]
-    loss, places = dist.all_reduce_sum([float(total), float(count)])
+def mean_loss(result: StepResult) -> float:
+    """The loss of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
+    total, places = dist.all_reduce_sum([float(value) for value in result.losses["loss"]])
+    return total / places if places else math.nan
+
+
+def report(run: Training, before: Progress, progress: Progress, measured: Record) -> Record:
+    """The line of ``metrics.jsonl`` of this step, without its times."""
     return {
         "step": progress.step,
-        "loss": loss / max(places, 1.0),
-        "lr": lr,
-        "grad_norm": result.grad_norm,
+        **measured,
         "tokens": progress.tokens,
         "epoch": before.cursor.epoch,
         "data_hash": run.loader.data_hash(before.cursor),
@@ -121,19 +159,22 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         try:
             evaluated = run.aside.evaluate(progress)
         except Stopped:
-            run.aside.save(progress, None, record)
-            raise
+            _stop(run, progress, record)
+        run.times.lap("eval")
         record, val_loss = record | evaluated, evaluated.get("val_loss")
     if record:
         run.aside.log(record)
     if run.due(run.config.save_every, progress.step) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
+        run.times.lap("save")
         run.saved_step = progress.step
 
 
-def _stop(run: Training, progress: Progress) -> None:
+def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:
+    run.emit({"event": "stop_agreed"})
     if progress.step not in (0, run.saved_step):
-        run.aside.save(progress, None, None)
+        run.aside.save(progress, None, pending)
+    run.aside.settle()
     raise Stopped
 
 
@@ -143,7 +184,8 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
     limit = run.config.optimizer.max_skipped
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
-        raise UserError(
+        run.aside.settle()
+        raise NotFinite(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
             "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
@@ -153,15 +195,21 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
 class Pace:
     """Times for people to look at: the speed since the last line, and a progress event now and then."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.last, self.shown = progress, -math.inf
+    def __init__(self, run: Training) -> None:
+        self.spent, self.shown = run.times.spent, -math.inf
+        self.go_on_from(run.progress)
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Count from here."""
+        self.tokens, self.seconds = progress.tokens, self.spent["data"] + self.spent["train"]
+        self.stalled = self.spent["save"]
 
     def since_last(self, progress: Progress) -> Record:
-        """Tokens per second since this was last asked."""
-        seconds = progress.train_s - self.last.train_s
-        speed = tokens_per_second(progress.tokens - self.last.tokens, seconds)
-        self.last = progress
-        return {"tokens_per_s": round(speed, 1)}
+        """Tokens per second, waiting for data included, and the seconds waited for saves, since this was last asked."""
+        tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
+        self.go_on_from(progress)
+        speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
+        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
 
     def show(self, run: Training, progress: Progress, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""

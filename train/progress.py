@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from train.data.streams import Cursor
+from train.spikes import Recent
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,11 @@ class Progress:
     updates: int = 0
     """Steps whose update was made; the moments have seen this many."""
     skipped_in_row: int = 0
+    """Steps in a row whose update was not made since its gradient was not finite."""
     train_s: float = 0.0
-    """Seconds spent in the steps that count."""
+    """Seconds spent in the steps that count, without waiting for their data or for saves."""
+    recent: Recent = field(default_factory=Recent)
+    """What the next steps are judged by."""
 
     def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> Progress:
         """The progress after one more step."""
@@ -31,7 +35,7 @@ class Progress:
             cursor=cursor,
             tokens=self.tokens + tokens,
             updates=self.updates + applied,
-            skipped_in_row=0 if applied else self.skipped_in_row + 1,
+            skipped_in_row=0 if applied else self.skipped_in_row + (tokens > 0),
             train_s=self.train_s + seconds,
         )
 
@@ -42,4 +46,6 @@ class Progress:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
         """What ``to_dict`` gave."""
-        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"])})
+        # A checkpoint older than the rule has nothing recent.
+        recent = Recent.from_dict(values["recent"]) if "recent" in values else Recent()
+        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"]), "recent": recent})

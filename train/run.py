@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train import checkpoint, dist, pulse, resume
 from train import config as configuration
-from train import dist, resume
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
@@ -22,16 +23,24 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.goodput import Times, goodput
+from train.guard import Guard
+from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
+from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
+from train.outline import outline
 from train.progress import Progress
+from train.redact import redact_tree
+from train.saving import Saver
 from train.schema import Config
-from train.throughput import estimated_seconds, matmul_rate
-from train.tiles import DTYPES, choose_kernels
+from train.tiles import choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
+MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
+"""How long the end of a run, and a stop, wait for the last copy to be complete elsewhere."""
 
 
 def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
@@ -40,39 +49,46 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder = Path(config.run.dir or "")
+    folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit)):
+    note = partial(_note, world, emit)
+    mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
+    if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
-    found = checkpoints.newest(lambda text: _note(world, emit, text))
-    progress, pending = restore(found, engine, checkpoints, loader)
-    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
-    emit({"event": "plan", "kernels": chosen} | plan)
-    tracker = None
-    if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
-    work = Work(config, world, corpus, engine, held_out, checkpoints, tracker, emit, should_stop)
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    progress, pending = restore(found, engine, loader)
+    saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
+    emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
+    work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
+    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
     saved = progress.step if found else None
-    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
         progress = train(training)
-        work.finish(progress)
+        work.finish(progress, times)
+        saver.leave(MIRROR_WAIT_S)
     except Stopped:
+        pulse.enter("end")
+        times.lap("save")
         if tracker:
             tracker.close({})
+        saver.leave(MIRROR_WAIT_STOPPED_S)
         raise
     finally:
+        saver.close()
         loader.close()
 
 
@@ -83,11 +99,11 @@ def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loa
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
 
-def restore(found: Checkpoint | None, engine: Engine, checkpoints: Checkpoints, loader: Loader) -> tuple[Progress, Record | None]:
+def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[Progress, Record | None]:
     """Fill engine and loader from a checkpoint, or start at the beginning: the progress, and a record still to be finished."""
     if found is None:
         return Progress(), None
-    checkpoints.restore(found, engine)
+    checkpoint.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
 
@@ -101,7 +117,7 @@ class Work:
     corpus: Corpus
     engine: Engine
     held_out: EvalLoader
-    checkpoints: Checkpoints
+    saver: Saver
     tracker: Tracker | None
     """Rank 0's; the others have none."""
     emit: Emit
@@ -122,6 +138,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
+        pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -133,23 +150,57 @@ class Work:
         return found
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """A checkpoint of now. The metrics up to it are forced to the disk first."""
-        began = time.monotonic()
-        self.emit(phase("save"))
+        """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
+        pulse.enter("save")
+        self.settle()
         if self.tracker:
-            self.tracker.metrics.sync()
-        path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
-        seconds = time.monotonic() - began
-        self.emit({"event": "save", "step": progress.step, "path": str(path), "seconds": seconds})
-        self.emit(phase("train"))
+            self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
+        about = {"corpus": self.corpus.fingerprint, "pending": pending}
+        self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
 
-    def finish(self, progress: Progress) -> None:
+    def hold(self) -> None:
+        """Before each update: until the save in flight has its copy."""
+        self.saver.hold()
+
+    def save_failed(self) -> bool:
+        """Whether the last save is known to have failed; one that has come to its end is said."""
+        save = self.saver.ended()
+        if save and not save.error:
+            path = str(self.saver.folder / f"step_{save.step}")
+            self.emit({"event": "save", "step": save.step, "path": path, "seconds": save.seconds, "stall_s": self.stall_s})
+        return self.saver.failed
+
+    def settle(self) -> None:
+        """Wait for the save in flight."""
+        waits = self.saver.busy
+        if waits:
+            pulse.enter("save")
+            self.emit(phase("save"))
+        self.saver.settle()
+        self.save_failed()
+        if waits:
+            self.emit(phase("train"))
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds, since the start, that steps have waited for saves."""
+        return self.saver.stall_s
+
+    def went_back(self, progress: Progress, why: str) -> None:
+        """The run goes on from ``progress`` once more."""
+        _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.tracker:
+            self.tracker.go_back(progress.step)
+
+    def finish(self, progress: Progress, times: Times) -> None:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        pulse.enter("end")
+        times.lap("eval")
         if not self.tracker:
             return
-        wall = self.tracker.run.wall_s
+        seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
             "val_loss": self.last and self.last.loss,
@@ -157,8 +208,10 @@ class Work:
             "bits_per_byte": self.last and self.last.bits_per_byte,
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
-            "wall_s": round(wall, 2),
-            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "wall_s": round(sum(seconds.values()), 2),
+            "save_stall_s": round(seconds["save"], 3),
+            "goodput": round(goodput(seconds), 4),
+            "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
         self.tracker.finish(summary)
@@ -169,6 +222,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens:
             return
+        pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -185,50 +239,27 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
     tokenizer = corpus.tokenizer
     prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
+    return [tokenizer.decode(ids) for ids in written]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
+def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    folder = Path(config.run.dir or "")
+    if mirror and not (folder / "config.yaml").exists():
+        mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(configuration.to_dict(config), sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+    write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:
     if world.first:
         emit({"event": "note", "text": text})
-
-
-def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
-    tokens_per_step = config.batch.global_ * config.batch.seq_len
-    train_places = corpus.split("train").tokens
-    return {
-        "model": config.run.name,
-        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
-        "steps": config.steps,
-        "start_step": progress.step,
-        "tokens": tokens_per_step * config.steps,
-        "tokens_per_step": tokens_per_step,
-        "corpus_tokens": train_places,
-        "epochs": tokens_per_step * config.steps / max(train_places, 1),
-        "flops_per_token": objective.flops_per_token(config.batch.seq_len),
-        "zero_stage": config.zero.stage,
-        "precision": config.precision.name,
-        "workers": config.cluster.workers,
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
-
-
-def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
-    """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = DTYPES[config.precision.name]
-    tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
-    flops = tokens * objective.flops_per_token(config.batch.seq_len)
-    return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}
