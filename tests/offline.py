@@ -57,16 +57,28 @@ def usage(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("--dump-resource-usage", "-sass")
+        )
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     ptx = compiled.asm["ptx"]
     return {
         "registers": found["REG"],
         "spilled": found["STACK"] + found["LOCAL"],
+        "spilled_in_loops": spilled_in_loops(code),
         "shared": compiled.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
     }
+
+
+def spilled_in_loops(code: str) -> int:
+    """How often the code's loops of matrix products write a register to memory: what they only read was parked before them."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", code)]
+    back = [(int(to[1], 16), at) for at, text in lines if (to := re.match(r"@\S+ BRA.* 0x([0-9a-f]+)", text))]
+    loops = [[text for at, text in lines if first <= at <= last] for first, last in back if first < last]
+    return sum("STL" in text for loop in loops if any("GMMA" in text for text in loop) for text in loop)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

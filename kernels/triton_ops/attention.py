@@ -14,7 +14,8 @@ from kernels.triton_ops.attention_backward_bias import run_backward_bias
 from kernels.triton_ops.attention_backward_kv import run_backward_kv
 from kernels.triton_ops.attention_backward_q import run_backward_q
 from kernels.triton_ops.attention_forward import run_forward
-from kernels.triton_ops.attention_tiles import FAR, Problem, dense, turned
+from kernels.triton_ops.attention_problem import FAR, Problem, dense
+from kernels.triton_ops.attention_turn import turned
 
 
 @torch.library.custom_op("trireme::attention_forward", mutates_args=())

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention_tiles import LOG2_E, Problem, columns, load_tile, sees
+from kernels.triton_ops.attention_problem import Problem
+from kernels.triton_ops.attention_tiles import LOG2_E, columns, load_tile, sees
 
 
 @triton.jit

@@ -12,27 +12,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention_tiles import (
-    LOG2_E,
-    Problem,
-    boxed,
-    choices,
-    columns,
-    load_rows,
-    load_tile,
-    place,
-    sees,
-    side_by_side,
-    tile_at,
-    tiles,
-    turn_back,
-)
+from kernels.triton_ops.attention_problem import Choice, Problem, boxed, rounded, run_best, side_by_side
+from kernels.triton_ops.attention_tiles import LOG2_E, columns, load_rows, load_tile, place, sees, tile_at, tiles, turn_back
 
 
 @triton.jit
@@ -148,9 +136,7 @@ def _attention_backward_kv_kernel(
 def run_backward_kv(problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     """Writes the gradients of k and v. Queries and keys are turned already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_k, grad_v)
-    run(
-        tuning.best("attention_backward_kv", problem.shape_class(), choices(problem, (problem.q, grad_out), _tiles(problem.q)), run)
-    )
+    run_best("attention_backward_kv", problem, (problem.q, grad_out), _choices(problem.q), run)
 
 
 def _run(
@@ -167,5 +153,13 @@ def _run(
     launch(_attention_backward_kv_kernel, grid, *tensors, *problem.strides(grad_out), *sizes, **problem.constants(), **chosen)
 
 
-def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
-    return [(64, 128, 0, 8, 2)]
+def _choices(q: Tensor) -> list[Choice]:
+    if q.dtype == torch.float64:
+        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
+    if q.dtype == torch.float32:
+        return {64: [(32, 128, 0, 8, 2)], 128: [(32, 64, 0, 8, 2)], 256: [(32, 32, 0, 8, 1)]}[rounded(q.shape[3])]
+    return {
+        64: [(64, 128, 0, 8, 3), (64, 128, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
+        128: [(64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 1, 8, 3), (64, 64, 1, 4, 2)],
+        256: [(32, 64, 0, 8, 2), (32, 64, 1, 8, 2)],
+    }[rounded(q.shape[3])]

@@ -16,24 +16,22 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
+from kernels.triton_ops.attention_problem import Choice, Problem, boxed, rounded, run_best, side_by_side
 from kernels.triton_ops.attention_tiles import (
     LOG2_E,
-    Problem,
-    boxed,
-    choices,
     columns,
     load_rows,
     load_tile,
     load_turned,
     place,
     sees,
-    side_by_side,
     tile_at,
     tiles,
     turn_back,
@@ -157,7 +155,7 @@ def run_backward_q(
 ) -> None:
     """Writes delta (B, H, Tq), the gradient of q, and where there is rope q turned. Keys are turned already."""
     run = functools.partial(_run, problem, out, lse, grad_out, q_turned, delta, grad_q)
-    run(tuning.best("attention_backward_q", problem.shape_class(), choices(problem, problem[1:3], _tiles(problem.q)), run))
+    run_best("attention_backward_q", problem, problem[1:3], _choices(problem.q), run)
 
 
 def _run(
@@ -182,5 +180,13 @@ def _run(
     launch(_attention_backward_q_kernel, grid, *tensors, *problem.strides(grad_out), *sizes, **problem.constants(), **chosen)
 
 
-def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
-    return [(128, 64, 0, 8, 2)]
+def _choices(q: Tensor) -> list[Choice]:
+    if q.dtype == torch.float64:
+        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
+    if q.dtype == torch.float32:
+        return {64: [(128, 32, 0, 8, 2)], 128: [(64, 32, 0, 8, 2)], 256: [(32, 32, 0, 8, 1)]}[rounded(q.shape[3])]
+    return {
+        64: [(128, 64, 0, 8, 3), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
+        128: [(128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (64, 64, 1, 4, 2)],
+        256: [(64, 32, 0, 8, 2), (64, 64, 1, 8, 2)],
+    }[rounded(q.shape[3])]

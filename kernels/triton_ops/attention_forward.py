@@ -18,28 +18,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention_tiles import (
-    LOG2_E,
-    Problem,
-    boxed,
-    choices,
-    columns,
-    load_rows,
-    load_tile,
-    load_turned,
-    padded,
-    place,
-    sees,
-    side_by_side,
-    tile_at,
-    tiles,
-)
+from kernels.triton_ops.attention_problem import Choice, Problem, boxed, padded, rounded, run_best, side_by_side
+from kernels.triton_ops.attention_tiles import LOG2_E, columns, load_rows, load_tile, load_turned, place, sees, tile_at, tiles
 
 PROGRAMS = 264
 """Two for each multiprocessor of an H100 or H200: with fewer, the keys are split."""
@@ -190,7 +177,7 @@ def _attention_merge_kernel(
 def run_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Writes the output (B, Tq, H, Dh) and the log-sums (B, H, Tq). Keys are turned already, queries are not."""
     run = functools.partial(_run, problem, out, lse)
-    run(tuning.best("attention_forward", problem.shape_class(), choices(problem, problem[1:3], _tiles(problem.q)), run))
+    run_best("attention_forward", problem, problem[1:3], _choices(problem.q), run)
 
 
 def _run(problem: Problem, out: Tensor, lse: Tensor, chosen: tuning.Tiles) -> None:
@@ -222,5 +209,15 @@ def _splits(programs: int, queries: int, keys: int, chosen: tuning.Tiles) -> int
     return max(1, min(PROGRAMS // programs, keys // (4 * chosen["BLOCK_N"]), 32))
 
 
-def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
-    return [(128, 128, 0, 8, 2)]
+def _choices(q: Tensor) -> list[Choice]:
+    if q.dtype == torch.float64:
+        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
+    if q.shape[1] <= 16:
+        return [(16, 128, 0, 4, 3), (16, 64, 0, 4, 3)] if q.shape[3] <= 128 and q.element_size() == 2 else [(16, 32, 0, 4, 2)]
+    if q.dtype == torch.float32:
+        return {64: [(128, 64, 0, 8, 2)], 128: [(128, 32, 0, 8, 2)], 256: [(32, 32, 0, 8, 2)]}[rounded(q.shape[3])]
+    return {
+        64: [(128, 64, 0, 8, 3), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 64, 1, 4, 3)],
+        128: [(128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (64, 128, 1, 4, 2)],
+        256: [(128, 32, 0, 8, 2), (128, 64, 1, 8, 2), (64, 32, 1, 4, 2)],
+    }[rounded(q.shape[3])]
