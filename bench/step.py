@@ -64,6 +64,18 @@ class Nothing:
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """Nothing is saved."""
 
+    def hold(self) -> None:
+        """Nothing is waited for."""
+
+    def save_failed(self) -> bool:
+        """Nothing can."""
+        return False
+
+    def settle(self) -> None:
+        """Nothing is in flight."""
+
+    stall_s = 0.0
+
 
 def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
 
 from cluster import host, trainer, wire
+from train import redact
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
@@ -188,4 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    redact.cover()
     main()

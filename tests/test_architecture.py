@@ -18,6 +18,7 @@ FENCES = {
     "hydra": "train/config.py",
     "omegaconf": "train/config.py",
     "wandb": "train/tracking.py",
+    "fsspec": "train/mirror.py",
     "webdataset": "train/data/shards.py",
     "transformers": "train/export.py",
 }

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +60,21 @@ class Running:
 
     def wait(self, timeout: float = 120) -> list[Rank]:
         """What every rank left. Fails loudly when one does not end."""
-        deadline, ranks = time.monotonic() + timeout, []
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            rank = Rank(None)
-            while time.monotonic() < deadline:
+        deadline, ranks = time.monotonic() + timeout, [Rank(None) for _ in self.processes]
+        open_pipes = dict(zip(self.pipes, ranks, strict=True))
+        while open_pipes and time.monotonic() < deadline:
+            for pipe in wait(list(open_pipes), 0.05):  # all in turn: a rank whose pipe is full stands still
                 try:
-                    if pipe.poll(0.05):
-                        kind, value = pipe.recv()
-                        rank.events.append(value) if kind == "event" else setattr(rank, kind, value)
-                    elif not process.is_alive():
-                        break
+                    kind, value = pipe.recv()
+                    open_pipes[pipe].events.append(value) if kind == "event" else setattr(open_pipes[pipe], kind, value)
                 except (EOFError, ConnectionResetError):
-                    break
+                    del open_pipes[pipe]
+        for number, (process, rank) in enumerate(zip(self.processes, ranks, strict=True)):
             process.join(max(0.1, deadline - time.monotonic()))
             if process.is_alive():
                 self.kill()
-                raise AssertionError(f"rank {len(ranks)} did not end within {timeout} s")
+                raise AssertionError(f"rank {number} did not end within {timeout} s")
             rank.code = process.exitcode
-            ranks.append(rank)
         return ranks
 
 
@@ -109,9 +108,15 @@ def _enter(rank: int, size: int, port: int, pipe: Any, function: Callable[..., A
     from train import dist
 
     torch.set_num_threads(1)
+    alone = threading.Lock()  # what is done behind the steps has its word too
+
+    def emit(event: dict[str, Any]) -> None:
+        with alone:
+            pipe.send(("event", event))
+
     try:
         world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port, timeout_s=60))
-        pipe.send(("result", function(world, lambda event: pipe.send(("event", event)), *arguments)))
+        pipe.send(("result", function(world, emit, *arguments)))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
         os._exit(1)
@@ -155,7 +160,7 @@ def train_world(config: Config, corpus: Path, stop_when: dict[str, Any] | None =
     return run(size, train, configuration.to_dict(config), str(corpus), stop_when, timeout=timeout)
 
 
-TIMES = ("tokens_per_s",)
+TIMES = ("tokens_per_s", "save_stall_s")
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

@@ -2,37 +2,33 @@
 
 A checkpoint is a folder ``step_<n>`` of one safetensors file a rank, holding that rank's pieces (flat runs of a parameter's fp32
 weights or moments), and a manifest that says which element lies where. Any world and any ZeRO stage reads from it the slices it
-needs; there is no conversion.
+needs; there is no conversion. ``train.saving`` writes them.
 
-It is written aside, forced to the disk, and renamed, so a folder of that name is whole; then ``latest`` is moved. A file that does
-not have the size and hash of the manifest is never read: the checkpoint before it is taken instead, and that is said.
+A file that does not have the size and hash of the manifest is never read, nor is anything where the manifest does not have its own:
+the checkpoint before it is taken instead, and that is said.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import contextlib
 import shutil
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
+from safetensors import safe_open
 from torch import Tensor
 
-from train import dist
-from train.data.files import write_whole
+from train import dist, manifest
+from train.data.files import sha256_of, write_whole
 from train.errors import UserError
-from train.pieces import Piece, Stateful
+from train.mirror import Mirror
+from train.pieces import Stateful
 from train.progress import Progress
-
-VERSION = 1
-MANIFEST = "checkpoint.json"
+from train.snapshot import key
 
 
 @dataclass(frozen=True)
@@ -56,13 +52,14 @@ class Checkpoint:
         """What is wrong with its files (those of ``share``), or None. Reads and hashes every byte."""
         for name, entry in sorted(self.manifest["files"].items())[share]:
             file = self.path / name
-            if not file.is_file():
-                return f"{file} is missing"
-            if file.stat().st_size != entry["size"]:
-                return f"{file} has {file.stat().st_size} bytes, not {entry['size']}"
-            with file.open("rb") as data:
-                if hashlib.file_digest(data, "sha256").hexdigest() != entry["sha256"]:
-                    return f"{file} does not have the hash it was written with"
+            try:
+                size = file.stat().st_size
+                if size != entry["size"]:
+                    return f"{name} has {size} bytes, not {entry['size']}"
+                if sha256_of(file) != entry["sha256"]:
+                    return f"{name} does not have the hash it was written with"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
         return None
 
     def reader(self) -> Reader:
@@ -91,151 +88,111 @@ class Reader:
                 break
             low, high = max(start, first), min(end, first + length)
             if low < high:
-                found.append(self.files[file].get_slice(_key(kind, name, first))[low - first : high - first])
+                found.append(self.files[file].get_slice(key(kind, name, first))[low - first : high - first])
         whole = torch.cat(found) if len(found) != 1 else found[0]
         if whole.numel() != numel:
             raise ValueError(f"{name} ({kind}) holds {whole.numel()} of the elements {start} to {end}")
         return whole
 
 
+def inventory(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
+    """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
+    whole, damaged = [], {}
+    for path in folder.glob("step_*"):
+        if step := manifest.FOLDER.fullmatch(path.name):
+            try:
+                whole.append(Checkpoint(path, manifest.read(path)))
+            except manifest.Damaged as damage:
+                damaged[int(step[1])] = str(damage)
+    return sorted(whole, key=lambda c: c.progress.step), damaged
+
+
 def complete(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints of a folder, oldest first."""
-    found = []
-    for path in folder.glob("step_*"):
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError):
-            continue
-        if manifest.get("version") == VERSION:
-            found.append(Checkpoint(path, manifest))
-    return sorted(found, key=lambda c: c.progress.step)
+    return inventory(folder)[0]
 
 
-class Checkpoints:
-    """The checkpoints of one run's folder."""
+def newest(folder: Path, world: dist.World, note: Callable[[str], None], mirror: Mirror | None = None) -> Checkpoint | None:
+    """The newest one that is whole, here or, if it is newer or the one here is damaged, in the mirror, from where it is fetched.
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: int, world: dist.World) -> None:
-        self.folder, self.keep_last, self.keep_best, self.world = folder, keep_last, keep_best, world
-
-    def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
-        """The newest one that is whole; every rank gets the same, having hashed its share of the files. A collective."""
-        for checkpoint in reversed(complete(self.folder)):
-            mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
-            damage = next((d for d in dist.gather_objects(mine) if d), None)
-            if damage is None:
-                return checkpoint
-            note(f"{checkpoint.path.name} is damaged and is not used: {damage}")
-        return None
-
-    def restore(self, checkpoint: Checkpoint, engine: Stateful) -> None:
-        """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
-        ours = {name: list(shape) for name, shape in engine.shapes.items()}
-        if ours != checkpoint.manifest["shapes"]:
-            raise UserError(f"{checkpoint.path} holds another model: {_difference(checkpoint.manifest['shapes'], ours)}")
-        reader = checkpoint.reader()
-        engine.load(
-            lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
-            checkpoint.manifest["kinds"],
-            checkpoint.progress.updates,
-        )
-        engine.load_scalars(checkpoint.manifest["scalars"])
-
-    def save(self, engine: Stateful, progress: Progress, val_loss: float | None, about: dict[str, Any]) -> Path:
-        """Write ``step_<n>``, complete or not at all, and drop those that need not be kept. A collective.
-
-        ``about`` is what a resume must find unchanged. Raises UserError on every rank when any rank cannot write.
-        """
-        final = self.folder / f"step_{progress.step}"
-        aside = self.folder / f".step_{progress.step}.saving"
-        self._as_first(lambda: _fresh_folder(self.folder, aside))
-        states = {(p.name, kind, p.start): view for p in self._mine(engine) for kind, view in engine.states(p).items()}
-        try:
-            entry, error = _write_pieces(aside / f"rank_{self.world.rank}.safetensors", states), None
-        except (OSError, SafetensorError) as failure:
-            entry, error = None, f"rank {self.world.rank}: {failure}"
-        reports = dist.gather_objects({"entry": entry, "error": error})
-        errors = [r["error"] for r in reports if r["error"]]
-        manifest = {
-            "version": VERSION,
-            "progress": progress.to_dict(),
-            "val_loss": val_loss,
-            "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
-            "kinds": sorted({kind for r in reports if r["entry"] for kind, *_ in r["entry"]["pieces"]}),
-            "scalars": engine.scalars(),
-            "world_size": self.world.size,
-            "files": {f"rank_{rank}.safetensors": r["entry"] for rank, r in enumerate(reports)},
-            **about,
-        }
-        self._as_first(lambda: self._complete(aside, final, manifest, errors))
-        return final
-
-    def _mine(self, engine: Stateful) -> Sequence[Piece]:
-        """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
-        return engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
-
-    def _complete(self, aside: Path, final: Path, manifest: dict[str, Any], errors: Sequence[str]) -> None:
-        """Rank 0: turn the folder written aside into a checkpoint, or remove it."""
-        try:
-            if errors:
-                raise OSError("; ".join(errors))
-            write_whole(aside / MANIFEST, json.dumps(manifest).encode())
-            _sync_folder(aside)
-            if final.exists():  # written by an earlier start, and by then found damaged
-                shutil.rmtree(final)
-            aside.rename(final)
-            write_whole(self.folder / "latest", final.name.encode())
-            self._prune()
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-
-    def _prune(self) -> None:
-        kept = complete(self.folder)
-        best = sorted((c for c in kept if c.val_loss is not None), key=lambda c: (c.val_loss, -c.progress.step))
-        keep = {c.path for c in [*kept[-self.keep_last :], *best[: self.keep_best]]}
-        for checkpoint in kept:
-            if checkpoint.path not in keep:
-                gone = self.folder / f".{checkpoint.path.name}.deleting"
-                checkpoint.path.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
-
-    def _as_first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts while the others wait; its failure is raised on all of them."""
-        if error := dist.act_first(act):
-            raise UserError(
-                f"no checkpoint could be written to {self.folder}: {error}. Earlier checkpoints are untouched. "
-                "Make room or mend the folder, then give the same command: the run goes on from the newest one."
-            )
+    Every rank gets the same, having hashed its share of the files. A collective. Raises UserError where there is none here and the
+    mirror, which may have one, cannot be read.
+    """
+    lost: list[str] = []
+    for name, values, remote in dist.broadcast_object(_candidates(folder, note, mirror, lost) if world.first else None):
+        checkpoint = Checkpoint(folder / name, values)
+        share = slice(world.rank, None, world.size)
+        if remote and mirror:
+            damage = _fetch(checkpoint, world, mirror, lost)
+        else:
+            damage = next((d for d in dist.gather_objects(checkpoint.damage(share)) if d), None)
+        if damage is None:
+            if mirror:
+                mirror.offer(name)
+            return checkpoint
+        note(f"{name}{' in the mirror' if remote else ''} is damaged and is not used: {damage}")
+    if error := dist.broadcast_object("; ".join(lost)):
+        raise UserError(f"no checkpoint is here, and {error}. Mend that, or begin anew without save_mirror")
+    return None
 
 
-def _write_pieces(file: Path, states: dict[tuple[str, str, int], Tensor]) -> dict[str, Any]:
-    tensors = {_key(kind, name, start): view.contiguous().cpu() for (name, kind, start), view in states.items()}
-    content = serialise(tensors)
-    with file.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    pieces = [[kind, name, start, view.numel()] for (name, kind, start), view in states.items()]
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pieces": pieces}
-
-
-def _fresh_folder(folder: Path, aside: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step_*"):
-        shutil.rmtree(stale)
-    aside.mkdir()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _candidates(
+    folder: Path, note: Callable[[str], None], mirror: Mirror | None, lost: list[str]
+) -> list[tuple[str, dict[str, Any], bool]]:
+    """Rank 0: the name, the manifest and whether it is in the mirror, of all that may be used, the best first."""
+    whole, damaged = inventory(folder)
+    for step, damage in damaged.items():
+        note(f"step_{step} is damaged and is not used: {damage}")
+    here, there = [(c.path.name, c.manifest, False) for c in whole], []
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        there = [(f"step_{step}", values, True) for step, values in mirror.manifests().items()] if mirror else []
+    except OSError as error:
+        note(str(error))
+        lost.append(str(error))
+    with contextlib.suppress(OSError):
+        said = (folder / "latest").read_text(errors="replace")
+        if said not in {name for name, *_ in here}:
+            note(f"latest says {said[:40]!r}, which is no whole checkpoint")
+    return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 
-def _key(kind: str, name: str, start: int) -> str:
-    return f"{kind}/{name}@{start}"
+def _fetch(checkpoint: Checkpoint, world: dist.World, mirror: Mirror, lost: list[str]) -> str | None:
+    """Bring a checkpoint here from the mirror, whole or not at all: what is wrong with it, or None. A collective."""
+    aside = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
+    coming = Checkpoint(aside, checkpoint.manifest)
+
+    def begin() -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+    def end() -> None:
+        write_whole(aside / manifest.MANIFEST, manifest.to_bytes(checkpoint.manifest))
+        if checkpoint.path.exists():
+            shutil.rmtree(checkpoint.path)
+        aside.rename(checkpoint.path)
+
+    if not (error := dist.act_first(begin)):
+        mine = mirror.fetch(checkpoint.path.name, checkpoint.manifest, aside)
+        error = next((e for e in dist.gather_objects(mine) if e), None)
+    if error:
+        lost.append(f"{checkpoint.path.name} could not be fetched: {error}")
+        return error
+    mine = coming.damage(slice(world.rank, None, world.size))
+    return next((d for d in dist.gather_objects(mine) if d), None) or dist.act_first(end)
+
+
+def restore(checkpoint: Checkpoint, engine: Stateful) -> None:
+    """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
+    ours = {name: list(shape) for name, shape in engine.shapes.items()}
+    if ours != checkpoint.manifest["shapes"]:
+        raise UserError(f"{checkpoint.path} holds another model: {_difference(checkpoint.manifest['shapes'], ours)}")
+    reader = checkpoint.reader()
+    engine.load(
+        lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
+        checkpoint.manifest["kinds"],
+        checkpoint.progress.updates,
+    )
+    engine.load_scalars(checkpoint.manifest["scalars"])
 
 
 def _difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -62,6 +63,7 @@ ELSEWHERE = {
 
 S = TypeVar("S", bound=Section)
 
+MIRROR = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
@@ -174,6 +176,11 @@ def problems(config: Config) -> list[str]:
         found.append("data.tokenizer.vocab_size must be at least 257 for bpe: 256 bytes and the end of text")
     if config.zero.offload and config.zero.stage == 0:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
+    if config.save_mirror is not None and not MIRROR.fullmatch(config.save_mirror):  # not shown: it may hold a password
+        found.append(
+            "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared, without password, query or chain; "
+            "credentials come from the environment or fsspec's own configuration"
+        )
     warmup = config.schedule.warmup
     if isinstance(warmup, int) and warmup >= config.steps and warmup > 0:
         found.append(f"schedule.warmup={warmup} takes all of steps={config.steps}: lower it, or give a fraction such as 0.02")

@@ -178,6 +178,7 @@ class Console:
 
     def _save(self, event: Event) -> None:
         seconds = f" in {event['seconds']:.1f} s" if finite(event.get("seconds")) else ""
+        seconds += f", the steps waited {event['stall_s']:.2f} s" if finite(event.get("stall_s")) else ""
         self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
 
     def _sample(self, event: Event) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from train.errors import UserError
 
 DIGEST_BYTES = 64
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOOK_AFTER_S, LOOK_AT_LEAST_EVERY_S = 0.005, 0.25
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,38 @@ def act_first(act: Callable[[], None]) -> str | None:
         except (UserError, OSError) as failure:
             error = str(failure)
     return broadcast_object(error)
+
+
+class GivenUp(Exception):  # noqa: N818  it is nobody's error
+    """Nobody waits for a message any more."""
+
+
+class Post:
+    """JSON-able messages between ranks outside the collectives: by name, from any thread, through the world's store.
+
+    What is done behind the steps must not meet their collectives in another order on another rank.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.store = dist.PrefixStore(name, _get_default_store())
+
+    def put(self, key: str, value: Any) -> None:
+        """Leave ``value`` under ``key`` for whoever takes it."""
+        self.store.set(key, json.dumps(value))
+
+    def take(self, key: str, given_up: Callable[[], bool]) -> Any:
+        """What was, or will be, put under ``key``. Raises GivenUp once ``given_up()`` holds."""
+        pause = LOOK_AFTER_S
+        while not self.store.check([key]):  # not ``wait``: it would hold the store's connection
+            if given_up():
+                raise GivenUp(key)
+            time.sleep(pause)
+            pause = min(1.2 * pause, LOOK_AT_LEAST_EVERY_S)
+        return json.loads(self.store.get(key))
+
+    def remove(self, key: str) -> None:
+        """Forget what all have taken."""
+        self.store.delete_key(key)
 
 
 def same_everywhere(name: str, digest: str) -> None:

@@ -81,11 +81,14 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def train_step(self, micro_batches: Sequence[Batch], counts: dict[str, int], lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Sequence[Batch], counts: dict[str, int], lr: float, before_update: Callable[[], None]
+    ) -> StepResult:
         """Forward, backward and update over this rank's micro-batches.
 
         ``counts`` are the trained places of the global batch, per loss: each loss is a sum divided by its count. DeepSpeed
-        averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``.
+        averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``. Master weights and
+        moments change only after ``before_update()`` has returned.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
@@ -102,8 +105,10 @@ class Engine:
             for name, (total, count) in losses.items():
                 before = totals.get(name, (torch.zeros_like(total), torch.zeros_like(count)))
                 totals[name] = (before[0] + total.detach(), before[1] + count)
-            if self.plain and n == len(micro_batches) - 1:
-                norm, applied = self._clip_plain()
+            if n == len(micro_batches) - 1:
+                if self.plain:
+                    norm, applied = self._clip_plain()
+                before_update()
             self.engine.step()
         if not self.plain:
             applied = not getattr(self.engine.optimizer, "overflow", False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -26,7 +26,7 @@ EMIT_EVERY_S = 0.1
 
 
 class Aside(Protocol):
-    """What a run does beside its steps. All but ``log`` are collectives."""
+    """What a run does beside its steps. ``evaluate``, ``save`` and ``settle`` are collectives."""
 
     def log(self, record: Record) -> None:
         """Keep the numbers of a step."""
@@ -35,7 +35,20 @@ class Aside(Protocol):
         """The held-out loss of the model as it is now."""
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """A checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+        """Begin a checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
+
+    def hold(self) -> None:
+        """Called before each update: returns when no save still needs the weights and moments as they are."""
+
+    def save_failed(self) -> bool:
+        """Whether the save that was begun last is known to have failed."""
+
+    def settle(self) -> None:
+        """Return when what was begun is saved; raise UserError on every rank if it could not be."""
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds, since the start, that steps have waited for saves."""
 
 
 @dataclass
@@ -60,34 +73,40 @@ class Training:
 
 def train(run: Training) -> Progress:
     """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
-    config, progress, pace = run.config, run.progress, Pace(run.progress)
+    config, progress, pace, stalled = run.config, run.progress, Pace(run.progress), 0.0
     while progress.step < config.steps:
-        began = time.monotonic()
+        began, stall_before = time.monotonic(), run.aside.stall_s
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
-        tokens, stop = agree(micro_batches, run.should_stop())
+        tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
+        if failed:
+            run.aside.settle()  # raises what is wrong
         if stop:
             _stop(run, progress)
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
-        result = run.engine.train_step(batches, {"loss": tokens}, lr)
-        before, progress = progress, progress.after(cursor, tokens, result.applied, time.monotonic() - began)
+        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold)
+        stall_after = run.aside.stall_s
+        seconds = time.monotonic() - began - (stall_after - stall_before)
+        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds, stall_after - stalled)
+        stalled = stall_after
         _refuse_divergence(run, result, progress)
         record = {}
         if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
             record = report(run, result, before, progress, lr) | pace.since_last(progress)
         pace.show(run, progress, record)
         _aside(run, progress, record)
-    return progress
+    run.aside.settle()
+    return replace(progress, save_stall_s=progress.save_stall_s + run.aside.stall_s - stalled)
 
 
-def agree(micro_batches: Sequence[Batch], stop: bool) -> tuple[int, bool]:
-    """(places trained on in the global batch, whether any rank is asked to stop): one small sum over the ranks.
+def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
+    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one sum over the ranks.
 
     Before the first backward pass, since every gradient is divided by the count of the whole batch.
     """
-    places, stops = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop)])
-    return int(places), stops > 0
+    places, stops, fails = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop), float(failed)])
+    return int(places), stops > 0, fails > 0
 
 
 def report(run: Training, result: StepResult, before: Progress, progress: Progress, lr: float) -> Record:
@@ -121,8 +140,7 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         try:
             evaluated = run.aside.evaluate(progress)
         except Stopped:
-            run.aside.save(progress, None, record)
-            raise
+            _stop(run, progress, record)
         record, val_loss = record | evaluated, evaluated.get("val_loss")
     if record:
         run.aside.log(record)
@@ -131,9 +149,10 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
         run.saved_step = progress.step
 
 
-def _stop(run: Training, progress: Progress) -> None:
+def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:
     if progress.step not in (0, run.saved_step):
-        run.aside.save(progress, None, None)
+        run.aside.save(progress, None, pending)
+    run.aside.settle()
     raise Stopped
 
 
@@ -143,6 +162,7 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
     limit = run.config.optimizer.max_skipped
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
+        run.aside.settle()
         raise UserError(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
@@ -157,11 +177,12 @@ class Pace:
         self.last, self.shown = progress, -math.inf
 
     def since_last(self, progress: Progress) -> Record:
-        """Tokens per second since this was last asked."""
+        """Tokens per second, and the seconds waited for saves, since this was last asked."""
         seconds = progress.train_s - self.last.train_s
         speed = tokens_per_second(progress.tokens - self.last.tokens, seconds)
+        stall = progress.save_stall_s - self.last.save_stall_s
         self.last = progress
-        return {"tokens_per_s": round(speed, 1)}
+        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(stall, 4)}
 
     def show(self, run: Training, progress: Progress, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""

@@ -21,10 +21,12 @@ class Progress:
     """Steps whose update was made; the moments have seen this many."""
     skipped_in_row: int = 0
     train_s: float = 0.0
-    """Seconds spent in the steps that count."""
+    """Seconds spent in the steps that count, without those they waited for saves."""
+    save_stall_s: float = 0.0
+    """Seconds that these steps waited for saves."""
 
-    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> Progress:
-        """The progress after one more step."""
+    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float, stall: float) -> Progress:
+        """The progress after one more step, of ``seconds``, before or in which ``stall`` seconds were waited for saves."""
         return replace(
             self,
             step=self.step + 1,
@@ -33,6 +35,7 @@ class Progress:
             updates=self.updates + applied,
             skipped_in_row=0 if applied else self.skipped_in_row + 1,
             train_s=self.train_s + seconds,
+            save_stall_s=self.save_stall_s + stall,
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any
 import yaml
 
 from train import config as configuration
+from train import manifest
 from train.errors import UserError
+from train.redact import redact_tree
 from train.schema import Config
 
 IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
@@ -37,7 +39,7 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
         old = yaml.safe_load(saved.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
-    changes = list(configuration.differences(old, configuration.to_dict(config)))
+    changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
     refused = [c for c in changes if c[0].startswith(IDENTITY) and c[0] not in INCIDENTAL]
     if refused:
         lines = "\n".join(f"  - {key}: {was!r} there, {now!r} here" for key, was, now in refused)
@@ -45,15 +47,21 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
             f"{folder} holds a run of another kind:\n{lines}\n"
             "Give the old values to go on with it, or another run.name to start anew"
         )
-    for manifest in folder.glob("checkpoints/step_*/checkpoint.json"):
-        with contextlib.suppress(ValueError, OSError):
-            was = json.loads(manifest.read_text())["corpus"]
-            if corpus_fingerprint is not None and was != corpus_fingerprint:
-                raise UserError(
-                    f"{folder} was trained on the corpus {was[:12]}, and this one is {corpus_fingerprint[:12]}: the text, its "
-                    "cleaning or its tokenizer changed. Restore them to go on, or take another run.name to start anew"
-                )
+    for checkpoint in folder.glob("checkpoints/step_*"):
+        with contextlib.suppress(manifest.Damaged):
+            was = manifest.read(checkpoint)["corpus"]
+            if corpus_fingerprint is not None:
+                same_corpus(folder, was, corpus_fingerprint)
     return [f"{key}: {was} -> {now}" for key, was, now in changes]
+
+
+def same_corpus(folder: Path, was: str, now: str) -> None:
+    """Raises UserError where a checkpoint comes from another corpus, by its fingerprint."""
+    if was != now:
+        raise UserError(
+            f"{folder} was trained on the corpus {was[:12]}, and this one is {now[:12]}: the text, its "
+            "cleaning or its tokenizer changed. Restore them to go on, or take another run.name to start anew"
+        )
 
 
 def finished(config: Config) -> dict[str, Any] | None:

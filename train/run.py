@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train import checkpoint, dist, resume
 from train import config as configuration
-from train import dist, resume
-from train.checkpoint import Checkpoint, Checkpoints
+from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
@@ -23,15 +24,20 @@ from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
 from train.loop import Record, Training, finish_pending, phase, train
+from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
+from train.redact import redact_tree
+from train.saving import Saver
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
 from train.tiles import DTYPES, choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
+MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
+"""How long the end of a run, and a stop, wait for the last copy to be complete elsewhere."""
 
 
 def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
@@ -45,21 +51,25 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit)):
+    note = partial(_note, world, emit)
+    mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
+    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_last, config.keep_best, world)
-    found = checkpoints.newest(lambda text: _note(world, emit, text))
-    progress, pending = restore(found, engine, checkpoints, loader)
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    progress, pending = restore(found, engine, loader)
+    saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
     emit({"event": "plan", "kernels": chosen} | plan)
     tracker = None
     if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), lambda text: emit({"event": "note", "text": text}))
-    work = Work(config, world, corpus, engine, held_out, checkpoints, tracker, emit, should_stop)
+        tracker = Tracker(config, progress.step - (pending is not None), note)
+    work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
     emit(phase("first_step"))
@@ -68,11 +78,14 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
             finish_pending(training, pending)
         progress = train(training)
         work.finish(progress)
+        saver.leave(MIRROR_WAIT_S)
     except Stopped:
         if tracker:
             tracker.close({})
+        saver.leave(MIRROR_WAIT_STOPPED_S)
         raise
     finally:
+        saver.close()
         loader.close()
 
 
@@ -83,11 +96,11 @@ def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loa
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
 
-def restore(found: Checkpoint | None, engine: Engine, checkpoints: Checkpoints, loader: Loader) -> tuple[Progress, Record | None]:
+def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[Progress, Record | None]:
     """Fill engine and loader from a checkpoint, or start at the beginning: the progress, and a record still to be finished."""
     if found is None:
         return Progress(), None
-    checkpoints.restore(found, engine)
+    checkpoint.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
 
@@ -101,7 +114,7 @@ class Work:
     corpus: Corpus
     engine: Engine
     held_out: EvalLoader
-    checkpoints: Checkpoints
+    saver: Saver
     tracker: Tracker | None
     """Rank 0's; the others have none."""
     emit: Emit
@@ -133,15 +146,37 @@ class Work:
         return found
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """A checkpoint of now. The metrics up to it are forced to the disk first."""
-        began = time.monotonic()
-        self.emit(phase("save"))
-        if self.tracker:
-            self.tracker.metrics.sync()
-        path = self.checkpoints.save(self.engine, progress, val_loss, {"corpus": self.corpus.fingerprint, "pending": pending})
-        seconds = time.monotonic() - began
-        self.emit({"event": "save", "step": progress.step, "path": str(path), "seconds": seconds})
-        self.emit(phase("train"))
+        """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
+        self.settle()
+        about = {"corpus": self.corpus.fingerprint, "pending": pending}
+        self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
+
+    def hold(self) -> None:
+        """Before each update: until the save in flight has its copy."""
+        self.saver.hold()
+
+    def save_failed(self) -> bool:
+        """Whether the last save is known to have failed; one that has come to its end is said."""
+        save = self.saver.ended()
+        if save and not save.error:
+            path = str(self.saver.folder / f"step_{save.step}")
+            self.emit({"event": "save", "step": save.step, "path": path, "seconds": save.seconds, "stall_s": self.stall_s})
+        return self.saver.failed
+
+    def settle(self) -> None:
+        """Wait for the save in flight."""
+        waits = self.saver.busy
+        if waits:
+            self.emit(phase("save"))
+        self.saver.settle()
+        self.save_failed()
+        if waits:
+            self.emit(phase("train"))
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds, since the start, that steps have waited for saves."""
+        return self.saver.stall_s
 
     def finish(self, progress: Progress) -> None:
         """The summary of a run that made all its steps."""
@@ -158,6 +193,7 @@ class Work:
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
             "wall_s": round(wall, 2),
+            "save_stall_s": round(progress.save_stall_s, 3),
             "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
             "starts": self.tracker.run.values["starts"],
         }
@@ -188,13 +224,15 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit) -> None:
+def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    if mirror and not (folder / "config.yaml").exists():
+        mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(configuration.to_dict(config), sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from train import config as configuration
-from train.checkpoint import Checkpoint, complete
+from train.checkpoint import Checkpoint, Reader, inventory
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.objectives import build_objective
@@ -34,16 +35,30 @@ def open_run(folder: Path, which: str = "latest") -> SavedRun:
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
     """
     config = configuration.read(folder / "config.yaml")
-    checkpoint = choose(complete(folder / "checkpoints"), which, folder)
-    if damage := checkpoint.damage():
-        raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with checkpoint=<step>")
+    checkpoint, reader = _opened(folder, which)
     tokenizer = load_tokenizer(folder)
     objective = build_objective(config, tokenizer.vocab_size)
-    reader = checkpoint.reader()
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
     return SavedRun(config, tokenizer, objective.eval(), checkpoint)
+
+
+def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
+    """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
+    while True:
+        whole, damaged = inventory(folder / "checkpoints")
+        newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
+        if which == "latest" and newest in damaged:
+            path, damage = folder / "checkpoints" / f"step_{newest}", damaged[newest]
+        else:
+            checkpoint = choose(whole, which, folder)
+            path, damage = checkpoint.path, checkpoint.damage() or ""
+            with contextlib.suppress(FileNotFoundError):
+                if not damage:
+                    return checkpoint, checkpoint.reader()
+        if path.exists():
+            raise UserError(f"{path} is damaged: {damage}. Choose another with checkpoint=<step>")
 
 
 def choose(checkpoints: list[Checkpoint], which: str, folder: Path) -> Checkpoint:

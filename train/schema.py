@@ -135,7 +135,11 @@ class Cluster(Section):
     workers: Positive = 1
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
-    address: str | None = Field(None, description="an existing Ray cluster; default: a private one on this machine")
+    address: str | None = Field(None, description="a Ray cluster that is up; auto: this machine's; default: one for the job")
+    start: Literal["auto", "here", "ssh", "slurm"] = Field("auto", description="where that is: auto: also on the others there are")
+    hosts: list[str] | str = Field([], description="other machines to start it on, over ssh; or a file of a name a line")
+    bind: str | None = Field(None, description="this machine's address for them; default: the one that leads to them")
+    remote_dir: str | None = Field(None, description="this repository's folder on them; default: the same as here")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
     max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
@@ -175,6 +179,7 @@ class Config(Section):
     keep_last: Positive = Field(description="newest checkpoints kept")
     keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
+    save_mirror: str | None = Field(None, description="where checkpoints are copied to as well: a URL that fsspec knows")
     batch: Batch
     model: Model
     objective: Objective

@@ -54,7 +54,7 @@ def _fail(fault, world, step, run_dir):
     if fault["do"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault["do"] == "raise":
-        raise ValueError("the oar broke")
+        raise ValueError(fault.get("say", "the oar broke"))
     elif fault["do"] == "refuse":
         raise UserError("the corpus is not the one that this run began with")
     elif fault["do"] == "hang":

@@ -12,7 +12,7 @@ import torch
 import worlds
 
 from train import config as configuration
-from train.checkpoint import Checkpoint, complete
+from train.checkpoint import complete
 
 SAVE = ["steps=4", "save_every=2", "batch.global=12"]
 
@@ -32,7 +32,7 @@ def composed(corpus: Path, run: Path, *overrides: str):
 
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     """Every piece that this rank holds after loading the newest checkpoint."""
-    from train.checkpoint import Checkpoints
+    from train.checkpoint import newest
     from train.data.loader import loaders
     from train.data.shards import Corpus
     from train.run import build_engine, restore
@@ -41,8 +41,7 @@ def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     corpus_ = Corpus(corpus)
     loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
-    checkpoints = Checkpoints(Path(config.run.dir or "") / "checkpoints", 9, 9, world)
-    restore(checkpoints.newest(lambda text: None), engine, checkpoints, loader)
+    restore(newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
     loader.close()
     forward = dict(engine.whole_weights())
     pieces = {f"{k}/{p.name}@{p.start}": v.clone().numpy() for p in engine.pieces for k, v in engine.states(p).items()}
@@ -66,23 +65,69 @@ def test_any_world_and_stage_loads_every_weight_and_moment_bit_for_bit(saved, co
         assert torch.equal(torch.from_numpy(weight), expected[f"weight/{name}"])
 
 
-def test_every_corruption_is_found_before_use(saved, tmp_path: Path):
-    draw = random.Random(0)
-    source = complete(Path(saved.run.dir) / "checkpoints")[-1]
-    for n in range(60):
-        copy = tmp_path / f"step_{n}"
-        shutil.copytree(source.path, copy)
-        target = draw.choice(sorted(copy.glob("rank_*")))
-        content = bytearray(target.read_bytes())
-        match draw.choice(["flip", "cut", "gone"]):
-            case "flip":
-                content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-                target.write_bytes(content)
-            case "cut":
-                target.write_bytes(content[: draw.randrange(len(content))])
-            case "gone":
-                target.unlink()
-        assert Checkpoint(copy, source.manifest).damage() is not None
+CORRUPTIONS = 200
+
+
+def test_every_corruption_is_found_before_use_and_the_good_one_before_is_taken(saved, tmp_path: Path):
+    """Each of 200 times, in a copy of two checkpoints of three ranks, something of the newer one is damaged."""
+    findings = worlds.run(1, corrupt_and_load, Path(saved.run.dir) / "checkpoints", tmp_path)[0]
+    assert len(findings) == CORRUPTIONS
+    assert {kind for kind, *_ in findings} == {"flip", "cut", "longer", "gone", "swap", "other step", "latest"}
+    for kind, target, taken, notes in findings:
+        if kind == "latest":  # it only says what a person would like to know; nothing is looked up by it
+            assert taken == 4, (kind, target)
+            assert any("latest says" in note for note in notes), (kind, target, notes)
+        else:
+            assert taken == 2, (kind, target, notes)
+            assert any("step_4 is damaged and is not used: " in note for note in notes), (kind, target, notes)
+
+
+def corrupt_and_load(world, emit, source: Path, scratch: Path):
+    """(kind of corruption, its file, the step taken, what was said) of every corruption."""
+    from train.checkpoint import newest
+
+    draw, findings = random.Random(0), []
+    for number in range(CORRUPTIONS):
+        folder = scratch / str(number)
+        shutil.copytree(source, folder)
+        kind, target = corrupt(folder, draw)
+        notes: list[str] = []
+        found = newest(folder, world, notes.append)
+        assert found.damage() is None
+        findings.append((kind, target, found.progress.step, notes))
+        shutil.rmtree(folder)
+    return findings
+
+
+def corrupt(folder: Path, draw: random.Random) -> tuple[str, str]:
+    """Damage the newer checkpoint, or ``latest``, in one way: which, and where."""
+    files = sorted((folder / "step_4").iterdir())
+    target = draw.choice(files)
+    content = bytearray(target.read_bytes())
+    kind = draw.choice(["flip"] * 6 + ["cut", "longer", "gone", "swap", "other step", "latest"])
+    match kind:
+        case "flip":
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            target.write_bytes(content)
+        case "cut":
+            target.write_bytes(content[: draw.randrange(len(content))])
+        case "longer":
+            target.write_bytes(content + draw.randbytes(draw.randint(1, 5000)))
+        case "gone":
+            target.unlink()
+        case "swap":
+            other = draw.choice([file for file in files if file != target])
+            held = other.read_bytes()
+            other.write_bytes(content)
+            target.write_bytes(held)
+        case "other step":
+            shutil.copy(folder / "step_2" / target.name, target)
+        case "latest":
+            target = folder / "latest"
+            name = bytearray(target.read_bytes())
+            name[draw.randrange(len(name))] ^= 1 << draw.randrange(8)
+            target.write_bytes(name)
+    return kind, target.name
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make, corpus: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import worlds
 import yaml
 
 from train import config as configuration
-from train import resume
+from train import manifest, resume
 from train.errors import UserError
 
 
@@ -54,7 +53,7 @@ def test_another_corpus_is_refused(make, started):
     config = started()
     folder = Path(config.run.dir) / "checkpoints" / "step_1"
     folder.mkdir(parents=True)
-    (folder / "checkpoint.json").write_text(json.dumps({"corpus": "old"}))
+    (folder / "checkpoint.json").write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
     with pytest.raises(UserError, match="corpus"):
         resume.check(config, "new")
 

@@ -1,0 +1,66 @@
+"""The manifest of a checkpoint: what its files must be, under a hash of its own, so that none of its bytes changes unseen.
+
+``checkpoint.json`` is JSON whose first entry is the sha256 of all that follows it. Light on purpose: the driver reads it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+VERSION = 2
+FILE = re.compile(r"rank_\d+\.safetensors")
+FOLDER = re.compile(r"step_(\d+)")
+
+_BEFORE, _AFTER = b'{"sha256": "', b'", '
+_HEAD = len(_BEFORE) + 64 + len(_AFTER)
+
+
+class Damaged(Exception):  # noqa: N818  a finding
+    """A checkpoint that must not be used; the message says what is wrong with it."""
+
+
+def to_bytes(values: dict[str, Any]) -> bytes:
+    """The content of a manifest's file."""
+    rest = json.dumps({"version": VERSION, **values}).encode()[1:]
+    return _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER + rest
+
+
+def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
+    """What ``to_bytes`` was given, for a checkpoint in ``folder`` ("step_<n>"). Raises Damaged for anything else."""
+    rest = content[_HEAD:]
+    if content[:_HEAD] != _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER:
+        raise Damaged(f"{MANIFEST} does not have the hash it was written with")
+    values: dict[str, Any] = json.loads(b"{" + rest)
+    try:
+        version, step, files = values["version"], values["progress"]["step"], list(values["files"])
+    except (KeyError, TypeError) as error:
+        raise Damaged(f"{MANIFEST} is not one of a checkpoint") from error
+    if version != VERSION:
+        raise Damaged(f"{MANIFEST} has version {version}, and {VERSION} is read")
+    if folder != f"step_{step}":
+        raise Damaged(f"{MANIFEST} is that of step {step}")
+    if strange := [name for name in files if not FILE.fullmatch(name)]:
+        raise Damaged(f"{MANIFEST} names a file {strange[0]!r}")
+    return values
+
+
+def superfluous(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
+    """The steps of those that are neither among the newest nor among those of lowest held-out loss."""
+    steps = sorted(m["progress"]["step"] for m in manifests)
+    best = sorted((m["val_loss"], -m["progress"]["step"]) for m in manifests if m["val_loss"] is not None)
+    kept = {*steps[-keep_last:], *(-step for _, step in best[:keep_best])}
+    return [step for step in steps if step not in kept]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in ``folder``. Raises Damaged where there is none to be trusted."""
+    try:
+        return from_bytes((folder / MANIFEST).read_bytes(), folder.name)
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
