@@ -16,6 +16,7 @@ from typing import IO
 from cluster import gather, lock, nodes, plan, remote, view, watch
 from cluster.begin import Begun
 from cluster.job import Clock, Job
+from cluster.private import Private
 from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
@@ -76,6 +77,7 @@ class Start:
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
+        self.private: Private | None = None
         self.others: remote.Remote | None = None
 
     def go(self) -> int:
@@ -96,21 +98,22 @@ class Start:
         known = nodes.inventory()
         device = plan.choose_device(config.cluster.device, known)
         self.begun.warm.set_device(device)
-        request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
+        cluster = config.cluster
+        request = plan.Request(cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers)
         placement = plan.place(known, request)
         if placement.waiting:
             held = "; ".join(map(str, view.holders()))
             self.console.show({"event": "note", "text": f"waiting: no room yet for {plural(placement.waiting, 'worker')}: {held}"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         self.console.show({"event": "phase", "name": "workers"})
-        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
-        verdict = Supervisor(job, device).run()
+        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private)
+        verdict = Supervisor(job, device, plan.begin_with(placement, request)).run()
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on one of the job's own."""
         self.console.show({"event": "phase", "name": "ray"})
-        self.others = gather.gather(config.cluster, config.run.name or "", self.begun)
+        self.private, self.others = gather.gather(config.cluster, config.run.name or "", self.begun)
         self.signals.listen()
         self.clock.mark("ray")
 

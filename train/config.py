@@ -146,6 +146,9 @@ def problems(config: Config) -> list[str]:
             f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "
             f"Set cluster.workers={streams} or fewer, or raise batch.global"
         )
+    least = config.cluster.min_workers
+    if least is not None and least > workers:
+        found.append(f"cluster.min_workers={least} is more than cluster.workers={workers}: lower the one or raise the other")
     share = -(-b.global_ // workers)
     if b.micro is not None and b.micro > share:
         found.append(

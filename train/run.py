@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, resume
+from train import checkpoint, dist, pulse, resume
 from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
@@ -23,6 +23,9 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.goodput import Times, goodput
+from train.guard import Guard
+from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
 from train.objectives import build_objective
@@ -46,14 +49,14 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder = Path(config.run.dir or "")
+    folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
+    if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
@@ -66,20 +69,21 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
     emit({"event": "plan", "kernels": chosen} | plan)
-    tracker = None
-    if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), note)
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
+    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
     saved = progress.step if found else None
-    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
         progress = train(training)
-        work.finish(progress)
+        work.finish(progress, times)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
+        pulse.enter("end")
+        times.lap("save")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
@@ -135,6 +139,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
+        pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -147,7 +152,10 @@ class Work:
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
+        pulse.enter("save")
         self.settle()
+        if self.tracker:
+            self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
         self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
 
@@ -167,6 +175,7 @@ class Work:
         """Wait for the save in flight."""
         waits = self.saver.busy
         if waits:
+            pulse.enter("save")
             self.emit(phase("save"))
         self.saver.settle()
         self.save_failed()
@@ -178,13 +187,21 @@ class Work:
         """Seconds, since the start, that steps have waited for saves."""
         return self.saver.stall_s
 
-    def finish(self, progress: Progress) -> None:
+    def went_back(self, progress: Progress, why: str) -> None:
+        """The run goes on from ``progress`` once more."""
+        _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.tracker:
+            self.tracker.go_back(progress.step)
+
+    def finish(self, progress: Progress, times: Times) -> None:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        pulse.enter("end")
+        times.lap("eval")
         if not self.tracker:
             return
-        wall = self.tracker.run.wall_s
+        seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
             "val_loss": self.last and self.last.loss,
@@ -192,9 +209,10 @@ class Work:
             "bits_per_byte": self.last and self.last.bits_per_byte,
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
-            "wall_s": round(wall, 2),
-            "save_stall_s": round(progress.save_stall_s, 3),
-            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "wall_s": round(sum(seconds.values()), 2),
+            "save_stall_s": round(seconds["save"], 3),
+            "goodput": round(goodput(seconds), 4),
+            "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
         self.tracker.finish(summary)
@@ -205,6 +223,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens:
             return
+        pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -221,11 +240,13 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
     tokenizer = corpus.tokenizer
     prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
+    return [tokenizer.decode(ids) for ids in written]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
+def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    folder = Path(config.run.dir or "")
     if mirror and not (folder / "config.yaml").exists():
         mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
@@ -237,6 +258,7 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirro
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+    write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:

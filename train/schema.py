@@ -107,6 +107,15 @@ class Optimizer(Section):
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
+class Spikes(Section):
+    """Steps that may not be kept: the run goes back, leaves out what they read, and goes on."""
+
+    watch: Literal["all", "nonfinite", "off"] = Field("all", description="all: loss spikes too; off: only skip such updates")
+    window: Annotated[int, Field(ge=8)] = Field(64, description="steps whose losses the next is judged by")
+    deviations: Annotated[float, Field(gt=0)] = Field(8.0, description="robust standard deviations that make a loss high")
+    max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
+
+
 class Schedule(Section):
     """Learning rate over steps, as a factor of ``optimizer.lr``."""
 
@@ -141,8 +150,11 @@ class Cluster(Section):
     bind: str | None = Field(None, description="this machine's address for them; default: the one that leads to them")
     remote_dir: str | None = Field(None, description="this repository's folder on them; default: the same as here")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
-    max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
+    min_workers: Positive | None = Field(None, description="fewest to go on with when some are lost; default: workers")
+    max_failures: NonNegative = Field(3, description="restarts in a row without progress before the job gives up")
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
+    hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
+    grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
 
 
 class Tracking(Section):
@@ -186,6 +198,7 @@ class Config(Section):
     data: Data
     optimizer: Optimizer
     schedule: Schedule
+    spikes: Spikes = Spikes()
     zero: Zero
     precision: Precision
     cluster: Cluster

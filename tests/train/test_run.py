@@ -10,6 +10,9 @@ import torch
 import worlds
 
 from train import config as configuration
+from train.data.loader import loaders
+from train.data.shards import Corpus
+from train.dist import World
 
 
 def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: Path):
@@ -22,7 +25,7 @@ def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: P
     assert lines[-1]["val_loss"] < lines[3]["val_loss"]
     folder = Path(config.run.dir or "")
     assert (folder / "checkpoints" / "latest").read_text() == "step_12"
-    assert {"config.yaml", "summary.json", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
+    assert {"config.yaml", "summary.json", "tokenizer.json", "environment.json"} <= {f.name for f in folder.iterdir()}
 
 
 def test_every_stage_and_world_gives_the_same_losses(make, corpus: Path):
@@ -82,7 +85,8 @@ def test_evaluation_is_the_same_number_for_any_world(make, corpus: Path):
 
 @pytest.mark.parametrize("zero", ["0", "1", "3"])
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_with_a_reason(make, corpus: Path, zero: str):
-    config = make(f"zero={zero}", "optimizer.lr=1e30", "optimizer.clip=0", "optimizer.max_skipped=3", "cluster.workers=2")
+    wild = ("optimizer.lr=1e30", "optimizer.clip=0", "optimizer.max_skipped=3", "spikes.watch=off")
+    config = make(f"zero={zero}", *wild, "cluster.workers=2")
     ends = worlds.train_world(config, corpus)
     assert all("3 updates in a row" in end and "optimizer.lr" in end for end in ends)
 
@@ -94,3 +98,12 @@ def test_ranks_that_differ_in_their_configuration_refuse(make, corpus: Path):
 
 def differing(world, emit, config, folder) -> str:
     return worlds.train(world, emit, {**config, "seed": world.rank}, folder)
+
+
+@pytest.mark.parametrize(
+    ("workers", "here", "micro", "micro_batches"), [(3, 3, 2, 1), (3, 2, 2, 2), (4, 2, 2, 2), (6, 1, 1, 6), (4, 4, 2, 1)]
+)
+def test_a_world_that_lost_workers_takes_more_micro_batches_of_the_usual_size(make, corpus, workers, here, micro, micro_batches):
+    config = make(f"cluster.workers={workers}", "batch.global=6")
+    loader, _ = loaders(Corpus(corpus), config, World(0, here, 0, torch.device("cpu")))
+    assert (loader.micro, loader.micro_batches) == (micro, micro_batches)
