@@ -133,34 +133,7 @@ def finish(values: dict[str, Any], name: str) -> Config:
 
 def problems(config: Config) -> list[str]:
     """Values that are right one by one and wrong together, each with its cure."""
-    b, m, d, found = config.batch, config.model, config.data, []
-    streams, workers = d.streams or b.global_, config.cluster.workers
-    if b.global_ % streams:
-        near = max(s for s in range(1, min(streams, b.global_) + 1) if b.global_ % s == 0)
-        found.append(
-            f"data.streams={streams} does not divide batch.global={b.global_}, so streams would be read unevenly: "
-            f"set data.streams={near}, or leave it out (one stream a sequence)"
-        )
-    if workers > streams:
-        found.append(
-            f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "
-            f"Set cluster.workers={streams} or fewer, or raise batch.global"
-        )
-    least = config.cluster.min_workers
-    if least is not None and least > workers:
-        found.append(f"cluster.min_workers={least} is more than cluster.workers={workers}: lower the one or raise the other")
-    share = -(-b.global_ // workers)
-    if b.micro is not None and b.micro > share:
-        found.append(
-            f"batch.micro={b.micro} is more than a worker's share of {share} sequences "
-            f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={share} or less"
-        )
-    if b.micro is not None and b.micro <= share and share % b.micro:
-        near = max(n for n in range(1, b.micro + 1) if share % n == 0)
-        found.append(
-            f"batch.micro={b.micro} does not divide a worker's share of {share} sequences "
-            f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
-        )
+    b, m, d, found = config.batch, config.model, config.data, [*_shares(config)]
     if b.seq_len > m.max_len:
         found.append(f"batch.seq_len={b.seq_len} is longer than model.max_len={m.max_len}: lower the one or raise the other")
     if m.width % m.heads:
@@ -193,6 +166,37 @@ def problems(config: Config) -> list[str]:
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain values, with the names of the command line."""
     return config.model_dump(by_alias=True, mode="json")
+
+
+def _shares(config: Config) -> Iterator[str]:
+    """What does not go together of streams, rows and workers."""
+    b, streams, workers = config.batch, config.data.streams or config.batch.global_, config.cluster.workers
+    if b.global_ % streams:
+        near = max(s for s in range(1, min(streams, b.global_) + 1) if b.global_ % s == 0)
+        yield (
+            f"data.streams={streams} does not divide batch.global={b.global_}, so streams would be read unevenly: "
+            f"set data.streams={near}, or leave it out (one stream a sequence)"
+        )
+    if workers > streams:
+        yield (
+            f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "
+            f"Set cluster.workers={streams} or fewer, or raise batch.global"
+        )
+    least = config.cluster.min_workers
+    if least is not None and least > workers:
+        yield f"cluster.min_workers={least} is more than cluster.workers={workers}: lower the one or raise the other"
+    share = -(-b.global_ // workers)
+    if b.micro is not None and b.micro > share:
+        yield (
+            f"batch.micro={b.micro} is more than a worker's share of {share} sequences "
+            f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={share} or less"
+        )
+    if b.micro is not None and b.micro <= share and share % b.micro:
+        near = max(n for n in range(1, b.micro + 1) if share % n == 0)
+        yield (
+            f"batch.micro={b.micro} does not divide a worker's share of {share} sequences "
+            f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
+        )
 
 
 def digest(config: Config) -> str:

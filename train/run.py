@@ -80,7 +80,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         work.finish(progress)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
-        pulse.enter("end")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
