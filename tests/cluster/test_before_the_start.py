@@ -42,7 +42,7 @@ def test_another_corpus_is_refused(corpus, started):
     assert find_corpus(config, silent) == str(corpus)
     kept = Path(config.run.dir) / "checkpoints" / "step_1"
     kept.mkdir(parents=True)
-    (kept / manifest.MANIFEST).write_bytes(manifest.to_bytes({"corpus": "old"}))
+    (kept / manifest.MANIFEST).write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
     with pytest.raises(UserError, match="was trained on the corpus old"):
         find_corpus(config, silent)
 
