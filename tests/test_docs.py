@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from bench import curve
 from cluster import cluster_verb
+from review import __main__ as review
 from train import config as configuration
 from train import schema
 
@@ -23,7 +22,7 @@ FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
-FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs)/[\w./-]+\.(?:py|md|yaml|png))`")
+FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs|review)/[\w./-]+\.(?:py|md|yaml|png))`")
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
 MACHINE = re.compile(
     r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)"
@@ -31,6 +30,7 @@ MACHINE = re.compile(
 
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
+    "trace": {"run.dir", "step"},
     "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
 }
 """The verbs that take a run's folder, and their options."""
@@ -79,15 +79,17 @@ def test_commands_are_found():
 def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: list[str]):
     verb, arguments = (words[0], words[1:]) if words and "=" not in words[0] else ("train", words)
     assert verb in verbs()
-    if verb in ("train", "prepare") and not {"--help", "..."} & set(arguments):
+    if verb in ("train", "prepare", "verify-resume") and not {"--help", "..."} & set(arguments):
         configuration.load(arguments)
     elif verb == "cluster":
         name, *rest = [*arguments, "up"]
         assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
     elif verb in SAVED:
-        given = {argument.partition("=")[0] for argument in arguments}
+        given = {argument.partition("=")[0] for argument in arguments} - {"--json"}
         assert given <= SAVED[verb]
         assert "run.dir" in given or not given
+    elif verb == "review":
+        review.parser().parse_args(arguments)
     elif verb == "bench" and arguments:
         assert (ROOT / "bench" / f"{arguments[0]}.py").is_file()
 
@@ -142,15 +144,3 @@ def test_the_page_of_keys_is_the_help_of_the_program():
 def test_every_page_is_reached_from_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [name(page) for page in (ROOT / "docs").glob("*.md") if f"({name(page)})" not in readme] == []
-
-
-def test_a_curve_is_drawn_from_metrics_and_a_folder_without_them_is_named(tmp_path: Path):
-    lines = [{"step": n, "loss": 9.0 - n, "tokens": 64 * n} | ({"val_loss": 8.5 - n} if n % 2 else {}) for n in range(1, 5)]
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert curve.series(lines, "tokens", "val_loss", skip=1) == ([192], [5.5])
-    out = tmp_path / "figures" / "loss.png"
-    assert curve.main([str(tmp_path / "run"), "--out", str(out), "--x", "tokens"]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match=r"elsewhere holds no metrics\.jsonl"):
-        curve.main([str(tmp_path / "elsewhere"), "--out", str(out)])

@@ -23,16 +23,19 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.goodput import Times, goodput
+from train.guard import Guard
+from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
+from train.outline import outline
 from train.progress import Progress
 from train.redact import redact_tree
 from train.saving import Saver
 from train.schema import Config
-from train.throughput import estimated_seconds, matmul_rate
-from train.tiles import DTYPES, choose_kernels
+from train.tiles import choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
@@ -46,14 +49,14 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder = Path(config.run.dir or "")
+    folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
-    if error := dist.act_first(lambda: _open_folder(folder, config, corpus, emit, mirror)):
+    if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
@@ -64,22 +67,21 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     progress, pending = restore(found, engine, loader)
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
-    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
-    emit({"event": "plan", "kernels": chosen} | plan)
-    tracker = None
-    if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), note)
+    emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
+    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
     saved = progress.step if found else None
-    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
         progress = train(training)
-        work.finish(progress)
+        work.finish(progress, times)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
+        times.lap("save")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
@@ -150,6 +152,8 @@ class Work:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
         pulse.enter("save")
         self.settle()
+        if self.tracker:
+            self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
         self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
 
@@ -181,14 +185,21 @@ class Work:
         """Seconds, since the start, that steps have waited for saves."""
         return self.saver.stall_s
 
-    def finish(self, progress: Progress) -> None:
+    def went_back(self, progress: Progress, why: str) -> None:
+        """The run goes on from ``progress`` once more."""
+        _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.tracker:
+            self.tracker.go_back(progress.step)
+
+    def finish(self, progress: Progress, times: Times) -> None:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
         pulse.enter("end")
+        times.lap("eval")
         if not self.tracker:
             return
-        wall = self.tracker.run.wall_s
+        seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
             "val_loss": self.last and self.last.loss,
@@ -196,9 +207,10 @@ class Work:
             "bits_per_byte": self.last and self.last.bits_per_byte,
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
-            "wall_s": round(wall, 2),
-            "save_stall_s": round(progress.save_stall_s, 3),
-            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "wall_s": round(sum(seconds.values()), 2),
+            "save_stall_s": round(seconds["save"], 3),
+            "goodput": round(goodput(seconds), 4),
+            "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
         self.tracker.finish(summary)
@@ -230,8 +242,9 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     return [tokenizer.decode(ids) for ids in written]
 
 
-def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirror: Mirror | None) -> None:
+def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
+    folder = Path(config.run.dir or "")
     if mirror and not (folder / "config.yaml").exists():
         mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
@@ -243,36 +256,9 @@ def _open_folder(folder: Path, config: Config, corpus: Corpus, emit: Emit, mirro
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
+    write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: dist.World, emit: Emit, text: str) -> None:
     if world.first:
         emit({"event": "note", "text": text})
-
-
-def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
-    tokens_per_step = config.batch.global_ * config.batch.seq_len
-    train_places = corpus.split("train").tokens
-    return {
-        "model": config.run.name,
-        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
-        "steps": config.steps,
-        "start_step": progress.step,
-        "tokens": tokens_per_step * config.steps,
-        "tokens_per_step": tokens_per_step,
-        "corpus_tokens": train_places,
-        "epochs": tokens_per_step * config.steps / max(train_places, 1),
-        "flops_per_token": objective.flops_per_token(config.batch.seq_len),
-        "zero_stage": config.zero.stage,
-        "precision": config.precision.name,
-        "workers": config.cluster.workers,
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
-
-
-def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
-    """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = DTYPES[config.precision.name]
-    tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
-    flops = tokens * objective.flops_per_token(config.batch.seq_len)
-    return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

@@ -1,0 +1,199 @@
+"""The pictures of a review, as PNG files: what goes into a document or a slide. Drawn by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("agg")  # draws files, wherever there is no screen
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+
+from review.axes import axes_of, place
+from review.goodput import shares
+from review.importance import Importances
+from review.look import FEW, SCALE, colours
+from review.read import Floats, Run
+from review.scaling import Study
+from review.thin import keep, smooth
+
+DASH = {"solid": "-", "dash": "--", "dot": ":"}
+XS = {"steps": "optimizer steps", "tokens": "tokens trained on", "seconds": "seconds of training"}
+POINTS = 1500
+
+
+def write(runs: Sequence[Run], found: Importances | None, study: Study | None, folder: Path) -> list[Path]:
+    """Every picture that these runs have data for."""
+    drawn: dict[str, Figure | None] = {f"loss_{x}": curves(runs, x, "loss") for x in XS}
+    drawn |= {"throughput": curves(runs, "steps", "tokens_per_s"), "goodput": goodput(runs)}
+    drawn |= {"parallel": parallel(runs), "importance": bars(found), "scaling": scaling(study)}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            files.append(folder / f"{name}.png")
+            figure.savefig(files[-1], dpi=120)
+            plt.close(figure)
+    return files
+
+
+def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
+    """A measure over ``x`` for every run that has it; with the loss, the held-out loss as points."""
+    looks = [(run, *look) for run, look in zip(runs, colours(runs), strict=True) if len(run.steps)]
+    if not looks:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for run, colour, dash in looks:
+        at, values = (run.steps if x == "steps" else run.columns[x]), smooth(run.columns[y], 0.02)
+        kept = keep([values], POINTS)
+        kept = kept[np.isfinite(values[kept])]
+        axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=1.2, label=plain(run.name))
+        held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & (y == "loss"))
+        axes.plot(
+            at[held], run.columns["val_loss"][held], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.6
+        )
+    axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if y == "loss" else "tokens per second, all workers")
+    axes.set_title("training (lines, averaged over 2 % of the run) and held out (points)" if y == "loss" else "", fontsize=10)
+    if y == "loss":
+        _focus(axes, [run for run, *_ in looks])
+    _legend(figure, axes, [run for run, *_ in looks])
+    return figure
+
+
+def goodput(runs: Sequence[Run]) -> Figure | None:
+    """Where the wall time of all starts went, a bar a run."""
+    rows = [(run, parts) for run in runs if (parts := shares(run))][:40]
+    if not rows:
+        return None
+    causes = list(dict.fromkeys(cause for _, parts in rows for cause in parts))
+    figure, axes = plt.subplots(figsize=(8, 1.3 + 0.32 * len(rows)), layout="constrained")
+    left = np.zeros(len(rows))
+    cycle = ("#228833", "#CCBB44", "#4477AA", "#EE6677", "#AA3377", "#66CCEE", "#BBBBBB")
+    for i, cause in enumerate(causes):
+        values = np.array([100 * parts.get(cause, 0.0) for _, parts in rows])
+        axes.barh([plain(run.name) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause))
+        left += values
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.set(xlabel="% of the wall time of all starts", xlim=(0, 100))
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def parallel(runs: Sequence[Run]) -> Figure | None:
+    """Parallel coordinates: a line a finished run, an axis a key that differs, the last one held-out loss."""
+    found = axes_of(runs)
+    if found is None:
+        return None
+    names, order = found.axes, found.runs
+    figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(names) + 1), 4.5), layout="constrained")
+    losses = np.array([run.val_loss for run in order], float)
+    norm, map_ = Normalize(losses.min(), losses.max()), _map()
+    rows = np.array([[place(axis, value) for axis, value in zip(names, values, strict=True)] for values in found.values])
+    for row, loss in sorted(zip(rows, losses, strict=True), key=lambda pair: -pair[1]):
+        axes.plot(range(len(names)), row, color=map_(norm(loss)), linewidth=1.3, alpha=0.85)
+    for i, axis in enumerate(names):
+        axes.axvline(i, color="#888888", linewidth=0.8)
+        for at, text in axis.ticks:
+            axes.annotate(plain(text), (i, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
+    axes.set_xticks(range(len(names)), [plain(axis.key) for axis in names], rotation=20, ha="right", fontsize=8)
+    axes.set(yticks=[], xlim=(-0.1, len(names) - 0.6))
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    figure.colorbar(ScalarMappable(norm, map_), ax=axes, label="held-out loss (nats per token)")
+    return figure
+
+
+def bars(found: Importances | None) -> Figure | None:
+    """Importance of keys with the middle 80 % of the draws."""
+    if found is None:
+        return None
+    keys = found.keys[:15][::-1]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.4 * len(keys)), layout="constrained")
+    means = np.array([key.mean for key in keys])
+    reach = np.array([(max(key.mean - key.low, 0), max(key.high - key.mean, 0)) for key in keys]).T
+    axes.barh([plain(key.key) for key in keys], means, xerr=reach, color="#4477AA", ecolor="#444444", capsize=3)
+    axes.set_xlabel("error of prediction when the key is shuffled (nats per token)")
+    axes.set_title(f"{found.runs} runs; the forest explains {max(found.explained, 0):.0%} of unseen runs' variance", fontsize=9)
+    return figure
+
+
+def scaling(study: Study | None) -> Figure | None:
+    """Loss over compute with the law's curves, the frontier, and what it foretold beside what was measured."""
+    if study is None:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    sizes = sorted({p.n for p in study.fitted})
+    low, high = min(p.compute for p in study.fitted), study.k * study.further.n * study.further.d
+    compute = np.geomspace(low / 1.5, high * 1.3, 100)
+    for n, colour in zip(sizes, _map()(np.linspace(0.1, 0.95, len(sizes))), strict=True):
+        mine = [p for p in study.fitted if p.n == n]
+        left.plot([p.compute for p in mine], [p.loss for p in mine], "o", color=colour, label=f"{n:,} parameters")
+        span = np.geomspace(mine[0].compute / 1.3, mine[-1].compute * 1.3, 50)
+        left.plot(span, study.law.loss(n, span / study.k / n), "-", color=colour, linewidth=1)
+    best_n, best_d = study.law.frontier(compute, study.k)
+    left.plot(compute, study.law.loss(best_n, best_d), "k--", linewidth=1, label="frontier")
+    _guesses(left, study, lambda guess: study.k * guess.n * guess.d)
+    left.set(xscale="log", xlabel="compute (FLOPs)", ylabel="held-out loss (nats per token)")
+    draws = np.array([draw.frontier(compute, study.k)[0] for draw in study.draws])
+    right.fill_between(
+        compute, *np.quantile(draws, (0.1, 0.9), axis=0), color="#4477AA", alpha=0.25, label="middle 80 % of the bootstrap"
+    )
+    right.plot(compute, best_n, color="#4477AA", label=f"law: N ~ C^{study.law.exponent:.2f}")
+    if len(study.budgets[0]):
+        right.plot(*study.budgets[:2], "s", color="#EE6677", label="lowest points of parabolas")
+    right.set(xscale="log", yscale="log", xlabel="compute (FLOPs)", ylabel="best number of parameters")
+    right.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper right")
+    return figure
+
+
+def _guesses(axes: Axes, study: Study, x: object) -> None:
+    for i, guess in enumerate((*study.held_out, study.further)):
+        at = study.k * guess.n * guess.d
+        reach = [[max(guess.loss - guess.low, 0)], [max(guess.high - guess.loss, 0)]]
+        label = "foretold (not fitted), middle 80 %" if i == 0 else None
+        axes.errorbar([at], [guess.loss], reach, fmt="D", color="#222222", markerfacecolor="none", capsize=3, label=label)
+        if guess.measured is not None:
+            axes.plot([at], [guess.measured], "*", color="#AA3377", markersize=11, label="measured" if i == 0 else None)
+
+
+def _focus(axes: Axes, runs: Sequence[Run]) -> None:
+    """The first steps' fall would press everything else flat: the axis starts where the first tenth of each curve ends."""
+    tops, lows = [], []
+    for run in runs:
+        loss: Floats = run.columns["loss"]
+        rest = loss[len(loss) // 10 :]
+        known = np.concatenate([rest[np.isfinite(rest)], run.columns["val_loss"][np.isfinite(run.columns["val_loss"])]])
+        if len(known):
+            tops.append(float(np.quantile(known, 0.98)))
+            lows.append(float(known.min()))
+    if tops and max(tops) > min(lows):
+        margin = 0.08 * (max(tops) - min(lows))
+        axes.set_ylim(min(lows) - margin, max(tops) + margin)
+
+
+def _legend(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
+    axes.grid(alpha=0.3)
+    losses = [loss for run in runs if (loss := run.val_loss) is not None]
+    if len(runs) <= FEW:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    elif losses:
+        norm = Normalize(min(losses), max(losses))
+        figure.colorbar(ScalarMappable(norm, _map()), ax=axes, label="held-out loss (nats per token)")
+
+
+def _map() -> LinearSegmentedColormap:
+    return LinearSegmentedColormap.from_list("best to worst", SCALE)
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib takes for no formula, on one line, not too long; what its font cannot show is left out."""
+    short = "".join(c for c in text if c.isprintable() and not 0xD800 <= ord(c) < 0xE000)[:40]
+    return short.replace("$", r"\$").lstrip("_") or "?"

@@ -1,0 +1,113 @@
+"""The runs of a scaling study: which sizes, at which budgets of compute, for how many steps.
+
+Every budget is spent on several sizes, each trained for as long as the budget lasts (IsoFLOP; Hoffmann et al. 2022, approach 2),
+with a learning-rate schedule that ends with it. The largest size is no part of the fit: it is the one that is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from train import config as configuration
+from train.objectives import build_objective
+from train.schema import Config
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder of the Llama kind."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes, smallest first, and FLOPs; the last size alone gets the last budget."""
+
+    sizes: tuple[Size, ...]
+    budgets: tuple[float, ...]
+    lr: float
+    """Of a model that is 64 wide; others get lr * sqrt(64 / width)."""
+    overrides: tuple[str, ...]
+
+
+TINY = Plan(
+    sizes=(Size(24, 2, 2, 64), Size(32, 2, 2, 88), Size(48, 2, 4, 128), Size(64, 3, 4, 176), Size(96, 3, 4, 256)),
+    budgets=(2e11, 6e11, 1.8e12, 5.4e12),
+    lr=6e-3,
+    overrides=("experiment=scaling",),
+)
+"""Minutes on two cores: 22 thousand to 363 thousand parameters, bytes of the embedded corpus."""
+CLUSTER = Plan(
+    sizes=(
+        Size(512, 8, 8, 1408),
+        Size(768, 12, 12, 2048),
+        Size(1024, 16, 16, 2816),
+        Size(1536, 20, 24, 4096),
+        Size(2048, 24, 16, 5632),
+    ),
+    budgets=(1e18, 4e18, 1.6e19, 6.4e19),
+    lr=6e-3,
+    overrides=(
+        "experiment=scaling",
+        "data=text",
+        "data.tokenizer.kind=bpe",
+        "data.tokenizer.vocab_size=32000",
+        "model.vocab_size=32000",
+        "model.max_len=2048",
+        "batch.seq_len=2048",
+        "batch.global=128",
+        "precision=bf16",
+        "zero=1",
+        "save_every=500",
+    ),
+)
+"""41 million to 1.3 billion parameters; give data.paths and cluster.workers."""
+PLANS = {"tiny": TINY, "cluster": CLUSTER}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a study."""
+
+    name: str
+    config: Config
+    overrides: tuple[str, ...]
+    """What makes that configuration of the command line's defaults."""
+
+
+def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[Trial]:
+    """Every size at every budget but the last, then the last size at the last one; the size to be predicted comes last.
+
+    Left out are runs of less than half a token or more than 200 tokens a parameter: they are far from any optimum, and the
+    longest ones would cost the most steps.
+    """
+    for size in plan.sizes:
+        lr = plan.lr * (64 / size.width) ** 0.5
+        model = [f"model.{key}={value}" for key, value in vars(size).items()]
+        shared = (*plan.overrides, *model, f"optimizer.lr={lr:.2g}", *overrides)
+        config = configuration.load([*shared, "steps=1"])
+        params, flops_per_token = cost(config, config.model.vocab_size or 0)
+        per_step = config.batch.global_ * config.batch.seq_len
+        largest = size is plan.sizes[-1]
+        for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:
+            steps = round(budget / flops_per_token / per_step)
+            if 0.5 <= steps * per_step / params <= 200:
+                name = f"w{size.width}-{budget:.2g}".replace("+", "")
+                own = (f"run.name={name}", f"run.dir={folder}/{name}", f"steps={steps}")
+                run = config.run.model_copy(update={"name": name, "dir": f"{folder}/{name}"})
+                yield Trial(name, config.model_copy(update={"run": run, "steps": steps}), (*shared, *own))
+
+
+def cost(config: Config, vocab_size: int) -> tuple[int, float]:
+    """(parameters, FLOPs per token) of the model of a configuration, without making its weights."""
+    with torch.device("meta"):
+        objective: Any = build_objective(config, vocab_size)
+    return sum(p.numel() for p in objective.parameters()), objective.flops_per_token(config.batch.seq_len)
