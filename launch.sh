@@ -3,20 +3,27 @@
 #
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
 #   ./launch.sh [train] [group=choice] [key=value]
+#   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|prepare|evaluate|generate|review|bench|help
 #
+# Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
 export TRIREME_T0="${EPOCHREALTIME/,/.}"
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; this is where it was made
+    root="$({ scontrol show job "$SLURM_JOB_ID" || true; } | sed -n 's|^ *Command=\([^ ]*\)/launch\.sh.*|\1|p')"
+fi
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
-verbs="train test check prepare evaluate generate review bench help"
+verbs="train cluster test check prepare evaluate generate review bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$root/launch.sh"; }
+[ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
+
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # 3.11 or newer, with what making an environment takes.
 find_python() {
@@ -86,11 +93,18 @@ set_up() {
     exec 9>&-
 }
 
+# What is secret in a command, as train/redact.py has it: passwords in URLs, and what is given to keys named like one.
+hide() {
+    sed -E -e "s#([a-zA-Z0-9+.-]+:/+)([^ '\"@/]*:[^ '\"@]*|[^ '\"@/]+)@#\1[hidden]@#g" \
+        -e "s#([?&][a-zA-Z0-9_.-]*(key|token|secret|password|signature|credential|sig)[a-zA-Z0-9_.-]*=)[^& '\"]+#\1[hidden]#gI" \
+        -e "s#text_key=#text\x01key=#g" -e "s#(([._-]key|token|secret|password|passwd|passphrase)=)[^ '\",]+#\1[hidden]#gI" -e "s#\x01#_#g"
+}
+
 # Shows the command, then becomes it, so that signals go straight to it.
 run() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#$venv/${venv#"$PWD/"}}" "$plain" >&2
+    printf '%s+ %s%s\n' "$dim" "${*/#$venv/${venv#"$PWD/"}}" "$plain" | hide >&2
     exec "$@"
 }
 
@@ -117,7 +131,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="$venv/bin/python"
 
 case "$verb" in
-    train) run "$python" -m cluster train "$@" ;;
+    train|cluster) run "$python" -m cluster "$verb" "$@" ;;
     prepare|evaluate|generate) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)

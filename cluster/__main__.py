@@ -1,20 +1,26 @@
-"""The driver's command line: ``python -m cluster train [group=choice] [key=value]``."""
+"""The command line: ``python -m cluster train [group=choice] [key=value]`` and ``python -m cluster cluster VERB``."""
 
 from __future__ import annotations
 
 import sys
 
 from cluster.signals import Signals
+from train import redact
 
-VERBS = ("train",)
+VERBS = ("train", "cluster")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the verb that ``arguments`` name, and returns the exit code."""
+    redact.cover()
     verb, *rest = arguments or ["train"]
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return 2
+    if verb == "cluster":
+        from cluster import cluster_verb
+
+        return cluster_verb.run(rest)
     signals = Signals()
     signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.begin import begin

@@ -159,7 +159,7 @@ def count_gpus() -> int:
 
 
 def count_cpus() -> int:
-    """Cores this process may use: its affinity, and the quota of its cgroup (rounded down, at least 1)."""
+    """Cores this process may use: its affinity, the quota of its cgroup (rounded down, at least 1), its share of a SLURM node."""
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -168,6 +168,8 @@ def count_cpus() -> int:
         microseconds = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
         if microseconds > 0:
             cores = min(cores, max(1, microseconds // int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())))
+    with contextlib.suppress(KeyError, ValueError):
+        cores = min(cores, int(os.environ["SLURM_CPUS_ON_NODE"]))
     return cores
 
 
@@ -182,6 +184,30 @@ def oom_kills() -> int:
         with contextlib.suppress(OSError):
             total += sum(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
     return total
+
+
+def address_towards(address: str) -> str:
+    """The address of this host that packets to ``address``, HOST:PORT, leave from. UserError where none leads there."""
+    name, _, port = address.rpartition(":")
+    try:
+        family, _, _, _, there = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)  # sends nothing
+            return str(probe.getsockname()[0])
+    except (OSError, ValueError) as error:
+        raise UserError(f"no way leads from this host to {address}: {error}") from error
+
+
+def refuses(address: str, patience_s: float = 5.0) -> bool:
+    """Whether the host of ``address``, HOST:PORT, answers that nobody listens there."""
+    name, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((name.strip("[]"), int(port)), patience_s).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def interface_of(ip: str) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.private import Private
 from cluster.signals import Signals
 from train.schema import Config
 
@@ -39,6 +40,8 @@ class Job:
     show: Show
     signals: Signals
     clock: Clock
+    private: Private | None = None
+    """The job's own Ray cluster, where it has one."""
 
     @property
     def run_dir(self) -> Path:

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cluster import host, lock, nodes, plan, watch
+from cluster import gather, lock, nodes, plan, remote, view, watch
 from cluster.begin import Begun
 from cluster.job import Clock, Job
+from cluster.private import Private
 from cluster.signals import STOPPED, end_now
 from cluster.supervisor import Supervisor
 from train.console import Console
 from train.errors import NO_ROOM, UserError, no_room
 from train.schema import Config
+from train.words import plural
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ def run(what: Plan, begun: Begun) -> int:
         code = BAD_INPUT
     finally:
         console.close()
-    # The kernel takes Ray's processes and the trainers away with this one: nothing to wait for.
+    if start.others is not None:
+        start.others.close()
+    # The kernel takes Ray's processes and the trainers on this host away with this one: nothing to wait for.
     begun.clear()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,6 +77,8 @@ class Start:
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
+        self.private: Private | None = None
+        self.others: remote.Remote | None = None
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -93,24 +98,22 @@ class Start:
         known = nodes.inventory()
         device = plan.choose_device(config.cluster.device, known)
         self.begun.warm.set_device(device)
-        request = plan.Request(config.cluster.workers, config.cluster.cpus_per_worker, int(device == "gpu"))
+        cluster = config.cluster
+        request = plan.Request(cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers)
         placement = plan.place(known, request)
         if placement.waiting:
-            self.console.show({"event": "note", "text": f"waiting for other jobs: no room yet for {placement.waiting} workers"})
+            held = "; ".join(map(str, view.holders()))
+            self.console.show({"event": "note", "text": f"waiting: no room yet for {plural(placement.waiting, 'worker')}: {held}"})
         self.console.show({"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)})
         self.console.show({"event": "phase", "name": "workers"})
-        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock)
-        verdict = Supervisor(job, device).run()
+        job = Job(config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private)
+        verdict = Supervisor(job, device, plan.begin_with(placement, request)).run()
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
-        """Has the driver on the cluster that the configuration names, or on a private one."""
+        """Has the driver on the cluster that the configuration names, or on one of the job's own."""
         self.console.show({"event": "phase", "name": "ray"})
-        address = config.cluster.address
-        if address is None:
-            nodes.start_private(host.count_cpus(), host.count_gpus(), self.begun.folder)
-        else:
-            nodes.join(address, str(REPOSITORY))
+        self.private, self.others = gather.gather(config.cluster, config.run.name or "", self.begun)
         self.signals.listen()
         self.clock.mark("ray")
 

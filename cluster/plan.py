@@ -26,6 +26,8 @@ class Request:
     workers: int
     cpus: int
     gpus: int
+    least: int | None = None
+    """So many are enough to begin with; None: all."""
 
     @property
     def each(self) -> str:
@@ -36,7 +38,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Placement:
-    """Workers per node, by name, as they would be packed now; ``waiting``: how many must wait for others to end."""
+    """Workers per node, by name, as they would be packed now; ``waiting``: how many must wait for others to end, or, where
+    fewer are enough, for more nodes.
+    """
 
     workers: dict[str, int]
     waiting: int
@@ -55,7 +59,7 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
 def place(nodes: Sequence[Node], request: Request) -> Placement:
     """Packs the workers on the nodes. Raises UserError when they cannot fit even when nobody else uses the cluster."""
     room = {node.name: _fits(node.cpus, node.gpus, request) for node in nodes}
-    if sum(room.values()) < request.workers:
+    if sum(room.values()) < (request.least or request.workers):
         raise UserError(_too_few(nodes, request, room))
     placed: dict[str, int] = {}
     left = request.workers
@@ -68,6 +72,11 @@ def place(nodes: Sequence[Node], request: Request) -> Placement:
     return Placement(placed, left)
 
 
+def begin_with(placement: Placement, request: Request) -> int:
+    """With how many workers to begin: all, or as many as there is room for now where that is enough."""
+    return max(sum(placement.workers.values()), request.least or request.workers)
+
+
 def _fits(cpus: float, gpus: float, request: Request) -> int:
     by_cpu = int(cpus // request.cpus)
     return min(by_cpu, int(gpus // request.gpus)) if request.gpus else by_cpu
@@ -75,14 +84,14 @@ def _fits(cpus: float, gpus: float, request: Request) -> int:
 
 def _too_few(nodes: Sequence[Node], request: Request, room: dict[str, int]) -> str:
     total = sum(room.values())
+    key, least = ("min_workers", request.least) if request.least else ("workers", request.workers)
     lines = [
-        f"cluster.workers={request.workers} asks for {request.workers} workers of {request.each}; "
-        + (f"only {total} fit:" if total else "none fits:")
+        f"cluster.{key}={least} asks for {least} workers of {request.each}; " + (f"only {total} fit:" if total else "none fits:")
     ]
     for node in nodes:
         has = f"{_count(node.cpus, 'core')}, {_count(node.gpus, 'GPU')}"
         lines.append(f"  {node.name}: {has}: room for {room[node.name]}{_shortage(node, request)}")
-    cures = [f"cluster.workers={total}"] if total else []
+    cures = [f"cluster.{key}={total}"] if total else []
     if request.cpus > 1:
         cures.append("fewer cluster.cpus_per_worker")
     if request.gpus:

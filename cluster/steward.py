@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
+import mmap
 import os
 import select
 import signal
@@ -21,10 +22,10 @@ import psutil
 import ray
 
 from cluster import host, wire
+from cluster.child import Trainer, tail
+from train import pulse
 
-TAIL_LINES = 20
-TAIL_BYTES = 64 << 10
-QUIET_EVENTS = {"error", "stop_asked", "phase"}
+QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """What ranks other than 0 say that anybody needs to hear."""
 
 
@@ -37,7 +38,7 @@ class Steward:
         self.device = device
         self.warm: host.WarmProcess | None = None
         self.listener: socket.socket | None = None
-        self.connection: socket.socket | None = None
+        self.trainer: Trainer | None = None
         self.news: collections.deque[dict[str, Any]] = collections.deque()
         self.changed = threading.Condition()
 
@@ -51,6 +52,10 @@ class Steward:
             "pid": os.getpid(),
             "gpus": context.get_accelerator_ids().get("GPU", []),
         }
+
+    def warm_up(self) -> None:
+        """Has the host's warm process begin its imports, before anybody needs it."""
+        self._connect().close()
 
     def listen(self, ip: str, port: int) -> dict[str, Any]:
         """Binds the socket where the next world meets (rank 0's steward): {"host", "port"}, or {"error"}."""
@@ -77,12 +82,16 @@ class Steward:
         offset = log.stat().st_size if log.exists() else 0
         connection = self._connect()
         read_fd, write_fd = os.pipe()
-        fds = [write_fd]
+        memory = os.memfd_create("pulse")
+        os.ftruncate(memory, pulse.SIZE)
+        fds = [write_fd, memory]
         if self.listener is not None:
             fds.append(self.listener.fileno())
         request = {**order, "env": {**order["env"], **self._own_env()}, "target": self.target, "device": self.device}
         wire.send(connection, request, fds)
         os.close(write_fd)
+        shared = mmap.mmap(memory, pulse.SIZE, prot=mmap.PROT_READ)
+        os.close(memory)
         if self.listener is not None:
             self.listener.close()
             self.listener = None
@@ -91,9 +100,8 @@ class Steward:
             connection.close()
             os.close(read_fd)
             return answer or {"failed": f"the warm process ended; its log is {self.folder / 'warm.log'}"}
-        self.connection = connection
-        watch = (connection, read_fd, order, answer["pid"], offset)
-        threading.Thread(target=self._watch, args=watch, daemon=True).start()
+        self.trainer = Trainer(answer["pid"], order, shared, offset)
+        threading.Thread(target=self._watch, args=(connection, read_fd, self.trainer), daemon=True).start()
         return answer
 
     def _own_env(self) -> dict[str, str]:
@@ -120,20 +128,25 @@ class Steward:
         return connection
 
     def poll(self, wait_s: float) -> list[dict[str, Any]]:
-        """What happened since the last call, in order; waits up to ``wait_s`` for something to happen."""
+        """What happened since the last call, in order, and last how the trainer is now; waits up to ``wait_s`` for
+        something to happen.
+        """
         with self.changed:
             self.changed.wait_for(lambda: bool(self.news), wait_s)
             news = list(self.news)
             self.news.clear()
-        return news
+        return [*news, self.trainer.beat()] if self.trainer else news
 
     def signal(self, number: int) -> None:
         """Sends the trainer a signal, if it lives."""
-        if self.connection is not None:
-            try:
-                wire.send(self.connection, {"signal": number})
-            except OSError:
-                self.connection = None
+        if self.trainer:
+            self.trainer.signal(number)
+
+    def inspect(self) -> dict[str, Any]:
+        """Where the trainer is: {"kernel": [what /proc says], "stack": [its Python frames]}. The trainer is not asked, so it
+        answers for one that hangs; one that is stopped runs on for the moment that its stack takes.
+        """
+        return self.trainer.inspect() if self.trainer else {"kernel": [], "stack": []}
 
     def kill(self) -> None:
         """Ends the trainer now."""
@@ -144,9 +157,8 @@ class Steward:
             self.news.append(record)
             self.changed.notify_all()
 
-    def _watch(self, connection: socket.socket, read_fd: int, order: dict[str, Any], pid: int, offset: int) -> None:
+    def _watch(self, connection: socket.socket, read_fd: int, trainer: Trainer) -> None:
         """Passes on what the trainer says until it ends, then how it ended. Runs in a thread of its own."""
-        world = {"rank": order["rank"], "generation": order["meeting"]["generation"]}
         kills_before = host.oom_kills()
         pending = b""
         ended: wire.Message | None = None
@@ -157,18 +169,22 @@ class Steward:
                 ended, _ = wire.receive(connection)
                 alive = False
             if read_fd in ready or not alive:
-                pending = self._pass_on(pending + _available(read_fd), world)
+                pending = self._pass_on(pending + _available(read_fd), trainer.world)
         os.close(read_fd)
         connection.close()
         code = ended["exit"] if ended else -signal.SIGKILL
-        record: dict[str, Any] = {"event": "exit", "code": code, "pid": pid, "t": time.time(), **world}
+        record: dict[str, Any] = {"event": "exit", "code": code, "pid": trainer.pid, "t": time.time(), **trainer.world}
         if code not in (0, 75):
             record["host"] = socket.gethostname()
-            record["tail"] = tail(Path(order["log"]), offset)
+            record["tail"] = tail(trainer.log, trainer.offset)
             record["peak_mib"] = ended["peak_kib"] // 1024 if ended else None
             record["memory_mib"] = psutil.virtual_memory().total >> 20
             record["oom"] = host.oom_kills() - kills_before
             record["orphaned"] = ended is None
+        record["at"] = trainer.beat()
+        if self.trainer is trainer:
+            self.trainer = None
+        trainer.close()
         self._tell(record)
 
     def _pass_on(self, data: bytes, world: dict[str, Any]) -> bytes:
@@ -189,16 +205,3 @@ def _available(fd: int) -> bytes:
             break
         data += part
     return data
-
-
-def tail(log: Path, offset: int) -> list[str]:
-    """The last lines that were written to ``log`` after byte ``offset``."""
-    try:
-        with log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(offset, size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return []
-    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("Extension modules:")]
-    return lines[-TAIL_LINES:]

@@ -1,127 +1,194 @@
-"""The life of a job: stewards are placed, a world is started, its news shown, its end judged; if it failed, again."""
+"""The life of a job: workers are placed, a world is started and followed to its end; then, if there is more to do, another."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import watch
+from cluster import recovery, report, watch
 from cluster.job import Job
-from cluster.steward import Steward
-from cluster.world import HEAR_S, World, ask
-from train.errors import UserError
+from cluster.slots import LEAVE_S, Slot, Slots, lives
+from cluster.world import HEAR_S, NOTICE_S, World
 
 
 class Supervisor:
-    """Runs a job on the joined Ray cluster."""
+    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for)."""
 
-    def __init__(self, job: Job, device: str) -> None:
-        self.job = job
+    def __init__(self, job: Job, device: str, size: int | None = None) -> None:
+        self.job = replace(job, show=self._show)
+        self.console = job.show
         self.device = device
+        self.size = size or job.config.cluster.workers
         self.generation = 0
-        self.stewards: list[Any] = []
-        self.places: list[dict[str, Any]] = []
-        self.group: Any = None
+        self.slots = Slots(self.job, device)
+        self.row: list[recovery.Failure] = []
+        """The failures since there was progress."""
+        self.down: dict[str, Any] = {}
+        """When and of what the last world failed, until the next one trains."""
 
     def run(self) -> watch.Verdict:
-        """Starts worlds until one is done, stopped, or failed once more than ``cluster.max_failures`` allows."""
-        self.place()
-        failures = 0
+        """Starts worlds until one is done, is stopped on request, or has failed so that another would not help."""
+        self.slots.take(self.size)
         while True:
-            verdict = self.run_world()
-            if verdict.kind != "failed":
+            slots = self.slots.up()[: self.job.config.cluster.workers]
+            world = World(self.job, slots, self.generation)
+            verdict = self._live(world, slots)
+            again = self._after_failure(world, verdict) if verdict.kind == "failed" else self._after_stop(world, verdict)
+            if not again:
                 return verdict
-            failures += 1
-            left = self.job.config.cluster.max_failures - failures
-            last = left < 0 or self.job.signals.heard is not None
-            plan_ = None if last else f"starting again from the newest checkpoint (restart {failures} of {failures + left})"
-            self.job.show({"event": "failure", "lines": watch.explain(verdict), "next": plan_})
-            if last:
-                return verdict
+            failed = world.marks.get("failed", world.marks.get("ended"))
+            self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
             self.generation += 1
-            self._replace_lost()
+            self._prepare(world, slots, verdict)
+            if self.job.signals.heard is not None:
+                return watch.Verdict("stopped")
 
-    def place(self) -> None:
-        """Reserves the workers' places all at once and puts a steward on each; ranks go node by node."""
-        cluster = self.job.config.cluster
-        bundle = {"CPU": float(cluster.cpus_per_worker)}
-        if self.device == "gpu":
-            bundle["GPU"] = 1.0
-        self.group = placement_group([bundle] * cluster.workers, strategy="PACK")
-        deadline = time.monotonic() + cluster.start_timeout
-        while not self.group.wait(HEAR_S):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"no room for {cluster.workers} workers within cluster.start_timeout={cluster.start_timeout} s: "
-                    "other jobs hold the cluster. Wait for them, ask for fewer cluster.workers, or wait longer"
-                )
-        self.stewards = [self._steward(bundle, index) for index in range(cluster.workers)]
-        places = ask([s.where.remote() for s in self.stewards], cluster.start_timeout)
-        by_node = sorted(range(len(places)), key=lambda i: (places[i]["ip"], places[i]["node"], i))
-        self.stewards = [self.stewards[i] for i in by_node]
-        self.places = [places[i] for i in by_node]
-        self.job.clock.mark("workers")
+    def _live(self, world: World, slots: list[Slot]) -> watch.Verdict:
+        """Starts a world and follows it to its end."""
+        try:
+            world.start(self.orders(slots))
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            if self.job.private is None or not self.job.private.lost():
+                world.lost |= self.slots.silent(slots)
+            fault: watch.Fault = "worker lost" if isinstance(error, ray.exceptions.RayError) else "raised"
+            first, *rest = str(error).strip().splitlines()
+            words = f"the workers could not be started: {first}"
+            return watch.Verdict("failed", fault, finding=watch.Finding(fault, None, words, tuple(rest[-report.MOST_LINES :])))
+        self.job.signals.running()
+        return world.follow(self._more_than(len(slots)))
 
-    def _steward(self, bundle: dict[str, float], index: int) -> Any:
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index)
-        actor = ray.remote(Steward).options(
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0),
-            scheduling_strategy=strategy,
-            max_concurrency=4,  # a steward answers while somebody waits for its news
-        )
-        return actor.remote(self.job.folder, self.job.target, self.device)
+    # ------------------------------------------------------------------------------------------------------ what follows
 
-    def _replace_lost(self) -> None:
-        """Puts new stewards where a steward or its host was lost."""
-        alive = []
-        for steward in self.stewards:
+    def _after_failure(self, world: World, verdict: watch.Verdict) -> bool:
+        """Says what failed and what follows; whether to start again, after the wait that this may take."""
+        step = max((beat.step for beat in world.lookout.beats.values()), default=0)
+        failure = recovery.Failure(verdict.fault or "", report.signature(verdict), step, self._newest())
+        self.row = recovery.in_a_row(self.row, failure)
+        decision = recovery.decide(self.row, self.job.config.cluster.max_failures)
+        again = decision.again and self.job.signals.heard is None
+        self.job.show({"event": "failure", "lines": report.explain(verdict), "next": decision.words, "again": again})
+        until = time.monotonic() + decision.wait_s
+        while again and time.monotonic() < until:
+            time.sleep(HEAR_S)
+            again = self.job.signals.heard is None
+        return again
+
+    def _newest(self) -> int:
+        """The step of the newest checkpoint; a folder of that name is complete."""
+        found = self.job.run_dir.glob("checkpoints/step_*")
+        return max((int(path.name[5:]) for path in found if path.name[5:].isdecimal()), default=0)
+
+    def _after_stop(self, world: World, verdict: watch.Verdict) -> bool:
+        """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
+        end while the job was not, or a larger one, that it was stopped for.
+        """
+        if verdict.kind != "stopped" or self.job.signals.heard is not None:
+            return False
+        if world.leaving:
+            return True
+        if verdict.fault != "preempted" or world.size - len(world.asked) < self.slots.least:
+            return False
+        until = time.monotonic() + NOTICE_S  # the signal may have come to everybody, and to us last
+        while self.job.signals.heard is None and time.monotonic() < until:
+            time.sleep(HEAR_S / 4)
+        return self.job.signals.heard is None
+
+    def _prepare(self, world: World, slots: list[Slot], verdict: watch.Verdict) -> None:
+        """Has the workers up for the next world; on a new private cluster where the old one is gone."""
+        private = self.job.private
+        if private is None or not private.lost():
             try:
-                ray.get(steward.where.remote(), timeout=HEAR_S * 10)
-                alive.append(True)
+                self._fill(world, slots, verdict)
             except ray.exceptions.RayError:
-                alive.append(False)
-        if not all(alive):
-            self.release()
-            self.place()
+                if private is None or not private.lost():
+                    raise
+        while private is not None and private.lost():
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._rebuild(slots)
+
+    def _fill(self, world: World, slots: list[Slot], verdict: watch.Verdict) -> None:
+        """Empties the places that were lost or are to be left, and waits for as many workers as there can be now."""
+        preempted = verdict.fault == "preempted"
+        for rank, slot in enumerate(slots):
+            if preempted and rank in world.asked:
+                self.slots.empty(slot, LEAVE_S)
+            elif rank in world.lost:
+                self.slots.empty(slot)
+        self.slots.look()
+        alive = {node for node in {world.places[rank]["node"] for rank in world.lost} if lives(node)}
+        back = sum(world.places[rank]["node"] in alive for rank in world.lost if not preempted)
+        self.slots.wait(self.slots.least, len(self.slots.up()) + back, self.job.config.cluster.start_timeout)
+        workers = self.job.config.cluster.workers
+        if len(self.slots.up()) != world.size:
+            text = f"going on with {len(self.slots.up())} of {workers} workers"
+            text += "" if len(self.slots.up()) >= workers else "; more will join when there is room"
+            self.job.show({"event": "note", "text": text})
+
+    def _rebuild(self, slots: list[Slot]) -> None:
+        """A new private cluster, and all places taken anew on it."""
+        assert self.job.private is not None
+        for slot in slots:  # Ray can no longer be asked to end them
+            if slot.place is not None and slot.place["ip"] == self.job.private.start.ip:
+                with contextlib.suppress(OSError):
+                    os.kill(slot.place["pid"], signal.SIGKILL)
+        self.job.private.again()
+        self.job.signals.listen()
+        self.slots = Slots(self.job, self.device)
+        self.slots.take(self.size)
+
+    def _more_than(self, size: int) -> Any:
+        """Asks whether more than ``size`` workers have been up for long enough to be worth a restart."""
+
+        def more() -> bool:
+            if size >= self.job.config.cluster.workers:
+                return False
+            self.slots.look()
+            return self.slots.settled(self.job.config.cluster.grow_after) > size
+
+        return more
+
+    def _show(self, event: dict[str, Any]) -> None:
+        """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
+        if event["event"] == "world" and self.down:
+            record = {"generation": self.generation, "workers": event["size"], **event["marks"], **self.down}
+            with (self.job.run_dir / "restarts.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.down = {}
+            event = {"event": "recovered", **record}
+        self.console(event)
 
     def release(self) -> None:
         """Ends the stewards and gives their places back."""
-        for steward in self.stewards:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(steward)
-        self.stewards = []
-        if self.group is not None:
-            ray.util.remove_placement_group(self.group)
+        self.slots.release()
 
-    def run_world(self) -> watch.Verdict:
-        """One start of all ranks, to the end of all of them."""
-        world = World(self.job, self.stewards, self.places, self.generation)
-        world.start(self.orders())
-        self.job.signals.running()
-        return world.follow()
+    # ------------------------------------------------------------------------------------------------------------ orders
 
-    def orders(self) -> list[dict[str, Any]]:
+    def orders(self, slots: list[Slot]) -> list[dict[str, Any]]:
         """What each rank's steward needs to start its trainer, but where they meet."""
-        config, size = self.job.config, len(self.stewards)
+        config = self.job.config
         text = config.model_dump_json(by_alias=True)
         seen: dict[str, int] = {}
         orders = []
-        for rank, place in enumerate(self.places):
-            local = seen.setdefault(place["node"], 0)
-            seen[place["node"]] += 1
+        for rank, slot in enumerate(slots):
+            assert slot.place is not None
+            node = slot.place["node"]
+            local = seen.setdefault(node, 0)
+            seen[node] += 1
             orders.append(
                 {
                     "job": self.job.folder,
                     "rank": rank,
-                    "size": size,
+                    "size": len(slots),
                     "local_rank": local,
+                    "node": node,
                     "config": text,
                     "corpus": self.job.corpus,
                     "cwd": str(Path.cwd()),
@@ -130,8 +197,8 @@ class Supervisor:
                     "env": {},
                 }
             )
-        for order, place in zip(orders, self.places, strict=True):
-            order["env"] = self._environment(order, seen[place["node"]])
+        for order in orders:
+            order["env"] = self._environment(order, seen[order["node"]])
         return orders
 
     def _environment(self, order: dict[str, Any], local_size: int) -> dict[str, str]:

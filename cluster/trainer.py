@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from cluster import word
-from train import dist
-from train.errors import NO_ROOM, Stopped, UserError, no_room
+from train import dist, pulse
+from train.errors import NO_ROOM, NotFinite, Stopped, UserError, no_room
 from train.schema import Config
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -73,23 +73,26 @@ def load_target(name: str) -> Callable[..., None]:
     return getattr(importlib.import_module(module), function)
 
 
-def run(request: dict[str, Any], events_fd: int, listen_fd: int | None) -> int:
+def run(request: dict[str, Any], fds: list[int]) -> int:
     """Runs one rank to its end and returns its exit status. ``request`` is what the steward sent (see
-    ``Steward.start``).
+    ``Steward.start``), ``fds`` the event pipe, the memory of the pulse, and on rank 0 the socket where the ranks meet.
     """
+    events_fd, pulse_fd, *listen_fd = fds
+    pulse.share(pulse_fd)
+    os.close(pulse_fd)
     _take_over_output(request["log"])
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     torch.set_num_threads(request["threads"])
     events = Events(events_fd)
     stop = StopFlag(events)
-    code, error = _run_target(request, events, stop, listen_fd)
+    code, error = _run_target(request, events, stop, *listen_fd)
     if stop():
         word.leave(request, code, error)
     return code
 
 
-def _run_target(request: dict[str, Any], events: Events, stop: StopFlag, listen_fd: int | None) -> tuple[int, str | None]:
+def _run_target(request: dict[str, Any], events: Events, stop: StopFlag, listen_fd: int | None = None) -> tuple[int, str | None]:
     """The exit status, and the error that was sent if there was one."""
     events({"event": "phase", "name": "start", "t": time.time()})
     try:
@@ -104,7 +107,8 @@ def _run_target(request: dict[str, Any], events: Events, stop: StopFlag, listen_
     except Stopped:
         return STOPPED, None
     except UserError as error:
-        events({"event": "error", "kind": "user", "text": str(error)})
+        kind = "not_finite" if isinstance(error, NotFinite) else "user"
+        events({"event": "error", "kind": kind, "text": str(error)})
         return BAD_INPUT, str(error)
     except OSError as error:
         if error.errno not in NO_ROOM:

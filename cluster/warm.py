@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
 
 from cluster import host, trainer, wire
+from train import redact
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
@@ -112,17 +113,14 @@ class Warm:
         self.selector.register(steward, selectors.EVENT_READ)
 
     def _hear(self, steward: socket.socket) -> None:
-        """One message of a steward: the request for a trainer, or a signal for the one it has."""
-        child = next((c for c in self.children.values() if c.steward is steward), None)
-        message, fds = wire.receive(steward, max_fds=2)
+        """One message of a steward: the request for a trainer; or its end."""
+        message, fds = wire.receive(steward, max_fds=3)
         if message is None:
             self.selector.unregister(steward)
             steward.close()
-            if child:
-                child.orphaned = time.monotonic()
-        elif "signal" in message:
-            if child:
-                os.kill(child.pid, message["signal"])
+            for child in self.children.values():
+                if child.steward is steward:
+                    child.orphaned = time.monotonic()
         elif self.failure:
             wire.send(steward, {"failed": self.failure})
         else:
@@ -151,7 +149,7 @@ class Warm:
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
             self.selector.close()
-            code = trainer.run(request, fds[0], fds[1] if len(fds) > 1 else None)
+            code = trainer.run(request, fds)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -188,4 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    redact.cover()
     main()

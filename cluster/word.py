@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from train.data.files import write_whole
+from train.redact import redact
 
 
 def leave(order: dict[str, Any], code: int, error: str | None) -> None:
     """Notes how the trainer that was started by ``order`` ends: its exit code, and its error if it had one."""
     with contextlib.suppress(OSError):
-        write_whole(_place(order), json.dumps({**_who(order), "code": code, "error": error}).encode())
+        write_whole(_place(order), json.dumps({**_who(order), "code": code, "error": error and redact(error)}).encode())
 
 
 def read(order: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ ROUNDS = 10
 WORD = 0xFFFFFFFF
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 WEYL = 0x9E3779B9, 0xBB67AE85
-CHUNK = 1 << 16  # counters at a time: their words stay in the cache
+CHUNK = 1 << 14  # counters at a time: their words stay in the cache
 
 
 class Dropout(NamedTuple):

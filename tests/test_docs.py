@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import cluster_verb
 from review import __main__ as review
 from train import config as configuration
 from train import schema
@@ -79,6 +80,9 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
     assert verb in verbs()
     if verb in ("train", "prepare") and not {"--help", "..."} & set(arguments):
         configuration.load(arguments)
+    elif verb == "cluster":
+        name, *rest = [*arguments, "up"]
+        assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
     elif verb in SAVED:
         given = {argument.partition("=")[0] for argument in arguments}
         assert given <= SAVED[verb]
@@ -92,7 +96,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_key_and_choice_that_is_mentioned_exists(document: Path):
     known, groups = configuration.keys(), configuration.groups()
-    options = set().union(*SAVED.values())
+    options = set().union(*SAVED.values(), *(known for _, known in cluster_verb.VERBS.values()))
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for code in inline(document):
         words = [] if code.startswith((".", "-")) else code.split()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import config as configuration
-from train import schema
+from train import redact, schema
 from train.errors import Stopped, UserError
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -159,4 +159,5 @@ def _number(text: str) -> float | int | str:
 
 
 if __name__ == "__main__":
+    redact.cover()
     sys.exit(main(sys.argv[1:]))

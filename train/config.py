@@ -146,6 +146,9 @@ def problems(config: Config) -> list[str]:
             f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "
             f"Set cluster.workers={streams} or fewer, or raise batch.global"
         )
+    least = config.cluster.min_workers
+    if least is not None and least > workers:
+        found.append(f"cluster.min_workers={least} is more than cluster.workers={workers}: lower the one or raise the other")
     share = -(-b.global_ // workers)
     if b.micro is not None and b.micro > share:
         found.append(
@@ -178,7 +181,7 @@ def problems(config: Config) -> list[str]:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
     if config.save_mirror is not None and not MIRROR.fullmatch(config.save_mirror):  # not shown: it may hold a password
         found.append(
-            "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared/runs, without password, query or chain; "
+            "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared, without password, query or chain; "
             "credentials come from the environment or fsspec's own configuration"
         )
     warmup = config.schedule.warmup

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from train import failures
 from train.words import PREPARING, count, duration, finite, plural
 
 PLAIN_EVERY_S = 5.0
@@ -55,6 +56,7 @@ class Console:
             "note": self._note,
             "done": self._done,
             "failure": self._failure,
+            "recovered": self._recovered,
             "stopping": self._stopping,
         }
 
@@ -199,20 +201,10 @@ class Console:
 
     def _failure(self, event: Event) -> None:
         self.close()
-        lines = [str(line) for line in event.get("lines", [])]
-        body = Text("\n".join(lines[1:]))
-        title = lines[0] if lines else "the job failed"
-        if self.errors.is_terminal:
-            body = Text.assemble((title, "bold red"), "\n", body) if lines[1:] else Text(title, style="bold red")
-            self.errors.print(Panel(body, title="failed", title_align="left", border_style="red"))
-        else:
-            self.errors.print(Text(f"FAILED: {title}"))
-            if lines[1:]:
-                self.errors.print(Text("\n".join(f"  {line}".rstrip() for line in lines[1:])))
-        logs = f"{self._config.get('run', {}).get('dir', 'the run folder')}/logs/"
-        self.errors.print(Text(f"The ranks' logs: {logs}"))
-        then = event.get("next") or "run the same command again to go on from the newest checkpoint"
-        self.errors.print(Text(f"Next: {then}"))
+        self.errors.print(failures.block(event, self._config.get("run", {}).get("dir"), self.errors.is_terminal))
+
+    def _recovered(self, event: Event) -> None:
+        self._line(failures.recovered(event))
 
     def _done(self, event: Event) -> None:
         summary = event.get("summary") or {}

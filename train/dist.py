@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from train import pulse
 from train.errors import UserError
 
 DIGEST_BYTES = 64
@@ -109,6 +110,7 @@ def barrier() -> None:
     all_reduce_sum([0.0])
 
 
+@pulse.counted
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sums of ``values`` over all ranks, place by place, in float64; the same number of values on each rank."""
     total = torch.tensor(values, dtype=torch.float64)
@@ -116,6 +118,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+@pulse.counted
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The JSON-able ``value`` of rank ``source``, on every rank; what the others pass is not looked at."""
     mine = dist.get_rank() == source
@@ -127,6 +130,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.tolist()))
 
 
+@pulse.counted
 def gather_objects(value: Any) -> list[Any]:
     """The JSON-able values of all ranks, by rank, on every rank."""
     data = json.dumps(value).encode()

@@ -27,6 +27,7 @@ import torch._dynamo
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
+from train import pulse
 from train.batch import Batch, Losses
 from train.dist import World
 from train.pieces import MASTER, Piece
@@ -69,6 +70,7 @@ class Engine:
         settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
         self.unfused = config.zero.stage == 0 and not self.plain
         initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
+        _count_collectives()
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
@@ -99,12 +101,15 @@ class Engine:
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         norm, applied = math.nan, True
         for n, batch in enumerate(micro_batches):
+            pulse.enter("forward", n)
             losses = self.engine(batch)
             loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, (s, _) in losses.items()]).sum()
+            pulse.enter("backward", n)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             for name, (total, count) in losses.items():
                 before = totals.get(name, (torch.zeros_like(total), torch.zeros_like(count)))
                 totals[name] = (before[0] + total.detach(), before[1] + count)
+            pulse.enter("step", n)
             if n == len(micro_batches) - 1:
                 if self.plain:
                     norm, applied = self._clip_plain()
@@ -237,6 +242,17 @@ class Engine:
     def replicated(self) -> bool:
         """Every rank holds every piece: stage 0."""
         return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.disabled)
+
+
+_COLLECTIVES = ("all_reduce", "reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+
+def _count_collectives() -> None:
+    """Mark DeepSpeed's collectives in the rank's pulse, as `train.dist` does its own."""
+    deepspeed.init_distributed(dist_init_required=False)
+    backend = deepspeed.comm.comm.cdb
+    for name in _COLLECTIVES:
+        setattr(backend, name, pulse.counted(getattr(type(backend), name).__get__(backend), name))
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -9,6 +9,10 @@ class UserError(Exception):
     """Bad input: the message says what is wrong, where, and the cure. The command exits with 2."""
 
 
+class NotFinite(UserError):  # noqa: N818  it says what the numbers are
+    """The numbers of the run are infinite or not numbers, again and again."""
+
+
 class Stopped(Exception):  # noqa: N818  it is not an error
     """The run was asked to stop, finished its step and saved. The command exits with 75."""
 

@@ -10,11 +10,11 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from train import dist
+from train import dist, pulse
 from train.batch import Batch, count_targets, to_device
 from train.data.loader import Loader
 from train.engine import Engine, StepResult
-from train.errors import Stopped, UserError
+from train.errors import NotFinite, Stopped
 from train.progress import Progress
 from train.rng import seed_of
 from train.schedule import learning_rate
@@ -76,6 +76,8 @@ def train(run: Training) -> Progress:
     config, progress, pace, stalled = run.config, run.progress, Pace(run.progress), 0.0
     while progress.step < config.steps:
         began, stall_before = time.monotonic(), run.aside.stall_s
+        pulse.at_step(progress.step + 1)
+        pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
         tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
@@ -150,6 +152,7 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
 
 
 def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:
+    run.emit({"event": "stop_agreed"})
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, pending)
     run.aside.settle()
@@ -163,7 +166,7 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
         run.aside.settle()
-        raise UserError(
+        raise NotFinite(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
             "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"

@@ -15,6 +15,7 @@ import yaml
 from train import config as configuration
 from train import manifest
 from train.errors import UserError
+from train.redact import redact_tree
 from train.schema import Config
 
 IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
@@ -38,7 +39,7 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
         old = yaml.safe_load(saved.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
-    changes = list(configuration.differences(old, configuration.to_dict(config)))
+    changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
     refused = [c for c in changes if c[0].startswith(IDENTITY) and c[0] not in INCIDENTAL]
     if refused:
         lines = "\n".join(f"  - {key}: {was!r} there, {now!r} here" for key, was, now in refused)

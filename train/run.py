@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, resume
+from train import checkpoint, dist, pulse, resume
 from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
@@ -29,6 +29,7 @@ from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
+from train.redact import redact_tree
 from train.saving import Saver
 from train.schema import Config
 from train.throughput import estimated_seconds, matmul_rate
@@ -80,6 +81,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         work.finish(progress)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
+        pulse.enter("end")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
@@ -135,6 +137,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
+        pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
         nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -147,6 +150,7 @@ class Work:
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
+        pulse.enter("save")
         self.settle()
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
         self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
@@ -167,6 +171,7 @@ class Work:
         """Wait for the save in flight."""
         waits = self.saver.busy
         if waits:
+            pulse.enter("save")
             self.emit(phase("save"))
         self.saver.settle()
         self.save_failed()
@@ -182,6 +187,7 @@ class Work:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
+        pulse.enter("end")
         if not self.tracker:
             return
         wall = self.tracker.run.wall_s
@@ -205,6 +211,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens:
             return
+        pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -221,7 +228,8 @@ def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
     """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
     tokenizer = corpus.tokenizer
     prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    return [tokenizer.decode(ids) for ids in generate(objective, prompts, config.generation, tokenizer.eot)]
+    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
+    return [tokenizer.decode(ids) for ids in written]
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
@@ -233,7 +241,7 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
     if changes:
         emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
     folder.mkdir(parents=True, exist_ok=True)
-    content = yaml.safe_dump(configuration.to_dict(config), sort_keys=False, allow_unicode=True)
+    content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
     write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}

@@ -135,10 +135,17 @@ class Cluster(Section):
     workers: Positive = 1
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
-    address: str | None = Field(None, description="an existing Ray cluster; default: a private one on this machine")
+    address: str | None = Field(None, description="a Ray cluster that is up; auto: this machine's; default: one for the job")
+    start: Literal["auto", "here", "ssh", "slurm"] = Field("auto", description="where that is: auto: also on the others there are")
+    hosts: list[str] | str = Field([], description="other machines to start it on, over ssh; or a file of a name a line")
+    bind: str | None = Field(None, description="this machine's address for them; default: the one that leads to them")
+    remote_dir: str | None = Field(None, description="this repository's folder on them; default: the same as here")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
-    max_failures: NonNegative = Field(0, description="restarts from the newest checkpoint before the job gives up")
+    min_workers: Positive | None = Field(None, description="fewest to go on with when some are lost; default: workers")
+    max_failures: NonNegative = Field(3, description="restarts in a row without progress before the job gives up")
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
+    hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
+    grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
 
 
 class Tracking(Section):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.data.files import write_whole
+from train.redact import redact_tree
 from train.schema import Config, Tracking
 
 FINISH_TIMEOUT_S = 60.0
@@ -141,7 +142,7 @@ class Wandb:
             group=tracking.group,
             tags=tracking.tags,
             job_type="train",
-            config=self.config.model_dump(by_alias=True, mode="json"),
+            config=redact_tree(self.config.model_dump(by_alias=True, mode="json")),
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
         )
         rows: list[tuple[int, str, str]] = []

@@ -10,6 +10,7 @@ at a time. Scores are made transposed, so that P^T and dS^T are the left operand
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -20,7 +21,10 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention_tiles import (
     LOG2_E,
     Problem,
+    boxed,
+    choices,
     columns,
+    load_rows,
     load_tile,
     place,
     sees,
@@ -75,6 +79,7 @@ def _attention_backward_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BOXES: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -96,9 +101,6 @@ def _attention_backward_kv_kernel(
     far = rows.to(tl.int64)[:, None]
     k_tile = load_tile(k + row * k_b + head * k_h, far * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
     v_tile = load_tile(v + row * v_b + head * v_h, far * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
-    q += row * q_b + head * GROUPS * q_h
-    grad_out += row * grad_b + head * GROUPS * grad_h
-    statistics = (row * heads + head) * GROUPS * queries
 
     wide: tl.constexpr = lse.dtype.element_ty
     unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0
@@ -107,20 +109,20 @@ def _attention_backward_kv_kernel(
     for EDGE in tl.static_range(2):
         count = edges if EDGE else whole
         for step in tl.range(0, count * GROUPS):  # one loop over tiles and heads, so that the copies never run dry
-            member = step % GROUPS
+            q_head = head * GROUPS + step % GROUPS
             first = tile_at(step // GROUPS, EDGE, begin, whole_begin, whole, BLOCK_M)
             inside = tl.arange(0, BLOCK_M)
             if EDGE:
                 inside = tl.minimum(inside, queries - 1 - first)
-            q_at = q + first.to(tl.int64) * q_t + member * q_h
-            grad_at = grad_out + first.to(tl.int64) * grad_t + member * grad_h
-            q_tile = load_tile(q_at, inside[:, None] * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-            grad_tile = load_tile(grad_at, inside[:, None] * grad_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
-            which = statistics + member * queries + first + inside
+            q_tile = load_rows(q, row, q_head, first, inside, q_b, q_t, q_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
+            grad_tile = load_rows(
+                grad_out, row, q_head, first, inside, grad_b, grad_t, grad_h, plain, plain_kept, HEAD_DIM, BLOCK_D, BOXES
+            )
+            which = (row * heads * GROUPS + q_head) * queries + first + inside
             scores = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_N, BLOCK_M), wide), PRECISION)
             if bias is not None:
                 offsets = far * bias_k + (first + inside).to(tl.int64)[None, :] * bias_q
-                added = tl.load(bias + row * bias_b + (head * GROUPS + member) * bias_h + offsets).to(wide)
+                added = tl.load(bias + row * bias_b + q_head * bias_h + offsets).to(wide)
                 scores = (scores * SCALE + added) * LOG2_E
             weights = tl.exp2(scores * unit - tl.load(lse + which)[None, :])
             if EDGE:
@@ -146,7 +148,9 @@ def _attention_backward_kv_kernel(
 def run_backward_kv(problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
     """Writes the gradients of k and v. Queries and keys are turned already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_k, grad_v)
-    run(tuning.best("attention_backward_kv", problem.shape_class(), _candidates(problem.q), run))
+    run(
+        tuning.best("attention_backward_kv", problem.shape_class(), choices(problem, (problem.q, grad_out), _tiles(problem.q)), run)
+    )
 
 
 def _run(
@@ -154,10 +158,14 @@ def _run(
 ) -> None:
     rows, keys, heads, _ = grad_k.shape
     sizes = problem.q.shape[1], keys, heads, rows * heads, problem.before, problem.after, side_by_side(problem.q)
-    tensors = *problem[:8], lse, grad_out, delta, grad_k, grad_v
+    q: Any = problem.q
+    grad: Any = grad_out
+    if chosen["BOXES"]:
+        q, grad = (boxed(x, chosen["BLOCK_M"]) for x in (q, grad))
+    tensors = q, *problem[1:8], lse, grad, delta, grad_k, grad_v
     grid = (triton.cdiv(keys, chosen["BLOCK_N"]) * rows * heads,)
     launch(_attention_backward_kv_kernel, grid, *tensors, *problem.strides(grad_out), *sizes, **problem.constants(), **chosen)
 
 
-def _candidates(q: Tensor) -> list[tuning.Tiles]:
-    return [{"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}]
+def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
+    return [(64, 128, 0, 8, 2)]

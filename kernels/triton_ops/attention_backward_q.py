@@ -14,6 +14,7 @@ On Hopper: 128 queries for two warp groups as forward, and 64 keys at a time, si
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -24,7 +25,10 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention_tiles import (
     LOG2_E,
     Problem,
+    boxed,
+    choices,
     columns,
+    load_rows,
     load_tile,
     load_turned,
     place,
@@ -81,6 +85,7 @@ def _attention_backward_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BOXES: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -113,8 +118,7 @@ def _attention_backward_q_kernel(
     slope = tl.sum(out_tile.to(wide) * grad_tile.to(wide), 1)
     tl.store(delta + pair.to(tl.int64) * queries + at, slope, mask=at < queries)
     sums = tl.load(lse + pair.to(tl.int64) * queries + rows)
-    k += row * k_b + head // GROUPS * k_h
-    v += row * v_b + head // GROUPS * v_h
+    kv_head = head // GROUPS
 
     unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
@@ -124,8 +128,8 @@ def _attention_backward_q_kernel(
             inside = tl.arange(0, BLOCK_N)
             if EDGE:
                 inside = tl.minimum(inside, keys - 1 - first)
-            k_tile = load_tile(k + first.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-            v_tile = load_tile(v + first.to(tl.int64) * v_t, inside[:, None] * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
+            k_tile = load_rows(k, row, kv_head, first, inside, k_b, k_t, k_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
+            v_tile = load_rows(v, row, kv_head, first, inside, v_b, v_t, v_h, plain, plain_kept, HEAD_DIM, BLOCK_D, BOXES)
             scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
             if bias is not None:
                 offsets = far * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
@@ -153,7 +157,7 @@ def run_backward_q(
 ) -> None:
     """Writes delta (B, H, Tq), the gradient of q, and where there is rope q turned. Keys are turned already."""
     run = functools.partial(_run, problem, out, lse, grad_out, q_turned, delta, grad_q)
-    run(tuning.best("attention_backward_q", problem.shape_class(), _candidates(problem.q), run))
+    run(tuning.best("attention_backward_q", problem.shape_class(), choices(problem, problem[1:3], _tiles(problem.q)), run))
 
 
 def _run(
@@ -169,10 +173,14 @@ def _run(
     rows, queries, heads, _ = out.shape
     heads_beside = side_by_side(problem.k) * problem.groups
     sizes = queries, problem.k.shape[1], heads, rows * heads, problem.before, problem.after, heads_beside
-    tensors = *problem[:8], out, lse, grad_out, q_turned, delta, grad_q
+    k: Any = problem.k
+    v: Any = problem.v
+    if chosen["BOXES"]:
+        k, v = (boxed(x, chosen["BLOCK_N"]) for x in (k, v))
+    tensors = problem.q, k, v, *problem[3:8], out, lse, grad_out, q_turned, delta, grad_q
     grid = (triton.cdiv(queries, chosen["BLOCK_M"]) * rows * heads,)
     launch(_attention_backward_q_kernel, grid, *tensors, *problem.strides(grad_out), *sizes, **problem.constants(), **chosen)
 
 
-def _candidates(q: Tensor) -> list[tuning.Tiles]:
-    return [{"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}]
+def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
+    return [(128, 64, 0, 8, 2)]

@@ -16,6 +16,7 @@ folded into the scale, so the exponential is one instruction and the scaling one
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -26,7 +27,10 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention_tiles import (
     LOG2_E,
     Problem,
+    boxed,
+    choices,
     columns,
+    load_rows,
     load_tile,
     load_turned,
     padded,
@@ -80,6 +84,7 @@ def _attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BOXES: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -106,8 +111,7 @@ def _attention_forward_kernel(
         q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
     else:
         q_tile = load_turned(q + row * q_b + head * q_h, far * q_t, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM, BLOCK_D)
-    k += row * k_b + head // GROUPS * k_h
-    v += row * v_b + head // GROUPS * v_h
+    kv_head = head // GROUPS
 
     wide: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
     unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0  # what a raw score is multiplied with, to base 2
@@ -120,7 +124,7 @@ def _attention_forward_kernel(
             inside = tl.arange(0, BLOCK_N)
             if EDGE:
                 inside = tl.minimum(inside, keys - 1 - first)
-            k_tile = load_tile(k + first.to(tl.int64) * k_t, inside[:, None] * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+            k_tile = load_rows(k, row, kv_head, first, inside, k_b, k_t, k_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
             scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
             if bias is not None:
                 offsets = far * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
@@ -137,7 +141,7 @@ def _attention_forward_kernel(
             weights = tl.exp2(scores * unit - base[:, None])
             shrink = tl.exp2(largest - base)
             total = total * shrink + tl.sum(weights, 1)
-            v_tile = load_tile(v + first.to(tl.int64) * v_t, inside[:, None] * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
+            v_tile = load_rows(v, row, kv_head, first, inside, v_b, v_t, v_h, plain, plain_kept, HEAD_DIM, BLOCK_D, BOXES)
             acc = dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
             largest = new
 
@@ -186,7 +190,7 @@ def _attention_merge_kernel(
 def run_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Writes the output (B, Tq, H, Dh) and the log-sums (B, H, Tq). Keys are turned already, queries are not."""
     run = functools.partial(_run, problem, out, lse)
-    run(tuning.best("attention_forward", problem.shape_class(), _candidates(problem.q), run))
+    run(tuning.best("attention_forward", problem.shape_class(), choices(problem, problem[1:3], _tiles(problem.q)), run))
 
 
 def _run(problem: Problem, out: Tensor, lse: Tensor, chosen: tuning.Tiles) -> None:
@@ -199,7 +203,11 @@ def _run(problem: Problem, out: Tensor, lse: Tensor, chosen: tuning.Tiles) -> No
         parts, part_lse = (lse.new_empty((splits, *x.shape)) for x in (out, lse))
     heads_beside = side_by_side(problem.k) * problem.groups
     sizes = queries, keys, heads, rows * heads, problem.before, problem.after, part, heads_beside
-    arguments = *problem[:8], parts, part_lse, *problem.strides(), *sizes
+    k: Any = problem.k
+    v: Any = problem.v
+    if chosen["BOXES"]:
+        k, v = (boxed(x, chosen["BLOCK_N"]) for x in (k, v))
+    arguments = problem.q, k, v, *problem[3:8], parts, part_lse, *problem.strides(), *sizes
     launch(_attention_forward_kernel, (programs, splits), *arguments, **problem.constants(), **chosen)
     if splits > 1:
         dims = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_S": triton.next_power_of_2(splits)}
@@ -214,5 +222,5 @@ def _splits(programs: int, queries: int, keys: int, chosen: tuning.Tiles) -> int
     return max(1, min(PROGRAMS // programs, keys // (4 * chosen["BLOCK_N"]), 32))
 
 
-def _candidates(q: Tensor) -> list[tuning.Tiles]:
-    return [{"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}]
+def _tiles(q: Tensor) -> list[tuple[int, int, int, int, int]]:
+    return [(128, 128, 0, 8, 2)]

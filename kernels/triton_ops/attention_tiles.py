@@ -8,13 +8,16 @@ declares nothing whole, and its tiles compare ids.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+import kernels.tuning as tuning
 from kernels.launch import launch
 
 FAR = 1 << 30
@@ -92,6 +95,18 @@ def load_tile(base, offsets, kept, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     if HEAD_DIM == BLOCK_D:
         return tl.load(base + offsets)
     return tl.load(base + offsets, mask=kept[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(
+    x, row, head, first, inside, x_b, x_t, x_h, cols, kept, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOXES: tl.constexpr
+):
+    """The tile of x (B, T, H, Dh), a tensor descriptor if ``BOXES``, whose rows are ``inside`` beyond place ``first``."""
+    if BOXES:
+        tile = x.load([row.to(tl.int32), first.to(tl.int32), head.to(tl.int32), 0])
+        return tl.reshape(tile, (inside.shape[0], BLOCK_D))
+    base = x + row * x_b + head * x_h + first.to(tl.int64) * x_t
+    return load_tile(base, inside[:, None] * x_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -229,3 +244,22 @@ def dense(x: Tensor) -> Tensor:
 def side_by_side(x: Tensor) -> int:
     """How many heads of x (B, T, Hkv, Dh) programs work on at the same time: their keys and values fill half of 50 MB of L2."""
     return max(1, (24 << 20) // (2 * x.shape[1] * x.shape[3] * x.element_size()))
+
+
+def boxed(x: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of ``rows`` rows of x (B, T, H, Dh) for Hopper's copy engine, which fills with 0 what lies outside of x."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[3])])
+
+
+def choices(problem: Problem, read: Sequence[Tensor], tiles: Sequence[tuple[int, int, int, int, int]]) -> list[tuning.Tiles]:
+    """Tiles (BLOCK_M, BLOCK_N, BOXES, num_warps, num_stages) by name, without those whose boxes what the loop reads forbids.
+
+    The copy engine wants addresses and strides in multiples of 16 bytes, and heads in the order they lie in.
+    """
+    ordered = problem.cos is None or problem.q.shape[3] == padded(problem.q.shape[3])
+    steps = [s * x.element_size() for x in read for s in (*x.stride()[:3], x.storage_offset())]
+    dense_enough = all(s % 16 == 0 for s in steps) and all(s > 0 for x in read for s in x.stride())
+    hopper = not read[0].is_cuda or torch.cuda.get_device_capability(read[0].device) >= (9, 0)
+    boxes = hopper and ordered and dense_enough
+    names = "BLOCK_M", "BLOCK_N", "BOXES", "num_warps", "num_stages"
+    return [dict(zip(names, t, strict=True)) for t in tiles if boxes or not t[2]]

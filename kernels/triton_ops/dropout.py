@@ -20,7 +20,7 @@ from kernels.triton_ops.rows import MAX_WIDTH, as_rows, forward_tiles, keep
 from kernels.tuning import Tiles, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])  # a step in sixteen would compile it anew
 def _dropout_kernel(
     x_ptr,  # (R, D)
     out_ptr,  # (R, D)

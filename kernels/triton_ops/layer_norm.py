@@ -22,7 +22,7 @@ from kernels.triton_ops.rows import MAX_WIDTH, as_rows, backward_tiles, column_s
 from kernels.tuning import Tiles, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _layer_norm_forward_kernel(
     x_ptr,  # (R, D)
     residual_ptr,  # (R, D), or None: then total is x
@@ -69,7 +69,7 @@ def _layer_norm_forward_kernel(
     tl.store(y_ptr + here, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _layer_norm_backward_kernel(
     grad_ptr,  # (R, D), of y
     grad_total_ptr,  # (R, D), or None

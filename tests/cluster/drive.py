@@ -8,8 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.begin import begin
 from cluster.signals import Signals
+from train import redact
 
 if __name__ == "__main__":
+    redact.cover()
     signals = Signals()
     signals.listen()
     begun = begin(signals, "toy:train_rank")

@@ -187,4 +187,4 @@ def test_a_run_folder_that_cannot_be_made_is_refused(start, tmp_path):
 def test_a_cluster_that_does_not_answer_is_refused(start):
     driver = start(address="127.0.0.1:1")
     assert driver.wait() == 2
-    assert "no Ray cluster answers there" in driver.text()
+    assert "no Ray cluster answers at 127.0.0.1:1" in driver.text()

@@ -1,5 +1,6 @@
-"""Part c as a user meets it: driver and workers killed at random moments, the same command given again, nothing lost."""
+"""Jobs whose processes are killed at random moments, all of them or any one, as a user meets it: nothing is lost."""
 
+import json
 import os
 import random
 import re
@@ -33,7 +34,7 @@ def processes_of(mark):
     return found
 
 
-def run(overrides, folder, mark, kill_when=None):
+def run(overrides, folder, mark, kill_when=None, seconds=240):
     """Give the command; SIGKILL it and all that it started once ``kill_when()`` holds. Its exit code and output."""
     name, _, value = mark.partition("=")
     out = folder / "out"
@@ -45,7 +46,7 @@ def run(overrides, folder, mark, kill_when=None):
             stderr=file,
             cwd=folder,
         )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + seconds
     while process.poll() is None:
         assert time.monotonic() < deadline, out.read_text()
         if kill_when is not None and kill_when():
@@ -91,3 +92,52 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(as_typed, tmp_pa
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert not list(folder.glob(".step_*")), "what a kill left aside is swept away"
+
+
+LONG, SINGLE_KILLS = 300, 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_whose_processes_are_killed_one_by_one_equals_one_that_was_not(as_typed, tmp_path):
+    """Any of them: trainers, stewards, the warm process, Ray's, the driver; after the driver's death the command is given again."""
+    draw = random.Random(os.environ.get("TRIREME_KILL_SEED", "11"))
+    settings = [f"steps={LONG}", "save_every=5", "eval_every=50", "keep_last=2", "cluster.workers=2", "zero=2"]
+    undisturbed, config = (configuration.load(as_typed(*settings, name=name)) for name in ("whole", "killed"))
+    mark = f"TRIREME_SINGLE_KILLS={tmp_path}"
+    code, text = run(as_typed(*settings, name="whole"), tmp_path, mark)
+    assert code == 0, text
+
+    metrics, hit = Path(config.run.dir) / "metrics.jsonl", []
+    points = sorted(draw.sample(range(2, LONG - 10), SINGLE_KILLS))
+
+    def strike():
+        """Once the next point is passed, and some random moment later, SIGKILL any one process of the job."""
+        if len(hit) < SINGLE_KILLS and reached(metrics) >= points[len(hit)] and (found := processes_of(mark)):
+            time.sleep(draw.uniform(0, 0.2))
+            victim = draw.choice(found)
+            try:
+                name = victim.name()
+                victim.kill()
+                hit.append(name)
+            except psutil.NoSuchProcess:
+                pass
+        return False
+
+    starts = 0
+    while code != 0 or not starts:
+        code, text = run(as_typed(*settings, name="killed"), tmp_path, mark, strike, seconds=1500)
+        starts += 1
+        assert starts <= SINGLE_KILLS + 1, text
+    print(f"{starts} commands; killed: {hit}")
+    assert len(hit) == SINGLE_KILLS
+    assert worlds.metrics(config) == worlds.metrics(undisturbed), "the data_hash and the loss of every step"
+    ours, theirs = worlds.state(config, LONG), worlds.state(undisturbed, LONG)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def reached(metrics):
+    """The last step of which a whole line was written."""
+    found = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in found if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0

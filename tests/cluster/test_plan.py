@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.plan import Node, Request, choose_device, place
+from cluster.plan import Node, Request, begin_with, choose_device, place
 from train.errors import UserError
 
 
@@ -47,6 +47,27 @@ def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_
         place(nodes, request_)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least", "size"),
+    [
+        ([node("a", 4)], None, 4),
+        ([node("a", 4)], 2, 4),
+        ([node("a", 3)], 2, 3),  # all that there ever is
+        ([node("a", 2), node("b", 4, free_cpus=1)], 2, 3),  # others use the rest: it may join later
+        ([node("a", 4, free_cpus=0)], 2, 2),  # nothing is free: so many are waited for
+        ([node("a", 4, free_cpus=0)], None, 4),
+    ],
+)
+def test_a_job_begins_with_as_many_workers_as_there_is_room_for(nodes, least, size):
+    request = Request(4, 1, 0, least)
+    assert begin_with(place(nodes, request), request) == size
+
+
+def test_fewer_cores_than_the_fewest_workers_need_are_refused():
+    with pytest.raises(UserError, match=r"cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
+        place([node("a", 2)], Request(4, 1, 0, 3))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.watch import End, explain, judge
+from cluster.report import explain, signature
+from cluster.watch import Beat, End, Finding, fault_of, judge
 
 GLOO = "Traceback (most recent call last):\nRuntimeError: [gloo/transport/tcp/pair.cc:538] Connection closed by peer"
 OOPS = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\nValueError: the oar broke'
@@ -91,7 +92,8 @@ def test_an_exception_shows_its_traceback_and_not_the_log_too():
 
 
 def test_a_lost_host_is_told_as_lost():
-    assert "was lost" in block({"rank": 1, "code": -9, "lost": "was lost with its host"})
+    text = block({"rank": 1, "code": -9, "fault": "host lost", "words": "was lost with its host", "at": Beat(1, 7, "backward", 2)})
+    assert text == "rank 1 was lost with its host in backward of step 7, micro-batch 3"
 
 
 def test_an_exit_without_a_word_shows_the_log():
@@ -105,3 +107,90 @@ def test_many_fallen_ranks_take_one_line():
     lines = explain(judge(ends(*given), 40))
     assert len([line for line in lines if "fell with it" in line]) == 1
     assert "SIGABRT" in lines[0]
+
+
+CUDA = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [
+        ({"code": -9}, "killed"),
+        ({"code": -11}, "killed"),
+        ({"code": -9, "oom": 1}, "out of host memory"),
+        ({"code": 1, "error": CUDA}, "out of device memory"),
+        (
+            {"code": 1, "error": "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"},
+            "out of device memory",
+        ),
+        ({"code": 1, "error": HOST}, "out of host memory"),
+        ({"code": 1, "error": "Traceback\nMemoryError"}, "out of host memory"),
+        ({"code": 1, "error": OOPS}, "raised"),
+        ({"code": 7}, "raised"),
+        ({"code": 1, "error": GLOO}, "network lost"),
+        ({"code": 2, "error": "10 updates in a row", "kind": "not_finite"}, "not finite"),
+        ({"code": -9, "fault": "worker lost"}, "worker lost"),
+    ],
+)
+def test_the_kind_of_an_end(end, fault):
+    assert fault_of(End(rank=0, order=0, **end)) == fault
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "kind", "fault"),
+    [
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [1], "stopped", "preempted"),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [0, 1], "stopped", None),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [], "stopped", None),
+        # the notice was too short to save
+        ([{"rank": 0, "code": 1, "error": GLOO}, {"rank": 1, "code": -9}], [1], "failed", "preempted"),
+        ([{"rank": 0, "code": -9}, {"rank": 1, "code": 1, "error": GLOO}], [1], "failed", "killed"),
+    ],
+)
+def test_a_part_of_the_ranks_told_to_end_is_a_preemption(given, asked, kind, fault):
+    verdict = judge(ends(*given), 2, None, asked)
+    assert (verdict.kind, verdict.fault) == (kind, fault)
+
+
+def test_a_finding_comes_before_the_ends_that_it_led_to():
+    finding = Finding(
+        "hung", 2, "hung: nothing moved for 31 s in data of step 9", ("ranks 0, 1 wait in all_reduce_sum #40", "", "  File x")
+    )
+    found = ends(*({"rank": rank, "code": -9, "ours": True, "host": "oar", "pid": 10 + rank} for rank in (1, 0, 2)))
+    verdict = judge(found, 3, finding)
+    assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "hung", 2)
+    lines = explain(verdict)
+    assert lines[:2] == [
+        "rank 2 on oar (pid 12) hung: nothing moved for 31 s in data of step 9",
+        "ranks 0, 1 wait in all_reduce_sum #40",
+    ]
+    assert lines[-1] == "ranks 0, 1 fell with it (ended by the driver)"
+
+
+def test_a_world_in_which_nobody_can_be_blamed_is_told_without_a_rank():
+    assert explain(judge(ends({"rank": 0, "code": -9, "ours": True}), 1, Finding("hung", None, "no rank has moved for 61 s")))[
+        0
+    ] == ("no rank has moved for 61 s")
+
+
+def test_a_long_traceback_is_cut_to_a_screen_and_keeps_its_end():
+    error = "\n".join(["Traceback", *(f'  File "x.py", line {n}' for n in range(100)), "ValueError: the oar broke"])
+    lines = explain(judge(ends({"rank": 1, "code": 1, "error": error}), 2))
+    assert len(lines) < 30
+    assert "... (78 lines more in its log)" in lines[2]
+    assert lines[-1] == "ValueError: the oar broke"
+
+
+def test_memory_names_its_cure():
+    assert "zero=2 or zero=3" in block({"rank": 0, "code": 1, "error": CUDA})
+    assert "fewer workers on this host" in block({"rank": 0, "code": -9, "oom": 1, "peak_mib": 9, "memory_mib": 10})
+
+
+def test_the_signature_of_a_failure_is_the_same_for_another_process_and_other_for_another_error():
+    def of(**end):
+        return signature(judge([End(rank=0, order=0, **end)], 1))
+
+    assert of(code=1, error="Traceback\nValueError: 0x7f12 at 3", pid=7) == of(code=1, error="x\nValueError: 0x7f99 at 4", pid=8)
+    assert of(code=1, error="ValueError: a") != of(code=1, error="ValueError: b")
+    assert of(code=-9) != of(code=-11)

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import torch
-import torch.distributed as torch_dist
 
-from train import dist
+from train import dist, pulse
 from train.errors import Stopped, UserError
 
 
@@ -27,15 +27,17 @@ def train_rank(config, corpus, world, emit, should_stop):
     emit({"event": "plan", "params": 1234, "tokens": 1000, "steps": config.steps, "start_step": start})
     emit({"event": "phase", "name": "first_step", "t": time.time()})
     for step in range(start + 1, config.steps + 1):
+        pulse.at_step(step)
+        pulse.enter("data")
         _fail(fault, world, step, Path(config.run.dir))
-        total = torch.ones(1)
-        torch_dist.all_reduce(total)
-        assert int(total) == world.size
+        pulse.enter("step")
+        assert dist.all_reduce_sum([1.0]) == [world.size]
         if step == start + 1:
             emit({"event": "phase", "name": "train", "t": time.time()})
         emit({"event": "step", "step": step, "steps": config.steps, "loss": 1.0 / step, "tokens_per_s": 10.0})
         if world.first:
             progress.write_text(str(step))
+            emit({"event": "save", "step": step})
         if dist.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
         time.sleep(fault.get("sleep", 0.0))
@@ -43,7 +45,7 @@ def train_rank(config, corpus, world, emit, should_stop):
 
 
 def _fail(fault, world, step, run_dir):
-    if fault.get("rank") not in (world.rank, "all") or fault.get("step") != step:
+    if fault.get("rank") not in (world.rank, "all") or fault.get("step") not in (step, "all"):
         return
     marks = run_dir / f"failed_{world.rank}"
     times = int(marks.read_text()) if marks.exists() else 0
@@ -54,10 +56,19 @@ def _fail(fault, world, step, run_dir):
     if fault["do"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault["do"] == "raise":
-        raise ValueError("the oar broke")
+        raise ValueError(fault.get("say", "the oar broke"))
     elif fault["do"] == "refuse":
         raise UserError("the corpus is not the one that this run began with")
     elif fault["do"] == "hang":
         time.sleep(1000)
+    elif fault["do"] == "wedge":
+        pulse.counted(time.sleep)(1000)
+    elif fault["do"] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault["do"] == "dawdle":
+        time.sleep(0.1)
+    elif fault["do"] == "devour":
+        resource.setrlimit(resource.RLIMIT_AS, (torch.iinfo(torch.int32).max * 4, resource.RLIM_INFINITY))
+        torch.ones(1 << 33)
     elif fault["do"] == "exit":
         os._exit(7)

@@ -15,8 +15,10 @@ import kernels
 from kernels import reference, tuning
 from kernels.triton_ops import attention_backward_kv, attention_backward_q, attention_forward
 
-KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv", "attention_backward_bias")
-SMALL = {name: {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2} for name in KERNELS}
+LAUNCH = {"num_warps": 4, "num_stages": 2}
+KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv")
+SMALL = {name: {"BLOCK_M": 32, "BLOCK_N": 32, "BOXES": 0, **LAUNCH} for name in KERNELS}
+SMALL["attention_backward_bias"] = {"BLOCK_M": 32, "BLOCK_N": 32, **LAUNCH}
 """Tiles by which a short row has many, seen whole, in part and not at all."""
 
 
@@ -78,6 +80,16 @@ def test_attention(backend, dtype, layout, rows, queries, more, heads, head_dim,
         compare(backend, inputs, dtype, layout, **options)
 
 
+@pytest.mark.parametrize("head_dim", [16, 24])
+def test_tiles_that_the_copy_engine_fetches(head_dim):
+    """The same by tensor descriptors, up to places and columns that lie outside of the tensor."""
+    packed = ids("runs", 2, 49)
+    rope = kernels.rope_table(torch.arange(49, device=DEVICE)[None], head_dim, 100.0) if head_dim == 16 else None
+    with tuning.force(**{name: SMALL[name] | {"BOXES": 1} for name in KERNELS}):
+        inputs = tensors(2, 49, 49, 1, 2, head_dim)
+        compare("triton", inputs, causal=True, segments=kernels.Segments(packed, packed), rope=rope)
+
+
 @backends
 @pytest.mark.parametrize("head_dim", [1, 20, 80, 96, 128, 160, 256])
 def test_every_width_of_head(backend, head_dim):
@@ -100,7 +112,7 @@ def test_a_few_queries_over_many_keys(backend, queries):
     held = torch.tensor([[300], [100]], device=DEVICE)
     seen = (torch.arange(300, device=DEVICE) < held).long()
     options = {"causal": queries > 1, "segments": kernels.Segments(torch.ones_like(seen[:, :queries]), seen)}
-    with tuning.force(attention_forward={"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}):
+    with tuning.force(attention_forward={"BLOCK_M": 16, "BLOCK_N": 32, "BOXES": 0, **LAUNCH}):
         compare(backend, (q, k, v), **options)
 
 

@@ -42,6 +42,7 @@ def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
         (["batch.global=8", "data.streams=5"], ["data.streams=5", "batch.global=8", "data.streams=4"]),
         (["batch.global=8", "batch.micro=3"], ["batch.micro=3", "batch.global=8", "cluster.workers=2", "batch.micro=2"]),
         (["batch.global=2", "cluster.workers=3"], ["cluster.workers=3", "data.streams=2"]),
+        (["cluster.min_workers=3"], ["cluster.min_workers=3", "cluster.workers=2"]),
         (["batch.seq_len=4096"], ["batch.seq_len=4096", "model.max_len=512"]),
         (["data=text"], ["data.paths"]),
         (["optimizer.lr=1,2"], ["sweep"]),

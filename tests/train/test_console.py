@@ -181,3 +181,21 @@ def test_times_are_as_people_say_them(seconds, words):
 def test_the_console_and_the_driver_import_no_torch():
     code = "import sys, cluster.launch, train.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2], check=True)
+
+
+def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_line():
+    next_ = "starting again from the checkpoint of step 40 (restart 1 of 3 without progress)"
+    marks = {
+        "failed": 100.0,
+        "ended": 100.1,
+        "start": 100.2,
+        "connected": 100.3,
+        "engine": 100.5,
+        "first_step": 100.8,
+        "train": 101.0,
+    }
+    failure = {"event": "failure", "lines": ["rank 1 killed by SIGKILL"], "next": next_, "again": True}
+    out, errors = shown([LIFE[0], failure, {"event": "recovered", "workers": 2, **marks}])
+    assert f"Next: {next_}" in errors
+    assert "run the same command" not in errors
+    assert "recovered in 1.0 s with 2 workers: noticed and ended 0.1 · workers started 0.2 · met 0.3" in out

@@ -10,6 +10,9 @@ import torch
 import worlds
 
 from train import config as configuration
+from train.data.loader import loaders
+from train.data.shards import Corpus
+from train.dist import World
 
 
 def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: Path):
@@ -94,3 +97,12 @@ def test_ranks_that_differ_in_their_configuration_refuse(make, corpus: Path):
 
 def differing(world, emit, config, folder) -> str:
     return worlds.train(world, emit, {**config, "seed": world.rank}, folder)
+
+
+@pytest.mark.parametrize(
+    ("workers", "here", "micro", "micro_batches"), [(3, 3, 2, 1), (3, 2, 2, 2), (4, 2, 2, 2), (6, 1, 1, 6), (4, 4, 2, 1)]
+)
+def test_a_world_that_lost_workers_takes_more_micro_batches_of_the_usual_size(make, corpus, workers, here, micro, micro_batches):
+    config = make(f"cluster.workers={workers}", "batch.global=6")
+    loader, _ = loaders(Corpus(corpus), config, World(0, here, 0, torch.device("cpu")))
+    assert (loader.micro, loader.micro_batches) == (micro, micro_batches)

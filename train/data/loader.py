@@ -246,8 +246,10 @@ def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, tokens:
 def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:
     """The rank's training data, and the held-out data in groups that are the same for any world."""
     streams = config.data.streams or config.batch.global_
-    rows = -(-streams // world.size) * (config.batch.global_ // streams)
-    share = Share(world.rank, world.size, config.batch.micro or rows)
+    depth = config.batch.global_ // streams
+    rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
+    # A world that has lost workers takes more micro-batches, not larger ones: memory was measured for the usual share.
+    share = Share(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     train = training_loader(corpus, config, share, pin=world.device.type == "cuda")
     return train, held_out_loader(corpus, config, Share(world.rank, world.size, group))

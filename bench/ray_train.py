@@ -1,0 +1,89 @@
+"""A job of Ray Train's: the peer that ``bench.restart`` kills workers of.
+
+    python -m bench.ray_train FOLDER [group=choice] [key=value]
+
+Each worker notes in FOLDER its process and when it made the first step of a start. It never ends by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from train import config as configuration
+from train.data.files import write_whole
+from train.objectives import build_objective
+from train.schema import Config
+
+VOCABULARY = 256
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def worker(options: dict[str, Any]) -> None:
+    """One worker's whole life: plain DistributedDataParallel, a checkpoint now and then."""
+    config, folder = configuration.parse(options["config"]), Path(options["folder"])
+    rank, step, first = ray.train.get_context().get_world_rank(), 0, None
+    model = torch.nn.parallel.DistributedDataParallel(build_objective(config, VOCABULARY))
+    optimizer = torch.optim.AdamW(model.parameters(), config.optimizer.lr)
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        with checkpoint.as_directory() as kept:
+            state = torch.load(Path(kept) / "state.pt")
+        step = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    while True:
+        total, count = model(batch(config))["loss"]
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if first is None:
+            first = time.time()
+            write_whole(folder / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), "first": first}).encode())
+        if step % config.save_every == 0:
+            save(rank, {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def batch(config: Config) -> dict[str, torch.Tensor]:
+    """Tokens drawn at random, of the configured shape."""
+    shape = (config.batch.global_ // config.cluster.workers, config.batch.seq_len)
+    tokens = torch.randint(0, VOCABULARY, shape)
+    places = torch.arange(shape[1]).expand(shape)
+    return {"tokens": tokens, "targets": tokens, "positions": places, "segments": torch.ones(shape, dtype=torch.int32)}
+
+
+def save(rank: int, state: dict[str, Any]) -> None:
+    """Reports a checkpoint, which rank 0 writes."""
+    with tempfile.TemporaryDirectory() as kept:
+        if rank == 0:
+            torch.save(state, Path(kept) / "state.pt")
+        ray.train.report({}, checkpoint=Checkpoint.from_directory(kept) if rank == 0 else None)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs until it is killed."""
+    folder, config = Path(arguments[0]), configuration.load(arguments[1:])
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=config.cluster.workers + 1, include_dashboard=False, runtime_env={"env_vars": environment})
+    TorchTrainer(
+        worker,
+        train_loop_config={"config": configuration.to_dict(config), "folder": str(folder)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=config.cluster.workers),
+        run_config=RunConfig(storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=-1)),
+    ).fit()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,143 @@
+"""Seconds from the SIGKILL of one worker to the next step of all of them, by phase, beside Ray Train's own recovery.
+
+    ./launch.sh bench restart [repeats=20] [peer=true] [group=choice] [key=value]
+
+One job trains gpt_tiny, and one of its workers, drawn at random, is killed again and again at random moments. Ray Train (a
+TorchTrainer with a FailureConfig, gloo) trains the same objective on as many workers, with a checkpoint every so many steps
+too, and has the same done to it. Medians, in seconds since the kill.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from train import config as configuration
+from train.failures import PHASES
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LIMIT_S = 120.0
+GOAL_S = 2.0
+PAUSE_S = (0.5, 1.5)
+"""Between a recovery and the next kill: drawn from this range."""
+FIXED = ["model=gpt_tiny", "batch.seq_len=64", "batch.global=8", "steps=10000000", "save_every=20", "eval_every=0", "log_every=10"]
+
+Marks = dict[str, float]
+
+
+class Job:
+    """A command that runs in a session of its own, until the block ends."""
+
+    def __init__(self, command: list, log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Waits for ``condition`` while the job lives."""
+        end = time.monotonic() + LIMIT_S
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"the job did not come back:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.01)
+
+
+def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
+    """The marks of ``repeats`` recoveries of one job, in seconds since each kill."""
+    run_dir, found = folder / "run", []
+    record = run_dir / "restarts.jsonl"
+    with Job([REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"], folder / "ours.log") as job:
+        job.until(lambda: bool(lines(run_dir / "metrics.jsonl")))
+        for number in range(repeats):
+            time.sleep(random.uniform(*PAUSE_S))
+            victim, killed = random.choice(trainers(job.process.pid)), time.time()
+            os.kill(victim, signal.SIGKILL)
+            job.until(lambda number=number: len(lines(record)) > number)
+            found.append({key: lines(record)[-1][key] - killed for key in ("failed", *PHASES)})
+    return found
+
+
+def trainers(driver: int) -> list[int]:
+    """The job's workers: what its warm process has forked."""
+    warm = [pid for pid, command in children(driver) if b"cluster.warm" in command]
+    return [pid for parent in warm for pid, _ in children(parent)]
+
+
+def children(parent: int) -> list[tuple[int, bytes]]:
+    """The processes that ``parent`` has started, and their command lines."""
+    own = [int(pid) for file in Path(f"/proc/{parent}/task").glob("*/children") for pid in file.read_text().split()]
+    return [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in own]
+
+
+def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
+    """The seconds of ``repeats`` recoveries of Ray Train."""
+    steps, size, found = folder / "peer", configuration.load(overrides).cluster.workers, []
+    steps.mkdir()
+    with Job([sys.executable, "-m", "bench.ray_train", str(steps), *overrides], folder / "peer.log") as job:
+        for _ in range(repeats):
+            job.until(lambda: len(fresh(steps, 0.0)) == size)
+            time.sleep(random.uniform(*PAUSE_S))
+            victim, killed = random.choice(fresh(steps, 0.0))["pid"], time.time()
+            os.kill(victim, signal.SIGKILL)
+            job.until(lambda killed=killed: len(fresh(steps, killed)) == size)
+            found.append(max(record["first"] for record in fresh(steps, killed)) - killed)
+    return found
+
+
+def fresh(folder: Path, since: float) -> list[dict]:
+    """What the workers of Ray Train, each in its file, say of a start whose first step they made after ``since``."""
+    records = [json.loads(file.read_text()) for file in folder.glob("rank_*.json")]
+    return [record for record in records if record["first"] > since]
+
+
+def lines(file: Path) -> list[dict]:
+    """The whole lines of a file of JSON lines."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def main(arguments: list[str]) -> int:
+    """Measures, prints the table, and returns 0 when the goal is met."""
+    options = dict(a.split("=", 1) for a in arguments if a.startswith(("repeats=", "peer=")))
+    repeats = int(options.get("repeats", 20))
+    overrides = [*FIXED, "tracking=off", *(a for a in arguments if not a.startswith(("repeats=", "peer=")))]
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        mine = ours(overrides, Path(temporary), repeats)
+        theirs = ray_train(overrides, Path(temporary), repeats) if options.get("peer", "true") == "true" else []
+    table = Table(title=f"seconds since the SIGKILL of one worker, {repeats} times")
+    for column in ("until", "median", "worst"):
+        table.add_column(column, justify="left" if column == "until" else "right")
+    for key, words in {"failed": "the steward knows", **PHASES}.items():
+        table.add_row(words, *(f"{of([marks[key] for marks in mine]):.2f}" for of in (statistics.median, max)))
+    if theirs:
+        table.add_row("Ray Train: first step", f"{statistics.median(theirs):.2f}", f"{max(theirs):.2f}")
+    out, median = Console(), statistics.median(marks["train"] for marks in mine)
+    out.print(table)
+    out.print(f"recovered {len(mine)} of {repeats} times; median {median:.2f} s (goal: at most {GOAL_S} s)")
+    if theirs:
+        out.print(f"Ray Train: {len(theirs)} of {repeats} times, {statistics.median(theirs) / median:.1f} times as long")
+    return int(median > GOAL_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

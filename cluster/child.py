@@ -1,0 +1,95 @@
+"""A running trainer as its steward holds it: its pulse, its signals, its stack and the end of its log."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster import proc
+from train import pulse
+
+TAIL_LINES = 20
+TAIL_BYTES = 64 << 10
+DUMP_S, DUMP_LOOK_S = 2.0, 0.05
+"""How long a trainer may take to write its stacks, and between looks whether it has."""
+FRAMES, INNERMOST = 14, 3
+"""So many frames of a stack are shown at most, and so many of libraries'."""
+FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class Trainer:
+    """Held by a handle that never comes to mean another process."""
+
+    def __init__(self, pid: int, order: dict[str, Any], memory: mmap.mmap, offset: int) -> None:
+        """``offset``: where what it writes begins in its log."""
+        self.pid, self.memory, self.offset = pid, memory, offset
+        self.log = Path(order["log"])
+        self.world = {"rank": order["rank"], "generation": order["meeting"]["generation"]}
+        self.handle: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self.handle = os.pidfd_open(pid)
+
+    def close(self) -> None:
+        """Lets go of it."""
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal, if it lives."""
+        if self.handle is not None:
+            with contextlib.suppress(ProcessLookupError, OSError):
+                signal.pidfd_send_signal(self.handle, number)
+
+    def beat(self) -> dict[str, Any]:
+        """Its pulse, and what the kernel says of it."""
+        kernel = {"state": proc.state(self.pid), "rss_mib": proc.rss_mib(self.pid)}
+        return {"event": "beat", **pulse.read(self.memory), **kernel, **self.world}
+
+    def inspect(self) -> dict[str, Any]:
+        """See ``Steward.inspect``."""
+        kernel = proc.wait_of(self.pid)
+        if not self.log.exists():
+            return {"kernel": kernel, "stack": []}
+        start = size = self.log.stat().st_size
+        self.signal(signal.SIGUSR1)  # faulthandler's, in C: it needs neither the interpreter's lock nor the main thread
+        self.signal(signal.SIGCONT)
+        end = time.monotonic() + DUMP_S
+        while time.monotonic() < end and (size == start or size != self.log.stat().st_size):
+            size = self.log.stat().st_size
+            time.sleep(DUMP_LOOK_S)
+        with self.log.open("rb") as file:
+            file.seek(start)
+            return {"kernel": kernel, "stack": main_stack(file.read().decode(errors="replace"))}
+
+
+def main_stack(dump: str) -> list[str]:
+    """The main thread's frames, innermost first, from what faulthandler wrote, where it comes last: "train/loop.py:12 in train".
+    Of libraries', only the innermost: where our code called them is what tells.
+    """
+    frames, last = [], re.split(r"^(?:Current thread|Thread) 0x.*\n", dump, flags=re.MULTILINE)[-1]
+    for number, (file, line, function) in enumerate(FRAME.findall(last)):
+        library = file.partition("site-packages/")[2]
+        if number < INNERMOST or not (library or "/lib/python" in file or file.startswith("<")):
+            frames.append(f"{library or file.removeprefix(f'{REPOSITORY}/')}:{line} in {function}")
+    return frames[:FRAMES]
+
+
+def tail(log: Path, offset: int) -> list[str]:
+    """The last lines that were written to ``log`` after byte ``offset``."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(offset, size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not line.startswith("Extension modules:")]
+    return lines[-TAIL_LINES:]

@@ -1,0 +1,126 @@
+"""Jobs that lose a worker or a host, go on without it, and take in another; on real Ray, and one on real DeepSpeed."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import worlds
+
+from cluster import host, nodes, token
+from cluster.job import Clock, Job
+from cluster.private import Private
+from cluster.signals import Signals
+from cluster.supervisor import Supervisor
+from train import config as configuration
+
+TARGET = "train.run:train_rank"
+
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture
+def cluster():
+    """cluster(cores, target): a private cluster that Ray takes for one of so many cores, and the folder with its warm process."""
+    before, ends = dict(os.environ), []
+    os.environ["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE}"
+
+    def start(cores, target):
+        folder = host.make_folder()
+        warm = host.WarmProcess(folder, target)
+        warm.set_device("cpu")
+        token.make(folder / "token")
+        own = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests")
+        ends.extend([own.end, warm.close])
+        return folder, own.node
+
+    yield start
+    for end in ends:
+        end()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def another_node(head, folder):
+    """One more node of one core on this machine."""
+    return nodes.start_member(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address)
+
+
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(cluster, tmp_path):
+    folder, head = cluster(1, "toy:train_rank")
+    member = another_node(head, folder)
+    base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
+    values = {**base, "steps": 100_000, "cluster": {**base["cluster"], "min_workers": 1, "grow_after": 0}}
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    events, signals = [], Signals()
+    target = "toy:train_rank"
+    job = Job(configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, signals, Clock(time.time()))
+
+    def of(kind):
+        return [event for event in events if event["event"] == kind]
+
+    def play():
+        until(lambda: len(of("step")) > 5)
+        raylet = psutil.Process(member.all_processes["raylet"][0].process.pid)
+        for process in [*raylet.children(recursive=True), raylet]:
+            process.kill()
+        until(lambda: len(of("recovered")) == 1)
+        another_node(head, folder)
+        until(lambda: len(of("recovered")) == 2)
+        signals.heard = signal.SIGTERM
+
+    script = threading.Thread(target=play)
+    script.start()
+    assert Supervisor(job, "cpu").run().kind == "stopped"
+    script.join()
+    [failure] = of("failure")
+    assert "was lost with its host" in failure["lines"][0]
+    assert [(event["workers"], event["fault"]) for event in of("recovered")] == [(1, "host lost"), (2, "more workers")]
+    steps = [event["step"] for event in of("step")]
+    assert steps == sorted(steps)
+
+
+def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(
+    cluster, make, corpus, monkeypatch
+):
+    monkeypatch.setattr("cluster.supervisor.LEAVE_S", 0.5)
+    settings = ["steps=600", "save_every=10", "eval_every=0", "cluster.workers=3", "batch.global=6", "zero=2"]
+    whole = make(*settings, name="whole")
+    assert worlds.train_world(whole, corpus) == ["done"] * 3
+    folder, _ = cluster(3, TARGET)
+    config = make(*settings, "cluster.min_workers=2", "cluster.grow_after=0", name="elastic")
+    (Path(config.run.dir) / "logs").mkdir(parents=True)
+    events = []
+
+    def of(kind):
+        return [event for event in events if event["event"] == kind]
+
+    def terminate():
+        end = time.monotonic() + 120
+        while not of("save"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(of("started")[0]["pids"][1], signal.SIGTERM)
+
+    job = Job(config, str(corpus), TARGET, folder.name, events.append, Signals(), Clock(time.time()))
+    notice = threading.Thread(target=terminate)
+    notice.start()
+    supervisor = Supervisor(job, "cpu")
+    assert supervisor.run().kind == "done"
+    notice.join()
+    supervisor.release()
+    assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], [e for e in events if e["event"] in ("note", "failure")]
+    ours, theirs = worlds.metrics(config), worlds.metrics(whole)
+    assert [line["data_hash"] for line in ours] == [line["data_hash"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
