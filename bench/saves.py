@@ -32,14 +32,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from bench.step import Nothing, numbers, processor
+from bench.step import Nothing, numbers, processor, training
 from train import config as configuration
 from train import dist
 from train.data import prepare
 from train.data.loader import loaders
 from train.data.shards import Corpus
 from train.engine import Engine
-from train.loop import Record, Training, train
+from train.loop import Record, train
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.progress import Progress
@@ -183,7 +183,7 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     aside = Saving(Saver(Path(folder), 2, 0, world), engine)
-    run = Training(config, world, engine, loader, aside, lambda event: None, lambda: False, Progress())
+    run = training(config, world, corpus, engine, loader, aside)
     found: Times = {"without": [], "with": [], "stall": []}
 
     def block(steps: int, save_every: int) -> float:

@@ -35,8 +35,11 @@ from bench.tools.results import processor
 from train import config as configuration
 from train import dist
 from train.data import prepare
-from train.data.loader import loaders
+from train.data.loader import Loader, loaders
 from train.data.shards import Corpus
+from train.engine import Engine
+from train.goodput import Times
+from train.guard import Guard
 from train.loop import Record, Training, train
 from train.progress import Progress
 from train.run import build_engine
@@ -77,12 +80,18 @@ class Nothing:
     stall_s = 0.0
 
 
+def training(config: Config, world: dist.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing) -> Training:
+    """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
+    guard = Guard(config, world, corpus, engine, loader, aside.settle, lambda progress, why: None)
+    return Training(config, world, engine, loader, aside, lambda event: None, lambda: False, guard, Times(), Progress())
+
+
 def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
-    run = Training(config, world, engine, loader, Nothing(), lambda event: None, lambda: False, Progress())
+    run = training(config, world, corpus, engine, loader, Nothing())
 
     def turn(steps: int) -> None:
         run.config = config.model_copy(update={"steps": run.progress.step + steps})

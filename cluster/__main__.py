@@ -7,7 +7,7 @@ import sys
 from cluster.signals import Signals
 from train import redact
 
-VERBS = ("train", "cluster")
+VERBS = ("train", "cluster", "verify-resume")
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +17,10 @@ def main(arguments: list[str]) -> int:
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return 2
+    if verb == "verify-resume":
+        from cluster import verify
+
+        return verify.run(rest)
     if verb == "cluster":
         from cluster import cluster_verb
 

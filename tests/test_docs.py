@@ -30,6 +30,7 @@ MACHINE = re.compile(
 
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
+    "trace": {"run.dir", "step"},
     "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
 }
 """The verbs that take a run's folder, and their options."""
@@ -78,13 +79,13 @@ def test_commands_are_found():
 def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: list[str]):
     verb, arguments = (words[0], words[1:]) if words and "=" not in words[0] else ("train", words)
     assert verb in verbs()
-    if verb in ("train", "prepare") and not {"--help", "..."} & set(arguments):
+    if verb in ("train", "prepare", "verify-resume") and not {"--help", "..."} & set(arguments):
         configuration.load(arguments)
     elif verb == "cluster":
         name, *rest = [*arguments, "up"]
         assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
     elif verb in SAVED:
-        given = {argument.partition("=")[0] for argument in arguments}
+        given = {argument.partition("=")[0] for argument in arguments} - {"--json"}
         assert given <= SAVED[verb]
         assert "run.dir" in given or not given
     elif verb == "review":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from train import config as configuration
@@ -82,6 +83,29 @@ def generate(argv: Sequence[str]) -> int:
     return OK
 
 
+def trace(argv: Sequence[str]) -> int:
+    """trace run.dir=FOLDER step=N [--json]: the documents that stand in step N, counted as in metrics.jsonl."""
+    options = _options([argument for argument in argv if argument != "--json"], {"run.dir": None, "step": None})
+    from train.trace import trace as find
+
+    step = _number(options["step"])
+    if not isinstance(step, int):
+        raise UserError(f"step={options['step']} is not a number of a step")
+    data_hash, parts = find(Path(options["run.dir"]), step)
+    if "--json" in argv:
+        OUT.print_json(data={"step": step, "data_hash": data_hash, "parts": [part.to_dict() for part in parts]})
+        return OK
+    table = Table(title=f"{options['run.dir']}, step {step}, data_hash {data_hash}", title_justify="left")
+    for column in ("row", "stream", "document", "source", "tokens", "begins with"):
+        table.add_column(column, justify="right" if column in ("row", "stream") else "left", no_wrap=column == "tokens")
+    for part in parts:
+        row = f"{part.row}{' (skipped)' if part.skipped else ''}"
+        tokens = f"{part.tokens[0]:,} to {part.tokens[1]:,}"
+        table.add_row(row, str(part.stream), part.document, escape(part.source), tokens, escape(part.words))
+    OUT.print(table)
+    return OK
+
+
 def worker(argv: Sequence[str]) -> int:
     """worker config=FILE corpus=FOLDER: one rank of a world that torchrun, or a like launcher, has started."""
     options = _options(argv, {"config": None, "corpus": None})
@@ -112,6 +136,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
+    "trace": trace,
     "worker": worker,
 }
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train import failures
-from train.words import PREPARING, count, duration, finite, plural
+from train.words import PREPARING, count, duration, finite, plural, shares
 
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
@@ -226,6 +226,8 @@ class Console:
                 )
                 facts.append(f"{word} {text}")
         self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
+        if spent := summary.get("time_by_cause"):
+            self._fact("time", shares(spent))
 
     # what the driver says
 

@@ -47,6 +47,10 @@ class StepResult:
     """False where a non-finite gradient kept the update from being made."""
 
 
+NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
+"""What a step does that has no row left."""
+
+
 class Engine:
     """One rank's share of the model and its optimizer."""
 
@@ -197,6 +201,11 @@ class Engine:
     def _scaler(self) -> Any:
         zero = self.engine.optimizer
         return zero.loss_scale_config if self.unfused else getattr(zero, "loss_scaler", None)
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective that is trained."""
+        return self.engine.module
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, whole, in fp32 on the CPU of rank 0, one at a time; other ranks take part and get empty ones.

@@ -13,8 +13,10 @@ import torch
 from train import dist, pulse
 from train.batch import Batch, count_targets, to_device
 from train.data.loader import Loader
-from train.engine import Engine, StepResult
+from train.engine import NOT_MADE, Engine, StepResult
 from train.errors import NotFinite, Stopped
+from train.goodput import Times
+from train.guard import Guard
 from train.progress import Progress
 from train.rng import seed_of
 from train.schedule import learning_rate
@@ -62,6 +64,8 @@ class Training:
     aside: Aside
     emit: Callable[[Record], None]
     should_stop: Callable[[], bool]
+    guard: Guard
+    times: Times
     progress: Progress
     saved_step: int | None = None
     """The step of the newest checkpoint."""
@@ -73,33 +77,44 @@ class Training:
 
 def train(run: Training) -> Progress:
     """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
-    config, progress, pace, stalled = run.config, run.progress, Pace(run.progress), 0.0
+    config, progress, pace = run.config, run.progress, Pace(run)
+    run.times.lap("start")
     while progress.step < config.steps:
-        began, stall_before = time.monotonic(), run.aside.stall_s
         pulse.at_step(progress.step + 1)
         pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
         tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
+        run.times.lap("data")
         if failed:
             run.aside.settle()  # raises what is wrong
         if stop:
             _stop(run, progress)
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
-        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold)
-        stall_after = run.aside.stall_s
-        seconds = time.monotonic() - began - (stall_after - stall_before)
-        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds, stall_after - stalled)
-        stalled = stall_after
-        _refuse_divergence(run, result, progress)
+        stalled = run.aside.stall_s
+        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold) if tokens else NOT_MADE
+        loss = mean_loss(result)
+        seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
+        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds)
+        if tokens and (back := run.guard.check(before, loss, result.applied)):
+            progress, run.saved_step = back, min(run.saved_step or 0, back.step)
+            pace.go_on_from(back)
+            run.times.lap("redo")
+            continue
+        if tokens:
+            progress = replace(progress, recent=before.recent.after(loss, before.cursor, config.spikes))
+            _refuse_divergence(run, result, progress)
         record = {}
         if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
-            record = report(run, result, before, progress, lr) | pace.since_last(progress)
+            record = report(run, before, progress, {"loss": loss, "lr": lr, "grad_norm": result.grad_norm})
+            record |= pace.since_last(progress)
         pace.show(run, progress, record)
+        run.times.lap("other")
         _aside(run, progress, record)
     run.aside.settle()
-    return replace(progress, save_stall_s=progress.save_stall_s + run.aside.stall_s - stalled)
+    run.times.lap("save")
+    return progress
 
 
 def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
@@ -111,15 +126,17 @@ def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int
     return int(places), stops > 0, fails > 0
 
 
-def report(run: Training, result: StepResult, before: Progress, progress: Progress, lr: float) -> Record:
-    """The line of ``metrics.jsonl`` of this step, without its times. A collective: the loss is summed over the ranks."""
-    total, count = result.losses["loss"]
-    loss, places = dist.all_reduce_sum([float(total), float(count)])
+def mean_loss(result: StepResult) -> float:
+    """The loss of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
+    total, places = dist.all_reduce_sum([float(value) for value in result.losses["loss"]])
+    return total / places if places else math.nan
+
+
+def report(run: Training, before: Progress, progress: Progress, measured: Record) -> Record:
+    """The line of ``metrics.jsonl`` of this step, without its times."""
     return {
         "step": progress.step,
-        "loss": loss / max(places, 1.0),
-        "lr": lr,
-        "grad_norm": result.grad_norm,
+        **measured,
         "tokens": progress.tokens,
         "epoch": before.cursor.epoch,
         "data_hash": run.loader.data_hash(before.cursor),
@@ -143,11 +160,13 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
             evaluated = run.aside.evaluate(progress)
         except Stopped:
             _stop(run, progress, record)
+        run.times.lap("eval")
         record, val_loss = record | evaluated, evaluated.get("val_loss")
     if record:
         run.aside.log(record)
     if run.due(run.config.save_every, progress.step) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
+        run.times.lap("save")
         run.saved_step = progress.step
 
 
@@ -176,16 +195,21 @@ def _refuse_divergence(run: Training, result: StepResult, progress: Progress) ->
 class Pace:
     """Times for people to look at: the speed since the last line, and a progress event now and then."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.last, self.shown = progress, -math.inf
+    def __init__(self, run: Training) -> None:
+        self.spent, self.shown = run.times.spent, -math.inf
+        self.go_on_from(run.progress)
+
+    def go_on_from(self, progress: Progress) -> None:
+        """Count from here."""
+        self.tokens, self.seconds = progress.tokens, self.spent["data"] + self.spent["train"]
+        self.stalled = self.spent["save"]
 
     def since_last(self, progress: Progress) -> Record:
-        """Tokens per second, and the seconds waited for saves, since this was last asked."""
-        seconds = progress.train_s - self.last.train_s
-        speed = tokens_per_second(progress.tokens - self.last.tokens, seconds)
-        stall = progress.save_stall_s - self.last.save_stall_s
-        self.last = progress
-        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(stall, 4)}
+        """Tokens per second, waiting for data included, and the seconds waited for saves, since this was last asked."""
+        tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
+        self.go_on_from(progress)
+        speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
+        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
 
     def show(self, run: Training, progress: Progress, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""

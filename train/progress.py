@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from train.data.streams import Cursor
+from train.spikes import Recent
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,22 @@ class Progress:
     updates: int = 0
     """Steps whose update was made; the moments have seen this many."""
     skipped_in_row: int = 0
+    """Steps in a row whose update was not made since its gradient was not finite."""
     train_s: float = 0.0
-    """Seconds spent in the steps that count, without those they waited for saves."""
-    save_stall_s: float = 0.0
-    """Seconds that these steps waited for saves."""
+    """Seconds spent in the steps that count, without waiting for their data or for saves."""
+    recent: Recent = field(default_factory=Recent)
+    """What the next steps are judged by."""
 
-    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float, stall: float) -> Progress:
-        """The progress after one more step, of ``seconds``, before or in which ``stall`` seconds were waited for saves."""
+    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> Progress:
+        """The progress after one more step."""
         return replace(
             self,
             step=self.step + 1,
             cursor=cursor,
             tokens=self.tokens + tokens,
             updates=self.updates + applied,
-            skipped_in_row=0 if applied else self.skipped_in_row + 1,
+            skipped_in_row=0 if applied else self.skipped_in_row + (tokens > 0),
             train_s=self.train_s + seconds,
-            save_stall_s=self.save_stall_s + stall,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,4 +46,6 @@ class Progress:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
         """What ``to_dict`` gave."""
-        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"])})
+        # A checkpoint older than the rule has nothing recent.
+        recent = Recent.from_dict(values["recent"]) if "recent" in values else Recent()
+        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"]), "recent": recent})

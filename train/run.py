@@ -23,6 +23,8 @@ from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
 from train.generate import generate
+from train.goodput import Times, goodput
+from train.guard import Guard
 from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
@@ -47,7 +49,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder = Path(config.run.dir or "")
+    folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder)
@@ -67,21 +69,21 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
     emit({"event": "plan", "kernels": chosen} | plan)
-    tracker = None
-    if world.first:
-        tracker = Tracker(config, progress.step - (pending is not None), note)
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
+    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
     saved = progress.step if found else None
-    training = Training(config, world, engine, loader, work, emit, should_stop, progress, saved)
+    training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
         progress = train(training)
-        work.finish(progress)
+        work.finish(progress, times)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
         pulse.enter("end")
+        times.lap("save")
         if tracker:
             tracker.close({})
         saver.leave(MIRROR_WAIT_STOPPED_S)
@@ -152,6 +154,8 @@ class Work:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
         pulse.enter("save")
         self.settle()
+        if self.tracker:
+            self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
         self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
 
@@ -183,14 +187,21 @@ class Work:
         """Seconds, since the start, that steps have waited for saves."""
         return self.saver.stall_s
 
-    def finish(self, progress: Progress) -> None:
+    def went_back(self, progress: Progress, why: str) -> None:
+        """The run goes on from ``progress`` once more."""
+        _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.tracker:
+            self.tracker.go_back(progress.step)
+
+    def finish(self, progress: Progress, times: Times) -> None:
         """The summary of a run that made all its steps."""
         if self.held_out.groups and self.last is None:
             self.evaluate(progress)
         pulse.enter("end")
+        times.lap("eval")
         if not self.tracker:
             return
-        wall = self.tracker.run.wall_s
+        seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
             "val_loss": self.last and self.last.loss,
@@ -198,9 +209,10 @@ class Work:
             "bits_per_byte": self.last and self.last.bits_per_byte,
             "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
             "tokens": progress.tokens,
-            "wall_s": round(wall, 2),
-            "save_stall_s": round(progress.save_stall_s, 3),
-            "goodput": round(min(1.0, progress.train_s / max(wall, 1e-9)), 4),
+            "wall_s": round(sum(seconds.values()), 2),
+            "save_stall_s": round(seconds["save"], 3),
+            "goodput": round(goodput(seconds), 4),
+            "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
         self.tracker.finish(summary)

@@ -107,6 +107,15 @@ class Optimizer(Section):
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
+class Spikes(Section):
+    """Steps that may not be kept: the run goes back, leaves out what they read, and goes on."""
+
+    watch: Literal["all", "nonfinite", "off"] = Field("all", description="all: loss spikes too; off: only skip such updates")
+    window: Annotated[int, Field(ge=8)] = Field(64, description="steps whose losses the next is judged by")
+    deviations: Annotated[float, Field(gt=0)] = Field(8.0, description="robust standard deviations that make a loss high")
+    max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
+
+
 class Schedule(Section):
     """Learning rate over steps, as a factor of ``optimizer.lr``."""
 
@@ -189,6 +198,7 @@ class Config(Section):
     data: Data
     optimizer: Optimizer
     schedule: Schedule
+    spikes: Spikes = Spikes()
     zero: Zero
     precision: Precision
     cluster: Cluster

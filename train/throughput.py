@@ -65,7 +65,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02)
 
     multiply()
     began, products = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < seconds:
+    while (spent := time.perf_counter() - began) < seconds or not products:  # a busy machine may not give it even one
         multiply()
         products += at_once
     return 2 * size**3 * products / spent

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.data.files import write_whole
+from train.goodput import Times
 from train.redact import redact_tree
 from train.schema import Config, Tracking
 
@@ -60,21 +61,19 @@ def read_records(file: Path) -> list[Record]:
 
 
 class RunFile:
-    """``run.json``: what the run keeps over its starts: the W&B id, and the seconds it was up."""
+    """``run.json``: what the run keeps over its starts: the W&B id, and where the seconds went until it was last ``seen``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.file = folder / "run.json"
-        self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "wall_s": 0.0}
+    def __init__(self, folder: Path, times: Times) -> None:
+        """``times`` is this start's; what earlier ones spent is added to it."""
+        self.file, self.times = folder / "run.json", times
+        self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.values |= json.loads(self.file.read_text())
         self.values["starts"] += 1
-        self.before, self.began, self.saved = self.values["wall_s"], time.monotonic(), 0.0
+        command = os.environ.get("TRIREME_T0")
+        times.go_on(self.values["seconds"], self.values["seen"], float(command) if command else None)
+        self.saved = 0.0
         self.save()
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds that the run's workers have been up, over all starts."""
-        return float(self.before + time.monotonic() - self.began)
 
     def keep(self) -> None:
         """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
@@ -84,7 +83,8 @@ class RunFile:
     def save(self) -> None:
         """Write it."""
         self.saved = time.monotonic()
-        write_whole(self.file, json.dumps({**self.values, "wall_s": round(self.wall_s, 3)}).encode())
+        self.values |= {"seen": self.times.last, "seconds": self.times.spent}
+        write_whole(self.file, json.dumps(self.values).encode())
 
 
 class Wandb:
@@ -164,13 +164,28 @@ class Wandb:
 class Tracker:
     """Rank 0's one place for numbers."""
 
-    def __init__(self, config: Config, last_step: int, note: Callable[[str], None]) -> None:
-        folder = Path(config.run.dir or "")
-        self.folder = folder
-        self.metrics = Metrics(folder / "metrics.jsonl", last_step)
-        self.run = RunFile(folder)
-        off = config.tracking.wandb == "off"
-        self.wandb = None if off else Wandb(config, self.run.values["wandb_id"], self.metrics.kept, note)
+    def __init__(self, config: Config, last_step: int, times: Times, note: Callable[[str], None]) -> None:
+        self.config, self.note = config, note
+        self.folder = Path(config.run.dir or "")
+        self.run = RunFile(self.folder, times)
+        self._open(last_step)
+
+    def _open(self, last_step: int) -> None:
+        self.metrics = Metrics(self.folder / "metrics.jsonl", last_step)
+        off = self.config.tracking.wandb == "off"
+        self.wandb = None if off else Wandb(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
+
+    def go_back(self, step: int) -> None:
+        """The steps after ``step`` will come again: what was logged of them is dropped."""
+        if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
+            return
+        self.close({})
+        self._open(step)
+
+    def sync(self) -> None:
+        """Force to the disk what a checkpoint of now stands for: every line up to it, and the seconds spent."""
+        self.metrics.sync()
+        self.run.save()
 
     def log(self, record: Record) -> None:
         """One step's numbers: to the file, then to W&B."""
@@ -193,8 +208,7 @@ class Tracker:
 
     def close(self, summary: Record) -> None:
         """Close W&B; the run may go on later."""
-        self.metrics.sync()
-        self.run.save()
+        self.sync()
         if self.wandb:
             self.wandb.finish(summary)
 

@@ -37,3 +37,10 @@ def duration(seconds: float) -> str:
 def plural(number: Any, word: str) -> str:
     """A count with its noun."""
     return f"{number} {word}{'' if str(number) == '1' else 's'}"
+
+
+def shares(parts: dict[str, float], least: float = 0.001) -> str:
+    """What each part is of the whole, the largest first: train 93.1% · start 4.0%. Those below ``least`` are left out."""
+    whole = sum(parts.values()) or 1.0
+    ranked = sorted(((value / whole, name) for name, value in parts.items()), reverse=True)
+    return " · ".join(f"{name} {share:.1%}" for share, name in ranked if share >= least)

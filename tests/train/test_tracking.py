@@ -7,6 +7,7 @@ from pathlib import Path
 
 import worlds
 
+from train.goodput import Times
 from train.tracking import Metrics, RunFile, read_records
 
 
@@ -20,8 +21,8 @@ def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_p
 
 
 def test_a_run_keeps_its_wandb_id_and_counts_its_starts(tmp_path: Path):
-    first = RunFile(tmp_path).values
-    second = RunFile(tmp_path).values
+    first = RunFile(tmp_path, Times()).values
+    second = RunFile(tmp_path, Times()).values
     assert first["wandb_id"] == second["wandb_id"]
     assert (first["starts"], second["starts"]) == (1, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 
@@ -71,6 +71,7 @@ class Loader:
         self.micro_batches = -(-most // share.micro)
         self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
+        self._skipped: Mapping[Cursor, frozenset[int]] = {}
         self._ready: deque[_Read] = deque()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -83,8 +84,21 @@ class Loader:
         """This rank's share of the next step, and the cursor after it."""
         if not self._ready:
             self._ready.extend(self._start() if self._thread is None else self._wait())
+        at = self._cursor
         rows, step, self._cursor = self._ready.popleft()
-        return self._micro_batches(rows, step), self._cursor
+        return self._micro_batches(rows, step, at), self._cursor
+
+    def peek(self, cursor: Cursor) -> list[Batch]:
+        """This rank's share of the step at a cursor, read here and now; the loader stays where it is."""
+        return self._micro_batches(*self._read(cursor, 1)[0][:2], cursor)
+
+    def skip(self, rows: Mapping[Cursor, frozenset[int]]) -> None:
+        """From now on these rows of the steps at these cursors weigh nothing, and no others do."""
+        self._skipped = rows
+
+    def row_numbers(self) -> list[int]:
+        """Which rows of the global batch this rank's are, in the order in which its micro-batches hold them."""
+        return [i * self.plan.shape.streams + stream for i in range(self.plan.depth) for stream in self._streams]
 
     def seek(self, cursor: Cursor) -> None:
         """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
@@ -94,7 +108,7 @@ class Loader:
 
     def data_hash(self, cursor: Cursor) -> str:
         """A hash of what the whole world's step at the cursor trains on, the same on every rank of any world."""
-        return self.plan.data_hash(cursor)
+        return self.plan.data_hash(cursor, self._skipped.get(cursor, ()))
 
     def close(self) -> None:
         """Stop preparing. The loader goes on from its last step if it is asked again."""
@@ -153,13 +167,17 @@ class Loader:
         rows = CausalRows(self._shards, pieces, self.plan.shape.seq_len, self._isolate)
         return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
 
-    def _micro_batches(self, rows: CausalRows, step: int) -> list[Batch]:
+    def _micro_batches(self, rows: CausalRows, step: int, at: Cursor) -> list[Batch]:
         micro, used = self._share.micro, self.plan.depth * len(self._streams)
         batch = empty_batch((self.micro_batches * micro, self.plan.shape.seq_len), self._pin)
         rows.write(step * used, Rows(*(value[:used].numpy() for value in batch.values())))
         if used < self.micro_batches * micro:
             weigh_nothing({key: value[used:] for key, value in batch.items()})
-        parts = [slice(at, at + micro) for at in range(0, self.micro_batches * micro, micro)]
+        if skipped := self._skipped.get(at):
+            for place, number in enumerate(self.row_numbers()):
+                if number in skipped:
+                    weigh_nothing({key: value[place] for key, value in batch.items()})
+        parts = [slice(first, first + micro) for first in range(0, self.micro_batches * micro, micro)]
         return [{key: value[part] for key, value in batch.items()} for part in parts]
 
 

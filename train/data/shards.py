@@ -17,6 +17,7 @@ import io
 import json
 import mmap
 import os
+import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -165,6 +166,17 @@ class Shards:
         ids = np.empty(int(self.sizes[sample]) - 1, self.dtype)
         self.read(Pieces(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
         return ids
+
+    def source(self, sample: int) -> str:
+        """The name of the file that a document came from, as its shard has it."""
+        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
+        begin = 0
+        if sample > self.first[shard]:
+            end = int(self._table[0][sample - 1]) + (int(self.sizes[sample - 1]) + 1) * self.dtype.itemsize
+            begin = -(-end // _BLOCK) * _BLOCK
+        file = self._shard(shard, 0).file
+        size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
+        return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
 
     def _shard(self, shard: int, uses: int) -> _Shard:
         """An open shard, checked the first time, mapped when it has been used much. It closes when nobody holds it."""

@@ -13,7 +13,7 @@ reached at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 
@@ -114,15 +114,18 @@ class Plan:
             pieces = Pieces(*(np.insert(old, behind, value) for old, value in zip(pieces, values, strict=True)))
         return _cut(pieces, self.shape.seq_len)
 
-    def data_hash(self, cursor: Cursor) -> str:
-        """16 hex digits that tell what the step at the cursor trains on: of every row its pieces."""
+    def table(self, cursor: Cursor, without: Collection[int] = ()) -> Ints:
+        """What the step at the cursor trains on, (pieces, 4): row, sample, first place in it, places; by rows, ``without`` some."""
         pieces = self.rows(range(self.shape.streams), cursor, 1)
         place = (np.cumsum(pieces.length) - 1) // self.shape.seq_len  # stream * depth + i, of row i * streams + stream
         row = place % self.depth * self.shape.streams + place // self.depth
-        real = np.flatnonzero(pieces.sample >= 0)
+        real = np.flatnonzero((pieces.sample >= 0) & ~np.isin(row, list(without)))
         real = real[np.argsort(row[real], kind="stable")]
-        table = np.stack([row[real], *(column[real] for column in pieces)], axis=1)
-        return blake2b(table.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        return np.stack([row[real], *(column[real] for column in pieces)], axis=1)
+
+    def data_hash(self, cursor: Cursor, without: Collection[int] = ()) -> str:
+        """16 hex digits that tell what the step at the cursor trains on ``without`` some rows: of every row its pieces."""
+        return blake2b(self.table(cursor, without).astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
 def _cut(pieces: Pieces, seq_len: int) -> Pieces:

@@ -1,0 +1,66 @@
+"""Where the seconds of a run went, over all its starts. Every moment belongs to one cause, so the causes sum to the wall time.
+
+train   forward, backward and update of the steps that were kept: its share of the wall time is the goodput
+redo    the same of steps made again after a rollback or a restart, and going back
+start   from the command to the first step
+data    waiting for the batch of every rank
+save    waiting for checkpoints
+eval    held-out loss and samples
+down    from the last that is known of one start to the next
+other   the rest
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+CAUSES = ("train", "redo", "start", "data", "save", "eval", "down", "other")
+Seconds = dict[str, float]
+
+
+class Times:
+    """A stopwatch that never stops: ``lap`` says what the time since the last lap went to. Rank 0's is the run's."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """``clock`` gives seconds since 1970, which also mean something to the next start; it may be set back at any time."""
+        self.clock = clock
+        self.spent: Seconds = dict.fromkeys(CAUSES, 0.0)
+        self.began = self.last = clock()
+
+    def lap(self, cause: str, **within: float) -> float:
+        """Give the time since the last lap to ``cause``, but for what went to others ``within`` it; returns its seconds."""
+        now = self.clock()
+        seconds = max(0.0, now - self.last)
+        for other, part in within.items():
+            part = min(part, seconds)
+            self.spent[other] += part
+            seconds -= part
+        self.spent[cause] += seconds
+        self.last = now
+        return seconds
+
+    def go_on(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
+        """Add what earlier starts spent until ``seen``; ``command`` is when this one was asked for, if that is known.
+
+        What lies between ``seen`` and it is "down". Without a command after ``seen``, as in a restart within a job, this start
+        began when this stopwatch did.
+        """
+        began = self.began
+        if command is not None and (seen is None or command > seen):
+            began = min(began, command)
+            self.spent["start"] += self.began - began
+        if seen is not None:
+            self.spent["down"] += max(0.0, began - seen)
+        for cause, seconds in spent.items():
+            self.spent[cause] += seconds
+
+    def by_cause(self, kept: float) -> Seconds:
+        """Seconds by cause, of which steps that count took ``kept``: what all steps took beyond it was for nothing."""
+        redo = max(0.0, self.spent["train"] - kept)
+        return self.spent | {"train": self.spent["train"] - redo, "redo": self.spent["redo"] + redo}
+
+
+def goodput(seconds: Mapping[str, float]) -> float:
+    """The share of the wall time that became kept progress."""
+    return seconds["train"] / max(sum(seconds.values()), 1e-9)

@@ -1,0 +1,73 @@
+"""``skipped.jsonl``: the rows of training data that a run leaves out, why, and the documents in them. Lines are only added.
+
+    {"step", "kind", "how", "back_to", "loss", "limit", "layers", "skipped": [{"epoch", "position", "rows"}], "documents": [...]}
+
+The rule: a row that stands here weighs nothing, whenever and by however many ranks its step is made. Every other row keeps its step
+and its place, so the global batch of a step is the same in any world and each other sample still comes exactly once. A step
+that has no row left makes no update. A run that has these lines from its first step on ends with the very same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from train import dist
+from train.data.streams import Cursor
+from train.errors import UserError
+from train.tracking import read_records
+
+FILE = "skipped.jsonl"
+Entry = dict[str, Any]
+How = Literal["in place", "rolled back"]
+Rows = dict[Cursor, frozenset[int]]
+
+
+class Ledger:
+    """A run's ledger, equal on every rank: rank 0 reads and writes it, the others are told."""
+
+    def __init__(self, folder: Path) -> None:
+        """A collective."""
+        self.file = folder / FILE
+        self.entries: list[Entry] = dist.broadcast_object(read_records(self.file))
+
+    def append(self, entry: Entry) -> None:
+        """Write down rank 0's ``entry``; it is on the disk when this returns. A collective."""
+        entry = dist.broadcast_object(entry)
+        if error := dist.act_first(lambda: _append(self.file, entry)):
+            raise UserError(f"{self.file} takes no more lines: {error}. Make room, then give the same command")
+        self.entries.append(entry)
+
+    def in_a_row(self, how: How, step: int, within: int) -> int:
+        """Lines of a kind that lead up to ``step``, none more than ``within`` steps from the next."""
+        count = 0
+        for entry in reversed(self.entries):
+            if abs(step - entry["step"]) > within:
+                break
+            count += entry["how"] == how
+            step = entry["step"]
+        return count
+
+    @property
+    def rows(self) -> Rows:
+        """The rows left out, by where their step begins in the data."""
+        return rows_of(self.entries)
+
+
+def rows_of(entries: list[Entry]) -> Rows:
+    """The rows that some lines leave out, by where their step begins in the data."""
+    found: dict[Cursor, frozenset[int]] = {}
+    for part in (part for entry in entries for part in entry["skipped"]):
+        at = Cursor(part["epoch"], part["position"])
+        found[at] = found.get(at, frozenset()) | frozenset(part["rows"])
+    return found
+
+
+def _append(file: Path, entry: Entry) -> None:
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as out:
+        out.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())

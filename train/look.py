@@ -1,0 +1,66 @@
+"""The second look at a model in trouble: which layer's numbers are the first not to be finite; and its way back to step 0."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.engine import Engine
+from train.objectives import build_objective
+from train.pieces import MASTER, Piece
+from train.schema import Config
+
+
+@contextlib.contextmanager
+def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
+    """Inside, every forward pass of ``module`` adds the name of its first layer whose output is not finite, if there is one."""
+    found: list[str] = []
+    clean = True
+
+    def begin(layer: nn.Module, inputs: Any) -> None:
+        nonlocal clean
+        clean = True
+
+    def look(name: str) -> Any:
+        def after(layer: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal clean
+            if clean and not all(torch.isfinite(t).all() for t in tensors(output)):
+                clean = False
+                found.append(name)
+
+        return after
+
+    hooks = [module.register_forward_pre_hook(begin)]
+    hooks += [layer.register_forward_hook(look(name)) for name, layer in module.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of floating-point numbers in what a layer gives: itself, or what tuples, lists and dicts hold."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+
+
+def begin_anew(engine: Engine, config: Config, vocab_size: int) -> None:
+    """Fill the engine with the weights and moments of step 0: functions of the configuration, so that needs no checkpoint."""
+    weights = {name: p.detach().float().view(-1) for name, p in build_objective(config, vocab_size).named_parameters()}
+    kinds = sorted({kind for piece in engine.pieces for kind in engine.states(piece)})
+
+    def read(piece: Piece, kind: str) -> Tensor:
+        return weights[piece.name].narrow(0, piece.start, piece.numel) if kind == MASTER else torch.zeros(piece.numel)
+
+    engine.load(read, kinds, updates=0)
