@@ -30,12 +30,12 @@ from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
+from train.outline import outline
 from train.progress import Progress
 from train.redact import redact_tree
 from train.saving import Saver
 from train.schema import Config
-from train.throughput import estimated_seconds, matmul_rate
-from train.tiles import DTYPES, choose_kernels
+from train.tiles import choose_kernels
 from train.tracking import Tracker
 
 Emit = Callable[[Record], None]
@@ -67,8 +67,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     progress, pending = restore(found, engine, loader)
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
-    plan = _plan(config, corpus, objective, progress) | _estimate(config, world, objective, progress)
-    emit({"event": "plan", "kernels": chosen} | plan)
+    emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
     tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
     work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
     guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
@@ -82,7 +81,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         work.finish(progress, times)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
-        pulse.enter("end")
         times.lap("save")
         if tracker:
             tracker.close({})
@@ -264,31 +262,3 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
 def _note(world: dist.World, emit: Emit, text: str) -> None:
     if world.first:
         emit({"event": "note", "text": text})
-
-
-def _plan(config: Config, corpus: Corpus, objective: Any, progress: Progress) -> Record:
-    tokens_per_step = config.batch.global_ * config.batch.seq_len
-    train_places = corpus.split("train").tokens
-    return {
-        "model": config.run.name,
-        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
-        "steps": config.steps,
-        "start_step": progress.step,
-        "tokens": tokens_per_step * config.steps,
-        "tokens_per_step": tokens_per_step,
-        "corpus_tokens": train_places,
-        "epochs": tokens_per_step * config.steps / max(train_places, 1),
-        "flops_per_token": objective.flops_per_token(config.batch.seq_len),
-        "zero_stage": config.zero.stage,
-        "precision": config.precision.name,
-        "workers": config.cluster.workers,
-        "vocab_size": corpus.tokenizer.vocab_size,
-    }
-
-
-def _estimate(config: Config, world: dist.World, objective: Any, progress: Progress) -> Record:
-    """How long the steps that are left will take, from a hundredth of a second of matrix products."""
-    dtype = DTYPES[config.precision.name]
-    tokens = (config.steps - progress.step) * config.batch.global_ * config.batch.seq_len
-    flops = tokens * objective.flops_per_token(config.batch.seq_len)
-    return {"estimate_s": estimated_seconds(flops, world.size, matmul_rate(world.device, dtype))}

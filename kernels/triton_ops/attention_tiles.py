@@ -76,7 +76,8 @@ def tile_at(number, EDGE: tl.constexpr, begin, whole_begin, whole, BLOCK: tl.con
     if EDGE:
         at = begin + number * BLOCK
         return at + tl.where(at >= whole_begin, whole * BLOCK, 0)
-    return whole_begin + number * BLOCK
+    else:  # noqa: RET505  the compiler would go on after the return
+        return whole_begin + number * BLOCK
 
 
 @triton.jit
@@ -86,7 +87,8 @@ def columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr)
     if HALVES and HEAD_DIM != BLOCK_D:
         half: tl.constexpr = BLOCK_D // 2
         return at // half * (HEAD_DIM // 2) + at % half, at % half < HEAD_DIM // 2
-    return at, at < HEAD_DIM
+    else:  # noqa: RET505  the compiler would go on after the return
+        return at, at < HEAD_DIM
 
 
 @triton.jit
@@ -94,7 +96,8 @@ def load_tile(base, offsets, kept, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     """A tile (rows, BLOCK_D), 0 in the columns beyond the head's dimension."""
     if HEAD_DIM == BLOCK_D:
         return tl.load(base + offsets)
-    return tl.load(base + offsets, mask=kept[None, :], other=0.0)
+    else:  # noqa: RET505  the compiler would go on after the return
+        return tl.load(base + offsets, mask=kept[None, :], other=0.0)
 
 
 @triton.jit
@@ -105,8 +108,9 @@ def load_rows(
     if BOXES:
         tile = x.load([row.to(tl.int32), first.to(tl.int32), head.to(tl.int32), 0])
         return tl.reshape(tile, (inside.shape[0], BLOCK_D))
-    base = x + row * x_b + head * x_h + first.to(tl.int64) * x_t
-    return load_tile(base, inside[:, None] * x_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+    else:  # noqa: RET505  the compiler would go on after the return
+        base = x + row * x_b + head * x_h + first.to(tl.int64) * x_t
+        return load_tile(base, inside[:, None] * x_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -232,8 +236,9 @@ class Problem(NamedTuple):
     def shape_class(self) -> tuple[object, ...]:
         """What the best tiles depend on, coarsely, so that few classes are ever measured."""
         kind = "packed" if self.q_marks is not None else "causal" if self.after == 0 else "full"
+        extra = "bias" if self.bias is not None else "rope" if self.cos is not None else "plain"
         lengths = (triton.next_power_of_2(x.shape[1]) for x in (self.q, self.k))
-        return str(self.q.dtype).removeprefix("torch."), padded(self.q.shape[3]), kind, *lengths
+        return str(self.q.dtype).removeprefix("torch."), padded(self.q.shape[3]), kind, extra, *lengths
 
 
 def dense(x: Tensor) -> Tensor:

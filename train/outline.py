@@ -1,0 +1,37 @@
+"""What a run is about to be, in numbers: said before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train import dist
+from train.data.shards import Corpus
+from train.loop import Record
+from train.progress import Progress
+from train.schema import Config
+from train.throughput import estimated_seconds, matmul_rate
+from train.tiles import DTYPES
+
+
+def outline(config: Config, world: dist.World, corpus: Corpus, objective: Any, progress: Progress) -> Record:
+    """Sizes of the model, the work and the corpus; ``estimate_s`` seconds for the steps that are left."""
+    tokens_per_step = config.batch.global_ * config.batch.seq_len
+    train_places, flops = corpus.split("train").tokens, objective.flops_per_token(config.batch.seq_len)
+    left = (config.steps - progress.step) * tokens_per_step * flops
+    return {
+        "model": config.run.name,
+        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
+        "steps": config.steps,
+        "start_step": progress.step,
+        "tokens": tokens_per_step * config.steps,
+        "tokens_per_step": tokens_per_step,
+        "corpus_tokens": train_places,
+        "epochs": tokens_per_step * config.steps / max(train_places, 1),
+        "flops_per_token": flops,
+        "zero_stage": config.zero.stage,
+        "precision": config.precision.name,
+        "workers": world.size,
+        "vocab_size": corpus.tokenizer.vocab_size,
+        # from a hundredth of a second of matrix products
+        "estimate_s": estimated_seconds(left, world.size, matmul_rate(world.device, DTYPES[config.precision.name])),
+    }
