@@ -36,5 +36,5 @@ class Private:
 
     def end(self) -> None:
         """Ends the cluster."""
+        ray.shutdown()  # first: it would wait for a head that is gone
         self.node.end()
-        ray.shutdown()

@@ -175,6 +175,7 @@ def _stop(run: Training, progress: Progress, pending: Record | None = None) -> N
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, pending)
     run.aside.settle()
+    pulse.enter("end")
     raise Stopped
 
 

@@ -81,7 +81,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         work.finish(progress, times)
         saver.leave(MIRROR_WAIT_S)
     except Stopped:
-        pulse.enter("end")
         times.lap("save")
         if tracker:
             tracker.close({})

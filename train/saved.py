@@ -54,7 +54,7 @@ def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
         else:
             checkpoint = choose(whole, which, folder)
             path, damage = checkpoint.path, checkpoint.damage() or ""
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, RuntimeError):  # torch maps the file: gone in between is a RuntimeError
                 if not damage:
                     return checkpoint, checkpoint.reader()
         if path.exists():

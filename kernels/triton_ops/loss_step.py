@@ -47,6 +47,7 @@ def _cross_entropy_step_kernel(
     losses, lse = row_losses(largest, total, plain, at_target, vocab, SMOOTHING, Z_LOSS)
     tl.store(losses_ptr + row, tl.where(trained, losses, 0.0), mask=exists)
     factor = tl.where(trained & (legal == 0), float("nan"), (1 + 2 * Z_LOSS * lse) / total)
+    tl.debug_barrier()  # no warp overwrites what another has yet to read
     blocks = tl.cdiv(vocab, COLS)
     for block in range(blocks):
         column = (blocks - 1 - block) * COLS + tl.arange(0, COLS)[None, :]
