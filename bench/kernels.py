@@ -165,7 +165,7 @@ def main(arguments: list[str]) -> int:
         out.print("Liger-Kernel is not installed: its memory is given by its formula, its times are left out.")
     roof = measure.roofline(size.device, size.dtype)
     out.print(f"measured here: {roof.flops / 1e12:,.2f} TFLOP/s of {roof.dtype} products, {roof.bytes / 1e9:,.0f} GB/s of copies")
-    if options.tune:
+    if options.tune and size.gpu:
         tune(size, options, began + 30 * options.minutes)
         out.print(f"tiles measured: {time.monotonic() - began:.0f} s")
     rows, skipped = run(size, options, roof, end)

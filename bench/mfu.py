@@ -11,6 +11,7 @@ gpt_tiny that steps, to show that the measurement works. Rows are appended to be
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import statistics
 import sys
@@ -135,6 +136,7 @@ def durations(seen: profile, device: torch.device) -> list[tuple[str, float]]:
 
 def measure(model: str, overrides: list[str], steps: int, world: dist.World) -> dict[str, Any]:
     """The row of a model."""
+    gc.collect()  # the engine before this one is full of rings
     config = settings(model, overrides)
     vocabulary = config.model.vocab_size or TOKENIZER
     chosen = choose_kernels(config, vocabulary, world)
@@ -143,7 +145,7 @@ def measure(model: str, overrides: list[str], steps: int, world: dist.World) -> 
     tokens = batch["tokens"].numel()
 
     def step() -> None:
-        engine.train_step([batch], {"loss": tokens}, config.optimizer.lr)
+        engine.train_step([batch], {"loss": tokens}, config.optimizer.lr, lambda: None)
 
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
             print("./launch.sh train", *trial.overrides)
         elif code := run(trial):
             print(f"{trial.name} ended with {code}: mend it and run this command again to go on", file=sys.stderr)
-            return code
+            return max(code, 1)  # a signal that ended it is a failure too
     return 0
 
 

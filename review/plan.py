@@ -35,6 +35,8 @@ class Plan:
     budgets: tuple[float, ...]
     lr: float
     """Of a model that is 64 wide; others get lr * sqrt(64 / width)."""
+    vocab_size: int
+    """Of the tokenizer, so that cost is known before there is a corpus."""
     overrides: tuple[str, ...]
 
 
@@ -42,6 +44,7 @@ TINY = Plan(
     sizes=(Size(24, 2, 2, 64), Size(32, 2, 2, 88), Size(48, 2, 4, 128), Size(64, 3, 4, 176), Size(96, 3, 4, 256)),
     budgets=(2e11, 6e11, 1.8e12, 5.4e12),
     lr=6e-3,
+    vocab_size=257,
     overrides=("experiment=scaling",),
 )
 """Minutes on two cores: 22 thousand to 363 thousand parameters, bytes of the embedded corpus."""
@@ -55,12 +58,12 @@ CLUSTER = Plan(
     ),
     budgets=(1e18, 4e18, 1.6e19, 6.4e19),
     lr=6e-3,
+    vocab_size=32000,
     overrides=(
         "experiment=scaling",
         "data=text",
         "data.tokenizer.kind=bpe",
         "data.tokenizer.vocab_size=32000",
-        "model.vocab_size=32000",
         "model.max_len=2048",
         "batch.seq_len=2048",
         "batch.global=128",
@@ -94,7 +97,7 @@ def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[T
         model = [f"model.{key}={value}" for key, value in vars(size).items()]
         shared = (*plan.overrides, *model, f"optimizer.lr={lr:.2g}", *overrides)
         config = configuration.load([*shared, "steps=1"])
-        params, flops_per_token = cost(config, config.model.vocab_size or 0)
+        params, flops_per_token = cost(config, plan.vocab_size)
         per_step = config.batch.global_ * config.batch.seq_len
         largest = size is plan.sizes[-1]
         for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:

@@ -1,6 +1,5 @@
 """What the driver refuses, or finds done, before Ray or a worker is started; and the folder that it takes back."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import yaml
 from cluster import lock, word
 from cluster.train_verb import find_corpus
 from train import config as configuration
+from train import manifest
 from train.errors import UserError
 
 
@@ -42,7 +42,7 @@ def test_another_corpus_is_refused(corpus, started):
     assert find_corpus(config, silent) == str(corpus)
     kept = Path(config.run.dir) / "checkpoints" / "step_1"
     kept.mkdir(parents=True)
-    (kept / "checkpoint.json").write_text(json.dumps({"corpus": "old"}))
+    (kept / manifest.MANIFEST).write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
     with pytest.raises(UserError, match="was trained on the corpus old"):
         find_corpus(config, silent)
 

@@ -15,6 +15,7 @@ from review.law import Law
 from review.plan import CLUSTER, TINY, cost, trials
 from review.read import read
 from train import config as configuration
+from train.data.tokenizer import build_tokenizer
 
 TRUE = Law(E=0.9, A=60.0, B=800.0, alpha=0.35, beta=0.45)
 
@@ -27,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run = run_folders.write(out / trial.name)
         params, _ = cost(trial.config, 257)
         tokens = trial.config.steps * trial.config.batch.global_ * trial.config.batch.seq_len
+        (run / "tokenizer.json").write_text(build_tokenizer(trial.config.data.tokenizer, [], ""))
         (run / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(trial.config)))
         summary = {"step": trial.config.steps, "val_loss": float(TRUE.loss(params, tokens)), "params": params, "tokens": tokens}
         (run / "summary.json").write_text(json.dumps(summary))
@@ -58,7 +60,7 @@ def test_runs_of_one_size_unfinished_ones_and_those_of_another_corpus_are_no_stu
 def test_every_run_of_a_plan_spends_its_budget(plan, more):
     made = list(trials(plan, "runs/s", more))
     for trial in made:
-        per_token = cost(trial.config, 257)[1]
+        per_token = cost(trial.config, plan.vocab_size)[1]
         spent = per_token * trial.config.steps * trial.config.batch.global_ * trial.config.batch.seq_len
         assert spent == pytest.approx(float(trial.name.split("-")[1]), rel=0.02), trial.name
         assert trial.config.schedule.final == 0.0  # it has come to rest: no run is judged before its schedule ends
