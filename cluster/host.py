@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,13 +61,27 @@ def hold(folder: Path) -> None:
     fcntl.flock(fd, fcntl.LOCK_SH)
 
 
-def sweep() -> None:
-    """Removes the folders of this user's jobs that nobody holds any more."""
+def sweep(patience_s: float = 0.0) -> None:
+    """Removes the folders of this user's jobs that nobody holds any more; ``patience_s`` for those whose processes are ending."""
+    deadline = time.monotonic() + patience_s
+    while _sweep() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _sweep() -> bool:
+    """Whether a folder is left that somebody holds."""
+    held = False
     for folder in temp_root().glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / "held").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.stat().st_uid == os.getuid():
-                shutil.rmtree(folder, ignore_errors=True)
+        try:
+            with (folder / "held").open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if folder.stat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            held = True
+        except OSError:
+            continue  # another user's, or gone by now
+    return held
 
 
 def end_job(folder: str) -> None:

@@ -31,6 +31,8 @@ SAVE_S = 70.0
 BACK_S = 1800.0
 """How long a lost head is asked whether it is back."""
 AGAIN_S = 2.0
+SWEEP_S = 5.0
+"""How long the processes of jobs that were here may take to end, once the node has."""
 LIFELINE = 0
 """Standard input, in the node of one job."""
 
@@ -165,7 +167,7 @@ class Keeper:
         if hasattr(self, "node"):
             self.node.end()
         host.end_job(str(self.folder))
-        host.sweep()  # of the jobs that were here
+        host.sweep(SWEEP_S)  # of the jobs that were here
 
 
 def main() -> int:

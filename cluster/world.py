@@ -59,6 +59,7 @@ class World:
         """Told to save and end, by the driver, for any reason."""
         self.finding: watch.Finding | None = None
         self._killed: float | None = None
+        self._ray_lost: float | None = None
         self._first_steps: set[int] = set()
 
     # -------------------------------------------------------------------------------------------------------- starting
@@ -160,10 +161,14 @@ class World:
     def _look_after(self) -> None:
         """Looks for what the living ranks cannot say themselves, and ends the world where it cannot go on."""
         living = [rank for rank in range(self.size) if rank not in self.ends and rank not in self.orphans]
-        if self.job.private is not None and self.job.private.lost():
-            self.finding = watch.Finding("worker lost", None, "processes of Ray's own have ended on the driver's host")
-        else:
+        told = self.leaving or self.asked or self.agreed  # a signal to everybody ends Ray's processes too, and trainers save
+        if self.job.private is None or told or not self.job.private.lost():
+            self._ray_lost = None
             self.finding = self.lookout.find(living)
+        else:
+            self._ray_lost = self._ray_lost or time.monotonic()
+            if time.monotonic() > self._ray_lost + NOTICE_S:
+                self.finding = watch.Finding("worker lost", None, "processes of Ray's own have ended on the driver's host")
         if self.finding is not None:
             self._kill_rest()
 
