@@ -4,11 +4,13 @@
 
 One job trains gpt_tiny, and one of its workers, drawn at random, is killed again and again at random moments. Ray Train (a
 TorchTrainer with a FailureConfig, gloo) trains the same objective on as many workers, with a checkpoint every so many steps
-too, and has the same done to it. Medians, in seconds since the kill.
+too, and has the same done to it; it needs the extra ``bench``. Medians, in seconds since the kill.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -28,7 +30,7 @@ from train import config as configuration
 from train.failures import PHASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 GOAL_S = 2.0
 PAUSE_S = (0.5, 1.5)
 """Between a recovery and the next kill: drawn from this range."""
@@ -49,7 +51,8 @@ class Job:
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -121,9 +124,13 @@ def main(arguments: list[str]) -> int:
     repeats = int(options.get("repeats", 20))
     overrides = [*FIXED, "tracking=off", *(a for a in arguments if not a.startswith(("repeats=", "peer=")))]
     random.seed(0)
+    out, peer = Console(), options.get("peer", "true") == "true"
+    if peer and importlib.util.find_spec("pandas") is None:
+        out.print("Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock")
+        peer = False
     with tempfile.TemporaryDirectory() as temporary:
         mine = ours(overrides, Path(temporary), repeats)
-        theirs = ray_train(overrides, Path(temporary), repeats) if options.get("peer", "true") == "true" else []
+        theirs = ray_train(overrides, Path(temporary), repeats) if peer else []
     table = Table(title=f"seconds since the SIGKILL of one worker, {repeats} times")
     for column in ("until", "median", "worst"):
         table.add_column(column, justify="left" if column == "until" else "right")
@@ -131,7 +138,7 @@ def main(arguments: list[str]) -> int:
         table.add_row(words, *(f"{of([marks[key] for marks in mine]):.2f}" for of in (statistics.median, max)))
     if theirs:
         table.add_row("Ray Train: first step", f"{statistics.median(theirs):.2f}", f"{max(theirs):.2f}")
-    out, median = Console(), statistics.median(marks["train"] for marks in mine)
+    median = statistics.median(marks["train"] for marks in mine)
     out.print(table)
     out.print(f"recovered {len(mine)} of {repeats} times; median {median:.2f} s (goal: at most {GOAL_S} s)")
     if theirs:

@@ -96,7 +96,7 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
     cluster, make, corpus, monkeypatch
 ):
     monkeypatch.setattr("cluster.supervisor.LEAVE_S", 0.5)
-    settings = ["steps=400", "save_every=10", "eval_every=0", "cluster.workers=3", "batch.global=6", "zero=2"]
+    settings = ["steps=400", "save_every=10", "eval_every=0", "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
     whole = make(*settings, name="whole")
     assert worlds.train_world(whole, corpus, timeout=250) == ["done"] * 3
     folder, _ = cluster(3, TARGET)

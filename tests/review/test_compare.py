@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import run_folders
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -107,6 +107,7 @@ def test_places_on_an_axis(tmp_path: Path):
 CURVES = arrays.arrays(float, st.integers(1, 400), elements=st.floats(-1e6, 1e6) | st.just(float("nan")))
 
 
+@settings(deadline=None)
 @given(CURVES, st.integers(4, 60))
 def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, most: int):
     kept = keep([values], most)
@@ -118,6 +119,7 @@ def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, m
         assert np.nanmin(values[kept]) == np.nanmin(values)
 
 
+@settings(deadline=None)
 @given(CURVES, st.floats(0, 0.5))
 def test_smoothing_is_the_mean_of_what_is_near(values: np.ndarray, share: float):
     reach = int(len(values) * share / 2)
