@@ -69,7 +69,8 @@ class Supervisor:
 
     def _after_failure(self, world: World, verdict: watch.Verdict) -> bool:
         """Says what failed and what follows; whether to start again, after the wait that this may take."""
-        step = max((beat.step for beat in world.lookout.beats.values()), default=0)
+        last = [*world.lookout.beats.values(), *(end.at for end in world.ends.values() if end.at)]
+        step = max((beat.step for beat in last), default=0)
         failure = recovery.Failure(verdict.fault or "", report.signature(verdict), step, self._newest())
         self.row = recovery.in_a_row(self.row, failure)
         decision = recovery.decide(self.row, self.job.config.cluster.max_failures)
