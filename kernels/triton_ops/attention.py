@@ -137,8 +137,10 @@ def attention(
     before = FAR if window is None else window - 1
     after = 0 if causal else before
     tables = (None, None) if rope is None else (x.contiguous() for x in rope)
-    if folds := q.shape[1] == 1 < q.shape[2] // k.shape[2] and rope is bias is window is None:
-        q, segments, after = _fold(q, k.shape[2]), segments and segments.repeat(q.shape[2] // k.shape[2]), FAR
+    groups = q.shape[2] // k.shape[2]
+    folds = q.shape[1] == 1 < groups and rope is None and bias is None and window is None
+    if folds:  # one query, at the last key, has no later key to be kept from
+        q, after, segments = _fold(q, k.shape[2]), FAR, segments and segments.repeat(groups)
     marks = (None, None) if segments is None else segments.marks()
     out = attention_forward(q, k, v, bias, *marks, *tables, before, after, float(scale))[0]
     return out.transpose(1, 2).flatten(1, 2)[:, None] if folds else out

@@ -143,7 +143,8 @@ def _run(
     problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor, chosen: tuning.Tiles
 ) -> None:
     rows, keys, heads, _ = grad_k.shape
-    sizes = problem.q.shape[1], keys, heads, rows * heads, problem.before, problem.after, side_by_side(problem.q)
+    beside = max(1, side_by_side(problem.q) // problem.groups)
+    sizes = problem.q.shape[1], keys, heads, rows * heads, problem.before, problem.after, beside
     q: Any = problem.q
     grad: Any = grad_out
     if chosen["BOXES"]:
