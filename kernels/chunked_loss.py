@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 import kernels.dispatch as dispatch
 from kernels.reference import wide
@@ -79,22 +78,6 @@ def _(
     for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(hidden, weight, for_hidden, for_weight)
-
-
-@register_flop_formula(torch.ops.trireme.linear_cross_entropy_forward)
-def _flops(
-    hidden: torch.Size,
-    weight: torch.Size,
-    targets: torch.Size,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    for_hidden: bool,
-    for_weight: bool,
-    **_: object,
-) -> int:
-    """What ``torch.utils.flop_counter`` counts, which does not look into a registered op."""
-    return 2 * hidden.numel() * weight[0] * (1 + for_hidden + for_weight)
 
 
 def _outputs(hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from train.schema import Config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the server of forks
+os.environ.pop("TRIREME_T0", None)  # when the tests were begun; a world's command is given when it starts
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train.run", "worlds"])
 

@@ -97,6 +97,19 @@ def test_every_width_of_head(backend, head_dim):
     compare(backend, tensors(1, 40, 40, 1, 1, head_dim), causal=True, rope=rope)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_every_tile_that_the_tuner_may_pick(monkeypatch, head_dim, dtype):
+    length = 4097 if DEVICE == "cuda" else 140
+    packed = ids("runs", 2, length)
+    rope = kernels.rope_table(torch.arange(length, device=DEVICE)[None], head_dim, 1e4)
+    options = {"causal": True, "segments": kernels.Segments(packed, packed)}
+    for number in range(5):
+        monkeypatch.setattr(tuning, "best", lambda op, shapes, candidates, run, n=number: candidates[n % len(candidates)])
+        compare("triton", tensors(2, length, length, 1, 2, head_dim), dtype, **options, rope=rope if number % 2 else None)
+
+
 def test_wider_heads_are_torchs_where_the_choice_is_free_and_an_error_where_triton_was_asked_for():
     q, k, v = tensors(1, 5, 5, 1, 1, 257)
     with kernels.force("triton"), pytest.raises(ValueError, match="heads 257 wide, only 256"):

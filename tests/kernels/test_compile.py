@@ -16,8 +16,17 @@ SHARED_BYTES = 227 << 10
 REGISTERS = 64 << 10
 SPILLED_BYTES = 16
 """A pair of registers moved out of a loop costs nothing; more is a tile that is too large."""
+PARKED_BYTES = 128
+"""So do those that wait, while a loop of matrix products has the registers, for what comes after it."""
 
 CASES = {
+    "attention": [
+        # a layer of a Llama: grouped heads, packed documents, rotary embedding
+        "ops.attention(rand(1, 4096, 8, 128), rand(1, 4096, 2, 128), rand(1, 4096, 2, 128), causal=True,"
+        " segments=kernels.Segments(*[torch.ones(1, 4096)] * 2), rope=kernels.rope_table(torch.arange(4096)[None], 128, 1e4))",
+        # and a token of its generation, over split keys
+        "ops.attention(rand(1, 1, 8, 128), rand(1, 4096, 2, 128), rand(1, 4096, 2, 128), causal=True)",
+    ],
     "rms_norm": [f"ops.rms_norm(rand(64, {width}), rand({width}), 1e-5)" for width in (768, 4096, 16384)],
     "layer_norm": [
         *(f"ops.layer_norm(rand(64, {width}), rand({width}), rand({width}), 1e-5)" for width in (768, 4096, 8192)),
@@ -62,7 +71,8 @@ def compiled(cases: list[str], *options: str) -> list[dict[str, Any]]:
 
 def check(found: list[dict[str, Any]]) -> None:
     for kernel in found:
-        assert kernel["spilled"] <= SPILLED_BYTES, kernel
+        parked = kernel["wgmma"] and not kernel["spilled_in_loops"]
+        assert kernel["spilled"] <= (PARKED_BYTES if parked else SPILLED_BYTES), kernel
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["registers"] * 32 * kernel["with"]["num_warps"] <= REGISTERS, kernel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -80,7 +79,6 @@ def test_a_killed_and_resumed_run_accounts_for_its_whole_time(make, corpus: Path
     for process in world.processes:
         process.join()
     time.sleep(1.0)
-    os.environ.pop("TRIREME_T0", None)
     assert worlds.train_world(config, corpus) == ["done", "done"]
     wall = time.time() - began
     summary = json.loads((folder / "summary.json").read_text())
