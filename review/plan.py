@@ -43,7 +43,7 @@ class Plan:
 TINY = Plan(
     sizes=(Size(24, 2, 2, 64), Size(32, 2, 2, 88), Size(48, 2, 4, 128), Size(64, 3, 4, 176), Size(96, 3, 4, 256)),
     budgets=(2e11, 6e11, 1.8e12, 5.4e12),
-    lr=6e-3,
+    lr=4e-3,
     vocab_size=257,
     overrides=("experiment=scaling",),
 )
@@ -89,7 +89,7 @@ class Trial:
 def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[Trial]:
     """Every size at every budget but the last, then the last size at the last one; the size to be predicted comes last.
 
-    Left out are runs of less than half a token or more than 200 tokens a parameter: they are far from any optimum, and the
+    Left out are runs of less than half a token or more than 170 tokens a parameter: they are far from any optimum, and the
     longest ones would cost the most steps.
     """
     for size in plan.sizes:
@@ -102,7 +102,7 @@ def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[T
         largest = size is plan.sizes[-1]
         for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:
             steps = round(budget / flops_per_token / per_step)
-            if 0.5 <= steps * per_step / params <= 200:
+            if 0.5 <= steps * per_step / params <= 170:
                 name = f"w{size.width}-{budget:.2g}".replace("+", "")
                 own = (f"run.name={name}", f"run.dir={folder}/{name}", f"steps={steps}")
                 run = config.run.model_copy(update={"name": name, "dir": f"{folder}/{name}"})
