@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import re
+import select
 import signal
 import time
 from pathlib import Path
@@ -16,11 +18,12 @@ from train import pulse
 
 TAIL_LINES = 20
 TAIL_BYTES = 64 << 10
-DUMP_S, DUMP_LOOK_S = 2.0, 0.05
-"""How long a trainer may take to write its stacks, and between looks whether it has."""
+DUMP_S, DUMP_LOOK_S = 2.0, 0.2
+"""How long a trainer may take to write its stacks, and between looks whether it goes on writing."""
 FRAMES, INNERMOST = 14, 3
 """So many frames of a stack are shown at most, and so many of libraries'."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
+LIBC = ctypes.CDLL(None)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -48,6 +51,11 @@ class Trainer:
             with contextlib.suppress(ProcessLookupError, OSError):
                 signal.pidfd_send_signal(self.handle, number)
 
+    def _signal_main_thread(self, number: int) -> None:
+        """So that one that was stopped handles it before it goes on; another thread would leave it the time to walk away."""
+        if self.handle is not None and not select.select([self.handle], [], [], 0)[0]:
+            LIBC.tgkill(self.pid, self.pid, number)
+
     def beat(self) -> dict[str, Any]:
         """Its pulse, and what the kernel says of it."""
         kernel = {"state": proc.state(self.pid), "rss_mib": proc.rss_mib(self.pid)}
@@ -59,12 +67,14 @@ class Trainer:
         if not self.log.exists():
             return {"kernel": kernel, "stack": []}
         start = size = self.log.stat().st_size
-        self.signal(signal.SIGUSR1)  # faulthandler's, in C: it needs neither the interpreter's lock nor the main thread
+        self._signal_main_thread(signal.SIGUSR1)  # faulthandler's, in C: it needs not the interpreter's lock
         self.signal(signal.SIGCONT)
-        end = time.monotonic() + DUMP_S
-        while time.monotonic() < end and (size == start or size != self.log.stat().st_size):
+        began = time.monotonic()
+        while time.monotonic() < began + DUMP_S and (size == start or size != self.log.stat().st_size):
             size = self.log.stat().st_size
             time.sleep(DUMP_LOOK_S)
+            if size == start and time.monotonic() > began + DUMP_S / 2:
+                self.signal(signal.SIGUSR1)  # the main thread is in the kernel and cannot answer: any other may
         with self.log.open("rb") as file:
             file.seek(start)
             return {"kernel": kernel, "stack": main_stack(file.read().decode(errors="replace"))}
