@@ -31,7 +31,7 @@ MACHINE = re.compile(
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
     "trace": {"run.dir", "step"},
-    "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
+    "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
 }
 """The verbs that take a run's folder, and their options."""
 TEMPLATES = {("group", "choice"), ("key", "value")}
