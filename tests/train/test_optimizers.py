@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,6 +52,7 @@ def build(config: Any) -> tuple[Any, Any]:
     return objective, build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
 
 
+@functools.cache
 def plain(rule: str) -> dict[str, torch.Tensor]:
     """The weights after STEPS steps of plain torch."""
     objective, optimizer = build(with_rule(tiny(0), rule))

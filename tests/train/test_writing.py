@@ -42,7 +42,7 @@ LETTERS = st.text(st.sampled_from("ab\n é中\U0001f6a3\ufffd"), max_size=40)
 PLACES = st.lists(st.integers(0, 200), max_size=60)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     LETTERS, st.lists(st.integers(0, 200), max_size=60), st.lists(st.text("ab\né中", min_size=1, max_size=4), max_size=3), LETTERS
 )
@@ -62,7 +62,7 @@ def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_s
     assert writer.stopped is stopped
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=40), PLACES)
 def test_bytes_that_are_no_text_come_as_the_tokenizer_has_them(data, places):
     pieces = cut(data, places)
@@ -101,7 +101,7 @@ def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_s
         show = lambda row, piece: shown.__setitem__(row, shown.get(row, "") + piece)  # noqa: E731
         found.append(list(write(model, tokenizer, prompts, options(batch=batch, **keys), show)))
         assert [shown[row] for row in range(len(shown))] == [text.text for several in found[-1] for text in several]
-    assert found[0] == found[1]
+    assert [[t.text for t in several] for several in found[0]] == [[t.text for t in several] for several in found[1]]
     assert found[0][0] == found[0][3], "the same prompt and seed, the same text"
 
 
