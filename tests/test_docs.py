@@ -85,7 +85,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
         name, *rest = [*arguments, "up"]
         assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
     elif verb in SAVED:
-        given = {argument.partition("=")[0] for argument in arguments} - {"--json"}
+        given = {argument.partition("=")[0] for argument in arguments} - {"--json", "--help"}
         assert given <= SAVED[verb]
         assert "run.dir" in given or not given
     elif verb == "review":
