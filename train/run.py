@@ -64,7 +64,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    check_prompts(config, corpus, objective)
+    _check_prompts(objective, corpus, config)
     found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
     if found:
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
@@ -92,12 +92,6 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     finally:
         saver.close()
         loader.close()
-
-
-def check_prompts(config: Config, corpus: Corpus, objective: Any) -> None:
-    """Raises UserError for prompts that the model cannot go on from: now, and not at the first evaluation."""
-    if isinstance(objective, Generative):
-        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
@@ -245,6 +239,12 @@ class Work:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
+
+
+def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
+    """Refuse prompts that cannot be written on from: now, and not at the first evaluation."""
+    if isinstance(objective, Generative):
+        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
