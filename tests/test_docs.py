@@ -31,6 +31,7 @@ MACHINE = re.compile(
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
     "trace": {"run.dir", "step"},
+    "export": {"run.dir", "to", "checkpoint", "shard_mb"},
     "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
 }
 """The verbs that take a run's folder, and their options."""

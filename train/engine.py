@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from train import pulse
 from train.batch import Batch, Losses
 from train.dist import World
-from train.pieces import MASTER, Piece
+from train.pieces import MASTER, Piece, frozen_pieces
 from train.schema import Config
+from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
@@ -67,21 +68,23 @@ class Engine:
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.shapes = {name: p.shape for name, p in objective.named_parameters()}
-        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
+        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        frozen = frozen_pieces(objective, world.rank, 1 if config.zero.stage == 0 else world.size)
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
         self.unfused = config.zero.stage == 0 and not self.plain
-        initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
+        initial = [p.detach().float().clone() for p in self.names] if self.unfused else []
         _count_collectives()
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
             self.engine.enable_backward_allreduce = world.size > 1
-        self.pieces = list(self._pieces())
+        self.trained = list(self._pieces())
+        self.pieces = [*self.trained, *frozen]
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
-            torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
+            torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             self._spread_masters()
 
@@ -97,7 +100,7 @@ class Engine:
         moments change only after ``before_update()`` has returned.
         """
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if not self.engine.module.training:  # it walks all modules
             self.engine.train()
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
@@ -157,7 +160,7 @@ class Engine:
 
     def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
         """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
-        for holder in {id(p.holder): p.holder for p in self.pieces}.values():
+        for holder in {id(p.holder): p.holder for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds if k != MASTER}
             if "exp_avg" in moments:
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
@@ -168,6 +171,7 @@ class Engine:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
+        self._spread_frozen(read)
 
     @torch.no_grad()
     def _spread_masters(self) -> None:
@@ -185,6 +189,15 @@ class Engine:
                 torch._foreach_copy_(list(low), list(high))
         else:
             zero.update_lp_params()
+
+    @torch.no_grad()
+    def _spread_frozen(self, read: Callable[[Piece, str], Tensor]) -> None:
+        """Fill the weights that are not trained, which no optimizer carries anywhere."""
+        for name, param in self.engine.module.named_parameters():
+            if not param.requires_grad:
+                whole = Piece(name, 0, self.shapes[name].numel(), param, 0)
+                with self._gathered(param, modifier_rank=0):
+                    param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
         """What else the optimizer remembers: the dynamic loss scale of fp16."""
@@ -213,13 +226,13 @@ class Engine:
         A collective: every rank iterates to the end.
         """
         for name, param in self.engine.module.named_parameters():
-            gathered = deepspeed.zero.GatheredParameters([param]) if self._stage3 else contextlib.nullcontext()
-            with gathered:
+            with self._gathered(param):
                 yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
 
-    @property
-    def _stage3(self) -> bool:
-        return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.weights)
+    def _gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a parameter is whole; what ``modifier_rank`` writes to it stays."""
+        stage3 = self.engine.zero_optimization_stage() == ZeroStageEnum.weights
+        return deepspeed.zero.GatheredParameters([param], modifier_rank) if stage3 else contextlib.nullcontext()
 
     # --------------------------------------------------------------------------------------- where each stage keeps it
 
@@ -270,28 +283,3 @@ _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"
 def _zip_groups(low: Any, high: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for a, b in zip(low, high, strict=True):
         yield from zip(a, b, strict=True)
-
-
-def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bool) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. Without ZeRO and in fp32 (``plain``) clipping is the engine's own."""
-    zero: dict[str, Any] = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": False}
-    if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if config.zero.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if plain else config.optimizer.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # plain SGD is one
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
-        "steps_per_print": None,
-    }
-    if config.precision.name == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if config.zero.stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.precision.name == "fp16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    return settings

@@ -18,7 +18,7 @@ from train.errors import UserError
 from train.redact import redact_tree
 from train.schema import Config
 
-IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
+IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name", "init.", "stop.metric")
 """Keys that make a run what it is; a run with other values is another run."""
 INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations")
 """Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
@@ -65,9 +65,9 @@ def same_corpus(folder: Path, was: str, now: str) -> None:
 
 
 def finished(config: Config) -> dict[str, Any] | None:
-    """The summary of the run in ``run.dir`` if it has made all its steps."""
+    """The summary of the run in ``run.dir`` if it has made all its steps, or enough of them."""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((Path(config.run.dir or "") / "summary.json").read_text())
-        if summary["step"] >= config.steps:
+        if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):
             return dict(summary)
     return None
