@@ -69,7 +69,7 @@ class Engine:
         self.clip = config.optimizer.clip
         self.shapes = {name: p.shape for name, p in objective.named_parameters()}
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
-        frozen = frozen_pieces(objective, world.rank, 1 if config.zero.stage == 0 else world.size)
+        frozen = frozen_pieces(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -118,9 +118,9 @@ class Family:
             if given[0] is None and key not in ("kv_heads", "mlp_width"):
                 strange.append(f"{names[0]}, which is missing")
             found[key] = given[0]
-        for name, values in self.fixed.items():
-            if config.get(name, values[0]) not in values:
-                strange.append(f"{name}={word(config[name])}, which must be {' or '.join(word(v) for v in values)}")
+        for name, right in self.fixed.items():
+            if config.get(name, right[0]) not in right:
+                strange.append(f"{name}={word(config[name])}, which must be {' or '.join(map(word, right))}")
         if not strange:
             found |= {key: found[other] for key, other in self.equal.items()}
             found = _whole(found)
