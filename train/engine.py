@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from train import pulse
 from train.batch import Batch, Losses
 from train.dist import World
-from train.pieces import MASTER, Piece, frozen_pieces
+from train.memory import memories
+from train.pieces import MASTER, Piece, frozen_pieces, rows_of
 from train.schema import Config
 from train.zero import deepspeed_config
 
@@ -67,7 +68,8 @@ class Engine:
         """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
-        self.shapes = {name: p.shape for name, p in objective.named_parameters()}
+        self.memories = memories(objective)
+        self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
         frozen = frozen_pieces(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
@@ -87,6 +89,7 @@ class Engine:
             torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             self._spread_masters()
+        self.carried = [piece for name, rows in objective.named_buffers() for piece in rows_of(name, rows, world)]
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -125,6 +128,8 @@ class Engine:
         if not self.plain:
             applied = not getattr(self.engine.optimizer, "overflow", False)
             norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
+        for memory in self.memories:
+            memory.settle(applied)
         return StepResult(totals, norm, applied)
 
     def _clip_plain(self) -> tuple[float, bool]:
@@ -167,7 +172,7 @@ class Engine:
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
             if moments:
                 self.inner.state[holder] = moments
-        for piece in self.pieces:
+        for piece in [*self.pieces, *self.carried]:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
@@ -241,7 +246,8 @@ class Engine:
         if stage == ZeroStageEnum.weights:
             yield from self._pieces_of_stage3(zero)
         elif stage == ZeroStageEnum.disabled:
-            masters = {} if self.plain else dict(_zip_groups(zero.fp16_groups, zero.fp32_groups))
+            groups = () if self.plain else zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+            masters = {a: b for low, high in groups for a, b in zip(low, high, strict=True)}
             for param, name in self.names.items():
                 yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
         else:
