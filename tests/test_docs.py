@@ -32,6 +32,7 @@ SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
     "trace": {"run.dir", "step"},
     "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
+    "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
 """The verbs that take a run's folder, and their options."""
 TEMPLATES = {("group", "choice"), ("key", "value")}

@@ -11,6 +11,8 @@ the checkpoint before it is taken instead, and that is said.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -47,6 +49,11 @@ class Checkpoint:
     def val_loss(self) -> float | None:
         """The held-out loss measured at this very step, if it was."""
         return self.manifest["val_loss"]
+
+    @property
+    def digest(self) -> str:
+        """What tells its content from that of any other: a hash of its manifest, which has those of its files."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def damage(self, share: slice = slice(None)) -> str | None:
         """What is wrong with its files (those of ``share``), or None. Reads and hashes every byte."""
