@@ -25,7 +25,7 @@ from train.data.loader import Loader
 from train.data.shards import Corpus
 from train.data.streams import Cursor
 from train.engine import Engine
-from train.errors import UserError
+from train.errors import NotFinite, UserError
 from train.ledger import Entry, How, Ledger
 from train.look import begin_anew, first_nonfinite
 from train.progress import Progress
@@ -184,7 +184,7 @@ class Guard:
                     f"from {sources(entry)}: look at these files, and take them out of the corpus"
                 )
         elif self.ledger.in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
-            raise UserError(
+            raise NotFinite(
                 f"step {entry['step']}: {words(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
                 f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
                 f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "
