@@ -108,7 +108,7 @@ class Guard:
         found = complete(self.ledger.file.with_name("checkpoints"))
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
-            raise UserError(
+            raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )

@@ -9,6 +9,7 @@ import sys
 import time
 
 import psutil
+import pytest
 import worlds
 
 from train.compare import compare
@@ -31,6 +32,7 @@ def drive(words, out):
         )
 
 
+@pytest.mark.timeout(900)  # on a loaded machine
 def test_a_driver_killed_in_the_third_of_six_trials_goes_on_there(swept, given, tmp_path):
     words = [STEPS, "cluster.workers=2", "eval_every=0", "save_every=5", "keep_last=100", "sweep.name=six"]
     folder, out = tmp_path / "killed", tmp_path / "out"

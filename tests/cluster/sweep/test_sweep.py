@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import wandb_files
 
 from cluster.job import Clock, Job
@@ -12,6 +13,8 @@ from cluster.supervisor import Supervisor
 from train import config as configuration
 from train.compare import compare
 from train.tracking import read_records
+
+pytestmark = pytest.mark.timeout(900)  # on a loaded machine
 
 
 def alone(config, ground):
