@@ -56,7 +56,7 @@ def load_sweep(overrides: Sequence[str]) -> space.Sweeping:
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-            axes = [_axis(found) for text in overrides if (found := _sweep_override(parser, text)) is not None]
+            axes = [_axis(several) for text in overrides if (several := _sweep_override(parser, text)) is not None]
     except HydraException as error:
         raise ConfigError([str(error).strip()]) from error
     varied = {axis.key for axis in axes}
@@ -94,7 +94,9 @@ def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*found, str(error).strip()]) from error
     choices = composed.hydra.runtime.choices
-    values = {str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"}
+    values: dict[str, Any] = {
+        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
+    }
     settings = values.pop("sweep")
     try:
         config = finish(values, name=f"{choices['model']}-{choices['data']}")
