@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -28,7 +28,7 @@ from train import space
 from train.errors import UserError
 from train.nearest import nearest
 from train.rules import problems
-from train.schema import CommandLine, Config, Section
+from train.schema import KINDS, CommandLine, Config, Section, kinds
 
 S = TypeVar("S", bound=Section)
 
@@ -46,8 +46,8 @@ class ConfigError(UserError):
 
 def load(overrides: Sequence[str]) -> Config:
     """The configuration that ``overrides`` (``key=value``, ``group=choice``) ask for, or ConfigError."""
-    own = [text for text in overrides if not _of_sweep(text)]
-    found = [f"{text!r} is for a sweep: say -m, or leave it out" for text in overrides if _of_sweep(text)]
+    own = [text for text in overrides if not space.of_sweep(text)]
+    found = [f"{text!r} is for a sweep: say -m, or leave it out" for text in overrides if space.of_sweep(text)]
     return _load(own, found)[0]
 
 
@@ -60,18 +60,19 @@ def load_sweep(overrides: Sequence[str]) -> space.Sweeping:
     except HydraException as error:
         raise ConfigError([str(error).strip()]) from error
     varied = {axis.key for axis in axes}
-    fixed = [text for text in overrides if _key(text) not in varied]
+    fixed = [text for text in overrides if space.key_of(text) not in varied]
     found = [f"{axis.key}={axis.text} names nothing" for axis in axes if not (axis.values or axis.low is not None)]
-    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in _named(overrides)]
-    if _varies_place(varied):
-        found.append(f"{_varies_place(varied)[0]} is the same for all runs of a sweep, which share a cluster: give one value")
-    base, settings = _load([*fixed, *(f"{axis.key}={axis.first}" for axis in axes if axis.key not in _named(overrides))], found)
+    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in space.named(overrides)]
+    found += [f"{key} is the same for all runs of a sweep, which share a cluster: give one value" for key in space.places(varied)]
+    base, settings = _load(
+        [*fixed, *(f"{axis.key}={axis.first}" for axis in axes if axis.key not in space.named(overrides))], found
+    )
     sweep = typed(CommandLine, {**to_dict(base), "sweep": settings}).sweep
     name = sweep.name or "-".join([*([] if sweep.sampler == "grid" else [sweep.sampler]), *(axis.key for axis in axes)])
     sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
     if wrong := space.problems(sweep, axes, base):
         raise ConfigError(wrong)
-    return space.Sweeping(sweep, base, tuple(text for text in fixed if not _of_sweep(text)), tuple(axes))
+    return space.Sweeping(sweep, base, tuple(text for text in fixed if not space.of_sweep(text)), tuple(axes))
 
 
 def load_trial(sweep: space.Sweeping, number: int, params: space.Params) -> Config:
@@ -105,23 +106,6 @@ def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[
     if found:
         raise ConfigError(found)
     return config, settings
-
-
-def _key(text: str) -> str:
-    return text.partition("=")[0].lstrip("+~")
-
-
-def _of_sweep(text: str) -> bool:
-    return _key(text) == "sweep" or _key(text).startswith("sweep.")
-
-
-def _named(overrides: Sequence[str]) -> list[str]:
-    return [_key(text) for text in overrides if _key(text) in ("run.name", "run.dir")]
-
-
-def _varies_place(varied: Iterable[str]) -> list[str]:
-    ours = ("cluster.workers", "cluster.cpus_per_worker")
-    return [key for key in varied if key not in ours and (key in ("cluster", "sweep") or key.startswith(("cluster.", "sweep.")))]
 
 
 def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
@@ -207,18 +191,40 @@ def groups() -> dict[str, list[str]]:
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
 
 
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The values of a choice of a group, such as ``generation=beam``. Raises UserError for one that is not there."""
+    known = groups()[group]
+    if name not in known:
+        raise UserError(f"{group}={name}: there is no such choice{nearest(name, known)}. Choices: {', '.join(known)}")
+    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
+
+
 def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, tuple[str, str, str]]:
     """Every key of the schema: name -> (type, default or "", description)."""
     found: dict[str, tuple[str, str, str]] = {}
     for name, field in section.model_fields.items():
-        key = prefix + (field.alias or name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            found |= keys(inner, key + ".")
+        key, inner = prefix + (field.alias or name), field.annotation
+        inners = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, Section)]
+        if inners:
+            names = list(kinds(name)) if field.discriminator else [name]
+            found |= _together(dict(zip(names, (keys(t, key + ".") for t in inners), strict=True)))
             continue
         kind = getattr(inner, "__name__", "") if not get_args(inner) else str(inner).replace("typing.", "")
         default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
         found[key] = (kind, default, field.description or "")
+    return found
+
+
+def _together(trees: dict[str, dict[str, tuple[str, str, str]]]) -> dict[str, tuple[str, str, str]]:
+    """The keys of all kinds of a section; those that only some have say of which they are."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for key in dict.fromkeys(key for tree in trees.values() for key in tree):
+        having = {name: tree[key] for name, tree in trees.items() if key in tree}
+        kind, default, description = next(iter(having.values()))
+        if len({default for _, default, _ in having.values()}) > 1:
+            default = ""
+        of = "" if len(having) == len(trees) else f" [{', '.join(having)}]"
+        found[key] = kind, default, description + of
     return found
 
 
@@ -255,15 +261,29 @@ def help_text() -> str:
     lines = ["usage: ./launch.sh train [-m] [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
     lines += [f"  {name + '=':13}{', '.join(choices)}" for name, choices in groups().items()]
     lines += ["", "Set with key=value (types as in Python; lists as [a,b]):"]
-    for key, (_, default, description) in keys().items():
+    return "\n".join([*lines, *key_lines(keys())])
+
+
+def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
+    """A line for each of ``keys()``: its name, meaning and default."""
+    lines = []
+    for key, (_, default, description) in known.items():
         note = description + (f" (default {default})" if default not in ("", "None", "[]") else "")
         lines.append(f"  {key:30}{note}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES)
+    loc = [str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES]
+    kind = loc.pop(1) if len(loc) > 1 and loc[0] in KINDS else ""
+    path = ".".join(loc)
+    if error["type"].startswith("union_tag"):
+        key = f"{path}.{KINDS[path]}"
+        given = error["input"].get(KINDS[path]) if isinstance(error["input"], dict) else error["input"]
+        return f"{key}={given}: there is no such one" if given else f"{key} is missing"
     if error["type"] == "extra_forbidden":
+        if kind and path in keys():
+            return f"{path} means nothing for {loc[0]}.{KINDS[loc[0]]}={kind}: leave it out, or choose another {loc[0]}"
         return f"unknown key {path!r}{nearest(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"

@@ -19,15 +19,16 @@ from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
+from train.data.streams import Cursor
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
 from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
+from train.models.state import Generative
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.outline import outline
@@ -37,6 +38,7 @@ from train.saving import Saver
 from train.schema import Config
 from train.tiles import choose_kernels
 from train.tracking import Tracker
+from train.writing import encoded, write
 
 Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
@@ -52,7 +54,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
-    corpus = Corpus(corpus_folder)
+    corpus = Corpus(corpus_folder, config.model.special)
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
@@ -60,8 +62,9 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
-    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
+    check_prompts(config, corpus, objective)
     found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
     if found:
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
@@ -89,6 +92,12 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     finally:
         saver.close()
         loader.close()
+
+
+def check_prompts(config: Config, corpus: Corpus, objective: Any) -> None:
+    """Raises UserError for prompts that the model cannot go on from: now, and not at the first evaluation."""
+    if isinstance(objective, Generative):
+        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
@@ -132,7 +141,7 @@ class Work:
             self.tracker.log(finite)
 
     def evaluate(self, progress: Progress) -> Record:
-        """Loss and bits per byte of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
+        """The numbers of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
@@ -140,9 +149,9 @@ class Work:
         pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
-        nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
-        self.last = Evaluation(nats, places, held_out.bytes / max(places, 1))
-        found = {"val_loss": self.last.loss, "bits_per_byte": self.last.bits_per_byte}
+        sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
+        self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
+        found = self.last.numbers()
         self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
         self._sample(progress)
         self.emit(phase("train"))
@@ -202,10 +211,11 @@ class Work:
         seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
-            "val_loss": self.last and self.last.loss,
+            "val_loss": None,
             "perplexity": self.last and self.last.perplexity,
-            "bits_per_byte": self.last and self.last.bits_per_byte,
-            "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            "bits_per_byte": None,
+            **(self.last.numbers() if self.last else {}),
+            "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": progress.tokens,
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),
@@ -213,13 +223,15 @@ class Work:
             "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
+        if self.last:
+            summary |= self.last.details(getattr(self.config.objective, "classes", []))
         self.tracker.finish(summary)
         self.emit({"event": "done", "summary": summary})
 
     def _sample(self, progress: Progress) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
         options = self.config.generation
-        if not options.prompts or not options.max_tokens:
+        if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
         pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
@@ -227,19 +239,12 @@ class Work:
             return
         self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
         self.plain.load_state_dict(weights, strict=False)
-        rows = list(zip(options.prompts, write_on(self.plain.eval(), self.corpus, self.config), strict=True))
+        texts = write(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
-
-
-def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
-    """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
-    tokenizer = corpus.tokenizer
-    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
-    return [tokenizer.decode(ids) for ids in written]
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
@@ -253,7 +258,7 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
     folder.mkdir(parents=True, exist_ok=True)
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
-    write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
+    write_whole(folder / "tokenizer.json", corpus.tokenizer.content.encode())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
     write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())

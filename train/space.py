@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from train.schema import Config, Sweep
@@ -91,3 +91,24 @@ def problems(settings: Sweep, axes: Sequence[Axis], base: Config) -> list[str]:
             f"set eval_every={max(1, base.steps // 8)}, or sweep.pruner=none"
         )
     return found
+
+
+def key_of(text: str) -> str:
+    """The key, or the group, of an override."""
+    return text.partition("=")[0].lstrip("+~")
+
+
+def of_sweep(text: str) -> bool:
+    """Whether an override says how to sweep, and nothing of the runs."""
+    return key_of(text).partition(".")[0] == "sweep"
+
+
+def named(overrides: Sequence[str]) -> list[str]:
+    """The keys among the overrides that would give all runs one name."""
+    return [key_of(text) for text in overrides if key_of(text) in ("run.name", "run.dir")]
+
+
+def places(varied: Iterable[str]) -> list[str]:
+    """The keys, among those that vary, that say where all of the sweep runs, or how it sweeps."""
+    free = ("cluster.workers", "cluster.cpus_per_worker")
+    return [key for key in varied if key not in free and key.partition(".")[0] in ("cluster", "sweep")]
