@@ -2,7 +2,7 @@
 # The one entry, for people and for clusters. The first run sets up .venv beside this file; later ones start at once.
 #
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
-#   ./launch.sh [train] [group=choice] [key=value]
+#   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|prepare|evaluate|generate|export|trace|verify-resume|review|bench|help
 #

@@ -204,6 +204,30 @@ class Config(Section):
     generation: Generation
 
 
+class Sweep(Section):
+    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+
+    name: str | None = Field(None, description="default: the keys that vary")
+    dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
+    sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
+        "minimize", description="one for every metric, or a list"
+    )
+    pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
+    startup: Positive = Field(5, description="trials drawn at random before tpe looks at their results")
+    seed: NonNegative = Field(0, description="of the suggestions")
+    parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
+    retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")
+
+
+class CommandLine(Config):
+    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+
+    sweep: Sweep = Sweep()
+
+
 KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
 """Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
 
