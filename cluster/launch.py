@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +50,14 @@ def run(what: Plan, begun: Begun) -> int:
         code = BAD_INPUT
         if start.held is not None:
             lock.take_back(start.run_dir)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        console.bad_input(no_room(error))
-        code = BAD_INPUT
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            console.bad_input(no_room(error))
+            code = BAD_INPUT
+        else:  # the interpreter's own end would first let go of the warm process, which then ends all that is the job's
+            console.close()
+            traceback.print_exc()
+            code = FAILED
     finally:
         console.close()
     if start.others is not None:

@@ -64,8 +64,8 @@ class World:
 
     # -------------------------------------------------------------------------------------------------------- starting
 
-    def start(self, orders: Sequence[dict[str, Any]]) -> None:
-        """Has every steward fork its trainer. UserError when the port is taken, RuntimeError when the imports fail, RayError when a
+    def start(self, orders: Sequence[dict[str, Any]]) -> list[int]:
+        """Has every steward fork its trainer: their pids, by rank. UserError when the port is taken, RuntimeError when the imports fail, RayError when a
         steward is gone.
         """
         cluster = self.job.config.cluster
@@ -84,7 +84,9 @@ class World:
             if "failed" in answer:
                 raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
-        self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
+        pids = [answer["pid"] for answer in answers]
+        self.job.show({"event": "started", "pids": pids, "generation": self.generation})
+        return pids
 
     def _ask(self, questions: Sequence[Any]) -> list[Any]:
         """The stewards' answers, with an ear for signals in between."""
