@@ -192,7 +192,7 @@ VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
 
 
 def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[None]:
-    """Two commands that change this user's node on this host follow each other. A node of one job (see ``join``) is held by none."""
+    """Two commands that change this user's node on this host follow each other; one job's node (see ``join``) is held by none."""
     if name == "status" or "job" in given:
         return contextlib.nullcontext()
     folder = Path(token.PLACE).expanduser().parent

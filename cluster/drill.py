@@ -1,7 +1,7 @@
 """What a drill injects, what must be said of it, and whether what was seen is right. Pure.
 
-A row holds where the fault was named as it is, the job went on from it, and the run is then the undisturbed one: the same samples in
-every step, and the same loss; bit for bit at the same number of workers, within ``TOLERANCE`` where it changed.
+A row holds where the fault was named as it is, the job went on from it, and the run is then the undisturbed one: the same samples
+in every step, and the same loss; bit for bit at the same number of workers, within ``TOLERANCE`` where it changed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,14 @@ class Fault:
 
 
 _RANK = r"rank {rank} on {host} \(pid {pid}\) "
+_DAMAGED = "{step} is damaged and is not used: {file} does not have the hash"
 FAULTS = {
     fault.name: fault
     for fault in (
         Fault("kill", "SIGKILL of a worker", _RANK + "killed by SIGKILL"),
         Fault("save", "SIGKILL in the middle of a save", _RANK + "killed by SIGKILL"),
         Fault("stop", "SIGSTOP of a worker", _RANK + "hung: .*(?:\n.*)?stopped by a signal"),
-        Fault(
-            "checkpoint",
-            "a bit of the newest checkpoint flipped",
-            "{step} is damaged and is not used: {file} does not have the hash",
-        ),
+        Fault("checkpoint", "a bit of the newest checkpoint flipped", _DAMAGED),
         Fault("disk", "a full disk under a save", "no checkpoint could be written to .*: rank {rank}: .*File too large"),
         Fault("term", "SIGTERM to all of the job", "Stopped and saved"),
         Fault("shard", "a shard of the corpus poisoned", "{file}: damaged: its sha256 is"),
@@ -103,15 +100,8 @@ class Row:
         named, same, equal = ("yes" if right else "NO" for right in (seen.named, not self.data, not self.loss))
         times = ("never" if s is None else f"{s:.1f}" for s in (seen.detected_s, seen.recovered_s))
         detected, recovered = times
-        return (
-            self.title,
-            detected,
-            named,
-            recovered,
-            str(seen.steps_redone),
-            same,
-            f"{equal}, {self.how}" if equal == "yes" else equal,
-        )
+        equal += f", {self.how}" if not self.loss else ""
+        return (self.title, detected, named, recovered, str(seen.steps_redone), same, equal)
 
     @property
     def wrong(self) -> str:

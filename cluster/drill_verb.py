@@ -1,4 +1,4 @@
-"""The verb ``drill``: real faults, one after another, on the user's own cluster and configuration, and whether the job bears them."""
+"""The verb ``drill``: real faults, one after another, on the user's own cluster and configuration."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SOON = ["cluster.hang_timeout=10", "cluster.grow_after=1", "cluster.stay_away=1"
 """Waiting times, shortened where the user has not set them."""
 HELP = """usage: ./launch.sh drill [faults=kill,stop,...] [group=choice ...] [key=value ...]
 
-Trains this configuration twice, for some hundred steps: once undisturbed, and once with real faults injected one after another. Each
-must be named as what it is, the job must go on from it, and the run must then be the undisturbed one: the same samples in every step, the
-same loss. Exit code 0 only if all that holds, 1 if not, 2 for bad input.
+Trains this configuration twice, for some hundred steps: once undisturbed, and once with real faults injected one after another.
+Each must be named as what it is, the job must go on from it, and the run must then be the undisturbed one: the same samples in
+every step, the same loss. Exit code 0 only if all that holds, 1 if not, 2 for bad input.
 
-It has its own folder beside the run's, <run.dir>-drill, where drill.json and drill.md (for a pull request) are left; the run itself and its
-corpus are not touched. Faults on hosts need a lasting cluster of two or more (cluster.address). Nothing needs root.
+It has its own folder beside the run's, <run.dir>-drill, where drill.json and drill.md (for a pull request) are left; the run
+itself and its corpus are not touched. Faults on hosts need a lasting cluster of two or more (cluster.address). None needs root.
 
 The faults, in their order (./launch.sh drill --list):
 """
@@ -98,7 +98,8 @@ class Drill:
     def run(self, faults: Sequence[Fault]) -> int:
         """Injects them all; the exit code."""
         began, config = time.monotonic(), self.config
-        about = f"{config.run.name}, {plural(config.cluster.workers, 'worker')}, ZeRO stage {config.zero.stage}, {config.precision.name}"
+        workers = plural(config.cluster.workers, "worker")
+        about = f"{config.run.name}, {workers}, ZeRO stage {config.zero.stage}, {config.precision.name}"
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
         with Live(console=self.out, refresh_per_second=4) as live:
             live.update(self._table("the undisturbed run"))
@@ -119,11 +120,8 @@ class Drill:
         if holds:
             for left in [self.folder / "corpus", *self.folder.glob("*disturbed*/checkpoints")]:
                 shutil.rmtree(left, ignore_errors=True)
-        words = (
-            f"All of {plural(len(tried), 'fault')} hold"
-            if holds
-            else f"{sum(not r.holds for r in tried)} of {len(tried)} do not hold"
-        )
+        bad = sum(not row.holds for row in tried)
+        words = f"{bad} of {len(tried)} do not hold" if bad else f"All hold: {plural(len(tried), 'fault')}"
         self.out.print(f"{words}, in {duration(time.monotonic() - began)}. {self.folder}/drill.json, drill.md", soft_wrap=True)
         return HOLDS if holds else DOES_NOT
 
@@ -135,11 +133,9 @@ class Drill:
                 self._make_undisturbed(2 * seen.step)
             assert self.stage.run is not None
             ours, theirs = self.stage.run.folder, self.undisturbed.folder
-            losses = [
-                {r["step"]: r["loss"] for r in read_records(f / "metrics.jsonl") if r["step"] <= seen.step} for f in (ours, theirs)
-            ]
+            ours_by_step, theirs_by_step = (_losses(folder, seen.step) for folder in (ours, theirs))
             findings = compare_lines(ours, theirs, seen.step)
-            row = drill.judge(fault, seen, findings, self.config.precision.name, (losses[0], losses[1]))
+            row = drill.judge(fault, seen, findings, self.config.precision.name, (ours_by_step, theirs_by_step))
         except UserError as error:
             row = Row(fault.name, fault.title, failed=str(error))
         if not row.holds:
@@ -175,3 +171,7 @@ class Drill:
         content = {"about": about, "holds": holds, "faults": [drill.to_dict(row) for row in self.rows]}
         (self.folder / "drill.json").write_text(json.dumps(content, indent=1) + "\n")
         (self.folder / "drill.md").write_text(drill.markdown(self.rows, about))
+
+
+def _losses(folder: Path, step: int) -> drill.Losses:
+    return {record["step"]: record["loss"] for record in read_records(folder / "metrics.jsonl") if record["step"] <= step}

@@ -65,8 +65,8 @@ class World:
     # -------------------------------------------------------------------------------------------------------- starting
 
     def start(self, orders: Sequence[dict[str, Any]]) -> list[int]:
-        """Has every steward fork its trainer: their pids, by rank. UserError when the port is taken, RuntimeError when the imports fail, RayError when a
-        steward is gone.
+        """Has every steward fork its trainer: their pids, by rank. UserError when the port is taken, RuntimeError when the imports
+        fail, RayError when a steward is gone.
         """
         cluster = self.job.config.cluster
         place = self.places[0]
@@ -177,7 +177,14 @@ class World:
     def _hear_orphans(self) -> None:
         """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
         told = self.job.signals.heard is not None or self.asked or self.agreed
+        if told and self.job.private is not None and self.job.private.lost():  # then no word of a steward's end may ever come
+            gone = ray.exceptions.RayError("processes of Ray's own have ended")
+            for rank in set(range(self.size)) - self.ends.keys():
+                self.orphans.setdefault(rank, (time.monotonic(), gone))
         for rank, (since, error) in list(self.orphans.items()):
+            if rank in self.ends:  # its steward lived after all
+                del self.orphans[rank]
+                continue
             found = word.read(self.orders[rank])
             if found is not None:
                 self.lost.add(rank)

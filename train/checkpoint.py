@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
-    """How a file that has the hash of its manifest is not what that says: both may come from elsewhere. Nothing is ever unpickled."""
+    """How a file of the right hash is not what its manifest says: both may come from elsewhere. Nothing is ever unpickled."""
     try:
         with safe_open(file, framework="pt") as held:
             shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict

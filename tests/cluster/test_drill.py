@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import worlds
-from hosts import WHY_NOT, hosts
-from test_hosts import PORT, TOKEN, give_token, living_hosts, trireme, wait_for
+from hosts import PORT, WHY_NOT, form_cluster, hosts, living_hosts, trireme
 
 from cluster import drill
 from cluster.drill import FAULTS, Row, Seen
@@ -110,7 +109,14 @@ def test_a_poisoned_shard_is_one_of_a_copy(corpus: Path, tmp_path: Path):
 SETTINGS = ["batch.global=12", "batch.seq_len=32", "optimizer.lr=1e-3", "steps=20000", "zero=2", "cluster.hang_timeout=5"]
 
 
-def run_drill(*words: str, **options) -> subprocess.CompletedProcess[str]:
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def run_drill(*words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster", "drill", *words]
     return subprocess.run(
         command,
@@ -120,7 +126,6 @@ def run_drill(*words: str, **options) -> subprocess.CompletedProcess[str]:
         timeout=900,
         cwd=worlds.REPOSITORY,
         check=False,
-        **options,
     )
 
 
@@ -147,20 +152,15 @@ def test_two_workers_of_one_host_bear_every_fault(as_typed, corpus: Path, tmp_pa
 @pytest.mark.timeout(900)
 def test_three_hosts_bear_the_loss_of_one_and_another_cut_off(as_typed, tmp_path_factory, tmp_path: Path):
     with hosts(3, shared=tmp_path_factory.getbasetemp()) as (a, b, c):
-        address = f"{a.ip}:{PORT}"
-        assert trireme(a, "cluster", "up", f"bind={a.ip}").returncode == 0
-        token = a.run(["cat", TOKEN]).stdout
-        for other in (b, c):
-            give_token(other, token)
-            assert trireme(other, "cluster", "join", address).returncode == 0
+        form_cluster(a, b, c)
         words = as_typed("cluster.workers=3", "cluster.address=auto", *SETTINGS)
-        done = a.run([sys.executable, "-m", "cluster", "drill", "faults=kill,host,cut", *words], timeout=800, cwd=tmp_path)
+        done = trireme(a, "drill", "faults=kill,host,cut", *words, timeout=800, cwd=tmp_path)
         assert done.returncode == 0, done.stdout
         content = json.loads((tmp_path / "run-drill" / "drill.json").read_text())
         assert [(row["fault"], row["holds"]) for row in content["faults"]] == [("kill", True), ("host", True), ("cut", True)]
         assert "was lost with its host" in content["faults"][1]["seen"]["words"]
         assert "was cut off" in content["faults"][2]["seen"]["words"]
-        wait_for(lambda: living_hosts(a, address) == {a.ip, b.ip, c.ip}, 120)  # the drill leaves the cluster as it was
+        wait_for(lambda: living_hosts(a, f"{a.ip}:{PORT}") == {a.ip, b.ip, c.ip}, 120)  # the drill leaves the cluster as it was
 
 
 def test_bad_input_is_refused_in_words(as_typed):
@@ -192,10 +192,7 @@ def test_a_drill_that_is_interrupted_leaves_no_process_behind(as_typed, tmp_path
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     assert "The drill was stopped" in (tmp_path / "out").read_text()
-    end = time.monotonic() + 30
-    while left := of(mark):
-        assert time.monotonic() < end, left
-        time.sleep(0.1)
+    wait_for(lambda: not of(mark), 30)
 
 
 def of(mark: str) -> list[str]:

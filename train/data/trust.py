@@ -1,7 +1,8 @@
 """What a corpus that came from elsewhere must be before anything of it is used: an index of known form, tars of samples alone.
 
 A hash proves that a file is the one that the index means, not that who made both meant well. So names are not followed out of the
-folder, numbers are those of the files, and a tar with a link, a path or a pickle in it is refused, though nothing here would unpack it.
+folder, numbers are those of the files, and a tar with a link, a path or a pickle in it is refused, though nothing here would
+unpack it.
 """
 
 from __future__ import annotations
