@@ -40,14 +40,14 @@ _DAMAGED = "{step} is damaged and is not used: {file} does not have the hash"
 FAULTS = {
     fault.name: fault
     for fault in (
-        Fault("kill", "SIGKILL of a worker", _RANK + "killed by SIGKILL"),
-        Fault("save", "SIGKILL in the middle of a save", _RANK + "killed by SIGKILL"),
-        Fault("stop", "SIGSTOP of a worker", _RANK + "hung: .*(?:\n.*)?stopped by a signal"),
-        Fault("checkpoint", "a bit of the newest checkpoint flipped", _DAMAGED),
-        Fault("disk", "a full disk under a save", "no checkpoint could be written to .*: rank {rank}: .*File too large"),
-        Fault("term", "SIGTERM to all of the job", "Stopped and saved"),
-        Fault("shard", "a shard of the corpus poisoned", "{file}: damaged: its sha256 is"),
-        Fault("size", "a worker is told to leave, and another may come", "rank {rank} on {host} was told to end: saving", True),
+        Fault("kill", "a worker killed", _RANK + "killed by SIGKILL"),
+        Fault("save", "killed while it saves", _RANK + "killed by SIGKILL"),
+        Fault("stop", "a worker stopped", _RANK + "hung: .*(?:\n.*)?stopped by a signal"),
+        Fault("checkpoint", "a checkpoint damaged", _DAMAGED),
+        Fault("disk", "the disk full", "no checkpoint could be written to .*: rank {rank}: .*File too large"),
+        Fault("term", "SIGTERM to all", "Stopped and saved"),
+        Fault("shard", "a shard poisoned", "{file}: damaged: its sha256 is"),
+        Fault("size", "one worker less, and again", "rank {rank} on {host} was told to end: saving", True),
         Fault("host", "a host killed", r"rank \d+ on {host} \(pid \d+\) was lost with its host", True),
         Fault("cut", "a host cut off", r"rank \d+ on {host} \(pid \d+\) was cut off", True),
     )
@@ -95,18 +95,19 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """As ``COLUMNS`` has them."""
         if self.seen is None:
-            return (self.title, f"not possible here: {self.impossible}" if self.impossible else "FAILED", *[""] * 5)
+            return (self.title, "", "not possible here" if self.impossible else "FAILED", *[""] * 4)
         seen = self.seen
         named, same, equal = ("yes" if right else "NO" for right in (seen.named, not self.data, not self.loss))
-        times = ("never" if s is None else f"{s:.1f}" for s in (seen.detected_s, seen.recovered_s))
-        detected, recovered = times
+        detected, recovered = ("never" if s is None else f"{s:.1f}" for s in (seen.detected_s, seen.recovered_s))
         equal += f", {self.how}" if not self.loss else ""
         return (self.title, detected, named, recovered, str(seen.steps_redone), same, equal)
 
     @property
-    def wrong(self) -> str:
-        """What does not hold, in words; empty if all does, or nothing was tried."""
-        if self.impossible or self.holds:
+    def remark(self) -> str:
+        """What does not hold, or why nothing was tried, in words; empty if all holds."""
+        if self.impossible:
+            return f"{self.title}: not possible here: {self.impossible}"
+        if self.holds:
             return ""
         if self.failed or self.seen is None:
             return f"{self.title}: {self.failed}"
@@ -130,7 +131,7 @@ def apart(ours: Losses, theirs: Losses, tolerance: float) -> str:
     """The first step whose losses are more apart than ``tolerance``, relatively; empty if none is."""
     for step in sorted({*ours, *theirs}):
         a, b = ours.get(step), theirs.get(step)
-        if a is None or b is None or abs(a - b) > tolerance * abs(b):
+        if a is None or b is None or not abs(a - b) <= tolerance * abs(b):  # NaN too
             return f"loss: step {step}: {a} and {b}"
     return ""
 
@@ -159,5 +160,5 @@ def markdown(rows: Sequence[Row], about: str) -> str:
     """The table for a pull request."""
     lines = [f"**Drill**: {about}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(row.cells)} |" for row in rows]
-    wrong = [f"- {row.wrong.replace(chr(10), ' ')}" for row in rows if row.wrong]
-    return "\n".join([*lines, *(["", "What does not hold:", "", *wrong] if wrong else [])]) + "\n"
+    said = [f"- {' '.join(row.remark.split())}" for row in rows if row.remark]
+    return "\n".join([*lines, *(["", *said] if said else [])]) + "\n"

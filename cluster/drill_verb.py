@@ -101,19 +101,19 @@ class Drill:
         workers = plural(config.cluster.workers, "worker")
         about = f"{config.run.name}, {workers}, ZeRO stage {config.zero.stage}, {config.precision.name}"
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
-        with Live(console=self.out, refresh_per_second=4) as live:
-            live.update(self._table("the undisturbed run"))
+        with Live(console=self.out, refresh_per_second=4, transient=True) as live:
+            self._now("the undisturbed run", live)
             self._make_undisturbed(EVERY * (2 * len(faults) + 2))
             alone = self._alone()
             for fault in faults:
-                live.update(self._table(fault.title))
+                self._now(fault.title, live)
                 why = drill.impossible(fault, config.cluster.workers, alone)
                 self.rows.append(Row(fault.name, fault.title, impossible=why) if why else self._try(fault))
-            live.update(self._table(""))
         self.stage.pause()
+        self.out.print(self._table())
         for row in self.rows:
-            if row.wrong:
-                self.out.print(row.wrong, style="red", markup=False, soft_wrap=True)
+            if row.remark:
+                self.out.print(row.remark, style="dim" if row.impossible else "red", markup=False, soft_wrap=True)
         tried = [row for row in self.rows if not row.impossible]
         holds = bool(tried) and all(row.holds for row in tried)
         self._write(about, holds)
@@ -159,12 +159,18 @@ class Drill:
         nodes = {place.node for place in self.undisturbed.places} - {self.stage.hands.here}
         return "" if nodes - {self.undisturbed.places[0].node} else "the job's workers are on one host"
 
-    def _table(self, now: str) -> Table:
-        table = Table(title="drill", title_justify="left", caption=f"now: {now}" if now else None, caption_justify="left")
+    def _now(self, what: str, live: Live) -> None:
+        if self.out.is_terminal:
+            live.update(self._table(f"now: {what}"))
+        else:
+            self.out.print(f"  now: {what}")
+
+    def _table(self, now: str | None = None) -> Table:
+        table = Table(caption=now, caption_justify="left")
         for column in COLUMNS:
             table.add_column(column, justify="right" if " in s" in column or "steps" in column else "left")
         for row in self.rows:
-            table.add_row(*row.cells, style="red" if row.wrong else "dim" if row.impossible else None)
+            table.add_row(*row.cells, style="dim" if row.impossible else None if row.holds else "red")
         return table
 
     def _write(self, about: str, holds: bool) -> None:
