@@ -74,7 +74,8 @@ def save(rank: int, state: dict[str, Any]) -> None:
 def main(arguments: list[str]) -> None:
     """Runs until it is killed."""
     folder, config = Path(arguments[0]), configuration.load(arguments[1:])
-    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; as ours, its own is 15
     ray.init("local", num_cpus=config.cluster.workers + 1, include_dashboard=False, runtime_env={"env_vars": environment})
     TorchTrainer(

@@ -28,7 +28,7 @@ from train.schema import Config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
-GOAL = 1.5
+GOAL = 1.2
 PHASES = {
     "config": "configuration composed",
     "ray": "Ray up",

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 import ray
 import ray._private.node
 import ray._private.parameter
+import ray._private.services
 import ray._private.state
 import ray._private.utils
 import ray._private.worker
@@ -55,6 +57,9 @@ SETTINGS = {
     "RAY_health_check_timeout_ms": "2000",
 }
 """What every process of a cluster of ours reads."""
+AGENTS = {ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT}
+AGENTS_NICENESS = 5
+"""They start beside our warm process, whose imports everybody waits for; nobody waits for them."""
 
 
 class LeanNode(ray._private.node.Node):
@@ -118,6 +123,7 @@ def start_member(start: Start, address: str) -> LeanNode:
 def _node(start: Start, **which: Any) -> LeanNode:
     authenticate(start.token, start.ip)
     os.environ.update(SETTINGS)
+    ray._private.services._build_python_executable_command_memory_profileable = _interpreter
     Config.initialize("")  # Ray read the environment when it was imported
     parameters = ray._private.parameter.RayParams(
         node_ip_address=start.ip,
@@ -131,6 +137,12 @@ def _node(start: Start, **which: Any) -> LeanNode:
         **which,
     )
     return LeanNode(parameters, head="gcs_address" not in which, shutdown_at_exit=False, spawn_reaper=True)
+
+
+def _interpreter(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
+    """The command that Ray starts a Python program of its own with."""
+    nice = ["nice", "-n", str(AGENTS_NICENESS)] if component in AGENTS else []
+    return [*nice, sys.executable, *(["-u"] if unbuffered else [])]
 
 
 def authenticate(path: Path | None, address: str) -> None:
