@@ -31,6 +31,8 @@ EVERY = 5
 OURS = [f"save_every={EVERY}", "keep_last=3", "cluster.min_workers=1", "cluster.max_failures=10", *BESIDE]
 SOON = ["cluster.hang_timeout=10", "cluster.grow_after=1", "cluster.stay_away=1"]
 """Waiting times, shortened where the user has not set them."""
+WIDTH = 120
+"""Of the table where it is not on a terminal."""
 HELP = """usage: ./launch.sh drill [faults=kill,stop,...] [group=choice ...] [key=value ...]
 
 Trains this configuration twice, for some hundred steps: once undisturbed, and once with real faults injected one after another.
@@ -47,6 +49,8 @@ The faults, in their order (./launch.sh drill --list):
 def run(words: Sequence[str]) -> int:
     """drill [faults=...] [group=choice] [key=value]: the exit code."""
     out = Console(highlight=False)
+    if not out.is_terminal:
+        out.width = WIDTH
     listed = "\n".join(f"  {fault.name:11}{fault.title}" for fault in FAULTS.values())
     if {"-h", "--help", "--list"} & set(words):
         out.print(listed if "--list" in words else HELP + listed, markup=False, soft_wrap=True)
@@ -168,7 +172,9 @@ class Drill:
     def _table(self, now: str | None = None) -> Table:
         table = Table(caption=now, caption_justify="left")
         for column in COLUMNS:
-            table.add_column(column, justify="right" if " in s" in column or "steps" in column else "left")
+            table.add_column(
+                column, justify="right" if " in s" in column or "steps" in column else "left", no_wrap=column == "fault"
+            )
         for row in self.rows:
             table.add_row(*row.cells, style="dim" if row.impossible else None if row.holds else "red")
         return table

@@ -25,6 +25,8 @@ LOST_S = 5.0
 """How long a steward may take to say that the trainer it was told to kill has ended."""
 NOTICE_S = 1.5
 """How long a lost steward is taken for one that a signal to everybody has ended, and the signal to us is waited for."""
+MUTE_S = 3.0
+"""After such a signal, how long a steward may not answer before its trainer's last word is looked for: Ray may end them slowly."""
 WORD_S = 65.0
 """After such a signal, how long a trainer may take to save and leave its last word."""
 LOOK_S = 0.5
@@ -145,6 +147,7 @@ class World:
                 self.orphans[rank] = time.monotonic(), error
                 continue
             self.lookout.heard[rank] = time.monotonic()
+            self.orphans.pop(rank, None)
             for record in news:
                 self._take(rank, record)
             if rank not in self.ends:
@@ -177,14 +180,11 @@ class World:
     def _hear_orphans(self) -> None:
         """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
         told = self.job.signals.heard is not None or self.asked or self.agreed
-        if told and self.job.private is not None and self.job.private.lost():  # then no word of a steward's end may ever come
-            gone = ray.exceptions.RayError("processes of Ray's own have ended")
-            for rank in set(range(self.size)) - self.ends.keys():
-                self.orphans.setdefault(rank, (time.monotonic(), gone))
+        now, mute = time.monotonic(), ray.exceptions.RayError("its steward does not answer")
+        for rank in set(range(self.size)) - self.ends.keys() if told else ():
+            if now > self.lookout.heard.get(rank, now) + MUTE_S:
+                self.orphans.setdefault(rank, (now, mute))
         for rank, (since, error) in list(self.orphans.items()):
-            if rank in self.ends:  # its steward lived after all
-                del self.orphans[rank]
-                continue
             found = word.read(self.orders[rank])
             if found is not None:
                 self.lost.add(rank)
