@@ -29,7 +29,7 @@ FULL_S = 90.0
 """How long a run that has lost workers is waited for to have all again, before the next fault."""
 CATCH_S = 0.001
 """Between looks whether a save is under way."""
-CUT_S = 45.0
+CUT_S = 30.0
 """How long a host is cut off, beyond the time that it takes to be missed."""
 ENOUGH = 10
 """Times the steps between two checkpoints that a fault may take."""

@@ -31,6 +31,8 @@ EVERY = 5
 OURS = [f"save_every={EVERY}", "keep_last=3", "cluster.min_workers=1", "cluster.max_failures=10", *BESIDE]
 SOON = ["cluster.hang_timeout=10", "cluster.grow_after=1", "cluster.stay_away=1"]
 """Waiting times, shortened where the user has not set them."""
+SECONDS = 1.0
+"""Of training that a fault takes at least: while it is on its way, a small model makes many steps."""
 WIDTH = 120
 """Of the table where it is not on a terminal."""
 HELP = """usage: ./launch.sh drill [faults=kill,stop,...] [group=choice ...] [key=value ...]
@@ -107,7 +109,7 @@ class Drill:
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
         with Live(console=self.out, refresh_per_second=4, transient=True) as live:
             self._now("the undisturbed run", live)
-            self._make_undisturbed(EVERY * (2 * len(faults) + 2))
+            self._make_undisturbed(EVERY * (2 * len(faults) + 2), SECONDS * (len(faults) + 1))
             alone = self._alone()
             for fault in faults:
                 self._now(fault.title, live)
@@ -146,13 +148,15 @@ class Drill:
             self.stage.drop()  # what follows is judged by a run of its own
         return row
 
-    def _make_undisturbed(self, step: int) -> None:
-        """Runs the configuration from its beginning to a step, or to its end."""
-        made = self.undisturbed
+    def _make_undisturbed(self, step: int, seconds: float = 0.0) -> None:
+        """Runs the configuration from its beginning to a step, and for so many seconds of training, or to its end."""
+        made, last = self.undisturbed, self.config.steps
         shutil.rmtree(made.folder, ignore_errors=True)
         made.furthest = 0
         made.start()
-        made.until(lambda: made.step >= min(step, self.config.steps), f"step {step}")
+        made.until(lambda: made.step, "the first step")
+        enough = time.monotonic() + seconds
+        made.until(lambda: made.step >= last or (made.step >= step and time.monotonic() > enough), f"step {step}")
         made.end(signal.SIGTERM)
         made.furthest = made.step
 

@@ -66,8 +66,8 @@ class Hands:
             act(*given)
             return
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(act)
-        ray.get(task.remote(*given), timeout=ANSWER_S)
+        task: Any = ray.remote(act)
+        ray.get(task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*given), timeout=ANSWER_S)
 
 
 def send(pids: Sequence[int], number: int) -> None:

@@ -93,32 +93,36 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(clus
 
 @pytest.mark.timeout(600)
 def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(cluster, make, corpus):
-    settings = ["steps=400", "save_every=10", "eval_every=0", "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
-    whole = make(*settings, name="whole")
-    assert worlds.train_world(whole, corpus, timeout=250) == ["done"] * 3
+    often = ["save_every=10", "eval_every=0", "schedule.warmup=0"]
+    settings = [*often, "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
     folder, _ = cluster(3, TARGET)
-    config = make(*settings, "cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1", name="elastic")
+    elastic = ["cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1"]
+    config = make(*settings, *elastic, "steps=100000", name="elastic")
     (Path(config.run.dir) / "logs").mkdir(parents=True)
-    events = []
+    events, signals = [], Signals()
 
     def of(kind):
         return [event for event in events if event["event"] == kind]
 
-    def terminate():
-        end = time.monotonic() + 120
-        while not of("save"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+    def play():
+        until(lambda: of("save"))
         os.kill(of("started")[0]["pids"][1], signal.SIGTERM)
+        until(lambda: len(of("recovered")) == 2)
+        grown = len(of("step"))
+        until(lambda: len(of("step")) > grown + 10)
+        signals.heard = signal.SIGTERM
 
-    job = Job(config, str(corpus), TARGET, folder.name, events.append, Signals(), Clock(time.time()))
-    notice = threading.Thread(target=terminate)
-    notice.start()
+    job = Job(config, str(corpus), TARGET, folder.name, events.append, signals, Clock(time.time()))
+    script = threading.Thread(target=play)
+    script.start()
     supervisor = Supervisor(job, "cpu")
-    assert supervisor.run().kind == "done"
-    notice.join()
+    assert supervisor.run().kind == "stopped"
+    script.join()
     supervisor.release()
     assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], [e for e in events if e["event"] in ("note", "failure")]
-    ours, theirs = worlds.metrics(config), worlds.metrics(whole)
+    ours = worlds.metrics(config)
+    whole = make(*settings, f"steps={ours[-1]['step']}", name="whole")
+    assert worlds.train_world(whole, corpus, timeout=250) == ["done"] * 3
+    theirs = worlds.metrics(whole)
     assert [line["data_hash"] for line in ours] == [line["data_hash"] for line in theirs]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
