@@ -97,10 +97,9 @@ class Row:
         if self.seen is None:
             return (self.title, "", "not possible here" if self.impossible else "FAILED", *[""] * 4)
         seen = self.seen
-        named, same, equal = ("yes" if right else "NO" for right in (seen.named, not self.data, not self.loss))
+        named, same = ("yes" if right else "NO" for right in (seen.named, not self.data))
         detected, recovered = ("never" if s is None else f"{s:.1f}" for s in (seen.detected_s, seen.recovered_s))
-        equal += f", {self.how}" if not self.loss else ""
-        return (self.title, detected, named, recovered, str(seen.steps_redone), same, equal)
+        return (self.title, detected, named, recovered, str(seen.steps_redone), same, "NO" if self.loss else self.how)
 
     @property
     def remark(self) -> str:

@@ -12,13 +12,12 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.command import Command, Place
 from cluster.drill import Fault, Seen
-from cluster.hands import DELAY_S, Hands
+from cluster.hands import Hands
 from train import manifest
 from train.config import Config
 from train.data.shards import read_index
@@ -103,12 +102,10 @@ class Stage:
         run.start(*more)
         run.until(lambda: STARTED in run.said(offset), "the first step")
 
-    def _hit(self, act: Callable[[], Any], delay: float = 0.0) -> Hit:
+    def _hit(self, act: Callable[..., float | None], *given: Any) -> Hit:
         assert self.run is not None
-        run = self.run
-        hit = Hit(time.monotonic() + delay, run.log.stat().st_size, len(run.restarts))
-        act()
-        return hit
+        offset, restarts, now = self.run.log.stat().st_size, len(self.run.restarts), time.monotonic()
+        return Hit(act(*given) or now, offset, restarts)
 
     def _named(self, fault: Fault, hit: Hit, where: dict[str, Any], over: Callable[[], object]) -> Words:
         """Waits for the words that name the fault, or until ``over``."""
@@ -157,7 +154,7 @@ class Stage:
 
     def _kill(self, fault: Fault) -> Seen:
         last = self._living().places[-1]
-        return self._in_life(fault, self._hit(partial(self.hands.signal, [last], signal.SIGKILL)), vars(last))
+        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGKILL), vars(last))
 
     def _save(self, fault: Fault) -> Seen:
         """Rank 0, which alone completes a checkpoint, is stopped; where one is then torn, it is killed."""
@@ -168,30 +165,30 @@ class Stage:
             aside = list(run.folder.glob("checkpoints/.step_*.saving"))
             if not aside:
                 return False
-            self.hands.signal([first], signal.SIGSTOP)
+            self.hands.signal(first, signal.SIGSTOP)
             time.sleep(10 * CATCH_S)
             if aside[0].exists():
                 return True
-            self.hands.signal([first], signal.SIGCONT)
+            self.hands.signal(first, signal.SIGCONT)
             return False
 
         run.until(torn, "a save", CATCH_S)
-        return self._in_life(fault, self._hit(partial(self.hands.signal, [first], signal.SIGKILL)), vars(first))
+        return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), vars(first))
 
     def _stop(self, fault: Fault) -> Seen:
         last = self._living().places[-1]
-        return self._in_life(fault, self._hit(partial(self.hands.signal, [last], signal.SIGSTOP)), vars(last))
+        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGSTOP), vars(last))
 
     def _checkpoint(self, fault: Fault) -> Seen:
         """The worker that would complete a newer one is stopped, so that the newest stays it; then it is killed."""
         run = self._living()
         first = run.places[0]
-        self.hands.signal([first], signal.SIGSTOP)
+        self.hands.signal(first, signal.SIGSTOP)
         time.sleep(10 * CATCH_S)
         file = run.folder / "checkpoints" / f"step_{run.saved}" / f"rank_{len(run.places) - 1}.safetensors"
         flip(file)
         where = {"step": file.parent.name, "file": file.name}
-        return self._in_life(fault, self._hit(partial(self.hands.signal, [first], signal.SIGKILL)), where)
+        return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), where)
 
     def _disk(self, fault: Fault) -> Seen:
         """Half of the last rank's file of a checkpoint goes onto the disk, and not a byte more."""
@@ -199,11 +196,11 @@ class Stage:
         last = run.places[-1]
         files = manifest.read(run.folder / "checkpoints" / f"step_{run.saved}")["files"]
         size = max(1, files[f"rank_{last.rank}.safetensors"]["size"] // 2)
-        return self._again(fault, self._hit(partial(self.hands.limit_files, last, size)), vars(last), BAD_INPUT)
+        return self._again(fault, self._hit(self.hands.limit_files, last, size), vars(last), BAD_INPUT)
 
     def _term(self, fault: Fault) -> Seen:
         run = self._living()
-        return self._again(fault, self._hit(partial(self.hands.signal_everybody, run, signal.SIGTERM)), {}, STOPPED)
+        return self._again(fault, self._hit(self.hands.signal_everybody, run, signal.SIGTERM), {}, STOPPED)
 
     def _shard(self, fault: Fault) -> Seen:
         """The command is given on a copy of the corpus in which bytes of one shard are flipped; then the shard is put right."""
@@ -211,7 +208,7 @@ class Stage:
         self.pause()
         corpus = Path(json.loads((run.folder / "corpus.json").read_text())["folder"])
         shard, copy = poisoned(corpus, self.folder / "corpus")
-        hit = self._hit(partial(run.start, f"data.dir={copy}"))
+        hit = self._hit(run.start, f"data.dir={copy}")
         words = self._named(fault, hit, {"file": shard}, lambda: False)
         run.until(lambda: run.over, "refuse the corpus")
         if run.code != BAD_INPUT:
@@ -224,16 +221,16 @@ class Stage:
     def _size(self, fault: Fault) -> Seen:
         """SIGTERM to one worker alone is a notice: all save, the others go on, and another takes its place."""
         last = self._living().places[-1]
-        return self._in_life(fault, self._hit(partial(self.hands.signal, [last], signal.SIGTERM)), vars(last), worlds=2)
+        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGTERM), vars(last), worlds=2)
 
     def _host(self, fault: Fault) -> Seen:
         there = self._elsewhere()
-        return self._in_life(fault, self._hit(partial(self.hands.end_host, there), DELAY_S), vars(there[0]))
+        return self._in_life(fault, self._hit(self.hands.end_host, there), vars(there[0]))
 
     def _cut(self, fault: Fault) -> Seen:
         there = self._elsewhere()
         seconds = CUT_S + self.config.cluster.hang_timeout
-        return self._in_life(fault, self._hit(partial(self.hands.cut_off, there, seconds), DELAY_S), vars(there[0]))
+        return self._in_life(fault, self._hit(self.hands.cut_off, there, seconds), vars(there[0]))
 
     def _elsewhere(self) -> list[Place]:
         """The ranks of a host that is not this one, nor rank 0's."""

@@ -1,6 +1,7 @@
 """The hands of a drill: what they do to processes is what kernels, people and lost hosts do to them, on whatever host they are.
 
-Nothing here needs root: the processes are the user's own. On another host it is done by a task that Ray runs there.
+Nothing here needs root: the processes are the user's own. On another host it is done by a task that Ray runs there. Everything
+returns the moment at which it was done (``time.monotonic()``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,40 +36,49 @@ class Hands:
             gather.join(address, "drill")
             self.here = ray.get_runtime_context().get_node_id()
 
-    def signal(self, places: Sequence[Place], number: int) -> None:
-        """Send a signal to the trainers of these ranks."""
-        for place in places:
-            self._on(place, send, [place.pid], number)
+    def signal(self, place: Place, number: int) -> float:
+        """Send a signal to the trainer of a rank."""
+        return self._on(place, send, [place.pid], number)
 
-    def limit_files(self, place: Place, size: int) -> None:
+    def limit_files(self, place: Place, size: int) -> float:
         """Let no file that a rank's trainer writes grow beyond ``size`` bytes."""
-        self._on(place, limit, place.pid, size)
+        return self._on(place, limit, place.pid, size)
 
-    def signal_everybody(self, job: Command, number: int) -> None:
+    def signal_everybody(self, job: Command, number: int) -> float:
         """Send a signal to every process of a job, as a batch system does."""
         assert job.process is not None
         driver = psutil.Process(job.process.pid)
         pids = [driver.pid, *(child.pid for child in driver.children(recursive=True))]
+        now = time.monotonic()
         send(pids, number)
         for place in job.places if self.here else []:
             if place.pid not in pids or place.node != self.here:
                 self._on(place, send, [place.pid, place.steward], number)
+        return now
 
-    def cut_off(self, places: Sequence[Place], seconds: float) -> None:
-        """Silence the host of these ranks, in ``DELAY_S``: its processes of the job and of Ray stand still for so many seconds."""
-        self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}")
+    def cut_off(self, places: Sequence[Place], seconds: float) -> float:
+        """Silence the host of these ranks: its processes of the job and of Ray stand still for so many seconds."""
+        return self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}") + DELAY_S
 
-    def end_host(self, places: Sequence[Place]) -> None:
-        """SIGKILL the job's processes and Ray's on the host of these ranks, all at once, in ``DELAY_S``."""
-        self._on(places[0], of_host, places, "kill -KILL {0}")
+    def end_host(self, places: Sequence[Place]) -> float:
+        """SIGKILL the job's processes and Ray's on the host of these ranks, all at once."""
+        return self._on(places[0], of_host, places, "kill -KILL {0}") + DELAY_S
 
-    def _on(self, place: Place, act: Callable[..., None], *given: Any) -> None:
+    def _on(self, place: Place, act: Callable[..., None], *given: Any) -> float:
         if self.here in (None, place.node):
+            now = time.monotonic()
             act(*given)
-            return
+            return now
         there = NodeAffinitySchedulingStrategy(place.node, soft=False)
-        task: Any = ray.remote(act)
-        ray.get(task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(*given), timeout=ANSWER_S)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(_do).options(scheduling_strategy=there)
+        ray.get(task.remote(send, [], 0), timeout=ANSWER_S)  # the first task on a host waits seconds for its process
+        now = time.monotonic()
+        ray.get(task.remote(act, *given), timeout=ANSWER_S)
+        return now
+
+
+def _do(act: Callable[..., None], *given: Any) -> None:
+    act(*given)
 
 
 def send(pids: Sequence[int], number: int) -> None:
