@@ -35,7 +35,8 @@ SAVED = {
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
 """The verbs that take a run's folder, and their options."""
-TEMPLATES = {("group", "choice"), ("key", "value")}
+REFUSED = {("model._target_", "os.system"), ("optimizer", "{_target_:os.system}")}
+TEMPLATES = {("group", "choice"), ("key", "value"), *REFUSED}
 SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
 
 

@@ -208,6 +208,8 @@ class Work:
     def went_back(self, progress: Progress, why: str) -> None:
         """The run goes on from ``progress`` once more."""
         _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.world.first and self.saver.mirror:
+            self.saver.mirror.go_back(progress.step)
         if self.tracker:
             self.tracker.go_back(progress.step)
 

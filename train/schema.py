@@ -144,6 +144,7 @@ class Cluster(Section):
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
     hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
     grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
+    stay_away: NonNegative = Field(120, description="seconds that the place of a worker that was told to end stays empty")
 
 
 class Tracking(Section):
