@@ -20,13 +20,15 @@ from cluster.world import HEAR_S, NOTICE_S, World
 
 
 class Supervisor:
-    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for)."""
+    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for); in the places of ``gang``,
+    where they were taken already.
+    """
 
-    def __init__(self, job: Job, device: str, size: int | None = None) -> None:
+    def __init__(self, job: Job, device: str, size: int | None = None, gang: Any = None) -> None:
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
-        self.size = size or job.config.cluster.workers
+        self.size, self.gang = size or job.config.cluster.workers, gang
         self.generation = 0
         self.slots = Slots(self.job, device)
         self.row: list[recovery.Failure] = []
@@ -36,8 +38,10 @@ class Supervisor:
 
     def run(self) -> watch.Verdict:
         """Starts worlds until one is done, is stopped on request, or has failed so that another would not help."""
-        self.slots.take(self.size)
+        self.slots.take(self.size, self.gang)
         while True:
+            if self.job.signals.heard is not None:
+                return watch.Verdict("stopped")
             slots = self.slots.up()[: self.job.config.cluster.workers]
             world = World(self.job, slots, self.generation)
             verdict = self._live(world, slots)
@@ -48,8 +52,6 @@ class Supervisor:
             self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
             self.generation += 1
             self._prepare(world, slots, verdict)
-            if self.job.signals.heard is not None:
-                return watch.Verdict("stopped")
 
     def _live(self, world: World, slots: list[Slot]) -> watch.Verdict:
         """Starts a world and follows it to its end."""
@@ -221,4 +223,5 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(local_size),
             "LOCAL_SIZE": str(local_size),
             "OMP_NUM_THREADS": str(order["threads"]),
+            "TRIREME_T0": str(self.job.clock.start),
         }

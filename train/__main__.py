@@ -15,13 +15,14 @@ from rich.table import Table
 from train import config as configuration
 from train import redact, schema
 from train.errors import Stopped, UserError
+from train.words import plural
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss, perplexity and bits per byte on the held-out split."""
+    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss and all that is measured on the held-out split."""
     options = _options(argv, {"run.dir": None, "checkpoint": "latest"})
     from train import dist
     from train.data.loader import held_out_text, loaders
@@ -33,53 +34,66 @@ def evaluate(argv: Sequence[str]) -> int:
     folder = Path(options["run.dir"])
     run = open_run(folder, options["checkpoint"])
     about = json.loads((folder / "corpus.json").read_text())
-    corpus = Corpus(about["folder"])
+    corpus = Corpus(about["folder"], run.config.model.special)
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
     world = dist.from_env()
     held_out = loaders(corpus, run.config, world)[1]
     if not held_out.groups:
         raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
-    nats, places = measure(run.objective.to(world.device), held_out, world, lambda: False)
-    found = Evaluation(nats, places, held_out.bytes / places)
-    text = b"".join(held_out_text(corpus))
-    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out tokens", title_justify="left")
+    sums = measure(run.objective.to(world.device), held_out, world, lambda: False)
+    found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
+    places = sums["loss"][1]
+    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out places", title_justify="left")
     for column in ("measure", "value"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    table.add_row("loss (nats per token)", f"{found.loss:.4f}")
-    table.add_row("perplexity", f"{found.perplexity:.2f}")
-    table.add_row("bits_per_byte", f"{found.bits_per_byte:.4f}")
-    table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
+    measured = found.numbers()
+    table.add_row("loss (nats per token)" if found.perplexity else "loss", f"{measured.pop('val_loss'):.4f}")
+    if found.perplexity:
+        table.add_row("perplexity", f"{found.perplexity:.2f}")
+    for name, value in measured.items():
+        table.add_row(name, f"{value:.4f}")
+    if found.bytes:
+        text = b"".join(held_out_text(corpus))
+        table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
     OUT.print(table)
     return OK
 
 
 def generate(argv: Sequence[str]) -> int:
-    """generate run.dir=FOLDER prompt=TEXT [checkpoint=latest] [max_tokens=200] [temperature=0.8] [top_k=0] [top_p=1.0] [seed=0].
+    """generate run.dir=FOLDER [prompt=TEXT|prompts=FILE] [generation=CHOICE] [key=value ...] [--json].
 
-    temperature=0 is greedy; the text is written as it is drawn.
+    prompt=- reads one prompt, all of standard input; prompts=FILE one a line, and prompts=- those of standard input.
+    generation=sample, greedy or beam takes a choice of conf/generation; without it, the run's own settings are.
+    checkpoint=latest, best or a step. One text is written as it is drawn; --json writes a line for each. The keys:
     """
-    names = [n for n in schema.Generation.model_fields if n != "prompts"]
-    options = _options(argv, {"run.dir": None, "prompt": "", "checkpoint": "latest"} | dict.fromkeys(names, ""))
-    from train.generate import generate as draw
-    from train.saved import open_run
+    from train import generate_verb
 
-    run = open_run(Path(options["run.dir"]), options["checkpoint"])
-    chosen = {"prompts": [options["prompt"]]} | {n: _number(options[n]) for n in names if options[n]}
-    settings = configuration.typed(schema.Generation, run.config.generation.model_dump() | chosen)
-    tokenizer = run.tokenizer
-    ids: list[int] = []
-    sys.stdout.write(options["prompt"])
+    known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(["prompt", "prompts", "generation", *generate_verb.NAMES], "")
+    options = _options([argument for argument in argv if argument != "--json"], known)
+    generate_verb.run(options, as_json="--json" in argv)
+    return OK
 
-    def show(row: int, token: int) -> None:
-        before = tokenizer.decode(ids)
-        ids.append(token)
-        sys.stdout.write(tokenizer.decode(ids).removeprefix(before).rstrip("\ufffd"))
-        sys.stdout.flush()
 
-    prompt = [tokenizer.eot, *tokenizer.encode(options["prompt"])]
-    draw(run.objective, [prompt], settings, tokenizer.eot, on_token=show)
-    sys.stdout.write("\n")
+def export(argv: Sequence[str]) -> int:
+    """export run.dir=FOLDER to=FOLDER [checkpoint=latest|best|STEP] [shard_mb=5000]: a folder that transformers loads.
+
+    It is loaded there, and its logits and tokens compared with ours, before it gets its name.
+    """
+    options = _options(argv, {"run.dir": None, "to": None, "checkpoint": "latest", "shard_mb": "5000"})
+    shard_mb = _number(options["shard_mb"])
+    if not isinstance(shard_mb, int) or shard_mb < 1:
+        raise UserError(f"shard_mb={options['shard_mb']} is not a number of megabytes")
+    from train.export import export as write
+
+    done = write(Path(options["run.dir"]), Path(options["to"]), options["checkpoint"], shard_mb * 10**6)
+    size = sum(file.stat().st_size for file in done.files) / 1e6
+    where = f"{options['run.dir']}, step {done.step} -> {options['to']}"
+    OUT.print(f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB")
+    OUT.print(
+        f"transformers {done.version} loads it: the same names and tokens; logits differ by at most {done.difference:.1g}", end=""
+    )
+    OUT.print(f" where the largest is {done.largest:.3g}")
     return OK
 
 
@@ -136,6 +150,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
+    "export": export,
     "trace": trace,
     "worker": worker,
 }
@@ -149,6 +164,9 @@ def main(argv: Sequence[str]) -> int:
         return BAD_INPUT
     if {"-h", "--help"} & set(argv[1:]):
         OUT.print(verb.__doc__, markup=False)
+        if verb is generate:
+            known = configuration.keys(schema.Generation)
+            OUT.print("\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False)
         return OK
     try:
         return verb(argv[1:])

@@ -11,6 +11,8 @@ the checkpoint before it is taken instead, and that is said.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -47,6 +49,11 @@ class Checkpoint:
     def val_loss(self) -> float | None:
         """The held-out loss measured at this very step, if it was."""
         return self.manifest["val_loss"]
+
+    @property
+    def digest(self) -> str:
+        """What tells its content from that of any other: a hash of its manifest, which has those of its files."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def damage(self, share: slice = slice(None)) -> str | None:
         """What is wrong with its files (those of ``share``), or None. Reads and hashes every byte."""
@@ -89,8 +96,10 @@ class Reader:
         for file, entry in checkpoint.manifest["files"].items():
             for kind, name, start, numel in entry["pieces"]:
                 self.where.setdefault((name, kind), []).append((start, numel, file))
-        for places in self.where.values():
+        self.kinds: dict[str, list[str]] = {}
+        for (name, kind), places in self.where.items():
             places.sort()
+            self.kinds.setdefault(name, []).append(kind)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
@@ -202,7 +211,7 @@ def restore(checkpoint: Checkpoint, engine: Stateful) -> None:
     reader = checkpoint.reader()
     engine.load(
         lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
-        checkpoint.manifest["kinds"],
+        reader.kinds,
         checkpoint.progress.updates,
     )
     engine.load_scalars(checkpoint.manifest["scalars"])

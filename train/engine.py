@@ -11,8 +11,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,27 +27,16 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from train import pulse
-from train.batch import Batch, Losses
+from train.batch import Batch, Losses, StepResult
 from train.dist import World
-from train.pieces import MASTER, Piece
+from train.memory import memories
+from train.muon import Muon
+from train.pieces import MASTER, Piece, frozen_pieces, rows_of
 from train.schema import Config
+from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    losses: Losses
-    grad_norm: float
-    applied: bool
-    """False where a non-finite gradient kept the update from being made."""
-
-
-NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
-"""What a step does that has no row left."""
 
 
 class Engine:
@@ -66,24 +54,30 @@ class Engine:
         """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
-        self.shapes = {name: p.shape for name, p in objective.named_parameters()}
-        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
+        self.memories = memories(objective)
+        self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
+        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        frozen = frozen_pieces(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
         self.unfused = config.zero.stage == 0 and not self.plain
-        initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
+        initial = [p.detach().float().clone() for p in self.names] if self.unfused else []
         _count_collectives()
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
             self.engine.enable_backward_allreduce = world.size > 1
-        self.pieces = list(self._pieces())
+        self.trained = list(self._pieces())
+        self.pieces = [*self.trained, *frozen]
+        if isinstance(self.inner, Muon) and config.zero.stage > 0:
+            self.inner.shards, self.inner.world = self._shards(), world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
-            torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
+            torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             self._spread_masters()
+        self.carried = [piece for name, rows in objective.named_buffers() for piece in rows_of(name, rows, world)]
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -97,7 +91,7 @@ class Engine:
         moments change only after ``before_update()`` has returned.
         """
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if not self.engine.module.training:  # it walks all modules
             self.engine.train()
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
@@ -122,6 +116,8 @@ class Engine:
         if not self.plain:
             applied = not getattr(self.engine.optimizer, "overflow", False)
             norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
+        for memory in self.memories:
+            memory.settle(applied)
         return StepResult(totals, norm, applied)
 
     def _clip_plain(self) -> tuple[float, bool]:
@@ -155,19 +151,20 @@ class Engine:
                 found[kind] = piece.of(value)
         return found
 
-    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
-        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
-        for holder in {id(p.holder): p.holder for p in self.pieces}.values():
-            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds if k != MASTER}
-            if "exp_avg" in moments:
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
+        self.inner.state.clear()
+        for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
+            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
+            if moments:  # the rules that count their updates call the count "step", and the others do not look
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
-            if moments:
                 self.inner.state[holder] = moments
-        for piece in self.pieces:
+        for piece in [*self.pieces, *self.carried]:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
+        self._spread_frozen(read)
 
     @torch.no_grad()
     def _spread_masters(self) -> None:
@@ -185,6 +182,15 @@ class Engine:
                 torch._foreach_copy_(list(low), list(high))
         else:
             zero.update_lp_params()
+
+    @torch.no_grad()
+    def _spread_frozen(self, read: Callable[[Piece, str], Tensor]) -> None:
+        """Fill the weights that are not trained, which no optimizer carries anywhere."""
+        for name, param in self.engine.module.named_parameters():
+            if not param.requires_grad:
+                whole = Piece(name, 0, self.shapes[name].numel(), param, 0)
+                with self._gathered(param, modifier_rank=0):
+                    param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
         """What else the optimizer remembers: the dynamic loss scale of fp16."""
@@ -213,13 +219,13 @@ class Engine:
         A collective: every rank iterates to the end.
         """
         for name, param in self.engine.module.named_parameters():
-            gathered = deepspeed.zero.GatheredParameters([param]) if self._stage3 else contextlib.nullcontext()
-            with gathered:
+            with self._gathered(param):
                 yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
 
-    @property
-    def _stage3(self) -> bool:
-        return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.weights)
+    def _gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a parameter is whole; what ``modifier_rank`` writes to it stays."""
+        stage3 = self.engine.zero_optimization_stage() == ZeroStageEnum.weights
+        return deepspeed.zero.GatheredParameters([param], modifier_rank) if stage3 else contextlib.nullcontext()
 
     # --------------------------------------------------------------------------------------- where each stage keeps it
 
@@ -228,16 +234,21 @@ class Engine:
         if stage == ZeroStageEnum.weights:
             yield from self._pieces_of_stage3(zero)
         elif stage == ZeroStageEnum.disabled:
-            masters = {} if self.plain else dict(_zip_groups(zero.fp16_groups, zero.fp32_groups))
+            groups = () if self.plain else zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+            masters = {a: b for low, high in groups for a, b in zip(low, high, strict=True)}
             for param, name in self.names.items():
                 yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
         else:
-            flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
             for param, name in self.names.items():
                 mapping = param._hp_mapping
                 if mapping is not None:  # None: another rank holds all of it
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Piece(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+                    yield Piece(name, low.start, low.numel, self._flats(zero)[mapping.param_group_index], high.start)
+
+    @staticmethod
+    def _flats(zero: Any) -> list[Tensor]:
+        """The flat masters of stages 1 and 2, one a group."""
+        return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     def _pieces_of_stage3(self, zero: Any) -> Iterator[Piece]:
         for param, name in self.names.items():
@@ -246,6 +257,17 @@ class Engine:
             numel = min(share, param.ds_numel - start)  # the last ranks' shares are padded
             if numel > 0:
                 yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+    def _shards(self) -> dict[Tensor, list[tuple[torch.Size, Piece]]]:
+        """What ``Muon.shards`` is to be: for each flat tensor of masters its parameters, in ZeRO's order, the same on all ranks."""
+        zero, mine = self.engine.optimizer, {p.name: p for p in self.trained}
+        if self.engine.zero_optimization_stage() == ZeroStageEnum.weights:
+            flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        else:
+            flats, groups = self._flats(zero), getattr(zero, "bf16_groups", None) or zero.bit16_groups
+        named = [[self.names[param] for param in group] for group in groups]
+        empty = {name: Piece(name, 0, 0, flat, 0) for flat, names in zip(flats, named, strict=True) for name in names}
+        return {f: [(self.shapes[n], (empty | mine)[n]) for n in names] for f, names in zip(flats, named, strict=True)}
 
     @property
     def replicated(self) -> bool:
@@ -265,33 +287,3 @@ def _count_collectives() -> None:
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _zip_groups(low: Any, high: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for a, b in zip(low, high, strict=True):
-        yield from zip(a, b, strict=True)
-
-
-def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bool) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. Without ZeRO and in fp32 (``plain``) clipping is the engine's own."""
-    zero: dict[str, Any] = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": False}
-    if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if config.zero.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if plain else config.optimizer.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # plain SGD is one
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
-        "steps_per_print": None,
-    }
-    if config.precision.name == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if config.zero.stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.precision.name == "fp16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    return settings

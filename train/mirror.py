@@ -22,8 +22,8 @@ from train.data.files import write_whole
 from train.errors import UserError
 from train.schema import Config
 
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
-"""What a resume reads of a run's folder, beside its checkpoints."""
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "init.json")
+"""What a resume reads of a run's folder, beside its checkpoints, and where its first weights came from."""
 PAUSES_S = (0.5, 4.0)
 """Between the attempts at what fails."""
 LOOK_S = 0.1

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 
-from train.schema import Config
+from train.schema import Config, Generation, kinds
 
 MIRROR = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
+LEAST = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
+"""Tokens of a row that an objective's own tokens and cuts need at least."""
 
 
 def problems(config: Config) -> list[str]:
     """Values that are right one by one and wrong together, each with its cure."""
-    return [*_problems_of_batch(config), *_problems_of_model(config), *_problems_of_data(config), *_problems_of_rest(config)]
+    parts = (_problems_of_batch, _problems_of_model, _problems_of_objective, _problems_of_data, _problems_of_rest)
+    return [*(found for part in parts for found in part(config)), *problems_of_generation(config.generation)]
 
 
 def _problems_of_batch(config: Config) -> list[str]:
@@ -47,15 +50,37 @@ def _problems_of_batch(config: Config) -> list[str]:
 
 
 def _problems_of_model(config: Config) -> list[str]:
-    b, m, found = config.batch, config.model, []
-    if b.seq_len > m.max_len:
-        found.append(f"batch.seq_len={b.seq_len} is longer than model.max_len={m.max_len}: lower the one or raise the other")
-    if m.width % m.heads:
-        found.append(f"model.heads={m.heads} does not divide model.width={m.width}")
-    elif m.position == "rope" and (m.width // m.heads) % 2:
-        found.append(f"rope needs an even head size, and model.width/model.heads is {m.width // m.heads}")
-    if m.kv_heads is not None and m.heads % m.kv_heads:
-        found.append(f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}")
+    model, found = config.model, [*mismatch(config), *config.model.problems(config.batch.seq_len)]
+    streams = config.data.streams or config.batch.global_
+    if model.family == "recurrent" and model.carry and (not config.data.pack or streams != config.batch.global_):
+        found.append(
+            f"model.carry needs rows that go on from step to step, data.pack=true and a stream a row: here data.streams={streams} "
+            f"and batch.global={config.batch.global_}. Leave data.streams out, or set model.carry=false"
+        )
+    return found
+
+
+def mismatch(config: Config) -> list[str]:
+    """The problem of an objective that makes no sense for the model, with those pairs that do."""
+    family, name = config.model.family, config.objective.name
+    if name in config.model.objectives:
+        return []
+    pairs = {
+        objective: [f for f, kind in kinds("model").items() if objective in kind.objectives] for objective in kinds("objective")
+    }
+    does = "; ".join(f"objective={objective} with {', '.join(families)}" for objective, families in pairs.items())
+    return [f"objective={name} makes no sense for a model of family {family}. What does: {does}"]
+
+
+def _problems_of_objective(config: Config) -> list[str]:
+    o, d, found = config.objective, config.data, []
+    labelled = o.name == "classify" or (o.name == "seq2seq" and o.task == "pairs")
+    if labelled and d.label_key is None:
+        found.append(f"objective={o.name} needs data.label_key, the field of a .jsonl line that holds what is to be learnt")
+    if labelled and d.pack:
+        found.append(f"objective={o.name} reads a document a row: set data.pack=false")
+    if config.batch.seq_len < LEAST[o.name]:
+        found.append(f"batch.seq_len={config.batch.seq_len} leaves no room for objective={o.name}: take {LEAST[o.name]} or more")
     return found
 
 
@@ -72,8 +97,21 @@ def _problems_of_data(config: Config) -> list[str]:
     return found
 
 
+def problems_of_generation(generation: Generation) -> list[str]:
+    """As ``problems``, of how text is written."""
+    g, found = generation, []
+    if g.beams > 1 and g.n > g.beams:
+        found.append(f"generation.n={g.n} is more than generation.beams={g.beams}: raise beams, or lower n")
+    if g.beams == 1 and g.n > 1 and g.temperature == 0:
+        found.append(f"generation.n={g.n} greedy texts would be the same: set generation.temperature, or generation.beams={g.n}")
+    return found
+
+
 def _problems_of_rest(config: Config) -> list[str]:
     found = []
+    o = config.optimizer
+    if o.name == "nesterov" and o.momentum == 0:
+        found.append("optimizer=nesterov without momentum is sgd: set optimizer.momentum, such as 0.9, or optimizer=sgd")
     if config.zero.offload and config.zero.stage == 0:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
     if config.save_mirror is not None and not MIRROR.fullmatch(config.save_mirror):  # not shown: it may hold a password
@@ -84,4 +122,8 @@ def _problems_of_rest(config: Config) -> list[str]:
     warmup = config.schedule.warmup
     if isinstance(warmup, int) and warmup >= config.steps and warmup > 0:
         found.append(f"schedule.warmup={warmup} takes all of steps={config.steps}: lower it, or give a fraction such as 0.02")
+    if config.init.skip and not config.init.from_:
+        found.append("init.skip is about what init.from holds, and that is not given: give it, or leave init.skip out")
+    if config.stop.patience and not config.eval_every:
+        found.append("stop.patience counts evaluations, and with eval_every=0 there are none: set eval_every")
     return found

@@ -6,28 +6,30 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, pulse, resume
+from train import checkpoint, dist, initial, pulse, resume
 from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
+from train.data.streams import Cursor
+from train.depth import by_depth
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
 from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
+from train.models.state import Generative
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.outline import outline
@@ -37,6 +39,7 @@ from train.saving import Saver
 from train.schema import Config
 from train.tiles import choose_kernels
 from train.tracking import Tracker
+from train.writing import encoded, write
 
 Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
@@ -52,19 +55,19 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
-    corpus = Corpus(corpus_folder)
+    corpus = Corpus(corpus_folder, config.model.special)
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
     if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
+    found = _newest(folder, corpus, world, note, mirror)
     emit(phase("engine"))
-    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
-    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
-    if found:
-        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
+    start = partial(_begin_from, config, corpus, world, note) if config.init.from_ and not found else None
+    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
+    _check_prompts(objective, corpus, config)
     progress, pending = restore(found, engine, loader)
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
@@ -91,10 +94,18 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         loader.close()
 
 
-def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it; every rank draws the same weights."""
+def build_engine(
+    config: Config, vocab_size: int, world: dist.World, loader: Loader, start: Callable[[Any], None] | None = None
+) -> tuple[Engine, Any]:
+    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` puts others in their place."""
     objective = build_objective(config, vocab_size).to(world.device)
-    optimizer = build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
+    if start:
+        start(objective)
+    initial.freeze(objective, config.init.freeze)
+    groups = parameter_groups(objective, config.optimizer.weight_decay)
+    if config.optimizer.layer_decay < 1:
+        groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
+    optimizer = build_optimizer(config.optimizer, groups)
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
 
@@ -105,6 +116,15 @@ def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[P
     checkpoint.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
+
+
+def _begin_from(config: Config, corpus: Corpus, world: dist.World, note: Callable[[str], None], objective: Any) -> None:
+    """Fill a new run's objective from ``init.from``, say so, and write down where its weights come from: ``init.json``."""
+    taken = initial.fill(objective, config, corpus.tokenizer, world)
+    note(taken.words())
+    file = Path(config.run.dir or "") / "init.json"
+    if error := dist.act_first(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
+        raise UserError(error)
 
 
 @dataclass
@@ -131,18 +151,18 @@ class Work:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.tracker.log(finite)
 
-    def evaluate(self, progress: Progress) -> Record:
-        """Loss and bits per byte of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
+    def evaluate(self, progress: Progress, whole: bool = False) -> Record:
+        """The numbers of the ``whole`` held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
         pulse.enter("eval")
-        part = self.config.eval_tokens if progress.step < self.config.steps else None
+        part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
         held_out = self.held_out if part is None else self.held_out.first(part)
-        nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
-        self.last = Evaluation(nats, places, held_out.bytes / max(places, 1))
-        found = {"val_loss": self.last.loss, "bits_per_byte": self.last.bits_per_byte}
+        sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
+        self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
+        found = self.last.numbers()
         self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
         self._sample(progress)
         self.emit(phase("train"))
@@ -194,9 +214,10 @@ class Work:
             self.tracker.go_back(progress.step)
 
     def finish(self, progress: Progress, times: Times) -> None:
-        """The summary of a run that made all its steps."""
-        if self.held_out.groups and self.last is None:
-            self.evaluate(progress)
+        """The summary of a run that made all its steps, or enough of them."""
+        part = progress.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
+        if self.held_out.groups and (self.last is None or part):
+            self.evaluate(progress, whole=True)
         pulse.enter("end")
         times.lap("eval")
         if not self.tracker:
@@ -204,24 +225,28 @@ class Work:
         seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
-            "val_loss": self.last and self.last.loss,
+            "val_loss": None,
             "perplexity": self.last and self.last.perplexity,
-            "bits_per_byte": self.last and self.last.bits_per_byte,
-            "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            "bits_per_byte": None,
+            **(self.last.numbers() if self.last else {}),
+            "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": progress.tokens,
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),
             "goodput": round(goodput(seconds), 4),
             "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
+            "stale": progress.stale,
         }
+        if self.last:
+            summary |= self.last.details(getattr(self.config.objective, "classes", []))
         self.tracker.finish(summary)
         self.emit({"event": "done", "summary": summary})
 
     def _sample(self, progress: Progress) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
         options = self.config.generation
-        if not options.prompts or not options.max_tokens:
+        if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
         pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
@@ -229,19 +254,28 @@ class Work:
             return
         self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
         self.plain.load_state_dict(weights, strict=False)
-        rows = list(zip(options.prompts, write_on(self.plain.eval(), self.corpus, self.config), strict=True))
+        texts = write(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
 
 
-def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
-    """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
-    tokenizer = corpus.tokenizer
-    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
-    return [tokenizer.decode(ids) for ids in written]
+def _newest(
+    folder: Path, corpus: Corpus, world: dist.World, note: Callable[[str], None], mirror: Mirror | None
+) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, made on this corpus; UserError for another."""
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    return found
+
+
+def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
+    """Refuse prompts that cannot be written on from: now, and not at the first evaluation."""
+    if isinstance(objective, Generative):
+        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
@@ -255,7 +289,7 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
     folder.mkdir(parents=True, exist_ok=True)
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
-    write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
+    write_whole(folder / "tokenizer.json", corpus.tokenizer.content.encode())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
     write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())

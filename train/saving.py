@@ -144,7 +144,8 @@ class Saver:
 
     def _mine(self, engine: Stateful) -> Sequence[Piece]:
         """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
-        return engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
+        mine = engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
+        return [*mine, *engine.carried]
 
     # ------------------------------------------------------------------------------------------ in the writer's thread
 
@@ -189,9 +190,8 @@ class Saver:
             if errors := [r["error"] for r in reports if "error" in r]:
                 raise OSError("; ".join(errors))
             entries = {f"rank_{rank}.safetensors": report["entry"] for rank, report in enumerate(reports)}
-            kinds = sorted({kind for entry in entries.values() for kind, *_ in entry["pieces"]})
             save.first()
-            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "kinds": kinds, "files": entries}))
+            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "files": entries}))
             if final.exists():  # written by an earlier start, and by then found damaged
                 self._remove(final)
             aside.rename(final)

@@ -6,19 +6,21 @@ command line; everything else receives it whole and resolved, and never changes 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from train.sections.base import Fraction, NonNegative, Positive, Section
+from train.sections.decoder import Decoder
+from train.sections.encdec import EncDec
+from train.sections.encoder import Encoder
+from train.sections.objectives import Causal, Classify, Masked, Seq2seq
+from train.sections.recurrent import Recurrent
 
-
-class Section(BaseModel):
-    """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+Model = Annotated[Decoder | Encoder | EncDec | Recurrent, Field(discriminator="family")]
+"""A model: the keys depend on its family."""
+Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator="name")]
+"""What is trained: the keys depend on its name."""
 
 
 class Run(Section):
@@ -36,35 +38,13 @@ class Batch(Section):
     seq_len: Positive = Field(description="tokens per sequence")
 
 
-class Model(Section):
-    """A decoder-only transformer: GPT-2 and Llama are settings of it."""
+class Init(Section):
+    """What a new run starts from, and what of it stays as it is. A run that goes on from its own checkpoint is not touched."""
 
-    family: Literal["decoder"]
-    layers: Positive
-    width: Positive = Field(description="features of the residual stream")
-    heads: Positive
-    kv_heads: Positive | None = Field(None, description="heads of keys and values; default: heads")
-    mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
-    vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
-    max_len: Positive = Field(description="longest sequence, in tokens, that positions are made for")
-    position: Literal["learned", "rope"]
-    norm: Literal["layer_norm", "rms_norm"]
-    activation: Literal["gelu", "swiglu"]
-    bias: bool = Field(description="biases in linear layers and layer norms")
-    tied: bool = Field(description="the head shares the token embedding")
-    dropout: Fraction = 0.0
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-    checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
-
-
-class Objective(Section):
-    """What is trained."""
-
-    name: Literal["causal"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of a target, spread over the vocabulary")
-    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of logsumexp(logits)^2 in the training loss, as PaLM's")
+    from_: str | None = Field(None, alias="from", description="a run's folder or a Hugging Face folder; default: weights are drawn")
+    checkpoint: str | NonNegative = Field("latest", description="of that run: latest, best or a step")
+    skip: list[str] = Field([], description="parameters that are drawn all the same, as patterns such as '*embed*'")
+    freeze: list[str] = Field([], description="parameters that are not trained, as patterns such as 'backbone.blocks.[0-5].*'")
 
 
 class Tokenizer(Section):
@@ -81,6 +61,7 @@ class Data(Section):
     source: Literal["stdlib", "text"]
     paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
     encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
@@ -97,13 +78,14 @@ class Data(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: Literal["sgd", "momentum", "adam", "adamw"]
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="not on norms, biases, embeddings")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="decay of moments; rmsprop: of the second")
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    momentum: Fraction = 0.9
+    momentum: Fraction = Field(0.9, description="of momentum, nesterov and muon")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="the rate of each block over that of the next one")
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
@@ -114,6 +96,13 @@ class Spikes(Section):
     window: Annotated[int, Field(ge=8)] = Field(64, description="steps whose losses the next is judged by")
     deviations: Annotated[float, Field(gt=0)] = Field(8.0, description="robust standard deviations that make a loss high")
     max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
+
+
+class Stop(Section):
+    """An end before the last step."""
+
+    metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
+    patience: NonNegative = Field(0, description="evaluations in a row without a better one that end the run; 0: none do")
 
 
 class Schedule(Section):
@@ -165,18 +154,25 @@ class Tracking(Section):
     project: str = "trireme"
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field([])
 
 
 class Generation(Section):
-    """How samples are drawn."""
+    """How text is written."""
 
     prompts: list[str] = Field(description="what the samples of a run start with")
-    max_tokens: NonNegative = 200
+    max_tokens: NonNegative = Field(200, description="tokens of a text at most; it also ends where the model's max_len is full")
     temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0: greedy")
-    top_k: NonNegative = Field(0, description="0: all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: NonNegative = 0
+    top_k: NonNegative = Field(0, description="draw from the k likeliest tokens only; 0: from all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="draw from the likeliest that make up this share")
+    min_p: Fraction = Field(0.0, description="leave out what is less likely than this share of the likeliest")
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="above 1: tokens that were there are less likely")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="a text ends before the first of these strings")
+    seed: NonNegative = Field(0, description="a text is a function of it, the prompt and the options, whatever runs beside it")
+    n: Positive = Field(1, description="texts a prompt: as many draws, or the best of the beams")
+    beams: Positive = Field(1, description="above 1: beam search for the likeliest text, nothing is drawn")
+    length_penalty: float = Field(1.0, description="beams compare sums of log-probabilities over length to this power")
+    batch: Positive = Field(16, description="prompts that run at a time")
 
 
 class Config(Section):
@@ -190,18 +186,54 @@ class Config(Section):
     eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation in training; default: all")
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
-    keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
+    keep_best: NonNegative = Field(description="checkpoints kept beside them, the best by stop.metric")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
     save_mirror: str | None = Field(None, description="where checkpoints are copied to as well: a URL that fsspec knows")
     batch: Batch
     model: Model
+    init: Init = Init()
     objective: Objective
     data: Data
     optimizer: Optimizer
     schedule: Schedule
+    stop: Stop = Stop()
     spikes: Spikes = Spikes()
     zero: Zero
     precision: Precision
     cluster: Cluster
     tracking: Tracking
     generation: Generation
+
+
+class Sweep(Section):
+    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+
+    name: str | None = Field(None, description="default: the keys that vary")
+    dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
+    sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
+        "minimize", description="one for every metric, or a list"
+    )
+    pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
+    startup: Positive = Field(5, description="trials drawn at random before tpe looks at their results")
+    seed: NonNegative = Field(0, description="of the suggestions")
+    parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
+    retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")
+
+
+class CommandLine(Config):
+    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+
+    sweep: Sweep = Sweep()
+
+
+KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
+"""Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
+
+
+def kinds(section: str) -> dict[str, Any]:
+    """The kinds of one of ``KINDS``, by name."""
+    classes = get_args(Config.model_fields[section].annotation)
+    return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}

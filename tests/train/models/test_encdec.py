@@ -1,0 +1,131 @@
+"""The encoder-decoder is T5, of both versions, and the original Transformer: transformers' logits, and torch's own layers."""
+
+import pytest
+import torch
+import transformers
+
+from train.models.encdec import sinusoids
+from train.objectives import build_objective
+
+SIZES = {"layers": 3, "width": 96, "heads": 3, "mlp_width": 160, "head_dim": 20, "vocab_size": 131}
+
+
+def our_weights(state, layers, gated):
+    """Our parameters from those of transformers' T5ForConditionalGeneration."""
+    found = {"backbone.embed.weight": state["shared.weight"], "head.weight": state["lm_head.weight"]}
+    for side, middle in (("encoder", 1), ("decoder", 2)):
+        found[f"backbone.{side}.norm.weight"] = state[f"{side}.final_layer_norm.weight"]
+        bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        found[f"backbone.{side}.relative.weight"] = state[bias]
+        for i in range(layers):
+            ours, theirs = f"backbone.{side}.blocks.{i}.", f"{side}.block.{i}.layer."
+            own = theirs + "0.SelfAttention."
+            found[ours + "attention.layer.qkv.weight"] = torch.cat([state[f"{own}{x}.weight"] for x in "qkv"])
+            found[ours + "attention.layer.out.weight"] = state[f"{own}o.weight"]
+            found[ours + "attention.norm.weight"] = state[theirs + "0.layer_norm.weight"]
+            if side == "decoder":
+                across = theirs + "1.EncDecAttention."
+                found[ours + "cross.layer.q.weight"] = state[across + "q.weight"]
+                found[ours + "cross.layer.kv.weight"] = torch.cat([state[f"{across}{x}.weight"] for x in "kv"])
+                found[ours + "cross.layer.out.weight"] = state[across + "o.weight"]
+                found[ours + "cross.norm.weight"] = state[theirs + "1.layer_norm.weight"]
+            dense = f"{theirs}{middle}.DenseReluDense."
+            if gated:
+                found[ours + "mlp.layer.gate_up.weight"] = torch.cat([state[f"{dense}wi_{n}.weight"] for n in (0, 1)])
+            else:
+                found[ours + "mlp.layer.up.weight"] = state[dense + "wi.weight"]
+            found[ours + "mlp.layer.down.weight"] = state[dense + "wo.weight"]
+            found[ours + "mlp.norm.weight"] = state[f"{theirs}{middle}.layer_norm.weight"]
+    return found
+
+
+def shaken(reference):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            base = 1.0 if "layer_norm" in name else 0.0
+            parameter.copy_(base + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return reference.eval()
+
+
+def translations(rows=3, source=150, target=20):
+    """Sources that are longer than the furthest distance, the later rows with padding behind."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(source).expand(rows, source)
+    return {
+        "tokens": torch.randint(0, 131, (rows, source), generator=generator),
+        "positions": place,
+        "segments": (place < source - 7 * torch.arange(rows)[:, None]).int(),
+        "target_tokens": torch.randint(0, 131, (rows, target), generator=generator),
+        "target_segments": torch.ones(rows, target, dtype=torch.int32),
+        "targets": torch.randint(0, 131, (rows, target), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
+def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
+    config = make_config("t5_tiny", **SIZES, activation=ours, tied=tied)
+    sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
+    settings = transformers.T5Config(**sizes, feed_forward_proj=theirs, tie_word_embeddings=tied, decoder_start_token_id=0)
+    reference = shaken(transformers.T5ForConditionalGeneration(settings))
+    objective = build_objective(config, 131).eval()
+    assert objective.load_state_dict(our_weights(reference.state_dict(), 3, theirs != "relu"))
+    batch = translations()
+    with torch.no_grad():
+        right = reference(batch["tokens"], attention_mask=batch["segments"], decoder_input_ids=batch["target_tokens"]).logits
+        assert (objective.logits(batch) - right).abs().max() < 1e-5 * right.abs().max()
+
+
+def test_the_original_transformer_is_torchs(make_config):
+    sizes = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "vocab_size": 131, "norm_eps": 1e-5}
+    objective = build_objective(make_config("transformer_tiny", **sizes), 131).eval()
+    theirs = shaken(torch.nn.Transformer(32, 2, 2, 2, 48, 0.0, batch_first=True))
+    theirs.encoder.norm = theirs.decoder.norm = None  # Vaswani et al. have no norm behind the last sublayer's own
+    state, found = theirs.state_dict(), {}
+    attention = {"self_attn": "attention", "multihead_attn": "cross"}
+    for side in ("encoder", "decoder"):
+        for i in range(2):
+            there, here = f"{side}.layers.{i}.", f"backbone.{side}.blocks.{i}."
+            for leaf in ("weight", "bias"):
+                for n, (name, ours) in enumerate(list(attention.items())[: 1 + (side == "decoder")]):
+                    inner = state[f"{there}{name}.in_proj_{leaf}"]
+                    if ours == "attention":
+                        found[f"{here}attention.layer.qkv.{leaf}"] = inner
+                    else:
+                        found[f"{here}cross.layer.q.{leaf}"], found[f"{here}cross.layer.kv.{leaf}"] = inner[:32], inner[32:]
+                    found[f"{here}{ours}.layer.out.{leaf}"] = state[f"{there}{name}.out_proj.{leaf}"]
+                    found[f"{here}{ours}.norm.{leaf}"] = state[f"{there}norm{n + 1}.{leaf}"]
+                for ours, name in (("up", "linear1"), ("down", "linear2")):
+                    found[f"{here}mlp.layer.{ours}.{leaf}"] = state[f"{there}{name}.{leaf}"]
+                found[f"{here}mlp.norm.{leaf}"] = state[f"{there}norm{3 if side == 'decoder' else 2}.{leaf}"]
+    missing, unexpected = objective.load_state_dict(found, strict=False)
+    assert (set(missing), unexpected) == ({"backbone.embed.weight", "head.weight"}, [])
+    batch = translations(source=30)
+    embed = objective.backbone.embed
+    with torch.no_grad():
+        source, target = (
+            embed(batch[k]) * 32**0.5 + sinusoids(torch.arange(n)[None], 32) for k, n in (("tokens", 30), ("target_tokens", 20))
+        )
+        padding = batch["segments"] == 0
+        ahead = torch.nn.Transformer.generate_square_subsequent_mask(20)
+        how = {"tgt_mask": ahead, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        hidden = theirs(source, target, **how)
+        assert (objective.backbone(batch) - hidden).abs().max() < 1e-5
+        assert torch.equal(sinusoids(torch.tensor([[0]]), 4), torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]))
+
+
+@pytest.mark.parametrize("name", ["t5_tiny", "transformer_tiny"])
+def test_a_target_sees_what_is_before_it_its_own_source_and_nothing_else(make_config, name):
+    objective = build_objective(make_config(name, vocab_size=131), 131).eval()
+    batch = translations(source=30)
+    batch["segments"][:, 15:] = 2
+    batch["target_segments"][:, 10:] = 2
+    changed = {**batch, "tokens": batch["tokens"].clone(), "target_tokens": batch["target_tokens"].clone()}
+    changed["tokens"][:, 15:] = 5
+    changed["target_tokens"][:, 7] = 5
+    with torch.no_grad():
+        before, after = objective.logits(batch), objective.logits(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:10], after[:, 7:10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])

@@ -1,0 +1,92 @@
+"""Recurrent networks: every document read alone, memory that goes on from row to row, and only there."""
+
+import pytest
+import torch
+
+from train.memory import Memory
+from train.objectives import build_objective
+
+CELLS = ["rnn", "gru", "lstm"]
+
+
+def build(make_config, cell, **keys):
+    return build_objective(make_config(f"{cell}_tiny", **keys), 257)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_documents_are_read_as_if_alone(make_config, pack, cell):
+    objective = build(make_config, cell, seq_len=64).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, 257, (n,), generator=draw).tolist() for n in (9, 2, 30, 17)]
+    rows = pack([documents[:2], documents[2:], []], 64)
+    with torch.no_grad():
+        packed = objective.logits(rows)
+        for row, start, document in ((0, 0, 0), (0, 8, 1), (1, 0, 2), (1, 29, 3)):
+            size = len(documents[document]) - 1
+            alone = objective.logits(pack([[documents[document]]], size))[0]
+            torch.testing.assert_close(packed[row, start : start + size], alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("isolate", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_goes_on_from_the_row_before_it_once_the_step_is_kept(make_config, pack, cell, isolate):
+    objective = build(make_config, cell, isolate=isolate).double()
+    tokens = torch.randint(0, 257, (65,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = pack([[tokens]], 64)
+    halves = [{k: v[:, part] for k, v in whole.items()} for part in (slice(32), slice(32, 64))]
+    with torch.no_grad():
+        right = objective.logits(whole)[0, 32:]
+        for number, kept in ((1, False), (3, True)):
+            objective({**halves[0], "memory": torch.tensor([-number])})
+            objective.backbone.memory.settle(kept)
+            found = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
+            objective.backbone.memory.settle(False)
+            assert torch.allclose(found, right, rtol=0, atol=1e-5) == kept, "memory is float32"
+        anew = objective.logits({**halves[1], "memory": torch.tensor([-3])})[0]
+    assert not torch.allclose(anew, right, rtol=0, atol=1e-5)
+    assert objective.backbone.memory.rows[1:2].eq(0).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_memory_is_left_by_training_alone_and_begins_after_the_last_border(make_config, pack, cell):
+    objective = build(make_config, cell)
+    first, second = [5, 6, 7, 8], [256, 9, 10, 11, 12]
+    batch = pack([[first, second]], 7)
+    objective.eval()({**batch, "memory": torch.tensor([1])})
+    assert not objective.backbone.memory.left
+    objective.train()({**batch, "memory": torch.tensor([1])})
+    [(_, left)] = objective.backbone.memory.left
+    alone = build(make_config, cell)
+    alone({**pack([[second]], 4), "memory": torch.tensor([-1])})
+    torch.testing.assert_close(left, alone.backbone.memory.left[0][1])
+
+
+def test_memory_keeps_its_precision_and_rows_of_no_number_leave_nothing():
+    memory = Memory(3, 2).to(torch.bfloat16)
+    assert memory.rows.dtype == torch.float32
+    memory.leave(torch.tensor([2, 0, -3]), torch.tensor([[1.5, 2], [7, 7], [3, 4]]))
+    memory.settle(True)
+    assert memory.rows.tolist() == [[0, 0], [1.5, 2], [3, 4]]
+    assert memory.read(torch.tensor([2, -2, 0])).tolist() == [[1.5, 2], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_read_token_by_token_is_what_is_read_at_once(make_config, cell):
+    objective = build(make_config, cell).eval()
+    tokens = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": tokens, "segments": torch.ones_like(tokens)}
+    with torch.no_grad():
+        right = objective.logits(batch)
+        logits, state = objective.prefill(tokens[:, :6], torch.tensor([3, 5]), 12)
+        for step in range(4):
+            for row, start in ((0, 3), (1, 5)):
+                torch.testing.assert_close(logits[row], right[row, start + step - 1], rtol=0, atol=1e-5)
+            token = torch.stack([tokens[0, 3 + step], tokens[1, 5 + step]])
+            logits, state = objective.decode(token, state)
+
+
+@pytest.mark.parametrize(("cell", "gates"), [("rnn", 1), ("gru", 3), ("lstm", 4)])
+def test_flops_are_six_a_weight(make_config, cell, gates):
+    objective = build(make_config, cell)
+    weights = sum(p.numel() for name, p in objective.backbone.rnn.named_parameters() if "weight" in name)
+    assert objective.backbone.flops_per_token(64) == 6 * weights == 6 * 2 * gates * 2 * 64**2
