@@ -31,7 +31,7 @@ MACHINE = re.compile(
 SAVED = {
     "evaluate": {"run.dir", "checkpoint"},
     "trace": {"run.dir", "step"},
-    "generate": {"run.dir", "checkpoint", "prompt", *schema.Generation.model_fields} - {"prompts"},
+    "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
 }
 """The verbs that take a run's folder, and their options."""
 TEMPLATES = {("group", "choice"), ("key", "value")}
@@ -85,7 +85,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
         name, *rest = [*arguments, "up"]
         assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
     elif verb in SAVED:
-        given = {argument.partition("=")[0] for argument in arguments} - {"--json"}
+        given = {argument.partition("=")[0] for argument in arguments} - {"--json", "--help"}
         assert given <= SAVED[verb]
         assert "run.dir" in given or not given
     elif verb == "review":

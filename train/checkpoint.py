@@ -76,8 +76,10 @@ class Reader:
         for file, entry in checkpoint.manifest["files"].items():
             for kind, name, start, numel in entry["pieces"]:
                 self.where.setdefault((name, kind), []).append((start, numel, file))
-        for places in self.where.values():
+        self.kinds: dict[str, list[str]] = {}
+        for (name, kind), places in self.where.items():
             places.sort()
+            self.kinds.setdefault(name, []).append(kind)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
@@ -189,7 +191,7 @@ def restore(checkpoint: Checkpoint, engine: Stateful) -> None:
     reader = checkpoint.reader()
     engine.load(
         lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
-        checkpoint.manifest["kinds"],
+        reader.kinds,
         checkpoint.progress.updates,
     )
     engine.load_scalars(checkpoint.manifest["scalars"])

@@ -155,6 +155,14 @@ def groups() -> dict[str, list[str]]:
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
 
 
+def choice(group: str, name: str) -> dict[str, Any]:
+    """The values of a choice of a group, such as ``generation=beam``. Raises UserError for one that is not there."""
+    known = groups()[group]
+    if name not in known:
+        raise UserError(f"{group}={name}: there is no such choice{_nearest(name, known)}. Choices: {', '.join(known)}")
+    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
+
+
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[str, str, str]]:
     """Every key of the schema: name -> (type, default or "", description)."""
     found: dict[str, tuple[str, str, str]] = {}
@@ -217,10 +225,16 @@ def help_text() -> str:
     lines = ["usage: ./launch.sh train [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
     lines += [f"  {name + '=':13}{', '.join(choices)}" for name, choices in groups().items()]
     lines += ["", "Set with key=value (types as in Python; lists as [a,b]):"]
-    for key, (_, default, description) in keys().items():
+    return "\n".join([*lines, *key_lines(keys())])
+
+
+def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
+    """A line for each of ``keys()``: its name, meaning and default."""
+    lines = []
+    for key, (_, default, description) in known.items():
         note = description + (f" (default {default})" if default not in ("", "None", "[]") else "")
         lines.append(f"  {key:30}{note}".rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

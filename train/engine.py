@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,10 @@ from train import pulse
 from train.batch import Batch, Losses
 from train.dist import World
 from train.memory import memories
+from train.muon import Muon
 from train.pieces import MASTER, Piece, rows_of
 from train.schema import Config
+from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
@@ -82,6 +84,8 @@ class Engine:
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
             self.engine.enable_backward_allreduce = world.size > 1
         self.pieces = list(self._pieces())
+        if isinstance(self.inner, Muon) and config.zero.stage > 0:
+            self.inner.shards, self.inner.world = self._shards(), world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
             torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
             self.inner.state.clear()
@@ -160,14 +164,14 @@ class Engine:
                 found[kind] = piece.of(value)
         return found
 
-    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
-        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
-        for holder in {id(p.holder): p.holder for p in self.pieces}.values():
-            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds if k != MASTER}
-            if "exp_avg" in moments:
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
+        self.inner.state.clear()
+        for holder, name in {id(p.holder): (p.holder, p.name) for p in self.pieces}.values():
+            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
+            if moments:  # the rules that count their updates call the count "step", and the others do not look
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
-            if moments:
                 self.inner.state[holder] = moments
         for piece in [*self.pieces, *self.carried]:
             for kind, view in self.states(piece).items():
@@ -238,12 +242,16 @@ class Engine:
             for param, name in self.names.items():
                 yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
         else:
-            flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
             for param, name in self.names.items():
                 mapping = param._hp_mapping
                 if mapping is not None:  # None: another rank holds all of it
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Piece(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+                    yield Piece(name, low.start, low.numel, self._flats(zero)[mapping.param_group_index], high.start)
+
+    @staticmethod
+    def _flats(zero: Any) -> list[Tensor]:
+        """The flat masters of stages 1 and 2, one a group."""
+        return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     def _pieces_of_stage3(self, zero: Any) -> Iterator[Piece]:
         for param, name in self.names.items():
@@ -252,6 +260,17 @@ class Engine:
             numel = min(share, param.ds_numel - start)  # the last ranks' shares are padded
             if numel > 0:
                 yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+    def _shards(self) -> dict[Tensor, list[tuple[torch.Size, Piece]]]:
+        """What ``Muon.shards`` is to be: for each flat tensor of masters its parameters, in ZeRO's order, the same on all ranks."""
+        zero, mine = self.engine.optimizer, {p.name: p for p in self.pieces}
+        if self.engine.zero_optimization_stage() == ZeroStageEnum.weights:
+            flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        else:
+            flats, groups = self._flats(zero), getattr(zero, "bf16_groups", None) or zero.bit16_groups
+        named = [[self.names[param] for param in group] for group in groups]
+        empty = {name: Piece(name, 0, 0, flat, 0) for flat, names in zip(flats, named, strict=True) for name in names}
+        return {f: [(self.shapes[n], (empty | mine)[n]) for n in names] for f, names in zip(flats, named, strict=True)}
 
     @property
     def replicated(self) -> bool:
@@ -271,28 +290,3 @@ def _count_collectives() -> None:
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bool) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. Without ZeRO and in fp32 (``plain``) clipping is the engine's own."""
-    zero: dict[str, Any] = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": False}
-    if config.zero.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if config.zero.stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0 if plain else config.optimizer.clip,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # plain SGD is one
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler
-        "steps_per_print": None,
-    }
-    if config.precision.name == "bf16":
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        if config.zero.stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    if config.precision.name == "fp16":
-        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    return settings

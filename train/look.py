@@ -58,7 +58,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def begin_anew(engine: Engine, config: Config, vocab_size: int) -> None:
     """Fill the engine with the weights and moments of step 0: functions of the configuration, so that needs no checkpoint."""
     weights = {name: p.detach().float().view(-1) for name, p in build_objective(config, vocab_size).named_parameters()}
-    kinds = sorted({kind for piece in engine.pieces for kind in engine.states(piece)})
+    kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
 
     def read(piece: Piece, kind: str) -> Tensor:
         first = weights.get(piece.name) if kind == MASTER else None

@@ -23,12 +23,12 @@ from train.data.streams import Cursor
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
 from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
+from train.models.state import Generative
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.outline import outline
@@ -38,6 +38,7 @@ from train.saving import Saver
 from train.schema import Config
 from train.tiles import choose_kernels
 from train.tracking import Tracker
+from train.writing import encoded, write
 
 Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
@@ -63,6 +64,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
+    _check_prompts(objective, corpus, config)
     found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
     if found:
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
@@ -223,7 +225,7 @@ class Work:
     def _sample(self, progress: Progress) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
         options = self.config.generation
-        if not options.prompts or not options.max_tokens or not hasattr(self.engine.module, "prefill"):
+        if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
         pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
@@ -231,19 +233,18 @@ class Work:
             return
         self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
         self.plain.load_state_dict(weights, strict=False)
-        rows = list(zip(options.prompts, write_on(self.plain.eval(), self.corpus, self.config), strict=True))
+        texts = write(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
 
 
-def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
-    """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
-    tokenizer = corpus.tokenizer
-    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
-    return [tokenizer.decode(ids) for ids in written]
+def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
+    """Refuse prompts that cannot be written on from: now, and not at the first evaluation."""
+    if isinstance(objective, Generative):
+        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
