@@ -22,6 +22,7 @@ import numpy as np
 
 from train import schema
 from train.data import files, shards, tokenizer
+from train.data.examples.causal import Causal
 from train.data.loader import Loader, Share, layout_of
 from train.data.order import Order, Shuffle
 from train.data.stamps import Stamps
@@ -65,7 +66,7 @@ def our_loader(folder: Path, seq_len: int, batch: int) -> Loader:
     """The loader of one worker, from a folder that was not open yet."""
     split = shards.Corpus(folder).split("train")
     plan = Plan(Order(layout_of(split), Shuffle(0, 16), True), Shape(batch, seq_len, batch))
-    return Loader(split, plan, Share(0, 1, batch))
+    return Loader(split, plan, Share(0, 1, batch), Causal(seq_len, isolate=True))
 
 
 def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int) -> Iterator[int]:

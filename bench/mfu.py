@@ -139,9 +139,9 @@ def measure(model: str, overrides: list[str], steps: int, world: dist.World) -> 
     gc.collect()  # the engine before this one is full of rings
     config = settings(model, overrides)
     vocabulary = config.model.vocab_size or TOKENIZER
-    chosen = choose_kernels(config, vocabulary, world)
-    engine, objective = build_engine(config, vocabulary, world, Rows(config.batch.global_))
     batch = random_batch(config, vocabulary, world.device)
+    chosen = choose_kernels(config, vocabulary, world, batch)
+    engine, objective = build_engine(config, vocabulary, world, Rows(config.batch.global_))
     tokens = batch["tokens"].numel()
 
     def step() -> None:

@@ -21,7 +21,7 @@ OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss, perplexity and bits per byte on the held-out split."""
+    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss and all that is measured on the held-out split."""
     options = _options(argv, {"run.dir": None, "checkpoint": "latest"})
     from train import dist
     from train.data.loader import held_out_text, loaders
@@ -33,23 +33,28 @@ def evaluate(argv: Sequence[str]) -> int:
     folder = Path(options["run.dir"])
     run = open_run(folder, options["checkpoint"])
     about = json.loads((folder / "corpus.json").read_text())
-    corpus = Corpus(about["folder"])
+    corpus = Corpus(about["folder"], run.config.model.special)
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
     world = dist.from_env()
     held_out = loaders(corpus, run.config, world)[1]
     if not held_out.groups:
         raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
-    nats, places = measure(run.objective.to(world.device), held_out, world, lambda: False)
-    found = Evaluation(nats, places, held_out.bytes / places)
-    text = b"".join(held_out_text(corpus))
-    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out tokens", title_justify="left")
+    sums = measure(run.objective.to(world.device), held_out, world, lambda: False)
+    found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
+    places = sums["loss"][1]
+    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out places", title_justify="left")
     for column in ("measure", "value"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    table.add_row("loss (nats per token)", f"{found.loss:.4f}")
-    table.add_row("perplexity", f"{found.perplexity:.2f}")
-    table.add_row("bits_per_byte", f"{found.bits_per_byte:.4f}")
-    table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
+    measured = found.numbers()
+    table.add_row("loss (nats per token)" if found.perplexity else "loss", f"{measured.pop('val_loss'):.4f}")
+    if found.perplexity:
+        table.add_row("perplexity", f"{found.perplexity:.2f}")
+    for name, value in measured.items():
+        table.add_row(name, f"{value:.4f}")
+    if found.bytes:
+        text = b"".join(held_out_text(corpus))
+        table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
     OUT.print(table)
     return OK
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,21 +15,48 @@ Batch = dict[str, Tensor]
     positions  (B, T) int64   place within the document (or within the row, where documents are not kept apart)
     segments   (B, T) int32   which document of the row a token belongs to, from 1; 0 is padding
 
-A row of zero weight, as short ranks and short last batches run, has every target IGNORE and every segment 0.
+and what only some objectives and families have:
+
+    memory           (B,) int64    number, from 1, of what the row goes on from (`train.memory`); negative: it begins anew; 0: none
+    types            (B, T) int64  0 in the first text of a pair, 1 in the second
+    next_targets     (B,) int64    0: the second text follows the first, 1: it is from elsewhere
+    targets          (B, U)        of an encoder-decoder: what it writes after target_tokens (B, U), of target_segments (B, U)
+    targets          (B,)          of a classifier: int64 the class, or float32 the score
+
+A row of zero weight, as short ranks and short last batches run, has every target IGNORE (a score: NaN) and all else 0.
 """
 
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Named losses of one micro-batch: name -> (sum over trained places, float32 scalar; count of them, int64 scalar).
 
-Sums are divided once, by the count over all micro-batches and ranks; a mean of means is never taken.
+Sums are divided once, by the count over all micro-batches and ranks; a mean of means is never taken. The loss over the targets
+``x_targets`` is called ``x_loss``. In evaluation there are other pairs too: see ``train.evaluate``.
 """
 
 IGNORE = -100
+TARGETS = "targets"
 
 
-def count_targets(batch: Batch) -> int:
-    """How many places of the batch are trained on."""
-    return int((batch["targets"] != IGNORE).sum())
+def trained(targets: Tensor) -> Tensor:
+    """Where there is something to be learnt."""
+    return ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
+
+
+def count_targets(batch: Batch) -> dict[str, int]:
+    """How many places of the batch each of its losses is trained on."""
+    return {k.removesuffix(TARGETS) + "loss": int(trained(v).sum()) for k, v in batch.items() if k.endswith(TARGETS)}
+
+
+def count_tokens(batch: Batch) -> int:
+    """How many tokens of text the batch reads."""
+    return int((batch["segments"] > 0).sum())
+
+
+def weigh_nothing(batch: Batch) -> None:
+    """Make padding of all the rows of a batch."""
+    for key, value in batch.items():
+        nothing = math.nan if value.is_floating_point() else IGNORE
+        value.fill_(nothing if key.endswith(TARGETS) else 0)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from train.errors import UserError
 from train.rules import problems
-from train.schema import Config, Section
+from train.schema import KINDS, Config, Section, kinds
 
 ELSEWHERE = {
     "lr": "optimizer.lr",
@@ -167,14 +167,28 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple
     """Every key of the schema: name -> (type, default or "", description)."""
     found: dict[str, tuple[str, str, str]] = {}
     for name, field in section.model_fields.items():
-        key = prefix + (field.alias or name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            found |= keys(inner, key + ".")
+        key, inner = prefix + (field.alias or name), field.annotation
+        inners = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, Section)]
+        if inners:
+            names = list(kinds(name)) if field.discriminator else [name]
+            found |= _together(dict(zip(names, (keys(t, key + ".") for t in inners), strict=True)))
             continue
         kind = getattr(inner, "__name__", "") if not get_args(inner) else str(inner).replace("typing.", "")
         default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
         found[key] = (kind, default, field.description or "")
+    return found
+
+
+def _together(trees: dict[str, dict[str, tuple[str, str, str]]]) -> dict[str, tuple[str, str, str]]:
+    """The keys of all kinds of a section; those that only some have say of which they are."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for key in dict.fromkeys(key for tree in trees.values() for key in tree):
+        having = {name: tree[key] for name, tree in trees.items() if key in tree}
+        kind, default, description = next(iter(having.values()))
+        if len({default for _, default, _ in having.values()}) > 1:
+            default = ""
+        of = "" if len(having) == len(trees) else f" [{', '.join(having)}]"
+        found[key] = kind, default, description + of
     return found
 
 
@@ -233,8 +247,16 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _explain(error: Any) -> str:
-    path = ".".join(str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES)
+    loc = [str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES]
+    kind = loc.pop(1) if len(loc) > 1 and loc[0] in KINDS else ""
+    path = ".".join(loc)
+    if error["type"].startswith("union_tag"):
+        key = f"{path}.{KINDS[path]}"
+        given = error["input"].get(KINDS[path]) if isinstance(error["input"], dict) else error["input"]
+        return f"{key}={given}: there is no such one" if given else f"{key} is missing"
     if error["type"] == "extra_forbidden":
+        if kind and path in keys():
+            return f"{path} means nothing for {loc[0]}.{KINDS[loc[0]]}={kind}: leave it out, or choose another {loc[0]}"
         return f"unknown key {path!r}{_nearest(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from train import pulse
 from train.batch import Batch, Losses
 from train.dist import World
+from train.memory import memories
 from train.muon import Muon
-from train.pieces import MASTER, Piece
+from train.pieces import MASTER, Piece, rows_of
 from train.schema import Config
 from train.zero import deepspeed_config
 
@@ -68,7 +69,8 @@ class Engine:
         """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
-        self.shapes = {name: p.shape for name, p in objective.named_parameters()}
+        self.memories = memories(objective)
+        self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
@@ -88,6 +90,7 @@ class Engine:
             torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
             self.inner.state.clear()
             self._spread_masters()
+        self.carried = [piece for name, rows in objective.named_buffers() for piece in rows_of(name, rows, world)]
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -126,6 +129,8 @@ class Engine:
         if not self.plain:
             applied = not getattr(self.engine.optimizer, "overflow", False)
             norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
+        for memory in self.memories:
+            memory.settle(applied)
         return StepResult(totals, norm, applied)
 
     def _clip_plain(self) -> tuple[float, bool]:
@@ -168,7 +173,7 @@ class Engine:
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
                 self.inner.state[holder] = moments
-        for piece in self.pieces:
+        for piece in [*self.pieces, *self.carried]:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
@@ -232,7 +237,8 @@ class Engine:
         if stage == ZeroStageEnum.weights:
             yield from self._pieces_of_stage3(zero)
         elif stage == ZeroStageEnum.disabled:
-            masters = {} if self.plain else dict(_zip_groups(zero.fp16_groups, zero.fp32_groups))
+            groups = () if self.plain else zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+            masters = {a: b for low, high in groups for a, b in zip(low, high, strict=True)}
             for param, name in self.names.items():
                 yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
         else:
@@ -284,8 +290,3 @@ def _count_collectives() -> None:
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _zip_groups(low: Any, high: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for a, b in zip(low, high, strict=True):
-        yield from zip(a, b, strict=True)

@@ -1,4 +1,4 @@
-"""The held-out loss, exactly: the same number for any count of workers."""
+"""What the held-out split says of a model, exactly: the same numbers for any count of workers."""
 
 from __future__ import annotations
 
@@ -6,60 +6,117 @@ import gzip
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from train import dist
+from train import dist, metrics
 from train.batch import Batch, Losses, to_device
 from train.data.loader import EvalLoader
 from train.errors import Stopped
+
+Sums = dict[str, tuple[NDArray[np.float64], int]]
+"""By name: what an objective gives in evaluation, over the whole split, and over how many places.
+
+    x_loss, x_accuracy   a sum (of nats, or of right answers)
+    confusion            (C, C) counts
+    scores               (rows, 2): of each row what is said and what is true
+"""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What the held-out split says of a model."""
 
-    nats: float
-    """Loss summed over every held-out place."""
-    places: int
-    bytes_per_place: float
-    """Bytes of text behind a trained place, over the whole split."""
+    sums: Sums
+    bytes: float | None
+    """Bytes of text behind the places, where every token of it was predicted."""
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.places
+        """Nats per place; of scores the squared error."""
+        return self._ratio("loss")
 
     @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def perplexity(self) -> float | None:
+        """exp(loss), where that is one of tokens."""
+        return None if {"confusion", "scores"} & self.sums.keys() else metrics.perplexity(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """Bits that the model needs for a byte of text: comparable between tokenizers."""
-        return self.loss / math.log(2) / self.bytes_per_place
+        return None if self.bytes is None else metrics.bits_per_byte(float(self.sums["loss"][0]), self.bytes)
+
+    def numbers(self) -> dict[str, float]:
+        """All of it, as metrics.jsonl has it."""
+        found = {f"val_{name}": self._ratio(name) for name in self.sums if name.endswith("loss")}
+        if self.bits_per_byte is not None:
+            found["bits_per_byte"] = self.bits_per_byte
+        found |= {name: self._ratio(name) for name in self.sums if name.endswith("accuracy")}
+        if "confusion" in self.sums:
+            found |= metrics.of_classes(self.sums["confusion"][0])
+        if "scores" in self.sums:
+            found |= metrics.of_scores(*self.sums["scores"][0].T)
+        return found
+
+    def details(self, classes: list[str]) -> dict[str, Any]:
+        """What a summary has beside the numbers."""
+        return metrics.by_class(self.sums["confusion"][0], classes) if "confusion" in self.sums else {}
+
+    def _ratio(self, name: str) -> float:
+        total, count = self.sums[name]
+        return float(total) / count if count else math.nan
 
 
 @torch.no_grad()
-def evaluate(
-    forward: Callable[[Batch], Losses], held_out: EvalLoader, world: dist.World, should_stop: Callable[[], bool]
-) -> tuple[float, int]:
-    """(nats, places) over all groups of all ranks. A collective.
+def evaluate(forward: Callable[[Batch], Losses], held_out: EvalLoader, world: dist.World, should_stop: Callable[[], bool]) -> Sums:
+    """The sums over all groups of all ranks. A collective.
 
-    Each group's sum has its own place in one table, which is then added up in one order: who computed which changes nothing.
-    Raises Stopped on every rank once any rank is asked to stop.
+    Each group's numbers have their own place in one table, which is then added up in one order: who computed which changes
+    nothing. Counts are whole numbers, and share a place. Raises Stopped on every rank once any rank is asked to stop.
     """
-    sums, counts = [0.0] * held_out.groups, [0.0] * held_out.groups
+    tables: dict[str, _Table] = {}
     for turn, batch in enumerate(held_out):
         if dist.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
-        total, count = forward(to_device(batch, world.device))["loss"]
         number = world.rank + turn * world.size
-        if number < held_out.groups:
-            sums[number], counts[number] = float(total), float(count)
-    table = dist.all_reduce_sum([*sums, *counts])
-    return math.fsum(table[: held_out.groups]), int(math.fsum(table[held_out.groups :]))
+        for name, (total, count) in forward(to_device(batch, world.device)).items():
+            table = tables.setdefault(name, _Table(total, held_out.groups))
+            if number < held_out.groups:
+                table.add(number, total, count)
+    flat = [value for table in tables.values() for value in table.flat()]
+    whole = np.array(dist.all_reduce_sum(flat))
+    found = {}
+    for name, table in tables.items():
+        part, whole = np.split(whole, [len(table.flat())])
+        found[name] = table.result(part)
+    return found
+
+
+class _Table:
+    """One name's numbers, a line a group; one line for all where they are counts. The last column is how many places there were."""
+
+    def __init__(self, like: Tensor, groups: int) -> None:
+        self.shape, self.exact = tuple(like.shape), not like.is_floating_point()
+        self.lines = np.zeros((1 if self.exact else groups, like.numel() + 1))
+
+    def add(self, group: int, total: Tensor, count: Tensor) -> None:
+        values = np.append(total.detach().double().cpu().numpy().ravel(), float(count))
+        self.lines[0 if self.exact else group] += values
+
+    def flat(self) -> NDArray[np.float64]:
+        return self.lines.ravel()
+
+    def result(self, flat: NDArray[np.float64]) -> tuple[NDArray[np.float64], int]:
+        lines = flat.reshape(self.lines.shape)
+        count, values = int(lines[:, -1].sum()), lines[:, :-1]
+        if self.exact or not self.shape:
+            return np.array([math.fsum(column) for column in values.T]).reshape(self.shape), count
+        rows = values.reshape(-1, self.shape[-1])
+        return rows[~np.isnan(rows).any(1)], count
 
 
 def gzip_bits_per_byte(text: bytes) -> float:

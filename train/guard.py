@@ -155,7 +155,7 @@ class Guard:
                 row = {key: value[place : place + 1] for key, value in batch.items()}
                 total, _ = self.engine.evaluate(row)["loss"]  # of padding too: under ZeRO-3 all ranks go together
                 if (number := next(mine, None)) is not None:
-                    sums[number], counts[number] = float(total), count_targets(row)
+                    sums[number], counts[number] = float(total), count_targets(row)["loss"]
         table = dist.all_reduce_sum([*sums, *counts])
         return {(cursor, n): table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
 

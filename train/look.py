@@ -61,6 +61,7 @@ def begin_anew(engine: Engine, config: Config, vocab_size: int) -> None:
     kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
 
     def read(piece: Piece, kind: str) -> Tensor:
-        return weights[piece.name].narrow(0, piece.start, piece.numel) if kind == MASTER else torch.zeros(piece.numel)
+        first = weights.get(piece.name) if kind == MASTER else None
+        return torch.zeros(piece.numel) if first is None else first.narrow(0, piece.start, piece.numel)
 
     engine.load(read, kinds, updates=0)

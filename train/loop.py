@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from train import dist, pulse
-from train.batch import Batch, count_targets, to_device
+from train.batch import Batch, count_targets, count_tokens, to_device
 from train.data.loader import Loader
 from train.engine import NOT_MADE, Engine, StepResult
 from train.errors import NotFinite, Stopped
@@ -84,7 +84,7 @@ def train(run: Training) -> Progress:
         pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
-        tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
+        counts, tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
         run.times.lap("data")
         if failed:
             run.aside.settle()  # raises what is wrong
@@ -93,8 +93,9 @@ def train(run: Training) -> Progress:
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
         stalled = run.aside.stall_s
-        result = run.engine.train_step(batches, {"loss": tokens}, lr, run.aside.hold) if tokens else NOT_MADE
-        loss = mean_loss(result)
+        result = run.engine.train_step(batches, counts, lr, run.aside.hold) if tokens else NOT_MADE
+        losses = mean_losses(result)
+        loss = losses["loss"]
         seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
         before, progress = progress, progress.after(cursor, tokens, result.applied, seconds)
         if tokens and (back := run.guard.check(before, loss, result.applied)):
@@ -107,7 +108,7 @@ def train(run: Training) -> Progress:
             _refuse_divergence(run, result, progress)
         record = {}
         if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
-            record = report(run, before, progress, {"loss": loss, "lr": lr, "grad_norm": result.grad_norm})
+            record = report(run, before, progress, losses | {"lr": lr, "grad_norm": result.grad_norm})
             record |= pace.since_last(progress)
         pace.show(run, progress, record)
         run.times.lap("other")
@@ -117,19 +118,25 @@ def train(run: Training) -> Progress:
     return progress
 
 
-def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[int, bool, bool]:
-    """(places trained on in the global batch, whether any rank is asked to stop, whether a save failed): one sum over the ranks.
+def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[dict[str, int], int, bool, bool]:
+    """What the global batch holds, and what the ranks want.
 
-    Before the first backward pass, since every gradient is divided by the count of the whole batch.
+    (places that each loss is trained on, tokens (0 where nothing is), whether any rank is asked to stop, whether a save failed).
+    One sum over the ranks, before the first backward pass, since every gradient is divided by the count of the whole batch.
     """
-    places, stops, fails = dist.all_reduce_sum([sum(count_targets(b) for b in micro_batches), float(stop), float(failed)])
-    return int(places), stops > 0, fails > 0
+    counted = [count_targets(batch) for batch in micro_batches]
+    places = [float(sum(counts[name] for counts in counted)) for name in counted[0]]
+    tokens = float(sum(count_tokens(batch) for batch in micro_batches))
+    *whole, tokens, stops, fails = dist.all_reduce_sum([*places, tokens, float(stop), float(failed)])
+    counts = dict(zip(counted[0], map(int, whole), strict=True))
+    return counts, int(tokens) if counts["loss"] else 0, stops > 0, fails > 0
 
 
-def mean_loss(result: StepResult) -> float:
-    """The loss of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
-    total, places = dist.all_reduce_sum([float(value) for value in result.losses["loss"]])
-    return total / places if places else math.nan
+def mean_losses(result: StepResult) -> dict[str, float]:
+    """The losses of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
+    sums = dist.all_reduce_sum([float(value) for pair in result.losses.values() for value in pair])
+    pairs = zip(sums[::2], sums[1::2], strict=True)
+    return {name: total / places if places else math.nan for name, (total, places) in zip(result.losses, pairs, strict=True)}
 
 
 def report(run: Training, before: Progress, progress: Progress, measured: Record) -> Record:

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from train.dist import World
+
 MASTER = "weight"
 """The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
 
@@ -36,9 +38,11 @@ class Stateful(Protocol):
     """What can be saved and restored by pieces."""
 
     shapes: dict[str, torch.Size]
-    """Every parameter's whole shape, by name."""
+    """Every parameter's whole shape, by name; and that of what is carried."""
     pieces: list[Piece]
-    """Those that this rank holds."""
+    """Those of parameters that this rank holds."""
+    carried: list[Piece]
+    """Rows of what is carried from step to step beside weights (`train.memory`): those that no other rank has."""
 
     @property
     def replicated(self) -> bool:
@@ -55,3 +59,9 @@ class Stateful(Protocol):
 
     def load_scalars(self, values: dict[str, float]) -> None:
         """Set what ``scalars`` gave."""
+
+
+def rows_of(name: str, rows: Tensor, world: World) -> list[Piece]:
+    """The rows of a tensor that are this rank's, a piece each: row r belongs to rank r mod world, as stream r does."""
+    size = rows[0].numel()
+    return [Piece(name, row * size, size, rows, row * size) for row in range(world.rank, len(rows), world.size)]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 
-from train.schema import Config, Generation
+from train.schema import Config, Generation, kinds
 
 MIRROR = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
+LEAST = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
+"""Tokens of a row that an objective's own tokens and cuts need at least."""
 
 
 def problems(config: Config) -> list[str]:
     """Values that are right one by one and wrong together, each with its cure."""
-    parts = (_problems_of_batch, _problems_of_model, _problems_of_data, _problems_of_rest)
-    return [*(found for part in parts for found in part(config)), *problems_of_generation(config.generation)]
+    return [
+        *_problems_of_batch(config),
+        *_problems_of_model(config),
+        *_problems_of_objective(config),
+        *_problems_of_data(config),
+        *_problems_of_rest(config),
+        *problems_of_generation(config.generation),
+    ]
 
 
 def _problems_of_batch(config: Config) -> list[str]:
@@ -48,15 +56,37 @@ def _problems_of_batch(config: Config) -> list[str]:
 
 
 def _problems_of_model(config: Config) -> list[str]:
-    b, m, found = config.batch, config.model, []
-    if b.seq_len > m.max_len:
-        found.append(f"batch.seq_len={b.seq_len} is longer than model.max_len={m.max_len}: lower the one or raise the other")
-    if m.width % m.heads:
-        found.append(f"model.heads={m.heads} does not divide model.width={m.width}")
-    elif m.position == "rope" and (m.width // m.heads) % 2:
-        found.append(f"rope needs an even head size, and model.width/model.heads is {m.width // m.heads}")
-    if m.kv_heads is not None and m.heads % m.kv_heads:
-        found.append(f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}")
+    model, found = config.model, [*mismatch(config), *config.model.problems(config.batch.seq_len)]
+    streams = config.data.streams or config.batch.global_
+    if model.family == "recurrent" and model.carry and (not config.data.pack or streams != config.batch.global_):
+        found.append(
+            f"model.carry needs rows that go on from step to step, data.pack=true and a stream a row: here data.streams={streams} "
+            f"and batch.global={config.batch.global_}. Leave data.streams out, or set model.carry=false"
+        )
+    return found
+
+
+def mismatch(config: Config) -> list[str]:
+    """The problem of an objective that makes no sense for the model, with those pairs that do."""
+    family, name = config.model.family, config.objective.name
+    if name in config.model.objectives:
+        return []
+    pairs = {
+        objective: [f for f, kind in kinds("model").items() if objective in kind.objectives] for objective in kinds("objective")
+    }
+    does = "; ".join(f"objective={objective} with {', '.join(families)}" for objective, families in pairs.items())
+    return [f"objective={name} makes no sense for a model of family {family}. What does: {does}"]
+
+
+def _problems_of_objective(config: Config) -> list[str]:
+    o, d, found = config.objective, config.data, []
+    labelled = o.name == "classify" or (o.name == "seq2seq" and o.task == "pairs")
+    if labelled and d.label_key is None:
+        found.append(f"objective={o.name} needs data.label_key, the field of a .jsonl line that holds what is to be learnt")
+    if labelled and d.pack:
+        found.append(f"objective={o.name} reads a document a row: set data.pack=false")
+    if config.batch.seq_len < LEAST[o.name]:
+        found.append(f"batch.seq_len={config.batch.seq_len} leaves no room for objective={o.name}: take {LEAST[o.name]} or more")
     return found
 
 

@@ -19,6 +19,7 @@ from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
+from train.data.streams import Cursor
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
@@ -53,7 +54,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
     dist.same_everywhere("configuration", configuration.digest(config))
-    corpus = Corpus(corpus_folder)
+    corpus = Corpus(corpus_folder, config.model.special)
     dist.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
@@ -61,7 +62,7 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     emit(phase("engine"))
-    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world)
+    chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     if isinstance(objective, Generative):
         encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)  # now, and not at the first evaluation
@@ -135,7 +136,7 @@ class Work:
             self.tracker.log(finite)
 
     def evaluate(self, progress: Progress) -> Record:
-        """Loss and bits per byte of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
+        """The numbers of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
@@ -143,9 +144,9 @@ class Work:
         pulse.enter("eval")
         part = self.config.eval_tokens if progress.step < self.config.steps else None
         held_out = self.held_out if part is None else self.held_out.first(part)
-        nats, places = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
-        self.last = Evaluation(nats, places, held_out.bytes / max(places, 1))
-        found = {"val_loss": self.last.loss, "bits_per_byte": self.last.bits_per_byte}
+        sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
+        self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
+        found = self.last.numbers()
         self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
         self._sample(progress)
         self.emit(phase("train"))
@@ -205,10 +206,11 @@ class Work:
         seconds = times.by_cause(progress.train_s)
         summary = {
             "step": progress.step,
-            "val_loss": self.last and self.last.loss,
+            "val_loss": None,
             "perplexity": self.last and self.last.perplexity,
-            "bits_per_byte": self.last and self.last.bits_per_byte,
-            "params": sum(math.prod(shape) for shape in self.engine.shapes.values()),
+            "bits_per_byte": None,
+            **(self.last.numbers() if self.last else {}),
+            "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": progress.tokens,
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),
@@ -216,6 +218,8 @@ class Work:
             "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
         }
+        if self.last:
+            summary |= self.last.details(getattr(self.config.objective, "classes", []))
         self.tracker.finish(summary)
         self.emit({"event": "done", "summary": summary})
 
@@ -249,7 +253,7 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
     folder.mkdir(parents=True, exist_ok=True)
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
-    write_whole(folder / "tokenizer.json", (corpus.folder / "tokenizer.json").read_bytes())
+    write_whole(folder / "tokenizer.json", corpus.tokenizer.content.encode())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(folder / "corpus.json", json.dumps(about).encode())
     write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())

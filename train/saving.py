@@ -144,7 +144,8 @@ class Saver:
 
     def _mine(self, engine: Stateful) -> Sequence[Piece]:
         """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
-        return engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
+        mine = engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
+        return [*mine, *engine.carried]
 
     # ------------------------------------------------------------------------------------------ in the writer's thread
 

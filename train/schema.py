@@ -6,19 +6,21 @@ command line; everything else receives it whole and resolved, and never changes 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from train.sections.base import Fraction, NonNegative, Positive, Section
+from train.sections.decoder import Decoder
+from train.sections.encdec import EncDec
+from train.sections.encoder import Encoder
+from train.sections.objectives import Causal, Classify, Masked, Seq2seq
+from train.sections.recurrent import Recurrent
 
-
-class Section(BaseModel):
-    """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+Model = Annotated[Decoder | Encoder | EncDec | Recurrent, Field(discriminator="family")]
+"""A model: the keys depend on its family."""
+Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator="name")]
+"""What is trained: the keys depend on its name."""
 
 
 class Run(Section):
@@ -36,37 +38,6 @@ class Batch(Section):
     seq_len: Positive = Field(description="tokens per sequence")
 
 
-class Model(Section):
-    """A decoder-only transformer: GPT-2 and Llama are settings of it."""
-
-    family: Literal["decoder"]
-    layers: Positive
-    width: Positive = Field(description="features of the residual stream")
-    heads: Positive
-    kv_heads: Positive | None = Field(None, description="heads of keys and values; default: heads")
-    mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
-    vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
-    max_len: Positive = Field(description="longest sequence, in tokens, that positions are made for")
-    position: Literal["learned", "rope"]
-    norm: Literal["layer_norm", "rms_norm"]
-    activation: Literal["gelu", "swiglu"]
-    bias: bool = Field(description="biases in linear layers and layer norms")
-    tied: bool = Field(description="the head shares the token embedding")
-    dropout: Fraction = 0.0
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    init_std: Annotated[float, Field(gt=0)] = 0.02
-    checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
-
-
-class Objective(Section):
-    """What is trained."""
-
-    name: Literal["causal"]
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of a target, spread over the vocabulary")
-    z_loss: Annotated[float, Field(ge=0)] = Field(0.0, description="weight of logsumexp(logits)^2 in the training loss, as PaLM's")
-
-
 class Tokenizer(Section):
     """How text becomes tokens."""
 
@@ -81,6 +52,7 @@ class Data(Section):
     source: Literal["stdlib", "text"]
     paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
     encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
@@ -164,7 +136,7 @@ class Tracking(Section):
     project: str = "trireme"
     entity: str | None = None
     group: str | None = None
-    tags: list[str] = []
+    tags: list[str] = Field([])
 
 
 class Generation(Section):
@@ -211,3 +183,13 @@ class Config(Section):
     cluster: Cluster
     tracking: Tracking
     generation: Generation
+
+
+KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
+"""Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
+
+
+def kinds(section: str) -> dict[str, Any]:
+    """The kinds of one of ``KINDS``, by name."""
+    classes = get_args(Config.model_fields[section].annotation)
+    return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}

@@ -14,10 +14,12 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture
 def make_config():
-    """config(model="gpt_tiny", seq_len=, isolate=, **keys of the model) -> schema.Config."""
+    """config(model="gpt_tiny", seq_len=, isolate=, objective=, **keys of the model), by default with the first that fits -> schema.Config."""
 
     def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, objective=None, **keys):
         chosen = yaml.safe_load((CONF / f"model/{model}.yaml").read_text())
+        name = (objective or {}).get("name", schema.kinds("model")[chosen["family"]].objectives[0])
+        usual = yaml.safe_load((CONF / f"objective/{name}.yaml").read_text())
         return schema.Config.model_validate(
             {
                 "run": {},
@@ -30,7 +32,7 @@ def make_config():
                 "keep_best": 0,
                 "batch": {"global": 8, "seq_len": seq_len},
                 "model": {**chosen, **keys},
-                "objective": {"name": "causal", **(objective or {})},
+                "objective": usual | (objective or {}),
                 "data": {"source": "stdlib", "tokenizer": {"kind": "bytes"}, "isolate": isolate},
                 "optimizer": {"name": "adamw", "lr": 1e-3},
                 "schedule": {"name": "constant"},

@@ -6,17 +6,31 @@ import itertools
 
 import pytest
 import torch
+import yaml
 
 from train import config as configuration
+from train import schema
 from train.errors import UserError
 from train.objectives import build_objective
 
 CHOICES = [(group, choice) for group, choices in configuration.groups().items() for choice in choices]
+FITTING = {
+    "causal": [],
+    "masked": ["model=bert_tiny"],
+    "seq2seq": ["model=t5_tiny"],
+    "classify": ["model=bert_tiny", "data.label_key=label", "data.pack=false"],
+}
+"""What an objective needs beside the default."""
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
 def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
     extra = ["data.paths=[x]"] if choice in ("text", "shakespeare_char") else []
+    if group == "model":
+        family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
+        extra += [f"objective={schema.kinds('model')[family].objectives[0]}"]
+    if group == "objective":
+        extra += FITTING[choice]
     extra += ["batch.seq_len=64"] if group == "experiment" else []
     config = configuration.load([f"{group}={choice}", *extra])
     with torch.device("meta"):

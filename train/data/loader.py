@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from train import schema
-from train.batch import IGNORE, Batch
-from train.data.examples.causal import CausalRows, Rows
+from train.batch import Batch, weigh_nothing
+from train.data.examples import build_examples
+from train.data.examples.rows import Columns, Examples, Rows
 from train.data.order import Layout, Order, Shuffle, take
 from train.data.shards import Corpus, Shards
 from train.data.streams import Cursor, Plan, Shape
@@ -24,11 +25,9 @@ from train.errors import UserError
 Step = tuple[list[Batch], Cursor]
 """The micro-batches of one rank for one optimizer step, and where the data stands after it."""
 
-_Read = tuple[CausalRows, int, Cursor]
+_Read = tuple[Rows, int, Cursor]
 """A step that is read but not yet written to tensors: its rows, which step of them it is, and the cursor after it."""
 
-_CHUNK = 1 << 22
-"""Tokens that are read at once, in the end: so many that the two threads seldom wait for each other; 8 MB of them."""
 _AHEAD = 2
 """Chunks that wait for the model."""
 EVAL_TOKENS_PER_GROUP = 8192
@@ -57,19 +56,19 @@ class Loader:
     included.
     """
 
-    def __init__(self, shards: Shards, plan: Plan, share: Share, isolate: bool = True, pin: bool = False) -> None:
+    def __init__(self, shards: Shards, plan: Plan, share: Share, examples: Examples, pin: bool = False) -> None:
         if share.world > plan.shape.streams:
             raise UserError(
                 f"{share.world} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
                 f"{plan.shape.streams} workers, or a larger batch.global"
             )
         self.plan = plan
-        self._shards, self._share, self._isolate, self._pin = shards, share, isolate, pin
+        self._shards, self._share, self._examples, self._pin = shards, share, examples, pin
         self._streams = range(share.rank, plan.shape.streams, share.world)
         most = plan.depth * -(-plan.shape.streams // share.world)
         self.micro = share.micro
         self.micro_batches = -(-most // share.micro)
-        self._chunk = max(1, _CHUNK // (self.micro_batches * share.micro * plan.shape.seq_len))
+        self._chunk = max(1, examples.chunk // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
         self._skipped: Mapping[Cursor, frozenset[int]] = {}
         self._ready: deque[_Read] = deque()
@@ -164,19 +163,22 @@ class Loader:
             # From stream after stream to step after step, and in a step to the rows' order j = i * S + s.
             stream, row = np.divmod((np.cumsum(pieces.length) - 1) // self.plan.shape.seq_len, rows_each)
             pieces = take(pieces, np.argsort(row * own + stream, kind="stable"))
-        rows = CausalRows(self._shards, pieces, self.plan.shape.seq_len, self._isolate)
+        rows = self._examples.read(self._shards, pieces, cursor.epoch)
         return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
 
-    def _micro_batches(self, rows: CausalRows, step: int, at: Cursor) -> list[Batch]:
+    def _micro_batches(self, rows: Rows, step: int, at: Cursor) -> list[Batch]:
         micro, used = self._share.micro, self.plan.depth * len(self._streams)
-        batch = empty_batch((self.micro_batches * micro, self.plan.shape.seq_len), self._pin)
-        rows.write(step * used, Rows(*(value[:used].numpy() for value in batch.values())))
+        batch = empty_batch(self._examples.layout, self.micro_batches * micro, self._pin)
+        rows.write(step * used, {key: value[:used].numpy() for key, value in batch.items()})
+        if "memory" in batch:  # of the row in the whole step, and none at an epoch's start
+            numbers = torch.tensor(self.row_numbers()) + 1
+            batch["memory"][:used] = batch["memory"][:used] * numbers if at.position else -numbers
         if used < self.micro_batches * micro:
             weigh_nothing({key: value[used:] for key, value in batch.items()})
         if skipped := self._skipped.get(at):
             for place, number in enumerate(self.row_numbers()):
                 if number in skipped:
-                    weigh_nothing({key: value[place] for key, value in batch.items()})
+                    weigh_nothing({key: value[place : place + 1] for key, value in batch.items()})
         parts = [slice(first, first + micro) for first in range(0, self.micro_batches * micro, micro)]
         return [{key: value[part] for key, value in batch.items()} for part in parts]
 
@@ -188,8 +190,8 @@ class EvalLoader:
     equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
     """
 
-    def __init__(self, shards: Shards, shape: Shape, share: Share, isolate: bool = True, tokens: int | None = None) -> None:
-        self._shards, self._share, self._isolate = shards, share, isolate
+    def __init__(self, shards: Shards, shape: Shape, share: Share, examples: Examples, tokens: int | None = None) -> None:
+        self._shards, self._share, self._examples = shards, share, examples
         self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
         if shards.samples:
@@ -222,43 +224,37 @@ class EvalLoader:
         return self._shards.bytes * places / self._shards.tokens
 
     def _group(self, group: int) -> Batch:
-        shape = (self._shape.rows, self._shape.seq_len)
-        batch = empty_batch(shape, pin=False)
+        batch = empty_batch(self._examples.layout, self._shape.rows, pin=False)
         if group >= self.groups:
             weigh_nothing(batch)
             return batch
         unit = self._shape.seq_len if self._shape.pack else 1
         pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
-        rows = CausalRows(self._shards, pieces, self._shape.seq_len, self._isolate)
-        rows.write(0, Rows(*(value.numpy() for value in batch.values())))
+        rows = self._examples.read(self._shards, pieces, 0)
+        rows.write(0, {key: value.numpy() for key, value in batch.items()})
+        if "memory" in batch:
+            batch["memory"].zero_()  # a held-out row begins with nothing, so that groups are the same in any world
         return batch
 
 
-def empty_batch(shape: tuple[int, ...], pin: bool) -> Batch:
-    """Tensors of a Batch, not filled, in the order of `Rows`; page-locked with ``pin``, as copies to a GPU need."""
-    return {
-        key: torch.empty(shape, dtype=torch.int32 if key == "segments" else torch.int64, pin_memory=pin) for key in Rows._fields
-    }
-
-
-def weigh_nothing(batch: Batch) -> None:
-    """Make padding of all the rows of a batch."""
-    for key, value in batch.items():
-        value.fill_(IGNORE if key == "targets" else 0)
+def empty_batch(layout: Columns, rows: int, pin: bool) -> Batch:
+    """Tensors of a Batch, not filled; page-locked with ``pin``, as copies to a GPU need."""
+    return {key: torch.empty((rows, *shape), dtype=dtype, pin_memory=pin) for key, (shape, dtype) in layout.items()}
 
 
 def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bool = False) -> Loader:
     """The training split as the configuration orders it. Raises UserError where streams, batch and world do not fit."""
     data, shards = config.data, corpus.split("train")
     order = Order(layout_of(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
-    shape = Shape(config.batch.global_, config.batch.seq_len, data.streams or config.batch.global_, data.pack)
-    return Loader(shards, Plan(order, shape), share, data.isolate, pin)
+    examples = build_examples(config, corpus.tokenizer)
+    shape = Shape(config.batch.global_, examples.places, data.streams or config.batch.global_, data.pack)
+    return Loader(shards, Plan(order, shape), share, examples, pin)
 
 
 def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, tokens: int | None = None) -> EvalLoader:
     """The held-out split as the configuration shapes its rows; ``tokens`` as for EvalLoader."""
-    shape = Shape(share.micro, config.batch.seq_len, 1, config.data.pack)
-    return EvalLoader(corpus.split("val"), shape, share, config.data.isolate, tokens)
+    examples = build_examples(config, corpus.tokenizer)
+    return EvalLoader(corpus.split("val"), Shape(share.micro, examples.places, 1, config.data.pack), share, examples, tokens)
 
 
 def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:

@@ -17,7 +17,7 @@ import numpy as np
 from train import schema
 from train.data import files, shards, tokenizer, work
 from train.data.recipe import Recipe, Report
-from train.data.sources import SourceFile, reading
+from train.data.sources import LABEL, SourceFile, reading
 from train.data.stamps import Stamps
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
@@ -45,7 +45,7 @@ class Making:
     def texts(self, documents: work.Documents) -> Iterator[str]:
         """The cleaned texts of some documents."""
         named, how = dict(enumerate(self.sources)), reading(self.data)
-        return (work.text_of(named, document, how) for document in documents)
+        return (work.text_of(named, document, how).replace(LABEL, "") for document in documents)
 
 
 def enter(folder: Path, recipe: Recipe) -> None:

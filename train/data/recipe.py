@@ -38,7 +38,7 @@ class Recipe:
 def settings(data: schema.Data) -> dict[str, Any]:
     """The keys of ``data`` that decide what the shards hold."""
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
-    return data.model_dump(include=keys)
+    return data.model_dump(include=keys | ({"label_key"} if data.label_key else set()))
 
 
 def find_recipe(data: schema.Data, sources: list[SourceFile], run: work.Run, report: Report) -> Recipe:

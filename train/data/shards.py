@@ -18,7 +18,7 @@ import json
 import mmap
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -198,13 +198,15 @@ class Shards:
 class Corpus:
     """A prepared corpus, opened. Raises UserError, with the cure, for anything missing, cut short or changed."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, special: Sequence[str] = ()) -> None:
+        """The tokenizer gets the ``special`` tokens of a model: shards hold none, so that one corpus serves every objective."""
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.stamps = Stamps(self.folder)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
             raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {CURE}")
+        self.tokenizer = self.tokenizer.extended(special)
         self._splits: dict[str, Shards] = {}
 
     @property

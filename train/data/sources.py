@@ -19,6 +19,8 @@ from train.data.clean import clean
 from train.errors import UserError
 
 CHANGED = "the file changed while it was being prepared: run the same command again"
+LABEL = "\x1e"
+"""Stands between a text and its label: cleaning leaves no such sign in either."""
 MAX_SHOWN = 20
 """Problems listed in one message; more are counted."""
 
@@ -46,10 +48,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Reading:
-    """How bytes become text: the field of a JSON line, and what to do with bytes that are not UTF-8."""
+    """How bytes become text: the fields of a JSON line, and what to do with bytes that are not UTF-8."""
 
     text_key: str
     errors: str
+    label_key: str | None = None
 
 
 class BadText(Exception):  # noqa: N818  collected and shown together, never raised to the user
@@ -58,7 +61,7 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
 
 def reading(data: schema.Data) -> Reading:
     """How this corpus is read. The standard library is taken as it is: the embedded corpus must work everywhere."""
-    return Reading(data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors)
+    return Reading(data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key)
 
 
 def complain(problems: list[str]) -> None:
@@ -175,13 +178,14 @@ def read_document(file: SourceFile, offset: int, length: int, how: Reading) -> s
 
 def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str | BadText:
     try:
-        return clean(_parse(file, offset, raw, how))
+        text, *label = (clean(part) for part in _parse(file, offset, raw, how))
+        return LABEL.join([text, *label]) if text else ""
     except BadText as problem:
         return problem
 
 
-def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str:
-    """The text of a document's bytes; ``offset`` is where they begin in the file."""
+def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> list[str]:
+    """The text of a document's bytes, and its label where labels are read; ``offset`` is where they begin in the file."""
     if (nul := raw.find(0)) >= 0:
         hint = "it looks like UTF-16: convert it to UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "leave it out"
         raise BadText(f"{file.path}: a binary file, not text (a zero byte at offset {offset + nul}); {hint}")
@@ -192,18 +196,28 @@ def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str:
             f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
             "file, or take data.encoding_errors=replace"
         ) from None
-    return _field(file, offset, text, how) if file.lines else text
+    if file.lines:
+        return _fields(file, offset, text, how)
+    if how.label_key:
+        raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={how.label_key})")
+    return [text]
 
 
-def _field(file: SourceFile, offset: int, line: str, how: Reading) -> str:
+def _fields(file: SourceFile, offset: int, line: str, how: Reading) -> list[str]:
     where = f"{file.path}: the line at offset {offset}"
     try:
         record = json.loads(line)
     except ValueError as error:
         raise BadText(f"{where} is not JSON ({error})") from None
-    text = record.get(how.text_key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        keys = f"its fields are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
+    keys = f"its fields are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
+    values = record if isinstance(record, dict) else {}
+    found = [values.get(how.text_key)]
+    if not isinstance(found[0], str):
         raise BadText(f"{where} has no text in the field {how.text_key!r} ({keys}); set data.text_key")
+    if how.label_key:
+        label = values.get(how.label_key)
+        if label is None or isinstance(label, dict | list) or not str(label).strip():
+            raise BadText(f"{where} has no label in the field {how.label_key!r} ({keys}); set data.label_key")
+        found.append(str(label))
     # JSON may spell half of a surrogate pair, which no UTF-8 can hold.
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return [str(text).encode("utf-8", "replace").decode("utf-8") for text in found]

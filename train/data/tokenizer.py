@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Fast
@@ -39,10 +39,13 @@ class Tokenizer:
         self.eot: int = known[0]
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        self.content = content
+        added = self._fast.get_added_tokens_decoder()
+        self.special = sorted(identity for identity, token in added.items() if token.special)
         self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
         # Only a character vocabulary has no pre-tokenizer and no merges; the library would drop unknown ones in
         # silence.
-        characters = vocabulary.keys() - {EOT}
+        characters = vocabulary.keys() - {token.content for token in added.values()}
         self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
         # A text equals the sum of its pieces only where the tokenizer puts nothing before or between words.
         whole = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
@@ -61,6 +64,33 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that are no whole character become the replacement character."""
         return self._fast.decode(list(ids), skip_special_tokens=False)
+
+    def find(self, name: str, default: int) -> int:
+        """The id of the token of that name, or ``default`` where there is none."""
+        identity = self._fast.token_to_id(name)
+        return default if identity is None else identity
+
+    def id_of(self, name: str) -> int:
+        """The id of a token that is known to be there."""
+        identity = self._fast.token_to_id(name)
+        assert identity is not None, name
+        return identity
+
+    def name_of(self, identity: int) -> str:
+        """How the vocabulary writes a token; nothing for an id that it leaves out."""
+        return self._fast.id_to_token(identity) or ""
+
+    def extended(self, names: Sequence[str]) -> Tokenizer:
+        """The same with the special tokens of these names; those that it lacks stand behind all others, in their order."""
+        lacking = [name for name in names if self._fast.token_to_id(name) is None]
+        if not lacking:
+            return self
+        fast = Fast.from_str(self.content)
+        fast.add_special_tokens(lacking)
+        made = Tokenizer(fast.to_str())
+        if [made.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
+            raise UserError(f"the tokenizer numbers its tokens with gaps, so {lacking[0]} cannot stand behind")
+        return made
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.shards import Entry, Ids, write_shard
-from train.data.sources import CHANGED, BadText, Reading, SourceFile, read_document, read_span
+from train.data.sources import CHANGED, LABEL, BadText, Reading, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 
@@ -78,7 +78,7 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
                     encoded = text.encode()
                     rows.append((span.number, offset, length, len(encoded), _hash(encoded), 0, WHOLE))
                     if with_characters:
-                        characters.update(text)
+                        characters.update(text.replace(LABEL, ""))
         except OSError as error:
             problems.append(f"{span.file.path}: {error.strerror or error}")
     return Found(np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans))
@@ -123,7 +123,9 @@ def encode_shard(job: ShardJob) -> tuple[Entry, Ids]:
     def stored() -> Iterator[tuple[str, int, NDArray[Any]]]:
         for document in job.documents:
             text = text_of(job.files, document, job.how)
-            ids = [tokenizer.eot, *tokenizer.encode(text), tokenizer.eot]
+            ids = [tokenizer.eot]
+            for part in text.split(LABEL):
+                ids += [*tokenizer.encode(part), tokenizer.eot]
             yield job.files[int(document["file"])].name, len(text.encode()), np.array(ids, job.dtype)
 
     return write_shard(job.path, job.first, stored())

@@ -1,16 +1,32 @@
-"""Backbones, one file a family."""
+"""Backbones, one file a family. A new one is its file here, its keys in ``train/sections/`` and a line in each of the two lists.
+
+A backbone is a module over ``embed`` (an Embedding) with
+
+    forward(batch, isolate)       hidden states (B, T, D), to be read by a head; no token sees another segment with ``isolate``
+    pooled(batch, isolate)        one vector a row, (B, D)
+    flops_per_token(seq_len, causal), max_len
+
+and, where it can write, ``prefill`` and ``decode``: see ``train.generate``.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from train import schema
 from train.errors import UserError
 from train.models.decoder import Decoder
+from train.models.encdec import EncDec
+from train.models.encoder import Encoder
+from train.models.recurrent import Recurrent
 
-BACKBONES = {"decoder": Decoder}
+BACKBONES: dict[str, Any] = {"decoder": Decoder, "encoder": Encoder, "encdec": EncDec, "recurrent": Recurrent}
 
 
-def build_backbone(model: schema.Model, vocab_size: int) -> Decoder:
+def build_backbone(model: schema.Model, vocab_size: int) -> Any:
     """The backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError where they do not fit."""
+    if problems := model.problems(0):
+        raise UserError("; ".join(problems))
     return BACKBONES[model.family](model, padded_vocab(model, vocab_size))
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from train import schema
 from train.batch import Batch
-from train.errors import UserError
-from train.models.layers import Attention, Context, Embedding, GeluMLP, KVCache, Norm, SwigluMLP, dropout
+from train.models.layers import Attention, Context, Embedding, KVCache, Norm, build_mlp, dropout, last_of, linear_weights
+from train.sections import decoder as keys
 
 
 class Block(nn.Module):
@@ -25,12 +24,12 @@ class Block(nn.Module):
     stream and what is still to be dropped out and added to it.
     """
 
-    def __init__(self, model: schema.Model) -> None:
+    def __init__(self, model: keys.Decoder) -> None:
         super().__init__()
         self.attention_norm = Norm(model)
         self.attention = Attention(model)
         self.mlp_norm = Norm(model)
-        self.mlp = GeluMLP(model) if model.activation == "gelu" else SwigluMLP(model)
+        self.mlp = build_mlp(model)
 
     def forward(self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D)."""
@@ -60,10 +59,9 @@ class DecoderState:
 class Decoder(nn.Module):
     """Token embedding, blocks, final norm."""
 
-    def __init__(self, model: schema.Model, vocab_size: int) -> None:
-        """``vocab_size`` is the number of rows of the embedding. Raises UserError where sizes do not fit."""
+    def __init__(self, model: keys.Decoder, vocab_size: int) -> None:
+        """``vocab_size`` is the number of rows of the embedding."""
         super().__init__()
-        _check(model)
         self.model = model
         self.max_len = model.max_len
         self.embed = Embedding(vocab_size, model.width, model.init_std)
@@ -84,6 +82,10 @@ class Decoder(nn.Module):
             positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)[None]
             context = Context(self._rope(positions))
         return self._run(batch["tokens"], positions, context)
+
+    def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """The hidden state (B, D) of each row's last token."""
+        return last_of(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, DecoderState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything; room for ``capacity`` tokens a row.
@@ -116,8 +118,7 @@ class Decoder(nn.Module):
         model, block = self.model, self.blocks[0]
         assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
-        linears = [m for part in (attention, mlp) for m in part.modules() if isinstance(m, nn.Linear)]
-        weights = sum(linear.in_features * linear.out_features for linear in linears)
+        weights = linear_weights(attention) + linear_weights(mlp)
         keys = (seq_len + 1) / 2 if causal else seq_len
         return model.layers * (6 * weights + 12 * attention.heads * attention.head_dim * keys)
 
@@ -139,16 +140,3 @@ class Decoder(nn.Module):
         if self.model.position != "rope":
             return None
         return kernels.rope_table(positions, self.model.width // self.model.heads, self.model.rope_theta)
-
-
-def _check(model: schema.Model) -> None:
-    kv_heads = model.kv_heads or model.heads
-    problems = []
-    if model.width % model.heads:
-        problems.append(f"model.width={model.width} is not a multiple of model.heads={model.heads}")
-    elif model.position == "rope" and model.width // model.heads % 2:
-        problems.append(f"rope turns pairs, but model.width / model.heads is {model.width // model.heads}, which is odd")
-    if model.heads % kv_heads:
-        problems.append(f"model.heads={model.heads} is not a multiple of model.kv_heads={kv_heads}")
-    if problems:
-        raise UserError("; ".join(problems))

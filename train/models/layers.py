@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from train import rng, schema
+from train import rng
+from train.batch import Batch
+from train.sections.decoder import Decoder
+from train.sections.encdec import EncDec
+from train.sections.encoder import Encoder
+
+Sizes = Decoder | Encoder | EncDec
+"""The families that are made of these layers."""
 
 
 class Linear(nn.Linear):
@@ -43,7 +51,7 @@ class Embedding(nn.Embedding):
 class Norm(nn.Module):
     """LayerNorm or RMSNorm with dropout and the residual add before it."""
 
-    def __init__(self, model: schema.Model) -> None:
+    def __init__(self, model: Sizes) -> None:
         super().__init__()
         self.kind = model.norm
         self.eps = model.norm_eps
@@ -74,6 +82,7 @@ class Context:
     segments: kernels.Segments | None = None
     ends: Tensor | None = None
     longest: int = 0
+    bias: Tensor | None = None
 
 
 class KVCache:
@@ -107,13 +116,14 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped heads. Attention weights themselves have no dropout."""
+    """Self-attention with grouped heads. Attention weights themselves have no dropout."""
 
-    def __init__(self, model: schema.Model) -> None:
+    def __init__(self, model: Sizes, causal: bool = True) -> None:
         super().__init__()
         self.heads = model.heads
         self.kv_heads = model.kv_heads or model.heads
-        self.head_dim = model.width // model.heads
+        self.head_dim = model.head_dim or model.width // model.heads
+        self.causal, self.scale = causal, None if model.scaled else 1.0
         inner = self.heads * self.head_dim
         projected = inner + 2 * self.kv_heads * self.head_dim
         self.qkv = Linear(model.width, projected, model.bias, model.init_std)
@@ -130,25 +140,36 @@ class Attention(nn.Module):
             k, v = cache.append(k, v, context)
         elif cache is not None:
             cache.start(k, v)
-        y = kernels.attention(q, k, v, causal=not decoding, segments=context.segments, rope=rope)
+        how: dict[str, Any] = {"segments": context.segments, "bias": context.bias, "rope": rope, "scale": self.scale}
+        y = kernels.attention(q, k, v, causal=self.causal and not decoding, **how)
         return self.out(y.flatten(-2))
 
 
-class GeluLinear(Linear):
-    """A linear layer and GELU, its bias added in the pass of the GELU."""
+class Activated(Linear):
+    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, whose bias is added in its own pass."""
+
+    def __init__(self, model: Sizes, outputs: int) -> None:
+        super().__init__(model.width, outputs, model.bias, model.init_std)
+        self.activation = model.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., inputs) -> (..., outputs)."""
-        return kernels.bias_gelu(F.linear(x, self.weight), self.bias)
+        if self.activation == "gelu":
+            return kernels.bias_gelu(F.linear(x, self.weight), self.bias)
+        return ACTIVATIONS[self.activation](super().forward(x))
 
 
-class GeluMLP(nn.Module):
-    """Up, GELU, down."""
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "gelu_exact": F.gelu}
+GATES: dict[str, Literal["silu", "gelu"]] = {"swiglu": "silu", "geglu": "gelu"}
 
-    def __init__(self, model: schema.Model) -> None:
+
+class MLP(nn.Module):
+    """Up, an activation, down."""
+
+    def __init__(self, model: Sizes) -> None:
         super().__init__()
         inner = model.mlp_width or 4 * model.width
-        self.up = GeluLinear(model.width, inner, model.bias, model.init_std)
+        self.up = Activated(model, inner)
         self.down = Linear(inner, model.width, model.bias, residual_std(model))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,27 +177,44 @@ class GeluMLP(nn.Module):
         return self.down(self.up(x))
 
 
-class SwigluMLP(nn.Module):
-    """Gate and up in one projection, SwiGLU, down."""
+class GatedMLP(nn.Module):
+    """Gate and up in one projection, their product, down: SwiGLU and GeGLU (Shazeer 2020)."""
 
-    def __init__(self, model: schema.Model) -> None:
+    def __init__(self, model: Sizes) -> None:
         super().__init__()
         inner = model.mlp_width or 4 * model.width
+        self.gate: Literal["silu", "gelu"] = GATES[model.activation]
         self.gate_up = Linear(model.width, 2 * inner, model.bias, model.init_std)
         self.down = Linear(inner, model.width, model.bias, residual_std(model))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(kernels.gated_mlp(gate, up))
+        return self.down(kernels.gated_mlp(gate, up, self.gate))
 
 
-def residual_std(model: schema.Model) -> float:
+def build_mlp(model: Sizes) -> MLP | GatedMLP:
+    """The MLP of ``model.activation``."""
+    return GatedMLP(model) if model.activation in GATES else MLP(model)
+
+
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers inside a module: each takes part in one product a token."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def last_of(hidden: Tensor, batch: Batch) -> Tensor:
+    """The hidden state (B, D) of each row's last token that is no padding; of an empty row the first."""
+    ends = (batch["segments"] > 0).sum(1).clamp(min=1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), ends]
+
+
+def residual_std(model: Sizes) -> float:
     """Deviation of a projection that adds to the residual stream: init_std / sqrt(2 * layers), as GPT-2 (section 2.3).
 
-    Megatron-LM starts Llama the same way (``scaled_init_method_normal``).
+    Megatron-LM starts Llama the same way (``scaled_init_method_normal``). Where each sum is normalised, as in BERT: init_std.
     """
-    return model.init_std / math.sqrt(2 * model.layers)
+    return model.init_std / math.sqrt(2 * model.layers) if model.norm_first else model.init_std
 
 
 def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:
@@ -208,7 +246,7 @@ def init_weights(module: nn.Module, seed: int) -> None:
             if id(parameter) in done or parameter.is_meta:
                 continue
             done.add(id(parameter))
-            if leaf == "bias":
+            if leaf.startswith("bias"):
                 parameter.zero_()
             elif isinstance(owner, Norm):
                 parameter.fill_(1.0)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from train import schema
 from train.errors import UserError
 from train.models.layers import init_weights
 from train.objectives.causal import build_causal
+from train.objectives.classify import build_classify
+from train.objectives.masked import build_masked
+from train.objectives.seq2seq import build_seq2seq
+from train.rules import mismatch
 
-OBJECTIVES = {"causal": build_causal}
-MEANINGFUL = {"causal": ("decoder",)}
-"""The model families that an objective makes sense for."""
+OBJECTIVES: dict[str, Any] = {
+    "causal": build_causal,
+    "masked": build_masked,
+    "seq2seq": build_seq2seq,
+    "classify": build_classify,
+}
 
 
 def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
@@ -19,10 +28,8 @@ def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
 
     ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated and nothing drawn.
     """
-    family, name = config.model.family, config.objective.name
-    if family not in MEANINGFUL[name]:
-        pairs = "; ".join(f"{objective} with {', '.join(families)}" for objective, families in MEANINGFUL.items())
-        raise UserError(f"objective={name} makes no sense for a model of family {family}. What does: {pairs}")
-    objective = OBJECTIVES[name](config, vocab_size)
+    if problems := [*mismatch(config), *config.model.problems(config.batch.seq_len)]:
+        raise UserError("; ".join(problems))
+    objective: nn.Module = OBJECTIVES[config.objective.name](config, vocab_size)
     init_weights(objective, config.seed)
     return objective

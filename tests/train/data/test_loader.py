@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from train.batch import IGNORE
+from train.data.examples.causal import Causal
 from train.data.loader import EvalLoader, Loader, Share, held_out_text, layout_of
 from train.data.order import Order, Shuffle
 from train.data.streams import Cursor, Plan, Shape
@@ -22,7 +23,7 @@ def plan_of(corpus, shape: Shape, seed: int = 0) -> Plan:
 
 
 def steps_of(corpus, shape: Shape, share: Share, count: int, start: Cursor | None = None, isolate: bool = True):
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, isolate)
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, Causal(shape.seq_len, isolate))
     loader.seek(start or Cursor())
     steps = [next(loader) for _ in range(count)]
     loader.close()
@@ -154,7 +155,7 @@ def test_a_stop_at_other_world_sizes_loses_and_repeats_nothing(build_corpus):
 
 def test_the_position_handed_out_is_that_of_the_batch_consumed(build_corpus):
     corpus = build_corpus([[200] * 20])
-    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(2, 8, 2)), Share(0, 1, 2))
+    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(2, 8, 2)), Share(0, 1, 2), Causal(8, True))
     positions = [next(loader)[1].position for _ in range(5)]
     loader.close()
     assert positions == [8, 16, 24, 32, 40]
@@ -165,7 +166,7 @@ def test_closing_ends_the_thread_and_the_loader_can_go_on(build_corpus):
     shape, share = Shape(4, 16, 2), Share(0, 1, 4)
     expected = steps_of(corpus, shape, share, 4)
     before = threading.active_count()
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share)
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, Causal(shape.seq_len, True))
     found = [next(loader), next(loader)]
     loader.close()
     loader.close()
@@ -181,7 +182,7 @@ def test_a_damaged_shard_is_reported_by_next(build_corpus):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(1, 8, 1)), Share(0, 1, 1))
+    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(1, 8, 1)), Share(0, 1, 1), Causal(8, True))
     with pytest.raises(UserError, match=r"train-000000.tar: damaged.*launch.sh prepare"):
         next(loader)
 
@@ -189,7 +190,7 @@ def test_a_damaged_shard_is_reported_by_next(build_corpus):
 def test_more_workers_than_streams_are_refused(build_corpus):
     corpus = build_corpus(UNEVEN)
     with pytest.raises(UserError, match="3 workers for 2 streams"):
-        Loader(corpus.split("train"), plan_of(corpus, Shape(4, 16, 2)), Share(0, 3, 1))
+        Loader(corpus.split("train"), plan_of(corpus, Shape(4, 16, 2)), Share(0, 3, 1), Causal(16, True))
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -197,8 +198,8 @@ def test_more_workers_than_streams_are_refused(build_corpus):
 def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
     corpus = build_corpus([[5]], UNEVEN)
     split, shape = corpus.split("val"), Shape(1, 16, 1, pack)
-    alone = [batch for batch in EvalLoader(split, shape, Share(0, 1, 4)) if trained([batch])]
-    loaders = [EvalLoader(split, shape, Share(rank, world, 4)) for rank in range(world)]
+    alone = [batch for batch in EvalLoader(split, shape, Share(0, 1, 4), Causal(shape.seq_len, True)) if trained([batch])]
+    loaders = [EvalLoader(split, shape, Share(rank, world, 4), Causal(shape.seq_len, True)) for rank in range(world)]
     assert len({len(loader) for loader in loaders}) == 1
     groups = [list(loader) for loader in loaders]
     interleaved = [groups[number % world][number // world] for number in range(world * len(loaders[0]))]
@@ -214,14 +215,14 @@ def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
 
 def test_held_out_groups_may_be_limited(build_corpus):
     split = build_corpus([[5]], UNEVEN).split("val")
-    loader = EvalLoader(split, Shape(1, 16, 1), Share(0, 1, 4), tokens=100)
+    loader = EvalLoader(split, Shape(1, 16, 1), Share(0, 1, 4), Causal(16, True), tokens=100)
     assert loader.groups == 2
     assert trained(list(loader)) == 128
     assert loader.bytes == pytest.approx(split.bytes * 128 / split.tokens)
 
 
 def test_an_empty_held_out_split_gives_no_groups(build_corpus):
-    loader = EvalLoader(build_corpus([[5]]).split("val"), Shape(1, 16, 1), Share(0, 2, 4))
+    loader = EvalLoader(build_corpus([[5]]).split("val"), Shape(1, 16, 1), Share(0, 2, 4), Causal(16, True))
     assert (len(loader), loader.bytes, list(loader)) == (0, 0.0, [])
 
 
@@ -240,7 +241,7 @@ def test_damage_found_ahead_is_reported_when_its_step_is_due(build_corpus):
     corpus = build_corpus([[50] * 4, [50] * 4])
     plan = Plan(Order(layout_of(corpus.split("train")), Shuffle(0, 0), True), Shape(1, 51, 1))
     (corpus.folder / "train-000001.tar").write_bytes(b"\0" * (corpus.folder / "train-000001.tar").stat().st_size)
-    loader = Loader(corpus.split("train"), plan, Share(0, 1, 1))
+    loader = Loader(corpus.split("train"), plan, Share(0, 1, 1), Causal(plan.shape.seq_len, True))
     for _ in range(3):
         next(loader)
     with pytest.raises(UserError, match=r"train-000001.tar: damaged"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from pydantic import TypeAdapter
 from torch.utils.flop_counter import FlopCounterMode
 
 from train import schema
@@ -136,7 +137,7 @@ def test_every_shipped_model_builds_on_meta_with_its_published_size(make_config,
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_no_shipped_model_is_without_a_vocabulary_that_is_a_multiple_of_64(path):
-    model = schema.Model.model_validate(yaml.safe_load(path.read_text()))
+    model = TypeAdapter(schema.Model).validate_python(yaml.safe_load(path.read_text()))
     assert padded_vocab(model, 257) % 64 == 0
 
 
@@ -178,7 +179,7 @@ def test_a_deferred_build_gets_the_weights_of_a_direct_one(make_config):
 
 def test_sizes_that_do_not_fit_are_all_named(make_config):
     model = make_config("llama_tiny", width=66, heads=4, kv_heads=3).model
-    with pytest.raises(UserError, match=r"width=66 .*heads=4; .*heads=4 .*kv_heads=3"):
+    with pytest.raises(UserError, match=r"heads=4 .*width=66.*; .*kv_heads=3 .*heads=4"):
         build_backbone(model, 64)
     with pytest.raises(UserError, match="odd"):
         build_backbone(make_config("llama_tiny", width=36).model, 64)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from train import objectives
 from train.errors import UserError
 from train.objectives import build_objective
 
@@ -95,12 +94,11 @@ def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_
     assert tied.head.weight is tied.backbone.embed.weight
 
 
-def test_what_makes_no_sense_is_refused_with_what_does(make_config, monkeypatch):
+def test_what_makes_no_sense_is_refused_with_what_does(make_config):
     with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
         build_objective(make_config(seq_len=129, max_len=128), 257)
-    monkeypatch.setitem(objectives.MEANINGFUL, "causal", ("recurrent",))
-    with pytest.raises(UserError, match=r"causal makes no sense .* decoder.*causal with recurrent"):
-        build_objective(make_config(), 257)
+    with pytest.raises(UserError, match=r"causal makes no sense .* encoder.*causal with decoder, recurrent; .*masked with encoder"):
+        build_objective(make_config("bert_tiny", objective={"name": "causal"}), 257)
 
 
 def test_label_smoothing_and_z_loss_are_trained_with_and_not_evaluated_with(make_config, pack):

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from train.batch import IGNORE
+from train.data.examples.rows import Arrays, Columns
 from train.data.order import Pieces
 from train.data.shards import Shards
 
 
-class Rows(NamedTuple):
-    """Four contiguous arrays of shape (rows, seq_len): the keys of a Batch."""
+class Causal:
+    """Rows of ``seq_len`` inputs, each with the token after it; with ``memory``, what each row goes on from."""
 
-    tokens: NDArray[Any]
-    targets: NDArray[Any]
-    positions: NDArray[Any]
-    segments: NDArray[Any]
+    chunk = 1 << 22
+    """8 MB of them."""
+
+    def __init__(self, seq_len: int, isolate: bool, memory: bool = False) -> None:
+        self.places, self.isolate = seq_len, isolate
+        self.layout: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
+        self.layout["segments"] = (seq_len,), torch.int32
+        if memory:
+            self.layout["memory"] = (), torch.int64
+
+    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> CausalRows:
+        """As ``Examples.read``."""
+        return CausalRows(shards, pieces, self.places, self.isolate)
 
 
 class CausalRows:
@@ -29,6 +37,8 @@ class CausalRows:
     A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a row
     all pieces but the last end their documents with EOT, which is also what the next begins with; so one line of
     seq_len + 1 ids holds the inputs and the targets of a row. Padding: token 0, target IGNORE, segment 0.
+
+    "memory" is 1 where a row goes on in the middle of a document (without ``isolate``: always), else -1.
 
     With ``isolate`` positions count within the piece and segments number the pieces of a row from 1; without, a row
     is one segment and positions count within it.
@@ -52,28 +62,31 @@ class CausalRows:
         heads = np.flatnonzero(first)
         self._lines = np.empty((len(heads), seq_len + 1), shards.dtype)
         shards.read(pieces._replace(length=pieces.length + more), self._lines.reshape(-1))
+        self._goes_on = np.where((pieces.start[heads] > 0) | (not isolate), 1, -1)
         self._row_starts: list[int] = [*heads.tolist(), len(row)]
         self._numbers = (np.arange(1, len(row) + 1) - np.repeat(heads, np.diff(self._row_starts))).astype(np.int32)
         self._numbers[padding] = 0
 
-    def write(self, begin: int, out: Rows) -> None:
+    def write(self, begin: int, out: Arrays) -> None:
         """Write as many rows as ``out`` has, from row ``begin`` on."""
-        count, seq_len = out.tokens.shape
+        count, seq_len = out["tokens"].shape
         part = slice(self._row_starts[begin], self._row_starts[begin + count])
         lengths = self._lengths[part]
         lines = self._lines[begin : begin + count]
-        np.copyto(out.tokens, lines[:, :-1])
-        np.copyto(out.targets, lines[:, 1:])
+        np.copyto(out["tokens"], lines[:, :-1])
+        np.copyto(out["targets"], lines[:, 1:])
         if self._isolate:
             starts = (self._begins[part] - begin * seq_len).astype(np.int32)
             places = np.arange(count * seq_len, dtype=np.int32)
-            np.copyto(out.positions.reshape(-1), places - np.repeat(starts, lengths))
-            np.copyto(out.segments.reshape(-1), np.repeat(self._numbers[part], lengths))
+            np.copyto(out["positions"].reshape(-1), places - np.repeat(starts, lengths))
+            np.copyto(out["segments"].reshape(-1), np.repeat(self._numbers[part], lengths))
         else:
-            np.copyto(out.positions, np.arange(seq_len))
-            out.segments.fill(1)
+            np.copyto(out["positions"], np.arange(seq_len))
+            out["segments"].fill(1)
         if self._padding is not None and (padding := self._padding[part]).any():
             empty = np.repeat(padding, lengths).reshape(count, seq_len)
-            out.tokens[empty] = 0
-            out.targets[empty] = IGNORE
-            out.segments[empty] = 0
+            out["tokens"][empty] = 0
+            out["targets"][empty] = IGNORE
+            out["segments"][empty] = 0
+        if "memory" in out:  # the loader knows which row it is
+            out["memory"][:] = self._goes_on[begin : begin + count]

@@ -1,0 +1,190 @@
+"""The encoder-decoder: T5 (Raffel et al. 2020) and the original Transformer (Vaswani et al. 2017) are settings of it.
+
+Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens of the source, U of the target, D width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from train.batch import Batch
+from train.models.layers import Attention, Context, Embedding, Linear, Norm, build_mlp, dropout, linear_weights, residual_std
+from train.sections import encdec as keys
+
+
+class CrossAttention(nn.Module):
+    """Attention of the target to the source."""
+
+    def __init__(self, model: keys.EncDec) -> None:
+        super().__init__()
+        self.head_dim = model.head_dim or model.width // model.heads
+        self.scale = None if model.scaled else 1.0
+        inner = model.heads * self.head_dim
+        self.q = Linear(model.width, inner, model.bias, model.init_std)
+        self.kv = Linear(model.width, 2 * inner, model.bias, model.init_std)
+        self.out = Linear(inner, model.width, model.bias, residual_std(model))
+
+    def forward(self, x: Tensor, source: Tensor, context: Context) -> Tensor:
+        """X (B, U, D) and the encoder's output (B, T, D) -> (B, U, D)."""
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))
+        k, v = self.kv(source).unflatten(-1, (-1, self.head_dim)).chunk(2, 2)
+        return self.out(kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale).flatten(-2))
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)), or norm(x + layer(x)); what the layer adds is dropped out."""
+
+    def __init__(self, model: keys.EncDec, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.p = model.norm_first, model.dropout
+        self.norm = Norm(model)
+        self.layer = layer
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        """X (B, T, D) -> (B, T, D)."""
+        if self.first:
+            return x + dropout(self.layer(self.norm(x)[0], *more), self.p, self.training)
+        return self.norm(x, self.layer(x, *more))[0]
+
+
+class EncoderBlock(nn.Module):
+    """Attention and an MLP."""
+
+    def __init__(self, model: keys.EncDec) -> None:
+        super().__init__()
+        self.attention = Residual(model, Attention(model, causal=False))
+        self.mlp = Residual(model, build_mlp(model))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """X (B, T, D) -> (B, T, D)."""
+        return self.mlp(self.attention(x, context))
+
+
+class DecoderBlock(nn.Module):
+    """Causal attention, attention to the source and an MLP."""
+
+    def __init__(self, model: keys.EncDec) -> None:
+        super().__init__()
+        self.attention = Residual(model, Attention(model))
+        self.cross = Residual(model, CrossAttention(model))
+        self.mlp = Residual(model, build_mlp(model))
+
+    def forward(self, x: Tensor, context: Context, source: Tensor, across: Context) -> Tensor:
+        """X (B, U, D), with the encoder's output (B, T, D) and what is seen of it -> (B, U, D)."""
+        return self.mlp(self.cross(self.attention(x, context), source, across))
+
+
+class RelativeBias(Embedding):
+    """What is added to a score for the distance from query to key: a number for each of ``buckets`` and each head."""
+
+    def __init__(self, model: keys.EncDec, both_ways: bool) -> None:
+        super().__init__(model.buckets, model.heads, model.init_std)
+        self.both_ways, self.furthest = both_ways, model.max_distance
+
+    def forward(self, distance: Tensor) -> Tensor:
+        """(1, H, Tq, Tk) for distances (Tq, Tk), key minus query."""
+        bucket = buckets(distance, self.num_embeddings, self.furthest, self.both_ways)
+        return super().forward(bucket).permute(2, 0, 1)[None]
+
+
+def buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Tensor:
+    """The bucket of each distance, key minus query: one each up to half of them, then ever wider ones, as in T5.
+
+    With ``both_ways`` half of the buckets are for keys after the query; else such keys are as near as the query itself.
+    """
+    after = torch.zeros_like(distance)
+    if both_ways:
+        count //= 2
+        after = (distance > 0) * count
+        near = distance.abs()
+    else:
+        near = (-distance).clamp(min=0)
+    exact = count // 2
+    share = (near.clamp(min=1).float() / exact).log() / math.log(furthest / exact)
+    wide = (exact + (share * (count - exact)).long()).clamp(max=count - 1)
+    return after + torch.where(near < exact, near, wide)
+
+
+class Stack(nn.Module):
+    """The blocks of one side, what it knows of places, and a last norm where each sublayer's input is normalised."""
+
+    def __init__(self, model: keys.EncDec, block: Any, both_ways: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.relative = RelativeBias(model, both_ways) if model.position == "relative" else None
+        self.blocks = nn.ModuleList(block(model) for _ in range(model.layers))
+        self.norm = Norm(model) if model.norm_first else None
+
+    def forward(self, x: Tensor, segments: kernels.Segments, *more: Any) -> Tensor:
+        """Embeddings (B, T, D) -> hidden states (B, T, D)."""
+        x = dropout(x, self.model.dropout, self.training)
+        places = torch.arange(x.shape[1], device=x.device)
+        context = Context(segments=segments, bias=None if self.relative is None else self.relative(places - places[:, None]))
+        for block in self.blocks:
+            if self.model.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, *more, use_reentrant=False)
+            else:
+                x = block(x, context, *more)
+        return x if self.norm is None else dropout(self.norm(x)[0], self.model.dropout, self.training)
+
+
+class EncDec(nn.Module):
+    """One token embedding, an encoder of the source, a decoder of the target."""
+
+    def __init__(self, model: keys.EncDec, vocab_size: int) -> None:
+        """``vocab_size`` is the number of rows of the embedding."""
+        super().__init__()
+        self.model = model
+        self.max_len = sys.maxsize
+        relative = model.position == "relative"
+        self.scale = 1.0 if relative else math.sqrt(model.width)
+        self.embed = Embedding(vocab_size, model.width, 1.0 if relative else model.width**-0.5)
+        self.encoder = Stack(model, EncoderBlock, both_ways=True)
+        self.decoder = Stack(model, DecoderBlock, both_ways=False)
+
+    def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """Hidden states of the target (B, U, D). With ``isolate`` no token sees another segment; padding is never seen."""
+        source, target = batch["segments"], batch["target_segments"]
+        if not isolate:
+            source, target = source.clamp(max=1), target.clamp(max=1)
+        hidden = self.encoder(self._embedded(batch["tokens"], batch["positions"]), kernels.Segments(source, source))
+        places = torch.arange(target.shape[1], device=target.device)[None]
+        x = self._embedded(batch["target_tokens"], places)
+        across = Context(segments=kernels.Segments(target, source))
+        return self.decoder(x, kernels.Segments(target, target), hidden, across)
+
+    def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """One vector (B, D) a row: the decoder's hidden state of a first token, which has read the whole source."""
+        first = torch.zeros_like(batch["tokens"][:, :1])
+        asked = {"target_tokens": first, "target_segments": batch["segments"][:, :1]}
+        return self({**batch, **asked}, isolate)[:, 0]
+
+    def flops_per_token(self, seq_len: int, causal: bool = True, targets: float = 0.0) -> float:
+        """FLOPs per token of the source, with ``targets`` tokens of the target to each: see ``Decoder.flops_per_token``."""
+        model, inner = self.model, self.model.heads * (self.model.head_dim or self.model.width // self.model.heads)
+        length = targets * seq_len
+        own = (length + 1) / 2 if causal else length
+        encoder = 6 * linear_weights(self.encoder.blocks[0]) + 12 * inner * seq_len
+        cross = 6 * model.width * 2 * inner  # keys and values are made once a token of the source
+        decoder = 6 * linear_weights(self.decoder.blocks[0]) - cross + 12 * inner * (own + seq_len)
+        return model.layers * (encoder + cross * (targets > 0) + targets * decoder)
+
+    def _embedded(self, tokens: Tensor, places: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.model.position == "relative":
+            return x
+        return x * self.scale + sinusoids(places, self.model.width).to(x.dtype)
+
+
+def sinusoids(places: Tensor, width: int) -> Tensor:
+    """(B, T, D) float32: sine and cosine of place / 10000^(2i/D) in turn (Vaswani et al. 2017, section 3.5)."""
+    rates = 10000.0 ** (-torch.arange(0, width, 2, device=places.device, dtype=torch.float32) / width)
+    angles = places[..., None].float() * rates
+    return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)

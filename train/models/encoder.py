@@ -1,0 +1,79 @@
+"""The bidirectional encoder: BERT (Devlin et al. 2019).
+
+Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from train.batch import Batch
+from train.models.layers import Attention, Context, Embedding, Linear, Norm, build_mlp, dropout, linear_weights
+from train.sections import encoder as keys
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each added to its input, the sum normalised."""
+
+    def __init__(self, model: keys.Encoder) -> None:
+        super().__init__()
+        self.attention = Attention(model, causal=False)
+        self.attention_norm = Norm(model)
+        self.mlp = build_mlp(model)
+        self.mlp_norm = Norm(model)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """X (B, T, D) -> (B, T, D)."""
+        x, _ = self.attention_norm(x, self.attention(x, context))
+        return self.mlp_norm(x, self.mlp(x))[0]
+
+
+class Pooler(Linear):
+    """What stands for a whole row: a linear layer and tanh over its first token."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden (B, T, D) -> (B, D)."""
+        return super().forward(hidden[:, 0]).tanh()
+
+
+class Encoder(nn.Module):
+    """Embeddings of tokens, places and types, blocks, a pooler."""
+
+    def __init__(self, model: keys.Encoder, vocab_size: int) -> None:
+        """``vocab_size`` is the number of rows of the token embedding."""
+        super().__init__()
+        self.model = model
+        self.max_len = model.max_len
+        self.embed = Embedding(vocab_size, model.width, model.init_std)
+        self.positions = Embedding(model.max_len, model.width, model.init_std)
+        self.types = Embedding(model.types, model.width, model.init_std)
+        self.norm = Norm(model)
+        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.pooler: Pooler | None = Pooler(model.width, model.width, True, model.init_std)
+
+    def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row; padding is never seen."""
+        segments = batch["segments"] if isolate else batch["segments"].clamp(max=1)
+        context = Context(segments=kernels.Segments(segments, segments))
+        types = batch["types"] if "types" in batch else torch.zeros_like(batch["tokens"])
+        x = self.embed(batch["tokens"]) + self.positions(batch["positions"]) + self.types(types)
+        x = dropout(self.norm(x)[0], self.model.dropout, self.training)
+        for block in self.blocks:
+            if self.model.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        return x
+
+    def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
+        """One vector (B, D) a row."""
+        assert self.pooler is not None
+        return self.pooler(self(batch, isolate))
+
+    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+        """As ``Decoder.flops_per_token``, every token seeing all ``seq_len``."""
+        model = self.model
+        return model.layers * (6 * linear_weights(self.blocks[0]) + 12 * model.width * seq_len)

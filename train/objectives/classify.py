@@ -1,0 +1,65 @@
+"""Classes and scores of whole documents: a linear layer over what a backbone makes of a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from train import schema
+from train.batch import IGNORE, Batch, Losses, trained
+from train.models import build_backbone
+from train.models.layers import Linear, dropout
+
+
+class Classify(nn.Module):
+    """A backbone with a linear layer over its pooled rows: ``classes`` logits, or one score where there are none.
+
+    ``forward`` gives {"loss": cross-entropy, or the squared error}; in evaluation also "confusion", rows being what is true and
+    columns what is said, or "scores", the pairs of what is said and what is true.
+    """
+
+    whole_text = False
+
+    def __init__(self, backbone: Any, classes: int, isolate: bool) -> None:
+        super().__init__()
+        self.backbone, self.classes, self.isolate = backbone, classes, isolate
+        self.head = Linear(backbone.model.width, max(classes, 1), True, backbone.model.init_std)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""
+        said, targets = self.logits(batch), batch["targets"]
+        known = trained(targets)
+        if self.classes:
+            found = {"loss": kernels.cross_entropy(said, targets, ignore_index=IGNORE)}
+            if not self.training:
+                found["confusion"] = confusion(said.argmax(-1), targets.where(known, 0), known, self.classes), known.sum()
+            return found
+        error = torch.where(known, said[:, 0].float() - targets.nan_to_num(), 0)
+        found = {"loss": (error.square().sum(), known.sum())}
+        if not self.training:
+            found["scores"] = torch.stack((said[:, 0].float(), targets), 1), known.sum()
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, classes), or (B, 1) scores."""
+        pooled = self.backbone.pooled(batch, self.isolate)
+        return self.head(dropout(pooled, self.backbone.model.dropout, self.training))
+
+    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+        """FLOPs of a training step per token of rows of ``seq_len``."""
+        return self.backbone.flops_per_token(seq_len, causal)
+
+
+def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor:
+    """(classes, classes) int64: how often class i, at rows (B,) that are ``known``, was said to be j."""
+    table = torch.zeros(classes * classes, dtype=torch.int64, device=said.device)
+    return table.scatter_add_(0, true * classes + said, known.long()).view(classes, classes)
+
+
+def build_classify(config: schema.Config, vocab_size: int) -> Classify:
+    """The classifier of a run for a tokenizer of ``vocab_size`` tokens."""
+    assert isinstance(config.objective, schema.Classify)
+    return Classify(build_backbone(config.model, vocab_size), len(config.objective.classes), config.data.isolate)

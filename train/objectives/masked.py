@@ -1,0 +1,101 @@
+"""Masked language modelling and next-sentence prediction (Devlin et al. 2019): what is hidden is told from all the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from train import schema
+from train.batch import IGNORE, Batch, Losses, trained
+from train.models import build_backbone
+from train.models.layers import ACTIVATIONS, GATES, Linear, Norm
+
+
+class MaskedHead(nn.Module):
+    """A linear layer, an activation, a norm, and the token embedding's own matrix with a bias: logits over the vocabulary."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        model, embed = backbone.model, backbone.embed
+        self.transform = Transform(model)
+        self.norm = Norm(model)
+        self.init_std = embed.init_std
+        self.weight = embed.weight if model.tied else nn.Parameter(torch.empty_like(embed.weight))
+        self.bias = nn.Parameter(torch.zeros(len(embed.weight)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden (..., D) -> logits (..., V)."""
+        return F.linear(self.norm(self.transform(hidden))[0], self.weight, self.bias)
+
+
+class Transform(Linear):
+    """A linear layer with the model's activation; GELU where that is a gate."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.width, model.width, True, model.init_std)
+        self.activation = "gelu" if model.activation in GATES else model.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., D) -> (..., D)."""
+        if self.activation == "gelu":
+            return kernels.bias_gelu(F.linear(x, self.weight), self.bias)
+        return ACTIVATIONS[self.activation](super().forward(x))
+
+
+class Masked(nn.Module):
+    """A bidirectional backbone with a head for hidden tokens and, for pairs, one for whether they belong together.
+
+    ``forward`` gives {"loss": that of hidden tokens, "next_loss": that of pairs}, and in evaluation both accuracies.
+    """
+
+    whole_text = False
+
+    def __init__(self, backbone: Any, head: nn.ModuleDict, vocab_size: int, objective: schema.Masked, isolate: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.vocab_size, self.isolate = vocab_size, isolate
+        self.regularisers = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
+        self.next_sentence = objective.next_sentence
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of a batch, in nats. Logits are made where something is hidden, and nowhere else."""
+        hidden = self.backbone(batch, self.isolate)
+        chosen = trained(batch["targets"])
+        found = self._measured("", self.head["tokens"](hidden[chosen]), batch["targets"][chosen])
+        if self.next_sentence:
+            found |= self._measured("next_", self.head["next"](self.backbone.pooler(hidden)), batch["next_targets"])
+        return found
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, vocab_size), of every token."""
+        return self.head["tokens"](self.backbone(batch, self.isolate))[..., : self.vocab_size]
+
+    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+        """FLOPs of a training step per token of rows of ``seq_len``, logits of every token counted as BERT makes them."""
+        rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
+        return self.backbone.flops_per_token(seq_len, causal) + 6 * (rows * width + width**2)
+
+    def _measured(self, prefix: str, logits: Tensor, targets: Tensor) -> Losses:
+        more = self.regularisers if self.training and not prefix else {}
+        found = {f"{prefix}loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE, **more)}
+        if not self.training:
+            right = (logits.argmax(-1) == targets) & trained(targets)
+            found[f"{prefix}accuracy"] = right.sum(), trained(targets).sum()
+        return found
+
+
+def build_masked(config: schema.Config, vocab_size: int) -> Masked:
+    """The masked objective of a run for a tokenizer of ``vocab_size`` tokens."""
+    objective = config.objective
+    assert isinstance(objective, schema.Masked)
+    backbone = build_backbone(config.model, vocab_size)
+    heads: dict[str, nn.Module] = {"tokens": MaskedHead(backbone)}
+    if objective.next_sentence:
+        heads["next"] = Linear(config.model.width, 2, True, config.model.init_std)
+    else:
+        backbone.pooler = None  # nothing would train it
+    return Masked(backbone, nn.ModuleDict(heads), vocab_size, objective, config.data.isolate)

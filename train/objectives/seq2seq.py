@@ -1,0 +1,55 @@
+"""Sequence to sequence: a target is written, token after token, by who has read a source (Sutskever et al. 2014; T5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from train import schema
+from train.batch import Batch, Losses
+from train.data.examples.seq2seq import lengths
+from train.models import build_backbone
+from train.objectives.head import Head
+
+
+class Seq2seq(nn.Module):
+    """An encoder-decoder with a head over the vocabulary; ``forward`` gives {"loss": (sum, count)} of the target's tokens."""
+
+    whole_text = False
+
+    def __init__(self, backbone: Any, head: Head, vocab_size: int, isolate: bool, targets: float) -> None:
+        """``targets`` is how many tokens of the target there are to one of the source."""
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.vocab_size, self.isolate, self.targets = vocab_size, isolate, targets
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a batch, in nats."""
+        return {"loss": self.head(self.backbone(batch, self.isolate), batch["targets"])}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, U, vocab_size)."""
+        return self.head(self.backbone(batch, self.isolate))[..., : self.vocab_size]
+
+    @property
+    def max_len(self) -> int:
+        """The longest target, in tokens."""
+        return self.backbone.max_len
+
+    def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
+        """FLOPs of a training step per token of the source: see ``EncDec.flops_per_token``."""
+        rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
+        return self.backbone.flops_per_token(seq_len, causal, self.targets) + 6 * rows * width * self.targets
+
+
+def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seq:
+    """The sequence-to-sequence objective of a run for a tokenizer of ``vocab_size`` tokens."""
+    model, objective = config.model, config.objective
+    assert isinstance(model, schema.EncDec)
+    assert isinstance(objective, schema.Seq2seq)
+    backbone = build_backbone(model, vocab_size)
+    scale = model.width**-0.5 if model.tied and model.position == "relative" else 1.0
+    head = Head(backbone.embed, model.tied, objective, scale)
+    _, target = lengths(config.batch.seq_len, objective)
+    return Seq2seq(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)
