@@ -215,9 +215,9 @@ class EncDec(nn.Module):
 
     def decode(self, token: Tensor, state: EncDecState) -> tuple[Tensor, EncDecState]:
         """One more token (B,) of every target: its hidden state (B, D), and the state after it."""
-        place, places = torch.full_like(token, state.length), torch.arange(state.length + 1, device=token.device)
-        relative = self.decoder.relative
-        bias = None if relative is None else relative(place[:1], places)
+        place, relative = torch.full_like(token, state.length), self.decoder.relative
+        distance = torch.arange(-state.length, 1, device=token.device)[None]
+        bias = None if relative is None else relative(distance)
         context = Context(bias=bias, ends=place if state.length else None, longest=state.length)
         across = Context(segments=kernels.Segments(torch.ones_like(token)[:, None], state.seen))
         x = self._embedded(token[:, None], place[:, None])
