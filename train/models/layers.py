@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
 
 class Activated(Linear):
-    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, whose bias is added in its own pass; of a gated model GELU."""
+    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, with the bias in one pass; of a gated model GELU."""
 
     def __init__(self, model: Sizes, outputs: int) -> None:
         super().__init__(model.width, outputs, model.bias, model.init_std)
