@@ -61,31 +61,17 @@ def evaluate(argv: Sequence[str]) -> int:
 
 
 def generate(argv: Sequence[str]) -> int:
-    """generate run.dir=FOLDER prompt=TEXT [checkpoint=latest] [max_tokens=200] [temperature=0.8] [top_k=0] [top_p=1.0] [seed=0].
+    """generate run.dir=FOLDER [prompt=TEXT|prompts=FILE] [generation=CHOICE] [key=value ...] [--json].
 
-    temperature=0 is greedy; the text is written as it is drawn.
+    prompt=- reads one prompt, all of standard input; prompts=FILE one a line, and prompts=- those of standard input.
+    generation=sample, greedy or beam takes a choice of conf/generation; without it, the run's own settings are.
+    checkpoint=latest, best or a step. One text is written as it is drawn; --json writes a line for each. The keys:
     """
-    names = [n for n in schema.Generation.model_fields if n != "prompts"]
-    options = _options(argv, {"run.dir": None, "prompt": "", "checkpoint": "latest"} | dict.fromkeys(names, ""))
-    from train.generate import generate as draw
-    from train.saved import open_run
+    from train import generate_verb
 
-    run = open_run(Path(options["run.dir"]), options["checkpoint"])
-    chosen = {"prompts": [options["prompt"]]} | {n: _number(options[n]) for n in names if options[n]}
-    settings = configuration.typed(schema.Generation, run.config.generation.model_dump() | chosen)
-    tokenizer = run.tokenizer
-    ids: list[int] = []
-    sys.stdout.write(options["prompt"])
-
-    def show(row: int, token: int) -> None:
-        before = tokenizer.decode(ids)
-        ids.append(token)
-        sys.stdout.write(tokenizer.decode(ids).removeprefix(before).rstrip("\ufffd"))
-        sys.stdout.flush()
-
-    prompt = [tokenizer.eot, *tokenizer.encode(options["prompt"])]
-    draw(run.objective, [prompt], settings, tokenizer.eot, on_token=show)
-    sys.stdout.write("\n")
+    known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(["prompt", "prompts", "generation", *generate_verb.NAMES], "")
+    options = _options([argument for argument in argv if argument != "--json"], known)
+    generate_verb.run(options, as_json="--json" in argv)
     return OK
 
 
@@ -178,6 +164,9 @@ def main(argv: Sequence[str]) -> int:
         return BAD_INPUT
     if {"-h", "--help"} & set(argv[1:]):
         OUT.print(verb.__doc__, markup=False)
+        if verb is generate:
+            known = configuration.keys(schema.Generation)
+            OUT.print("\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False)
         return OK
     try:
         return verb(argv[1:])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train import dist, manifest
@@ -65,6 +65,8 @@ class Checkpoint:
                     return f"{name} has {size} bytes, not {entry['size']}"
                 if sha256_of(file) != entry["sha256"]:
                     return f"{name} does not have the hash it was written with"
+                if strange := _strange(file, entry["pieces"]):
+                    return f"{name} {strange}"
             except OSError as error:
                 return f"{name} cannot be read: {error.strerror}"
         return None
@@ -72,6 +74,17 @@ class Checkpoint:
     def reader(self) -> Reader:
         """Reads slices of parameters from it."""
         return Reader(self)
+
+
+def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
+    """How a file of the right hash is not what its manifest says: both may come from elsewhere. Nothing is ever unpickled."""
+    try:
+        with safe_open(file, framework="pt") as held:
+            shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict
+    except SafetensorError as error:
+        return f"is no safetensors file ({error})"
+    wrong = (key(kind, name, start) for kind, name, start, numel in pieces if shapes.get(key(kind, name, start)) != [numel])
+    return next((f"does not hold {name} as its manifest says" for name in wrong), None)
 
 
 class Reader:
@@ -83,8 +96,10 @@ class Reader:
         for file, entry in checkpoint.manifest["files"].items():
             for kind, name, start, numel in entry["pieces"]:
                 self.where.setdefault((name, kind), []).append((start, numel, file))
-        for places in self.where.values():
+        self.kinds: dict[str, list[str]] = {}
+        for (name, kind), places in self.where.items():
             places.sort()
+            self.kinds.setdefault(name, []).append(kind)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
@@ -196,7 +211,7 @@ def restore(checkpoint: Checkpoint, engine: Stateful) -> None:
     reader = checkpoint.reader()
     engine.load(
         lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
-        checkpoint.manifest["kinds"],
+        reader.kinds,
         checkpoint.progress.updates,
     )
     engine.load_scalars(checkpoint.manifest["scalars"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from train import pulse
@@ -128,6 +129,18 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     content = torch.frombuffer(data, dtype=torch.uint8) if mine else torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(content, source)
     return json.loads(bytes(content.tolist()))
+
+
+@pulse.counted
+def sum_to(tensor: Tensor, rank: int) -> None:
+    """On ``rank``, the sum of all ranks' tensors, in place; what the others hold then means nothing."""
+    dist.reduce(tensor, rank)
+
+
+@pulse.counted
+def send_from(tensor: Tensor, rank: int) -> None:
+    """On every rank, in place, what ``rank`` holds."""
+    dist.broadcast(tensor, rank)
 
 
 @pulse.counted

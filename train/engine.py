@@ -11,8 +11,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,29 +27,16 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from train import pulse
-from train.batch import Batch, Losses
+from train.batch import Batch, Losses, StepResult
 from train.dist import World
 from train.memory import memories
+from train.muon import Muon
 from train.pieces import MASTER, Piece, frozen_pieces, rows_of
 from train.schema import Config
 from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    losses: Losses
-    grad_norm: float
-    applied: bool
-    """False where a non-finite gradient kept the update from being made."""
-
-
-NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
-"""What a step does that has no row left."""
 
 
 class Engine:
@@ -85,6 +71,8 @@ class Engine:
             self.engine.enable_backward_allreduce = world.size > 1
         self.trained = list(self._pieces())
         self.pieces = [*self.trained, *frozen]
+        if isinstance(self.inner, Muon) and config.zero.stage > 0:
+            self.inner.shards, self.inner.world = self._shards(), world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
             torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
@@ -163,14 +151,14 @@ class Engine:
                 found[kind] = piece.of(value)
         return found
 
-    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
-        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
-        for holder in {id(p.holder): p.holder for p in self.trained}.values():
-            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds if k != MASTER}
-            if "exp_avg" in moments:
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
+        self.inner.state.clear()
+        for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
+            moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
+            if moments:  # the rules that count their updates call the count "step", and the others do not look
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
-            if moments:
                 self.inner.state[holder] = moments
         for piece in [*self.pieces, *self.carried]:
             for kind, view in self.states(piece).items():
@@ -251,12 +239,16 @@ class Engine:
             for param, name in self.names.items():
                 yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
         else:
-            flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
             for param, name in self.names.items():
                 mapping = param._hp_mapping
                 if mapping is not None:  # None: another rank holds all of it
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Piece(name, low.start, low.numel, flats[mapping.param_group_index], high.start)
+                    yield Piece(name, low.start, low.numel, self._flats(zero)[mapping.param_group_index], high.start)
+
+    @staticmethod
+    def _flats(zero: Any) -> list[Tensor]:
+        """The flat masters of stages 1 and 2, one a group."""
+        return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
     def _pieces_of_stage3(self, zero: Any) -> Iterator[Piece]:
         for param, name in self.names.items():
@@ -265,6 +257,17 @@ class Engine:
             numel = min(share, param.ds_numel - start)  # the last ranks' shares are padded
             if numel > 0:
                 yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+
+    def _shards(self) -> dict[Tensor, list[tuple[torch.Size, Piece]]]:
+        """What ``Muon.shards`` is to be: for each flat tensor of masters its parameters, in ZeRO's order, the same on all ranks."""
+        zero, mine = self.engine.optimizer, {p.name: p for p in self.trained}
+        if self.engine.zero_optimization_stage() == ZeroStageEnum.weights:
+            flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+        else:
+            flats, groups = self._flats(zero), getattr(zero, "bf16_groups", None) or zero.bit16_groups
+        named = [[self.names[param] for param in group] for group in groups]
+        empty = {name: Piece(name, 0, 0, flat, 0) for flat, names in zip(flats, named, strict=True) for name in names}
+        return {f: [(self.shapes[n], (empty | mine)[n]) for n in names] for f, names in zip(flats, named, strict=True)}
 
     @property
     def replicated(self) -> bool:
@@ -284,8 +287,3 @@ def _count_collectives() -> None:
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _zip_groups(low: Any, high: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    for a, b in zip(low, high, strict=True):
-        yield from zip(a, b, strict=True)

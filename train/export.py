@@ -126,7 +126,7 @@ def _write_weights(run: SavedRun, family: Family, facts: Facts, aside: Path, sha
 
 def _probe(run: SavedRun) -> Tensor:
     """Tokens (rows, tokens), the same for every export of a model of this kind."""
-    shape = PROBE_ROWS, min(PROBE_TOKENS, getattr(run.config.model, "max_len", PROBE_TOKENS))
+    shape = PROBE_ROWS, min(PROBE_TOKENS, run.config.batch.seq_len)
     return torch.from_numpy(rng.generator(0, "probe").integers(0, run.tokenizer.vocab_size, shape))
 
 

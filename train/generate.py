@@ -1,127 +1,108 @@
-"""Sampling: one loop over ``prefill`` and ``decode``, for every family whose objective offers them."""
+"""Text by tokens: one loop over ``prefill`` and ``decode`` for every family that offers them (``train.models.state``)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from train import rng, schema
+from train import pulse, rng, schema
 from train.errors import UserError
+from train.models.state import Generative
+from train.sampling import choose, penalised
 
-OnToken = Callable[[int, int], None]
-OnStop = Callable[[int, str], None]
+Reason = Literal["eot", "stop", "max_tokens", "max_len"]
 
 
-class Model(Protocol):
-    """What can be sampled from; ``state`` is its own affair."""
+@dataclass
+class Continuation:
+    """What was written after a prompt, without the token that ended it, and why it ended."""
 
-    @property
-    def max_len(self) -> int:
-        """The longest sequence, in tokens, prompt included."""
+    tokens: list[int] = field(default_factory=list)
+    reason: Reason = "max_tokens"
+    score: float | None = None
+    """Of a beam: the sum of its tokens' log-probabilities over a power of their number."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """As of ``nn.Module``."""
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
-        """Logits (B, V) after each prompt, and a state with room for ``capacity`` tokens a row."""
+class Prompts:
+    """Prompts of unequal length, checked: what each row holds, and how many tokens it may be given."""
 
-    def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Logits (B, V) after one more token (B,) a row, and the state then."""
+    def __init__(self, model: Generative, prompts: Sequence[Sequence[int]], options: schema.Generation, eot: int) -> None:
+        """An empty prompt is ``eot``, the start of a document. Raises UserError for one longer than ``model.max_len``."""
+        self.model, self.filler = model, eot
+        self.tokens = [list(prompt) or [eot] for prompt in prompts]
+        for row, prompt in enumerate(self.tokens):
+            if len(prompt) > model.max_len:
+                raise UserError(
+                    f"prompt {row} has {len(prompt)} tokens, and the model's longest sequence is {model.max_len}: shorten it"
+                )
+        self.held = self.tokens if model.continues else [[] for _ in self.tokens]
+        """The tokens that count as written already: none, where the text answers the prompt."""
+        left = [model.max_len - len(held) for held in self.held]
+        self.room = [min(options.max_tokens, room) for room in left]
+        self.full: list[Reason] = ["max_tokens" if options.max_tokens <= room else "max_len" for room in left]
+
+    def prefill(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
+        """The model's logits and state after the prompts of some rows."""
+        device = next(self.model.parameters()).device
+        prompts = [self.tokens[row] for row in rows]
+        longest = max(len(prompt) for prompt in prompts)
+        padded = [[*prompt, *[self.filler] * (longest - len(prompt))] for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        capacity = min(self.model.max_len, max(len(self.held[row]) for row in rows) + max(self.room[row] for row in rows))
+        return self.model.prefill(torch.tensor(padded, device=device), lengths, capacity)
 
 
 @torch.no_grad()
 def generate(
-    model: Model,
+    model: Generative,
     prompts: Sequence[Sequence[int]],
     options: schema.Generation,
     eot: int,
-    on_token: OnToken | None = None,
-    on_stop: OnStop | None = None,
-) -> list[list[int]]:
-    """What the model writes after each prompt, in tokens, without the prompt and without the final ``eot``.
+    on_token: Callable[[int, int], bool] = lambda row, token: False,
+) -> list[list[Continuation]]:
+    """What the model writes after each prompt, a token drawn at a time: ``options.n`` texts each.
 
-    Prompts of unequal length run together; each row keeps a length of its own, so a row's text is what it would be
-    alone. An empty prompt starts from ``eot``, the start of a document. Row i draws from a generator of
-    (options.seed, i), on the CPU. A row stops at ``eot``, after ``options.max_tokens``, or when prompt and text fill
-    ``model.max_len`` (later positions were never trained, and to slide on would not be exact). ``on_token(row,
-    token)`` is called as a token is drawn, ``on_stop(row, "eot" | "max_tokens" | "max_len")`` when a row ends. The
-    model should be in eval mode. Raises UserError for a prompt longer than ``model.max_len``.
+    Prompts of unequal length run together, and each row keeps a length of its own. Text k of a prompt draws from a generator of
+    (seed, prompt, k), on the CPU: it is what it would be alone, up to the rounding of sums. It is row prompt * n + k, and ends at
+    ``eot``, where ``on_token(row, token)``, called as a token is drawn, is true ("stop"), after ``options.max_tokens``, or when
+    ``model.max_len`` is full (later positions were never trained, and to slide on would not be exact). Rows that have ended are
+    dropped from the batch. The model should be in eval mode. Raises UserError for a prompt longer than ``model.max_len``.
     """
-    prompts = [list(prompt) or [eot] for prompt in prompts]
-    for row, prompt in enumerate(prompts):
-        if len(prompt) > model.max_len:
-            raise UserError(f"prompt {row} has {len(prompt)} tokens, the model's longest sequence {model.max_len}: shorten it")
-    room = [min(options.max_tokens, model.max_len - len(prompt)) for prompt in prompts]
-    texts: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
+    given, n = Prompts(model, prompts, options, eot), options.n
+    texts = [Continuation(reason=reason) for reason in given.full for _ in range(n)]
+    draws = [rng.generator(options.seed, "generate", prompt, k) for prompt in given.tokens for k in range(n)]
 
-    def stop(row: int, reason: str) -> None:
-        going.discard(row)
-        if on_stop is not None:
-            on_stop(row, reason)
+    def goes_on(row: int, token: int) -> bool:
+        """Whether a row goes on after this token."""
+        text = texts[row]
+        if token == eot:
+            text.reason = "eot"
+            return False
+        text.tokens.append(token)
+        if on_token(row, token):
+            text.reason = "stop"
+            return False
+        return len(text.tokens) < given.room[row // n]
 
-    def stop_full() -> None:
-        for row in sorted(going):
-            if len(texts[row]) >= room[row]:
-                stop(row, "max_tokens" if room[row] == options.max_tokens else "max_len")
-
-    stop_full()
-    generators = [rng.generator(options.seed, "generate", row) for row in range(len(prompts))]
-    logits, state = _prefill(model, prompts, max(room), eot) if going else (torch.empty(0), None)
-    while going:
-        tokens = choose(logits, options, [g.random() for g in generators])
-        for row in sorted(going):
-            if tokens[row] == eot:
-                stop(row, "eot")
-                continue
-            texts[row].append(tokens[row])
-            if on_token is not None:
-                on_token(row, tokens[row])
-        stop_full()
-        if going:
-            logits, state = model.decode(torch.tensor(tokens, device=logits.device), state)
-    return texts
-
-
-def choose(logits: Tensor, options: schema.Generation, uniform: Sequence[float]) -> list[int]:
-    """The next token of each row of logits (B, V), given a number in [0, 1) a row; greedy at temperature 0."""
-    if options.temperature == 0:
-        return logits.argmax(-1).tolist()
-    weights = probabilities(logits, options).double().cpu().numpy()
-    return [_draw(row, u) for row, u in zip(weights, uniform, strict=True)]
-
-
-def probabilities(logits: Tensor, options: schema.Generation) -> Tensor:
-    """What a row of logits (B, V) is sampled from, float32: temperature, then the top k, then the smallest top p.
-
-    ``top_p`` keeps the likeliest tokens until their sum reaches it, at least one (Holtzman et al. 2020).
-    """
-    logits = logits.float() / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(options.top_k).values[:, -1:], float("-inf"))
-    probs = logits.softmax(-1)
-    if options.top_p < 1:
-        ordered, order = probs.sort(descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered
-        probs = probs.masked_fill(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, before >= options.top_p), 0)
-    return probs / probs.sum(-1, keepdim=True)
-
-
-def _draw(weights: np.ndarray, uniform: float) -> int:
-    """The index whose share of the cumulated weights holds ``uniform``; never one of weight 0."""
-    edges = weights.cumsum()
-    last = int(np.searchsorted(edges, edges[-1]))  # rounding may put the draw at the very end
-    return min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), last)
-
-
-def _prefill(model: Model, prompts: Sequence[Sequence[int]], more: int, filler: int) -> tuple[Tensor, Any]:
-    device = next(model.parameters()).device
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    padded = [[*prompt, *[filler] * (longest - len(prompt))] for prompt in prompts]
-    capacity = min(model.max_len, longest + more)
-    return model.prefill(torch.tensor(padded, device=device), torch.tensor(lengths, device=device), capacity)
+    starts = [number for number, room in enumerate(given.room) if room > 0]
+    rows = [number * n + k for number in starts for k in range(n)]
+    if rows:
+        logits, state = given.prefill(starts)
+        if n > 1:
+            each = torch.arange(len(starts), device=logits.device).repeat_interleave(n)
+            logits, state = logits[each], state.rows(each)
+    while rows:
+        pulse.tick()
+        scores = penalised(logits, [given.held[row // n] + texts[row].tokens for row in rows], options.repetition_penalty)
+        tokens = choose(scores, options, [draws[row].random() for row in rows])
+        going = [at for at, row in enumerate(rows) if goes_on(row, tokens[at])]
+        if 0 < len(going) < len(rows):
+            state = state.rows(torch.tensor(going, device=logits.device))
+        rows = [rows[at] for at in going]
+        if rows:
+            logits, state = model.decode(torch.tensor([tokens[at] for at in going], device=logits.device), state)
+    return [texts[at : at + n] for at in range(0, len(texts), n)]

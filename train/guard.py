@@ -27,7 +27,7 @@ from train.data.loader import Loader
 from train.data.shards import Corpus
 from train.data.streams import Cursor
 from train.engine import Engine
-from train.errors import UserError
+from train.errors import NotFinite, UserError
 from train.ledger import Entry, How, Ledger
 from train.look import begin_anew, first_nonfinite
 from train.objectives import build_objective
@@ -111,7 +111,7 @@ class Guard:
         found = complete(self.ledger.file.with_name("checkpoints"))
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
-            raise UserError(
+            raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
@@ -194,7 +194,7 @@ class Guard:
                     f"from {sources(entry)}: look at these files, and take them out of the corpus"
                 )
         elif self.ledger.in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
-            raise UserError(
+            raise NotFinite(
                 f"step {entry['step']}: {words(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
                 f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
                 f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "

@@ -56,7 +56,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def begin_anew(engine: Engine, objective: nn.Module) -> None:
     """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
     weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
-    kinds = sorted({kind for piece in engine.pieces for kind in engine.states(piece)})
+    kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
 
     def read(piece: Piece, kind: str) -> Tensor:
         first = weights.get(piece.name) if kind == MASTER else None

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from train import dist, pulse
-from train.batch import Batch, count_targets, count_tokens, to_device
+from train.batch import NOT_MADE, Batch, StepResult, count_targets, count_tokens, to_device
 from train.data.loader import Loader
-from train.engine import NOT_MADE, Engine, StepResult
+from train.engine import Engine
 from train.errors import NotFinite, Stopped
 from train.goodput import Times
 from train.guard import Guard

@@ -9,6 +9,8 @@ from torch import nn
 
 from train import schema
 from train.models.layers import Norm
+from train.muon import Muon
+from train.updates import Adagrad, Lion
 
 UNDECAYED = (nn.Embedding, Norm, nn.LayerNorm, nn.RMSNorm)
 """Modules whose parameters are never decayed; nor is any bias. A tied head is its embedding."""
@@ -38,12 +40,40 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
 def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.optim.Optimizer:
     """The update rule over ``groups``, starting at its peak rate; the loop sets ``lr`` every step.
 
-    ``adam`` adds weight decay to the gradient (L2, Kingma and Ba 2015); ``adamw`` decays the weights themselves
-    (Loshchilov and Hutter 2019). torch's fused kernels: one pass over memory, on CPU and GPU.
+    Decay of weights is added to the gradient (L2) by all but ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and ``muon``, which
+    decay the weights themselves. torch's fused kernels where there are any: one pass over memory, on CPU and GPU.
     """
-    if optimizer.name == "sgd":
-        return torch.optim.SGD(groups, lr=optimizer.lr, fused=True)
-    if optimizer.name == "momentum":
-        return torch.optim.SGD(groups, lr=optimizer.lr, momentum=optimizer.momentum, fused=True)
-    rule = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer.name]
-    return rule(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+    o = optimizer
+    match o.name:
+        case "sgd":
+            return torch.optim.SGD(groups, lr=o.lr, fused=True)
+        case "momentum" | "nesterov":
+            return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.name == "nesterov", fused=True)
+        case "adam" | "adamw":
+            rule = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
+            return rule(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+        case "adagrad":
+            return Adagrad(groups, o.lr, o.eps)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=o.lr, alpha=o.betas[1], eps=o.eps)
+        case "lion":
+            return Lion(groups, o.lr, o.betas)
+        case "muon":
+            return Muon(with_matrices(groups, o.momentum), lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+
+
+def with_matrices(groups: list[Group], momentum: float) -> list[Group]:
+    """The groups with the matrices of the backbone in groups of their own, which have a ``momentum``: those that Muon turns.
+
+    Embeddings are not among them, nor are heads: their rows are of tokens, and each is trained by few.
+    """
+    found = []
+    for group in groups:
+        pairs = list(zip(group["names"], group["params"], strict=True))
+        decayed = group["name"] == "matrices"
+        turned = [(name, p) for name, p in pairs if decayed and name.startswith("backbone.") and p.ndim == 2]
+        rest = [(name, p) for name, p in pairs if name not in {n for n, _ in turned}]
+        for part, more in ((turned, {"momentum": momentum}), (rest, {})):
+            if part:
+                found.append({**group, **more, "names": [name for name, _ in part], "params": [p for _, p in part]})
+    return found

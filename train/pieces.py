@@ -6,7 +6,7 @@ state as pieces and are filled from them; checkpoints are made of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +51,8 @@ class Stateful(Protocol):
     def states(self, piece: Piece) -> dict[str, Tensor]:
         """The kinds of a piece (MASTER, and the optimizer's moments) and views of them: (numel,) float32."""
 
-    def load(self, read: Callable[[Piece, str], Tensor], kinds: Sequence[str], updates: int) -> None:
-        """Fill every piece from ``read(piece, kind)``; ``updates`` is how many updates the moments have seen."""
+    def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
+        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
 
     def scalars(self) -> dict[str, float]:
         """What else must be remembered, such as a loss scale."""

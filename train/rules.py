@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.schema import Config, kinds
+from train.schema import Config, Generation, kinds
 
 MIRROR = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
 LEAST = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
@@ -13,13 +13,8 @@ LEAST = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
 
 def problems(config: Config) -> list[str]:
     """Values that are right one by one and wrong together, each with its cure."""
-    return [
-        *_problems_of_batch(config),
-        *_problems_of_model(config),
-        *_problems_of_objective(config),
-        *_problems_of_data(config),
-        *_problems_of_rest(config),
-    ]
+    parts = (_problems_of_batch, _problems_of_model, _problems_of_objective, _problems_of_data, _problems_of_rest)
+    return [*(found for part in parts for found in part(config)), *problems_of_generation(config.generation)]
 
 
 def _problems_of_batch(config: Config) -> list[str]:
@@ -102,8 +97,21 @@ def _problems_of_data(config: Config) -> list[str]:
     return found
 
 
+def problems_of_generation(generation: Generation) -> list[str]:
+    """As ``problems``, of how text is written."""
+    g, found = generation, []
+    if g.beams > 1 and g.n > g.beams:
+        found.append(f"generation.n={g.n} is more than generation.beams={g.beams}: raise beams, or lower n")
+    if g.beams == 1 and g.n > 1 and g.temperature == 0:
+        found.append(f"generation.n={g.n} greedy texts would be the same: set generation.temperature, or generation.beams={g.n}")
+    return found
+
+
 def _problems_of_rest(config: Config) -> list[str]:
     found = []
+    o = config.optimizer
+    if o.name == "nesterov" and o.momentum == 0:
+        found.append("optimizer=nesterov without momentum is sgd: set optimizer.momentum, such as 0.9, or optimizer=sgd")
     if config.zero.offload and config.zero.stage == 0:
         found.append("zero.offload needs zero.stage 1, 2 or 3")
     if config.save_mirror is not None and not MIRROR.fullmatch(config.save_mirror):  # not shown: it may hold a password

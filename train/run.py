@@ -24,12 +24,12 @@ from train.depth import by_depth
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.generate import generate
 from train.goodput import Times, goodput
 from train.guard import Guard
 from train.lineage import lineage
 from train.loop import Record, Training, finish_pending, phase, train
 from train.mirror import Mirror
+from train.models.state import Generative
 from train.objectives import build_objective
 from train.optim import build_optimizer, parameter_groups
 from train.outline import outline
@@ -39,6 +39,7 @@ from train.saving import Saver
 from train.schema import Config
 from train.tiles import choose_kernels
 from train.tracking import Tracker
+from train.writing import encoded, write
 
 Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
@@ -61,13 +62,12 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
-    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
-    if found:
-        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    found = _newest(folder, corpus, world, note, mirror)
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     start = partial(_begin_from, config, corpus, world, note) if config.init.from_ and not found else None
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
+    _check_prompts(objective, corpus, config)
     progress, pending = restore(found, engine, loader)
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
@@ -208,6 +208,8 @@ class Work:
     def went_back(self, progress: Progress, why: str) -> None:
         """The run goes on from ``progress`` once more."""
         _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.world.first and self.saver.mirror:
+            self.saver.mirror.go_back(progress.step)
         if self.tracker:
             self.tracker.go_back(progress.step)
 
@@ -244,7 +246,7 @@ class Work:
     def _sample(self, progress: Progress) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
         options = self.config.generation
-        if not options.prompts or not options.max_tokens or not hasattr(self.engine.module, "prefill"):
+        if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
         pulse.enter("sample")
         weights = dict(self.engine.whole_weights())
@@ -252,19 +254,28 @@ class Work:
             return
         self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
         self.plain.load_state_dict(weights, strict=False)
-        rows = list(zip(options.prompts, write_on(self.plain.eval(), self.corpus, self.config), strict=True))
+        texts = write(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
 
 
-def write_on(objective: Any, corpus: Corpus, config: Config) -> list[str]:
-    """What the model writes after each of ``generation.prompts``, each taken as the start of a document."""
-    tokenizer = corpus.tokenizer
-    prompts = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in config.generation.prompts]
-    written = generate(objective, prompts, config.generation, tokenizer.eot, lambda row, token: pulse.tick())
-    return [tokenizer.decode(ids) for ids in written]
+def _newest(
+    folder: Path, corpus: Corpus, world: dist.World, note: Callable[[str], None], mirror: Mirror | None
+) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, made on this corpus; UserError for another."""
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    return found
+
+
+def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
+    """Refuse prompts that cannot be written on from: now, and not at the first evaluation."""
+    if isinstance(objective, Generative):
+        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:

@@ -190,9 +190,8 @@ class Saver:
             if errors := [r["error"] for r in reports if "error" in r]:
                 raise OSError("; ".join(errors))
             entries = {f"rank_{rank}.safetensors": report["entry"] for rank, report in enumerate(reports)}
-            kinds = sorted({kind for entry in entries.values() for kind, *_ in entry["pieces"]})
             save.first()
-            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "kinds": kinds, "files": entries}))
+            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "files": entries}))
             if final.exists():  # written by an earlier start, and by then found damaged
                 self._remove(final)
             aside.rename(final)

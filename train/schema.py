@@ -78,12 +78,12 @@ class Data(Section):
 class Optimizer(Section):
     """The update rule."""
 
-    name: Literal["sgd", "momentum", "adam", "adamw"]
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="not on norms, biases, embeddings")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="decay of moments; rmsprop: of the second")
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    momentum: Fraction = 0.9
+    momentum: Fraction = Field(0.9, description="of momentum, nesterov and muon")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="the rate of each block over that of the next one")
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
@@ -144,6 +144,7 @@ class Cluster(Section):
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
     hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
     grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
+    stay_away: NonNegative = Field(120, description="seconds that the place of a worker that was told to end stays empty")
 
 
 class Tracking(Section):
@@ -157,14 +158,21 @@ class Tracking(Section):
 
 
 class Generation(Section):
-    """How samples are drawn."""
+    """How text is written."""
 
     prompts: list[str] = Field(description="what the samples of a run start with")
-    max_tokens: NonNegative = 200
+    max_tokens: NonNegative = Field(200, description="tokens of a text at most; it also ends where the model's max_len is full")
     temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0: greedy")
-    top_k: NonNegative = Field(0, description="0: all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: NonNegative = 0
+    top_k: NonNegative = Field(0, description="draw from the k likeliest tokens only; 0: from all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="draw from the likeliest that make up this share")
+    min_p: Fraction = Field(0.0, description="leave out what is less likely than this share of the likeliest")
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="above 1: tokens that were there are less likely")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field([], description="a text ends before the first of these strings")
+    seed: NonNegative = Field(0, description="a text is a function of it, the prompt and the options, whatever runs beside it")
+    n: Positive = Field(1, description="texts a prompt: as many draws, or the best of the beams")
+    beams: Positive = Field(1, description="above 1: beam search for the likeliest text, nothing is drawn")
+    length_penalty: float = Field(1.0, description="beams compare sums of log-probabilities over length to this power")
+    batch: Positive = Field(16, description="prompts that run at a time")
 
 
 class Config(Section):
@@ -195,6 +203,30 @@ class Config(Section):
     cluster: Cluster
     tracking: Tracking
     generation: Generation
+
+
+class Sweep(Section):
+    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+
+    name: str | None = Field(None, description="default: the keys that vary")
+    dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
+    sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
+        "minimize", description="one for every metric, or a list"
+    )
+    pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
+    startup: Positive = Field(5, description="trials drawn at random before tpe looks at their results")
+    seed: NonNegative = Field(0, description="of the suggestions")
+    parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
+    retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")
+
+
+class CommandLine(Config):
+    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+
+    sweep: Sweep = Sweep()
 
 
 KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}

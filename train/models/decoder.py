@@ -51,6 +51,10 @@ class DecoderState:
     longest: int
     capacity: int
 
+    def rows(self, index: Tensor) -> DecoderState:
+        """The state of which row i is row index[i] of this one."""
+        return DecoderState([cache.rows(index) for cache in self.caches], self.ends[index], self.longest, self.capacity)
+
 
 class Decoder(nn.Module):
     """Token embedding, blocks, final norm."""

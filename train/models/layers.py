@@ -108,6 +108,12 @@ class KVCache:
         self.values[rows, context.ends] = v[:, 0]
         return self.keys[:, : context.longest + 1], self.values[:, : context.longest + 1]
 
+    def rows(self, index: Tensor) -> KVCache:
+        """The cache of which row i is row index[i] of this one, in memory of its own."""
+        chosen = KVCache(self.capacity)
+        chosen.keys, chosen.values = self.keys[index], self.values[index]
+        return chosen
+
 
 class Attention(nn.Module):
     """Self-attention with grouped heads. Attention weights themselves have no dropout."""

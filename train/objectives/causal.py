@@ -55,6 +55,11 @@ class Causal(nn.Module):
         """The longest sequence, in tokens, prompt included."""
         return self.backbone.max_len
 
+    @property
+    def continues(self) -> bool:
+        """Text goes on from its prompt."""
+        return True
+
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
         """FLOPs of a training step per token of rows of ``seq_len``: see ``Decoder.flops_per_token``."""
         rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
