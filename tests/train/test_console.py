@@ -94,7 +94,9 @@ def test_a_file_gets_no_line_of_progress_without_a_loss():
 def test_a_run_that_is_complete_says_so_and_how_to_go_further():
     out = io.StringIO()
     console = Console(Terminal(file=out, width=200, highlight=False))
-    console.complete(SimpleNamespace(run=SimpleNamespace(dir="runs/x")), LIFE[-1]["summary"])
+    console.complete(
+        SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal")), LIFE[-1]["summary"]
+    )
     text = out.getvalue()
     for words in ("validation loss 3.25", "complete already", "steps=...", "run.name=..."):
         assert words in text
