@@ -188,7 +188,8 @@ def test_a_drill_that_is_interrupted_leaves_no_process_behind(as_typed, tmp_path
             stderr=out,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    wait_for(lambda: (tmp_path / "run-drill" / "undisturbed" / "metrics.jsonl").exists() or process.poll() is not None, 120)
+    log = tmp_path / "run-drill" / "undisturbed.log"
+    wait_for(lambda: (log.exists() and "Trireme" in log.read_text()) or process.poll() is not None, 120)  # Ray is up
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     assert "The drill was stopped" in (tmp_path / "out").read_text()
