@@ -54,7 +54,7 @@ class Sweeping:
         return (found,) if isinstance(found, str) else tuple(found)
 
     @property
-    def directions(self) -> tuple[str, ...]:
+    def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
         """Of each metric."""
         found = self.settings.direction
         return (found,) * len(self.metrics) if isinstance(found, str) else tuple(found)
