@@ -109,7 +109,7 @@ class Drill:
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
         with Live(console=self.out, refresh_per_second=4, transient=True) as live:
             self._now("the undisturbed run", live)
-            self._make_undisturbed(EVERY * (2 * len(faults) + 2), SECONDS * (len(faults) + 1))
+            self._make_undisturbed(EVERY * (2 * len(faults) + 2), SECONDS * (len(faults) + 3))
             alone = self._alone()
             for fault in faults:
                 self._now(fault.title, live)
