@@ -7,6 +7,7 @@ the configuration, which fails within a second if it is wrong, and then brings u
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,11 +79,14 @@ def carry_out(command: Command, begun: Begun) -> int:
         console.bad_input(str(error))
         code = BAD_INPUT
         command.give_back()
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        console.bad_input(no_room(error))
-        code = BAD_INPUT
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            console.bad_input(no_room(error))
+            code = BAD_INPUT
+        else:  # the interpreter's own end would first let go of the warm process, which then ends all that is the job's
+            console.close()
+            traceback.print_exc()
+            code = FAILED
     finally:
         console.close()
     if command.others is not None:

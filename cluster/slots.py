@@ -24,8 +24,6 @@ from train.schema import Cluster
 
 REJOIN_S = 8.0
 """How long a lost worker's place on a host that lives may take to be filled again, before the others go on without it."""
-LEAVE_S = 120.0
-"""How long a worker's place is left empty after its host gave notice."""
 LOOK_S, ANSWER_S, KNOCK_S = 0.2, 5.0, 1.0
 
 

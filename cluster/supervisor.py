@@ -15,7 +15,7 @@ import ray
 
 from cluster import recovery, report, watch
 from cluster.job import Job
-from cluster.slots import LEAVE_S, Slot, Slots, lives
+from cluster.slots import Slot, Slots, lives
 from cluster.world import HEAR_S, NOTICE_S, World
 
 
@@ -56,7 +56,7 @@ class Supervisor:
     def _live(self, world: World, slots: list[Slot]) -> watch.Verdict:
         """Starts a world and follows it to its end."""
         try:
-            world.start(self.orders(slots))
+            self._note_places(world, world.start(self.orders(slots)))
         except (RuntimeError, ray.exceptions.RayError) as error:
             if self.job.private is None or not self.job.private.lost():
                 world.lost |= self.slots.silent(slots)
@@ -66,6 +66,16 @@ class Supervisor:
             return watch.Verdict("failed", fault, finding=watch.Finding(fault, None, words, tuple(rest[-report.MOST_LINES :])))
         self.job.signals.running()
         return world.follow(self._more_than(len(slots)))
+
+    def _note_places(self, world: World, pids: list[int]) -> None:
+        """Writes ``world.json``: where each rank runs, for people and tools."""
+        ranks = [
+            {"rank": rank, "pid": pid, "steward": place["pid"], "host": place["host"], "ip": place["ip"], "node": place["node"]}
+            for rank, (pid, place) in enumerate(zip(pids, world.places, strict=True))
+        ]
+        aside = self.job.run_dir / ".world.json"
+        aside.write_text(json.dumps({"generation": self.generation, "ranks": ranks}) + "\n")
+        aside.replace(self.job.run_dir / "world.json")
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
@@ -122,7 +132,7 @@ class Supervisor:
         preempted = verdict.fault == "preempted"
         for rank, slot in enumerate(slots):
             if preempted and rank in world.asked:
-                self.slots.empty(slot, LEAVE_S)
+                self.slots.empty(slot, self.job.config.cluster.stay_away)
             elif rank in world.lost:
                 self.slots.empty(slot)
         self.slots.look()

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import dist, spikes
+from torch import nn
+
+from train import dist, initial, spikes
 from train.batch import count_targets, to_device
 from train.checkpoint import Checkpoint, complete, restore
 from train.data.loader import Loader
@@ -28,6 +30,7 @@ from train.engine import Engine
 from train.errors import NotFinite, UserError
 from train.ledger import Entry, How, Ledger
 from train.look import begin_anew, first_nonfinite
+from train.objectives import build_objective
 from train.progress import Progress
 from train.schema import Config
 from train.trace import parts
@@ -113,10 +116,17 @@ class Guard:
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
-            begin_anew(self.engine, self.config, self.corpus.tokenizer.vocab_size)
+            begin_anew(self.engine, self._first_objective())
         target = good.progress if good else Progress()
         dist.act_first(lambda: _remove(c.path for c in found if c.progress.step > target.step))
         return target
+
+    def _first_objective(self) -> nn.Module:
+        """What the run began with: a function of its configuration, and of what ``init.from`` holds."""
+        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        if self.config.init.from_:
+            initial.fill(objective, self.config, self.corpus.tokenizer, self.world)
+        return objective
 
     def _restored(self, checkpoint: Checkpoint) -> bool:
         mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))

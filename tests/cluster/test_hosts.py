@@ -2,33 +2,19 @@
 
 import re
 import secrets
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import worlds
-from hosts import HOME, WHY_NOT, hosts
+from hosts import PORT, TOKEN, WHY_NOT, form_cluster, give_token, hosts, living_hosts, trireme
 
 from train import config as configuration
 
 pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(600)]
-TOKEN = f"{HOME}/.ray/auth_token"
-PORT = 6379
-
-
-def trireme(host, *arguments, **options):
-    """``./launch.sh ...`` on a host, without its setup."""
-    return host.run([sys.executable, "-m", "cluster", *arguments], timeout=240, **options)
-
-
-def give_token(host, token):
-    host.run(["sh", "-c", f"mkdir -p ~/.ray && umask 077 && printf %s {token} > {TOKEN}"])
-
-
-def living_hosts(host, address):
-    """The addresses of the nodes that ``cluster status`` shows."""
-    return set(re.findall(r"│ (10\.\S+)", trireme(host, "cluster", "status", address).stdout))
 
 
 def wait_for(condition, seconds=60):
@@ -42,14 +28,7 @@ def wait_for(condition, seconds=60):
 def three(tmp_path_factory):
     """A cluster of three hosts of a core each: the head on a, which b and c have joined; and what `up` has said."""
     with hosts(3, shared=tmp_path_factory.getbasetemp()) as (a, b, c):
-        said = trireme(a, "cluster", "up", f"bind={a.ip}")
-        assert said.returncode == 0, said.stdout
-        token = a.run(["cat", TOKEN]).stdout
-        for host in (b, c):
-            give_token(host, token)
-            joined = trireme(host, "cluster", "join", f"{a.ip}:{PORT}")
-            assert joined.returncode == 0, joined.stdout
-        yield a, b, c, said.stdout
+        yield a, b, c, form_cluster(a, b, c)
 
 
 def test_up_makes_a_private_token_once_and_says_how_to_join(three):
@@ -211,6 +190,20 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     refused = trireme(c, "cluster", "status")
     assert refused.returncode == 2
     assert "no cluster is up on this host" in refused.stdout
+
+
+def test_two_that_say_up_at_once_get_one_cluster(tmp_path):
+    with hosts(1, shared=tmp_path) as [a]:
+        outs = [tmp_path / name for name in ("first", "second")]
+        both = [
+            a.start([sys.executable, "-m", "cluster", "cluster", "up"], stdout=out.open("w"), stderr=subprocess.STDOUT)
+            for out in outs
+        ]
+        assert [one.wait(120) for one in both] == [0, 0], [out.read_text() for out in outs]
+        said = sorted("is up already" in out.read_text() for out in outs)
+        assert said == [False, True]
+        assert len([pid for pid in a.pids() if psutil.Process(pid).name() == "gcs_server"]) == 1
+        assert trireme(a, "cluster", "down").returncode == 0
 
 
 def test_a_host_that_does_not_belong_is_refused_in_words(as_typed, tmp_path_factory, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import os
 import re
 import subprocess
@@ -12,16 +14,19 @@ from pathlib import Path
 import pytest
 import worlds
 
+from train import schema
 from train.__main__ import main
 from train.data.loader import held_out_text
 from train.data.shards import Corpus
 from train.schema import Config
 
+SAMPLE = ("generation.prompts=[ab]", "generation.max_tokens=12")
+
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("trained")
-    config = worlds.on_corpus(corpus, folder / "run", "steps=6", "save_every=2", "zero=3", "cluster.workers=2")
+    config = worlds.on_corpus(corpus, folder / "run", "steps=6", "save_every=2", "zero=3", "cluster.workers=2", *SAMPLE)
     worlds.train_world(config, corpus)
     return config
 
@@ -49,6 +54,38 @@ def test_generate_writes_on_from_the_prompt_the_same_for_a_seed(trained: Config)
     assert texts[0].stdout == texts[1].stdout
 
 
+def test_generate_writes_what_the_run_wrote_when_its_weights_were_shards(trained: Config, capsys: pytest.CaptureFixture[str]):
+    samples = [json.loads(line) for line in (Path(trained.run.dir or "") / "samples.jsonl").read_text().splitlines()]
+    assert main(["generate", f"run.dir={trained.run.dir}", "prompt=ab"]) == 0
+    assert capsys.readouterr().out == "ab" + samples[-1]["text"] + "\n"
+
+
+def test_generate_takes_prompts_from_a_file_and_standard_input(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "prompts.txt").write_text("ab\n\nnö\n", "utf-8")
+    common = ["generate", f"run.dir={trained.run.dir}", "generation=beam", "beams=3", "n=2", "max_tokens=6", "batch=1"]
+    assert main([*common, f"prompts={tmp_path}/prompts.txt", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["ab", "ab", "nö", "nö"]
+    assert lines[0]["score"] >= lines[1]["score"]
+    assert {"text", "reason"} <= lines[0].keys()
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nnö\n"))
+    assert main([*common, "prompts=-"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("--- ")][2] == f"--- prompt 2 of 2, score {lines[2]['score']:.4f}"
+    assert f"ab{lines[0]['text']}" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nnö"))
+    assert main(["generate", f"run.dir={trained.run.dir}", "prompt=-", "max_tokens=0"]) == 0
+    assert capsys.readouterr().out == "ab\nnö\n"
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in schema.Generation.model_fields if name != "prompts")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -57,6 +94,15 @@ def test_generate_writes_on_from_the_prompt_the_same_for_a_seed(trained: Config)
         (["generate", "run.dir=RUN", "checkpoint=3"], "It has the steps 2, 4, 6"),
         (["generate", "run.dir=RUN", "temperature=hot"], "temperature"),
         (["generate", "run.dir=RUN", "promt=x"], "prompt"),
+        (
+            ["generate", "run.dir=RUN", "prompt=" + 40 * "x"],
+            "prompt 0 has 41 tokens, and the model's longest sequence is 32: shorten it",
+        ),
+        (["generate", "run.dir=RUN", "prompt=x", "prompts=y"], "give one of them"),
+        (["generate", "run.dir=RUN", "prompts=/nowhere"], "No such file"),
+        (["generate", "run.dir=RUN", "generation=beem"], "did you mean 'beam'"),
+        (["generate", "run.dir=RUN", "beams=2", "n=3"], "raise beams, or lower n"),
+        (["generate", "run.dir=RUN", "stop=[1]"], "stop"),
         (["sing"], "usage"),
     ],
 )
