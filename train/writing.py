@@ -114,7 +114,8 @@ def encoded(model: Generative, tokenizer: Tokenizer, prompts: Sequence[str], opt
             ids = tokenizer.encode(prompt)
         except UserError as error:
             raise UserError(f"prompt {prompt[:40]!r}: {error}") from None
-        tokens.append([tokenizer.eot, *ids] if model.continues else [*ids, tokenizer.eot])
+        answer = [*ids, tokenizer.eot, tokenizer.find("<pad>", tokenizer.eot)]  # which is what targets begin with
+        tokens.append([tokenizer.eot, *ids] if model.continues else answer)
     return Prompts(model, tokens, options, tokenizer.eot).tokens
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
-from train.models.layers import Attention, Context, Embedding, Linear, Norm, build_mlp, dropout, linear_weights, residual_std
+from train.models.layers import (
+    Attention,
+    Context,
+    Embedding,
+    KVCache,
+    Linear,
+    Norm,
+    build_mlp,
+    dropout,
+    linear_weights,
+    residual_std,
+)
 from train.sections import encdec as keys
 
 
@@ -31,10 +43,14 @@ class CrossAttention(nn.Module):
         self.kv = Linear(model.width, 2 * inner, model.bias, model.init_std)
         self.out = Linear(inner, model.width, model.bias, residual_std(model))
 
+    def read(self, source: Tensor) -> Tensor:
+        """Keys and values (B, T, 2H, Dh) of the encoder's output (B, T, D)."""
+        return self.kv(source).unflatten(-1, (-1, self.head_dim))
+
     def forward(self, x: Tensor, source: Tensor, context: Context) -> Tensor:
-        """X (B, U, D) and the encoder's output (B, T, D) -> (B, U, D)."""
+        """X (B, U, D) and the encoder's output (B, T, D), or what was read of it already, -> (B, U, D)."""
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
-        k, v = self.kv(source).unflatten(-1, (-1, self.head_dim)).chunk(2, 2)
+        k, v = (self.read(source) if source.ndim == 3 else source).chunk(2, 2)
         return self.out(kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale).flatten(-2))
 
 
@@ -76,9 +92,9 @@ class DecoderBlock(nn.Module):
         self.cross = Residual(model, CrossAttention(model))
         self.mlp = Residual(model, build_mlp(model))
 
-    def forward(self, x: Tensor, context: Context, source: Tensor, across: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, source: Tensor, across: Context, cache: KVCache | None = None) -> Tensor:
         """X (B, U, D), with the encoder's output (B, T, D) and what is seen of it -> (B, U, D)."""
-        return self.mlp(self.cross(self.attention(x, context), source, across))
+        return self.mlp(self.cross(self.attention(x, context, cache), source, across))
 
 
 class RelativeBias(Embedding):
@@ -135,6 +151,24 @@ class Stack(nn.Module):
         return x if self.norm is None else dropout(self.norm(x)[0], self.model.dropout, self.training)
 
 
+@dataclass
+class EncDecState:
+    """What decoding carries from token to token: of each block what it has read of the source and of its own tokens.
+
+    ``seen`` (B, T) int64 is 1 where the source is no padding. All rows have written the same number of tokens, ``length``.
+    """
+
+    source: list[Tensor]
+    caches: list[KVCache]
+    seen: Tensor
+    length: int
+
+    def rows(self, index: Tensor) -> EncDecState:
+        """The state of which row i is row index[i] of this one."""
+        caches = [cache.rows(index) for cache in self.caches]
+        return EncDecState([kv[index] for kv in self.source], caches, self.seen[index], self.length)
+
+
 class EncDec(nn.Module):
     """One token embedding, an encoder of the source, a decoder of the target."""
 
@@ -165,6 +199,32 @@ class EncDec(nn.Module):
         first = torch.zeros_like(batch["tokens"][:, :1])
         asked = {"target_tokens": first, "target_segments": batch["segments"][:, :1]}
         return self({**batch, **asked}, isolate)[:, 0]
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, EncDecState]:
+        """Reads sources (B, T), row b holding lengths[b] tokens, of which the last is what its target begins with.
+
+        Returns the hidden state (B, D) of that token, and the state to go on from; a target has room for ``capacity`` tokens.
+        """
+        rows, places = torch.arange(len(tokens), device=tokens.device), torch.arange(tokens.shape[1], device=tokens.device)[None]
+        seen = (places < lengths[:, None] - 1).long()
+        hidden = self.encoder(self._embedded(tokens, places), kernels.Segments(seen, seen))
+        blocks: Any = self.decoder.blocks
+        source = [block.cross.layer.read(hidden) for block in blocks]
+        state = EncDecState(source, [KVCache(capacity) for _ in blocks], seen, 0)
+        return self.decode(tokens[rows, lengths - 1], state)
+
+    def decode(self, token: Tensor, state: EncDecState) -> tuple[Tensor, EncDecState]:
+        """One more token (B,) of every target: its hidden state (B, D), and the state after it."""
+        place, relative = torch.full_like(token, state.length), self.decoder.relative
+        distance = torch.arange(-state.length, 1, device=token.device)[None]
+        bias = None if relative is None else relative(distance)
+        context = Context(bias=bias, ends=place if state.length else None, longest=state.length)
+        across = Context(segments=kernels.Segments(torch.ones_like(token)[:, None], state.seen))
+        x = self._embedded(token[:, None], place[:, None])
+        for block, source, cache in zip(self.decoder.blocks, state.source, state.caches, strict=True):
+            x = block(x, context, source, across, cache)
+        x = x if self.decoder.norm is None else self.decoder.norm(x)[0]
+        return x[:, 0], EncDecState(state.source, state.caches, state.seen, state.length + 1)
 
     def flops_per_token(self, seq_len: int, causal: bool = True, targets: float = 0.0) -> float:
         """FLOPs per token of the source, with ``targets`` tokens of the target to each: see ``Decoder.flops_per_token``."""

@@ -25,6 +25,12 @@ class RecurrentState:
 
     hidden: Any
 
+    def rows(self, index: Tensor) -> RecurrentState:
+        """The state of which row i is row index[i] of this one."""
+        kinds = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
+        chosen = tuple(kind[:, index] for kind in kinds)
+        return RecurrentState(chosen if len(chosen) > 1 else chosen[0])
+
 
 class Recurrent(nn.Module):
     """Token embedding and recurrent layers."""

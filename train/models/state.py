@@ -38,7 +38,8 @@ class Generative(Protocol):
         """As of ``nn.Module``."""
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
-        """Reads prompts (B, T), row b holding lengths[b] >= 1 tokens and then anything.
+        """Reads prompts (B, T), row b holding lengths[b] >= 1 tokens and then anything. Where it answers them, the last token of a
+        prompt is none of the question: it is what the answer begins with.
 
         ``capacity`` is how many tokens a row may hold in the end: prompt and text, or the text alone where it answers the prompt.
         Returns the logits (B, V) of each row's next token, and the state to go on from.

@@ -32,10 +32,25 @@ class Seq2seq(nn.Module):
         """(B, U, vocab_size)."""
         return self.head(self.backbone(batch, self.isolate))[..., : self.vocab_size]
 
+    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
+        """As ``Generative.prefill``: logits (B, vocab_size) of the first token of each target, and the state to go on from."""
+        hidden, state = self.backbone.prefill(tokens, lengths, capacity)
+        return self.head(hidden)[:, : self.vocab_size], state
+
+    def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """As ``Generative.decode``."""
+        hidden, state = self.backbone.decode(token, state)
+        return self.head(hidden)[:, : self.vocab_size], state
+
     @property
     def max_len(self) -> int:
         """The longest target, in tokens."""
         return self.backbone.max_len
+
+    @property
+    def continues(self) -> bool:
+        """A target answers its source."""
+        return False
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
         """FLOPs of a training step per token of the source: see ``EncDec.flops_per_token``."""

@@ -1,0 +1,85 @@
+"""Every family that writes, beside a twin that has no state: it reads everything again for each token, a row at a time."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from train import schema
+from train.beam import beam_search
+from train.generate import generate
+from train.models.state import Generative
+from train.objectives import build_objective
+
+EOT, START = 256, 255
+
+
+@dataclass
+class Read:
+    """All that was read: the prompts, and what was written since, a list a row."""
+
+    prompts: list[list[int]]
+    written: list[list[int]]
+
+    def rows(self, index):
+        return Read([self.prompts[i] for i in index], [list(self.written[i]) for i in index])
+
+
+class Stateless(torch.nn.Module):
+    """The twin of a model, by its ``logits`` alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.continues, self.max_len = model, model.continues, model.max_len
+
+    def prefill(self, tokens, lengths, capacity):
+        state = Read([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)], [[] for _ in lengths])
+        return self.after(state), state
+
+    def decode(self, token, state):
+        state = Read(state.prompts, [[*row, t] for row, t in zip(state.written, token.tolist(), strict=True)])
+        return self.after(state), state
+
+    def after(self, state):
+        return torch.stack([self.model.logits(self.batch(p, w))[0, -1] for p, w in zip(state.prompts, state.written, strict=True)])
+
+    def batch(self, prompt, written):
+        read = [*prompt, *written] if self.continues else prompt[:-1]
+        tokens = torch.tensor([read])
+        batch = {"tokens": tokens, "positions": torch.arange(len(read))[None], "segments": torch.ones_like(tokens)}
+        target = torch.tensor([[*prompt[-1:], *written]])
+        return batch | {"target_tokens": target, "target_segments": torch.ones_like(target)}
+
+
+@pytest.fixture(params=["gpt_tiny", "llama_tiny", "rnn_tiny", "lstm_tiny", "gru_tiny", "t5_tiny", "transformer_tiny"])
+def model(request, make_config):
+    """In float64, for comparisons to be exact in effect, with weights large enough for text that varies."""
+    objective = build_objective(make_config(request.param, init_std=0.3), 257).double().eval()
+    assert isinstance(objective, Generative)
+    return objective
+
+
+def options(**keys):
+    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 9} | keys)
+
+
+PROMPTS = [[1, 2, 3, START], [7, START], [*range(20), START], [200, 100, 0, 9, 9, START]]
+
+
+@pytest.mark.parametrize(
+    ("find", "keys"),
+    [
+        (generate, {"repetition_penalty": 1.2}),
+        (generate, {"temperature": 1.5, "n": 2, "top_k": 100, "top_p": 0.95}),
+        (beam_search, {"beams": 3, "n": 3, "length_penalty": 0.6}),
+    ],
+    ids=["greedy", "drawn", "beams"],
+)
+def test_text_is_that_of_the_twin_without_a_state_and_of_each_prompt_alone(model, find, keys):
+    with torch.no_grad():
+        found = find(model, PROMPTS, options(**keys), EOT)
+        twin = find(Stateless(model), PROMPTS, options(**keys), EOT)
+        alone = [find(model, [prompt], options(**keys), EOT)[0] for prompt in PROMPTS]
+    for others in (twin, alone):
+        assert [[(t.tokens, t.reason) for t in several] for several in found] == [[(t.tokens, t.reason) for t in s] for s in others]
+    assert len({tuple(text.tokens) for several in found for text in several}) > 1
