@@ -2,9 +2,9 @@
 # The one entry, for people and for clusters. The first run sets up .venv beside this file; later ones start at once.
 #
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
-#   ./launch.sh [train] [group=choice] [key=value]
+#   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
-#   ./launch.sh test|check|prepare|evaluate|generate|trace|verify-resume|review|bench|help
+#   ./launch.sh test|check|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help
 #
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
@@ -17,7 +17,7 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sba
 fi
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
-verbs="train cluster test check prepare evaluate generate trace verify-resume review bench help"
+verbs="train cluster test check prepare evaluate generate export trace verify-resume drill review bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
@@ -131,8 +131,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="$venv/bin/python"
 
 case "$verb" in
-    train|cluster|verify-resume) run "$python" -m cluster "$verb" "$@" ;;
-    prepare|evaluate|generate|trace) run "$python" -m train "$verb" "$@" ;;
+    train|cluster|verify-resume|drill) run "$python" -m cluster "$verb" "$@" ;;
+    prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)
         [ $# -gt 0 ] || code=2 fail "bench needs a name: $(cd "$root/bench" && echo *.py | sed 's/\.py//g; s/__init__ *//')"

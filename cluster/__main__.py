@@ -7,7 +7,7 @@ import sys
 from cluster.signals import Signals
 from train import redact
 
-VERBS = ("train", "cluster", "verify-resume")
+VERBS = ("train", "cluster", "verify-resume", "drill")
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +21,10 @@ def main(arguments: list[str]) -> int:
         from cluster import verify
 
         return verify.run(rest)
+    if verb == "drill":
+        from cluster import drill_verb
+
+        return drill_verb.run(rest)
     if verb == "cluster":
         from cluster import cluster_verb
 

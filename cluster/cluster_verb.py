@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster import host, member, nodes, token, view
+from train.data.files import locked
 from train.errors import UserError
 from train.words import duration, plural
 
@@ -188,6 +191,16 @@ VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
 }
 
 
+def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[None]:
+    """Two commands that change this user's node on this host follow each other; one job's node (see ``join``) is held by none."""
+    if name == "status" or "job" in given:
+        return contextlib.nullcontext()
+    folder = Path(token.PLACE).expanduser().parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wait = partial(ERR.print, f"waiting for another `cluster` command on {socket.gethostname()}")
+    return locked(folder / f"trireme-{socket.gethostname()}.lock", wait)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs ``cluster VERB ...``; the exit code."""
     name, *rest = arguments or ["--help"]
@@ -201,7 +214,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if unknown := [key for key in given if key not in known]:
             raise UserError(f"{name} knows no {unknown[0]}=...: try `./launch.sh cluster {name} --help`")
-        return verb(given, words)
+        with _alone(name, given):
+            return verb(given, words)
     except UserError as error:
         ERR.print("[bold red]error:[/] ", end="")
         ERR.print(str(error), markup=False)

@@ -19,7 +19,7 @@ def gather(cluster: Cluster, name: str, begun: Begun) -> tuple[Private | None, r
     nodes. To be called from the main thread. UserError says in words what does not work, and on which host.
     """
     if cluster.address is not None:
-        _join(cluster.address, name)
+        join(cluster.address, name)
         return None, None
     kind, names = remote.others(cluster)
     ip = nodes.LOOPBACK
@@ -41,7 +41,7 @@ def gather(cluster: Cluster, name: str, begun: Begun) -> tuple[Private | None, r
     return None, others
 
 
-def _join(address: str, name: str) -> None:
+def join(address: str, name: str) -> None:
     """On a cluster that is up, the workers import our code from where we do: its path must be the same on every host."""
     if address == "auto":
         found = member.local()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,14 @@ class Clock:
     def mark(self, name: str, at: float | None = None) -> None:
         """Notes that ``name`` was reached, the first time it is."""
         self.marks.setdefault(name, (time.time() if at is None else at) - self.start)
+
+    def first_step(self, event: dict[str, Any], run_dir: Path) -> bool:
+        """Whether ``event`` says that the first step was made; then all phases are written to ``startup.json``, once."""
+        first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
+        if first:
+            self.mark("first_step_done", event["t"])
+            (run_dir / "startup.json").write_text(json.dumps(self.marks, indent=1) + "\n")
+        return first
 
 
 @dataclass(frozen=True)

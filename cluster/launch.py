@@ -6,12 +6,12 @@ the configuration, which fails within a second if it is wrong, and then brings u
 
 from __future__ import annotations
 
-import json
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from cluster import gather, lock, nodes, plan, remote, view, watch
 from cluster.begin import Begun
@@ -37,27 +37,60 @@ class Plan:
     """The summary of a run that has made all its steps already."""
 
 
+class Voice(Protocol):
+    """What speaks for a driver."""
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+
+    def bad_input(self, message: str) -> None:
+        """Says what is wrong."""
+
+
+class Command(Protocol):
+    """What a driver does between its first moments and its last."""
+
+    others: remote.Remote | None
+    """Nodes on other hosts that end with it."""
+
+    @property
+    def console(self) -> Voice:
+        """Who speaks for it."""
+
+    def go(self) -> int:
+        """All of it: the exit code."""
+
+    def give_back(self) -> None:
+        """After bad input: leaves no empty folder behind."""
+
+
 def run(what: Plan, begun: Begun) -> int:
     """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
-    console = Console()
+    return carry_out(Start(what, begun), begun)
+
+
+def carry_out(command: Command, begun: Begun) -> int:
+    """Runs a command to its exit code, and ends this process with it and all that it has started."""
+    console = command.console
     begun.signals.on_end.insert(0, console.close)
-    start = Start(what, begun, console)
     try:
-        code = start.go()
+        code = command.go()
     except UserError as error:
         console.bad_input(str(error))
         code = BAD_INPUT
-        if start.held is not None:
-            lock.take_back(start.run_dir)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        console.bad_input(no_room(error))
-        code = BAD_INPUT
+        command.give_back()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            console.bad_input(no_room(error))
+            code = BAD_INPUT
+        else:  # the interpreter's own end would first let go of the warm process, which then ends all that is the job's
+            console.close()
+            traceback.print_exc()
+            code = FAILED
     finally:
         console.close()
-    if start.others is not None:
-        start.others.close()
+    if command.others is not None:
+        command.others.close()
     # The kernel takes Ray's processes and the trainers on this host away with this one: nothing to wait for.
     begun.clear()
     sys.stdout.flush()
@@ -69,16 +102,21 @@ def run(what: Plan, begun: Begun) -> int:
 class Start:
     """The start of one job, and its end."""
 
-    def __init__(self, what: Plan, begun: Begun, console: Console) -> None:
+    def __init__(self, what: Plan, begun: Begun) -> None:
         self.what = what
         self.begun = begun
-        self.console = console
+        self.console = Console()
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
         self.private: Private | None = None
         self.others: remote.Remote | None = None
+
+    def give_back(self) -> None:
+        """After bad input: leaves no empty folder behind."""
+        if self.held is not None:
+            lock.take_back(self.run_dir)
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -119,10 +157,8 @@ class Start:
 
     def _show(self, event: dict) -> None:
         self.console.show(event)
-        if event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.clock.marks:
-            self.clock.mark("first_step_done", event["t"])
+        if self.clock.first_step(event, self.run_dir):
             self.console.startup(self.clock.marks)
-            (self.run_dir / "startup.json").write_text(json.dumps(self.clock.marks, indent=1) + "\n")
 
     def _finish(self, verdict: watch.Verdict, config: Config) -> int:
         if verdict.kind == "done":

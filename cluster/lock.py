@@ -1,4 +1,4 @@
-"""One job a run folder: the driver holds a lock on it for as long as it lives."""
+"""One job a run folder, one driver a sweep: it holds a lock on its folder for as long as it lives."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ def take(run_dir: Path) -> IO[str]:
     """
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        file = (run_dir / "lock").open("a+")
     except OSError as error:
-        raise UserError(f"run.dir={run_dir} cannot be written: {error.strerror}. Give another with run.dir=...") from error
+        raise _unwritable(run_dir, "run.dir", error) from error
+    return hold(run_dir / "lock", "run.dir")
+
+
+def hold(place: Path, key: str) -> IO[str]:
+    """Locks the file ``place`` in the folder that ``key`` names: as above."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file = place.open("a+")
+    except OSError as error:
+        raise _unwritable(place.parent, key, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"run.dir={run_dir} is in use by {_holder(run_dir)}. Wait for it, or give another run.dir") from None
+        raise UserError(f"{key}={place.parent} is in use by {_holder(place)}. Wait for it, or give another {key}") from None
     file.truncate(0)
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, file)
     file.flush()
@@ -42,9 +51,13 @@ def take_back(run_dir: Path) -> None:
             run_dir.rmdir()
 
 
-def _holder(run_dir: Path) -> str:
+def _unwritable(folder: Path, key: str, error: OSError) -> UserError:
+    return UserError(f"{key}={folder} cannot be written: {error.strerror}. Give another with {key}=...")
+
+
+def _holder(place: Path) -> str:
     try:
-        who = json.loads((run_dir / "lock").read_text())
+        who = json.loads(place.read_text())
         return f"another job: pid {who['pid']} on {who['host']}, since {who['since']}"
     except (OSError, ValueError, KeyError):
         return "another job"

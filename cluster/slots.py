@@ -14,18 +14,42 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group
+from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.job import Job
 from cluster.steward import Steward
 from train.errors import UserError
+from train.schema import Cluster
 
 REJOIN_S = 8.0
 """How long a lost worker's place on a host that lives may take to be filled again, before the others go on without it."""
-LEAVE_S = 120.0
-"""How long a worker's place is left empty after its host gave notice."""
 LOOK_S, ANSWER_S, KNOCK_S = 0.2, 5.0, 1.0
+
+
+def gang(cluster: Cluster, device: str, size: int) -> Any:
+    """Asks Ray for so many workers' places, all of them or none; they are there once ``placed``."""
+    return placement_group([_bundle(cluster, device)] * size, strategy="PACK")
+
+
+def hosts(group: Any) -> list[str]:
+    """The names of the hosts that a gang has its places on, one a place."""
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    return [names.get(node, "a lost host") for node in placement_group_table(group)["bundles_to_node_id"].values()]
+
+
+def give_up(group: Any) -> None:
+    """Takes the wish back, or gives the places back."""
+    ray.util.remove_placement_group(group)
+
+
+def placed(group: Any) -> bool:
+    """Whether a gang has its places."""
+    return bool(placement_group_table(group)["state"] == "CREATED")
+
+
+def _bundle(cluster: Cluster, device: str) -> dict[str, float]:
+    return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
 
 
 def lives(node: str) -> bool:
@@ -61,17 +85,21 @@ class Slots:
         self.job, self.device = job, device
         self.all: list[Slot] = []
         cluster = job.config.cluster
-        self.bundle = {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
+        self.bundle = _bundle(cluster, device)
         self.least = cluster.min_workers or cluster.workers
 
-    def take(self, size: int) -> None:
-        """Reserves ``size`` places at once and fills them; the others up to ``cluster.workers`` are asked for one by one.
+    def take(self, size: int, group: Any = None) -> None:
+        """Reserves ``size`` places at once, or has those of ``group``, and fills them; the others up to ``cluster.workers`` are
+        asked for one by one.
 
         Raises UserError when there is no room in time.
         """
         cluster = self.job.config.cluster
         self.release()
-        groups = [self._group(n) for n in (size, *[1] * (cluster.workers - size))]
+        groups = [
+            group or gang(cluster, self.device, size),
+            *(gang(cluster, self.device, 1) for _ in range(cluster.workers - size)),
+        ]
         self.all = [Slot(groups[0], index) for index in range(size)] + [Slot(group, 0) for group in groups[1:]]
         for slot in self.all:
             self._ask(slot)
@@ -149,9 +177,6 @@ class Slots:
         for group in {slot.group.id: slot.group for slot in self.all}.values():
             ray.util.remove_placement_group(group)
         self.all = []
-
-    def _group(self, size: int) -> Any:
-        return placement_group([self.bundle] * size, strategy="PACK")
 
     def _ask(self, slot: Slot) -> None:
         """Asks Ray for a steward in the slot. It comes up when the slot has a node."""

@@ -34,6 +34,8 @@ class Steward:
 
     def __init__(self, job: str, target: str, device: str) -> None:
         self.folder = host.own_folder(job)
+        # A warm process that we start ends with us, and must not take for its own what is the driver's.
+        os.environ.pop(host.MARK, None)
         self.target = target
         self.device = device
         self.warm: host.WarmProcess | None = None

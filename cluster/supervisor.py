@@ -15,18 +15,20 @@ import ray
 
 from cluster import recovery, report, watch
 from cluster.job import Job
-from cluster.slots import LEAVE_S, Slot, Slots, lives
+from cluster.slots import Slot, Slots, lives
 from cluster.world import HEAR_S, NOTICE_S, World
 
 
 class Supervisor:
-    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for)."""
+    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for); in the places of ``gang``,
+    where they were taken already.
+    """
 
-    def __init__(self, job: Job, device: str, size: int | None = None) -> None:
+    def __init__(self, job: Job, device: str, size: int | None = None, gang: Any = None) -> None:
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
-        self.size = size or job.config.cluster.workers
+        self.size, self.gang = size or job.config.cluster.workers, gang
         self.generation = 0
         self.slots = Slots(self.job, device)
         self.row: list[recovery.Failure] = []
@@ -36,8 +38,10 @@ class Supervisor:
 
     def run(self) -> watch.Verdict:
         """Starts worlds until one is done, is stopped on request, or has failed so that another would not help."""
-        self.slots.take(self.size)
+        self.slots.take(self.size, self.gang)
         while True:
+            if self.job.signals.heard is not None:
+                return watch.Verdict("stopped")
             slots = self.slots.up()[: self.job.config.cluster.workers]
             world = World(self.job, slots, self.generation)
             verdict = self._live(world, slots)
@@ -48,13 +52,11 @@ class Supervisor:
             self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
             self.generation += 1
             self._prepare(world, slots, verdict)
-            if self.job.signals.heard is not None:
-                return watch.Verdict("stopped")
 
     def _live(self, world: World, slots: list[Slot]) -> watch.Verdict:
         """Starts a world and follows it to its end."""
         try:
-            world.start(self.orders(slots))
+            self._note_places(world, world.start(self.orders(slots)))
         except (RuntimeError, ray.exceptions.RayError) as error:
             if self.job.private is None or not self.job.private.lost():
                 world.lost |= self.slots.silent(slots)
@@ -64,6 +66,16 @@ class Supervisor:
             return watch.Verdict("failed", fault, finding=watch.Finding(fault, None, words, tuple(rest[-report.MOST_LINES :])))
         self.job.signals.running()
         return world.follow(self._more_than(len(slots)))
+
+    def _note_places(self, world: World, pids: list[int]) -> None:
+        """Writes ``world.json``: where each rank runs, for people and tools."""
+        ranks = [
+            {"rank": rank, "pid": pid, "steward": place["pid"], "host": place["host"], "ip": place["ip"], "node": place["node"]}
+            for rank, (pid, place) in enumerate(zip(pids, world.places, strict=True))
+        ]
+        aside = self.job.run_dir / ".world.json"
+        aside.write_text(json.dumps({"generation": self.generation, "ranks": ranks}) + "\n")
+        aside.replace(self.job.run_dir / "world.json")
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
@@ -120,7 +132,7 @@ class Supervisor:
         preempted = verdict.fault == "preempted"
         for rank, slot in enumerate(slots):
             if preempted and rank in world.asked:
-                self.slots.empty(slot, LEAVE_S)
+                self.slots.empty(slot, self.job.config.cluster.stay_away)
             elif rank in world.lost:
                 self.slots.empty(slot)
         self.slots.look()
@@ -211,4 +223,5 @@ class Supervisor:
             "LOCAL_WORLD_SIZE": str(local_size),
             "LOCAL_SIZE": str(local_size),
             "OMP_NUM_THREADS": str(order["threads"]),
+            "TRIREME_T0": str(self.job.clock.start),
         }

@@ -14,10 +14,14 @@ from train.schema import Config
 
 
 def run(overrides: Sequence[str], begun: Begun | None) -> int:
-    """Runs the job that ``overrides`` ask for; explains them where nothing was begun. Returns the exit code."""
+    """Runs the job, or with -m the sweep, that ``overrides`` ask for; explains them where nothing was begun. The exit code."""
     if begun is None:
         print(configuration.help_text())
         return launch.DONE
+    if {"-m", "--multirun"} & set(overrides):
+        from cluster.sweep import command
+
+        return command.run([word for word in overrides if word not in ("-m", "--multirun")], find_corpus, begun)
     return launch.run(launch.Plan(lambda: configuration.load(overrides), find_corpus, resume.finished), begun)
 
 

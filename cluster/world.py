@@ -25,6 +25,8 @@ LOST_S = 5.0
 """How long a steward may take to say that the trainer it was told to kill has ended."""
 NOTICE_S = 1.5
 """How long a lost steward is taken for one that a signal to everybody has ended, and the signal to us is waited for."""
+MUTE_S = 3.0
+"""After such a signal, how long a steward may not answer before its trainer's last word is looked for: Ray may end them slowly."""
 WORD_S = 65.0
 """After such a signal, how long a trainer may take to save and leave its last word."""
 LOOK_S = 0.5
@@ -64,9 +66,9 @@ class World:
 
     # -------------------------------------------------------------------------------------------------------- starting
 
-    def start(self, orders: Sequence[dict[str, Any]]) -> None:
-        """Has every steward fork its trainer. UserError when the port is taken, RuntimeError when the imports fail, RayError when a
-        steward is gone.
+    def start(self, orders: Sequence[dict[str, Any]]) -> list[int]:
+        """Has every steward fork its trainer: their pids, by rank. UserError when the port is taken, RuntimeError when the imports
+        fail, RayError when a steward is gone.
         """
         cluster = self.job.config.cluster
         place = self.places[0]
@@ -84,7 +86,9 @@ class World:
             if "failed" in answer:
                 raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
-        self.job.show({"event": "started", "pids": [a["pid"] for a in answers], "generation": self.generation})
+        pids = [answer["pid"] for answer in answers]
+        self.job.show({"event": "started", "pids": pids, "generation": self.generation})
+        return pids
 
     def _ask(self, questions: Sequence[Any]) -> list[Any]:
         """The stewards' answers, with an ear for signals in between."""
@@ -143,6 +147,7 @@ class World:
                 self.orphans[rank] = time.monotonic(), error
                 continue
             self.lookout.heard[rank] = time.monotonic()
+            self.orphans.pop(rank, None)
             for record in news:
                 self._take(rank, record)
             if rank not in self.ends:
@@ -175,6 +180,10 @@ class World:
     def _hear_orphans(self) -> None:
         """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
         told = self.job.signals.heard is not None or self.asked or self.agreed
+        now, mute = time.monotonic(), ray.exceptions.RayError("its steward does not answer")
+        for rank in set(range(self.size)) - self.ends.keys() if told else ():
+            if now > self.lookout.heard.get(rank, now) + MUTE_S:
+                self.orphans.setdefault(rank, (now, mute))
         for rank, (since, error) in list(self.orphans.items()):
             found = word.read(self.orders[rank])
             if found is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 NETWORK = "10.77.0"
 HOME = "/tmp/home"
+TOKEN = f"{HOME}/.ray/auth_token"
+PORT = 6379
+"""Where `cluster up` listens."""
 TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname")
 PROBE = "ip link add one type veth peer name two && ip link add three type bridge"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -138,6 +142,33 @@ def hosts(number: int, shared: Path, cores: int = 1) -> Iterator[list[Host]]:
         for holder in (*(host.holder for host in made), switch):
             holder.kill()
             holder.wait()
+
+
+def trireme(host: Host, *arguments: Any, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess:
+    """``./launch.sh ...`` on a host, without its setup."""
+    return host.run([sys.executable, "-m", "cluster", *arguments], timeout=timeout, **options)
+
+
+def give_token(host: Host, token: str) -> None:
+    """Puts a token where a host's user has it."""
+    host.run(["sh", "-c", f"mkdir -p ~/.ray && umask 077 && printf %s {token} > {TOKEN}"])
+
+
+def form_cluster(head: Host, *others: Host) -> str:
+    """A lasting cluster of these hosts; what ``cluster up`` said."""
+    said = trireme(head, "cluster", "up", f"bind={head.ip}")
+    assert said.returncode == 0, said.stdout
+    token = head.run(["cat", TOKEN]).stdout
+    for host in others:
+        give_token(host, token)
+        joined = trireme(host, "cluster", "join", f"{head.ip}:{PORT}")
+        assert joined.returncode == 0, joined.stdout
+    return said.stdout
+
+
+def living_hosts(host: Host, address: str) -> set[str]:
+    """The addresses of the nodes that ``cluster status`` shows."""
+    return set(re.findall(r"│ (10\.\S+)", trireme(host, "cluster", "status", address).stdout))
 
 
 def _hold(spaces: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen:

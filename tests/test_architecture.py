@@ -25,6 +25,7 @@ FENCES = {
     "matplotlib": "review/figures.py",
     "sklearn": "review/importance.py",
     "scipy": "review/law.py",
+    "optuna": "cluster/sweep/search.py",
 }
 """Who alone may import a heavy dependency; replacing one is a change to one place."""
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from train import config as configuration
 from train import redact, schema
 from train.errors import Stopped, UserError
+from train.words import plural
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -74,6 +75,28 @@ def generate(argv: Sequence[str]) -> int:
     return OK
 
 
+def export(argv: Sequence[str]) -> int:
+    """export run.dir=FOLDER to=FOLDER [checkpoint=latest|best|STEP] [shard_mb=5000]: a folder that transformers loads.
+
+    It is loaded there, and its logits and tokens compared with ours, before it gets its name.
+    """
+    options = _options(argv, {"run.dir": None, "to": None, "checkpoint": "latest", "shard_mb": "5000"})
+    shard_mb = _number(options["shard_mb"])
+    if not isinstance(shard_mb, int) or shard_mb < 1:
+        raise UserError(f"shard_mb={options['shard_mb']} is not a number of megabytes")
+    from train.export import export as write
+
+    done = write(Path(options["run.dir"]), Path(options["to"]), options["checkpoint"], shard_mb * 10**6)
+    size = sum(file.stat().st_size for file in done.files) / 1e6
+    where = f"{options['run.dir']}, step {done.step} -> {options['to']}"
+    OUT.print(f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB")
+    OUT.print(
+        f"transformers {done.version} loads it: the same names and tokens; logits differ by at most {done.difference:.1g}", end=""
+    )
+    OUT.print(f" where the largest is {done.largest:.3g}")
+    return OK
+
+
 def trace(argv: Sequence[str]) -> int:
     """trace run.dir=FOLDER step=N [--json]: the documents that stand in step N, counted as in metrics.jsonl."""
     options = _options([argument for argument in argv if argument != "--json"], {"run.dir": None, "step": None})
@@ -127,6 +150,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
+    "export": export,
     "trace": trace,
     "worker": worker,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ Sums are divided once, by the count over all micro-batches and ranks; a mean of 
 
 IGNORE = -100
 TARGETS = "targets"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    losses: Losses
+    grad_norm: float
+    applied: bool
+    """False where a non-finite gradient kept the update from being made."""
+
+
+NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
+"""What a step does that has no row left."""
 
 
 def trained(targets: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ the checkpoint before it is taken instead, and that is said.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train import dist, manifest
@@ -48,6 +50,11 @@ class Checkpoint:
         """The held-out loss measured at this very step, if it was."""
         return self.manifest["val_loss"]
 
+    @property
+    def digest(self) -> str:
+        """What tells its content from that of any other: a hash of its manifest, which has those of its files."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
     def damage(self, share: slice = slice(None)) -> str | None:
         """What is wrong with its files (those of ``share``), or None. Reads and hashes every byte."""
         for name, entry in sorted(self.manifest["files"].items())[share]:
@@ -58,6 +65,8 @@ class Checkpoint:
                     return f"{name} has {size} bytes, not {entry['size']}"
                 if sha256_of(file) != entry["sha256"]:
                     return f"{name} does not have the hash it was written with"
+                if strange := _strange(file, entry["pieces"]):
+                    return f"{name} {strange}"
             except OSError as error:
                 return f"{name} cannot be read: {error.strerror}"
         return None
@@ -65,6 +74,17 @@ class Checkpoint:
     def reader(self) -> Reader:
         """Reads slices of parameters from it."""
         return Reader(self)
+
+
+def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
+    """How a file of the right hash is not what its manifest says: both may come from elsewhere. Nothing is ever unpickled."""
+    try:
+        with safe_open(file, framework="pt") as held:
+            shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict
+    except SafetensorError as error:
+        return f"is no safetensors file ({error})"
+    wrong = (key(kind, name, start) for kind, name, start, numel in pieces if shapes.get(key(kind, name, start)) != [numel])
+    return next((f"does not hold {name} as its manifest says" for name in wrong), None)
 
 
 class Reader:

@@ -25,9 +25,13 @@ class Finding:
 
 def compare(ours: Path, theirs: Path, step: int) -> list[Finding]:
     """What two runs' folders hold up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
+    return [*compare_lines(ours, theirs, step), *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
+
+
+def compare_lines(ours: Path, theirs: Path, step: int) -> list[Finding]:
+    """The lines of two runs' metrics up to ``step``, number by number: one that only one of them has is a difference, too."""
     lines = [{r["step"]: r for r in read_records(folder / "metrics.jsonl") if r["step"] <= step} for folder in (ours, theirs)]
-    found = [_of_lines(key, lines[0], lines[1]) for key in COMPARED]
-    return [*found, *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
+    return [_of_lines(key, *lines) for key in COMPARED]
 
 
 def checkpoint_of(folder: Path, step: int) -> Checkpoint:

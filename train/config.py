@@ -7,7 +7,7 @@ functions. Workers get the finished tree as JSON and never compose anything.
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -16,50 +16,19 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from train import space
 from train.errors import UserError
+from train.nearest import nearest
 from train.rules import problems
-from train.schema import KINDS, Config, Section, kinds
-
-ELSEWHERE = {
-    "lr": "optimizer.lr",
-    "learning_rate": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay",
-    "grad_clip": "optimizer.clip",
-    "max_grad_norm": "optimizer.clip",
-    "warmup_steps": "schedule.warmup",
-    "max_steps": "steps",
-    "max_iters": "steps",
-    "train_iters": "steps",
-    "batch_size": "batch.global",
-    "global_batch_size": "batch.global",
-    "micro_batch_size": "batch.micro",
-    "per_device_train_batch_size": "batch.micro",
-    "block_size": "batch.seq_len",
-    "seq_length": "batch.seq_len",
-    "max_seq_len": "batch.seq_len",
-    "n_layer": "model.layers",
-    "num_layers": "model.layers",
-    "n_embd": "model.width",
-    "hidden_size": "model.width",
-    "n_head": "model.heads",
-    "num_heads": "model.heads",
-    "num_gpus": "cluster.workers",
-    "nproc_per_node": "cluster.workers",
-    "world_size": "cluster.workers",
-    "num_workers": "cluster.workers",
-    "zero_stage": "zero.stage",
-    "output_dir": "run.dir",
-    "out_dir": "run.dir",
-    "eval_interval": "eval_every",
-    "save_steps": "save_every",
-}
-"""What other systems call our keys, so that a newcomer's first guess is answered."""
+from train.schema import KINDS, CommandLine, Config, Section, kinds
 
 S = TypeVar("S", bound=Section)
 
@@ -77,21 +46,88 @@ class ConfigError(UserError):
 
 def load(overrides: Sequence[str]) -> Config:
     """The configuration that ``overrides`` (``key=value``, ``group=choice``) ask for, or ConfigError."""
-    known, found = check_overrides(overrides)
+    own = [text for text in overrides if not space.of_sweep(text)]
+    found = [f"{text!r} is for a sweep: say -m, or leave it out" for text in overrides if space.of_sweep(text)]
+    return _load(own, found)[0]
+
+
+def load_sweep(overrides: Sequence[str]) -> space.Sweeping:
+    """The sweep that ``overrides`` ask for: keys with several values in Hydra's own words, and ``sweep.*``. Or ConfigError."""
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+            axes = [_axis(several) for text in overrides if (several := _sweep_override(parser, text)) is not None]
+    except HydraException as error:
+        raise ConfigError([str(error).strip()]) from error
+    varied = {axis.key for axis in axes}
+    fixed = [text for text in overrides if space.key_of(text) not in varied]
+    found = [f"{axis.key}={axis.text} names nothing" for axis in axes if not (axis.values or axis.low is not None)]
+    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in space.named(overrides)]
+    found += [f"{key} is the same for all runs of a sweep, which share a cluster: give one value" for key in space.places(varied)]
+    base, settings = _load(
+        [*fixed, *(f"{axis.key}={axis.first}" for axis in axes if axis.key not in space.named(overrides))], found
+    )
+    sweep = typed(CommandLine, {**to_dict(base), "sweep": settings}).sweep
+    name = sweep.name or "-".join([*([] if sweep.sampler == "grid" else [sweep.sampler]), *(axis.key for axis in axes)])
+    sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
+    if wrong := space.problems(sweep, axes, base):
+        raise ConfigError(wrong)
+    return space.Sweeping(sweep, base, tuple(text for text in fixed if not space.of_sweep(text)), tuple(axes))
+
+
+def load_trial(sweep: space.Sweeping, number: int, params: space.Params) -> Config:
+    """The configuration of one run of a sweep: the one that its values give alone, in a folder and a W&B group of the sweep."""
+    config = load([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())])
+    name = f"{number:03}"
+    run = config.run.model_copy(update={"name": f"{sweep.settings.name}-{name}", "dir": str(Path(sweep.settings.dir or "") / name)})
+    group = config.tracking.group or sweep.settings.name
+    tracking = config.tracking.model_copy(update={"group": group, "tags": [*config.tracking.tags, "sweep"]})
+    return config.model_copy(update={"run": run, "tracking": tracking})
+
+
+def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """A run's configuration, and the values of the section ``sweep`` beside it; ``found``: problems that are known already."""
+    known, more = check_overrides(overrides)
+    found = [*found, *more]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=known, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([*found, str(error).strip()]) from error
     choices = composed.hydra.runtime.choices
-    values = {str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"}
+    values: dict[str, Any] = {
+        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
+    }
+    settings = values.pop("sweep")
     try:
         config = finish(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
         raise ConfigError([*found, *error.found]) from error
     if found:
         raise ConfigError(found)
-    return config
+    return config, settings
+
+
+def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
+    """The override, where it gives several values; what is no override at all is told by ``check_overrides``."""
+    with contextlib.suppress(OverrideParseException):
+        [override] = parser.parse_overrides([text])
+        return override if override.is_sweep_override() else None
+    return None
+
+
+def _axis(override: Override) -> space.Axis:
+    """A key with several values, as Hydra's BasicSweeper would go through them."""
+    key, text, value = override.key_or_group, override.get_value_string(), override.value()
+    if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
+        whole, log = isinstance(value.start, int), "log" in value.tags
+        return space.Axis(key, text, low=value.start, high=value.end, whole=whole, log=log)
+    values = tuple(override.sweep_string_iterator())
+    if isinstance(value, RangeSweep) and values:
+        numbers = sorted(map(float, values))
+        step, whole = abs(float(value.step or 1)), all(number.is_integer() for number in numbers)
+        return space.Axis(key, text, values, numbers[0], numbers[-1], step, whole)
+    return space.Axis(key, text, values)
 
 
 def read(path: Path) -> Config:
@@ -159,11 +195,11 @@ def choice(group: str, name: str) -> dict[str, Any]:
     """The values of a choice of a group, such as ``generation=beam``. Raises UserError for one that is not there."""
     known = groups()[group]
     if name not in known:
-        raise UserError(f"{group}={name}: there is no such choice{_nearest(name, known)}. Choices: {', '.join(known)}")
+        raise UserError(f"{group}={name}: there is no such choice{nearest(name, known)}. Choices: {', '.join(known)}")
     return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
 
 
-def keys(section: type[BaseModel] = Config, prefix: str = "") -> dict[str, tuple[str, str, str]]:
+def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, tuple[str, str, str]]:
     """Every key of the schema: name -> (type, default or "", description)."""
     found: dict[str, tuple[str, str, str]] = {}
     for name, field in section.model_fields.items():
@@ -205,16 +241,16 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         key = override.key_or_group
         if override.is_sweep_override():
-            found.append(f"{text!r} asks for a sweep, and this command runs one job: give one value")
+            found.append(f"{text!r} asks for a sweep, and this command runs one job: give one value, or -m for a run each")
         elif key in known_groups:
             choice = str(override.value())
             if choice not in known_groups[key]:
-                hint = _nearest(choice, known_groups[key])
+                hint = nearest(choice, known_groups[key])
                 found.append(f"{key}={choice}: there is no such choice{hint}. Choices: {', '.join(known_groups[key])}")
             else:
                 checked.append(f"{key}='{choice}'")  # quoted, since Hydra takes zero=3 for a number
         elif key not in known and key not in sections:
-            found.append(f"unknown key {key!r}{_nearest(key, names)}")
+            found.append(f"unknown key {key!r}{nearest(key, names)}")
         else:  # "++" sets a key that no YAML mentions; the schema says which keys there are
             checked.append(f"++{key}={text.split('=', 1)[1]}" if "=" in text else text)
     return checked, found
@@ -222,7 +258,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def help_text() -> str:
     """The groups with their choices, and every key with its type, default and meaning."""
-    lines = ["usage: ./launch.sh train [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
+    lines = ["usage: ./launch.sh train [-m] [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
     lines += [f"  {name + '=':13}{', '.join(choices)}" for name, choices in groups().items()]
     lines += ["", "Set with key=value (types as in Python; lists as [a,b]):"]
     return "\n".join([*lines, *key_lines(keys())])
@@ -237,15 +273,6 @@ def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
     return lines
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    elsewhere = difflib.get_close_matches(name.rsplit(".", 1)[-1], ELSEWHERE, 1, 0.85)
-    if elsewhere and ELSEWHERE[elsewhere[0]] in names:
-        return f": did you mean {ELSEWHERE[elsewhere[0]]!r}?"
-    by_last = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
-    match = difflib.get_close_matches(name, names, 1, 0.6) or difflib.get_close_matches(name, list(by_last), 1, 0.6)
-    return f": did you mean {by_last.get(match[0], match[0])!r}?" if match else ""
-
-
 def _explain(error: Any) -> str:
     loc = [str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES]
     kind = loc.pop(1) if len(loc) > 1 and loc[0] in KINDS else ""
@@ -257,7 +284,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         if kind and path in keys():
             return f"{path} means nothing for {loc[0]}.{KINDS[loc[0]]}={kind}: leave it out, or choose another {loc[0]}"
-        return f"unknown key {path!r}{_nearest(path, list(keys()))}"
+        return f"unknown key {path!r}{nearest(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
     return f"{path}={error['input']!r}: {error['msg'].lower()}"

@@ -95,7 +95,9 @@ class Console:
         shape = [
             f"{model[key]} {word}" for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads")) if key in model
         ]
-        self._fact("model", f"{count(event.get('params'))} parameters" + (f": {', '.join(shape)}" if shape else ""))
+        trained = event.get("trained", event.get("params"))
+        part = "" if trained == event.get("params") else f", {count(trained)} of them trained"
+        self._fact("model", f"{count(event.get('params'))} parameters" + part + (f": {', '.join(shape)}" if shape else ""))
         tokens = event.get("tokens")
         what = plural(count(event.get("steps")), "step")
         if batch:

@@ -12,7 +12,6 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,30 +27,16 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
 
 from train import pulse
-from train.batch import Batch, Losses
+from train.batch import Batch, Losses, StepResult
 from train.dist import World
 from train.memory import memories
 from train.muon import Muon
-from train.pieces import MASTER, Piece, rows_of
+from train.pieces import MASTER, Piece, frozen_pieces, rows_of
 from train.schema import Config
 from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    losses: Losses
-    grad_norm: float
-    applied: bool
-    """False where a non-finite gradient kept the update from being made."""
-
-
-NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
-"""What a step does that has no row left."""
 
 
 class Engine:
@@ -71,23 +56,25 @@ class Engine:
         self.clip = config.optimizer.clip
         self.memories = memories(objective)
         self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
-        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters()}
+        self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        frozen = frozen_pieces(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(config, micro, accumulation, plain=self.plain)
         self.unfused = config.zero.stage == 0 and not self.plain
-        initial = [p.detach().float().clone() for p in objective.parameters()] if self.unfused else []
+        initial = [p.detach().float().clone() for p in self.names] if self.unfused else []
         _count_collectives()
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
             self.engine.enable_backward_allreduce = world.size > 1
-        self.pieces = list(self._pieces())
+        self.trained = list(self._pieces())
+        self.pieces = [*self.trained, *frozen]
         if isinstance(self.inner, Muon) and config.zero.stage > 0:
             self.inner.shards, self.inner.world = self._shards(), world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
-            torch._foreach_copy_([p.holder.detach() for p in self.pieces], initial)
+            torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             self._spread_masters()
         self.carried = [piece for name, rows in objective.named_buffers() for piece in rows_of(name, rows, world)]
@@ -104,7 +91,7 @@ class Engine:
         moments change only after ``before_update()`` has returned.
         """
         for group in self.inner.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if not self.engine.module.training:  # it walks all modules
             self.engine.train()
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
@@ -167,7 +154,7 @@ class Engine:
     def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
         """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
         self.inner.state.clear()
-        for holder, name in {id(p.holder): (p.holder, p.name) for p in self.pieces}.values():
+        for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
             if moments:  # the rules that count their updates call the count "step", and the others do not look
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
@@ -177,6 +164,7 @@ class Engine:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
+        self._spread_frozen(read)
 
     @torch.no_grad()
     def _spread_masters(self) -> None:
@@ -194,6 +182,15 @@ class Engine:
                 torch._foreach_copy_(list(low), list(high))
         else:
             zero.update_lp_params()
+
+    @torch.no_grad()
+    def _spread_frozen(self, read: Callable[[Piece, str], Tensor]) -> None:
+        """Fill the weights that are not trained, which no optimizer carries anywhere."""
+        for name, param in self.engine.module.named_parameters():
+            if not param.requires_grad:
+                whole = Piece(name, 0, self.shapes[name].numel(), param, 0)
+                with self._gathered(param, modifier_rank=0):
+                    param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
         """What else the optimizer remembers: the dynamic loss scale of fp16."""
@@ -222,13 +219,13 @@ class Engine:
         A collective: every rank iterates to the end.
         """
         for name, param in self.engine.module.named_parameters():
-            gathered = deepspeed.zero.GatheredParameters([param]) if self._stage3 else contextlib.nullcontext()
-            with gathered:
+            with self._gathered(param):
                 yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
 
-    @property
-    def _stage3(self) -> bool:
-        return bool(self.engine.zero_optimization_stage() == ZeroStageEnum.weights)
+    def _gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a parameter is whole; what ``modifier_rank`` writes to it stays."""
+        stage3 = self.engine.zero_optimization_stage() == ZeroStageEnum.weights
+        return deepspeed.zero.GatheredParameters([param], modifier_rank) if stage3 else contextlib.nullcontext()
 
     # --------------------------------------------------------------------------------------- where each stage keeps it
 
@@ -263,7 +260,7 @@ class Engine:
 
     def _shards(self) -> dict[Tensor, list[tuple[torch.Size, Piece]]]:
         """What ``Muon.shards`` is to be: for each flat tensor of masters its parameters, in ZeRO's order, the same on all ranks."""
-        zero, mine = self.engine.optimizer, {p.name: p for p in self.pieces}
+        zero, mine = self.engine.optimizer, {p.name: p for p in self.trained}
         if self.engine.zero_optimization_stage() == ZeroStageEnum.weights:
             flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
         else:

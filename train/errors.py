@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):  # noqa: N818  it says what the numbers are
-    """The numbers of the run are infinite or not numbers, again and again."""
+    """The numbers of the run are infinite, not numbers, or far too high, again and again: it diverges."""
 
 
 class Stopped(Exception):  # noqa: N818  it is not an error

@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from train import dist, spikes
+from torch import nn
+
+from train import dist, initial, spikes
 from train.batch import count_targets, to_device
 from train.checkpoint import Checkpoint, complete, restore
 from train.data.loader import Loader
 from train.data.shards import Corpus
 from train.data.streams import Cursor
 from train.engine import Engine
-from train.errors import UserError
+from train.errors import NotFinite, UserError
 from train.ledger import Entry, How, Ledger
 from train.look import begin_anew, first_nonfinite
+from train.objectives import build_objective
 from train.progress import Progress
 from train.schema import Config
 from train.trace import parts
@@ -108,15 +111,22 @@ class Guard:
         found = complete(self.ledger.file.with_name("checkpoints"))
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
-            raise UserError(
+            raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
-            begin_anew(self.engine, self.config, self.corpus.tokenizer.vocab_size)
+            begin_anew(self.engine, self._first_objective())
         target = good.progress if good else Progress()
         dist.act_first(lambda: _remove(c.path for c in found if c.progress.step > target.step))
         return target
+
+    def _first_objective(self) -> nn.Module:
+        """What the run began with: a function of its configuration, and of what ``init.from`` holds."""
+        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        if self.config.init.from_:
+            initial.fill(objective, self.config, self.corpus.tokenizer, self.world)
+        return objective
 
     def _restored(self, checkpoint: Checkpoint) -> bool:
         mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
@@ -184,7 +194,7 @@ class Guard:
                     f"from {sources(entry)}: look at these files, and take them out of the corpus"
                 )
         elif self.ledger.in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
-            raise UserError(
+            raise NotFinite(
                 f"step {entry['step']}: {words(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
                 f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
                 f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "

@@ -10,11 +10,11 @@ that has no row left makes no update. A run that has these lines from its first 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from train import dist
+from train.data.files import append_line
 from train.data.streams import Cursor
 from train.errors import UserError
 from train.tracking import read_records
@@ -36,7 +36,7 @@ class Ledger:
     def append(self, entry: Entry) -> None:
         """Write down rank 0's ``entry``; it is on the disk when this returns. A collective."""
         entry = dist.broadcast_object(entry)
-        if error := dist.act_first(lambda: _append(self.file, entry)):
+        if error := dist.act_first(lambda: append_line(self.file, json.dumps(entry, ensure_ascii=False))):
             raise UserError(f"{self.file} takes no more lines: {error}. Make room, then give the same command")
         self.entries.append(entry)
 
@@ -63,11 +63,3 @@ def rows_of(entries: list[Entry]) -> Rows:
         at = Cursor(part["epoch"], part["position"])
         found[at] = found.get(at, frozenset()) | frozenset(part["rows"])
     return found
-
-
-def _append(file: Path, entry: Entry) -> None:
-    torn = file.exists() and not file.read_bytes().endswith(b"\n")
-    with file.open("a") as out:
-        out.write(("\n" if torn else "") + json.dumps(entry, ensure_ascii=False) + "\n")
-        out.flush()
-        os.fsync(out.fileno())

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train.engine import Engine
-from train.objectives import build_objective
 from train.pieces import MASTER, Piece
-from train.schema import Config
 
 
 @contextlib.contextmanager
@@ -55,9 +53,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def begin_anew(engine: Engine, config: Config, vocab_size: int) -> None:
-    """Fill the engine with the weights and moments of step 0: functions of the configuration, so that needs no checkpoint."""
-    weights = {name: p.detach().float().view(-1) for name, p in build_objective(config, vocab_size).named_parameters()}
+def begin_anew(engine: Engine, objective: nn.Module) -> None:
+    """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
+    weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
     kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
 
     def read(piece: Piece, kind: str) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from train import dist, pulse
-from train.batch import Batch, count_targets, count_tokens, to_device
+from train.batch import NOT_MADE, Batch, StepResult, count_targets, count_tokens, to_device
 from train.data.loader import Loader
-from train.engine import NOT_MADE, Engine, StepResult
+from train.engine import Engine
 from train.errors import NotFinite, Stopped
 from train.goodput import Times
 from train.guard import Guard
@@ -21,6 +21,7 @@ from train.progress import Progress
 from train.rng import seed_of
 from train.schedule import learning_rate
 from train.schema import Config
+from train.stopping import enough, judge, words
 from train.throughput import tokens_per_second
 
 Record = dict[str, Any]
@@ -79,7 +80,7 @@ def train(run: Training) -> Progress:
     """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
     config, progress, pace = run.config, run.progress, Pace(run)
     run.times.lap("start")
-    while progress.step < config.steps:
+    while progress.step < config.steps and not enough(config.stop, progress):
         pulse.at_step(progress.step + 1)
         pulse.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
@@ -112,7 +113,7 @@ def train(run: Training) -> Progress:
             record |= pace.since_last(progress)
         pace.show(run, progress, record)
         run.times.lap("other")
-        _aside(run, progress, record)
+        progress = _aside(run, progress, record)
     run.aside.settle()
     run.times.lap("save")
     return progress
@@ -157,10 +158,10 @@ def phase(name: str) -> Record:
 
 def finish_pending(run: Training, record: Record) -> None:
     """Make the evaluation that a stop cut short, so that ``metrics.jsonl`` is what it would have been."""
-    _aside(run, run.progress, record)
+    run.progress = _aside(run, run.progress, record)
 
 
-def _aside(run: Training, progress: Progress, record: Record) -> None:
+def _aside(run: Training, progress: Progress, record: Record) -> Progress:
     val_loss = None
     if run.due(run.config.eval_every, progress.step):
         try:
@@ -169,12 +170,17 @@ def _aside(run: Training, progress: Progress, record: Record) -> None:
             _stop(run, progress, record)
         run.times.lap("eval")
         record, val_loss = record | evaluated, evaluated.get("val_loss")
+        progress = judge(run.config.stop, progress, evaluated)
     if record:
         run.aside.log(record)
-    if run.due(run.config.save_every, progress.step) and progress.step != run.saved_step:
+    over = enough(run.config.stop, progress)
+    if over:
+        run.emit({"event": "note", "text": words(run.config.stop, progress)})
+    if (over or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
         run.times.lap("save")
         run.saved_step = progress.step
+    return progress
 
 
 def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:

@@ -51,11 +51,17 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
 
 
 def superfluous(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
-    """The steps of those that are neither among the newest nor among those of lowest held-out loss."""
+    """The steps of those that are neither among the newest nor among the best."""
     steps = sorted(m["progress"]["step"] for m in manifests)
-    best = sorted((m["val_loss"], -m["progress"]["step"]) for m in manifests if m["val_loss"] is not None)
+    best = sorted((s, -m["progress"]["step"]) for m in manifests if (s := score(m)) is not None)
     kept = {*steps[-keep_last:], *(-step for _, step in best[:keep_best])}
     return [step for step in steps if step not in kept]
+
+
+def score(values: dict[str, Any]) -> float | None:
+    """How good the model of a checkpoint was found to be, the lower the better: by its run's ``stop.metric``."""
+    found: float | None = values["progress"].get("score", values["val_loss"])  # older ones knew the held-out loss alone
+    return found
 
 
 def read(folder: Path) -> dict[str, Any]:

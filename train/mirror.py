@@ -22,8 +22,8 @@ from train.data.files import write_whole
 from train.errors import UserError
 from train.schema import Config
 
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
-"""What a resume reads of a run's folder, beside its checkpoints."""
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "init.json")
+"""What a resume reads of a run's folder, beside its checkpoints, and where its first weights came from."""
 PAUSES_S = (0.5, 4.0)
 """Between the attempts at what fails."""
 LOOK_S = 0.1
@@ -45,6 +45,8 @@ class Mirror:
         self.offered: str | None = None
         self.working: str | None = None
         """Rank 0: the checkpoints, by name, that wait to be copied and that are being copied."""
+        self.void: set[str] = set()
+        """Rank 0: checkpoints that the run has gone back from; copies of them must not stay."""
         self.failing, self.lock = False, threading.Lock()
         self.given_up = threading.Event()
         threading.Thread(target=self._work, name="mirror", daemon=True).start()
@@ -55,6 +57,19 @@ class Mirror:
         """Copy this checkpoint next (rank 0's word counts); one that was offered before, and not begun, is left out."""
         with self.lock:
             self.offered = checkpoint if self.world.first else None
+            self.void.discard(checkpoint)  # made anew
+
+    def go_back(self, step: int) -> None:
+        """Rank 0: take away the copies of checkpoints later than ``step``, or a new machine would go on from them."""
+        with self.lock:
+            known = [name for name in (self.offered, self.working) if name]
+            self.offered = None
+        error = self._attempt(lambda: known.extend(f"step_{n}" for n in self._steps()))
+        self.void |= {name for name in known if int(name[5:]) > step}
+        for name in sorted(self.void):
+            error = error or self._attempt(partial(self._remove, int(name[5:])))
+        if error:
+            self.note(f"what lies at {self.url} of steps after {step} could not be taken away: {error}. Do it by hand")
 
     def settle(self, limit_s: float) -> None:
         """Wait, at most so long, until what was offered is copied. A collective."""
@@ -121,11 +136,15 @@ class Mirror:
         self.fs.put_file(str(self.run / "checkpoints" / name / manifest.MANIFEST), f"{self.root}/{name}/{manifest.MANIFEST}")
 
     def _prune(self) -> None:
-        whole = self._whole()
-        torn = [step for step in self._steps() if not self.fs.exists(f"{self.root}/step_{step}/{manifest.MANIFEST}")]
+        whole = {step: values for step, values in self._whole().items() if f"step_{step}" not in self.void}
+        torn = [step for step in self._steps() if f"step_{step}" in self.void or not self.fs.exists(self._manifest(step))]
         for step in [*manifest.superfluous(list(whole.values()), self.keep_last, self.keep_best), *torn]:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(f"{self.root}/step_{step}/{manifest.MANIFEST}")
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self._manifest(step))
+        with contextlib.suppress(FileNotFoundError):
             self.fs.rm(f"{self.root}/step_{step}", recursive=True)
 
     def _attempt(self, act: Callable[[], None]) -> str | None:
@@ -184,9 +203,12 @@ class Mirror:
         found = {}
         for step in self._steps():
             with contextlib.suppress(FileNotFoundError, manifest.Damaged):
-                content = self.fs.cat_file(f"{self.root}/step_{step}/{manifest.MANIFEST}")
+                content = self.fs.cat_file(self._manifest(step))
                 found[step] = manifest.from_bytes(content, f"step_{step}")
         return found
+
+    def _manifest(self, step: int) -> str:
+        return f"{self.root}/step_{step}/{manifest.MANIFEST}"
 
 
 def _share(files: Sequence[str], world: dist.World) -> list[str]:

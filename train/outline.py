@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from train import dist
@@ -20,7 +21,8 @@ def outline(config: Config, world: dist.World, corpus: Corpus, objective: Any, p
     left = (config.steps - progress.step) * tokens_per_step * flops
     return {
         "model": config.run.name,
-        "params": sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in objective.parameters()),
+        "params": _numel(objective.parameters()),
+        "trained": _numel(p for p in objective.parameters() if p.requires_grad),
         "steps": config.steps,
         "start_step": progress.step,
         "tokens": tokens_per_step * config.steps,
@@ -35,3 +37,7 @@ def outline(config: Config, world: dist.World, corpus: Corpus, objective: Any, p
         # from a hundredth of a second of matrix products
         "estimate_s": estimated_seconds(left, world.size, matmul_rate(world.device, DTYPES[config.precision.name])),
     }
+
+
+def _numel(parameters: Iterable[Any]) -> int:
+    return sum(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in parameters)  # ZeRO-3 leaves a parameter no shape

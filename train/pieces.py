@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.dist import World
 
@@ -59,6 +59,23 @@ class Stateful(Protocol):
 
     def load_scalars(self, values: dict[str, float]) -> None:
         """Set what ``scalars`` gave."""
+
+
+def frozen_pieces(module: nn.Module, rank: int, ranks: int) -> list[Piece]:
+    """The pieces of a module's parameters that are not trained, as ``rank`` of ``ranks`` keeps them: float32, beside the engine.
+
+    Made before the engine is: it may make their working copies low in precision, or shard them.
+    """
+    pieces = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            whole = parameter.detach().view(-1)
+            share = -(-whole.numel() // ranks)
+            start, end = min(rank * share, whole.numel()), min((rank + 1) * share, whole.numel())
+            if start < end:
+                holder = whole if ranks == 1 else whole[start:end].clone()
+                pieces.append(Piece(name, start, end - start, holder, 0))
+    return pieces
 
 
 def rows_of(name: str, rows: Tensor, world: World) -> list[Piece]:

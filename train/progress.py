@@ -24,6 +24,13 @@ class Progress:
     """Steps in a row whose update was not made since its gradient was not finite."""
     train_s: float = 0.0
     """Seconds spent in the steps that count, without waiting for their data or for saves."""
+    score: float | None = None
+    """How good the model of this very step was found to be, the lower the better; see ``train.stopping``."""
+    best: float | None = None
+    """The lowest score so far, and the step that had it."""
+    best_step: int = 0
+    stale: int = 0
+    """Evaluations since then."""
     recent: Recent = field(default_factory=Recent)
     """What the next steps are judged by."""
 
@@ -37,7 +44,14 @@ class Progress:
             updates=self.updates + applied,
             skipped_in_row=0 if applied else self.skipped_in_row + (tokens > 0),
             train_s=self.train_s + seconds,
+            score=None,
         )
+
+    def measured(self, score: float) -> Progress:
+        """The progress once the model of now has been found to be worth ``score``."""
+        if self.best is None or score < self.best:
+            return replace(self, score=score, best=score, best_step=self.step, stale=0)
+        return replace(self, score=score, stale=self.stale + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's manifest."""

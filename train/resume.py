@@ -20,6 +20,8 @@ from train.schema import Config
 
 IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
 """Keys that make a run what it is; a run with other values is another run."""
+BEGINNING = ("init.", "stop.metric")
+"""Keys that join them once a run has begun: a start that was refused for them may be given others."""
 INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations")
 """Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
 
@@ -40,7 +42,9 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
     except yaml.YAMLError as error:
         raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
     changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
-    refused = [c for c in changes if c[0].startswith(IDENTITY) and c[0] not in INCIDENTAL]
+    begun = any(folder.glob("checkpoints/step_*")) or (folder / "metrics.jsonl").exists()
+    kept = IDENTITY + BEGINNING if begun else IDENTITY
+    refused = [c for c in changes if c[0].startswith(kept) and c[0] not in INCIDENTAL]
     if refused:
         lines = "\n".join(f"  - {key}: {was!r} there, {now!r} here" for key, was, now in refused)
         raise UserError(
@@ -65,9 +69,9 @@ def same_corpus(folder: Path, was: str, now: str) -> None:
 
 
 def finished(config: Config) -> dict[str, Any] | None:
-    """The summary of the run in ``run.dir`` if it has made all its steps."""
+    """The summary of the run in ``run.dir`` if it has made all its steps, or enough of them."""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((Path(config.run.dir or "") / "summary.json").read_text())
-        if summary["step"] >= config.steps:
+        if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):
             return dict(summary)
     return None

@@ -122,4 +122,8 @@ def _problems_of_rest(config: Config) -> list[str]:
     warmup = config.schedule.warmup
     if isinstance(warmup, int) and warmup >= config.steps and warmup > 0:
         found.append(f"schedule.warmup={warmup} takes all of steps={config.steps}: lower it, or give a fraction such as 0.02")
+    if config.init.skip and not config.init.from_:
+        found.append("init.skip is about what init.from holds, and that is not given: give it, or leave init.skip out")
+    if config.stop.patience and not config.eval_every:
+        found.append("stop.patience counts evaluations, and with eval_every=0 there are none: set eval_every")
     return found

@@ -6,20 +6,21 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, pulse, resume
+from train import checkpoint, dist, initial, pulse, resume
 from train import config as configuration
 from train.checkpoint import Checkpoint
 from train.data.files import write_whole
 from train.data.loader import EvalLoader, Loader, loaders
 from train.data.shards import Corpus
 from train.data.streams import Cursor
+from train.depth import by_depth
 from train.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
@@ -61,13 +62,12 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
+    found = _newest(folder, corpus, world, note, mirror)
     emit(phase("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
-    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
+    start = partial(_begin_from, config, corpus, world, note) if config.init.from_ and not found else None
+    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
     _check_prompts(objective, corpus, config)
-    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
-    if found:
-        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     progress, pending = restore(found, engine, loader)
     saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
@@ -94,10 +94,18 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
         loader.close()
 
 
-def build_engine(config: Config, vocab_size: int, world: dist.World, loader: Loader) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it; every rank draws the same weights."""
+def build_engine(
+    config: Config, vocab_size: int, world: dist.World, loader: Loader, start: Callable[[Any], None] | None = None
+) -> tuple[Engine, Any]:
+    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` puts others in their place."""
     objective = build_objective(config, vocab_size).to(world.device)
-    optimizer = build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
+    if start:
+        start(objective)
+    initial.freeze(objective, config.init.freeze)
+    groups = parameter_groups(objective, config.optimizer.weight_decay)
+    if config.optimizer.layer_decay < 1:
+        groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
+    optimizer = build_optimizer(config.optimizer, groups)
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
 
@@ -108,6 +116,15 @@ def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[P
     checkpoint.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
+
+
+def _begin_from(config: Config, corpus: Corpus, world: dist.World, note: Callable[[str], None], objective: Any) -> None:
+    """Fill a new run's objective from ``init.from``, say so, and write down where its weights come from: ``init.json``."""
+    taken = initial.fill(objective, config, corpus.tokenizer, world)
+    note(taken.words())
+    file = Path(config.run.dir or "") / "init.json"
+    if error := dist.act_first(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
+        raise UserError(error)
 
 
 @dataclass
@@ -134,14 +151,14 @@ class Work:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.tracker.log(finite)
 
-    def evaluate(self, progress: Progress) -> Record:
-        """The numbers of the held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
+    def evaluate(self, progress: Progress, whole: bool = False) -> Record:
+        """The numbers of the ``whole`` held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
         pulse.enter("eval")
-        part = self.config.eval_tokens if progress.step < self.config.steps else None
+        part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
         held_out = self.held_out if part is None else self.held_out.first(part)
         sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
         self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
@@ -191,13 +208,16 @@ class Work:
     def went_back(self, progress: Progress, why: str) -> None:
         """The run goes on from ``progress`` once more."""
         _note(self.world, self.emit, f"after step {progress.step}: {why}")
+        if self.world.first and self.saver.mirror:
+            self.saver.mirror.go_back(progress.step)
         if self.tracker:
             self.tracker.go_back(progress.step)
 
     def finish(self, progress: Progress, times: Times) -> None:
-        """The summary of a run that made all its steps."""
-        if self.held_out.groups and self.last is None:
-            self.evaluate(progress)
+        """The summary of a run that made all its steps, or enough of them."""
+        part = progress.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
+        if self.held_out.groups and (self.last is None or part):
+            self.evaluate(progress, whole=True)
         pulse.enter("end")
         times.lap("eval")
         if not self.tracker:
@@ -216,6 +236,7 @@ class Work:
             "goodput": round(goodput(seconds), 4),
             "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
+            "stale": progress.stale,
         }
         if self.last:
             summary |= self.last.details(getattr(self.config.objective, "classes", []))
@@ -239,6 +260,16 @@ class Work:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
         if self.tracker:
             self.tracker.samples(progress.step, rows)
+
+
+def _newest(
+    folder: Path, corpus: Corpus, world: dist.World, note: Callable[[str], None], mirror: Mirror | None
+) -> Checkpoint | None:
+    """The newest whole checkpoint of the run, made on this corpus; UserError for another."""
+    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    if found:
+        resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
+    return found
 
 
 def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from train import config as configuration
+from train import manifest
 from train.checkpoint import Checkpoint, Reader, inventory
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
@@ -21,27 +23,36 @@ from train.schema import Config
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A trained objective, in fp32 and ready to be asked, with what it needs."""
+    """A run at one of its checkpoints, which is verified and open: it may be dropped from the folder meanwhile."""
 
     config: Config
     tokenizer: Tokenizer
-    objective: Any
     checkpoint: Checkpoint
+    reader: Reader
+
+    @cached_property
+    def objective(self) -> Any:
+        """The trained objective, in fp32 and ready to be asked; loaded when it is first asked for."""
+        return load_objective(self)
 
 
 def open_run(folder: Path, which: str = "latest") -> SavedRun:
-    """The run in ``folder`` at checkpoint ``which``: "latest", "best" (lowest held-out loss) or a step.
+    """The run in ``folder`` at checkpoint ``which``: "latest", "best" (by its stop.metric) or a step.
 
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
     """
     config = configuration.read(folder / "config.yaml")
     checkpoint, reader = _opened(folder, which)
-    tokenizer = load_tokenizer(folder)
-    objective = build_objective(config, tokenizer.vocab_size)
+    return SavedRun(config, load_tokenizer(folder), checkpoint, reader)
+
+
+def load_objective(run: SavedRun) -> Any:
+    """The objective of a run with its trained weights, in fp32, in eval mode."""
+    objective = build_objective(run.config, run.tokenizer.vocab_size)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
-            parameter.copy_(reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
-    return SavedRun(config, tokenizer, objective.eval(), checkpoint)
+            parameter.copy_(run.reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
+    return objective.eval()
 
 
 def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
@@ -68,8 +79,8 @@ def choose(checkpoints: list[Checkpoint], which: str, folder: Path) -> Checkpoin
     if which == "latest":
         return checkpoints[-1]
     if which == "best":
-        measured = [c for c in checkpoints if c.val_loss is not None]
-        return min(measured, key=lambda c: c.val_loss or 0.0) if measured else checkpoints[-1]
+        measured = [(score, -n) for n, c in enumerate(checkpoints) if (score := manifest.score(c.manifest)) is not None]
+        return checkpoints[-min(measured)[1]] if measured else checkpoints[-1]
     for checkpoint in checkpoints:
         if str(checkpoint.progress.step) == which:
             return checkpoint

@@ -38,6 +38,15 @@ class Batch(Section):
     seq_len: Positive = Field(description="tokens per sequence")
 
 
+class Init(Section):
+    """What a new run starts from, and what of it stays as it is. A run that goes on from its own checkpoint is not touched."""
+
+    from_: str | None = Field(None, alias="from", description="a run's folder or a Hugging Face folder; default: weights are drawn")
+    checkpoint: str | NonNegative = Field("latest", description="of that run: latest, best or a step")
+    skip: list[str] = Field([], description="parameters that are drawn all the same, as patterns such as '*embed*'")
+    freeze: list[str] = Field([], description="parameters that are not trained, as patterns such as 'backbone.blocks.[0-5].*'")
+
+
 class Tokenizer(Section):
     """How text becomes tokens."""
 
@@ -76,6 +85,7 @@ class Optimizer(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     momentum: Fraction = Field(0.9, description="of momentum, nesterov and muon")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="the rate of each block over that of the next one")
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
@@ -86,6 +96,13 @@ class Spikes(Section):
     window: Annotated[int, Field(ge=8)] = Field(64, description="steps whose losses the next is judged by")
     deviations: Annotated[float, Field(gt=0)] = Field(8.0, description="robust standard deviations that make a loss high")
     max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
+
+
+class Stop(Section):
+    """An end before the last step."""
+
+    metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
+    patience: NonNegative = Field(0, description="evaluations in a row without a better one that end the run; 0: none do")
 
 
 class Schedule(Section):
@@ -127,6 +144,7 @@ class Cluster(Section):
     start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
     hang_timeout: Positive = Field(60, description="seconds without any progress of any worker before the job is restarted")
     grow_after: NonNegative = Field(30, description="seconds that a lost worker's place must be back before it is used again")
+    stay_away: NonNegative = Field(120, description="seconds that the place of a worker that was told to end stays empty")
 
 
 class Tracking(Section):
@@ -168,21 +186,47 @@ class Config(Section):
     eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation in training; default: all")
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
-    keep_best: NonNegative = Field(description="checkpoints of lowest val_loss kept beside them")
+    keep_best: NonNegative = Field(description="checkpoints kept beside them, the best by stop.metric")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
     save_mirror: str | None = Field(None, description="where checkpoints are copied to as well: a URL that fsspec knows")
     batch: Batch
     model: Model
+    init: Init = Init()
     objective: Objective
     data: Data
     optimizer: Optimizer
     schedule: Schedule
+    stop: Stop = Stop()
     spikes: Spikes = Spikes()
     zero: Zero
     precision: Precision
     cluster: Cluster
     tracking: Tracking
     generation: Generation
+
+
+class Sweep(Section):
+    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+
+    name: str | None = Field(None, description="default: the keys that vary")
+    dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
+    sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
+        "minimize", description="one for every metric, or a list"
+    )
+    pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
+    startup: Positive = Field(5, description="trials drawn at random before tpe looks at their results")
+    seed: NonNegative = Field(0, description="of the suggestions")
+    parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
+    retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")
+
+
+class CommandLine(Config):
+    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+
+    sweep: Sweep = Sweep()
 
 
 KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}

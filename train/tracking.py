@@ -124,6 +124,12 @@ class Wandb:
                 f"W&B failed and was left behind; metrics.jsonl has it all, and tracking.wandb=offline keeps a copy to sync ({why})"
             )
 
+    def _lineage(self) -> dict[str, Any]:
+        """What made the run, beside its configuration, as ``environment.json`` has it."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((self.folder / "environment.json").read_text()))
+        return {}
+
     def _feed(self) -> None:
         import wandb  # not at the top: its import takes a second, which the first step need not wait for
 
@@ -142,7 +148,7 @@ class Wandb:
             group=tracking.group,
             tags=tracking.tags,
             job_type="train",
-            config=redact_tree(self.config.model_dump(by_alias=True, mode="json")),
+            config=redact_tree(self.config.model_dump(by_alias=True, mode="json")) | {"lineage": self._lineage()},
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
         )
         rows: list[tuple[int, str, str]] = []

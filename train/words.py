@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 PREPARING = {"read": "reading and cleaning", "tokenizer": "making the tokenizer", "tokenize": "writing shards"}
@@ -44,3 +45,8 @@ def shares(parts: dict[str, float], least: float = 0.001) -> str:
     whole = sum(parts.values()) or 1.0
     ranked = sorted(((value / whole, name) for name, value in parts.items()), reverse=True)
     return " · ".join(f"{name} {share:.1%}" for share, name in ranked if share >= least)
+
+
+def some(names: Sequence[str], most: int = 12) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -10,6 +10,11 @@ from cluster.begin import begin
 from cluster.signals import Signals
 from train import redact
 
+
+def broken(*_):
+    raise RuntimeError("the oar broke")
+
+
 if __name__ == "__main__":
     redact.cover()
     signals = Signals()
@@ -22,6 +27,8 @@ if __name__ == "__main__":
     run_dir, fault, *settings = sys.argv[1:]
     base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
     more = json.loads(settings[0]) if settings else {}
+    if more.pop("bug", False):
+        launch.Start._finish = broken
     values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
     what = launch.Plan(lambda: configuration.parse(values), lambda config, report: fault)
     sys.exit(launch.run(what, begun))

@@ -188,3 +188,31 @@ def test_a_cluster_that_does_not_answer_is_refused(start):
     driver = start(address="127.0.0.1:1")
     assert driver.wait() == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in driver.text()
+
+
+def warm_processes(driver):
+    """The warm processes of a job; the trainers that they forked look the same, and are their children."""
+    found = [process for process in driver.alive() if "cluster.warm" in process.cmdline()]
+    return [process for process in found if process.ppid() not in {other.pid for other in found}]
+
+
+def test_a_warm_process_that_a_steward_has_started_ends_without_its_driver(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    [first] = warm_processes(driver)
+    first.kill()
+    driver.until(lambda: "recovered" in driver.text())
+    [second] = warm_processes(driver)
+    assert second.ppid() != driver.process.pid
+    second.parent().kill()
+    driver.until(lambda: driver.text().count("recovered") == 2)
+    driver.process.terminate()
+    assert driver.wait(30) == 75, driver.text()
+    driver.expect_nothing_left(seconds=30)
+
+
+def test_an_error_in_the_driver_itself_is_shown_and_exits_1(start):
+    driver = start(bug=True)
+    assert driver.wait() == 1, driver.text()
+    assert "RuntimeError: the oar broke" in driver.text()
+    driver.expect_nothing_left()

@@ -92,14 +92,12 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(clus
 
 
 @pytest.mark.timeout(600)
-def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(
-    cluster, make, corpus, monkeypatch
-):
-    monkeypatch.setattr("cluster.supervisor.LEAVE_S", 0.5)
+def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(cluster, make, corpus):
     often = ["save_every=10", "eval_every=0", "schedule.warmup=0"]
     settings = [*often, "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
     folder, _ = cluster(3, TARGET)
-    config = make(*settings, "steps=100000", "cluster.min_workers=2", "cluster.grow_after=0", name="elastic")
+    elastic = ["cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1"]
+    config = make(*settings, *elastic, "steps=100000", name="elastic")
     (Path(config.run.dir) / "logs").mkdir(parents=True)
     events, signals = [], Signals()
 

@@ -8,27 +8,11 @@ from pathlib import Path
 
 import pytest
 import worlds
-from hosts import HOME, WHY_NOT, hosts
+from hosts import PORT, TOKEN, WHY_NOT, form_cluster, give_token, hosts, living_hosts, trireme
 
 from train import config as configuration
 
 pytestmark = [pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT), pytest.mark.timeout(600)]
-TOKEN = f"{HOME}/.ray/auth_token"
-PORT = 6379
-
-
-def trireme(host, *arguments, **options):
-    """``./launch.sh ...`` on a host, without its setup."""
-    return host.run([sys.executable, "-m", "cluster", *arguments], timeout=240, **options)
-
-
-def give_token(host, token):
-    host.run(["sh", "-c", f"mkdir -p ~/.ray && umask 077 && printf %s {token} > {TOKEN}"])
-
-
-def living_hosts(host, address):
-    """The addresses of the nodes that ``cluster status`` shows."""
-    return set(re.findall(r"│ (10\.\S+)", trireme(host, "cluster", "status", address).stdout))
 
 
 def wait_for(condition, seconds=60):
@@ -42,14 +26,7 @@ def wait_for(condition, seconds=60):
 def three(tmp_path_factory):
     """A cluster of three hosts of a core each: the head on a, which b and c have joined; and what `up` has said."""
     with hosts(3, shared=tmp_path_factory.getbasetemp()) as (a, b, c):
-        said = trireme(a, "cluster", "up", f"bind={a.ip}")
-        assert said.returncode == 0, said.stdout
-        token = a.run(["cat", TOKEN]).stdout
-        for host in (b, c):
-            give_token(host, token)
-            joined = trireme(host, "cluster", "join", f"{a.ip}:{PORT}")
-            assert joined.returncode == 0, joined.stdout
-        yield a, b, c, said.stdout
+        yield a, b, c, form_cluster(a, b, c)
 
 
 def test_up_makes_a_private_token_once_and_says_how_to_join(three):

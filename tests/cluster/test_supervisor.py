@@ -182,9 +182,8 @@ def test_with_fewer_workers_allowed_a_job_goes_on_without_the_one_that_was_told_
     assert not run.of("failure")
 
 
-def test_a_job_grows_again_after_a_checkpoint_when_the_worker_is_back(job_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.supervisor.LEAVE_S", 1.0)
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=100_000, min_workers=1, grow_after=1)
+def test_a_job_grows_again_after_a_checkpoint_when_the_worker_is_back(job_folder, tmp_path):
+    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=100_000, min_workers=1, grow_after=1, stay_away=1)
 
     def play():
         when(lambda: len(run.of("step")) > 2)

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from train import config as configuration
-from train import schema
+from train import schema, space
 from train.errors import UserError
 from train.objectives import build_objective
 
-CHOICES = [(group, choice) for group, choices in configuration.groups().items() for choice in choices]
+CHOICES = [(group, choice) for group, choices in configuration.groups().items() for choice in choices if group != "sweep"]
 FITTING = {
     "causal": [],
     "masked": ["model=bert_tiny"],
@@ -61,6 +61,8 @@ def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
         (["data=text"], ["data.paths"]),
         (["optimizer.lr=1,2"], ["sweep"]),
         (["steps"], ["key=value"]),
+        (["sweep=tpe"], ["'sweep=tpe'", "-m"]),
+        (["sweep.trials=3"], ["-m"]),
         (["model.heads=5"], ["model.heads=5", "model.width=192"]),
     ],
 )
@@ -86,3 +88,65 @@ def test_help_names_every_group_and_key():
     text = configuration.help_text()
     assert all(f"{group}=" in text for group in configuration.groups())
     assert all(key in text for key in configuration.keys())  # noqa: SIM118  a function of ours
+
+
+def test_a_sweep_is_made_of_hydras_own_words():
+    words = [
+        "model=glob(gpt_*)",
+        "optimizer.lr=choice(1e-3,3e-3)",
+        "zero=0,1",
+        "model.dropout=range(0,0.3,0.1)",
+        "steps=8",
+        "sweep.retries=2",
+    ]
+    sweep = configuration.load_sweep(words)
+    axes = {axis.key: axis.values for axis in sweep.axes}
+    assert axes["model"] == tuple(choice for choice in configuration.groups()["model"] if choice.startswith("gpt_"))
+    assert axes["optimizer.lr"] == ("1e-3", "3e-3") or axes["optimizer.lr"] == ("0.001", "0.003")
+    assert axes["zero"] == ("0", "1")
+    assert len(axes["model.dropout"]) == 3
+    assert sweep.fixed == ("steps=8",)
+    assert (sweep.settings.name, sweep.settings.retries) == ("model-optimizer.lr-zero-model.dropout", 2)
+    assert sweep.settings.dir == f"sweeps/{sweep.settings.name}"
+    points = space.grid(sweep.axes)
+    assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
+
+
+@pytest.mark.parametrize("choice", configuration.groups()["sweep"])
+def test_every_kind_of_sweep_composes(choice: str):
+    more = {"grid": ["seed=1,2"], "nsga2": ["sweep.metric=[val_loss,tokens_per_s]", "sweep.direction=[minimize,maximize]"]}
+    axes = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "model.layers=range(1,5)"]
+    sweep = configuration.load_sweep([f"sweep={choice}", *more.get(choice, []), *([] if choice == "grid" else axes)])
+    assert sweep.settings.sampler == choice
+    assert choice == "grid" or (sweep.axes[0].log, sweep.axes[0].low, sweep.axes[1].high) == (True, 1e-4, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["steps=8"], ["-m", "several values"]),
+        (["optimizer.lr=interval(1e-4,1e-2)"], ["optimizer.lr=interval(1e-4,1e-2)", "sweep=tpe"]),
+        (["optimizer.lrr=1,2"], ["'optimizer.lr'"]),
+        (["model=gpt_tiny,gpt_tny"], ["gpt_tny", "gpt_tiny"]),
+        (["seed=1,2", "run.name=x"], ["run.name", "sweep.name"]),
+        (["seed=1,2", "run.dir=x"], ["run.dir", "sweep.name"]),
+        (["cluster.address=a,b"], ["cluster.address"]),
+        (["seed=1,2", "sweep.trails=3"], ["'sweep.trials'"]),
+        (["seed=1,2", "sweep.trials=0"], ["sweep.trials=0"]),
+        (["seed=1,2", "sweep.pruner=asha"], ["sweep.pruner=asha"]),
+        (["sweep=cmaes", "optimizer.lr=interval(1e-4,1e-2)"], ["two keys"]),
+        (["sweep=tpe", "seed=1,2", "eval_every=0"], ["eval_every="]),
+        (["model=glob(zzz*)"], ["model=glob(zzz*)", "names nothing"]),
+        (["model.heads=2,5", "model.width=64"], ["model.heads=5"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named_with_its_cure(overrides: list[str], said: list[str]):
+    with pytest.raises(UserError) as caught:
+        load_all(overrides)
+    assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+def load_all(overrides: list[str]) -> None:
+    sweep = configuration.load_sweep(overrides)
+    for number, params in enumerate(space.grid(sweep.axes)):
+        configuration.load_trial(sweep, number, params)

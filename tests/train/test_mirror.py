@@ -157,3 +157,24 @@ def test_a_file_system_that_is_not_installed_is_refused_in_words(make, corpus: P
     ends = worlds.train_world(make("save_mirror=nowhere://x", "cluster.workers=1"), corpus)
     assert "save_mirror" in ends[0]
     assert "nowhere" in ends[0]
+
+
+def test_copies_of_steps_that_the_run_went_back_from_are_taken_away(make, corpus: Path, tmp_path: Path):
+    elsewhere = tmp_path / "elsewhere"
+    config = make(*MIRRORED, "cluster.workers=1", f"save_mirror=file://{elsewhere}")
+    train(config, corpus)
+    assert copies(elsewhere) == [6, 8]
+    assert worlds.run(1, go_back, configuration.to_dict(config), elsewhere) == [([6], [6, 8])]
+
+
+def go_back(world, emit, config, elsewhere: Path) -> tuple[list[int], list[int]]:
+    """The copies after the run went back to step 6, and once it has come to step 8 again."""
+    from train.mirror import Mirror
+
+    config = configuration.parse(config)
+    mirror = Mirror(config.save_mirror, Path(config.run.dir), config, world, print)
+    mirror.go_back(6)
+    first = copies(elsewhere)
+    mirror.offer("step_8")
+    mirror.settle(60)
+    return first, copies(elsewhere)

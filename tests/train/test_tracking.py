@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import wandb_files
 import worlds
 
 from train.goodput import Times
@@ -40,26 +41,9 @@ def test_offline_a_resumed_run_is_one_wandb_run_with_each_step_once(make, corpus
 
 
 def read_wandb(file: Path) -> tuple[list[int], int, str]:
-    """(the steps that have a loss, the tables logged, the run id) of an offline W&B file, as `wandb sync` reads it.
-
-    A header of 7 bytes, then blocks of 32 KiB of LevelDB log records: crc (4), length (2), type (1), content.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    content, at, whole = file.read_bytes(), 7, b""
+    """(the steps that have a loss, the tables logged, the run id) of an offline W&B file."""
     steps, tables, run_id = [], 0, ""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        whole += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind not in (1, 4):  # the first or a middle part of a record
-            continue
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(whole)
-        whole = b""
+    for record in wandb_files.records(file):
         run_id = record.run.run_id or run_id
         if record.HasField("history"):
             items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}

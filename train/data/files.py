@@ -38,6 +38,15 @@ def write_whole(path: Path, content: bytes) -> None:
     publish(temporary, path)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line; it is on the disk when this returns. One that a crash cut short stays apart, on a line of its own."""
+    with path.open("a+b") as file:
+        torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+        file.write((("\n" if torn else "") + line + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:

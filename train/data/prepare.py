@@ -23,6 +23,7 @@ from train.data.making import Making, enter, make
 from train.data.recipe import Report, find_recipe, settings
 from train.data.sources import SourceFile, list_files
 from train.data.stamps import Stamps
+from train.data.trust import check_members
 from train.errors import UserError
 
 _SOURCES = "sources.stamp"
@@ -121,4 +122,4 @@ def _refuse_damage(folder: Path) -> None:
     """Raise UserError for the first file that is not what the index says; hashes those that changed since they were."""
     stamps = Stamps(folder)
     for name, size, digest in _promised(shards.read_index(folder)):
-        stamps.check(folder, name, size, digest)
+        stamps.check(folder, name, size, digest, check_members if name.endswith(".tar") else None)

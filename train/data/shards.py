@@ -32,6 +32,7 @@ from train.data.order import Pieces
 from train.data.stamps import CURE, Stamps, check_size
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.trust import check_index, check_members, check_table
 from train.errors import UserError
 
 VERSION = 1
@@ -45,7 +46,7 @@ _MAP_SIZE = 16 << 20
 """Pieces read from a shard before it is mapped, and the largest that is (bytes). A page's first touch costs more than a
 read, so a resumed run reads at first; a page mapped whole and used again costs a tenth of a read."""
 _SMALL_TABLE = 64 << 20
-"""Bytes up to which a table is read at once; a larger one is mapped, since a rank needs parts of it."""
+"""Bytes up to which a table is read at once."""
 
 Ids = NDArray[np.int64]
 
@@ -130,11 +131,13 @@ class Shards:
         for entry in self.entries:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
-        stamps.check(folder, table["name"], table["size"], table["sha256"])
-        how: Literal["r"] | None = "r" if table["size"] > _SMALL_TABLE else None
-        self._table: Ids = np.load(folder / table["name"], mmap_mode=how, allow_pickle=False).view(np.ndarray)
+        stamps.check(folder, table["name"], table["size"], table["sha256"], self._check_table)
+        self._table = _open_table(folder / table["name"])
         self.sizes: Ids = self._table[1]  # places of every sample
         self.text_bytes: Ids = self._table[2]
+
+    def _check_table(self, path: Path) -> None:
+        check_table(path, _open_table(path), self.entries, self.dtype.itemsize)
 
     def read(self, pieces: Pieces, out: NDArray[Any]) -> None:
         """Read ``length`` stored ids of each piece from its place ``start`` on, one after the other, into ``out`` (flat).
@@ -183,7 +186,7 @@ class Shards:
         found = self._open.get(shard)
         if found is None:
             entry = self.entries[shard]
-            self._stamps.check(self.folder, entry.name, entry.size, entry.sha256)
+            self._stamps.check(self.folder, entry.name, entry.size, entry.sha256, check_members)
             found = _Shard(io.FileIO(self.folder / entry.name))
             if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open)), None)
@@ -193,6 +196,15 @@ class Shards:
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
             found.mapped = memoryview(mmap.mmap(found.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
         return found
+
+
+def _open_table(path: Path) -> Ids:
+    """A table: in memory, or mapped where it is large, since a rank needs parts of it."""
+    how: Literal["r"] | None = "r" if path.stat().st_size > _SMALL_TABLE else None
+    try:
+        return np.load(path, mmap_mode=how, allow_pickle=False).view(np.ndarray)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: {error}. {CURE}") from None
 
 
 class Corpus:
@@ -235,8 +247,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no prepared corpus (no {INDEX}): run `./launch.sh prepare` first") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}). {CURE}") from None
-    if index.get("version") != VERSION:
-        raise UserError(f"{path}: version {index.get('version')}, this program reads {VERSION}: prepare the corpus again")
+    version = index.get("version") if isinstance(index, dict) else None
+    if version != VERSION:
+        raise UserError(f"{path}: version {version}, this program reads {VERSION}: prepare the corpus again")
+    check_index(path, index)
     return index
 
 

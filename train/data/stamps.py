@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from train.data import files
@@ -44,10 +45,10 @@ class Stamps:
         except OSError:
             pass  # a folder that is read only: hash again next time
 
-    def check(self, folder: Path, name: str, size: int | None, digest: str) -> None:
+    def check(self, folder: Path, name: str, size: int | None, digest: str, look: Callable[[Path], None] | None = None) -> None:
         """Raise UserError unless the file is whole and has this sha256; hashes it only if its stamp is unknown.
 
-        ``size`` in bytes, or None where it is not known.
+        ``size`` in bytes, or None where it is not known. ``look`` is what else must be seen of it, and raises UserError.
         """
         path = folder / name
         check_size(folder, name, size)
@@ -55,6 +56,8 @@ class Stamps:
             return
         if (found := files.sha256_of(path)) != digest:
             raise UserError(f"{path}: damaged: its sha256 is {found}, the index says {digest}. {CURE}")
+        if look is not None:
+            look(path)
         self.add(path, digest)
 
 

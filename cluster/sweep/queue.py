@@ -1,0 +1,299 @@
+"""The trials of a sweep, from the first to the last: as many at once as the cluster has room for, the others in a queue.
+
+Places are taken by the gang: a trial starts with all its workers or waits. What the trials say comes in through one queue to one
+thread, which alone decides: what runs next, what ends early, what is tried again.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, Protocol
+
+from cluster import lock, nodes, plan, slots, view
+from cluster.job import Clock, Job
+from cluster.private import Private
+from cluster.signals import Signals
+from cluster.sweep.ledger import FINAL, Entry, Ledger
+from cluster.sweep.table import Board
+from cluster.sweep.trial import Running, Shared, Trial, best, final, from_outside, history
+from train import config as configuration
+from train import resume
+from train.errors import UserError
+from train.schema import Config
+from train.space import Params, Sweeping
+from train.words import plural
+
+HEAR_S = 0.2
+HOLDERS_S = 5.0
+"""Between two looks at who else holds the cluster."""
+MOST_REBUILDS = 3
+"""Of the sweep's own Ray cluster, between two trials that end."""
+
+FindCorpus = Callable[[Config, Callable[[dict[str, Any]], None]], str]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What trials run on."""
+
+    device: str
+    target: str
+    folder: str
+    """Name of the private folder, with its warm process, on every host."""
+    signals: Signals
+    find_corpus: FindCorpus
+    private: Private | None
+
+
+class Chooser(Protocol):
+    """What a search knows and does: see ``search.Search``."""
+
+    def suggest(self) -> tuple[int, Params, dict[str, Any]]:
+        """The next trial."""
+
+    def know(self, params: Params, attrs: dict[str, Any], reports: Sequence[tuple[int, float]]) -> None:
+        """Takes over the next trial of an earlier driver."""
+
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Takes a metric at a step; whether the trial should end."""
+
+    def tell(self, number: int, state: str, values: Sequence[float] | None) -> None:
+        """How a trial has ended."""
+
+
+class Queue:
+    """One sweep's trials."""
+
+    def __init__(self, sweep: Sweeping, ledger: Ledger, search: Chooser | None, board: Board) -> None:
+        """What the ledger knows is taken over. UserError where a trial's configuration makes no sense."""
+        self.sweep, self.ledger, self.search, self.board = sweep, ledger, search, board
+        self.trials = [self._known(number, entry) for number, entry in sorted(ledger.trials.items())]
+        self.waiting = collections.deque(trial for trial in self.trials if trial.state == "queued")
+        self.running: dict[int, Running] = {}
+        self.locks: dict[int, IO[str]] = {}
+        self.news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self.stopping = False
+        self.pruning: set[int] = set()
+        self.gang: Any = None
+        """Places for the next trial: asked for, or there."""
+        self.looked = 0.0
+        self.rebuilt = 0
+        board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
+        board.total = sweep.settings.trials if search else len(self.trials)
+
+    def _known(self, number: int, entry: Entry) -> Trial:
+        """A trial of the ledger as it stands now."""
+        trial = Trial(number, entry.params, configuration.load_trial(self.sweep, number, entry.params))
+        summary = resume.finished(trial.config)
+        if self.search:
+            self.search.know(entry.params, entry.attrs, history(trial.folder, self.sweep.metrics[0]))
+        if entry.state in FINAL:
+            trial.state, trial.step, trial.values, trial.why = entry.state, entry.step, entry.values, entry.why
+        elif summary is not None:  # its driver was killed before it could note it
+            trial.state, trial.step, trial.values = "done", summary["step"], final(trial.folder, self.sweep.metrics)
+            self._note(trial)
+        if self.search and trial.state in FINAL:
+            self.search.tell(number, trial.state, trial.values)
+        return trial
+
+    def more(self) -> bool:
+        """Whether there are trials to start."""
+        return bool(self.waiting) or (self.search is not None and len(self.trials) < self.sweep.settings.trials)
+
+    def best(self) -> list[Trial]:
+        """See ``trial.best``."""
+        return best(self.trials, self.sweep.directions)
+
+    # ---------------------------------------------------------------------------------------------------------- running
+
+    def run(self, ground: Ground) -> None:
+        """Runs what is left, until all has ended or a signal came and all is saved. UserError where a trial can never fit."""
+        self.ground = ground
+        known = nodes.inventory()
+        for trial in [*self.waiting] or [Trial(-1, {}, self.sweep.base)]:
+            cluster = trial.config.cluster
+            plan.place(known, plan.Request(cluster.workers, cluster.cpus_per_worker, int(ground.device == "gpu")))
+        ground.signals.running()
+        while self.running or (self.more() and not self.stopping):
+            if ground.signals.heard is not None and not self.stopping:
+                self._stop(ground.signals.heard)
+            if not self.stopping:
+                self._admit()
+            self._hear()
+        if self.gang is not None and not self._lost():
+            slots.give_up(self.gang)
+
+    def _lost(self) -> bool:
+        return self.ground.private is not None and self.ground.private.lost()
+
+    def _stop(self, number: int) -> None:
+        self.stopping = True
+        names = ", ".join(map(str, self.running)) or "none"
+        self.board.say(f"  stopping: trials that run ({names}) finish their step and save (once more to end at once)", "yellow")
+        for running in self.running.values():
+            running.stop(number)
+
+    def _admit(self) -> None:
+        """Starts trials for as long as there is room for their gangs."""
+        if self._lost():
+            self._rebuild()
+        most = self.sweep.settings.parallel
+        while self.more() and not self._lost() and (most is None or len(self.running) < most):
+            cluster = (self.waiting[0].config if self.waiting else self.sweep.base).cluster
+            if self.gang is None:
+                self.gang = slots.gang(cluster, self.ground.device, cluster.workers)
+            if not slots.placed(self.gang):
+                if time.monotonic() > self.looked + HOLDERS_S:
+                    self.looked = time.monotonic()
+                    self._say_who_holds(cluster.workers)
+                return
+            self.board.foot = ""
+            self._start()
+
+    def _rebuild(self) -> None:
+        """A new private Ray cluster in place of one that has ended, when the trials on it have."""
+        if self.running or self.ground.private is None:
+            return
+        self.rebuilt += 1
+        if self.rebuilt > MOST_REBUILDS:
+            raise UserError(
+                f"Ray's processes on this host have ended {self.rebuilt} times and no trial with them: see {self.ground.folder}"
+            )
+        self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
+        self.ground.private.again()
+        self.ground.signals.listen()
+        self.gang = None
+
+    def _say_who_holds(self, workers: int) -> None:
+        others = [str(holder) for holder in view.holders() if holder.pid != os.getpid()]
+        mine = [f"{plural(len(self.running), 'trial')} of this sweep"] if self.running else []
+        text = (
+            f"the next trial waits for room for {plural(workers, 'worker')}: held by {'; '.join([*mine, *others]) or 'nobody yet'}"
+        )
+        if others and text != self.board.foot:
+            self.board.say(f"  {text}", "yellow")
+        self.board.foot = text
+
+    def _next(self) -> Trial | None:
+        """The next trial: the first that waits, or one that the search suggests. None where that makes no sense."""
+        if self.waiting:
+            return self.waiting.popleft()
+        assert self.search is not None
+        number, params, attrs = self.search.suggest()
+        self.ledger.add(number, params, attrs)
+        trial = Trial(number, params, self.sweep.base)
+        self.trials.append(trial)
+        try:
+            trial.config = configuration.load_trial(self.sweep, number, params)
+        except UserError as error:
+            self._settle(trial, "failed", str(error))
+            return None
+        return trial
+
+    def _start(self) -> None:
+        """Starts the next trial in the gang's places."""
+        trial = self._next()
+        if trial is None:
+            return
+        try:
+            self.locks[trial.number] = lock.take(trial.folder)
+            corpus = self.ground.find_corpus(trial.config, self.board.prepare)
+        except UserError as error:
+            self._settle(trial, "failed", str(error))
+            return
+        private = Shared(self.ground.private) if self.ground.private is not None else None
+        signals, clock, gang = Signals(), Clock(time.time()), self.gang
+        self.gang, trial.state, trial.pace = None, "starting", None
+
+        def show(event: dict[str, Any]) -> None:
+            self.news.put((trial.number, event))
+
+        hosts = slots.hosts(gang)
+        self.ledger.start(trial.number, len(hosts), hosts)
+        self.board.started(trial, len(hosts), hosts)
+        job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, signals, clock, private)
+        self.running[trial.number] = Running(job, self.ground.device, gang, show)
+
+    # ---------------------------------------------------------------------------------------------------------- hearing
+
+    def _hear(self) -> None:
+        """Takes what the trials have said by now, after a moment's wait."""
+        wait = HEAR_S
+        while True:
+            try:
+                number, event = self.news.get(timeout=wait)
+            except queue.Empty:
+                return
+            wait = 0.0
+            trial, running = self.trials[number], self.running[number]
+            if event["event"] == "ended":
+                self._ended(trial, event)
+            else:
+                trial.hear(event)
+                self._tell(trial, running, event)
+
+    def _tell(self, trial: Trial, running: Running, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        running.job.clock.first_step(event, trial.folder)
+        if kind == "failure":
+            running.why = (event.get("lines") or [""])[0]
+            self.board.failed(trial, event)
+        elif kind == "note":
+            self.board.say(f"  {trial.words}: {event['text']}", "yellow")
+        elif kind == "plan" and event.get("start_step"):
+            self.board.say(f"  {trial.words}: goes on from its checkpoint of step {event['start_step']:,}", "dim")
+        elif kind == "eval":
+            self.board.measured(trial, event)
+        value = event.get(self.sweep.metrics[0]) if kind in ("eval", "step") else None
+        if value is None or self.search is None or event["step"] >= trial.config.steps:
+            return
+        if self.search.report(trial.number, event["step"], value) and trial.number not in self.pruning:
+            self.pruning.add(trial.number)
+            running.stop(signal.SIGTERM)
+
+    def _ended(self, trial: Trial, event: dict[str, Any]) -> None:
+        """All processes of a trial are gone: what that means for it."""
+        running, verdict = self.running.pop(trial.number), event["verdict"]
+        if event["lost"]:  # the ledger has it as cut off, which it is
+            trial.state = "queued"
+            self.waiting.appendleft(trial)
+            self.locks.pop(trial.number).close()
+            return
+        self.rebuilt = 0
+        why = event["why"] or running.why
+        if verdict.kind == "done":
+            self._settle(trial, "done", "")
+        elif verdict.kind == "stopped" and (trial.number in self.pruning or self.stopping):
+            self._settle(trial, "pruned" if trial.number in self.pruning else "stopped", "")
+        else:
+            why = why or "it was told to end from outside"
+            again = (verdict.kind == "stopped" or from_outside(verdict)) and trial.tries < self.sweep.settings.retries
+            self._settle(trial, "diverged" if verdict.fault == "not finite" else "failed", why, again and not self.stopping)
+
+    def _settle(self, trial: Trial, state: str, why: str, again: bool = False) -> None:
+        """Notes how a trial has ended, and puts it back into the queue where it is to be tried ``again``."""
+        trial.state, trial.why = state, why
+        if state == "done":
+            trial.step, trial.values = trial.config.steps, final(trial.folder, self.sweep.metrics)
+        elif state == "pruned":
+            trial.values = [value for _, value in history(trial.folder, self.sweep.metrics[0])[-1:]] or None
+        if held := self.locks.pop(trial.number, None):
+            held.close()
+        self._note(trial)
+        self.board.ended(trial)
+        if again:
+            trial.state, trial.tries = "queued", trial.tries + 1
+            self.waiting.append(trial)
+            self.board.say(f"  {trial.words}: will be tried again (sweep.retries={self.sweep.settings.retries})", "yellow")
+        elif self.search is not None and state != "stopped":
+            self.search.tell(trial.number, state, trial.values)
+
+    def _note(self, trial: Trial) -> None:
+        facts = {"state": trial.state, "step": trial.step, "values": trial.values, "why": trial.why}
+        self.ledger.end(trial.number, facts)

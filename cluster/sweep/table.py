@@ -1,0 +1,159 @@
+"""How a sweep looks on the terminal: a table that lives, or, where nobody watches, a line an event."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cluster.sweep.trial import ENDED, Trial
+from train import failures
+from train.words import PREPARING, duration, finite, plural
+
+REFRESH_PER_S = 4
+COLORS = {"done": "green", "pruned": "dim", "diverged": "red", "failed": "bold red", "stopped": "yellow", "running": "cyan"}
+AROUND = 8
+"""Lines of a terminal that the table's rows leave to its frame and its foot."""
+
+
+class Board:
+    """Shows the trials of one sweep. ``look`` says which there are."""
+
+    def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+        self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
+        self.metrics: tuple[str, ...] = ()
+        self.total: int | None = None
+        self.best: Callable[[], list[Trial]] = list
+        self.trials: Callable[[], Sequence[Trial]] = list
+        self.foot = ""
+        self._live: Live | None = None
+        self._preparing: str | None = None
+
+    def open(self) -> None:
+        """From here on the table is up to date by itself, where there is a terminal."""
+        if self.terminal.is_terminal and self._live is None:
+            self._live = Live(get_renderable=self._all, console=self.terminal, transient=True, refresh_per_second=REFRESH_PER_S)
+            self._live.start()
+
+    def close(self) -> None:
+        """Takes the live table away and gives the cursor back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # what happens
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line that stays."""
+        self.terminal.print(Text(text, style=style), soft_wrap=not self.terminal.is_terminal)
+
+    def prepare(self, event: dict[str, Any]) -> None:
+        """A step of the corpus' preparation."""
+        words = PREPARING.get(event.get("phase", ""))
+        if words is not None and words != self._preparing:
+            self._preparing = words
+            self.say(f"  preparing the corpus: {words}", "dim")
+
+    def started(self, trial: Trial, workers: int, hosts: Sequence[str]) -> None:
+        """A trial's places are taken."""
+        if self._live is None:
+            self.say(f"  {trial.words}: starts, {plural(workers, 'worker')} on {', '.join(dict.fromkeys(hosts))}")
+
+    def measured(self, trial: Trial, event: dict[str, Any]) -> None:
+        """A trial has evaluated."""
+        found = [f"{metric} {event[metric]:.5g}" for metric in self.metrics if finite(event.get(metric))]
+        if self._live is None and found:
+            self.say(f"  {trial.words}: step {event['step']:,}/{trial.config.steps:,}  {'  '.join(found)}", "dim")
+
+    def failed(self, trial: Trial, event: dict[str, Any]) -> None:
+        """A world of a trial has failed: at once, and all of it."""
+        lines = [f"{trial.words}: {event['lines'][0]}" if event.get("lines") else trial.words, *event.get("lines", [])[1:]]
+        run_dir = trial.config.run.dir
+        self._out().print(failures.block({**event, "lines": lines, "again": True}, run_dir, self.errors.is_terminal))
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has ended."""
+        values = "  ".join(f"{m} {v:.5g}" for m, v in zip(self.metrics, trial.values or [], strict=False))
+        why = f": {trial.why}" if trial.why else ""
+        best = "  (the best so far)" if trial.values and self.best() == [trial] else ""
+        line = f"  {trial.words}: {trial.state} at step {trial.step:,}{why}  {values}{best}".rstrip()
+        if trial.state in ("failed", "diverged"):
+            self._out().print(Text(line, style=COLORS[trial.state]))
+        else:
+            self.say(line, "" if trial.state == "done" else "yellow")
+
+    def _out(self) -> Terminal:
+        """For errors: a live table owns the terminal, so they have to pass above it."""
+        return self.errors if self._live is None else self.terminal
+
+    def bad_input(self, message: str) -> None:
+        """What is wrong with the input, where, and the cure."""
+        self.close()
+        self.errors.print(Text.assemble(("error: ", "bold red"), message))
+
+    # how it stands
+
+    def final(self) -> None:
+        """The whole table, for good."""
+        self.close()
+        wide = self.terminal.width if self.terminal.is_terminal else 200
+        self.terminal.print(self.table(self.trials()), width=wide, soft_wrap=False)
+
+    def _all(self) -> RenderableType:
+        trials, room = list(self.trials()), max(4, self.terminal.height - AROUND)
+        if len(trials) > room:  # what moves first, then the best, then what ended last
+            best = self.best()
+            trials.sort(key=lambda t: (t.state in ENDED, t not in best, -t.number if t.state in ENDED else t.number))
+            trials = sorted(trials[:room], key=lambda t: t.number)
+        return Group(self.table(trials), Text(f"  {self.counts()}", style="dim"), Text(f"  {self.foot}", style="dim"))
+
+    def counts(self) -> str:
+        """How many trials are how far, and when all will be done."""
+        states = [trial.state for trial in self.trials()]
+        total = f" of {self.total}" if self.total is not None else ""
+        facts = [f"{plural(sum(s in ENDED for s in states), 'trial')}{total} ended"]
+        facts += [f"{states.count(s)} {s}" for s in ("running", "failed", "diverged", "pruned") if states.count(s)]
+        left = self._left()
+        return " · ".join([*facts, *([f"{duration(left)} left"] if left else [])])
+
+    def _left(self) -> float | None:
+        """Seconds to the end of the sweep, by the pace of the trials that run: all others are taken to make all their steps."""
+        trials = list(self.trials())
+        running = [t for t in trials if t.state not in (*ENDED, "queued") and t.pace and t.step > t.pace[0]]
+        now = time.monotonic()
+        speed = sum((t.step - t.pace[0]) / (now - t.pace[1]) for t in running if t.pace)
+        steps = trials[0].config.steps if trials else 0
+        waiting = (self.total or len(trials)) - len(trials)
+        todo = sum(t.config.steps - t.step for t in trials if t.state not in ENDED) + waiting * steps
+        return todo / speed if speed and todo else None
+
+    def table(self, trials: Sequence[Trial]) -> Table:
+        """Trials, what differs between them, and how they do."""
+        keys = list(dict.fromkeys(key for trial in self.trials() for key in trial.params))
+        found = Table(title_justify="left", header_style="bold")
+        for name in ("trial", *keys, "state", "step", *self.metrics, "left"):
+            found.add_column(name, justify="right" if name in ("trial", "step", "left", *self.metrics) else "left", overflow="fold")
+        best = self.best()
+        for trial in trials:
+            values = [f"{value:.5g}" if value is not None else "" for value in self._values(trial)]
+            left = trial.seconds_left() if trial.state not in ENDED else None
+            found.add_row(
+                str(trial.number),
+                *(trial.params.get(key, "") for key in keys),
+                Text(trial.state, style=COLORS.get(trial.state, "")),
+                f"{trial.step:,}/{trial.config.steps:,}",
+                *(f"{value} *" if trial in best and value else value for value in values),
+                duration(left) if left is not None else "",
+                style="bold" if trial in best else "",
+            )
+        return found
+
+    def _values(self, trial: Trial) -> list[float | None]:
+        return list(trial.values) if trial.values else [trial.seen.get(metric) for metric in self.metrics]

@@ -1,0 +1,72 @@
+"""A private Ray cluster of two cores with real trainers, which the sweeps of a module share."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+import worlds
+from rich.console import Console
+
+from cluster import begin, host, nodes, token
+from cluster.private import Private
+from cluster.signals import Signals
+from cluster.sweep.command import RESULTS, open_sweep, results
+from cluster.sweep.queue import Ground, Queue
+from cluster.sweep.table import Board
+from cluster.train_verb import find_corpus
+from train import config as configuration
+
+
+@pytest.fixture(scope="module")
+def private():
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = str(worlds.REPOSITORY)
+    folder = host.make_folder()
+    warm = host.WarmProcess(folder, begin.TARGET)
+    warm.set_device("cpu")
+    token.make(folder / "token")
+    cluster = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=2, gpus=0), "tests")
+    yield cluster
+    cluster.end()
+    warm.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def ground(private) -> Ground:
+    return Ground("cpu", begin.TARGET, private.start.folder.name, Signals(), find_corpus, private)
+
+
+@pytest.fixture
+def given(corpus: Path) -> list[str]:
+    """What is typed for tiny runs on the tests' corpus."""
+    return [*worlds.TINY, *worlds.TEXT, f"data.paths=[{corpus.parent / 'text'}]", f"data.dir={corpus}", "cluster.max_failures=0"]
+
+
+class Swept:
+    """A sweep that was run here, on the shared cluster: its trials, its folder and what it said."""
+
+    def __init__(self, ground: Ground, overrides: list[str]) -> None:
+        self.said = io.StringIO()
+        self.sweep = configuration.load_sweep(overrides)
+        self.folder = Path(self.sweep.settings.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.queue: Queue = open_sweep(self.sweep, self.folder, Board(*[Console(file=self.said, width=300)] * 2))
+        self.trials = self.queue.trials
+        if self.queue.more():
+            self.queue.run(ground)
+        (self.folder / RESULTS).write_text(results(self.queue))
+
+    @property
+    def states(self) -> list[str]:
+        return [trial.state for trial in self.trials]
+
+
+@pytest.fixture
+def swept(ground: Ground, given: list[str]):
+    """swept(*overrides) -> the sweep of tiny runs that they ask for, run to its end."""
+    return lambda *overrides: Swept(ground, [*given, *overrides])

@@ -1,0 +1,76 @@
+"""A sweep's driver, killed in the middle of a trial: the same command goes on, and comes to what it would have come to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import worlds
+
+from train.compare import compare
+from train.tracking import read_records
+
+STEPS = "steps=8,9,250,7,10,6"
+"""The third trial takes long enough to be found in its middle."""
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def drive(words, out):
+    environment = {**os.environ, "PYTHONPATH": str(worlds.REPOSITORY), "TRIREME_T0": str(time.time())}
+    command = [sys.executable, "-m", "cluster", "train", "-m", *words]
+    with out.open("w") as file:
+        return subprocess.Popen(
+            command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+
+@pytest.mark.timeout(900)  # on a loaded machine
+def test_a_driver_killed_in_the_third_of_six_trials_goes_on_there(private, swept, given, tmp_path):
+    given = [*given, f"cluster.address={private.node.address}"]
+    words = [STEPS, "cluster.workers=2", "eval_every=0", "save_every=10", "keep_last=100", "sweep.name=six"]
+    folder, out = tmp_path / "killed", tmp_path / "out"
+    process = drive([*given, *words, f"sweep.dir={folder}"], out)
+    third = folder / "002"
+    try:
+        deadline = time.monotonic() + 200
+        while len(read_records(third / "metrics.jsonl")) < 30:
+            assert process.poll() is None, out.read_text()
+            assert time.monotonic() < deadline, out.read_text()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    finally:
+        process.kill()
+    end = time.monotonic() + 60
+    while any(f"{third}" in " ".join(f.path for f in files(p)) for p in psutil.process_iter()):
+        assert time.monotonic() < end, "trainers of a killed driver live on"
+        time.sleep(0.1)
+    assert not (third / "summary.json").exists()
+    before = contents(folder / "000"), contents(folder / "001")
+    again = tmp_path / "again"
+    process = drive([*given, *words, f"sweep.dir={folder}"], again)
+    assert process.wait(250) == 0, again.read_text()
+    assert (contents(folder / "000"), contents(folder / "001")) == before
+    assert "trial 2 (steps=250): goes on from its checkpoint of step" in again.read_text()
+    assert "2 are done already" in again.read_text()
+    assert json.loads((third / "run.json").read_text())["starts"] == 2
+    assert [r["step"] for r in read_records(third / "metrics.jsonl")] == list(range(1, 251))
+
+    undisturbed = swept(*words, f"sweep.dir={tmp_path}/whole")
+    assert (folder / "results.csv").read_text() == (undisturbed.folder / "results.csv").read_text()
+    assert all(finding.difference is None for finding in compare(third, undisturbed.folder / "002", 250))
+
+
+def files(process):
+    try:
+        return process.open_files()
+    except psutil.Error:
+        return []

@@ -1,0 +1,57 @@
+"""What a sweep's ledger knows after a crash, and whom it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.sweep.ledger import Ledger
+from train import config as configuration
+from train import space
+from train.errors import UserError
+
+TWO = ["optimizer.lr=1e-3,1e-2", "model=gpt_tiny,llama_tiny"]
+
+
+def open_ledger(folder, words):
+    sweep = configuration.load_sweep([*words, f"sweep.dir={folder}", "sweep.name=s"])
+    return Ledger(folder, sweep, space.grid(sweep.axes))
+
+
+def test_every_line_counts_but_a_torn_one(tmp_path):
+    ledger = open_ledger(tmp_path, TWO)
+    ledger.start(0, 2, ["here", "here"])
+    ledger.end(0, {"state": "done", "step": 8, "values": [2.5], "why": ""})
+    ledger.start(1, 2, ["here", "here"])
+    with ledger.file.open("a") as file:
+        file.write('{"event": "end", "trial": 1, "sta')
+    again = open_ledger(tmp_path, TWO)
+    assert [(t.state, t.values) for t in again.trials.values()] == [
+        ("done", [2.5]),
+        ("cut off", None),
+        ("queued", None),
+        ("queued", None),
+    ]
+    again.end(1, {"state": "failed", "step": 3, "values": None, "why": "it broke"})
+    assert open_ledger(tmp_path, TWO).trials[1].why == "it broke"
+    assert [t.params for t in again.trials.values()][1] == {"optimizer.lr": "0.001", "model": "llama_tiny"}
+
+
+def test_another_sweep_is_refused_with_every_difference(tmp_path):
+    open_ledger(tmp_path, [*TWO, "steps=8"]).start(0, 2, [])
+    open_ledger(tmp_path, [*TWO, "steps=8", "cluster.workers=1", "sweep.retries=3"])
+    with pytest.raises(UserError) as caught:
+        open_ledger(tmp_path, ["optimizer.lr=1e-3,1e-1", "model=gpt_tiny,llama_tiny", "steps=9", "seed=3"])
+    for words in (
+        "optimizer.lr: 1e-3,1e-2 there, 1e-3,1e-1 here",
+        "steps: 8 there, 9 here",
+        "seed: nothing there, 3 here",
+        "sweep.name",
+    ):
+        assert words in str(caught.value)
+
+
+def test_a_shuffled_grid_keeps_the_order_that_it_was_begun_in(tmp_path):
+    words = ["seed=shuffle(range(50))"]
+    first = open_ledger(tmp_path, words)
+    first.start(0, 1, [])
+    assert [t.params for t in open_ledger(tmp_path, words).trials.values()] == [t.params for t in first.trials.values()]

@@ -1,0 +1,97 @@
+"""The search that a restarted driver has is the one that went on undisturbed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from cluster.sweep.search import Search
+from train import config as configuration
+
+SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "optimizer.weight_decay=interval(0,0.3)"]
+
+
+def search(*words: str) -> Search:
+    return Search(configuration.load_sweep([*words, "steps=80", "eval_every=10"]))
+
+
+def measure(params) -> float:
+    return (math.log10(float(params["optimizer.lr"])) + 2.5) ** 2 + float(params.get("optimizer.weight_decay", 0))
+
+
+def go_on(study: Search, trials: int) -> list[dict[str, str]]:
+    tried = []
+    for _ in range(trials):
+        number, params, _ = study.suggest()
+        study.tell(number, "done", [measure(params)] * len(study.study.directions))
+        tried.append(params)
+    return tried
+
+
+@pytest.mark.parametrize(
+    "words", [["sweep=tpe"], ["sweep=random"], ["sweep=cmaes"], ["sweep=nsga2", "sweep.metric=[a,b]"]], ids=str
+)
+def test_a_study_made_again_of_the_ledger_suggests_what_the_undisturbed_one_does(words):
+    whole, study, known = search(*words, *SPACE), search(*words, *SPACE), []
+    expected = go_on(whole, 14)
+    for _ in range(9):
+        number, params, attrs = study.suggest()
+        known.append((params, dict(attrs)))
+        study.tell(number, "done", [measure(params)] * len(study.study.directions))
+    again = search(*words, *SPACE)
+    for number, (params, attrs) in enumerate(known):
+        again.know(params, attrs, [])
+        again.tell(number, "done", [measure(params)] * len(again.study.directions))
+    assert [params for params, _ in known] + go_on(again, 5) == expected
+    assert len({str(params) for params in expected}) > 10  # NSGA-II may keep a whole parent
+
+
+def test_tpe_comes_closer_to_the_best_than_it_began():
+    tried = [measure(params) for params in go_on(search("sweep=tpe", *SPACE), 40)]
+    assert min(tried[20:]) < min(tried[:5])
+
+
+def test_ends_of_ranges_and_intervals_are_kept_and_choices_stay_as_they_were_typed():
+    words = [
+        "model.layers=range(2,9,3)",
+        "optimizer.lr=interval(1e-3,2e-3)",
+        "model=gpt_tiny,llama_tiny",
+        "batch.global=int(interval(4,6))",
+    ]
+    tried = go_on(search("sweep=random", *words), 30)
+    assert {p["model.layers"] for p in tried} == {"2", "5", "8"}
+    assert {p["model"] for p in tried} == {"gpt_tiny", "llama_tiny"}
+    assert {p["batch.global"] for p in tried} == {"4", "5", "6"}
+    assert all(1e-3 <= float(p["optimizer.lr"]) <= 2e-3 for p in tried)
+
+
+@pytest.mark.parametrize("pruner", ["asha", "median"])
+def test_a_trial_that_is_no_good_is_to_end_and_a_good_one_is_not(pruner):
+    study = search("sweep=random", f"sweep.pruner={pruner}", *SPACE)
+
+    def run(level: float) -> int:
+        number, _, _ = study.suggest()
+        for step in range(10, 80, 10):
+            if study.report(number, step, level - step / 100):
+                study.tell(number, "pruned", None)
+                return step
+        study.tell(number, "done", [level])
+        return 80
+
+    first = [run(3.0 + n / 10) for n in range(5)]
+    assert first[0] == 80
+    assert run(9.0) == 10
+    assert run(2.0) == 80
+
+
+def test_what_a_restart_reports_again_puts_a_trial_on_its_rungs():
+    study = search("sweep=random", "sweep.pruner=asha", *SPACE)
+    number, params, _ = study.suggest()
+    reports = [(step, 3.0) for step in range(10, 80, 10)]
+    assert not any(study.report(number, *report) for report in reports)
+    rungs = {k: v for k, v in study.study.trials[0].system_attrs.items() if "rung" in k}
+    again = search("sweep=random", "sweep.pruner=asha", *SPACE)
+    again.know(params, {}, reports)
+    assert {k: v for k, v in again.study.trials[0].system_attrs.items() if "rung" in k} == rungs != {}
+    assert not again.report(0, 70, 9.0), "a step that is known already is not judged again"

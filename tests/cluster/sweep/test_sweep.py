@@ -1,0 +1,137 @@
+"""Sweeps of real runs, placed by real Ray: each trial is the run that it would be alone, and no more run than there is room for."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import wandb_files
+
+from cluster.job import Clock, Job
+from cluster.signals import Signals
+from cluster.supervisor import Supervisor
+from train import config as configuration
+from train.compare import compare
+from train.tracking import read_records
+
+pytestmark = pytest.mark.timeout(900)  # on a loaded machine
+
+
+def alone(config, ground):
+    """The run of a configuration, started as a job of its own."""
+    (configuration.Path(config.run.dir) / "logs").mkdir(parents=True)
+    corpus = ground.find_corpus(config, lambda event: None)
+    job = Job(config, corpus, ground.target, ground.folder, lambda event: None, Signals(), Clock(time.time()), ground.private)
+    supervisor = Supervisor(job, "cpu")
+    try:
+        assert supervisor.run().kind == "done"
+    finally:
+        supervisor.release()
+
+
+def at_once(folder) -> int:
+    """The most workers that had places at any moment, by the ledger."""
+    records = read_records(folder / "ledger.jsonl")
+    workers = {r["trial"]: r["workers"] for r in records if r["event"] == "start"}
+    changes = [
+        (r["t"], workers[r["trial"]] * (1 if r["event"] == "start" else -1)) for r in records if r["event"] in ("start", "end")
+    ]
+    sums, now = [], 0
+    for _, change in sorted(changes):
+        now += change
+        sums.append(now)
+    return max(sums)
+
+
+def test_four_trials_of_two_workers_on_two_slots_are_the_runs_that_they_are_alone(swept, ground, tmp_path):
+    found = swept(
+        *("model.layers=1,2", "optimizer.lr=1e-3,1e-2", "cluster.workers=2"),
+        *("tracking=wandb", "tracking.wandb=offline", f"sweep.dir={tmp_path}/s", "sweep.name=two-by-two"),
+    )
+    assert found.states == ["done"] * 4
+    assert sorted(path.name for path in found.folder.iterdir() if path.is_dir()) == ["000", "001", "002", "003"]
+    assert at_once(found.folder) == 2
+    groups, ids = set(), set()
+    for trial in found.trials:
+        [file] = trial.folder.glob("wandb/offline-run-*/*.wandb")
+        [about] = [record.run for record in wandb_files.records(file) if record.HasField("run")]
+        groups.add(about.run_group)
+        ids.add(about.run_id)
+        keys = {item.key for item in about.config.update}
+        assert {"optimizer", "lineage"} <= keys
+        assert list(about.tags) == ["sweep"]
+        other = trial.config.run.model_copy(update={"dir": str(tmp_path / f"alone{trial.number}")})
+        alone(trial.config.model_copy(update={"run": other, "tracking": configuration.load(["tracking=off"]).tracking}), ground)
+        findings = compare(trial.folder, tmp_path / f"alone{trial.number}", 8)
+        assert all(finding.compared and finding.difference is None for finding in findings), findings
+    assert groups == {"two-by-two"}
+    assert len(ids) == 4
+    assert len({tuple(trial.values) for trial in found.trials}) == 4, "they differ from each other"
+
+
+def test_a_trial_is_configured_as_the_same_words_alone_would_be(given, tmp_path):
+    sweep = configuration.load_sweep([*given, "optimizer.lr=1e-3,1e-2", "zero=0,2", f"sweep.dir={tmp_path}", "sweep.name=s"])
+    trial = configuration.load_trial(sweep, 3, {"optimizer.lr": "1e-2", "zero": "2"})
+    typed = [
+        f"run.dir={tmp_path}/003",
+        "run.name=s-003",
+        "tracking.group=s",
+        "tracking.tags=[sweep]",
+        "optimizer.lr=1e-2",
+        "zero=2",
+    ]
+    assert trial == configuration.load([*given, *typed])
+
+
+def test_trials_of_one_worker_run_two_at_once_on_two_slots(swept, tmp_path):
+    found = swept("seed=range(4)", "cluster.workers=1", "steps=20", f"sweep.dir={tmp_path}/s")
+    assert found.states == ["done"] * 4
+    assert at_once(found.folder) == 2
+
+
+def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, given, tmp_path):
+    (tmp_path / "s" / "002" / "metrics.jsonl").mkdir(parents=True)
+    words = [
+        "optimizer.lr=1e-3,1e30,2e-3,3e-3",
+        "cluster.workers=1",
+        "optimizer.clip=0",
+        "sweep.parallel=1",
+        f"sweep.dir={tmp_path}/s",
+    ]
+    found = swept(*words)
+    assert found.states == ["done", "diverged", "failed", "done"], found.said.getvalue()
+    ends = {r["trial"]: r for r in read_records(found.folder / "ledger.jsonl") if r["event"] == "end"}
+    assert "optimizer.lr" in ends[1]["why"]
+    assert "IsADirectoryError" in ends[2]["why"]
+    said = found.said.getvalue()
+    assert said.index("trial 1 (optimizer.lr=1e+30): diverged") < said.index("trial 2 (optimizer.lr=0.002): starts")
+    assert said.index("IsADirectoryError: ") < said.index("trial 3 (optimizer.lr=0.003): starts")
+
+    (tmp_path / "s" / "002" / "metrics.jsonl").rmdir()
+    before = {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
+    again = swept(*words)
+    assert again.states == ["done", "diverged", "done", "done"], "what failed is tried again, what diverged is not"
+    assert before == {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
+
+
+def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, given, tmp_path, monkeypatch):
+    words = ["seed=range(3)", "cluster.workers=1", "steps=300", "save_every=10", "eval_every=0", f"sweep.dir={tmp_path}/s"]
+    heard = ground.signals
+    from cluster.sweep import queue
+
+    class Stopping(queue.Queue):
+        def _tell(self, trial, running, event):
+            super()._tell(trial, running, event)
+            if event["event"] == "save" and heard.heard is None:
+                heard.heard = 15
+
+    monkeypatch.setattr("cluster.sweep.command.Queue", Stopping)
+    found = swept(*words)
+    assert found.queue.stopping
+    assert set(found.states) <= {"stopped", "done", "queued"}
+    assert "stopped" in found.states
+    monkeypatch.undo()
+    heard.heard = None
+    again = swept(*words)
+    assert again.states == ["done"] * 3
+    assert "goes on from its checkpoint of step" in again.said.getvalue()

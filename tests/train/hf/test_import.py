@@ -1,0 +1,193 @@
+"""Folders of transformers' own classes, on random weights, as what a run starts from: the same logits, or a refusal in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import worlds
+from safetensors.torch import load_file, save_file
+
+from train import schema
+from train.data.tokenizer import Tokenizer, build_tokenizer
+from train.errors import UserError
+from train.hf import FAMILIES, family_of
+from train.hf.family import facts_of
+
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": 320}
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA |= {"intermediate_size": 176, "max_position_embeddings": 32, "vocab_size": 320, "rms_norm_eps": 1e-5}
+WIDE = {"num_hidden_layers": 1, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
+SHAPES = {  # the published ones, fewer layers
+    "gpt2_124m": GPT2 | {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+    "gpt2_1558m": GPT2 | {"n_layer": 1, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
+    "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
+    "llama_125m": LLAMA | {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
+    "llama_1b, tied": LLAMA | WIDE | {"rope_theta": 500000.0, "tie_word_embeddings": True},
+    "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+}
+
+
+def model_of(values: dict):
+    """Transformers' own model, every parameter random, norms and biases too."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            base = 1.0 if parameter.ndim == 1 and "bias" not in name else 0.0
+            parameter.copy_(base + 0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def ours(values: dict) -> list[str]:
+    """The overrides that make our model the one that a config.json describes."""
+    family = next(family for family in FAMILIES if family.model_type == values["model_type"])
+    facts, strange = family.facts(values)
+    assert strange == []
+    return [f"model.{key}={json.dumps(value)}" for key, value in facts.items()]
+
+
+def probe() -> torch.Tensor:
+    return torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def begin(world, emit, overrides: list[str], folder: str):
+    """What ``fill`` says of a folder and the logits of the probe then, or the text of its refusal."""
+    from train.initial import fill
+    from train.objectives import build_objective
+
+    config = worlds.compose(*worlds.TEXT, "data.paths=[x]", *overrides, f"init.from={folder}")
+    tokenizer = Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    objective = build_objective(config, tokenizer.vocab_size).eval()
+    try:
+        taken = fill(objective, config, tokenizer, world)
+    except UserError as error:
+        return str(error)
+    tokens = probe()
+    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    with torch.no_grad():
+        return taken, objective.logits({"tokens": tokens, "positions": positions, "segments": torch.ones_like(tokens)}).numpy()
+
+
+def begun(overrides: list[str], folder: Path):
+    return worlds.run(1, begin, overrides, str(folder))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama, as transformers saves it."""
+    path = tmp_path_factory.mktemp("llama")
+    model_of(LLAMA).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
+    values = SHAPES[name]
+    model = model_of(values)
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    with torch.no_grad():
+        expected = model(probe()).logits[..., :257]
+    taken, logits = begun(ours(values), tmp_path)
+    assert taken.fresh == taken.left == []
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-5
+
+
+def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
+    model = model_of(GPT2)
+    model.save_pretrained(tmp_path)
+    weights = {k.removeprefix("transformer."): v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
+    taken, logits = begun(ours(GPT2), tmp_path)
+    assert taken.left == []
+    with torch.no_grad():
+        assert (torch.from_numpy(logits) - model(probe()).logits[..., :257]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_taken_as_they_are(dtype: torch.dtype, tmp_path: Path):
+    model = model_of(LLAMA).to(dtype)
+    model.save_pretrained(tmp_path)
+    _, logits = begun(ours(LLAMA), tmp_path)
+    with torch.no_grad():
+        assert (torch.from_numpy(logits) - model.float()(probe()).logits[..., :257]).abs().max() < 1e-5
+
+
+def test_pickled_weights_are_refused_and_not_opened(copy: Path):
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert "pytorch_model.bin, which is pickled" in begun(ours(LLAMA), copy)
+
+
+def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
+    said = begun([*ours(LLAMA), "model.layers=3", "model.mlp_width=64", "model.norm_eps=1e-6"], folder)
+    for part in (
+        "Hugging Face, Llama",
+        "model.layers is 3 here, 2 there",
+        "model.mlp_width is 64 here, 176 there",
+        "model.norm_eps is 1e-06 here, 1e-05 there",
+        "model.layers=2 model.mlp_width=176 model.norm_eps=1e-05",
+        "backbone.blocks.2.attention_norm.weight is 32 here, missing there",
+        "mlp.gate_up.weight is 128 x 32 here, 352 x 32 there",
+    ):
+        assert part in said
+    assert begun([*ours(LLAMA), *said.split("to have what is there: ")[1].splitlines()[0].split()], folder)[0].fresh == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu, which must be silu"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type=llama3"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"attention_bias": True}, "attention_bias=true, mlp_bias=false, which must be equal"),
+        ({"hidden_size": None}, "hidden_size, which is missing"),
+    ],
+)
+def test_a_model_that_is_not_one_of_ours_is_refused(copy: Path, change: dict, said: str):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    assert said in begun(ours(LLAMA), copy)
+
+
+@pytest.mark.parametrize("where", ["/etc/passwd", "../model.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(copy: Path, where: str):
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": where}}))
+    assert "names a file that is not in its folder" in begun(ours(LLAMA), copy)
+
+
+def test_a_torn_file_and_an_empty_folder_are_refused_in_words(copy: Path, tmp_path: Path):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "cannot be read" in begun(ours(LLAMA), copy)
+    file.unlink()
+    assert "has a config.json and no weights" in begun(ours(LLAMA), copy)
+    assert "is neither a run" in begun(ours(LLAMA), tmp_path / "nowhere")
+
+
+def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left_out(copy: Path):
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    assert "its tokens are not those of this corpus" in begun(ours(LLAMA), copy)
+    taken, _ = begun([*ours(LLAMA), "init.skip=['*embed*']"], copy)
+    assert taken.fresh == ["backbone.embed.weight"]
+    assert taken.left == ["model.embed_tokens.weight"]
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    assert begun(ours(LLAMA), copy)[0].fresh == []
+
+
+def test_what_transformers_has_no_model_for_is_said_key_by_key(make_config):
+    facts = facts_of(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
+    with pytest.raises(UserError) as refusal:
+        family_of("causal", facts)
+    assert "as GPT-2 it would need model.activation=gelu (not swiglu), model.kv_heads=2 (not 1)" in str(refusal.value)
+    assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)
