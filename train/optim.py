@@ -31,7 +31,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            group = rest if leaf == "bias" or isinstance(owner, UNDECAYED) else matrices
+            group = rest if leaf.startswith("bias") or isinstance(owner, UNDECAYED) else matrices
             group["names"].append(f"{path}.{leaf}" if path else leaf)
             group["params"].append(parameter)
     return [group for group in (matrices, rest) if group["params"]]
