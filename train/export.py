@@ -21,18 +21,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from train import rng
+from train import rng, schema
 from train.data.files import write_whole
 from train.data.tokenizer import FILE as TOKENIZER
 from train.errors import UserError
 from train.hf import family_of
 from train.hf.family import Facts, Family, facts_of
 from train.hf.folder import CONFIG, write_weights
+from train.objectives.masked import Masked
 from train.pieces import MASTER
 from train.saved import SavedRun, load_objective, open_run
 from train.words import some
 
-PROBE_ROWS, PROBE_TOKENS = 2, 128
+PROBE_ROWS, PROBE_TOKENS, NO_LIMIT = 2, 128, 1 << 30
 TOLERANCE = 1e-5
 """Of the largest logit, or of 1 where that is less: what float32 may differ by where sums are made in another order."""
 
@@ -70,11 +71,11 @@ def export(folder: Path, to: Path, which: str, shard_bytes: int) -> Exported:
     aside = to.with_name(f".{to.name}.exporting-{secrets.token_hex(4)}")
     aside.mkdir()
     try:
-        _write_words(run, folder, family, facts, aside)
+        _write_words(run, family, facts, aside)
         tensors, files = _write_weights(run, family, facts, aside, shard_bytes)
         tokens = _probe(run)
         _same_tokens(run, aside, tokens)
-        difference, largest = _same_logits(run, family, aside, tokens)
+        difference, largest = _same_logits(run, aside, tokens)
         aside.replace(to)  # an empty folder gives way to it
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -82,20 +83,31 @@ def export(folder: Path, to: Path, which: str, shard_bytes: int) -> Exported:
     return Exported(family.name, transformers.__version__, step, tensors, moved, difference, largest)
 
 
-def _write_words(run: SavedRun, folder: Path, family: Family, facts: Facts, aside: Path) -> None:
+SPECIAL = {
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]",),
+    "pad_token": ("[PAD]", "<pad>"),
+    "unk_token": ("[UNK]", "<unk>"),
+}
+"""What transformers calls the tokens of these names."""
+
+
+def _write_words(run: SavedRun, family: Family, facts: Facts, aside: Path) -> None:
     """All but the weights."""
-    tokenizer = run.tokenizer
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": facts["max_len"],
-        "clean_up_tokenization_spaces": False,
-        "bos_token": tokenizer.eot_token,
-        "eos_token": tokenizer.eot_token,
-    }
-    write_whole(aside / TOKENIZER, (folder / TOKENIZER).read_bytes())
-    _write_json(aside / "tokenizer_config.json", about)
-    config = family.config(facts, run.config.model.dropout, tokenizer.eot)
-    _write_json(aside / CONFIG, config)
+    tokenizer, shapes = run.tokenizer, run.checkpoint.manifest["shapes"]
+    there = {kind: name for kind, names in SPECIAL.items() for name in names if tokenizer.find(name, -1) >= 0}
+    eot = tokenizer.name_of(tokenizer.eot)
+    about = {"bos_token": eot, "eos_token": eot} | there
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_whole(aside / TOKENIZER, tokenizer.content.encode())
+    _write_json(aside / "tokenizer_config.json", kind | {"model_max_length": facts.get("max_len", NO_LIMIT)} | about)
+    more: dict[str, Any] = {"architectures": [family.architecture(shapes)]}
+    more |= {f"{kind}_id": tokenizer.id_of(about[kind]) for kind in ("bos_token", "eos_token", "pad_token") if kind in about}
+    if isinstance(run.config.objective, schema.Classify):
+        names = run.config.objective.classes or ["score"]
+        more |= {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+    _write_json(aside / CONFIG, family.config(facts, run.config.model.dropout, more))
 
 
 def _write_weights(run: SavedRun, family: Family, facts: Facts, aside: Path, shard_bytes: int) -> tuple[int, list[Path]]:
@@ -130,19 +142,19 @@ def _same_tokens(run: SavedRun, aside: Path, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def _same_logits(run: SavedRun, family: Family, aside: Path, tokens: Tensor) -> tuple[float, float]:
+def _same_logits(run: SavedRun, aside: Path, tokens: Tensor) -> tuple[float, float]:
     """(the largest difference, the largest logit) on the probe; raises UserError unless they are the same but for rounding.
 
     One model after the other: memory for one is enough.
     """
-    shape = tokens.shape
-    places = {"positions": torch.arange(shape[1]).expand(shape), "segments": torch.ones(shape, dtype=torch.int32)}
-    ours = load_objective(run).logits({"tokens": tokens, **places})
-    theirs, names = _load(family, aside)
+    ours = _answers(load_objective(run), tokens)
+    theirs, names = _load(aside)
     if wrong := [f"{kind.replace('_', ' ')}: {some(sorted(map(str, found)))}" for kind, found in names.items() if found]:
         raise UserError(f"transformers does not find what it looks for ({'; '.join(wrong)}), so nothing is exported")
-    logits = theirs(tokens).logits[..., : run.tokenizer.vocab_size]
-    difference, largest = float((logits - ours).abs().max()), float(ours.abs().max())
+    said = theirs(tokens, **({"decoder_input_ids": tokens} if theirs.config.is_encoder_decoder else {}))
+    answers = [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
+    pairs = [(a, b[..., : a.shape[-1]]) for a, b in zip(ours, answers, strict=True)]
+    difference, largest = max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs)
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise UserError(
             f"transformers' logits differ from ours by {difference:.2g} where the largest is {largest:.3g}, so nothing is exported"
@@ -150,9 +162,19 @@ def _same_logits(run: SavedRun, family: Family, aside: Path, tokens: Tensor) -> 
     return difference, largest
 
 
-def _load(family: Family, aside: Path) -> tuple[Any, dict[str, Any]]:
+def _answers(objective: Any, tokens: Tensor) -> list[Tensor]:
+    """The logits of all heads of ours, for rows that are whole."""
+    places, ones = torch.arange(tokens.shape[1]).expand(tokens.shape), torch.ones(tokens.shape, dtype=torch.int32)
+    batch = {"tokens": tokens, "positions": places, "segments": ones, "target_tokens": tokens, "target_segments": ones}
+    found = [objective.logits(batch)]
+    if isinstance(objective, Masked) and objective.next_sentence:
+        found.append(objective.head["next"](objective.backbone.pooler(objective.backbone(batch))))
+    return found
+
+
+def _load(aside: Path) -> tuple[Any, dict[str, Any]]:
     """The model as transformers loads it, in float32, and the names that it misses or did not expect."""
-    architecture = getattr(transformers, family.architecture)
+    architecture = getattr(transformers, json.loads((aside / CONFIG).read_text())["architectures"][0])
     model, names = architecture.from_pretrained(aside, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     return model.eval(), {kind: names[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
 

@@ -85,7 +85,8 @@ def _of_hugging_face(folder: Path) -> Origin:
         raise UserError(f"{folder / CONFIG} describes a model that is not one of ours: {'; '.join(strange)}")
     dist.same_everywhere("content of init.from", there.digest)
     source = Weights(there, family)
-    return Origin(f"Hugging Face, {family.name}", there.digest, family.objective, facts, there.tokenizer, source)
+    objective = family.objective(there.config)
+    return Origin(f"Hugging Face, {family.name}", there.digest, objective, facts, there.tokenizer, source)
 
 
 @dataclass

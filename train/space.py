@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from train.schema import Config, Sweep
 
@@ -54,7 +55,7 @@ class Sweeping:
         return (found,) if isinstance(found, str) else tuple(found)
 
     @property
-    def directions(self) -> tuple[str, ...]:
+    def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
         """Of each metric."""
         found = self.settings.direction
         return (found,) * len(self.metrics) if isinstance(found, str) else tuple(found)

@@ -10,8 +10,10 @@ from train.progress import Progress
 from train.schema import Stop
 from train.words import plural
 
-FALLING = ("val_loss", "perplexity", "bits_per_byte", "mse")
-"""Metrics that are the better the lower they are."""
+
+def falls(metric: str) -> bool:
+    """Whether a metric is the better the lower it is."""
+    return metric.endswith("loss") or metric in ("bits_per_byte", "mse")
 
 
 def judge(stop: Stop, progress: Progress, evaluated: dict[str, Any]) -> Progress:
@@ -25,7 +27,7 @@ def judge(stop: Stop, progress: Progress, evaluated: dict[str, Any]) -> Progress
         raise UserError(f"stop.metric={stop.metric} is not measured here. There are: {', '.join(evaluated)}")
     value = evaluated[stop.metric]
     score = math.inf if value is None or not math.isfinite(value) else float(value)
-    return progress.measured(score if stop.metric in FALLING or score == math.inf else -score)
+    return progress.measured(score if falls(stop.metric) or score == math.inf else -score)
 
 
 def enough(stop: Stop, progress: Progress) -> bool:

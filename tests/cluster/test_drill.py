@@ -68,6 +68,15 @@ def test_where_the_number_of_workers_changes_the_losses_may_differ_by_their_orde
     assert row.cells[-1] == "within 0.0001"
 
 
+def test_what_training_makes_of_such_a_difference_later_is_not_judged():
+    steps = range(1, 201)
+    apart = {step: 1.0 if step < 10 else 1.0 + 1e-6 * 1.05 ** (step - 10) for step in steps}
+    whole = dict.fromkeys(steps, 1.0)
+    assert abs(apart[200] - 1.0) > 1e-3
+    assert drill.apart(apart, whole, 1e-4) == ""
+    assert drill.apart({**apart, 30: 1.001}, whole, 1e-4).startswith("loss: step 30")
+
+
 def test_what_is_not_possible_here_is_said_with_its_reason():
     assert drill.impossible(FAULTS["cut"], 4, "one host") == "one host"
     assert drill.impossible(FAULTS["kill"], 1, "one host") == ""

@@ -2,10 +2,12 @@
 
 import re
 import secrets
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import worlds
 from hosts import PORT, TOKEN, WHY_NOT, form_cluster, give_token, hosts, living_hosts, trireme
@@ -188,6 +190,20 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     refused = trireme(c, "cluster", "status")
     assert refused.returncode == 2
     assert "no cluster is up on this host" in refused.stdout
+
+
+def test_two_that_say_up_at_once_get_one_cluster(tmp_path):
+    with hosts(1, shared=tmp_path) as [a]:
+        outs = [tmp_path / name for name in ("first", "second")]
+        both = [
+            a.start([sys.executable, "-m", "cluster", "cluster", "up"], stdout=out.open("w"), stderr=subprocess.STDOUT)
+            for out in outs
+        ]
+        assert [one.wait(120) for one in both] == [0, 0], [out.read_text() for out in outs]
+        said = sorted("is up already" in out.read_text() for out in outs)
+        assert said == [False, True]
+        assert len([pid for pid in a.pids() if psutil.Process(pid).name() == "gcs_server"]) == 1
+        assert trireme(a, "cluster", "down").returncode == 0
 
 
 def test_a_host_that_does_not_belong_is_refused_in_words(as_typed, tmp_path_factory, tmp_path):

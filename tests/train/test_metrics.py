@@ -122,16 +122,8 @@ def test_a_classifier_of_any_family_learns_and_reports(tmp_path: Path, labelled,
     data = [f"data.paths=[{labelled(scores)}]", "data.label_key=label", "data.pack=false", f"data.dir={tmp_path}/corpus"]
     classes = [] if scores else ["objective.classes=[sad,glad]"]
     how = [f"model={model}_tiny", "objective=classify", *classes, "batch.seq_len=32", "batch.global=8", "cluster.workers=2"]
-    rest = [
-        "steps=30",
-        "eval_every=0",
-        "save_every=0",
-        "optimizer.lr=3e-3",
-        "schedule=constant",
-        "tracking=off",
-        f"run.dir={tmp_path}/run",
-    ]
-    config = configuration.load([*worlds.TEXT, *data, *how, *rest])
+    rest = ["steps=30", "eval_every=0", "save_every=0", "optimizer.lr=3e-3", "schedule=constant", "tracking=off"]
+    config = configuration.load([*worlds.TEXT, *data, *how, *rest, f"run.dir={tmp_path}/run"])
     corpus = prepare(config.data.model_copy(update={"workers": 1}), lambda event: None)
     worlds.train_world(config, corpus)
     line, summary = worlds.metrics(config)[-1], json.loads((tmp_path / "run/summary.json").read_text())

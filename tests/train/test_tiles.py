@@ -7,10 +7,15 @@ import sys
 
 import pytest
 import torch
+import worlds
 
 import kernels
 from kernels import tuning
+from train import config as configuration
 from train import tiles
+from train.data.loader import Share, training_loader
+from train.data.shards import Corpus
+from train.data.streams import Cursor
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +73,12 @@ def test_a_damaged_table_is_measured_anew(tmp_path):
     assert tuning.best("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None) == {"BLOCK": 1}
 
 
-def test_what_is_measured_on_has_the_shape_of_the_runs_batches(make):
-    batch = tiles._batch(make("batch.seq_len=16", "batch.global=2", "cluster.workers=1"), 300, torch.device("cpu"))
-    assert {k: tuple(v.shape) for k, v in batch.items()} == dict.fromkeys(batch, (2, 16))
-    assert batch["segments"].unique().tolist() == [1, 2, 3, 4]
+@pytest.mark.parametrize("model", ["gpt_tiny", "t5_tiny", "bert_tiny", "lstm_tiny"])
+def test_tiles_are_measured_on_a_micro_batch_of_the_run(corpus, model):
+    objective = {"t5_tiny": "seq2seq", "bert_tiny": "masked"}.get(model, "causal")
+    data = [*worlds.TEXT, "data.paths=[x]", f"data.dir={corpus}", "batch.seq_len=16"]
+    config = configuration.load([f"model={model}", f"objective={objective}", *data])
+    opened = Corpus(corpus, config.model.special)
+    batch = training_loader(opened, config, Share(0, 1, 2)).peek(Cursor())[0]
+    assert batch["tokens"].shape == (2, 16)
+    tiles.measure(config, opened.tokenizer.vocab_size, batch)

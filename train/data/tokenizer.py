@@ -37,7 +37,6 @@ class Tokenizer:
         if not known:
             raise UserError(f"the tokenizer has no token that ends a document (looked for {', '.join(_END_TOKENS)})")
         self.eot: int = known[0]
-        self.eot_token: str = next(token for token in _END_TOKENS if self._fast.token_to_id(token) == self.eot)
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.content = content

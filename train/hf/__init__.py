@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from train.errors import UserError
-from train.hf import gpt2, llama
+from train.hf import bert, gpt2, llama, t5
 from train.hf.family import Facts, Family
 
-FAMILIES = (gpt2.FAMILY, llama.FAMILY)
+FAMILIES = (gpt2.FAMILY, llama.FAMILY, bert.FAMILY, t5.FAMILY)
 
 
 def family_of(objective: str, facts: Facts) -> Family:
@@ -17,6 +17,9 @@ def family_of(objective: str, facts: Facts) -> Family:
     for family, problems in kept:
         if not problems:
             return family
+    kept = [way for way in kept if way[0].needs["family"] == facts["family"]]
+    if not kept:
+        raise UserError(f"transformers has no model of family {facts['family']}; it has {', '.join(f.name for f in FAMILIES)}")
     ways = "\n".join(f"  - as {family.name} it would need {', '.join(problems)}" for family, problems in kept)
     raise UserError(f"transformers has no model of this kind:\n{ways}")
 

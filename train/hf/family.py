@@ -29,7 +29,10 @@ def facts_of(model: schema.Model, rows: int) -> Facts:
 
 def _whole(facts: Facts) -> Facts:
     """Facts without a None: what the models make of it."""
-    usual = {"kv_heads": facts["heads"], "mlp_width": 4 * facts["width"]}
+    if "heads" not in facts:
+        return facts
+    width, heads = facts["width"], facts["heads"]
+    usual = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
     return facts | {key: value for key, value in usual.items() if facts.get(key) is None}
 
 
@@ -69,9 +72,8 @@ class Family:
 
     name: str
     model_type: str
-    architecture: str
-    objective: str
-    """The objective whose head this architecture has."""
+    architectures: dict[str, tuple[str, str]]
+    """Their classes and our objectives, by a parameter of ours that only models of this class have; the last is for all others."""
     needs: Facts
     """What a model of ours must be."""
     equal: dict[str, str]
@@ -80,6 +82,8 @@ class Family:
     """Our facts and their names in config.json; under several names: all of them, with one value."""
     absent: Facts
     """What those mean that config.json may leave out."""
+    values: dict[str, tuple[Any, ...]]
+    """Facts that may have some values only."""
     fixed: dict[str, tuple[Any, ...]]
     """What other keys of config.json must be, if they are there: any of these; the first is what we write."""
     dropout: tuple[str, ...]
@@ -93,19 +97,31 @@ class Family:
     dress: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """The form in which it is written."""
 
+    def architecture(self, names: Iterable[str]) -> str:
+        """Their class for a model that has these parameters."""
+        return next(theirs for mark, (theirs, _) in self.architectures.items() if mark in {"", *names})
+
+    def objective(self, config: dict[str, Any]) -> str:
+        """The objective that the head of a folder is of."""
+        found = [ours for theirs, ours in self.architectures.values() if theirs in (config.get("architectures") or ())]
+        return found[0] if found else self.architectures[""][1]
+
     def lacking(self, objective: str, facts: Facts) -> list[str]:
         """What keeps a model of ours from being one of this family, as ``key=value`` that it would need."""
-        found = [] if objective == self.objective else [f"objective={self.objective} (not {objective})"]
-        needs = self.needs | {key: facts.get(other) for key, other in self.equal.items()}
-        return found + [f"model.{k}={word(v)} (not {word(facts.get(k))})" for k, v in needs.items() if facts.get(k) != v]
+        known = sorted({ours for _, ours in self.architectures.values()})
+        found = [] if objective in known else [f"objective={' or '.join(known)} (not {objective})"]
+        needs = {key: (value,) for key, value in self.needs.items()} | self.values
+        needs |= {key: (facts.get(other),) for key, other in self.equal.items()}
+        wrong = {key: values for key, values in needs.items() if facts.get(key) not in values}
+        return found + [f"model.{k}={' or '.join(map(word, v))} (not {word(facts.get(k))})" for k, v in wrong.items()]
 
-    def config(self, facts: Facts, dropout: float, eot: int) -> dict[str, Any]:
-        """The content of config.json; ``eot`` is the id of the token that ends, and begins, a document."""
-        found: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type, "dtype": "float32"}
+    def config(self, facts: Facts, dropout: float, more: dict[str, Any]) -> dict[str, Any]:
+        """The content of config.json, ``more`` included."""
+        found: dict[str, Any] = {"model_type": self.model_type, "dtype": "float32"}
         found |= {name: facts[key] for key, names in self.keys.items() for name in names}
         found |= {name: values[0] for name, values in self.fixed.items() if values[0] is not None}
         found |= dict.fromkeys(self.dropout, dropout)
-        return self.dress(found | {"bos_token_id": eot, "eos_token_id": eot})
+        return self.dress(found | more)
 
     def facts(self, config: dict[str, Any]) -> tuple[Facts, list[str]]:
         """The facts that a config.json states, and what it states that no model of ours can be."""
@@ -117,6 +133,8 @@ class Family:
                 strange.append(", ".join(f"{n}={word(v)}" for n, v in zip(names, given, strict=True)) + ", which must be equal")
             if given[0] is None and key not in ("kv_heads", "mlp_width"):
                 strange.append(f"{names[0]}, which is missing")
+            if key in self.values and given[0] not in self.values[key]:
+                strange.append(f"{names[0]}={word(given[0])}")
             found[key] = given[0]
         for name, right in self.fixed.items():
             if config.get(name, right[0]) not in right:

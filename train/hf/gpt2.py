@@ -5,8 +5,7 @@ from train.hf.family import Family, at
 FAMILY = Family(
     name="GPT-2",
     model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    objective="causal",
+    architectures={"": ("GPT2LMHeadModel", "causal")},
     needs={"family": "decoder", "position": "learned", "norm": "layer_norm", "activation": "gelu", "bias": True},
     equal={"kv_heads": "heads"},
     keys={
@@ -20,6 +19,7 @@ FAMILY = Family(
         "tied": ("tie_word_embeddings",),
     },
     absent={"norm_eps": 1e-5, "tied": True},
+    values={},
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # the same function
         "scale_attn_weights": (True,),

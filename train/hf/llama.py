@@ -25,8 +25,7 @@ def dress(config: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="Llama",
     model_type="llama",
-    architecture="LlamaForCausalLM",
-    objective="causal",
+    architectures={"": ("LlamaForCausalLM", "causal")},
     needs={"family": "decoder", "position": "rope", "norm": "rms_norm", "activation": "swiglu"},
     equal={},
     keys={
@@ -43,6 +42,7 @@ FAMILY = Family(
         "tied": ("tie_word_embeddings",),
     },
     absent={"norm_eps": 1e-6, "rope_theta": 10000.0, "bias": False, "tied": False},
+    values={},
     fixed={"hidden_act": ("silu", "swish"), "rope_type": ("default",), "head_dim": (None,)},
     dropout=(),
     modules={

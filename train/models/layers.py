@@ -146,11 +146,11 @@ class Attention(nn.Module):
 
 
 class Activated(Linear):
-    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, whose bias is added in its own pass."""
+    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, with the bias in one pass; of a gated model GELU."""
 
     def __init__(self, model: Sizes, outputs: int) -> None:
         super().__init__(model.width, outputs, model.bias, model.init_std)
-        self.activation = model.activation
+        self.activation = "gelu" if model.activation in GATES else model.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """X (..., inputs) -> (..., outputs)."""

@@ -12,7 +12,7 @@ import kernels
 from train import schema
 from train.batch import IGNORE, Batch, Losses, trained
 from train.models import build_backbone
-from train.models.layers import ACTIVATIONS, GATES, Linear, Norm
+from train.models.layers import Activated, Linear, Norm
 
 
 class MaskedHead(nn.Module):
@@ -21,7 +21,7 @@ class MaskedHead(nn.Module):
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         model, embed = backbone.model, backbone.embed
-        self.transform = Transform(model)
+        self.transform = Activated(model, model.width)
         self.norm = Norm(model)
         self.init_std = embed.init_std
         self.weight = embed.weight if model.tied else nn.Parameter(torch.empty_like(embed.weight))
@@ -30,20 +30,6 @@ class MaskedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden (..., D) -> logits (..., V)."""
         return F.linear(self.norm(self.transform(hidden))[0], self.weight, self.bias)
-
-
-class Transform(Linear):
-    """A linear layer with the model's activation; GELU where that is a gate."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model.width, model.width, True, model.init_std)
-        self.activation = "gelu" if model.activation in GATES else model.activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (..., D) -> (..., D)."""
-        if self.activation == "gelu":
-            return kernels.bias_gelu(F.linear(x, self.weight), self.bias)
-        return ACTIVATIONS[self.activation](super().forward(x))
 
 
 class Masked(nn.Module):

@@ -5,6 +5,7 @@ import torch
 
 from train.memory import Memory
 from train.objectives import build_objective
+from train.optim import parameter_groups
 
 CELLS = ["rnn", "gru", "lstm"]
 
@@ -90,3 +91,10 @@ def test_flops_are_six_a_weight(make_config, cell, gates):
     objective = build(make_config, cell)
     weights = sum(p.numel() for name, p in objective.backbone.rnn.named_parameters() if "weight" in name)
     assert objective.backbone.flops_per_token(64) == 6 * weights == 6 * 2 * gates * 2 * 64**2
+
+
+def test_biases_do_not_decay(make_config):
+    matrices, rest = parameter_groups(build(make_config, "lstm"), 0.1)
+    assert {name.rsplit(".")[-1][:6] for name in matrices["names"]} == {"weight"}
+    assert len(matrices["names"]) == 4
+    assert "backbone.rnn.bias_hh_l1" in rest["names"]

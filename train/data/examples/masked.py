@@ -80,9 +80,9 @@ class Masked:
             draw = {n: float(uniform(key_of(self.seed, epoch, n), *identity)[0]) for n in (_CUT, _NEXT, _FROM, _AT)}
             cut = begin + 1 + int(draw[_CUT] * (sizes[piece] - 1))
             first, second = lines.row(row).part(0, cut), lines.row(row).part(cut, length)
-            if len(second.ids):
-                arrays["next_targets"][row] = 0
-            if len(second.ids) and draw[_NEXT] < 0.5 and shards.samples > 1:
+            told = sizes[piece] > 1  # else both parts would be of other documents
+            arrays["next_targets"][row] = 0 if told else IGNORE
+            if told and draw[_NEXT] < 0.5 and shards.samples > 1:
                 second = _foreign(shards, int(identity[0][0]), len(second.ids), (draw[_FROM], draw[_AT]))
                 arrays["next_targets"][row] = 1
             self._lay(arrays, row, first, second)
