@@ -133,9 +133,8 @@ def _probe(run: SavedRun) -> Tensor:
 def _same_tokens(run: SavedRun, aside: Path, tokens: Tensor) -> None:
     """Raises UserError unless transformers' tokenizer makes the same of a text and of some tokens."""
     theirs = transformers.AutoTokenizer.from_pretrained(aside, local_files_only=True)
-    text = run.tokenizer.decode(tokens.flatten().tolist())
-    for special in theirs.all_special_tokens:  # spelled in a text they are text to us, and the token itself to transformers
-        text = text.replace(special, "")
+    special = set(run.tokenizer.special)  # spelled in a text they are text to us, and the token itself to transformers
+    text = run.tokenizer.decode(token for token in tokens.flatten().tolist() if token not in special)
     ids = run.tokenizer.encode(text)
     if theirs.encode(text, add_special_tokens=False) != ids or theirs.decode(ids) != run.tokenizer.decode(ids):
         raise UserError("transformers reads the tokenizer of this run as another one, so nothing is exported")
@@ -147,13 +146,13 @@ def _same_logits(run: SavedRun, aside: Path, tokens: Tensor) -> tuple[float, flo
 
     One model after the other: memory for one is enough.
     """
-    ours = _answers(load_objective(run), tokens)
+    ours = answers(load_objective(run), tokens)
     theirs, names = _load(aside)
     if wrong := [f"{kind.replace('_', ' ')}: {some(sorted(map(str, found)))}" for kind, found in names.items() if found]:
         raise UserError(f"transformers does not find what it looks for ({'; '.join(wrong)}), so nothing is exported")
     said = theirs(tokens, **({"decoder_input_ids": tokens} if theirs.config.is_encoder_decoder else {}))
-    answers = [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
-    pairs = [(a, b[..., : a.shape[-1]]) for a, b in zip(ours, answers, strict=True)]
+    found = [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
+    pairs = [(a, b[..., : a.shape[-1]]) for a, b in zip(ours, found, strict=True)]
     difference, largest = max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs)
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise UserError(
@@ -162,7 +161,7 @@ def _same_logits(run: SavedRun, aside: Path, tokens: Tensor) -> tuple[float, flo
     return difference, largest
 
 
-def _answers(objective: Any, tokens: Tensor) -> list[Tensor]:
+def answers(objective: Any, tokens: Tensor) -> list[Tensor]:
     """The logits of all heads of ours, for rows that are whole."""
     places, ones = torch.arange(tokens.shape[1]).expand(tokens.shape), torch.ones(tokens.shape, dtype=torch.int32)
     batch = {"tokens": tokens, "positions": places, "segments": ones, "target_tokens": tokens, "target_segments": ones}

@@ -29,11 +29,9 @@ def facts_of(model: schema.Model, rows: int) -> Facts:
 
 def _whole(facts: Facts) -> Facts:
     """Facts without a None: what the models make of it."""
-    if "heads" not in facts:
-        return facts
-    width, heads = facts["width"], facts["heads"]
+    heads, width = facts.get("heads", 1), facts["width"]
     usual = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
-    return facts | {key: value for key, value in usual.items() if facts.get(key) is None}
+    return {key: usual.get(key) if value is None else value for key, value in facts.items()}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import torch
 import transformers
 import worlds
 
+from train import config as configuration
 from train import hf
 from train.__main__ import main
 from train.data.prepare import prepare
 from train.errors import UserError
-from train.export import export
+from train.export import answers, export
 from train.hf.family import at
 from train.saved import open_run
 
@@ -33,10 +34,22 @@ def trained(make, corpus: Path, *overrides: str, name: str = "run") -> Path:
 def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and those of what transformers finds in a folder by itself, for 16 tokens."""
     tokens = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(3))
-    positions = torch.arange(16).expand(2, -1)
     with torch.no_grad():
-        saved = open_run(run).objective.logits({"tokens": tokens, "positions": positions, "segments": torch.ones_like(tokens)})
-        return saved, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
+        ours = answers(open_run(run).objective, tokens)[0]
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
+
+
+def test_a_bert_with_both_heads_a_classifier_and_a_t5(make, corpus: Path, tmp_path: Path):
+    """Where the proof is in the export itself; and a classifier that starts from the folder of a BERT."""
+    experiment = [f"data.paths=[{corpus.parent / 'text'}]", f"data.dir={corpus}", *worlds.TEXT, "tracking=off", *SHORT]
+    for name, heads in (("bert_tiny", 2), ("t5_tiny", 1)):
+        keys = [f"experiment={name}", *experiment, f"run.dir={tmp_path / name}", "batch.seq_len=16", "batch.global=4"]
+        worlds.train_world(configuration.load(keys), corpus)
+        done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", ROOM)
+        assert done.difference <= 1e-5
+        assert len(answers(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert_tiny-there")
+    assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
 
 
 @pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])

@@ -12,9 +12,11 @@ import transformers
 import worlds
 from safetensors.torch import load_file, save_file
 
+from train import config as configuration
 from train import schema
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
+from train.export import answers
 from train.hf import FAMILIES, family_of
 from train.hf.family import facts_of
 
@@ -22,19 +24,37 @@ GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positi
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA |= {"intermediate_size": 176, "max_position_embeddings": 32, "vocab_size": 320, "rms_norm_eps": 1e-5}
 WIDE = {"num_hidden_layers": 1, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192}
+BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+BERT |= {"vocab_size": 384, "max_position_embeddings": 32}
+T5 = {"model_type": "t5", "num_layers": 2, "d_model": 32, "num_heads": 2, "d_kv": 24, "d_ff": 48, "vocab_size": 384}
 SHAPES = {  # the published ones, fewer layers
     "gpt2_124m": GPT2 | {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
     "gpt2_1558m": GPT2 | {"n_layer": 1, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
     "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
     "llama_125m": LLAMA | {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
     "llama_1b, tied": LLAMA | WIDE | {"rope_theta": 500000.0, "tie_word_embeddings": True},
+    "bert_base": BERT | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30522},
+    "bert, another activation": BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
+    "t5_base": T5 | {"d_model": 768, "num_heads": 12, "d_kv": 64, "d_ff": 3072, "num_layers": 1},
+    "t5, gated": T5 | {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 16},
     "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
 }
 
 
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "BertForPreTraining",
+    "t5": "T5ForConditionalGeneration",
+}
+CHOICES = {"gpt2": ["model=gpt_tiny"], "llama": ["model=llama_tiny"], "bert": ["model=bert_tiny", "objective=masked"]}
+CHOICES |= {"t5": ["model=t5_tiny", "objective=seq2seq"]}
+
+
 def model_of(values: dict):
     """Transformers' own model, every parameter random, norms and biases too."""
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values)).eval()
+    config = transformers.AutoConfig.for_model(**values)
+    model = getattr(transformers, CLASSES[values["model_type"]])(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -48,11 +68,29 @@ def ours(values: dict) -> list[str]:
     family = next(family for family in FAMILIES if family.model_type == values["model_type"])
     facts, strange = family.facts(values)
     assert strange == []
-    return [f"model.{key}={json.dumps(value)}" for key, value in facts.items()]
+    return [*CHOICES[values["model_type"]], *(f"model.{key}={json.dumps(value)}" for key, value in facts.items())]
 
 
 def probe() -> torch.Tensor:
     return torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def bytes_for(config) -> Tokenizer:
+    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")).extended(config.model.special)
+
+
+def theirs(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of all heads of transformers' model."""
+    with torch.no_grad():
+        said = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
+    return [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
+
+
+def same(found: list, model) -> None:
+    right = theirs(model, probe())
+    assert len(found) == len(right)
+    for a, b in zip(found, right, strict=True):
+        assert (torch.from_numpy(a) - b[..., : a.shape[-1]]).abs().max() < 1e-5
 
 
 def begin(world, emit, overrides: list[str], folder: str):
@@ -60,17 +98,16 @@ def begin(world, emit, overrides: list[str], folder: str):
     from train.initial import fill
     from train.objectives import build_objective
 
-    config = worlds.compose(*worlds.TEXT, "data.paths=[x]", *overrides, f"init.from={folder}")
-    tokenizer = Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    text = [*worlds.TEXT, "data.paths=[x]", "batch.seq_len=16", "generation.prompts=[]", "tracking=off"]
+    config = configuration.load([*text, *overrides, f"init.from={folder}"])
+    tokenizer = bytes_for(config)
     objective = build_objective(config, tokenizer.vocab_size).eval()
     try:
         taken = fill(objective, config, tokenizer, world)
     except UserError as error:
         return str(error)
-    tokens = probe()
-    positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     with torch.no_grad():
-        return taken, objective.logits({"tokens": tokens, "positions": positions, "segments": torch.ones_like(tokens)}).numpy()
+        return taken, [answer.numpy() for answer in answers(objective, probe())]
 
 
 def begun(overrides: list[str], folder: Path):
@@ -95,11 +132,9 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     values = SHAPES[name]
     model = model_of(values)
     model.save_pretrained(tmp_path, max_shard_size="20MB")
-    with torch.no_grad():
-        expected = model(probe()).logits[..., :257]
     taken, logits = begun(ours(values), tmp_path)
     assert taken.fresh == taken.left == []
-    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-5
+    same(logits, model)
 
 
 def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
@@ -109,8 +144,7 @@ def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
     save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
     taken, logits = begun(ours(GPT2), tmp_path)
     assert taken.left == []
-    with torch.no_grad():
-        assert (torch.from_numpy(logits) - model(probe()).logits[..., :257]).abs().max() < 1e-5
+    same(logits, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,8 +152,7 @@ def test_weights_in_half_precision_are_taken_as_they_are(dtype: torch.dtype, tmp
     model = model_of(LLAMA).to(dtype)
     model.save_pretrained(tmp_path)
     _, logits = begun(ours(LLAMA), tmp_path)
-    with torch.no_grad():
-        assert (torch.from_numpy(logits) - model.float()(probe()).logits[..., :257]).abs().max() < 1e-5
+    same(logits, model.float())
 
 
 def test_pickled_weights_are_refused_and_not_opened(copy: Path):
@@ -146,7 +179,7 @@ def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama"),
+        ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama, bert, t5"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu, which must be silu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type=llama3"),
         ({"head_dim": 16}, "head_dim=16"),
