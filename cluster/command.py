@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster import wire
 from train.errors import UserError
@@ -52,13 +53,15 @@ class Command:
         self.process: subprocess.Popen[bytes] | None = None
         self.furthest = 0
         """The last step that it was ever seen to have made."""
+        self.before = 0
+        """Restarts before the last start."""
 
     # --------------------------------------------------------------------------------------------------------- its life
 
     def start(self, *more: str) -> None:
         """Give the command, with ``more`` settings this once. It ends with this process, however that ends."""
         words = [sys.executable, "-m", "cluster", "train", *with_settings(self.overrides, more), f"run.dir={self.folder}"]
-        parent = os.getpid()
+        parent, self.before = os.getpid(), len(self.restarts)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
                 words,
@@ -137,4 +140,15 @@ class Command:
     @property
     def places(self) -> list[Place]:
         """Where the ranks are."""
-        return [Place(**place) for place in json.loads((self.folder / "world.json").read_text())["ranks"]]
+        return [Place(**place) for place in self._world["ranks"]]
+
+    @property
+    def size(self) -> int:
+        """How many workers train now; 0 while they are being started again."""
+        world = self._world
+        trains = not world["generation"] or world["generation"] in {line["generation"] for line in self.restarts[self.before :]}
+        return len(world["ranks"]) if trains else 0
+
+    @property
+    def _world(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "world.json").read_text()))

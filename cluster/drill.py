@@ -44,7 +44,7 @@ FAULTS = {
     for fault in (
         Fault("kill", "a worker killed", _RANK + "killed by SIGKILL"),
         Fault("save", "killed while it saves", _RANK + "killed by SIGKILL"),
-        Fault("stop", "a worker stopped", _RANK + "hung: .*(?:\n.*)?stopped by a signal"),
+        Fault("stop", "a worker stopped", _RANK + r"hung: .*\n(?: .*\n)*?  it is stopped by a signal"),
         Fault("checkpoint", "a checkpoint damaged", _DAMAGED),
         Fault("disk", "the disk full", "no checkpoint could be written to .*: rank {rank}: .*File too large"),
         Fault("term", "SIGTERM to all", "Stopped and saved"),

@@ -28,7 +28,7 @@ FULL_S = 90.0
 """How long a run that has lost workers is waited for to have all again, before the next fault."""
 CATCH_S = 0.001
 """Between looks whether a save is under way."""
-CUT_S = 30.0
+CUT_S = 20.0
 """How long a host is cut off, beyond the time that it takes to be missed."""
 ENOUGH = 10
 """Times the steps between two checkpoints that a fault may take."""
@@ -88,12 +88,13 @@ class Stage:
             self.number += 1
             self.run = Command(self.folder / f"disturbed_{self.number}", self.settings)
         run, every = self.run, self.config.save_every
+        self.hands.wait_for_hosts()
         if run.over:
             self._start(run)
         run.until(lambda: len(list(run.folder.glob("checkpoints/step_*"))) > 1, "its second checkpoint")
         saved, workers, give_up = run.saved, self.config.cluster.workers, time.monotonic() + FULL_S
         run.until(lambda: run.step >= saved + every // 2, "the next steps")
-        run.until(lambda: len(run.places) == workers or time.monotonic() > give_up, "have all its workers")
+        run.until(lambda: run.size == workers or (run.size and time.monotonic() > give_up), "have all its workers")
         return run
 
     def _start(self, run: Command, *more: str) -> None:

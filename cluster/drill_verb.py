@@ -97,7 +97,7 @@ class Drill:
 
     def __init__(self, out: Console, folder: Path, settings: Sequence[str], config: Config) -> None:
         self.out, self.folder, self.config = out, folder, config
-        self.undisturbed = Command(folder / "undisturbed", settings)
+        self.undisturbed = Command(folder / "undisturbed", with_settings(settings, ["cluster.min_workers=null"]))
         self.stage = Stage(folder, settings, config, Hands(config.cluster.address))
         self.rows: list[Row] = []
 
@@ -109,13 +109,14 @@ class Drill:
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
         with Live(console=self.out, refresh_per_second=4, transient=True) as live:
             self._now("the undisturbed run", live)
-            self._make_undisturbed(EVERY * (2 * len(faults) + 2), SECONDS * (len(faults) + 1))
+            self._make_undisturbed(EVERY * (2 * len(faults) + 2), SECONDS * (len(faults) + 3))
             alone = self._alone()
             for fault in faults:
                 self._now(fault.title, live)
                 why = drill.impossible(fault, config.cluster.workers, alone)
                 self.rows.append(Row(fault.name, fault.title, impossible=why) if why else self._try(fault))
         self.stage.pause()
+        self.stage.hands.wait_for_hosts()
         self.out.print(self._table())
         for row in self.rows:
             if row.remark:
@@ -128,6 +129,7 @@ class Drill:
                 shutil.rmtree(left, ignore_errors=True)
         bad = sum(not row.holds for row in tried)
         words = f"{bad} of {len(tried)} do not hold" if bad else f"All hold: {plural(len(tried), 'fault')}"
+        words = words if tried else "Nothing could be tried here"
         self.out.print(f"{words}, in {duration(time.monotonic() - began)}. {self.folder}/drill.json, drill.md", soft_wrap=True)
         return HOLDS if holds else DOES_NOT
 
@@ -153,6 +155,7 @@ class Drill:
         made, last = self.undisturbed, self.config.steps
         shutil.rmtree(made.folder, ignore_errors=True)
         made.furthest = 0
+        self.stage.hands.wait_for_hosts()
         made.start()
         made.until(lambda: made.step, "the first step")
         enough = time.monotonic() + seconds

@@ -24,6 +24,9 @@ from cluster.command import Command, Place
 DELAY_S = 0.5
 """Between the order that all of a host be stopped or killed, and its execution: the task that gives it is on that host."""
 ANSWER_S = 60.0
+BACK_S = 90.0
+"""How long hosts may take to join again."""
+LOOK_S = 0.2
 
 
 class Hands:
@@ -35,6 +38,18 @@ class Hands:
         if address is not None:
             gather.join(address, "drill")
             self.here = ray.get_runtime_context().get_node_id()
+        self.hosts = self._living()
+        self.silent_until = 0.0
+
+    def wait_for_hosts(self) -> None:
+        """Wait until no host is cut off any more and all have joined again; but not for ever."""
+        time.sleep(max(0.0, self.silent_until - time.monotonic()))
+        give_up = time.monotonic() + BACK_S
+        while self._living() < self.hosts and time.monotonic() < give_up:
+            time.sleep(LOOK_S)
+
+    def _living(self) -> int:
+        return sum(node["Alive"] for node in ray.nodes()) if self.here else 0
 
     def signal(self, place: Place, number: int) -> float:
         """Send a signal to the trainer of a rank."""
@@ -58,7 +73,9 @@ class Hands:
 
     def cut_off(self, places: Sequence[Place], seconds: float) -> float:
         """Silence the host of these ranks: its processes of the job and of Ray stand still for so many seconds."""
-        return self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}") + DELAY_S
+        now = self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}") + DELAY_S
+        self.silent_until = now + seconds + LOOK_S
+        return now
 
     def end_host(self, places: Sequence[Place]) -> float:
         """SIGKILL the job's processes and Ray's on the host of these ranks, all at once."""

@@ -250,8 +250,10 @@ class Console:
         """Where the run lies, and what to type next."""
         where = config.run.dir
         self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
-        self._fact("next", f'./launch.sh generate run.dir={where} prompt="..."')
-        self._fact("", f"./launch.sh evaluate run.dir={where}")
+        generate = f'./launch.sh generate run.dir={where} prompt="..."'
+        verbs = [generate] if config.objective.name in ("causal", "seq2seq") else []  # what can write
+        for word, line in zip(("next", ""), [*verbs, f"./launch.sh evaluate run.dir={where}"], strict=False):
+            self._fact(word, line)
 
     def complete(self, config: Any, summary: Event) -> None:
         """What an earlier start has come to, and how to go further."""

@@ -24,8 +24,11 @@ RULES = (
         re.compile(r"([?&][\w.-]*(?:key|token|secret|password|signature|credential|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE),
         rf"\1{HIDDEN}",
     ),
-    # wandb.key=... --password=... but not data.text_key=...
-    (re.compile(r"((?:(?<!text)[._-]key|token|secret|password|passwd|passphrase)=)[^\s'\",\]]+", re.IGNORECASE), rf"\1{HIDDEN}"),
+    # wandb.key=... --password=... but not data.text_key=... and data.label_key=...
+    (
+        re.compile(r"((?:(?<!text)(?<!label)[._-]key|token|secret|password|passwd|passphrase)=)[^\s'\",\]]+", re.IGNORECASE),
+        rf"\1{HIDDEN}",
+    ),
 )
 
 

@@ -134,8 +134,8 @@ class Queue:
 
     def _stop(self, number: int) -> None:
         self.stopping = True
-        names = ", ".join(map(str, self.running)) or "none"
-        self.board.say(f"  stopping: trials that run ({names}) finish their step and save (once more to end at once)", "yellow")
+        what = f"{', '.join(f'trial {n}' for n in self.running) or 'nothing'} has to finish a step and save"
+        self.board.say(f"  stopping: {what} (once more to end at once)", "yellow")
         for running in self.running.values():
             running.stop(number)
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.sweep.trial import ENDED, Trial
+from cluster.sweep.trial import ENDED, Trial, short
 from train import failures
 from train.words import PREPARING, duration, finite, plural
 
@@ -146,7 +146,7 @@ class Board:
             left = trial.seconds_left() if trial.state not in ENDED else None
             found.add_row(
                 str(trial.number),
-                *(trial.params.get(key, "") for key in keys),
+                *(short(trial.params.get(key, "")) for key in keys),
                 Text(trial.state, style=COLORS.get(trial.state, "")),
                 f"{trial.step:,}/{trial.config.steps:,}",
                 *(f"{value} *" if trial in best and value else value for value in values),

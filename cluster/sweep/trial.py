@@ -22,6 +22,8 @@ from train.space import Params
 from train.tracking import read_records
 
 Event = dict[str, Any]
+SHORT = 8
+"""Characters of a number that are shown as they are."""
 ENDED = ("done", "pruned", "diverged", "failed", "stopped")
 
 
@@ -54,7 +56,7 @@ class Trial:
     @property
     def words(self) -> str:
         """How it is spoken of."""
-        return f"trial {self.number} ({', '.join(f'{key}={value}' for key, value in self.params.items())})"
+        return f"trial {self.number} ({', '.join(f'{key}={short(value)}' for key, value in self.params.items())})"
 
     def hear(self, event: Event) -> None:
         """Takes what the job says into account."""
@@ -71,6 +73,13 @@ class Trial:
         if self.pace is None or self.step <= self.pace[0]:
             return None
         return (time.monotonic() - self.pace[1]) / (self.step - self.pace[0]) * (self.config.steps - self.step)
+
+
+def short(value: str) -> str:
+    """A value as it is shown: of a long number, the digits that matter."""
+    with contextlib.suppress(ValueError):
+        return value if len(value) <= SHORT else f"{float(value):.4g}"
+    return value
 
 
 def history(folder: Path, metric: str) -> list[tuple[int, float]]:

@@ -100,6 +100,14 @@ def test_the_words_that_name_a_fault_are_those_of_its_victim():
         assert not FAULTS["kill"].pattern({**where, **other}).search(said)
 
 
+@pytest.mark.parametrize("inside", ["", "  it is in all_reduce #112\n"])
+def test_a_stopped_worker_is_named_wherever_it_was_stopped(inside: str):
+    said = f"FAILED: rank 1 on a (pid 7) hung: nothing moved in step of step 28\n{inside}  it is stopped by a signal (SIGSTOP)\n"
+    pattern = FAULTS["stop"].pattern({"rank": 1, "host": "a", "pid": 7})
+    assert pattern.search(said)
+    assert not pattern.search(said.replace("  it is stopped by a signal", "  rank 0 waits"))
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir()) if file.is_file()}
 
@@ -197,7 +205,8 @@ def test_a_drill_that_is_interrupted_leaves_no_process_behind(as_typed, tmp_path
             stderr=out,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-    wait_for(lambda: (tmp_path / "run-drill" / "undisturbed" / "metrics.jsonl").exists() or process.poll() is not None, 120)
+    log = tmp_path / "run-drill" / "undisturbed.log"
+    wait_for(lambda: (log.exists() and "Trireme" in log.read_text()) or process.poll() is not None, 120)  # Ray is up
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     assert "The drill was stopped" in (tmp_path / "out").read_text()

@@ -217,6 +217,9 @@ def test_a_host_that_does_not_belong_is_refused_in_words(as_typed, tmp_path_fact
             [ray, "start", "--head", f"--node-ip-address={a.ip}", f"--port={PORT}", "--num-cpus=1"], env={"RAY_AUTH_MODE": "token"}
         )
         assert started.returncode == 0, started.stdout
+        refused = trireme(b, "train", *as_typed("cluster.workers=2", f"cluster.address={address}"), cwd=tmp_path)
+        assert refused.returncode == 2
+        assert f"the cluster at {address} asks for a token, and this host has none" in refused.stdout
         for what, cure in (
             (lambda: None, "this host has no token: copy ~/.ray/auth_token"),
             (lambda: give_token(b, token[::-1]), f"the cluster at {address} refuses the token that this host has"),

@@ -144,7 +144,7 @@ def test_a_failure_is_one_block_on_stderr_with_what_happens_next():
 def test_the_end_names_the_folder_and_the_next_commands():
     out = io.StringIO()
     console = Console(Terminal(file=out, width=60))
-    config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"))
+    config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal"))
     console.finished(config)
     console.startup({"config": 0.5, "ray": 2.0, "workers": 2.4, "imports": 4.1, "first_step": 5.0, "first_step_done": 5.5})
     console.stopped(config)
@@ -199,3 +199,11 @@ def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_li
     assert f"Next: {next_}" in errors
     assert "run the same command" not in errors
     assert "recovered in 1.0 s with 2 workers: noticed and ended 0.1 · workers started 0.2 · met 0.3" in out
+
+
+def test_nobody_is_told_to_generate_from_what_cannot_write():
+    out = io.StringIO()
+    config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="classify"))
+    Console(Terminal(file=out, width=60)).finished(config)
+    assert "generate" not in out.getvalue()
+    assert "next     ./launch.sh evaluate run.dir=runs/x" in out.getvalue()

@@ -128,6 +128,12 @@ def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
         assert 0.1 < update(matrix).square().mean().sqrt() < 0.3
 
 
+def test_biases_of_recurrent_layers_do_not_decay(make_config):
+    matrices, rest = parameter_groups(build_objective(make_config("lstm_tiny"), 257), 0.1)
+    assert not any("bias" in name for name in matrices["names"])
+    assert sum("bias" in name for name in rest["names"]) == 4
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_turns_the_matrices_of_the_backbone_alone(make_config, tied):
     objective = build_objective(make_config("gpt_tiny", tied=tied), 257)

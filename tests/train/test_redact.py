@@ -20,7 +20,7 @@ SHOWN_AS = {
 }
 INNOCENT = [
     "https://host/a@b",
-    "data.text_key=body key=value group=choice",
+    "data.text_key=body data.label_key=stars key=value group=choice",
     "loss 2.5 (nats per token: 5) tokens=12",
     "PYTHONPATH=/a:/b",
     "s3://bucket/prefix/file.tar",

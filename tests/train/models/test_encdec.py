@@ -4,6 +4,9 @@ import pytest
 import torch
 import transformers
 
+from train import schema
+from train.beam import beam_search
+from train.generate import generate
 from train.models.encdec import sinusoids
 from train.objectives import build_objective
 
@@ -75,6 +78,26 @@ def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
     with torch.no_grad():
         right = reference(batch["tokens"], attention_mask=batch["segments"], decoder_input_ids=batch["target_tokens"]).logits
         assert (objective.logits(batch) - right).abs().max() < 1e-5 * right.abs().max()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_t5_writes_what_transformers_writes(make_config, beams):
+    """Greedily and by beams, after sources of unequal length: tokens, order and scores."""
+    sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
+    reference = shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).double()
+    objective = build_objective(make_config("t5_tiny", **SIZES), 131).double().eval()
+    objective.load_state_dict(our_weights(reference.state_dict(), 3, False))
+    batch, end = translations(), 1
+    sources = [row[: int(n)].tolist() for row, n in zip(batch["tokens"], batch["segments"].sum(1), strict=True)]
+    asked = {"prompts": [], "temperature": 0.0, "max_tokens": 10, "beams": beams, "n": beams}
+    find = beam_search if beams > 1 else generate
+    found = find(objective, [[*source, 0] for source in sources], schema.Generation.model_validate(asked), end)
+    how = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": 10, "eos_token_id": end, "pad_token_id": 0}
+    how |= {"early_stopping": "never"} if beams > 1 else {}
+    right = reference.generate(batch["tokens"], attention_mask=batch["segments"], do_sample=False, **how)
+    ours = [text.tokens + ([end] if text.reason == "eot" else []) for several in found for text in several]
+    assert ours == [row[1 : 1 + len(mine)] for row, mine in zip(right.tolist(), ours, strict=True)]
+    assert len({tuple(text) for text in ours}) > 1
 
 
 def test_the_original_transformer_is_torchs(make_config):
