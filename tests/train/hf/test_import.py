@@ -27,13 +27,13 @@ WIDE = {"num_hidden_layers": 1, "hidden_size": 2048, "num_attention_heads": 32, 
 BERT = {"model_type": "bert", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 BERT |= {"vocab_size": 384, "max_position_embeddings": 32}
 T5 = {"model_type": "t5", "num_layers": 2, "d_model": 32, "num_heads": 2, "d_kv": 24, "d_ff": 48, "vocab_size": 384}
-SHAPES = {  # the published ones, fewer layers
-    "gpt2_124m": GPT2 | {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+SHAPES = {  # the published widths, with fewer layers and tokens
+    "gpt2_124m": GPT2 | {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 4096},
     "gpt2_1558m": GPT2 | {"n_layer": 1, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
     "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
     "llama_125m": LLAMA | {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
     "llama_1b, tied": LLAMA | WIDE | {"rope_theta": 500000.0, "tie_word_embeddings": True},
-    "bert_base": BERT | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30522},
+    "bert_base": BERT | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 4096},
     "bert, another activation": BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
     "t5_base": T5 | {"d_model": 768, "num_heads": 12, "d_kv": 64, "d_ff": 3072, "num_layers": 1},
     "t5, gated": T5 | {"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 16},
