@@ -40,7 +40,8 @@ from train.errors import UserError
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """Nothing travels through the object store but a few KiB of news; this is about the least Ray takes."""
-RAYLET_S = 30.0
+RAYLET_S = 120.0
+"""A start takes a second; on a host with ten times the work of its cores, a minute."""
 ANSWER_S = 5.0
 ABOUT = b"trireme"
 """Where the head keeps what it runs, for those who join: a JSON object, in the namespace of the same name."""
@@ -70,12 +71,20 @@ class LeanNode(ray._private.node.Node):
 
     def start_ray_processes(self) -> None:
         """Starts the raylet and sees it register; the base class then finds it on its first look, of one every half
-        second.
+        second. Raises UserError where it does not come.
         """
         super().start_ray_processes()
         deadline = time.monotonic() + RAYLET_S
         mine = ray.NodeID.from_hex(self._node_id or "")
-        while time.monotonic() < deadline and mine not in self.get_gcs_client().get_all_node_info():
+        while mine not in self.get_gcs_client().get_all_node_info():
+            ended = self.lost()
+            if ended or time.monotonic() > deadline:
+                how = "ended as they started" if ended else f"are not up after {RAYLET_S:.0f} s"
+                self.end()
+                raise UserError(
+                    f"Ray's processes on this host {how}. Is it overloaded, or short of memory, processes (ulimit -u) or "
+                    "open files (ulimit -n)? Nothing is lost: give the same command again"
+                )
             time.sleep(0.01)
 
     def lost(self) -> bool:
