@@ -36,7 +36,13 @@ PAUSE_S = (0.5, 1.5)
 """Between a recovery and the next kill: drawn from this range."""
 FIXED = ["model=gpt_tiny", "batch.seq_len=64", "batch.global=8", "steps=10000000", "save_every=20", "eval_every=0", "log_every=10"]
 
+LEFT_OUT = "Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock"
 Marks = dict[str, float]
+
+
+def has_ray_train() -> bool:
+    """Whether what it needs beside Ray is installed."""
+    return importlib.util.find_spec("pandas") is not None
 
 
 class GoneError(Exception):
@@ -130,8 +136,8 @@ def main(arguments: list[str]) -> int:
     overrides = [*FIXED, "tracking=off", *(a for a in arguments if not a.startswith(("repeats=", "peer=")))]
     random.seed(0)
     out, peer = Console(), options.get("peer", "true") == "true"
-    if peer and importlib.util.find_spec("pandas") is None:
-        out.print("Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock")
+    if peer and not has_ray_train():
+        out.print(LEFT_OUT)
         peer = False
     with tempfile.TemporaryDirectory() as temporary:
         mine = ours(overrides, Path(temporary), repeats)

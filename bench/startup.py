@@ -1,9 +1,10 @@
-"""Time from the command to the end of the first step, by phase, beside torchrun running the same step.
+"""Time from the command to the end of the first step, by phase, beside torchrun running the same step and Ray Train.
 
     ./launch.sh bench startup [repeats=5] [group=choice] [key=value]
 
-Both train the same resolved configuration on the same prepared corpus, taking turns, so that a slow minute of the machine
-is shared. Each run is ended after its first step. Medians, in seconds since the command was given.
+launch.sh and torchrun train the same resolved configuration on the same prepared corpus; Ray Train (``bench.ray_train``) the same
+model with plain DistributedDataParallel on random tokens, which is less; it needs the extra ``bench``. They take turns, so that a
+slow minute of the machine is shared. Each run is ended after its first step. Medians, in seconds since the command was given.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from bench import restart
 from train import config as configuration
 from train.data import prepare
 from train.schema import Config
@@ -85,6 +87,15 @@ def torchrun(config: Path, corpus: str, workers: int) -> Marks:
         process.wait()
 
 
+def ray_train(overrides: list[str], workers: int, folder: Path) -> Marks:
+    """One start of Ray Train."""
+    folder.mkdir()
+    began = time.time()
+    with restart.Job([sys.executable, "-m", "bench.ray_train", str(folder), *overrides], folder / "log") as job:
+        job.until(lambda: len(restart.fresh(folder, began)) == workers)
+        return {"train": max(record["first"] for record in restart.fresh(folder, began)) - began}
+
+
 def same_run(config: Config, folder: Path) -> Path:
     """The resolved configuration as a file, for a run in ``folder``."""
     values = configuration.to_dict(config)
@@ -100,19 +111,23 @@ def main(arguments: list[str]) -> int:
     overrides = ["tracking=off", *(a for a in arguments if not a.startswith("repeats="))]
     config = configuration.load(overrides)
     corpus = prepare.resolve(config.data) or prepare.prepare(config.data, lambda progress: None)
-    mine, theirs = [], []
+    mine, theirs, peers = [], [], []
+    out, peer = Console(), restart.has_ray_train()
+    if not peer:
+        out.print(restart.LEFT_OUT)
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(repeats):
             mine.append(ours(overrides, Path(temporary) / f"ours_{number}"))
             settings = same_run(config, Path(temporary) / f"torchrun_{number}")
             theirs.append(torchrun(settings, str(corpus.absolute()), config.cluster.workers))
+            if peer:
+                peers.append(ray_train(overrides, config.cluster.workers, Path(temporary) / f"ray_train_{number}"))
     table = Table(title=f"seconds since the command, median of {repeats}, {config.cluster.workers} workers")
-    for column in ("phase", "launch.sh", "torchrun"):
+    for column in ("phase", "launch.sh", "torchrun", *(["Ray Train"] if peer else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():
-        table.add_row(words, middle(mine, key), middle(theirs, key))
+        table.add_row(words, *(middle(runs, key) for runs in (mine, theirs, peers) if runs))
     ratio = statistics.median(m["train"] for m in mine) / statistics.median(t["train"] for t in theirs)
-    out = Console()
     out.print(table)
     out.print(f"launch.sh / torchrun: {ratio:.2f} (goal: at most {GOAL})")
     return int(ratio > GOAL)
