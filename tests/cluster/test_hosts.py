@@ -180,8 +180,8 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     a, b, c, _ = three
     gone = trireme(b, "cluster", "down")
     assert gone.returncode == 0, gone.stdout
-    assert b.pids() == []
-    assert living_hosts(a, f"{a.ip}:{PORT}") == {a.ip, c.ip}
+    wait_for(lambda: not b.pids(), 20)
+    wait_for(lambda: living_hosts(a, f"{a.ip}:{PORT}") == {a.ip, c.ip}, 60)
     assert trireme(a, "cluster", "down").returncode == 0
     wait_for(lambda: not (a.pids() + c.pids()), 20)
     assert "No cluster's node is up" in trireme(a, "cluster", "down").stdout
