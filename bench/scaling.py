@@ -9,8 +9,10 @@ system to spread over machines. Then: ./launch.sh review runs/scaling
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from review.plan import PLANS, Plan, Trial, trials
@@ -23,7 +25,9 @@ def run(trial: Trial) -> int:
     if resume.finished(trial.config):
         print(f"{trial.config.run.dir} is complete", flush=True)
         return 0
-    return subprocess.run([sys.executable, "-m", "cluster", "train", *trial.overrides], check=False).returncode
+    environment = {**os.environ, "TRIREME_T0": str(time.time())}  # else each run's time would count from the study's start
+    command = [sys.executable, "-m", "cluster", "train", *trial.overrides]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def main(arguments: list[str]) -> int:
