@@ -180,10 +180,10 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     a, b, c, _ = three
     gone = trireme(b, "cluster", "down")
     assert gone.returncode == 0, gone.stdout
-    wait_for(lambda: not b.pids(), 20)
+    wait_for(lambda: not b.pids())
     wait_for(lambda: living_hosts(a, f"{a.ip}:{PORT}") == {a.ip, c.ip}, 60)
     assert trireme(a, "cluster", "down").returncode == 0
-    wait_for(lambda: not (a.pids() + c.pids()), 20)
+    wait_for(lambda: not (a.pids() + c.pids()))
     assert "No cluster's node is up" in trireme(a, "cluster", "down").stdout
     for host in (a, b, c):
         assert "trireme-" not in host.run(["ls", "/tmp"]).stdout

@@ -79,6 +79,16 @@ def test_a_family_learns_goes_on_bit_for_bit_and_moves_between_worlds_and_stages
     agree(lines, worlds.metrics(part))
 
 
+def test_the_gradients_of_an_lstm_are_its_own_at_stage_2(tiny, corpus: Path):
+    """They were added to each other's: they came in another order on each rank, and ZeRO 2 fills its buckets as they come."""
+    one, two = (tiny("lstm", "zero=2", f"cluster.workers={n}", "steps=2", name=f"workers{n}") for n in (1, 2))
+    for config in (one, two):
+        worlds.train_world(config, corpus)
+    agree(worlds.metrics(one), worlds.metrics(two))
+    norms = [[line["grad_norm"] for line in worlds.metrics(config)] for config in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "stage"), itertools.product(("gpt", *TINY), range(4)))
 def test_a_family_is_the_same_in_every_stage_and_world(tiny, corpus: Path, family: str, stage: int):

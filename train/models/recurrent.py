@@ -32,6 +32,49 @@ class RecurrentState:
         return RecurrentState(chosen if len(chosen) > 1 else chosen[0])
 
 
+class Together(torch.autograd.Function):
+    """Its arguments, unchanged; in the backward pass it waits for all their gradients and passes them on at once.
+
+    The graph of recurrent layers depends on the documents that a rank has, and with it the order in which their weights are
+    ready. ZeRO 2 sums its buckets over the ranks as they were filled: it would add one weight's gradient to another's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        """The weights themselves."""
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Their gradients, in their order."""
+        return grads
+
+
+class Ordered(nn.RNNBase):
+    """Recurrent layers whose weights are ready in one order on every rank."""
+
+    def forward(self, *arguments: Any) -> Any:
+        """As torch's."""
+        own = self._flat_weights
+        self._flat_weights = list(Together.apply(*own))
+        try:
+            return super().forward(*arguments)
+        finally:
+            self._flat_weights = own
+
+
+class RNN(Ordered, nn.RNN):
+    """torch's."""
+
+
+class LSTM(Ordered, nn.LSTM):
+    """torch's."""
+
+
+class GRU(Ordered, nn.GRU):
+    """torch's."""
+
+
 class Recurrent(nn.Module):
     """Token embedding and recurrent layers."""
 
@@ -41,7 +84,7 @@ class Recurrent(nn.Module):
         self.model = model
         self.max_len = sys.maxsize
         self.embed = Embedding(vocab_size, model.width, model.init_std)
-        kind = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}[model.cell]
+        kind = {"rnn": RNN, "lstm": LSTM, "gru": GRU}[model.cell]
         more: dict[str, Any] = {"nonlinearity": model.activation} if model.cell == "rnn" else {}
         between = model.dropout if model.layers > 1 else 0.0
         self.rnn: Any = kind(model.width, model.width, model.layers, batch_first=True, dropout=between, **more)
