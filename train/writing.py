@@ -77,10 +77,6 @@ class Written:
     score: float | None
 
 
-def unseen(row: int, piece: str) -> None:
-    """Shows nothing."""
-
-
 def write(
     model: Generative,
     tokenizer: Tokenizer,

@@ -4,48 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
 from train import schema
-from train.batch import Batch, Losses
 from train.data.examples.seq2seq import lengths
 from train.models import build_backbone
 from train.objectives.head import Head
+from train.objectives.writing import Writing
 
 
-class Seq2seq(nn.Module):
-    """An encoder-decoder with a head over the vocabulary; ``forward`` gives {"loss": (sum, count)} of the target's tokens."""
+class Seq2seq(Writing):
+    """An encoder-decoder with a head over the vocabulary; the loss is of the target's tokens (B, U)."""
 
     whole_text = False
 
     def __init__(self, backbone: Any, head: Head, vocab_size: int, isolate: bool, targets: float) -> None:
         """``targets`` is how many tokens of the target there are to one of the source."""
-        super().__init__()
-        self.backbone, self.head = backbone, head
-        self.vocab_size, self.isolate, self.targets = vocab_size, isolate, targets
-
-    def forward(self, batch: Batch) -> Losses:
-        """The loss of a batch, in nats."""
-        return {"loss": self.head(self.backbone(batch, self.isolate), batch["targets"])}
-
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, U, vocab_size)."""
-        return self.head(self.backbone(batch, self.isolate))[..., : self.vocab_size]
-
-    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
-        """As ``Generative.prefill``: logits (B, vocab_size) of the first token of each target, and the state to go on from."""
-        hidden, state = self.backbone.prefill(tokens, lengths, capacity)
-        return self.head(hidden)[:, : self.vocab_size], state
-
-    def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """As ``Generative.decode``."""
-        hidden, state = self.backbone.decode(token, state)
-        return self.head(hidden)[:, : self.vocab_size], state
-
-    @property
-    def max_len(self) -> int:
-        """The longest target, in tokens."""
-        return self.backbone.max_len
+        super().__init__(backbone, head, vocab_size, isolate)
+        self.targets = targets
 
     @property
     def continues(self) -> bool:
