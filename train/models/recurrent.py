@@ -83,7 +83,7 @@ class Recurrent(nn.Module):
         super().__init__()
         self.model = model
         self.max_len = sys.maxsize
-        self.embed = Embedding(vocab_size, model.width, model.init_std)
+        self.embed = Embedding(vocab_size, model.width, model.width**-0.5)
         kind = {"rnn": RNN, "lstm": LSTM, "gru": GRU}[model.cell]
         more: dict[str, Any] = {"nonlinearity": model.activation} if model.cell == "rnn" else {}
         between = model.dropout if model.layers > 1 else 0.0
@@ -101,7 +101,7 @@ class Recurrent(nn.Module):
 
         But for the first of a row that goes on from the row before it in its stream, where rows remember.
         """
-        x = dropout(self.embed(batch["tokens"]), self.model.dropout, self.training)
+        x = dropout(self._embedded(batch["tokens"]), self.model.dropout, self.training)
         memory = self.memory if "memory" in batch else None
         before = None if memory is None else memory.read(batch["memory"]).to(x.dtype)
         if isolate:
@@ -119,19 +119,26 @@ class Recurrent(nn.Module):
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, RecurrentState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything: the last hidden state (B, D), and all of it."""
-        packed = nn.utils.rnn.pack_padded_sequence(self.embed(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(self._embedded(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
         _, hidden = self.rnn(packed)
         return (hidden[0] if self.parts == 2 else hidden)[-1], RecurrentState(hidden)
 
     def decode(self, token: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
         """One more token (B,) for every row: its hidden state (B, D), and the state after it."""
-        out, hidden = self.rnn(self.embed(token[:, None]), state.hidden)
+        out, hidden = self.rnn(self._embedded(token[:, None]), state.hidden)
         return out[:, 0], RecurrentState(hidden)
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
         """FLOPs of matrix products, forward and backward, per token; the head is not included. The same for any ``seq_len``."""
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[self.model.cell]
         return 6.0 * self.model.layers * gates * 2 * self.model.width**2
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """What layers read of tokens (B, T): (B, T, D) of unit deviation, since nothing normalises it on its way.
+
+        Of a table that is tied to the head the scale of both is that of the Transformer (Vaswani et al. 2017, section 3.4).
+        """
+        return self.embed(tokens) * self.model.width**0.5
 
     def _apart(self, x: Tensor, segments: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Every segment of every row as a sequence of its own, all at once: hidden states (B, T, D), and where each row ended.

@@ -15,6 +15,15 @@ def build(make_config, cell, **keys):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_what_a_token_says_reaches_the_last_layer_of_a_model_that_has_learnt_nothing(make_config, cell):
+    """Else it says of every text what is said of none, for hundreds of steps: nothing normalises what the layers read."""
+    backbone = build(make_config, cell).backbone
+    with torch.no_grad():
+        last, _ = backbone.prefill(torch.arange(256)[:, None], torch.ones(256, dtype=torch.int64), 1)
+    assert last.std(0).mean() > 0.01
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_packed_documents_are_read_as_if_alone(make_config, pack, cell):
     objective = build(make_config, cell, seq_len=64).double().eval()
     draw = torch.Generator().manual_seed(0)
