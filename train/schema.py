@@ -213,12 +213,17 @@ class Sweep(Section):
     sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
     points: str | None = Field(None, description="a YAML file of trials: a list of lists of key=value, each combined with the rest")
     trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    budget: Positive | None = Field(
+        None, description="of a search: most steps of all trials together; none starts that may pass it"
+    )
     metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
     direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
         "minimize", description="one for every metric, or a list"
     )
     pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
-    startup: Positive = Field(5, description="trials drawn at random before tpe looks at their results")
+    startup: Positive | None = Field(
+        None, description="of tpe: trials spread evenly before it looks at results; default: a fifth of sweep.trials, 4 to 10"
+    )
     seed: NonNegative = Field(0, description="of the suggestions")
     parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
     retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")

@@ -14,7 +14,8 @@ from cluster import gather, launch, lock, nodes, plan, remote
 from cluster.begin import Begun
 from cluster.signals import STOPPED
 from cluster.sweep.ledger import Ledger
-from cluster.sweep.queue import Chooser, FindCorpus, Ground, Queue
+from cluster.sweep.places import FindCorpus, Ground
+from cluster.sweep.queue import Chooser, Queue
 from cluster.sweep.table import Board
 from train import config as configuration
 from train import space

@@ -25,7 +25,8 @@ from train.space import Params, Sweeping
 from train.tracking import read_records
 
 FILE = "ledger.jsonl"
-MAY_CHANGE = ("cluster.", "tracking.", "log_every", "keep_", "sweep.trials", "sweep.retries", "sweep.parallel", "sweep.dir")
+FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
+MAY_CHANGE = ("cluster.", "tracking.", "log_every", "keep_", *FREE)
 """What another start of the same sweep may have otherwise."""
 FINAL = ("done", "pruned", "diverged")
 """Ends that another start would not change."""

@@ -7,48 +7,25 @@ thread, which alone decides: what runs next, what ends early, what is tried agai
 from __future__ import annotations
 
 import collections
-import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import IO, Any, Protocol
 
-from cluster import lock, nodes, plan, slots, view
+from cluster import lock, nodes, plan, slots
 from cluster.job import Clock, Job
-from cluster.private import Private
 from cluster.signals import Signals
 from cluster.sweep.ledger import FINAL, Entry, Ledger
+from cluster.sweep.places import Ground, Places
 from cluster.sweep.table import Board
-from cluster.sweep.trial import Running, Shared, Trial, best, final, from_outside, history
+from cluster.sweep.trial import ENDED, Running, Shared, Trial, best, final, from_outside, history
 from train import config as configuration
 from train import resume
 from train.errors import UserError
-from train.schema import Config
 from train.space import Params, Sweeping
-from train.words import plural
 
 HEAR_S = 0.2
-HOLDERS_S = 5.0
-"""Between two looks at who else holds the cluster."""
-MOST_REBUILDS = 3
-"""Of the sweep's own Ray cluster, between two trials that end."""
-
-FindCorpus = Callable[[Config, Callable[[dict[str, Any]], None]], str]
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What trials run on."""
-
-    device: str
-    target: str
-    folder: str
-    """Name of the private folder, with its warm process, on every host."""
-    signals: Signals
-    find_corpus: FindCorpus
-    private: Private | None
 
 
 class Chooser(Protocol):
@@ -80,10 +57,6 @@ class Queue:
         self.news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self.stopping = False
         self.pruning: set[int] = set()
-        self.gang: Any = None
-        """Places for the next trial: asked for, or there."""
-        self.looked = 0.0
-        self.rebuilt = 0
         board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
         board.total = sweep.settings.trials if search else len(self.trials)
 
@@ -104,7 +77,11 @@ class Queue:
 
     def more(self) -> bool:
         """Whether there are trials to start."""
-        return bool(self.waiting) or (self.search is not None and len(self.trials) < self.sweep.settings.trials)
+        if self.waiting or self.search is None:
+            return bool(self.waiting)
+        settings, steps = self.sweep.settings, self.sweep.base.steps
+        spent = sum(trial.step if trial.state in ENDED else trial.config.steps for trial in self.trials)
+        return len(self.trials) < settings.trials and (settings.budget is None or spent + steps <= settings.budget)
 
     def best(self) -> list[Trial]:
         """See ``trial.best``."""
@@ -114,7 +91,7 @@ class Queue:
 
     def run(self, ground: Ground) -> None:
         """Runs what is left, until all has ended or a signal came and all is saved. UserError where a trial can never fit."""
-        self.ground = ground
+        self.ground, self.places = ground, Places(ground, self.board)
         known = nodes.inventory()
         for trial in [*self.waiting] or [Trial(-1, {}, self.sweep.base)]:
             cluster = trial.config.cluster
@@ -126,11 +103,7 @@ class Queue:
             if not self.stopping:
                 self._admit()
             self._hear()
-        if self.gang is not None and not self._lost():
-            slots.give_up(self.gang)
-
-    def _lost(self) -> bool:
-        return self.ground.private is not None and self.ground.private.lost()
+        self.places.give_up()
 
     def _stop(self, number: int) -> None:
         self.stopping = True
@@ -141,44 +114,14 @@ class Queue:
 
     def _admit(self) -> None:
         """Starts trials for as long as there is room for their gangs."""
-        if self._lost():
-            self._rebuild()
+        if self.ground.lost() and not self.running:
+            self.places.rebuild()
         most = self.sweep.settings.parallel
-        while self.more() and not self._lost() and (most is None or len(self.running) < most):
+        while self.more() and not self.ground.lost() and (most is None or len(self.running) < most):
             cluster = (self.waiting[0].config if self.waiting else self.sweep.base).cluster
-            if self.gang is None:
-                self.gang = slots.gang(cluster, self.ground.device, cluster.workers)
-            if not slots.placed(self.gang):
-                if time.monotonic() > self.looked + HOLDERS_S:
-                    self.looked = time.monotonic()
-                    self._say_who_holds(cluster.workers)
+            if not self.places.there(cluster, len(self.running)):
                 return
-            self.board.foot = ""
             self._start()
-
-    def _rebuild(self) -> None:
-        """A new private Ray cluster in place of one that has ended, when the trials on it have."""
-        if self.running or self.ground.private is None:
-            return
-        self.rebuilt += 1
-        if self.rebuilt > MOST_REBUILDS:
-            raise UserError(
-                f"Ray's processes on this host have ended {self.rebuilt} times and no trial with them: see {self.ground.folder}"
-            )
-        self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
-        self.ground.private.again()
-        self.ground.signals.listen()
-        self.gang = None
-
-    def _say_who_holds(self, workers: int) -> None:
-        others = [str(holder) for holder in view.holders() if holder.pid != os.getpid()]
-        mine = [f"{plural(len(self.running), 'trial')} of this sweep"] if self.running else []
-        text = (
-            f"the next trial waits for room for {plural(workers, 'worker')}: held by {'; '.join([*mine, *others]) or 'nobody yet'}"
-        )
-        if others and text != self.board.foot:
-            self.board.say(f"  {text}", "yellow")
-        self.board.foot = text
 
     def _next(self) -> Trial | None:
         """The next trial: the first that waits, or one that the search suggests. None where that makes no sense."""
@@ -208,8 +151,8 @@ class Queue:
             self._settle(trial, "failed", str(error))
             return
         private = Shared(self.ground.private) if self.ground.private is not None else None
-        signals, clock, gang = Signals(), Clock(time.time()), self.gang
-        self.gang, trial.state, trial.pace = None, "starting", None
+        signals, clock, gang = Signals(), Clock(time.time()), self.places.take()
+        trial.state, trial.pace = "starting", None
 
         def show(event: dict[str, Any]) -> None:
             self.news.put((trial.number, event))
@@ -265,7 +208,7 @@ class Queue:
             self.waiting.appendleft(trial)
             self.locks.pop(trial.number).close()
             return
-        self.rebuilt = 0
+        self.places.rebuilt = 0
         why = event["why"] or running.why
         if verdict.kind == "done":
             self._settle(trial, "done", "")

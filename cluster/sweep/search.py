@@ -6,6 +6,7 @@ sampler draws depends on the seed, the trial's number and what was known then, a
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +15,13 @@ import optuna
 from optuna import distributions, pruners, samplers
 from optuna.trial import TrialState
 
-from train.schema import Config
 from train.space import Axis, Params, Sweeping
 
 STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 """A trial that diverged tells a sampler as much as one that was no good."""
+RUNGS = ((1 / 8, 1 / 2), (1 / 2, 1 / 4))
+"""After this share of the steps, this share of the trials goes on. Early, a loss tells who is hopeless; of the others it tells who
+will be best only when the learning rate falls: docs/log.md has the curves."""
 
 
 class Search:
@@ -28,7 +31,8 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.axes = sweep.settings, sweep.axes
         self.space = {axis.key: distribution(axis) for axis in sweep.axes}
-        self.study = optuna.create_study(directions=list(sweep.directions), pruner=pruner(sweep.settings.pruner, sweep.base))
+        self.study = optuna.create_study(directions=list(sweep.directions), pruner=pruner(sweep.settings.pruner, sweep.base.steps))
+        self.startup = sweep.settings.startup or min(10, max(4, sweep.settings.trials // 5))
         self.open: dict[int, optuna.Trial] = {}
 
     def suggest(self) -> tuple[int, Params, dict[str, Any]]:
@@ -36,7 +40,9 @@ class Search:
         number = len(self.study.trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that may change with the next version: ours is pinned
-            self.study.sampler = sampler(self.settings.sampler, self.settings.seed * 1_000_003 + number, self.settings.startup)
+            self.study.sampler = sampler(self.settings.sampler, self.settings.seed * 1_000_003 + number, self.startup)
+        if self.settings.sampler == "tpe" and number < self.startup:
+            self.study.enqueue_trial(spread(self.axes, self.settings.seed, number))
         trial = self.study.ask(self.space)
         self.open[number] = trial
         params = {key: str(value) for key, value in trial.params.items()}
@@ -97,10 +103,60 @@ def sampler(name: str, seed: int, startup: int) -> samplers.BaseSampler:
     return samplers.RandomSampler(seed=seed)
 
 
-def pruner(name: str, base: Config) -> pruners.BasePruner:
-    """Optuna's pruner of that name. Its first look is at the first value that there is."""
+def spread(axes: Sequence[Axis], seed: int, number: int) -> dict[str, str | int | float]:
+    """The point of that number in a sequence that covers the space evenly however long it is: the additive recurrence R_d
+    (Roberts 2018), shifted by ``seed``.
+    """
+    ratio = 2.0
+    for _ in range(50):  # the root of x ** (d + 1) = x + 1; the golden ratio for one key
+        ratio = (1 + ratio) ** (1 / (len(axes) + 1))
+    shift = random.Random(seed)
+    return {axis.key: _at(axis, (shift.random() + (number + 1) / ratio**n) % 1) for n, axis in enumerate(axes, 1)}
+
+
+def _at(axis: Axis, share: float) -> str | int | float:
+    """The value of an axis so far along it, 0 <= ``share`` < 1."""
+    if axis.low is None or axis.high is None:
+        return axis.values[int(share * len(axis.values))]
+    step = axis.step or float(axis.whole)
+    high = axis.high + step  # so that the last number of a range has its share too
+    value = axis.low * (high / axis.low) ** share if axis.log else axis.low + (high - axis.low) * share
+    if step:
+        value = axis.low + (value - axis.low) // step * step
+    return int(value) if axis.whole else value
+
+
+def pruner(name: str, steps: int) -> pruners.BasePruner:
+    """The pruner of that name."""
     if name == "asha":
-        return pruners.SuccessiveHalvingPruner(min_resource=base.eval_every or base.log_every, reduction_factor=3)
+        return Halving(steps)
     if name == "median":
         return pruners.MedianPruner(n_startup_trials=4)
     return pruners.NopPruner()
+
+
+class Halving(pruners.BasePruner):
+    """Successive halving that judges a trial when it comes to a rung, among all that came there before (ASHA; Li et al. 2020)."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether the trial's newest value is its first on a rung, and too many had a better one there."""
+        sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
+        known = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
+        for share, keep in RUNGS:
+            step, mine = _first(trial, share * self.steps)
+            if step != trial.last_step:
+                continue
+            others = [value for reached, value in (_first(other, share * self.steps) for other in known) if reached is not None]
+            better = sum(not sign * mine <= sign * value for value in others)  # one that is not a number is worse than all
+            if better >= max(1, int((len(others) + 1) * keep)):
+                return True
+        return False
+
+
+def _first(trial: optuna.trial.FrozenTrial, least: float) -> tuple[int | None, float]:
+    """A trial's first value from a step on: (the step or None, the value)."""
+    step = min((step for step in trial.intermediate_values if step >= least), default=None)
+    return step, 0.0 if step is None else trial.intermediate_values[step]

@@ -63,6 +63,8 @@ class Trial:
         if event["event"] == "step" and event.get("step"):
             self.step = event["step"]
             self.pace = self.pace or (self.step, time.monotonic())
+        if event["event"] == "save":  # the last one is where it ends; steps are told from time to time
+            self.step = max(self.step, event["step"])
         if event["event"] == "phase":
             self.state = {"train": "running", "save": "saving"}.get(event["name"], self.state)
         if event["event"] in ("step", "eval"):

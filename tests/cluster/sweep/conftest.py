@@ -14,7 +14,8 @@ from cluster import begin, host, nodes, token
 from cluster.private import Private
 from cluster.signals import Signals
 from cluster.sweep.command import RESULTS, open_sweep, results
-from cluster.sweep.queue import Ground, Queue
+from cluster.sweep.places import Ground
+from cluster.sweep.queue import Queue
 from cluster.sweep.table import Board
 from cluster.train_verb import find_corpus
 from train import config as configuration

@@ -86,12 +86,38 @@ def test_a_trial_that_is_no_good_is_to_end_and_a_good_one_is_not(pruner):
 
 
 def test_what_a_restart_reports_again_puts_a_trial_on_its_rungs():
-    study = search("sweep=random", "sweep.pruner=asha", *SPACE)
-    number, params, _ = study.suggest()
+    study, again = (search("sweep=random", "sweep.pruner=asha", *SPACE) for _ in range(2))
     reports = [(step, 3.0) for step in range(10, 80, 10)]
+    number, params, _ = study.suggest()
     assert not any(study.report(number, *report) for report in reports)
-    rungs = {k: v for k, v in study.study.trials[0].system_attrs.items() if "rung" in k}
-    again = search("sweep=random", "sweep.pruner=asha", *SPACE)
     again.know(params, {}, reports)
-    assert {k: v for k, v in again.study.trials[0].system_attrs.items() if "rung" in k} == rungs != {}
     assert not again.report(0, 70, 9.0), "a step that is known already is not judged again"
+    for known in (study, again):
+        known.suggest()
+        assert [known.report(1, step, 3.5) for step in (10, 20)] == [True, False], "half of two is one, and only at a rung"
+
+
+def test_of_many_half_go_on_at_an_eighth_and_a_quarter_at_a_half_however_they_come():
+    study = search("sweep=random", "sweep.pruner=asha", *SPACE)
+    ended = {10: 0, 40: 0}
+    for n in range(40):
+        number, _, _ = study.suggest()
+        level = (n * 17) % 40  # each level once, in no order
+        ends = [step for step in (10, 20, 30, 40, 50, 60, 70) if study.report(number, step, level - step / 10)]
+        ended |= {ends[0]: ended[ends[0]] + 1} if ends else {}
+        study.tell(number, "pruned" if ends else "done", None if ends else [level])
+    assert set(ended) == {10, 40}
+    assert 14 <= ended[10] <= 22
+    assert 40 - sum(ended.values()) <= (40 - ended[10]) / 2
+    assert study.study.best_value == 0
+
+
+def test_tpe_begins_with_points_that_cover_the_space_evenly():
+    words = ["sweep=tpe", "sweep.startup=8", "optimizer.lr=tag(log,interval(1e-4,1))", "model.layers=range(2,10)", "zero=0,1"]
+    first, other = (go_on(search(*words, f"sweep.seed={seed}"), 8) for seed in (0, 1))
+    assert first != other
+    for tried in (first, other):
+        assert {int(math.log10(float(p["optimizer.lr"])) + 4) for p in tried} == {0, 1, 2, 3}, "every order of magnitude"
+        assert len({int(p["model.layers"]) // 2 for p in tried}) >= 3
+        assert {p["zero"] for p in tried} == {"0", "1"}
+    assert search("sweep=tpe", "sweep.trials=40", *SPACE).startup == 8
