@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const by = (id) => document.getElementById(id);
-  const state = { x: "steps", smooth: "loss_1", measure: "tokens_per_s", sort: data.range ? data.goals[0].key : "name", down: Boolean(data.range) && !data.goals[0].least, text: "", hidden: new Set() };
+  const state = { x: "steps", smooth: "loss_1", measure: "tokens_per_s", sort: null, down: false, text: "", hidden: new Set() };
   const xs = { steps: "optimizer steps", tokens: "tokens trained on", seconds: "seconds of training" };
   const measures = { tokens_per_s: "tokens per second, all workers", grad_norm: "gradient norm before clipping", lr: "learning rate" };
 
@@ -190,8 +190,9 @@
   }
 
   function table() {
-    const column = columns.find((c) => c.key === state.sort) || columns[0];
+    const column = columns.find((c) => c.key === state.sort);
     const rows = data.runs.filter(matches).sort((a, b) => {
+      if (!column) return rank(a) === rank(b) ? 0 : rank(a) - rank(b); // the finished ones, best first, then the others
       const order = compare(value(a, column), value(b, column));
       return Math.abs(order) === 2 ? order : state.down ? -order : order;
     });
