@@ -26,11 +26,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes the review and says where it is; the exit code."""
     options = parser().parse_args(argv)
-    from review.read import find, read  # only now: --help needs none of it
+    from review.read import read_all  # only now: --help needs none of it
 
-    folders = [folder for folder in find(options.runs) if folder.resolve() != options.out.resolve()]
-    runs = [read(folder) for folder in folders]
-    if all(run.state == "missing" for run in runs):
+    runs = read_all(options.runs, options.out)
+    if all(run.state == "missing" and run.trial is None for run in runs):
         print(
             f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
             file=sys.stderr,
@@ -39,14 +38,14 @@ def main(argv: Sequence[str]) -> int:
     from review.scaling import study
 
     law = study(runs)
-    if options.format == "md":
-        from review.markdown import render
-
-        print(render(runs, law))
-        return OK
     from review.importance import importances
 
     found = importances(runs)
+    if options.format == "md":
+        from review.markdown import render
+
+        print(render(runs, found, law))
+        return OK
     if options.format != "html":
         from review import figures
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from review.compare import ASIDE, differing, ranked
-from review.read import Run, number
+from review.files import number
+from review.read import Run
+from review.sweep import STATES
 
 MOST = 12
 """Axes that fit beside each other."""
+NEAR = 0.045
+"""Ticks nearer to each other than this would overlap."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A key: its values are placed by number, by logarithm where they span more than a factor of 8, or by name."""
+    """A key: its values are placed by number, by logarithm, or by name."""
 
     key: str
     kind: str
@@ -29,38 +34,44 @@ class Axis:
 
 @dataclass(frozen=True)
 class Parallel:
-    """The axes, the last one held-out loss; and the finished runs with their value on each axis."""
+    """The axes, the last ones the goals; and the runs with their values on them."""
 
     axes: list[Axis]
     runs: list[Run]
+    """The finished ones, the best first; then trials that ended early."""
     values: list[list[Any]]
+    """On each axis; those of a trial that ended early stop before the goals, since none of its values compares."""
 
 
 def axes_of(runs: Sequence[Run]) -> Parallel | None:
     """None for fewer than two finished runs, or where nothing differs between them."""
     order = [run for _, run in ranked(runs)]
-    keys = differing(order, ASIDE)[: MOST - 1]
+    early = [run for run in runs if run.trial and run.state in STATES and run.state != "done"]
+    keys = differing([*order, *early], ASIDE)[: MOST - 1]
     if len(order) < 2 or not keys:
         return None
-    values = [[run.config.get(key) for key in keys] + [run.val_loss] for run in order]
-    columns = list(zip(*values, strict=True))
-    return Parallel([axis(key, column) for key, column in zip([*keys, "val_loss"], columns, strict=True)], order, values)
+    goals = order[0].goals
+    values = [[run.value(key) for key in keys] for run in (*order, *early)]
+    spaces = order[0].sweep.spaces if order[0].sweep else {}
+    axes = [axis(key, column, spaces.get(key, "")) for key, column in zip(keys, zip(*values, strict=True), strict=True)]
+    measured = [[run.measured(goal) for goal in goals] for run in order]
+    axes += [axis(goal.metric, column) for goal, column in zip(goals, zip(*measured, strict=True), strict=True)]
+    measured += [[] for _ in early]
+    return Parallel(axes, [*order, *early], [own + more for own, more in zip(values, measured, strict=True)])
 
 
-def axis(key: str, values: Sequence[Any]) -> Axis:
-    """The axis for these values of a key."""
+def axis(key: str, values: Sequence[Any], space: str = "") -> Axis:
+    """The axis for these values of a key: as its sweep has it where that says so, else logarithmic beyond a factor of 8."""
     numbers = [n for value in values if (n := number(value)) is not None]
     if len(numbers) == len(values):
         low, high = min(numbers), max(numbers)
-        kind = "log" if low > 0 and high / low > 8 else "linear"
-        marks = sorted(set(numbers))
-        if len(marks) > 6:
-            marks = [low, math.sqrt(low * high) if kind == "log" else (low + high) / 2, high]
+        log = "log" in tags[1] if (tags := re.match(r"tag\(([^(]*),", space)) else "interval(" not in space and high > 8 * low
+        kind = "log" if low > 0 and log else "linear"
         made = Axis(key, kind, low, high, (), ())
-        return Axis(key, kind, low, high, (), tuple((place(made, mark), f"{mark:.4g}") for mark in marks))
+        return Axis(key, kind, low, high, (), _ticks([(place(made, mark), f"{mark:.4g}") for mark in _marks(made, numbers)]))
     names = tuple(sorted({str(value) for value in values}))
     made = Axis(key, "name", 0, len(names) - 1, names, ())
-    return Axis(key, "name", 0, len(names) - 1, names, tuple((place(made, name), name[:24]) for name in names[:30]))
+    return Axis(key, "name", 0, len(names) - 1, names, _ticks([(place(made, name), name[:24]) for name in names]))
 
 
 def place(axis: Axis, value: Any) -> float:
@@ -70,3 +81,28 @@ def place(axis: Axis, value: Any) -> float:
     if axis.kind == "log":
         at, low, high = math.log(at), math.log(low), math.log(high)
     return (at - low) / (high - low) if high > low else 0.5
+
+
+def _marks(axis: Axis, numbers: Sequence[float]) -> list[float]:
+    """The values themselves where they are few; else the ends, and between them round numbers."""
+    marks, low, high = sorted(set(numbers)), axis.low, axis.high
+    if len(marks) <= 6:
+        return marks
+    if axis.kind == "log" and high >= 100 * low:
+        between = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    elif axis.kind == "log":
+        between = [low * (high / low) ** (i / 4) for i in (1, 2, 3)]
+    else:
+        step = 10 ** math.floor(math.log10((high - low) / 2))
+        step = step if (high - low) / step < 6 else 5 * step if (high - low) / step > 12 else 2 * step
+        between = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return sorted({low, high, *between})
+
+
+def _ticks(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
+    """Those that can be read beside each other: the ends, and from below what is far enough from those kept and from the last."""
+    kept: list[tuple[float, str]] = list(ticks[:1])
+    for at, text in ticks[1:-1]:
+        if at - kept[-1][0] >= NEAR and ticks[-1][0] - at >= NEAR:
+            kept.append((at, text))
+    return (*kept, *ticks[1:][-1:])

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from review.read import Run
+from train.words import some
 
 INCIDENTAL = ("run.name", "run.dir", "data.dir", "data.workers", "tracking.", "cluster.address", "cluster.port")
 """Keys that say where a run lies, and nothing of what it did."""
@@ -16,16 +17,42 @@ ASIDE = (*INCIDENTAL, "log_every", "eval_every", "eval_tokens", "save_every", "k
 
 
 def differing(runs: Sequence[Run], but: tuple[str, ...] = INCIDENTAL) -> list[str]:
-    """The keys of the configuration whose values are not the same in all runs that have one; those of ``but`` left out."""
-    configs = [run.config for run in runs if run.config]
-    keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(but))
-    return [key for key in keys if len({repr(config.get(key)) for config in configs}) > 1]
+    """The keys of the configuration whose values are not the same in all runs that have one; those of ``but`` left out.
+
+    Of one sweep, they are the keys and groups that it varied: what those bring with them differs too, and says nothing more.
+    """
+    configured = [run for run in runs if run.config or run.trial]
+    if runs and (sweep := runs[0].sweep) and all(run.sweep is sweep for run in runs):
+        keys = sweep.keys
+    else:
+        keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    return [key for key in keys if not key.startswith(but) and len({repr(run.value(key)) for run in configured}) > 1]
 
 
 def ranked(runs: Sequence[Run]) -> list[tuple[float, Run]]:
-    """Finished runs by held-out loss, the best first. Unfinished ones have not seen all the held-out text."""
-    found = [(loss, run) for run in runs if run.state == "done" and (loss := run.val_loss) is not None]
-    return sorted(found, key=lambda pair: pair[0])
+    """Finished runs by what they are compared by, the best first. Unfinished ones have not seen all the held-out text."""
+    found = [(score, run) for run in runs if run.state == "done" and (score := run.score) is not None]
+    return sorted(found, key=lambda pair: pair[0] if pair[1].goal.least else -pair[0])
+
+
+def best(runs: Sequence[Run]) -> list[Run]:
+    """The best of the finished runs; of a sweep with several goals, those that no other is better than in each. None where the
+    runs may not be compared.
+    """
+    order = [run for _, run in ranked(runs)]
+    if not order or warnings(runs):
+        return []
+    goals = order[0].goals
+    points = {id(run): [(v if goal.least else -v) for goal in goals if (v := run.measured(goal)) is not None] for run in order}
+    whole = [run for run in order if len(points[id(run)]) == len(goals)]
+    return (
+        whole[:1] if len(goals) == 1 else [run for run in whole if not any(_beats(points[id(o)], points[id(run)]) for o in whole)]
+    )
+
+
+def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether ``a`` is nowhere worse than ``b`` and somewhere better; less is better."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -42,7 +69,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def noise(runs: Sequence[Run]) -> tuple[float, int] | None:
-    """(standard deviation of the held-out loss between runs that differ in their seed alone; degrees of freedom)."""
+    """(standard deviation of what they are compared by, between runs that differ in their seed alone; degrees of freedom)."""
     groups = [group for group in _groups(runs).values() if len(group) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if freedom == 0:
@@ -58,19 +85,25 @@ def verdict(runs: Sequence[Run]) -> str:
         return "No verdict: the losses of these runs are not comparable."
     if not order:
         return "No run is finished: there is nothing to compare yet."
-    best = order[0][1]
+    first_run, front = order[0][1], best(runs)
+    goal = first_run.goal
     if len(order) == 1:
-        return f"One finished run: {best.name}, held-out loss {order[0][0]:.4f}."
+        return f"One finished run: {first_run.name}, {goal.words} {order[0][0]:.4f}."
+    if len(front) > 1:
+        metrics = " and ".join(other.metric for other in first_run.goals)
+        return f"By {metrics} together, no other run is better than these: {some([run.name for run in front])}."
     groups = _groups(runs)
-    means = sorted(((fmean(losses), key) for key, losses in groups.items()), key=lambda pair: pair[0])
+    means = sorted(((fmean(values), key) for key, values in groups.items()), key=lambda p: p[0] if goal.least else -p[0])
     spread = noise(runs)
     if len(means) == 1:
         said = f" The standard deviation between them is {spread[0]:.4f}." if spread else ""
-        return f"These runs differ in their seeds alone; the mean held-out loss is {means[0][0]:.4f}.{said}"
+        return f"These runs differ in their seeds alone; the mean {goal.words} is {means[0][0]:.4f}.{said}"
     (first, key), (second, other) = means[:2]
     names = {_identity(run): run.name for _, run in reversed(order)}
-    gap = second - first
-    said = f"Best: {names[key]}, held-out loss {first:.4f}, {gap:.4f} nats per token ({gap / second:.2%}) below {names[other]}."
+    gap = abs(second - first)
+    share = f" ({gap / abs(second):.2%})" if second else ""
+    way = "below" if goal.least else "above"
+    said = f"Best: {names[key]}, {goal.words} {first:.4f}, {gap:.4f} {goal.unit}{share} {way} {names[other]}."
     if spread is None:
         return f"{said} No configuration was run with a second seed, so how much of that is noise is unknown."
     error = spread[0] * (1 / len(groups[key]) + 1 / len(groups[other])) ** 0.5
@@ -80,7 +113,7 @@ def verdict(runs: Sequence[Run]) -> str:
 
 
 def _groups(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[float]]:
-    """Held-out losses of finished runs, those together that differ in their seed alone."""
+    """What finished runs are compared by, those together that differ in their seed alone."""
     groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for loss, run in ranked(runs):
         groups[_identity(run)].append(loss)

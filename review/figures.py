@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -14,25 +15,36 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from review.axes import axes_of, place
+from review.compare import ranked
 from review.goodput import shares
 from review.importance import Importances
-from review.look import FEW, SCALE, colours
-from review.read import Floats, Run
+from review.look import FEW, SCALE, blend, colours, focus, rank, span
+from review.read import Run
 from review.scaling import Study
+from review.search import Search, search
 from review.thin import keep, smooth
 
-DASH = {"solid": "-", "dash": "--", "dot": ":"}
+EARLY: dict[str, Any] = {"color": "#B5B5B5", "linewidth": 0.8, "alpha": 0.8}
+TICK: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
+BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.8}
+DASH = {"solid": "-", "dash": "--"}
 XS = {"steps": "optimizer steps", "tokens": "tokens trained on", "seconds": "seconds of training"}
-POINTS = 1500
+POINTS, BARS = 1500, 40
 
 
 def write(runs: Sequence[Run], found: Importances | None, study: Study | None, folder: Path) -> list[Path]:
     """Every picture that these runs have data for."""
     drawn: dict[str, Figure | None] = {f"loss_{x}": curves(runs, x, "loss") for x in XS}
     drawn |= {"throughput": curves(runs, "steps", "tokens_per_s"), "goodput": goodput(runs)}
-    drawn |= {"parallel": parallel(runs), "importance": bars(found), "scaling": scaling(study)}
+    drawn |= {
+        "search": history(search(runs), runs),
+        "parallel": parallel(runs),
+        "importance": bars(found, runs),
+        "scaling": scaling(study),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in drawn.items():
@@ -48,27 +60,39 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
     looks = [(run, *look) for run, look in zip(runs, colours(runs), strict=True) if len(run.steps)]
     if not looks:
         return None
+    many, held_out = len(runs) > FEW, y == "loss"
+    if many:  # the best on top
+        order = {id(run): i for i, (_, run) in enumerate(ranked(runs))}
+        looks.sort(key=lambda look: -order.get(id(look[0]), len(runs)))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for run, colour, dash in looks:
         at, values = (run.steps if x == "steps" else run.columns[x]), smooth(run.columns[y], 0.02)
         kept = keep([values], POINTS)
         kept = kept[np.isfinite(values[kept])]
-        axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=1.2, label=plain(run.name))
-        held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & (y == "loss"))
+        axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=0.9 if many else 1.2, label=plain(run.name))
+        held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & held_out)
+        edge, size = ("none", 3.5) if many else ("black", 5)
         axes.plot(
-            at[held], run.columns["val_loss"][held], "o", color=colour, markersize=5, markeredgecolor="black", markeredgewidth=0.6
+            at[held], run.columns["val_loss"][held], "o", color=colour, markersize=size, markeredgecolor=edge, markeredgewidth=0.6
         )
-    axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if y == "loss" else "tokens per second, all workers")
-    axes.set_title("training (lines, averaged over 2 % of the run) and held out (points)" if y == "loss" else "", fontsize=10)
-    if y == "loss":
-        _focus(axes, [run for run, *_ in looks])
-    _legend(figure, axes, [run for run, *_ in looks])
+    axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if held_out else "tokens per second, all workers")
+    axes.set_title("training (lines, averaged over 2 % of the run) and held out (points)" if held_out else "", fontsize=10)
+    axes.grid(alpha=0.3)
+    if held_out and (seen := focus(runs)):
+        axes.set_ylim(*seen)
+    elif not held_out:
+        axes.set_ylim(bottom=0)
+    if not many:
+        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    else:
+        _scale(figure, axes, runs)
     return figure
 
 
 def goodput(runs: Sequence[Run]) -> Figure | None:
     """Where the wall time of all starts went, a bar a run."""
-    rows = [(run, parts) for run in runs if (parts := shares(run))][:40]
+    there = [(run, parts) for run in runs if (parts := shares(run))]
+    rows = there[:BARS]
     if not rows:
         return None
     causes = list(dict.fromkeys(cause for _, parts in rows for cause in parts))
@@ -81,36 +105,56 @@ def goodput(runs: Sequence[Run]) -> Figure | None:
         left += values
     axes.margins(y=0.01)
     axes.invert_yaxis()
+    axes.set_title(f"the first {BARS} of {len(there)} runs" if len(there) > BARS else "", fontsize=9)
     axes.set(xlabel="% of the wall time of all starts", xlim=(0, 100))
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 def parallel(runs: Sequence[Run]) -> Figure | None:
-    """Parallel coordinates: a line a finished run, an axis a key that differs, the last one held-out loss."""
-    found = axes_of(runs)
-    if found is None:
+    """Parallel coordinates: a line a run, an axis a key that differs, the last one what the runs are compared by."""
+    found, scale = axes_of(runs), span(runs)
+    if found is None or scale is None:
         return None
-    names, order = found.axes, found.runs
+    names = found.axes
     figure, axes = plt.subplots(figsize=(max(6, 1.6 * len(names) + 1), 4.5), layout="constrained")
-    losses = np.array([run.val_loss for run in order], float)
-    norm, map_ = Normalize(losses.min(), losses.max()), _map()
-    rows = np.array([[place(axis, value) for axis, value in zip(names, values, strict=True)] for values in found.values])
-    for row, loss in sorted(zip(rows, losses, strict=True), key=lambda pair: -pair[1]):
-        axes.plot(range(len(names)), row, color=map_(norm(loss)), linewidth=1.3, alpha=0.85)
+    early = any(run.state != "done" for run in found.runs)
+    for run, values in reversed(list(zip(found.runs, found.values, strict=True))):  # the best on top
+        row = [place(axis, value) for axis, value in zip(names, values, strict=False)]
+        graded: dict[str, Any] = {"color": blend(rank(run.score or 0.0, scale)), "linewidth": 1.4, "alpha": 0.9}
+        axes.plot(range(len(row)), row, **(graded if run.state == "done" else EARLY))
     for i, axis in enumerate(names):
         axes.axvline(i, color="#888888", linewidth=0.8)
         for at, text in axis.ticks:
-            axes.annotate(plain(text), (i, at), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center")
+            axes.annotate(plain(text), (i, at), bbox=BOX, **TICK)
     axes.set_xticks(range(len(names)), [plain(axis.key) for axis in names], rotation=20, ha="right", fontsize=8)
-    axes.set(yticks=[], xlim=(-0.1, len(names) - 0.6))
+    axes.set(yticks=[], xlim=(-0.1, len(names) - 0.75))
+    axes.set_title("grey: trials that ended early" if early else "", fontsize=9)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    figure.colorbar(ScalarMappable(norm, map_), ax=axes, label="held-out loss (nats per token)")
+    _scale(figure, axes, runs)
     return figure
 
 
-def bars(found: Importances | None) -> Figure | None:
+def history(found: Search | None, runs: Sequence[Run]) -> Figure | None:
+    """What each trial of a sweep came to, in their order, and the best so far."""
+    if found is None:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for kind in dict.fromkeys(dot.kind for dot in found.dots):
+        dots = [dot for dot in found.dots if dot.kind == kind]
+        at, colours_ = [dot.number for dot in dots], [dot.colour for dot in dots]
+        axes.scatter(at, [dot.shown for dot in dots], c=colours_, marker=dots[0].marker, s=34, label=kind, zorder=3)
+    if found.best:
+        axes.plot(*zip(*found.best, strict=True), drawstyle="steps-post", color="#444444", linewidth=1, label="best so far")
+    axes.set(xlabel="trial", ylabel=runs[0].goal.title, ylim=found.range)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    return figure
+
+
+def bars(found: Importances | None, runs: Sequence[Run]) -> Figure | None:
     """Importance of keys with the middle 80 % of the draws."""
     if found is None:
         return None
@@ -119,7 +163,7 @@ def bars(found: Importances | None) -> Figure | None:
     means = np.array([key.mean for key in keys])
     reach = np.array([(max(key.mean - key.low, 0), max(key.high - key.mean, 0)) for key in keys]).T
     axes.barh([plain(key.key) for key in keys], means, xerr=reach, color="#4477AA", ecolor="#444444", capsize=3)
-    axes.set_xlabel("error of prediction when the key is shuffled (nats per token)")
+    axes.set_xlabel(f"error of prediction when the key is shuffled ({runs[0].goal.unit})")
     axes.set_title(f"{found.runs} runs; the forest explains {max(found.explained, 0):.0%} of unseen runs' variance", fontsize=9)
     return figure
 
@@ -164,29 +208,13 @@ def _guesses(axes: Axes, study: Study, x: object) -> None:
             axes.plot([at], [guess.measured], "*", color="#AA3377", markersize=11, label="measured" if i == 0 else None)
 
 
-def _focus(axes: Axes, runs: Sequence[Run]) -> None:
-    """The first steps' fall would press everything else flat: the axis starts where the first tenth of each curve ends."""
-    tops, lows = [], []
-    for run in runs:
-        loss: Floats = run.columns["loss"]
-        rest = loss[len(loss) // 10 :]
-        known = np.concatenate([rest[np.isfinite(rest)], run.columns["val_loss"][np.isfinite(run.columns["val_loss"])]])
-        if len(known):
-            tops.append(float(np.quantile(known, 0.98)))
-            lows.append(float(known.min()))
-    if tops and max(tops) > min(lows):
-        margin = 0.08 * (max(tops) - min(lows))
-        axes.set_ylim(min(lows) - margin, max(tops) + margin)
-
-
-def _legend(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
-    axes.grid(alpha=0.3)
-    losses = [loss for run in runs if (loss := run.val_loss) is not None]
-    if len(runs) <= FEW:
-        figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    elif losses:
-        norm = Normalize(min(losses), max(losses))
-        figure.colorbar(ScalarMappable(norm, _map()), ax=axes, label="held-out loss (nats per token)")
+def _scale(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
+    """The bar that says what the colours mean."""
+    if scale := span(runs):
+        far = [score for run in runs if (score := run.score) is not None and abs(score - scale[0]) > abs(scale[1] - scale[0])]
+        least, (low, high) = scale[0] <= scale[1], sorted(scale)
+        map_ = ScalarMappable(Normalize(low, high), _map() if least else _map().reversed())
+        figure.colorbar(map_, ax=axes, label=runs[0].goal.title, extend="neither" if not far else "max" if least else "min")
 
 
 def _map() -> LinearSegmentedColormap:

@@ -1,8 +1,8 @@
 """Which keys of a sweep mattered: how much worse unseen runs are predicted when one key is shuffled among them.
 
-A random forest learns held-out loss from the keys that differ. It is trained on runs drawn with replacement, and each key is
-then shuffled among the runs that were not drawn (permutation importance: Breiman 2001). Done again and again, the spread says
-how far the figure can be trusted. Keys that go together share their importance.
+A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn with
+replacement, and each key is then shuffled among the runs that were not drawn (permutation importance: Breiman 2001). Done again
+and again, the spread says how far the figure can be trusted. Keys that go together share their importance.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
 
 from review.compare import ASIDE, differing, ranked
-from review.read import Run, number
+from review.files import number
+from review.read import Run
 
 LEAST_RUNS = 8
 DRAWS = 20
@@ -24,7 +25,7 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class Importance:
-    """Of one key, in nats per token: how much the mean error grows; and the middle 80 % over the draws."""
+    """Of one key, in what runs are compared by: how much the mean error grows; and the middle 80 % over the draws."""
 
     key: str
     mean: float
@@ -47,7 +48,7 @@ def importances(runs: Sequence[Run]) -> Importances | None:
     keys = [key for key in differing([run for _, run in order], ASIDE) if key != "seed"]
     if len(order) < LEAST_RUNS or not keys:
         return None
-    x = np.array([codes([run.config.get(key) for _, run in order]) for key in keys]).T
+    x = np.array([codes([run.value(key) for _, run in order]) for key in keys]).T
     y = np.array([loss for loss, _ in order])
     rng = np.random.default_rng(0)
     found, right, wrong = [], 0.0, 0.0

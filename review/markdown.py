@@ -5,30 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from review.compare import differing, noise, verdict, warnings
-from review.read import Run, number
+from review.compare import best, differing, noise, verdict, warnings
+from review.importance import Importances
+from review.read import Run, sweeps_of
 from review.scaling import Study, report
 from train.words import count, duration
 
-MOST_KEYS, MOST_RUNS = 8, 40
+MOST_KEYS, MOST_RUNS, SHOWN = 8, 100, 12
+"""Rows beyond SHOWN are folded away."""
 
 
-def render(runs: Sequence[Run], study: Study | None) -> str:
-    """A verdict, a table of runs with the keys that differ, the best run first, and the scaling law where there is one."""
-    keys = differing(runs)
-    order = sorted(runs, key=lambda run: (run.state != "done", run.val_loss is None, run.val_loss or 0.0))
-    lines = [f"**{cell(verdict(runs))}**", ""] + [f"> {cell(line)}\n" for line in warnings(runs)]
-    head = ["run", "state", *keys[:MOST_KEYS], "val_loss", "tokens", "time", "goodput"]
-    lines += [row(head), row(["---"] * (2 + len(keys[:MOST_KEYS])) + ["---:"] * 4)]
-    lines += [row(_cells(run, keys[:MOST_KEYS])) for run in order[:MOST_RUNS]]
+def render(runs: Sequence[Run], found: Importances | None, study: Study | None) -> str:
+    """A verdict, a table of runs with the keys that differ, the best run first; what mattered, what failed, and the scaling law."""
+    keys, goal = differing(runs), runs[0].goal
+    front = {id(run) for run in best(runs)}
+    worth = {id(run): run.score if goal.least or run.score is None else -run.score for run in runs}
+    order = sorted(runs, key=lambda run: (id(run) not in front, run.state != "done", worth[id(run)] is None, worth[id(run)] or 0.0))
+    lines = [f"**{cell(verdict(runs))}**", ""] + [f"{cell(sweep.words())}\n" for sweep in sweeps_of(runs)]
+    lines += [f"> {cell(line)}\n" for line in warnings(runs)]
+    goals = [goal.metric for goal in runs[0].goals]
+    shown = keys[:MOST_KEYS]
+    head = [row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
+    head.append(row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
+    rows = [row(_cells(run, shown, id(run) in front)) for run in order[:MOST_RUNS]]
+    lines += [*head, *rows[:SHOWN]]
+    if rows[SHOWN:]:
+        lines += ["", f"<details><summary>{len(rows) - SHOWN} more</summary>", "", *head, *rows[SHOWN:], "", "</details>"]
     if len(order) > MOST_RUNS:
         lines.append(f"\n... and {len(order) - MOST_RUNS} more runs.")
     if len(keys) > MOST_KEYS:
         lines.append("\nAlso different: " + ", ".join(f"`{cell(key)}`" for key in keys[MOST_KEYS:]))
     if spread := noise(runs):
-        lines.append(f"\nStandard deviation between seeds: {spread[0]:.4f} nats per token ({spread[1]} degrees of freedom).")
-    noted = [run for run in order if run.notes][:MOST_RUNS]
-    lines += ["", *(f"- {cell(run.name)}: {cell('; '.join(run.notes))}" for run in noted)] if noted else []
+        lines.append(f"\nStandard deviation between seeds: {spread[0]:.4f} ({goal.unit}; {spread[1]} degrees of freedom).")
+    if found is not None:
+        ranks = ", ".join(f"{cell(key.key)} {key.mean:.3g} ({key.low:.3g} to {key.high:.3g})" for key in found.keys[:MOST_KEYS])
+        trust = f"from {found.runs} runs, {max(found.explained, 0):.0%} of unseen runs' variance explained"
+        weak = "" if found.explained > 0.3 else " That is too little to believe the order."
+        lines.append(f"\nWhich keys mattered (error when shuffled, {goal.unit}; {trust}): {ranks}.{weak}")
+    noted = [(run, [run.why, *run.notes]) for run in order if run.notes or (run.why and run.state != "pruned")][:MOST_RUNS]
+    lines += (
+        ["", *(f"- {cell(run.name)} ({run.state}): {cell('; '.join(filter(None, said)))}" for run, said in noted)] if noted else []
+    )
     if study is not None:
         lines += ["", "**Scaling law**", "", *(f"- {cell(line)}" for line in report(study))]
     return "\n".join(lines)
@@ -47,12 +64,20 @@ def row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(run: Run, keys: Sequence[str]) -> list[str]:
-    wall, goodput = number(run.summary.get("wall_s")), number(run.summary.get("goodput"))
+def _cells(run: Run, keys: Sequence[str], first: bool) -> list[str]:
+    so_far = "" if run.state == "done" else " (so far)"
     facts = [
-        "" if run.val_loss is None else f"{run.val_loss:.4f}" + ("" if run.state == "done" else " (so far)"),
+        *(
+            "" if (value := run.measured(goal)) is None else f"{value:.4f}{so_far}" if abs(value) < 1e4 else f"{value:.3g}{so_far}"
+            for goal in run.goals
+        ),
         "" if run.tokens is None else count(int(run.tokens)),
-        "" if wall is None else duration(wall),
-        "" if goodput is None else f"{goodput:.1%}",
+        "" if run.wall_s is None else duration(run.wall_s),
+        "" if run.goodput is None else f"{run.goodput:.1%}",
     ]
-    return [cell(run.name), run.state, *(cell(run.config.get(key, "")) for key in keys), *facts]
+    name = f"**{cell(run.name)}** (best)" if first else cell(run.name)
+    return [name, run.state, *(cell(_short(run.value(key))) for key in keys), *facts]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const by = (id) => document.getElementById(id);
-  const state = { x: "steps", smooth: "loss_1", measure: "tokens_per_s", sort: data.sort, down: false, text: "", hidden: new Set() };
+  const state = { x: "steps", smooth: "loss_1", measure: "tokens_per_s", sort: null, down: false, text: "", hidden: new Set() };
   const xs = { steps: "optimizer steps", tokens: "tokens trained on", seconds: "seconds of training" };
   const measures = { tokens_per_s: "tokens per second, all workers", grad_norm: "gradient norm before clipping", lr: "learning rate" };
 
@@ -38,24 +38,31 @@
   }
   const hoverlabel = { namelength: -1 };
   const legend = () => (data.few ? { orientation: "h", y: -0.2, yanchor: "top" } : undefined);
-  // Many runs have no legend, but a scale: an empty trace that carries it.
+  // Many runs have no legend, but a scale: an empty trace that carries it. A scale runs from the best to the worst.
   const scale = () => (data.few || !data.range ? [] : [{
     x: [null], y: [null], mode: "markers", showlegend: false, hoverinfo: "skip",
-    marker: { color: data.range, colorscale: data.scale.map((c, i) => [i / (data.scale.length - 1), c]), showscale: true,
-      colorbar: { title: { text: "held-out loss", side: "right" }, thickness: 14 } },
+    marker: { color: data.range, cmin: Math.min(...data.range), cmax: Math.max(...data.range), reversescale: !data.goals[0].least,
+      colorscale: data.scale.map((c, i) => [i / (data.scale.length - 1), c]), showscale: true,
+      colorbar: { title: { text: plain(data.goals[0].title), side: "right" }, thickness: 14 } },
   }]);
+  const rank = (run) => (run.state === "done" && typeof run[data.goals[0].key] === "number"
+    ? run[data.goals[0].key] * (data.goals[0].least ? 1 : -1) : Infinity);
+  // Of many, the best are drawn last, so that they lie on top.
+  const drawn = () => {
+    const runs = shown().filter((run) => run.curve);
+    return data.few ? runs : runs.sort((a, b) => (rank(a) === rank(b) ? 0 : rank(b) - rank(a)));
+  };
 
   function loss() {
     const traces = [];
-    for (const run of shown()) {
-      if (!run.curve) continue;
+    for (const run of drawn()) {
       const name = plain(short(run.name)), x = run.curve[state.x];
-      const line = { color: run.colour, dash: run.dash, width: 1.5 };
+      const line = { color: run.colour, dash: run.dash, width: data.few ? 1.5 : 1.2 };
       const common = { legendgroup: run.id, hoverlabel, name, meta: run.id };
       traces.push({ ...common, x, y: run.curve[state.smooth], mode: "lines", line, showlegend: data.few });
       if (run.held.steps.length) {
         traces.push({ ...common, x: run.held[state.x], y: run.held.val_loss, mode: "markers", name: name + ", held out",
-          marker: { color: run.colour, size: 8, line: { color: css("--ink"), width: 1 } }, showlegend: false });
+          marker: { color: run.colour, size: data.few ? 8 : 5, line: { color: css("--ink"), width: data.few ? 1 : 0 } }, showlegend: false });
       }
     }
     const yaxis = { title: { text: "loss (nats per token)" }, type: by("log").checked ? "log" : "linear" };
@@ -64,7 +71,7 @@
   }
 
   function speed() {
-    const traces = shown().filter((run) => run.curve).map((run) => ({
+    const traces = drawn().map((run) => ({
       x: run.curve[state.x], y: run.curve[state.measure], mode: "lines", name: plain(short(run.name)), hoverlabel, meta: run.id,
       line: { color: run.colour, dash: run.dash, width: 1.3 }, showlegend: data.few,
     }));
@@ -77,14 +84,14 @@
     const visible = new Set(shown().map((run) => run.id));
     const traces = data.parallel.lines.filter((line) => visible.has(line.id)).map((line) => ({
       x: line.at.map((_, i) => i), y: line.at, mode: "lines", meta: line.id, hoverlabel, hoverinfo: "text",
-      text: line.at.map((_, i) => plain(short(line.name) + ": " + data.parallel.axes[i].key + " = " + line.values[i])),
-      line: { color: line.colour, width: 2 }, opacity: 0.85, showlegend: false,
+      text: line.at.map((_, i) => plain(`${short(line.name)} (${line.state}): ${data.parallel.axes[i].key} = ${line.values[i]}`)),
+      line: { color: line.colour || css("--dim"), width: line.colour ? 2 : 1 }, opacity: line.colour ? 0.85 : 0.5, showlegend: false,
     }));
     const axes = data.parallel.axes;
     const ticks = axes.flatMap((axis, i) => axis.ticks.map(([y, text]) => ({
       x: i, y, text: plain(text), xanchor: "left", xshift: 4, showarrow: false, font: { size: 11 }, bgcolor: css("--bg"), borderpad: 1,
     })));
-    figure("parallel", traces, {
+    figure("parallel", traces.concat(scale()), {
       annotations: ticks,
       shapes: axes.map((_, i) => ({ type: "line", x0: i, x1: i, y0: 0, y1: 1, line: { color: css("--dim"), width: 1 } })),
       xaxis: { tickvals: axes.map((_, i) => i), ticktext: axes.map((axis) => plain(short(axis.key, 28))), range: [-0.1, axes.length - 0.4],
@@ -93,14 +100,32 @@
     });
   }
 
+  function search() {
+    if (!data.search) return;
+    const visible = new Set(shown().map((run) => run.id)), dots = data.search.dots.filter((dot) => visible.has(dot.id));
+    const symbols = { o: "circle", v: "triangle-down-open", x: "x", s: "square-open" };
+    const traces = [...new Set(dots.map((dot) => dot.kind))].map((kind) => {
+      const mine = dots.filter((dot) => dot.kind === kind);
+      return { x: mine.map((d) => d.number), y: mine.map((d) => d.shown), mode: "markers", name: kind, hoverlabel, hoverinfo: "text",
+        text: mine.map((d) => plain([`${short(d.name)}: ${d.kind}`, d.score === null ? "" : d.score.toPrecision(5), short(d.why, 120)].filter(Boolean).join(", "))),
+        marker: { symbol: symbols[mine[0].marker], color: mine.map((d) => d.colour), size: 10, line: { width: 1.5, color: mine.map((d) => d.colour) } } };
+    });
+    traces.unshift({ x: data.search.best.map((b) => b[0]), y: data.search.best.map((b) => b[1]), mode: "lines", name: "best so far", hoverinfo: "skip",
+      line: { shape: "hv", color: css("--dim"), width: 1.3 } });
+    figure("search", traces, { legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 60, r: 20, t: 40, b: 48 },
+      xaxis: { title: { text: "trial" }, tickformat: "d" }, yaxis: { title: { text: plain(data.goals[0].title) }, range: data.search.range } });
+  }
+
   function importance() {
+    by("importance").hidden = !data.importance;
     if (!data.importance) return;
     const keys = data.importance.keys.slice(0, 15).reverse();
+    by("importance").style.height = 110 + 34 * keys.length + "px";
     figure("importance", [{
       type: "bar", orientation: "h", y: keys.map((k) => plain(k.key)), x: keys.map((k) => k.mean), marker: { color: "#4477AA" },
       error_x: { type: "data", symmetric: false, array: keys.map((k) => Math.max(k.high - k.mean, 0)),
         arrayminus: keys.map((k) => Math.max(k.mean - k.low, 0)), color: css("--ink") }, hoverinfo: "x+y",
-    }], { xaxis: { title: { text: "error of prediction when the key is shuffled (nats per token)" } }, yaxis: { type: "category" } });
+    }], { xaxis: { title: { text: plain(`error of prediction when the key is shuffled (${data.goals[0].unit})`) } }, yaxis: { type: "category" } });
   }
 
   function goodput() {
@@ -141,18 +166,20 @@
     by("law").replaceChildren(...study.report.map((line) => el("p", {}, line)));
   }
 
-  const columns = [
-    { key: "name", text: true }, { key: "state", text: true }, { key: "val_loss" }, { key: "bits_per_byte" }, { key: "step" }, { key: "tokens" },
-    { key: "params" }, { key: "wall_s" }, { key: "goodput" }, { key: "starts" }, ...data.keys.map((key) => ({ key, config: true })),
+  const keyed = data.keys.map((key) => ({ key, config: true }));
+  const facts = [...new Set([...data.goals.map((goal) => goal.key), "val_loss", "bits_per_byte", "step", "tokens", "params", "wall_s", "goodput", "starts"])];
+  const front = 1 + (data.keys.length > 8 ? facts.length : data.goals.length); // few keys stand beside what they led to
+  const columns = [{ key: "name", text: true }, { key: "state", text: true },
+    ...facts.slice(0, front - 1).map((key) => ({ key })), ...keyed, ...facts.slice(front - 1).map((key) => ({ key })),
     { key: "notes", text: true },
   ].filter((c) => c.config || c.text || data.runs.some((run) => run[c.key] !== null));
   const value = (run, column) => (column.config ? run.config[column.key] : run[column.key]);
   const show = (v) => (v === null || v === undefined ? "" : typeof v === "number" && !Number.isInteger(v) ? String(+v.toPrecision(5)) : String(v));
 
   function compare(a, b) {
-    if (a === b) return 0;
-    if (a === null || a === undefined || a === "") return 2; // what is not there comes last, either way
-    if (b === null || b === undefined || b === "") return -2;
+    const [none, nor] = [a, b].map((v) => v === null || v === undefined || v === "");
+    if (a === b || (none && nor)) return 0;
+    if (none || nor) return none ? 2 : -2; // what is not there comes last, either way
     if (typeof a === "number" && typeof b === "number") return a < b ? -1 : 1;
     return String(a).localeCompare(String(b), "en", { numeric: true }) < 0 ? -1 : 1;
   }
@@ -163,8 +190,9 @@
   }
 
   function table() {
-    const column = columns.find((c) => c.key === state.sort) || columns[0];
+    const column = columns.find((c) => c.key === state.sort);
     const rows = data.runs.filter(matches).sort((a, b) => {
+      if (!column) return rank(a) === rank(b) ? 0 : rank(a) - rank(b); // the finished ones, best first, then the others
       const order = compare(value(a, column), value(b, column));
       return Math.abs(order) === 2 ? order : state.down ? -order : order;
     });
@@ -172,8 +200,9 @@
       class: c.text ? "text" : "", "aria-sort": c === column ? (state.down ? "descending" : "ascending") : "none", "data-key": c.key,
     }, el("button", { onclick: () => { state.down = state.sort === c.key && !state.down; state.sort = c.key; table(); } }, c.key))));
     const body = rows.map((run) => el("tr", { "data-run": run.id }, ...columns.map((c) => {
-      const text = show(value(run, c)), best = c.key === "val_loss" && run.best ? " best" : "";
-      const cell = el("td", { class: (c.text ? "text" : "") + best, title: text });
+      const text = show(value(run, c)), measured = data.goals.some((goal) => goal.key === c.key) && !c.config;
+      const kind = !measured ? "" : run.best ? " best" : run.state === "done" ? "" : " unfinished";
+      const cell = el("td", { class: (c.text ? "text" : "") + kind, title: c.key === "state" ? run.notes || text : text });
       if (c.key === "name") {
         const box = el("input", { type: "checkbox", "aria-label": "show " + run.name, onchange: () => {
           state.hidden[box.checked ? "delete" : "add"](run.id); draw();
@@ -181,7 +210,8 @@
         box.checked = !state.hidden.has(run.id);
         cell.append(box, " ", el("span", { class: "swatch", style: { borderColor: run.colour, borderTopStyle: { dash: "dashed", dot: "dotted" }[run.dash] || "solid" } }));
       }
-      cell.append(c.key === "state" ? el("span", { class: "state " + run.state }, text) : text);
+      if (c.key === "name" && run.best) cell.append(text, el("span", { class: "state best" }, "best"));
+      else cell.append(c.key === "state" ? el("span", { class: "state " + run.state }, text) : text);
       return cell;
     })));
     by("table").replaceChildren(el("thead", {}, head), el("tbody", {}, ...body));
@@ -207,7 +237,12 @@
         ...rows.map((key) => el("td", { class: "text", title: show(run.environment[key]) }, show(run.environment[key])))))));
   }
 
-  function draw() { loss(); speed(); goodput(); parallel(); importance(); scaling(); }
+  function failures() {
+    const bad = shown().filter((run) => run.notes && run.state !== "pruned");
+    by("failures").replaceChildren(...bad.map((run) => el("p", {}, el("span", { class: "state " + run.state }, run.state), ` ${run.name}: ${run.notes}`)));
+  }
+
+  function draw() { loss(); speed(); goodput(); failures(); search(); parallel(); importance(); scaling(); }
 
   function choose(id, options, current, then) {
     for (const [key, text] of Object.entries(options)) by(id).append(el("option", { value: key }, text));
@@ -231,10 +266,10 @@
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   const sampled = data.runs.filter((run) => run.samples.length);
-  for (const [id, there] of [["parallel", data.parallel], ["importance", data.importance], ["scaling", data.scaling], ["samples", sampled.length]]) {
+  for (const [id, there] of [["search", data.search], ["parallel", data.parallel], ["importance", data.importance || data.search], ["scaling", data.scaling], ["samples", sampled.length]]) {
     by(id + "-part").hidden = !there;
   }
-  choose("sample-run", Object.fromEntries(sampled.map((run) => [run.id, run.name])), sampled.length ? sampled[0].id : "", samples);
+  choose("sample-run", Object.fromEntries(sampled.map((run) => [run.id, run.name])), sampled.length ? (sampled.find((run) => run.best) || sampled[0]).id : "", samples);
   by("sample-step").addEventListener("input", samples);
   by("sample-step").value = 1e6;
   table(); lineage(); samples(); draw();

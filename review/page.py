@@ -22,12 +22,14 @@ import numpy as np
 from plotly.offline import get_plotlyjs
 
 from review.axes import axes_of, place
-from review.compare import differing, ranked, verdict, warnings
+from review.compare import best, differing, verdict, warnings
+from review.files import number, relative
 from review.goodput import shares
 from review.importance import LEAST_RUNS, Importances
-from review.look import FEW, SCALE, blend, colours
-from review.read import Floats, Run, number, relative
+from review.look import FEW, SCALE, blend, colours, focus, rank, span
+from review.read import Floats, Run, sweeps_of
 from review.scaling import Study, report
+from review.search import search
 from review.thin import keep, smooth
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +37,8 @@ POINTS, LEAST_POINTS = 90_000, 200
 """Points of all curves together; of each one at least."""
 SAMPLES = 1_500_000
 """Characters of samples, of all runs together."""
-FACTS = ("val_loss", "bits_per_byte", "step", "tokens", "params", "wall_s", "goodput", "starts")
+FACTS = ("bits_per_byte", "step", "params", "starts")
+"""Of the summary; what else the table holds is worked out."""
 
 
 def render(runs: Sequence[Run], found: Importances | None, study: Study | None) -> str:
@@ -47,8 +50,10 @@ def render(runs: Sequence[Run], found: Importances | None, study: Study | None) 
         "style": (HERE / "page.css").read_text("utf-8"),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "verdict": html.escape(verdict(runs)),
+        "sweeps": "".join(f"<p>{html.escape(sweep.words())}</p>" for sweep in sweeps_of(runs)),
         "warnings": "".join(f'<p class="warn">{html.escape(line)}</p>' for line in warnings(runs)),
-        "importance": html.escape(explain(found)),
+        "importance": html.escape(explain(found, runs)),
+        "goal": html.escape(runs[0].goal.words),
         "data": embed(content(runs, found, study)),
         "plotly": plotly,
         "script": script,
@@ -58,14 +63,13 @@ def render(runs: Sequence[Run], found: Importances | None, study: Study | None) 
 
 def content(runs: Sequence[Run], found: Importances | None, study: Study | None) -> dict[str, Any]:
     """What the page's script shows."""
-    keys, best = differing(runs), [] if warnings(runs) else ranked(runs)
-    losses = [loss for run in runs if (loss := run.val_loss) is not None]
+    keys, front = differing(runs), {id(run) for run in best(runs)}
     drawn = {id(run): f"r{i}" for i, run in enumerate(runs)}
     looks = colours(runs)
     budget = max(LEAST_POINTS, POINTS // max(len(runs), 1))
     written = SAMPLES // max(len(runs), 1)
     shown = [
-        {"id": f"r{i}", "colour": colour, "dash": dash, "best": bool(best) and run is best[0][1]}
+        {"id": f"r{i}", "colour": colour, "dash": dash, "best": id(run) in front}
         | _run(run, keys, budget)
         | {"samples": _samples(run, written)}
         for i, (run, (colour, dash)) in enumerate(zip(runs, looks, strict=True))
@@ -73,11 +77,12 @@ def content(runs: Sequence[Run], found: Importances | None, study: Study | None)
     return {
         "runs": shown,
         "keys": keys,
+        "goals": [{"key": goal.metric, "least": goal.least, "title": goal.title, "unit": goal.unit} for goal in runs[0].goals],
         "few": len(runs) <= FEW,
         "scale": SCALE,
-        "range": [min(losses), max(losses)] if losses else None,
+        "range": span(runs),
         "focus": focus(runs),
-        "sort": "val_loss" if losses else "name",
+        "search": _search(runs, drawn),
         "parallel": _parallel(runs, drawn),
         "importance": asdict(found) if found else None,
         "scaling": _scaling(study) if study else None,
@@ -90,41 +95,27 @@ def embed(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def explain(found: Importances | None) -> str:
+def explain(found: Importances | None, runs: Sequence[Run]) -> str:
     """What the importances mean, and how far they can be trusted."""
     if found is None:
-        return f"Needs {LEAST_RUNS} finished runs."
+        done = sum(run.state == "done" for run in runs)
+        return f"Needs {LEAST_RUNS} finished runs that differ in a key; {done} {'is' if done == 1 else 'are'} finished."
     trust = "" if found.explained > 0.3 else " That is little: more runs are needed before this ranking means anything."
+    goal = runs[0].goal
     return (
-        "A random forest predicts held-out loss from the keys that differ. A bar says by how many nats per token its error on runs "
+        f"A random forest predicts {goal.words} from the keys that differ. A bar says by how much its error ({goal.unit}) on runs "
         "that it has not seen grows when that key is shuffled among them; the whisker is the middle 80 % of 20 draws of runs. Keys "
-        f"that were changed together share their importance. From {found.runs} runs; the forest explains "
+        f"that were changed together share their importance. From {found.runs} finished runs; the forest explains "
         f"{max(found.explained, 0):.0%} of the variance of unseen ones.{trust}"
     )
-
-
-def focus(runs: Sequence[Run]) -> list[float] | None:
-    """The span of losses worth looking at: after the first tenth of each run, whose fall would press all else flat."""
-    tops, lows = [], []
-    for run in runs:
-        if len(run.steps):
-            loss, held = run.columns["loss"], run.columns["val_loss"]
-            rest = np.concatenate([loss[len(loss) // 10 :], held])
-            known = rest[np.isfinite(rest)]
-            if len(known):
-                tops.append(float(np.quantile(known, 0.98)))
-                lows.append(float(known.min()))
-    if not tops or max(tops) <= min(lows):
-        return None
-    margin = 0.06 * (max(tops) - min(lows))
-    return [max(min(lows) - margin, min(lows) / 2), max(tops) + margin]
 
 
 def _run(run: Run, keys: list[str], budget: int) -> dict[str, Any]:
     facts: dict[str, Any] = {key: number(run.summary.get(key)) for key in FACTS}
     facts |= {"val_loss": run.val_loss, "tokens": run.tokens, "starts": number(run.kept.get("starts")) or facts["starts"]}
-    if facts["step"] is None and len(run.steps):
-        facts["step"] = int(run.steps[-1])
+    facts |= {"wall_s": run.wall_s, "goodput": run.goodput} | {goal.metric: run.measured(goal) for goal in run.goals}
+    if facts["step"] is None:
+        facts["step"] = int(run.steps[-1]) if len(run.steps) else run.trial.step if run.trial else None
     environment = {"folder": relative(run.folder), "corpus": run.corpus[:12] or None} | {
         str(key): value if isinstance(value, str | int | float) else json.dumps(value)[:500]
         for key, value in run.environment.items()
@@ -132,8 +123,8 @@ def _run(run: Run, keys: list[str], budget: int) -> dict[str, Any]:
     return facts | {
         "name": run.name,
         "state": run.state,
-        "notes": "; ".join(run.notes),
-        "config": {key: run.config.get(key) for key in keys},
+        "notes": "; ".join(filter(None, [run.why, *run.notes])),
+        "config": {key: run.value(key) for key in keys},
         "shares": shares(run),
         "environment": environment,
         "curve": _curve(run, budget),
@@ -173,22 +164,32 @@ def _samples(run: Run, most: int) -> list[dict[str, Any]]:
     return kept[::-1]
 
 
-def _parallel(runs: Sequence[Run], ids: dict[int, str]) -> dict[str, Any] | None:
-    found = axes_of(runs)
+def _search(runs: Sequence[Run], ids: dict[int, str]) -> dict[str, Any] | None:
+    found = search(runs)
     if found is None:
         return None
-    losses = [run.val_loss or 0.0 for run in found.runs]
-    span = max(losses) - min(losses) or 1.0
-    rows = zip(found.runs, found.values, losses, strict=True)
+    dots = [
+        {"id": ids[id(dot.run)], "name": dot.run.name, "score": dot.run.score, "why": dot.run.why}
+        | {key: getattr(dot, key) for key in ("number", "kind", "marker", "colour", "shown")}
+        for dot in found.dots
+    ]
+    return {"dots": dots, "best": found.best, "range": found.range}
+
+
+def _parallel(runs: Sequence[Run], ids: dict[int, str]) -> dict[str, Any] | None:
+    found, scale = axes_of(runs), span(runs)
+    if found is None or scale is None:
+        return None
     lines = [
         {
             "id": ids[id(run)],
             "name": run.name,
-            "at": [place(axis, value) for axis, value in zip(found.axes, values, strict=True)],
+            "state": run.state,
+            "at": [place(axis, value) for axis, value in zip(found.axes, values, strict=False)],
             "values": [f"{v:.5g}" if isinstance(v, float) else str(v) for v in values],
-            "colour": blend((loss - min(losses)) / span),
+            "colour": blend(rank(run.score or 0.0, scale)) if run.state == "done" else None,
         }
-        for run, values, loss in rows
+        for run, values in zip(found.runs, found.values, strict=True)
     ]
     return {"axes": [{"key": axis.key, "ticks": axis.ticks} for axis in found.axes], "lines": lines[::-1]}  # the best on top
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +15,15 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from review.files import held, json_lines, json_object, number
+from review.sweep import FINAL, LEDGER, LOSS, Goal, Sweep, Trial, read_sweep, sweeps_in
+from train.words import plural
+
 Floats = NDArray[np.float64]
 
 COLUMNS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_s", "grad_norm", "lr")
 MARKS = ("config.yaml", "metrics.jsonl", "run.json", "summary.json", "lock")
 """What only a run's folder holds."""
-FRESH_S = 120.0
-"""A run whose driver is on another host counts as running while its files are younger than this."""
 MOST_VALUES, MOST_BYTES = 5_000, 1 << 20
 """Of a configuration: more is no configuration of ours, and may be made to exhaust the reader."""
 
@@ -36,9 +35,11 @@ class Run:
     folder: Path
     name: str
     state: str = "empty"
-    """done, running, stopped, empty, broken or missing."""
+    """done, running, stopped, empty, broken or missing; of a sweep's trial also pruned, diverged, failed or cut off."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know: what is damaged, how the last start ended."""
+    why: str = ""
+    """A trial ended before its last step, in a line."""
     config: dict[str, Any] = field(default_factory=dict)
     """Flat: optimizer.lr -> 0.001."""
     steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -51,6 +52,11 @@ class Run:
     startup: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
+    sweep: Sweep | None = None
+    trial: Trial | None = None
+    """What the ledger of that sweep says of it."""
+    goal: Goal = LOSS
+    """What runs are compared by: the first goal of the sweep that they are all of, else held-out loss."""
 
     @property
     def val_loss(self) -> float | None:
@@ -67,14 +73,46 @@ class Run:
         found = number(self.summary.get("tokens"))
         return found if found is not None or not len(self.steps) else number(self.columns["tokens"][-1])
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of all starts by its cause, as far as the run tells."""
+        for found in (self.summary.get("time_by_cause"), self.kept.get("seconds")):
+            if isinstance(found, dict):
+                return {str(cause): v for cause, value in found.items() if (v := number(value)) is not None and v > 0}
+        return {}
 
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-        return None
-    with contextlib.suppress(OverflowError):
-        return float(value) if math.isfinite(value) else None
-    return None
+    @property
+    def wall_s(self) -> float | None:
+        """Of all starts."""
+        return number(self.summary.get("wall_s")) or sum(self.seconds.values()) or None
+
+    @property
+    def goodput(self) -> float | None:
+        """Share of that time that went into steps that count."""
+        found = number(self.summary.get("goodput"))
+        return found if found is not None or not self.seconds else self.seconds.get("train", 0.0) / sum(self.seconds.values())
+
+    @property
+    def score(self) -> float | None:
+        """What it is compared by, as far as it has come."""
+        return self.measured(self.goal)
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """All of its sweep's, where that is what it is compared by."""
+        return self.sweep.goals if self.sweep and self.sweep.goals[0] == self.goal else (self.goal,)
+
+    def measured(self, goal: Goal) -> float | None:
+        """Its value of a goal."""
+        if goal.metric == "val_loss":
+            return self.val_loss
+        if self.sweep and self.trial and goal in self.sweep.goals[: len(self.trial.values)]:
+            return self.trial.values[self.sweep.goals.index(goal)]
+        return number(self.summary.get(goal.metric))
+
+    def value(self, key: str) -> Any:
+        """Of its configuration; or a group, such as model, that its sweep chose it by. None where it has no such key."""
+        return self.config.get(key, self.trial.params.get(key) if self.trial else None)
 
 
 def find(places: list[Path]) -> list[Path]:
@@ -97,27 +135,58 @@ def _is_run(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in MARKS)
 
 
-def read(folder: Path) -> Run:
-    """What ``folder`` tells, whatever is in it."""
+def read_all(places: Sequence[Path], but: Path | None = None) -> list[Run]:
+    """The runs that ``places`` are or hold, but ``but``; with the trials of sweeps that ended before they had a folder."""
+    folders = [folder for folder in find(list(places)) if but is None or folder.resolve() != but.resolve()]
+    whole = list(dict.fromkeys(sweeps_in(list(places))))
+    sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *(folder.parent for folder in folders)])}
+    for sweep in filter(None, map(sweeps.get, whole)):
+        ended = [sweep.folder_of(number) for number, trial in sweep.trials.items() if trial.state not in ("queued", "cut off")]
+        folders += [folder for folder in ended if not folder.exists()]
+    runs = [read(folder, sweeps.get(folder.parent)) for folder in folders if not (folder / LEDGER).is_file()]
+    goals = {run.sweep.goals[0] if run.sweep else LOSS for run in runs}
+    for run in runs:
+        run.goal = goals.copy().pop() if len(goals) == 1 else LOSS
+    return runs
+
+
+def sweeps_of(runs: Sequence[Run]) -> list[Sweep]:
+    """The sweeps that these runs are trials of."""
+    return list({id(run.sweep): run.sweep for run in runs if run.sweep}.values())
+
+
+def read(folder: Path, sweep: Sweep | None = None) -> Run:
+    """What ``folder`` tells, whatever is in it, and what the ledger of its ``sweep`` adds."""
     run = Run(folder, folder.resolve().name)
-    if not folder.is_dir():
-        run.state, run.notes = "missing", ["there is no such folder"]
-        return run
-    run.config = _config(run)
-    run.name = str(run.config.get("run.name") or run.name)
-    for name in ("summary", "startup", "environment"):
-        setattr(run, name, _object(run, f"{name}.json"))
-    run.kept = _object(run, "run.json")
-    run.corpus = str(_object(run, "corpus.json").get("fingerprint") or "")
-    _metrics(run)
-    run.samples = [s for s in _lines(run, "samples.jsonl") if isinstance(s.get("step"), int)]
-    run.state = _state(run)
-    run.notes += _ends(folder) if run.state == "stopped" else []
+    if sweep and (trial := sweep.trial_in(folder)):
+        run.sweep, run.trial, run.name = sweep, trial, f"{sweep.name}-{folder.name}"
+    if folder.is_dir():
+        _files(run)
+        run.state = _state(run)
+    else:
+        run.state = "missing"
+        run.notes += [] if run.trial else ["there is no such folder"]
+    if run.sweep and run.trial:
+        _judged(run, run.sweep, run.trial)
+    run.notes += _ends(folder) if run.state in ("stopped", "cut off") else []
     return run
 
 
+def _files(run: Run) -> None:
+    run.config = _config(run)
+    run.name = str(run.config.get("run.name") or run.name)
+    for name in ("summary", "startup", "environment"):
+        setattr(run, name, json_object(run.folder / f"{name}.json", run.notes))
+    run.kept = json_object(run.folder / "run.json", run.notes)
+    run.corpus = str(json_object(run.folder / "corpus.json", run.notes).get("fingerprint") or "")
+    _metrics(run)
+    run.samples = [s for s in json_lines(run.folder / "samples.jsonl", run.notes) if isinstance(s.get("step"), int)]
+    if bad := json_lines(run.folder / "skipped.jsonl", run.notes):
+        run.notes.append(f"{plural(len(bad), 'step')} made again without rows that made its numbers bad")
+
+
 def _state(run: Run) -> str:
-    if _running(run.folder):
+    if held(run.folder / "lock", [run.folder / "run.json", run.folder / "metrics.jsonl"]):
         return "running"
     if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1):
         return "done"
@@ -126,18 +195,12 @@ def _state(run: Run) -> str:
     return "broken" if run.notes else "stopped" if run.config else "empty"
 
 
-def _running(folder: Path) -> bool:
-    """Whether the driver's lock is held: asked of the kernel where the driver is on this host, so that nothing is touched."""
-    try:
-        about = json.loads((folder / "lock").read_text())
-        here = about["host"] == socket.gethostname()
-        inode = (folder / "lock").stat().st_ino
-        if here and Path("/proc/locks").exists():
-            return any(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
-        newest = max(p.stat().st_mtime for p in (folder / "run.json", folder / "metrics.jsonl") if p.exists())
-        return time.time() - newest < FRESH_S
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+def _judged(run: Run, sweep: Sweep, trial: Trial) -> None:
+    """What its ledger says goes before what its folder looks like; but for a run that has come to its end since."""
+    if run.state == "done" and trial.state not in FINAL:
+        trial.state = "done"
+    if run.state not in ("running", "done"):
+        run.state, run.why = trial.state, sweep.ended_early(trial)
 
 
 def _ends(folder: Path) -> list[str]:
@@ -186,45 +249,12 @@ def _listed(value: list[Any]) -> str:
     return "[" + ", ".join("..." if isinstance(v, list | dict) else str(v) for v in value[:100]) + "]"
 
 
-def _object(run: Run, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads((run.folder / name).read_text("utf-8"))
-        if isinstance(value, dict):
-            return value
-        run.notes.append(f"{name} holds no object")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError):
-        run.notes.append(f"{name} cannot be read")
-    return {}
-
-
-def _lines(run: Run, name: str) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; other lines are counted in a note, but for a last one that a crash cut short."""
-    try:
-        lines = (run.folder / name).read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        run.notes.append(f"{name} cannot be read: {error.strerror}")
-        return []
-    found, bad = [], 0
-    for line in lines[:-1]:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        else:
-            bad += 1
-    if bad:
-        run.notes.append(f"{name}: {bad} damaged lines left out")
-    return found
-
-
 def _metrics(run: Run) -> None:
-    by_step = {r["step"]: r for r in _lines(run, "metrics.jsonl") if type(r.get("step")) is int and 0 <= r["step"] < 1 << 53}
+    by_step = {
+        r["step"]: r
+        for r in json_lines(run.folder / "metrics.jsonl", run.notes)
+        if type(r.get("step")) is int and 0 <= r["step"] < 1 << 53
+    }
     run.steps = np.array(sorted(by_step), np.int64)
     rows = [by_step[step] for step in run.steps.tolist()]
     for name in COLUMNS:
@@ -233,10 +263,3 @@ def _metrics(run: Run) -> None:
     tokens, speed = run.columns["tokens"], run.columns["tokens_per_s"]
     spent = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, math.nan)
     run.columns["seconds"] = np.cumsum(np.nan_to_num(spent, posinf=0.0, neginf=0.0))
-
-
-def relative(folder: Path) -> str:
-    """A folder as a person here would type it."""
-    with contextlib.suppress(ValueError):
-        return str(folder.resolve().relative_to(Path.cwd()))
-    return os.fspath(folder)

@@ -50,3 +50,29 @@ def write(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = Tru
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+def write_sweep(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
+    """A sweep as its driver leaves it. A trial: ``state``, ``params``, and of a finished one ``loss``; one that is queued, or has
+    ``gone``, has no folder.
+    """
+    about = {"name": folder.name, "sampler": "tpe", "trials": len(trials), "metric": "val_loss", "direction": "minimize"}
+    spaces = settings.pop("spaces", {})
+    head = {"event": "sweep", "fixed": {}, "axes": spaces, "sweep": about | {"pruner": "asha"} | settings, "grid": None}
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [head]
+    for i, trial in enumerate(trials):
+        state, loss, params = trial["state"], trial.get("loss", 3.0), trial["params"]
+        records.append({"event": "trial", "trial": i, "params": {key: str(value) for key, value in params.items()}, "attrs": {}})
+        if state == "queued":
+            continue
+        records.append({"event": "start", "trial": i, "workers": 1, "hosts": ["here"], "t": 1.0})
+        lines = 50 if state == "done" else 10
+        if not trial.get("gone"):
+            changes = {key.replace(".", "__"): value for key, value in params.items() if "." in key}
+            write(folder / f"{i:03}", loss, lines, state == "done", run__name=f"{folder.name}-{i:03}", steps=500, **changes)
+        if state != "cut off":
+            end = {"state": state, "step": 10 * lines, "values": trial.get("values"), "why": trial.get("why", "")}
+            records.append({"event": "end", "trial": i, **end, "t": 2.0})
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder

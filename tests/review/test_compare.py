@@ -134,7 +134,7 @@ def test_a_comment_is_one_table_whatever_the_names_are(tmp_path: Path):
     evil = "a|b `x` <img src=x onerror=alert(1)> @all\n| c | [d](http://e) ![i](http://e/f.png)"
     runs = made(tmp_path, {"optimizer__lr": 1e-3, "tracking__tags": [evil]}, {"optimizer__lr": 2e-3, "finished": False})
     runs[0].name = evil
-    text = markdown.render(runs, None)
+    text = markdown.render(runs, None, None)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert {line.count("|") for line in table} == {table[0].count("|")}

@@ -6,10 +6,14 @@ import time
 
 import pytest
 import wandb_files
+from browser import CHROMIUM, Browser
 
 from cluster.job import Clock, Job
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
+from review import __main__ as review
+from review.compare import best
+from review.read import read_all
 from train import config as configuration
 from train.compare import compare
 from train.tracking import read_records
@@ -27,6 +31,19 @@ def alone(config, ground):
         assert supervisor.run().kind == "done"
     finally:
         supervisor.release()
+
+
+def look_at_page(folder, out, runs):
+    """Reviews a sweep, and opens the page where there is a browser."""
+    assert review.main([str(folder), "--out", str(out), "--format", "html"]) == 0
+    if CHROMIUM is not None:
+        with Browser() as browser:
+            browser.open(out / "review.html")
+            cells = browser.value("[...document.querySelectorAll('#table tbody tr')].map(row => row.children[1].textContent)")
+            assert sorted(cells) == sorted(run.state for run in runs)
+            assert "IsADirectoryError" in browser.value("document.getElementById('failures').textContent")
+            assert browser.value("document.getElementById('search').data.slice(1).flatMap(t => t.x).length") == len(runs)
+            assert browser.said == []
 
 
 def at_once(folder) -> int:
@@ -106,6 +123,16 @@ def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, 
     said = found.said.getvalue()
     assert said.index("trial 1 (optimizer.lr=1e+30): diverged") < said.index("trial 2 (optimizer.lr=0.002): starts")
     assert said.index("IsADirectoryError: ") < said.index("trial 3 (optimizer.lr=0.003): starts")
+
+    runs = read_all([found.folder])
+    assert [run.state for run in runs] == found.states
+    assert "optimizer.lr" in runs[1].why
+    assert "IsADirectoryError" in runs[2].why
+    assert (
+        best(runs)[0].name
+        == min((trial.values, run.name) for trial, run in zip(found.trials, runs, strict=True) if trial.values)[1]
+    )
+    look_at_page(found.folder, tmp_path / "review", runs)
 
     (tmp_path / "s" / "002" / "metrics.jsonl").rmdir()
     before = {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
