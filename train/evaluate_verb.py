@@ -38,10 +38,13 @@ def measure(folder: Path, which: str, split: str) -> Measured:
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
     world = dist.from_env()
-    held_out = loaders(corpus, run.config, world, split)[1]
-    if not held_out.groups:
-        raise UserError(f"nothing was held out of this corpus (data.{split}_fraction=0): there is nothing to evaluate on")
-    sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
+    try:
+        held_out = loaders(corpus, run.config, world, split)[1]
+        if not held_out.groups:
+            raise UserError(f"nothing was held out of this corpus (data.{split}_fraction=0): there is nothing to evaluate on")
+        sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
+    finally:
+        dist.leave()
     found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
     return Measured(found, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
