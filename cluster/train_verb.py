@@ -33,6 +33,6 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     resume.check(config, None)
     ready = prepare.resolve(config.data)
     if ready is None:
-        ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}))
+        ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}), config.objective)
     resume.check(config, shards.fingerprint(shards.read_index(ready)))
     return str(ready.absolute())

@@ -29,7 +29,7 @@ MACHINE = re.compile(
 )
 
 SAVED = {
-    "evaluate": {"run.dir", "checkpoint"},
+    "evaluate": {"run.dir", "checkpoint", "split"},
     "trace": {"run.dir", "step"},
     "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,41 +21,11 @@ OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP]: loss and all that is measured on the held-out split."""
-    options = _options(argv, {"run.dir": None, "checkpoint": "latest"})
-    from train import dist
-    from train.data.loader import held_out_text, loaders
-    from train.data.shards import Corpus
-    from train.evaluate import Evaluation, gzip_bits_per_byte
-    from train.evaluate import evaluate as measure
-    from train.saved import open_run
+    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP] [split=val|test] [--json]: all that is measured on held-out text."""
+    options = _options([a for a in argv if a != "--json"], {"run.dir": None, "checkpoint": "latest", "split": "val"})
+    from train import evaluate_verb
 
-    folder = Path(options["run.dir"])
-    run = open_run(folder, options["checkpoint"])
-    about = json.loads((folder / "corpus.json").read_text())
-    corpus = Corpus(about["folder"], run.config.model.special)
-    if corpus.fingerprint != about["fingerprint"]:
-        raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
-    world = dist.from_env()
-    held_out = loaders(corpus, run.config, world)[1]
-    if not held_out.groups:
-        raise UserError("nothing was held out of this corpus (data.val_fraction=0): there is nothing to evaluate on")
-    sums = measure(run.objective.to(world.device), held_out, world, lambda: False)
-    found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
-    places = sums["loss"][1]
-    table = Table(title=f"{folder}, step {run.checkpoint.progress.step}, {places:,} held-out places", title_justify="left")
-    for column in ("measure", "value"):
-        table.add_column(column, justify="left" if column == "measure" else "right")
-    measured = found.numbers()
-    table.add_row("loss (nats per token)" if found.perplexity else "loss", f"{measured.pop('val_loss'):.4f}")
-    if found.perplexity:
-        table.add_row("perplexity", f"{found.perplexity:.2f}")
-    for name, value in measured.items():
-        table.add_row(name, f"{value:.4f}")
-    if found.bytes:
-        text = b"".join(held_out_text(corpus))
-        table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
-    OUT.print(table)
+    evaluate_verb.run(options, OUT, as_json="--json" in argv)
     return OK
 
 
@@ -139,10 +108,11 @@ def worker(argv: Sequence[str]) -> int:
 
 
 def prepare(argv: Sequence[str]) -> int:
-    """prepare [data=stdlib|text] [data.paths=[...]] [key=value ...]: text to tokenised shards; resumable, idempotent."""
+    """prepare [data=stdlib|text|...] [data.paths=[...]] [key=value ...]: text to tokenised shards; resumable, idempotent."""
     from train.data.progress import prepare_with_progress
 
-    prepare_with_progress(configuration.load(argv).data, OUT)
+    config = configuration.load(argv)
+    prepare_with_progress(config.data, OUT, config.objective)
     return OK
 
 

@@ -65,6 +65,10 @@ def export(folder: Path, to: Path, which: str, shard_bytes: int) -> Exported:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it finds wrong is said here
     run = open_run(folder, which)
+    if getattr(run.config.objective, "pool", "own") == "mean":
+        raise UserError(
+            f"{folder} takes the mean of a row (objective.pool=mean), and no model of transformers does: train with own"
+        )
     facts = facts_of(run.config.model, run.checkpoint.manifest["shapes"]["backbone.embed.weight"][0])
     family = family_of(run.config.objective.name, facts)
     to.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ from train.origin import Origin, open_origin
 from train.schema import Config
 from train.words import plural, some
 
+POOLER = "backbone.pooler.*"
+"""What an encoder that was pretrained without pairs of text never had: it is drawn where it is not there."""
 ONLY_SHAPES = ("vocab_size", "max_len")
 """Facts that change nothing but the shapes of parameters."""
 MOST = 12
@@ -61,6 +63,8 @@ def fill(objective: nn.Module, config: Config, tokenizer: Tokenizer, world: dist
     same = origin.objective == config.objective.name
     wanted = [name for name in parameters if not matches(name, init.skip) and (same or in_backbone(name))]
     there = {name: origin.source.shape(name) for name in wanted}
+    wanted = [name for name in wanted if there[name] is not None or not matches(name, [POOLER])]
+    there = {name: there[name] for name in wanted}
     differ = {name: shape for name, shape in there.items() if shape != tuple(parameters[name].shape)}
     problems = [*_other_facts(origin, config, objective, bool(differ))]
     problems += [f"{n} is {_size(parameters[n].shape)} here, {_size(s)} there" for n, s in differ.items() if in_backbone(n)]

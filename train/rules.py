@@ -80,6 +80,8 @@ def _problems_of_objective(config: Config) -> list[str]:
         found.append(f"objective={o.name} needs data.label_key, the field of a .jsonl line that holds what is to be learnt")
     if labelled and d.pack:
         found.append(f"objective={o.name} reads a document a row: set data.pack=false")
+    if o.name == "classify" and o.pool == "mean" and config.model.family == "encdec":
+        found.append("objective.pool=mean means nothing for an encoder-decoder, which says one word of a row: leave it out")
     if config.batch.seq_len < LEAST[o.name]:
         found.append(f"batch.seq_len={config.batch.seq_len} leaves no room for objective={o.name}: take {LEAST[o.name]} or more")
     return found
@@ -87,9 +89,12 @@ def _problems_of_objective(config: Config) -> list[str]:
 
 def _problems_of_data(config: Config) -> list[str]:
     d, found = config.data, []
+    if d.val_fraction + d.test_fraction >= 1:
+        both = f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction}"
+        found.append(f"{both} leave nothing to train on: lower them")
     if d.source == "text" and not d.paths:
         found.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
-    if d.source != "text" and d.paths:
+    if d.source == "stdlib" and d.paths:
         found.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
     if d.tokenizer.kind == "file" and not d.tokenizer.path:
         found.append("data.tokenizer.kind=file needs data.tokenizer.path, a tokenizer.json")

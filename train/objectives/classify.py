@@ -23,10 +23,11 @@ class Classify(nn.Module):
 
     whole_text = False
 
-    def __init__(self, backbone: Any, classes: int, isolate: bool) -> None:
+    def __init__(self, backbone: Any, objective: schema.Classify, isolate: bool) -> None:
         super().__init__()
-        self.backbone, self.classes, self.isolate = backbone, classes, isolate
-        self.head = Linear(backbone.model.width, max(classes, 1), True, backbone.model.init_std)
+        self.backbone, self.isolate = backbone, isolate
+        self.classes, self.mean = len(objective.classes), objective.pool == "mean"
+        self.head = Linear(backbone.model.width, max(self.classes, 1), True, backbone.model.init_std)
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""
@@ -45,12 +46,21 @@ class Classify(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, classes), or (B, 1) scores."""
-        pooled = self.backbone.pooled(batch, self.isolate)
+        if self.mean:
+            pooled = mean_of(self.backbone(batch, self.isolate), batch["segments"] > 0)
+        else:
+            pooled = self.backbone.pooled(batch, self.isolate)
         return self.head(dropout(pooled, self.backbone.model.dropout, self.training))
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
         """FLOPs of a training step per token of rows of ``seq_len``."""
         return self.backbone.flops_per_token(seq_len, causal)
+
+
+def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
+    """The mean (B, D) of the hidden states (B, T, D) of the tokens that are ``real`` (B, T); of an empty row nothing, zeros."""
+    shares = real / real.sum(1, keepdim=True).clamp(min=1)
+    return (shares.to(hidden.dtype)[:, None] @ hidden)[:, 0]
 
 
 def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor:
@@ -62,4 +72,7 @@ def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor
 def build_classify(config: schema.Config, vocab_size: int) -> Classify:
     """The classifier of a run for a tokenizer of ``vocab_size`` tokens."""
     assert isinstance(config.objective, schema.Classify)
-    return Classify(build_backbone(config.model, vocab_size), len(config.objective.classes), config.data.isolate)
+    backbone = build_backbone(config.model, vocab_size)
+    if config.objective.pool == "mean" and config.model.family == "encoder":
+        backbone.pooler = None  # nothing would train it
+    return Classify(backbone, config.objective, config.data.isolate)

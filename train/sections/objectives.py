@@ -46,3 +46,18 @@ class Classify(Section):
 
     name: Literal["classify"]
     classes: list[str] = Field([], description="the labels, as the data has them, in their order; empty: labels are scores")
+    pool: Literal["own", "mean"] = Field(
+        "own", description="what stands for a row: own: a first or last token, as the model has it; mean: of its hidden states"
+    )
+
+    def wrong(self, label: str) -> str | None:
+        """What is wrong with a label of the data, and the cure."""
+        if self.classes:
+            if label in self.classes:
+                return None
+            return f"the label {label!r} is none of objective.classes ({', '.join(self.classes)}): name it there, or mend the data"
+        try:
+            float(label)
+        except ValueError:
+            return f"the label {label!r} is no number: name the classes in objective.classes=[...], or mend the data"
+        return None

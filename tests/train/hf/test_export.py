@@ -39,8 +39,8 @@ def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
 
 
-def test_a_bert_with_both_heads_a_classifier_and_a_t5(make, corpus: Path, tmp_path: Path):
-    """Where the proof is in the export itself; and a classifier that starts from the folder of a BERT."""
+def test_a_bert_with_both_heads_and_a_t5(corpus: Path, tmp_path: Path):
+    """Here the proof is the export's own: it compares the logits of every head."""
     experiment = [f"data.paths=[{corpus.parent / 'text'}]", f"data.dir={corpus}", *worlds.TEXT, "tracking=off", *SHORT]
     for name, heads in (("bert_tiny", 2), ("t5_tiny", 1)):
         keys = [f"experiment={name}", *experiment, f"run.dir={tmp_path / name}", "batch.seq_len=16", "batch.global=4"]
@@ -50,6 +50,34 @@ def test_a_bert_with_both_heads_a_classifier_and_a_t5(make, corpus: Path, tmp_pa
         assert len(answers(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert_tiny-there")
     assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
+
+
+def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
+    """It starts from one that was trained without pairs and so has no pooler: that is drawn, and named."""
+    lines = [{"text": f"{n} {word}", "label": word} for n in range(30) for word in ("joy", "woe", "so so")]
+    (tmp_path / "moods.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    same = ["experiment=bert_tiny", *worlds.TEXT, *SHORT, "data.label_key=label", f"data.paths=[{tmp_path}/moods.jsonl]"]
+    classes = ["data.pack=false", "objective=classify", "objective.classes=[joy,woe,so so]", f"init.from={tmp_path}/masked"]
+    for name, keys in (
+        ("masked", ["objective.next_sentence=false"]),
+        ("own", classes),
+        ("mean", [*classes, "objective.pool=mean"]),
+    ):
+        config = configuration.load([*same, *keys, f"data.dir={tmp_path}/corpus", f"run.dir={tmp_path / name}"])
+        worlds.train_world(config, prepare(config.data.model_copy(update={"workers": 1}), lambda event: None, config.objective))
+    drawn = {name: json.loads((tmp_path / name / "init.json").read_text())["fresh"] for name in ("own", "mean")}
+    head = ["head.weight", "head.bias"]
+    assert drawn == {"own": ["backbone.pooler.weight", "backbone.pooler.bias", *head], "mean": head}
+    export(tmp_path / "own", tmp_path / "there", "latest", ROOM)
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "there").eval()
+    assert theirs.config.id2label == {0: "joy", 1: "woe", 2: "so so"}
+    tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = answers(open_run(tmp_path / "own").objective, tokens)[0]
+        assert ours.shape == (3, 3)
+        assert (theirs(tokens).logits - ours).abs().max() < 1e-5
+    with pytest.raises(UserError, match=r"objective\.pool=mean"):
+        export(tmp_path / "mean", tmp_path / "other", "latest", ROOM)
 
 
 @pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])

@@ -19,6 +19,6 @@ def build_examples(config: schema.Config, tokenizer: Tokenizer) -> Examples:
     if isinstance(objective, schema.Causal):
         return Causal(seq_len, isolate, getattr(config.model, "carry", False))
     if isinstance(objective, schema.Classify):
-        return Classify(seq_len, objective.classes, tokenizer)
+        return Classify(seq_len, objective, tokenizer)
     kinds: dict[str, Any] = {"masked": Masked, "seq2seq": Seq2seq}
     return kinds[objective.name](seq_len, isolate, objective, tokenizer, config.seed)

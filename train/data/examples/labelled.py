@@ -13,12 +13,12 @@ from train.errors import UserError
 _NONE = np.zeros(0, np.int64)
 
 
-def texts_of(shards: Shards, pieces: Pieces, places: int, eot: int) -> Iterator[tuple[Ints, Ints]]:
-    """(ids of the text, ids of its label) of each row that pieces tile, one document a row; of an empty row nothing."""
+def texts_of(shards: Shards, pieces: Pieces, places: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
+    """(sample, ids of the text, ids of its label) of each row that pieces tile, one document a row; of an empty row nothing."""
     begins = np.cumsum(pieces.length) - pieces.length
     for sample in pieces.sample[begins % places == 0].tolist():
         if sample < 0:
-            yield _NONE, _NONE
+            yield sample, _NONE, _NONE
             continue
         ids = shards.document(sample).astype(np.int64)
         borders = np.flatnonzero(ids == eot)
@@ -27,4 +27,4 @@ def texts_of(shards: Shards, pieces: Pieces, places: int, eot: int) -> Iterator[
                 f"document {sample} of {shards.source(sample)} has no label: prepare the corpus with data.label_key=<field>, from "
                 ".jsonl files"
             )
-        yield ids[: borders[0]], ids[borders[0] + 1 :]
+        yield sample, ids[: borders[0]], ids[borders[0] + 1 :]

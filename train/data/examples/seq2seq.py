@@ -74,7 +74,7 @@ class Seq2seq:
     def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
         """As ``Examples.read``."""
         if self.objective.task == "pairs":
-            rows = [self._pair(*texts) for texts in texts_of(shards, pieces, self.seq_len, self.eot)]
+            rows = [self._pair(source, target) for _, source, target in texts_of(shards, pieces, self.seq_len, self.eot)]
         else:
             lines = read_lines(shards, pieces, self.places)
             rows = []
