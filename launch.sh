@@ -142,7 +142,7 @@ case "$verb" in
     test)
         export OMP_NUM_THREADS=1
         cd "$root"
-        run "$python" -m pytest "$@"
+        run "$python" -m pytest -n 2 "$@"  # one has the clusters, the other the rest: tests/conftest.py; -n 0: here, with --pdb
         ;;
     check)
         cd "$root"

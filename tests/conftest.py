@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import interpreter  # noqa: F401  before anything imports Triton
 import pytest
@@ -13,7 +14,21 @@ import worlds
 from train.data.prepare import prepare
 from train.schema import Config
 
-forkserver.ensure_running()  # with worlds' imports, before prepare's workers start one that has imported less
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has all tests of clusters, which mostly wait, one after another; the others share the rest, which compute."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneClusterAtATime(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "clusters" if nodeid.startswith("tests/cluster/") else nodeid
+
+    return OneClusterAtATime(config, log)
+
+
+def pytest_collection_finish() -> None:
+    forkserver.ensure_running()  # with worlds' imports, before prepare's workers start one that has imported less
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,9 @@
     python tests/offline.py [--every-candidate] CASE ...
 
 A case is a line of Python that calls an op, e.g. "ops.rms_norm(rand(4096, 4096), rand(4096), 1e-5)"; every kernel that its
-forward and backward pass would launch is compiled for Hopper (sm_90) down to machine code. Prints a JSON line a kernel: its
-name and constants, registers a thread, bytes spilled, bytes of shared memory, whether its products are Hopper's own (wgmma).
+forward and backward pass would launch is compiled for Hopper (sm_90) down to machine code. Prints a JSON line a launch: its case,
+the kernel's name and constants, registers a thread, bytes spilled, bytes of shared memory, whether its products are Hopper's own
+(wgmma).
 """
 
 from __future__ import annotations
@@ -57,20 +58,24 @@ def usage(compiled: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text, code = (
-            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "-sass")
-        )
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        text = dumped("--dump-resource-usage", file.name)
+        found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        spilled = found["STACK"] + found["LOCAL"]
+        in_loops = spilled_in_loops(dumped("-sass", file.name)) if spilled else 0
     ptx = compiled.asm["ptx"]
     return {
         "registers": found["REG"],
-        "spilled": found["STACK"] + found["LOCAL"],
-        "spilled_in_loops": spilled_in_loops(code),
+        "spilled": spilled,
+        "spilled_in_loops": in_loops,
         "shared": compiled.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
     }
+
+
+def dumped(what: str, file: str) -> str:
+    """What cuobjdump shows of a cubin."""
+    return subprocess.run([CUOBJDUMP, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def spilled_in_loops(code: str) -> int:
@@ -88,16 +93,16 @@ def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def main(cases: list[str], every_candidate: bool) -> None:
     """Compiles what each case launches, each kernel once; with ``every_candidate`` for all tiles that the tuner may pick."""
-    seen = set()
-
-    def record(kernel: Any, *args: Any, **options: Any) -> None:
-        types = [str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args]
-        key = json.dumps([kernel.__name__, types, {k: str(v) for k, v in options.items()}])
-        if key not in seen:
-            seen.add(key)
-            print(json.dumps(compile_launch(kernel, *args, **options)), flush=True)
-
+    known: dict[str, dict[str, Any]] = {}
     for case in cases:
+
+        def record(kernel: Any, *args: Any, case: str = case, **options: Any) -> None:
+            types = [str(a.dtype) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args]
+            key = json.dumps([kernel.__name__, types, {k: str(v) for k, v in options.items()}])
+            if key not in known:
+                known[key] = compile_launch(kernel, *args, **options)
+            print(json.dumps({"case": case, **known[key]}), flush=True)
+
         with launch.recording(record), tuning.every_candidate() if every_candidate else contextlib.nullcontext():
             result = eval(case, {"ops": triton_ops, "kernels": kernels, "torch": torch, "rand": rand})
             outs = [y for y in (result if isinstance(result, tuple) else (result,)) if y.requires_grad]

@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the server of forks
 os.environ.pop("TRIREME_T0", None)  # when the tests were begun; a world's command is given when it starts
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train.run", "worlds"])
+FORKS.set_forkserver_preload(["train.run", "worlds", "frozen"])
 
 TINY = [
     *("model=gpt_tiny", "model.layers=2", "model.width=32", "model.max_len=32", "batch.seq_len=16", "batch.global=4"),
@@ -81,17 +81,17 @@ class Running:
 
 def start(size: int, function: Callable[..., Any], *arguments: Any) -> Running:
     """Start ``function(world, emit, *arguments)`` on ``size`` ranks; its result must be picklable."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     processes, pipes = [], []
-    for rank in range(size):
-        ours, theirs = FORKS.Pipe()
-        process = FORKS.Process(target=_enter, args=(rank, size, port, theirs, function, arguments))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        for rank in range(size):
+            ours, theirs = FORKS.Pipe()
+            meeting = port, listener if rank == 0 else None
+            process = FORKS.Process(target=_enter, args=(rank, size, meeting, theirs, function, arguments))
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
     return Running(processes, pipes)
 
 
@@ -103,7 +103,9 @@ def run(size: int, function: Callable[..., Any], *arguments: Any, timeout: float
     return [rank.result for rank in ranks]
 
 
-def _enter(rank: int, size: int, port: int, pipe: Any, function: Callable[..., Any], arguments: Any) -> None:
+def _enter(
+    rank: int, size: int, meeting: tuple[int, socket.socket | None], pipe: Any, function: Callable[..., Any], arguments: Any
+) -> None:
     import torch
 
     from train import dist
@@ -116,7 +118,9 @@ def _enter(rank: int, size: int, port: int, pipe: Any, function: Callable[..., A
             pipe.send(("event", event))
 
     try:
-        world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port, timeout_s=60))
+        port, listener = meeting
+        fd = listener and listener.detach()
+        world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port, listen_fd=fd, timeout_s=60))
         pipe.send(("result", function(world, emit, *arguments)))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))

@@ -21,6 +21,7 @@ if not torch.backends.cuda.is_built():
 import deepspeed
 
 # Loaded by the first optimizer and by ZeRO itself, seconds later; here they are paid for once, before a warm process forks.
+import deepspeed.module_inject.auto_ep_layer
 import deepspeed.runtime.zero.muon.muon_optimizer
 import torch._dynamo
 from deepspeed.runtime.zero.config import ZeroStageEnum

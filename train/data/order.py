@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.ma  # np.unique's, which is better loaded before a warm process forks than by every trainer
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
