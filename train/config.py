@@ -59,20 +59,23 @@ def load_sweep(overrides: Sequence[str]) -> space.Sweeping:
             axes = [_axis(several) for text in overrides if (several := _sweep_override(parser, text)) is not None]
     except HydraException as error:
         raise ConfigError([str(error).strip()]) from error
-    varied = {axis.key for axis in axes}
-    fixed = [text for text in overrides if space.key_of(text) not in varied]
+    points, own = space.read_points(overrides), {axis.key for axis in axes}
+    varied = own.union(*points)
+    fixed = [text for text in overrides if space.key_of(text) not in own]
     found = [f"{axis.key}={axis.text} names nothing" for axis in axes if not (axis.values or axis.low is not None)]
-    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in space.named(overrides)]
+    named = space.named([*overrides, *varied])
+    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in named]
     found += [f"{key} is the same for all runs of a sweep, which share a cluster: give one value" for key in space.places(varied)]
-    base, settings = _load(
-        [*fixed, *(f"{axis.key}={axis.first}" for axis in axes if axis.key not in space.named(overrides))], found
-    )
+    first = {**points[0], **{axis.key: axis.first for axis in axes}}
+    base, settings = _load([*fixed, *(f"{key}={value}" for key, value in first.items() if key not in named)], found)
     sweep = typed(CommandLine, {**to_dict(base), "sweep": settings}).sweep
-    name = sweep.name or "-".join([*([] if sweep.sampler == "grid" else [sweep.sampler]), *(axis.key for axis in axes)])
+    kind = [Path(sweep.points).stem] if sweep.points else [] if sweep.sampler == "grid" else [sweep.sampler]
+    name = sweep.name or "-".join([*kind, *(axis.key for axis in axes)])
     sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
-    if wrong := space.problems(sweep, axes, base):
+    sweeping = space.Sweeping(sweep, base, tuple(text for text in fixed if not space.of_sweep(text)), tuple(axes), points)
+    if wrong := space.problems(sweeping):
         raise ConfigError(wrong)
-    return space.Sweeping(sweep, base, tuple(text for text in fixed if not space.of_sweep(text)), tuple(axes))
+    return sweeping
 
 
 def load_trial(sweep: space.Sweeping, number: int, params: space.Params) -> Config:

@@ -208,9 +208,10 @@ class Config(Section):
 class Sweep(Section):
     """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
 
-    name: str | None = Field(None, description="default: the keys that vary")
+    name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
     dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
     sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    points: str | None = Field(None, description="a YAML file of trials: a list of lists of key=value, each combined with the rest")
     trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
     metric: str | list[str] = Field("val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for")
     direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(

@@ -1,12 +1,16 @@
-"""What a sweep varies: keys with their values, and the combinations of them. Pure; ``train.config`` makes it of Hydra's words."""
+"""What a sweep varies: keys with their values, and the combinations of them; ``train.config`` makes it of Hydra's words."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import yaml
+
+from train.errors import UserError
 from train.schema import Config, Sweep
 
 Params = dict[str, str]
@@ -47,6 +51,13 @@ class Sweeping:
     fixed: tuple[str, ...]
     """The overrides of all trials."""
     axes: tuple[Axis, ...]
+    points: tuple[Params, ...] = ({},)
+    """Trials that were listed one by one, each of them combined with all values of the axes."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All that vary."""
+        return tuple(dict.fromkeys([*(key for point in self.points for key in point), *(axis.key for axis in self.axes)]))
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -61,22 +72,42 @@ class Sweeping:
         return (found,) * len(self.metrics) if isinstance(found, str) else tuple(found)
 
 
-def grid(axes: Sequence[Axis]) -> list[Params]:
-    """Every combination, the last key's value changing first."""
-    return [dict(zip([axis.key for axis in axes], values, strict=True)) for values in itertools.product(*(a.values for a in axes))]
+def grid(sweep: Sweeping) -> list[Params]:
+    """Every combination of the values, the last key's changing first; all of them for each of the points."""
+    keys, values = [axis.key for axis in sweep.axes], itertools.product(*(axis.values for axis in sweep.axes))
+    return [{**point, **dict(zip(keys, found, strict=True))} for point, found in itertools.product(sweep.points, values)]
 
 
-def problems(settings: Sweep, axes: Sequence[Axis], base: Config) -> list[str]:
+def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
+    """The trials of the file that ``sweep.points`` names among the overrides; without it, one of which nothing is said."""
+    given = [text.partition("=")[2] for text in overrides if key_of(text) == "sweep.points"]
+    if not given:
+        return ({},)
+    try:
+        found = yaml.safe_load(Path(given[-1]).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"sweep.points={given[-1]}: {error}") from error
+    lists = isinstance(found, list) and all(isinstance(point, list) and point for point in found)
+    if not found or not lists or not all(isinstance(text, str) and "=" in text for point in found for text in point):
+        raise UserError(f"sweep.points={given[-1]} has to be a list of lists of key=value, such as\n- [model.width=64, steps=400]")
+    return tuple({key_of(text): text.partition("=")[2] for text in point} for point in found)
+
+
+def problems(sweep: Sweeping) -> list[str]:
     """What makes no sense in a sweep, each with its cure."""
-    found = []
+    found, settings, axes, base = [], sweep.settings, sweep.axes, sweep.base
     endless = [axis for axis in axes if not axis.values]
     several = not isinstance(settings.metric, str)
-    if not axes:
+    if not sweep.keys:
         found.append("-m is for several runs, and no key has several values: give one some, such as optimizer.lr=1e-3,3e-3")
     if settings.sampler == "grid":
         found += [f"{a.key}={a.text} has no end of values: search it with sweep=tpe or sweep=random" for a in endless]
         if settings.pruner != "none":
             found.append(f"sweep.pruner={settings.pruner} is for a search: sweep=tpe or sweep=random")
+    elif settings.points:
+        found.append(f"sweep={settings.sampler} chooses its own trials, and sweep.points lists them: leave one of them out")
+    if twice := {axis.key for axis in axes} & {key for point in sweep.points for key in point}:
+        found.append(f"{', '.join(sorted(twice))}: given in sweep.points, and several values beside it: leave one of them out")
     if settings.sampler == "cmaes" and (len(axes) < 2 or any(axis.low is None for axis in axes)):
         found.append("sweep=cmaes is for two keys or more that are all ranges or intervals of numbers: take sweep=tpe")
     if several and settings.pruner != "none":

@@ -91,7 +91,7 @@ class Sweep:
 def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> Queue:
     """The trials of a sweep as its folder has them, which is begun where it is new. UserError where it is another sweep's."""
     if sweep.settings.sampler == "grid":
-        return Queue(sweep, Ledger(folder, sweep, space.grid(sweep.axes)), None, board)
+        return Queue(sweep, Ledger(folder, sweep, space.grid(sweep)), None, board)
     from cluster.sweep.search import Search  # only now: Optuna is for searches
 
     search: Chooser = Search(sweep)
@@ -100,13 +100,13 @@ def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> Queue:
 
 def results(queue: Queue) -> str:
     """The table of a sweep for other programs: what each trial's values were and what came of it."""
-    keys = [axis.key for axis in queue.sweep.axes]
+    keys = queue.sweep.keys
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["trial", *keys, "state", "step", *queue.sweep.metrics])
     for trial in queue.trials:
         values: list[float] | list[str] = trial.values or [""] * len(queue.sweep.metrics)
-        table.writerow([trial.number, *(trial.params[key] for key in keys), trial.state, trial.step, *values])
+        table.writerow([trial.number, *(trial.params.get(key, "") for key in keys), trial.state, trial.step, *values])
     return out.getvalue()
 
 
@@ -114,5 +114,5 @@ def _what(queue: Queue) -> str:
     """What there is to do, in words."""
     ended = sum(trial.state != "queued" for trial in queue.trials)
     total = plural(queue.board.total, "trial")
-    found = f"{total}, {queue.sweep.settings.sampler}, of {', '.join(axis.key for axis in queue.sweep.axes)}"
+    found = f"{total}, {queue.sweep.settings.sampler}, of {', '.join(queue.sweep.keys)}"
     return found + (f"; {ended} {'is' if ended == 1 else 'are'} done already" if ended else "")

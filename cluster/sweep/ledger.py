@@ -97,7 +97,8 @@ def identity(sweep: Sweeping) -> dict[str, Any]:
     """What makes a sweep what it is, as plain values without secrets."""
     fixed = dict(text.partition("=")[::2] for text in sweep.fixed)
     axes = {axis.key: axis.text for axis in sweep.axes}
-    return dict(redact_tree({"fixed": fixed, "axes": axes, "sweep": sweep.settings.model_dump(mode="json")}))
+    settings = sweep.settings.model_dump(mode="json") | {"points": list(sweep.points)}  # not where they are listed
+    return dict(redact_tree({"fixed": fixed, "axes": axes, "sweep": settings}))
 
 
 def _refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:

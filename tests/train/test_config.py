@@ -108,8 +108,42 @@ def test_a_sweep_is_made_of_hydras_own_words():
     assert sweep.fixed == ("steps=8",)
     assert (sweep.settings.name, sweep.settings.retries) == ("model-optimizer.lr-zero-model.dropout", 2)
     assert sweep.settings.dir == f"sweeps/{sweep.settings.name}"
-    points = space.grid(sweep.axes)
+    points = space.grid(sweep)
     assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
+
+
+def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_path):
+    file = tmp_path / "sizes.yaml"
+    file.write_text('- [model.width=32, steps=80]\n- [model.width=64, model.heads=8, "generation.prompts=[a,b]"]\n')
+    sweep = configuration.load_sweep([f"sweep.points={file}", "seed=0,1", "steps=40"])
+    assert sweep.settings.dir == "sweeps/sizes-seed"
+    assert sweep.keys == ("model.width", "steps", "model.heads", "generation.prompts", "seed")
+    small, large = {"model.width": "32", "steps": "80"}, {"model.width": "64", "model.heads": "8", "generation.prompts": "[a,b]"}
+    assert space.grid(sweep) == [{**point, "seed": seed} for point in (small, large) for seed in "01"]
+    trial = configuration.load_trial(sweep, 3, space.grid(sweep)[3])
+    assert (trial.model.width, trial.model.heads, trial.steps, trial.seed, trial.generation.prompts) == (64, 8, 40, 1, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("steps: 3", [], "list of lists"),
+        ("[]", [], "list of lists"),
+        ("- [steps]", [], "list of lists"),
+        ("- [steps=3", [], "sweep.points="),
+        ("- [step=3]", [], "'steps'"),
+        ("- [steps=3]\n- [steps=2, run.name=x]", [], "run.name"),
+        ("- [steps=3, cluster.address=x]", [], "cluster.address"),
+        ("- [steps=3]", ["steps=4,5"], "steps: given in sweep.points"),
+        ("- [steps=3]", ["sweep=tpe"], "sweep=tpe chooses its own trials"),
+        ("- [steps=3]\n- [steps=3, model.heads=5]", [], "model.heads=5"),
+    ],
+)
+def test_a_mistake_in_a_list_of_trials_is_named(text, more, said, tmp_path):
+    (tmp_path / "points.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_all([f"sweep.points={tmp_path}/points.yaml", *more])
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("choice", configuration.groups()["sweep"])
@@ -148,5 +182,5 @@ def test_a_mistake_in_a_sweep_is_named_with_its_cure(overrides: list[str], said:
 
 def load_all(overrides: list[str]) -> None:
     sweep = configuration.load_sweep(overrides)
-    for number, params in enumerate(space.grid(sweep.axes)):
+    for number, params in enumerate(space.grid(sweep)):
         configuration.load_trial(sweep, number, params)

@@ -14,7 +14,7 @@ TWO = ["optimizer.lr=1e-3,1e-2", "model=gpt_tiny,llama_tiny"]
 
 def open_ledger(folder, words):
     sweep = configuration.load_sweep([*words, f"sweep.dir={folder}", "sweep.name=s"])
-    return Ledger(folder, sweep, space.grid(sweep.axes))
+    return Ledger(folder, sweep, space.grid(sweep))
 
 
 def test_every_line_counts_but_a_torn_one(tmp_path):
