@@ -7,8 +7,8 @@ from typing import Any
 
 from cluster import launch
 from cluster.begin import Begun
+from train import beginning, resume
 from train import config as configuration
-from train import resume
 from train.data import prepare, shards
 from train.schema import Config
 
@@ -28,9 +28,11 @@ def run(overrides: Sequence[str], begun: Begun | None) -> int:
 def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
     """The folder of the prepared corpus, which is prepared first where it is missing or old.
 
-    Raises UserError where ``run.dir`` holds a run that can not go on with this configuration, or on this corpus.
+    Raises UserError where ``run.dir`` holds a run that can not go on with this configuration, or on this corpus; and where a new
+    one can not start from what ``init.from`` names.
     """
     resume.check(config, None)
+    beginning.check(config)
     ready = prepare.resolve(config.data)
     if ready is None:
         ready = prepare.prepare(config.data, lambda progress: report({"event": "prepare", **progress}), config.objective)

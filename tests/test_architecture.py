@@ -119,3 +119,19 @@ def test_yaml_files_only_choose_and_set_numbers():
     for file in sorted((ROOT / "conf").rglob("*.yaml")):
         assert len(file.read_text().splitlines()) <= 25, name(file)
         assert "_target_" not in file.read_text(), name(file)
+
+
+def test_only_its_own_files_and_one_list_know_a_family():
+    """Loop, engine, checkpoint, loader, objectives, cluster: none imports a family, or has its name or its class's in its code."""
+    families = {"decoder": "Decoder", "encoder": "Encoder", "encdec": "EncDec", "recurrent": "Recurrent"}
+    own = {f"train/{part}/{family}.py" for part in ("models", "sections") for family in families}
+    assert own <= {name(file) for file in FILES}
+    known = own | {"train/schema.py", "train/models/layers.py"}  # the list; and for the type checker what transformers share
+    for file in FILES:
+        if name(file) in known or not name(file).startswith(("train/", "cluster/")) or name(file).startswith("train/hf/"):
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        said = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        said |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "schema"}
+        said |= {part for module in imports(file) if module.startswith("train.") for part in module.split(".")}
+        assert not said & {*families, *families.values()}, f"{name(file)} knows {said & {*families, *families.values()}}"

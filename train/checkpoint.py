@@ -119,14 +119,8 @@ class Reader:
 
 def inventory(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
     """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
-    whole, damaged = [], {}
-    for path in folder.glob("step_*"):
-        if step := manifest.FOLDER.fullmatch(path.name):
-            try:
-                whole.append(Checkpoint(path, manifest.read(path)))
-            except manifest.Damaged as damage:
-                damaged[int(step[1])] = str(damage)
-    return sorted(whole, key=lambda c: c.progress.step), damaged
+    whole, damaged = manifest.inventory(folder)
+    return [Checkpoint(folder / f"step_{values['progress']['step']}", values) for values in whole], damaged
 
 
 def complete(folder: Path) -> list[Checkpoint]:

@@ -27,7 +27,8 @@ from train.data.tokenizer import FILE as TOKENIZER
 from train.errors import UserError
 from train.hf import family_of
 from train.hf.family import Facts, Family, facts_of
-from train.hf.folder import CONFIG, write_weights
+from train.hf.folder import write_weights
+from train.hf.listing import CONFIG
 from train.objectives.masked import Masked
 from train.pieces import MASTER
 from train.saved import SavedRun, load_objective, open_run

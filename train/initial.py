@@ -15,18 +15,17 @@ from pathlib import Path
 from torch import nn
 
 from train import dist
+from train.beginning import misfit, other_facts
 from train.data.tokenizer import FILE as TOKENIZER
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
-from train.hf.family import Shape, facts_of, word
+from train.hf.family import Shape
 from train.origin import Origin, open_origin
 from train.schema import Config
 from train.words import plural, some
 
 POOLER = "backbone.pooler.*"
 """What an encoder that was pretrained without pairs of text never had: it is drawn where it is not there."""
-ONLY_SHAPES = ("vocab_size", "max_len")
-"""Facts that change nothing but the shapes of parameters."""
 MOST = 12
 """Problems in a list of them."""
 
@@ -60,36 +59,23 @@ def fill(objective: nn.Module, config: Config, tokenizer: Tokenizer, world: dist
     init, parameters = config.init, dict(objective.named_parameters())
     origin = open_origin(Path(str(init.from_)), str(init.checkpoint), world)
     refuse_unmatched("init.skip", init.skip, list(parameters))
-    same = origin.objective == config.objective.name
+    same = origin.model.objective == config.objective.name
     wanted = [name for name in parameters if not matches(name, init.skip) and (same or in_backbone(name))]
     there = {name: origin.source.shape(name) for name in wanted}
     wanted = [name for name in wanted if there[name] is not None or not matches(name, [POOLER])]
     there = {name: there[name] for name in wanted}
     differ = {name: shape for name, shape in there.items() if shape != tuple(parameters[name].shape)}
-    problems = [*_other_facts(origin, config, objective, bool(differ))]
+    problems = other_facts(origin.model, config, len(objective.get_parameter("backbone.embed.weight")), bool(differ))
     problems += [f"{n} is {_size(parameters[n].shape)} here, {_size(s)} there" for n, s in differ.items() if in_backbone(n)]
     problems = [*problems[:MOST], *([f"and {len(problems) - MOST} more"] if len(problems) > MOST else [])]
     problems += _other_tokens(origin, config, tokenizer, wanted)
     if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems)
-        raise UserError(f"init.from={init.from_} ({origin.kind}) does not fit this run:{listed}")
+        raise misfit(config, origin.model, problems)
     loaded = [name for name in wanted if name not in differ]
     for name in loaded:
         parameters[name].data.copy_(origin.source.read(name))
     fresh = [name for name in parameters if name not in set(loaded)]
-    return Taken(str(init.from_), origin.kind, origin.digest, loaded, fresh, origin.source.left())
-
-
-def _other_facts(origin: Origin, config: Config, objective: nn.Module, shapes_differ: bool) -> Iterator[str]:
-    """What makes the model there another one than this, key by key, and what to give for it."""
-    here = facts_of(config.model, objective.get_parameter("backbone.embed.weight").shape[0])
-    same = origin.objective == config.objective.name
-    other = {k: v for k, v in origin.facts.items() if here.get(k) != v and (same or k != "tied")}
-    if not shapes_differ:
-        other = {key: value for key, value in other.items() if key not in ONLY_SHAPES}
-    if other:
-        yield from (f"model.{key} is {word(here.get(key))} here, {word(value)} there" for key, value in other.items())
-        yield "to have what is there: " + " ".join(f"model.{key}={word(value)}" for key, value in other.items())
+    return Taken(str(init.from_), origin.model.kind, origin.digest, loaded, fresh, origin.source.left())
 
 
 def _other_tokens(origin: Origin, config: Config, tokenizer: Tokenizer, wanted: Iterable[str]) -> Iterator[str]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError
+
 MANIFEST = "checkpoint.json"
 VERSION = 2
 FILE = re.compile(r"rank_\d+\.safetensors")
@@ -48,6 +50,33 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
     if strange := [name for name in files if not FILE.fullmatch(name)]:
         raise Damaged(f"{MANIFEST} names a file {strange[0]!r}")
     return values
+
+
+def inventory(folder: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """The manifests of a folder's checkpoints, oldest first; and by step what is wrong with those that are not whole."""
+    whole, damaged = [], {}
+    for path in folder.glob("step_*"):
+        if step := FOLDER.fullmatch(path.name):
+            try:
+                whole.append(read(path))
+            except Damaged as damage:
+                damaged[int(step[1])] = str(damage)
+    return sorted(whole, key=lambda m: m["progress"]["step"]), damaged
+
+
+def choose(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:
+    """The place among the checkpoints of the run in ``folder``, oldest first, of "latest", "best" or a step number."""
+    if not manifests:
+        raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
+    steps = [str(m["progress"]["step"]) for m in manifests]
+    if which == "best":
+        measured = [(found, -n) for n, m in enumerate(manifests) if (found := score(m)) is not None]
+        return -min(measured)[1] if measured else len(steps) - 1
+    if which == "latest":
+        return len(steps) - 1
+    if which in steps:
+        return steps.index(which)
+    raise UserError(f"{folder} has no checkpoint {which!r}. It has the steps {', '.join(steps)}; or say latest or best")
 
 
 def superfluous(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:

@@ -9,16 +9,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from train import config as configuration
 from train import dist
-from train.checkpoint import Checkpoint, inventory
+from train.beginning import Described, describe
+from train.checkpoint import Checkpoint
 from train.data.tokenizer import FILE as TOKENIZER
 from train.errors import UserError
-from train.hf import family_named
-from train.hf.family import Facts, Shape, facts_of
-from train.hf.folder import CONFIG, Folder, Weights
+from train.hf.family import Shape
+from train.hf.folder import Folder, Weights
 from train.pieces import MASTER
-from train.saved import choose
 
 
 class Source(Protocol):
@@ -38,55 +36,31 @@ class Source(Protocol):
 class Origin:
     """Where weights come from."""
 
-    kind: str
-    """In words."""
+    model: Described
     digest: str
     """Tells its content from any other."""
-    objective: str
-    facts: Facts
     tokenizer: bytes | None
     """The content of its tokenizer.json."""
     source: Source
 
 
 def open_origin(folder: Path, which: str, world: dist.World) -> Origin:
-    """What ``folder`` holds; of a run, the checkpoint ``which``: "latest", "best" or a step.
+    """What ``folder`` holds, as ``train.beginning.describe`` has it, with its weights. A collective.
 
-    Raises UserError for a folder that holds neither, or what cannot be used. A collective.
+    Raises UserError as that does, and for weights that are damaged.
     """
-    if (folder / "config.yaml").exists():
-        return _of_run(folder, which, world)
-    if (folder / CONFIG).exists():
-        return _of_hugging_face(folder)
-    raise UserError(
-        f"init.from={folder} is neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG}), "
-        f"or not every worker sees it (looked from {Path.cwd()})"
-    )
-
-
-def _of_run(folder: Path, which: str, world: dist.World) -> Origin:
-    config = configuration.read(folder / "config.yaml")
-    checkpoint = choose(inventory(folder / "checkpoints")[0], which, folder)
+    model = describe(folder, which)
+    if model.family is not None:
+        there = Folder(folder)
+        dist.same_everywhere("content of init.from", there.digest)
+        return Origin(model, there.digest, there.tokenizer, Weights(there, model.family))
+    assert model.manifest is not None
+    checkpoint = Checkpoint(folder / "checkpoints" / f"step_{model.manifest['progress']['step']}", model.manifest)
     dist.same_everywhere("checkpoint that init.from names", checkpoint.digest)
     mine = checkpoint.damage(slice(world.rank, None, world.size))
     if damage := next((d for d in dist.gather_objects(mine) if d), None):
         raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with init.checkpoint=<step>")
-    facts = facts_of(config.model, checkpoint.manifest["shapes"]["backbone.embed.weight"][0])
-    kind = f"a run, step {checkpoint.progress.step}"
-    tokenizer = (folder / TOKENIZER).read_bytes()
-    return Origin(kind, checkpoint.digest, config.objective.name, facts, tokenizer, SavedWeights(checkpoint))
-
-
-def _of_hugging_face(folder: Path) -> Origin:
-    there = Folder(folder)
-    family = family_named(there.config, str(folder / CONFIG))
-    facts, strange = family.facts(there.config)
-    if strange:
-        raise UserError(f"{folder / CONFIG} describes a model that is not one of ours: {'; '.join(strange)}")
-    dist.same_everywhere("content of init.from", there.digest)
-    source = Weights(there, family)
-    objective = family.objective(there.config)
-    return Origin(f"Hugging Face, {family.name}", there.digest, objective, facts, there.tokenizer, source)
+    return Origin(model, checkpoint.digest, (folder / TOKENIZER).read_bytes(), SavedWeights(checkpoint))
 
 
 @dataclass

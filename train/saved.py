@@ -63,26 +63,10 @@ def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
         if which == "latest" and newest in damaged:
             path, damage = folder / "checkpoints" / f"step_{newest}", damaged[newest]
         else:
-            checkpoint = choose(whole, which, folder)
+            checkpoint = whole[manifest.choose([c.manifest for c in whole], which, folder)]
             path, damage = checkpoint.path, checkpoint.damage() or ""
             with contextlib.suppress(FileNotFoundError, RuntimeError):  # torch maps the file: gone in between is a RuntimeError
                 if not damage:
                     return checkpoint, checkpoint.reader()
         if path.exists():
             raise UserError(f"{path} is damaged: {damage}. Choose another with checkpoint=<step>")
-
-
-def choose(checkpoints: list[Checkpoint], which: str, folder: Path) -> Checkpoint:
-    """One of a run's checkpoints: "latest", "best" or a step number."""
-    if not checkpoints:
-        raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
-    if which == "latest":
-        return checkpoints[-1]
-    if which == "best":
-        measured = [(score, -n) for n, c in enumerate(checkpoints) if (score := manifest.score(c.manifest)) is not None]
-        return checkpoints[-min(measured)[1]] if measured else checkpoints[-1]
-    for checkpoint in checkpoints:
-        if str(checkpoint.progress.step) == which:
-            return checkpoint
-    there = ", ".join(str(c.progress.step) for c in checkpoints)
-    raise UserError(f"{folder} has no checkpoint {which!r}. It has the steps {there}; or say latest or best")

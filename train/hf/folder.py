@@ -19,9 +19,8 @@ from torch import Tensor
 from train.data.files import write_whole
 from train.errors import UserError
 from train.hf.family import Family, Shape
+from train.hf.listing import CONFIG, INDEX, WHOLE, read_json, weight_files
 
-CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,29 +30,13 @@ class Folder:
     def __init__(self, path: Path) -> None:
         """Reads the heads of its files. Raises UserError for pickled weights, and for what is missing or damaged."""
         self.path = path
-        self.config = _json(path / CONFIG)
-        files = self._files()
+        self.config = read_json(path / CONFIG)
+        files = weight_files(path)
         try:
             self.files = {name: safe_open(path / name, framework="pt") for name in files}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
         self.where = {tensor: file for file in self.files.values() for tensor in file.keys()}  # noqa: SIM118  not a dict
-
-    def _files(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            names = sorted(set(_json(self.path / INDEX).get("weight_map", {}).values()))
-            if strange := [name for name in names if Path(name).name != name]:
-                raise UserError(f"{self.path / INDEX} names a file that is not in its folder: {strange[0]!r}")
-            return names
-        if (self.path / WHOLE).exists():
-            return [WHOLE]
-        pickled = sorted(file.name for pattern in PICKLED for file in self.path.glob(pattern))
-        if pickled:
-            raise UserError(
-                f"{self.path} holds its weights as {pickled[0]}, which is pickled: reading it may run any code that is in it, so "
-                "it is not read. Take the safetensors of the same model, or have whoever made it save them so"
-            )
-        raise UserError(f"{self.path} has a {CONFIG} and no weights: {WHOLE}, or {INDEX} and its files, are missing")
 
     @cached_property
     def digest(self) -> str:
@@ -172,10 +155,3 @@ def _write_shard(file: Path, tensors: Tensors, read: Callable[[str], Tensor], ab
             out.write(tensor.contiguous().numpy().data)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error

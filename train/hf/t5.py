@@ -15,15 +15,19 @@ NEEDS = {
     "norm_first": True,
     "scaled": False,
     "bias": False,
-    "tied": True,
 }
 
 
 def tidy(config: dict[str, Any]) -> dict[str, Any]:
-    """The activation by our name; as many layers on either side left out."""
+    """The activation by our name; as many layers on either side left out.
+
+    transformers 5 writes every T5 as tied. That one is not, as version 1.1, it keeps in what followed from it: scores unscaled.
+    """
     found = config | {
         "feed_forward_proj": ACTIVATIONS.get(str(config.get("feed_forward_proj", "relu")), config.get("feed_forward_proj"))
     }
+    if config.get("scale_decoder_outputs") is False:
+        found["tie_word_embeddings"] = False
     return found | {"num_decoder_layers": config.get("num_decoder_layers") or config.get("num_layers")}
 
 
@@ -66,13 +70,15 @@ FAMILY = Family(
         "buckets": ("relative_attention_num_buckets",),
         "max_distance": ("relative_attention_max_distance",),
         "norm_eps": ("layer_norm_epsilon",),
+        "tied": ("tie_word_embeddings",),
     },
-    absent={"norm_eps": 1e-6, "buckets": 32, "max_distance": 128},
+    absent={"tied": True, "norm_eps": 1e-6, "buckets": 32, "max_distance": 128},
     values={"activation": tuple(ACTIVATIONS.values())},
-    fixed={"tie_word_embeddings": (True,), "is_encoder_decoder": (True,)},
+    fixed={"is_encoder_decoder": (True,)},
     dropout=("dropout_rate",),
     modules={
         "backbone.embed": at("shared"),
+        "head": at("lm_head"),
         **stack("encoder", 1),
         **stack("decoder", 2),
         "backbone.decoder.blocks.#.cross.norm": at("decoder.block.#.layer.1.layer_norm"),

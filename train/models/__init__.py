@@ -1,4 +1,6 @@
-"""Backbones, one file a family. A new one is its file here, its keys in ``train/sections/`` and a line in each of the two lists.
+"""Backbones, one file a family. A new one is its file here, its keys in ``train/sections/`` and its name in ``schema.Model``.
+
+File and class have the names that they have there.
 
 A backbone is a module over ``embed`` (an Embedding) with
 
@@ -11,23 +13,19 @@ and, where it can write, ``prefill`` and ``decode``: see ``train.generate``.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from train import schema
 from train.errors import UserError
-from train.models.decoder import Decoder
-from train.models.encdec import EncDec
-from train.models.encoder import Encoder
-from train.models.recurrent import Recurrent
-
-BACKBONES: dict[str, Any] = {"decoder": Decoder, "encoder": Encoder, "encdec": EncDec, "recurrent": Recurrent}
 
 
 def build_backbone(model: schema.Model, vocab_size: int) -> Any:
     """The backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError where they do not fit."""
     if problems := model.problems(0):
         raise UserError("; ".join(problems))
-    return BACKBONES[model.family](model, padded_vocab(model, vocab_size))
+    backbone = getattr(import_module(f"train.models.{model.family}"), type(model).__name__)
+    return backbone(model, padded_vocab(model, vocab_size))
 
 
 def padded_vocab(model: schema.Model, vocab_size: int) -> int:

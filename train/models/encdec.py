@@ -179,6 +179,7 @@ class EncDec(nn.Module):
         self.max_len = sys.maxsize
         relative = model.position == "relative"
         self.scale = 1.0 if relative else math.sqrt(model.width)
+        self.head_scale = model.width**-0.5 if relative and model.tied else 1.0
         self.embed = Embedding(vocab_size, model.width, 1.0 if relative else model.width**-0.5)
         self.encoder = Stack(model, EncoderBlock, both_ways=True)
         self.decoder = Stack(model, DecoderBlock, both_ways=False)

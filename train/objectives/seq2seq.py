@@ -34,11 +34,9 @@ class Seq2seq(Writing):
 
 def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seq:
     """The sequence-to-sequence objective of a run for a tokenizer of ``vocab_size`` tokens."""
-    model, objective = config.model, config.objective
-    assert isinstance(model, schema.EncDec)
+    objective = config.objective
     assert isinstance(objective, schema.Seq2seq)
-    backbone = build_backbone(model, vocab_size)
-    scale = model.width**-0.5 if model.tied and model.position == "relative" else 1.0
-    head = Head(backbone.embed, model.tied, objective, scale)
+    backbone = build_backbone(config.model, vocab_size)
+    head = Head(backbone.embed, config.model.tied, objective, backbone.head_scale)
     _, target = lengths(config.batch.seq_len, objective)
     return Seq2seq(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)

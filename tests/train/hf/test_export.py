@@ -39,11 +39,16 @@ def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
 
 
-def test_a_bert_with_both_heads_and_a_t5(corpus: Path, tmp_path: Path):
-    """Here the proof is the export's own: it compares the logits of every head."""
+def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path, tmp_path: Path):
+    """Where the proof is in the export itself."""
     experiment = [f"data.paths=[{corpus.parent / 'text'}]", f"data.dir={corpus}", *worlds.TEXT, "tracking=off", *SHORT]
-    for name, heads in (("bert_tiny", 2), ("t5_tiny", 1)):
-        keys = [f"experiment={name}", *experiment, f"run.dir={tmp_path / name}", "batch.seq_len=16", "batch.global=4"]
+    untied = ["model.tied=false", "model.activation=geglu"]
+    for name, tiny, heads, more in (
+        ("bert_tiny", "bert_tiny", 2, []),
+        ("t5_tiny", "t5_tiny", 1, []),
+        ("1_1", "t5_tiny", 1, untied),
+    ):
+        keys = [f"experiment={tiny}", *experiment, *more, f"run.dir={tmp_path / name}", "batch.seq_len=16", "batch.global=4"]
         worlds.train_world(configuration.load(keys), corpus)
         done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", ROOM)
         assert done.difference <= 1e-5
