@@ -1,56 +1,64 @@
-"""A scaling study: trains its runs one after the other, fits the law, and predicts the largest size before training it.
+"""A scaling study as a sweep: sizes and budgets of compute, the law that their losses follow, and the largest size foretold by it.
 
-    ./launch.sh bench scaling [--sizes tiny|cluster] [--out runs/scaling] [--list] [key=value ...]
+    ./launch.sh bench scaling [--sizes tiny|cluster] [--out sweeps/scaling] [--list] [key=value ...]
 
-Run again it goes on: runs that are complete are not run again. ``--list`` prints the command of every run instead, for a batch
-system to spread over machines. Then: ./launch.sh review runs/scaling
+As many runs at once as there is room for; run again it goes on, as any sweep. The law is fitted without the largest size, whose
+prediction stands beside its measurement. ``--list`` prints the trials and the command of the sweep, and trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from review.plan import PLANS, Plan, Trial, trials
-from train import resume
+from review.plan import PLANS, trials
+from review.read import read_all
+from review.scaling import report, study
+from train import space
+from train.data.files import write_whole
 from train.errors import UserError
 
+POINTS = "points.yaml"
 
-def run(trial: Trial) -> int:
-    """The exit code of one run, with its output; 0 at once for one that is complete."""
-    if resume.finished(trial.config):
-        print(f"{trial.config.run.dir} is complete", flush=True)
-        return 0
-    environment = {**os.environ, "TRIREME_T0": str(time.time())}  # else each run's time would count from the study's start
-    command = [sys.executable, "-m", "cluster", "train", *trial.overrides]
-    return subprocess.run(command, env=environment, check=False).returncode
+
+def told(out: Path) -> list[str]:
+    """What the runs in a folder say of the law."""
+    found = study(read_all([out]))
+    return ["too few runs are finished for a law"] if found is None else report(found)
 
 
 def main(arguments: list[str]) -> int:
-    """Trains what is missing; the exit code of the first run that fails."""
+    """Runs the sweep and says what came of it; the sweep's exit code."""
     parser = argparse.ArgumentParser(prog="bench scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as cluster.workers=8")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as cluster.workers=8, and sweep.*")
     parser.add_argument("--sizes", choices=tuple(PLANS), default="tiny")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--list", action="store_true", help="print the commands, train nothing")
+    parser.add_argument("--out", type=Path, default=Path("sweeps/scaling"))
+    parser.add_argument("--list", action="store_true", help="print the trials and the command, train nothing")
     options = parser.parse_args(arguments)
-    plan: Plan = PLANS[options.sizes]
+    plan, out = PLANS[options.sizes], options.out
     try:
-        runs = list(trials(plan, str(options.out), options.overrides))
+        found = trials(plan, [text for text in options.overrides if not space.of_sweep(text)])
     except UserError as error:
         print(f"bench scaling: {error}", file=sys.stderr)
         return 2
-    for trial in runs:
-        if options.list:
-            print("./launch.sh train", *trial.overrides)
-        elif code := run(trial):
-            print(f"{trial.name} ended with {code}: mend it and run this command again to go on", file=sys.stderr)
-            return max(code, 1)  # a signal that ended it is a failure too
-    return 0
+    points = "".join(f"- [{', '.join(trial.point)}]  # {trial.name}\n" for trial in found)
+    own = (f"sweep.points={out / POINTS}", f"sweep.dir={out}", f"sweep.name={out.name}")
+    words = ["train", "-m", *plan.overrides, *own, *options.overrides]
+    if options.list:
+        print(f"{points}# {out / POINTS}; ./launch.sh {shlex.join(words)}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / POINTS, points.encode())
+    environment = {**os.environ, "TRIREME_T0": str(time.time())}
+    code = subprocess.run([sys.executable, "-m", "cluster", *words], env=environment, check=False).returncode
+    if code != 2:
+        print("\n".join(told(out)), f"next: ./launch.sh review {out}", sep="\n", flush=True)
+    return max(code, 1) if code < 0 else code  # a signal that ended it is a failure too
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ with a learning-rate schedule that ends with it. The largest size is no part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,22 +81,25 @@ class Trial:
     """One run of a study."""
 
     name: str
-    config: Config
-    overrides: tuple[str, ...]
-    """What makes that configuration of the command line's defaults."""
+    """Its width and its budget."""
+    compute: float
+    """FLOPs."""
+    point: tuple[str, ...]
+    """What sets it apart from the others, as ``key=value``."""
 
 
-def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[Trial]:
-    """Every size at every budget but the last, then the last size at the last one; the size to be predicted comes last.
+def trials(plan: Plan, overrides: Sequence[str] = ()) -> list[Trial]:
+    """Every size at every budget but the last, then the last size at the last one. The longest come first: where several run at
+    once, none is left to run alone at the end. ``overrides`` are for all of them.
 
     Left out are runs of less than half a token or more than 170 tokens a parameter: they are far from any optimum, and the
     longest ones would cost the most steps.
     """
+    found = []
     for size in plan.sizes:
         lr = plan.lr * (64 / size.width) ** 0.5
-        model = [f"model.{key}={value}" for key, value in vars(size).items()]
-        shared = (*plan.overrides, *model, f"optimizer.lr={lr:.2g}", *overrides)
-        config = configuration.load([*shared, "steps=1"])
+        model = [f"model.{key}={value}" for key, value in vars(size).items()] + [f"optimizer.lr={lr:.2g}"]
+        config = configuration.load([*plan.overrides, *overrides, *model, "steps=1"])
         params, flops_per_token = cost(config, plan.vocab_size)
         per_step = config.batch.global_ * config.batch.seq_len
         largest = size is plan.sizes[-1]
@@ -104,9 +107,8 @@ def trials(plan: Plan, folder: str, overrides: Sequence[str] = ()) -> Iterator[T
             steps = round(budget / flops_per_token / per_step)
             if 0.5 <= steps * per_step / params <= 170:
                 name = f"w{size.width}-{budget:.2g}".replace("+", "")
-                own = (f"run.name={name}", f"run.dir={folder}/{name}", f"steps={steps}")
-                run = config.run.model_copy(update={"name": name, "dir": f"{folder}/{name}"})
-                yield Trial(name, config.model_copy(update={"run": run, "steps": steps}), (*shared, *own))
+                found.append(Trial(name, budget, (*model, f"steps={steps}")))
+    return sorted(found, key=lambda trial: -trial.compute)
 
 
 def cost(config: Config, vocab_size: int) -> tuple[int, float]:

@@ -188,7 +188,10 @@ def _files(run: Run) -> None:
 def _state(run: Run) -> str:
     if held(run.folder / "lock", [run.folder / "run.json", run.folder / "metrics.jsonl"]):
         return "running"
-    if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1):
+    patience = number(run.config.get("stop.patience")) or math.inf  # a run may also end since nothing gets better
+    if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1) or (
+        0 < patience <= (number(run.summary.get("stale")) or 0)
+    ):
         return "done"
     if len(run.steps):
         return "stopped"

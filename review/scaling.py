@@ -131,8 +131,8 @@ def report(found: Study) -> list[str]:
     ]
     for guess in found.held_out:
         lines.append(
-            f"{guess.name} (not fitted): foretold {guess.loss:.4f} ({guess.low:.4f} to {guess.high:.4f}), "
-            f"measured {guess.measured:.4f}, off by {guess.error:+.2%}"
+            f"{guess.name} (N = {guess.n:,.0f}, D = {guess.d:,.0f}; not fitted): foretold {guess.loss:.4f} "
+            f"({guess.low:.4f} to {guess.high:.4f}), measured {guess.measured:.4f}, off by {guess.error:+.2%}"
         )
     ahead = found.further
     lines.append(
