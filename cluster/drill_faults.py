@@ -153,9 +153,12 @@ class Stage:
 
     # ---------------------------------------------------------------------------------------------------------- faults
 
-    def _kill(self, fault: Fault) -> Seen:
+    def _signal_last(self, fault: Fault, number: int, worlds: int = 1) -> Seen:
         last = self._living().places[-1]
-        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGKILL), vars(last))
+        return self._in_life(fault, self._hit(self.hands.signal, last, number), vars(last), worlds)
+
+    def _kill(self, fault: Fault) -> Seen:
+        return self._signal_last(fault, signal.SIGKILL)
 
     def _save(self, fault: Fault) -> Seen:
         """Rank 0, which alone completes a checkpoint, is stopped; where one is then torn, it is killed."""
@@ -177,8 +180,7 @@ class Stage:
         return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), vars(first))
 
     def _stop(self, fault: Fault) -> Seen:
-        last = self._living().places[-1]
-        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGSTOP), vars(last))
+        return self._signal_last(fault, signal.SIGSTOP)
 
     def _checkpoint(self, fault: Fault) -> Seen:
         """The worker that would complete a newer one is stopped, so that the newest stays it; then it is killed."""
@@ -221,8 +223,7 @@ class Stage:
 
     def _size(self, fault: Fault) -> Seen:
         """SIGTERM to one worker alone is a notice: all save, the others go on, and another takes its place."""
-        last = self._living().places[-1]
-        return self._in_life(fault, self._hit(self.hands.signal, last, signal.SIGTERM), vars(last), worlds=2)
+        return self._signal_last(fault, signal.SIGTERM, worlds=2)
 
     def _host(self, fault: Fault) -> Seen:
         there = self._elsewhere()

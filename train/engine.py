@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -22,7 +23,6 @@ import deepspeed
 
 # Loaded by the first optimizer and by ZeRO itself, seconds later; here they are paid for once, before a warm process forks.
 import deepspeed.module_inject.auto_ep_layer
-import deepspeed.runtime.zero.muon.muon_optimizer
 import torch._dynamo
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from train.zero import deepspeed_config
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
+# Its Muon, which ZeRO loads and we do not use, is given to torch's compiler as it is imported, which loads all of that: a second.
+with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 
 class Engine:

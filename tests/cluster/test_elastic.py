@@ -9,40 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 import worlds
+from private import private
 
-from cluster import host, nodes, token
+from cluster import nodes
 from cluster.job import Clock, Job
-from cluster.private import Private
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
 from train import config as configuration
 
 TARGET = "train.run:train_rank"
-
-
 HERE = Path(__file__).resolve().parent
-
-
-@pytest.fixture
-def cluster():
-    """cluster(cores, target): a private cluster that Ray takes for one of so many cores, and the folder with its warm process."""
-    before, ends = dict(os.environ), []
-    os.environ["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE}"
-
-    def start(cores, target):
-        folder = host.make_folder()
-        warm = host.WarmProcess(folder, target)
-        warm.set_device("cpu")
-        token.make(folder / "token")
-        own = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests")
-        ends.extend([own.end, warm.close])
-        return folder, own.node
-
-    yield start
-    for end in ends:
-        end()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def another_node(head, folder):
@@ -57,9 +33,15 @@ def until(condition, seconds=120):
         time.sleep(0.01)
 
 
-def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(cluster, tmp_path):
-    folder, head = cluster(1, "toy:train_rank")
-    member = another_node(head, folder)
+@pytest.fixture
+def two():
+    """A private cluster of two nodes of a core each, for the toy: its folder, the head and the other node."""
+    with private(1, "toy:train_rank", HERE.parents[1], HERE) as cluster:
+        yield cluster.start.folder, cluster.node, another_node(cluster.node, cluster.start.folder)
+
+
+def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two, tmp_path):
+    folder, head, member = two
     base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
     values = {**base, "steps": 100_000, "cluster": {**base["cluster"], "min_workers": 1, "grow_after": 0}}
     (tmp_path / "run" / "logs").mkdir(parents=True)
@@ -91,11 +73,17 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(clus
     assert steps == sorted(steps)
 
 
+@pytest.fixture
+def three():
+    """The folder of a private cluster that Ray takes for one of three cores."""
+    with private(3, TARGET, HERE.parents[1]) as cluster:
+        yield cluster.start.folder
+
+
 @pytest.mark.timeout(600)
-def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(cluster, make, corpus):
+def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(three, make, corpus):
     often = ["save_every=10", "eval_every=0", "schedule.warmup=0"]
     settings = [*often, "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
-    folder, _ = cluster(3, TARGET)
     elastic = ["cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1"]
     config = make(*settings, *elastic, "steps=100000", name="elastic")
     (Path(config.run.dir) / "logs").mkdir(parents=True)
@@ -112,7 +100,7 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
         until(lambda: len(of("step")) > grown + 10)
         signals.heard = signal.SIGTERM
 
-    job = Job(config, str(corpus), TARGET, folder.name, events.append, signals, Clock(time.time()))
+    job = Job(config, str(corpus), TARGET, three.name, events.append, signals, Clock(time.time()))
     script = threading.Thread(target=play)
     script.start()
     supervisor = Supervisor(job, "cpu")

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from private import private
 
-from cluster import host, nodes, token
 from cluster.job import Clock, Job
-from cluster.private import Private
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
 from train import config as configuration
@@ -26,18 +25,8 @@ TARGET = "toy:train_rank"
 @pytest.fixture(scope="module")
 def job_folder():
     """A private cluster of two cores, and the folder with the warm process of its host."""
-    before = dict(os.environ)
-    os.environ["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE}"
-    folder = host.make_folder()
-    warm = host.WarmProcess(folder, TARGET)
-    warm.set_device("cpu")
-    token.make(folder / "token")
-    cluster = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=2, gpus=0), "tests")
-    yield folder
-    cluster.end()
-    warm.close()
-    os.environ.clear()
-    os.environ.update(before)
+    with private(2, TARGET, HERE.parents[1], HERE) as cluster:
+        yield cluster.start.folder
 
 
 class Run:

@@ -7,18 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import worlds
 
+from cluster import verify
 from train import config as configuration
 
 
-def verify(*overrides: str) -> subprocess.CompletedProcess[str]:
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster", "verify-resume", *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ, cwd=worlds.REPOSITORY, check=False)
 
 
 def test_a_stopped_run_is_found_to_be_the_undisturbed_one(as_typed, tmp_path: Path):
-    done = verify(*as_typed("cluster.workers=2", "zero=2", "steps=400", "cluster.max_failures=0"))
+    done = run(*as_typed("cluster.workers=2", "zero=2", "steps=400", "cluster.max_failures=0"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bit for bit" in done.stdout
     assert "SIGTERM" in done.stdout
@@ -27,8 +29,7 @@ def test_a_stopped_run_is_found_to_be_the_undisturbed_one(as_typed, tmp_path: Pa
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
-def test_bad_input_is_said_before_anything_is_started(as_typed):
+def test_bad_input_is_said_before_anything_is_started(as_typed, capsys: pytest.CaptureFixture[str]):
     assert configuration.load(as_typed("steps=8"))
-    done = verify(*as_typed("lerning_rate=1"))
-    assert done.returncode == 2
-    assert "lerning_rate" in done.stderr
+    assert verify.run(as_typed("lerning_rate=1")) == 2
+    assert "lerning_rate" in capsys.readouterr().err

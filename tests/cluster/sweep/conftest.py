@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import pytest
 import worlds
+from private import private
 from rich.console import Console
 
-from cluster import begin, host, nodes, token
-from cluster.private import Private
+from cluster import begin
 from cluster.signals import Signals
 from cluster.sweep.command import RESULTS, open_sweep, results
 from cluster.sweep.places import Ground
@@ -21,20 +20,10 @@ from cluster.train_verb import find_corpus
 from train import config as configuration
 
 
-@pytest.fixture(scope="module")
-def private():
-    before = dict(os.environ)
-    os.environ["PYTHONPATH"] = str(worlds.REPOSITORY)
-    folder = host.make_folder()
-    warm = host.WarmProcess(folder, begin.TARGET)
-    warm.set_device("cpu")
-    token.make(folder / "token")
-    cluster = Private(nodes.Start(nodes.LOOPBACK, folder, folder / "token", cpus=2, gpus=0), "tests")
-    yield cluster
-    cluster.end()
-    warm.close()
-    os.environ.clear()
-    os.environ.update(before)
+@pytest.fixture(scope="module", name="private")
+def made():
+    with private(2, begin.TARGET, worlds.REPOSITORY) as cluster:
+        yield cluster
 
 
 @pytest.fixture
