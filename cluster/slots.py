@@ -27,27 +27,6 @@ REJOIN_S = 8.0
 LOOK_S, ANSWER_S, KNOCK_S = 0.2, 5.0, 1.0
 
 
-def gang(cluster: Cluster, device: str, size: int) -> Any:
-    """Asks Ray for so many workers' places, all of them or none; they are there once ``placed``."""
-    return placement_group([_bundle(cluster, device)] * size, strategy="PACK")
-
-
-def hosts(group: Any) -> list[str]:
-    """The names of the hosts that a gang has its places on, one a place."""
-    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    return [names.get(node, "a lost host") for node in placement_group_table(group)["bundles_to_node_id"].values()]
-
-
-def give_up(group: Any) -> None:
-    """Takes the wish back, or gives the places back."""
-    ray.util.remove_placement_group(group)
-
-
-def placed(group: Any) -> bool:
-    """Whether a gang has its places."""
-    return bool(placement_group_table(group)["state"] == "CREATED")
-
-
 def _bundle(cluster: Cluster, device: str) -> dict[str, float]:
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
 
@@ -68,6 +47,8 @@ class Slot:
 
     group: Any
     index: int
+    bundle: dict[str, float]
+    """What Ray keeps for it."""
     steward: Any = None
     asked: Any = None
     """The question where the steward is, while it is open."""
@@ -77,6 +58,50 @@ class Slot:
     """When it answered (monotonic)."""
     empty_until: float = 0.0
 
+    def empty(self, seconds: float = 0.0) -> None:
+        """Gives up its steward, and asks for another when ``seconds`` are over."""
+        if self.steward is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(self.steward)
+        self.steward = self.asked = self.place = None
+        self.empty_until = time.monotonic() + seconds
+
+
+def gang(cluster: Cluster, device: str, size: int) -> list[Slot]:
+    """Asks Ray for so many workers' places, all of them or none; they are there once ``placed``."""
+    bundle = _bundle(cluster, device)
+    group = placement_group([bundle] * size, strategy="PACK")
+    return [Slot(group, index, bundle) for index in range(size)]
+
+
+def fits(places: Sequence[Slot], cluster: Cluster, device: str) -> bool:
+    """Whether places are what a job's workers ask for."""
+    return [slot.bundle for slot in places] == [_bundle(cluster, device)] * cluster.workers
+
+
+def hosts(places: Sequence[Slot]) -> list[str]:
+    """The names of the hosts of places that are there."""
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    found = [placement_group_table(slot.group)["bundles_to_node_id"][slot.index] for slot in places]
+    return [names.get(node, "a lost host") for node in found]
+
+
+def placed(places: Sequence[Slot]) -> bool:
+    """Whether a gang has its places."""
+    return all(placement_group_table(group)["state"] == "CREATED" for group in _groups(places))
+
+
+def give_up(places: Sequence[Slot]) -> None:
+    """Ends the stewards and gives the places back, or takes the wish for them back."""
+    for slot in places:
+        slot.empty()
+    for group in _groups(places):
+        ray.util.remove_placement_group(group)
+
+
+def _groups(places: Sequence[Slot]) -> list[Any]:
+    return list({slot.group.id: slot.group for slot in places}.values())
+
 
 class Slots:
     """All slots of a job, ``cluster.workers`` of them; those that are up make the world."""
@@ -85,26 +110,30 @@ class Slots:
         self.job, self.device = job, device
         self.all: list[Slot] = []
         cluster = job.config.cluster
-        self.bundle = _bundle(cluster, device)
         self.least = cluster.min_workers or cluster.workers
 
-    def take(self, size: int, group: Any = None) -> None:
-        """Reserves ``size`` places at once, or has those of ``group``, and fills them; the others up to ``cluster.workers`` are
-        asked for one by one.
+    def take(self, size: int, places: Sequence[Slot] = ()) -> None:
+        """Reserves ``size`` places at once, or has ``places``, and fills those without a steward; the others up to
+        ``cluster.workers`` are asked for one by one.
 
         Raises UserError when there is no room in time.
         """
         cluster = self.job.config.cluster
         self.release()
-        groups = [
-            group or gang(cluster, self.device, size),
-            *(gang(cluster, self.device, 1) for _ in range(cluster.workers - size)),
-        ]
-        self.all = [Slot(groups[0], index) for index in range(size)] + [Slot(group, 0) for group in groups[1:]]
+        self.all = [*(places or gang(cluster, self.device, size))]
+        for _ in range(cluster.workers - size):
+            self.all += gang(cluster, self.device, 1)
         for slot in self.all:
-            self._ask(slot)
+            if slot.place is None:
+                self._ask(slot)
         self.wait(size, size, cluster.start_timeout)
         self.job.clock.mark("workers")
+
+    def hand_over(self) -> list[Slot]:
+        """All places with their stewards, for another job, and no longer this one's; none where a steward is missing."""
+        found = self.all if len(self.up()) == len(self.all) else []
+        self.all = [] if found else self.all
+        return found
 
     def wait(self, least: int, wished: int, seconds: float) -> None:
         """Waits until ``wished`` slots are up, or at least ``least`` once ``REJOIN_S`` are over. UserError after ``seconds``."""
@@ -162,28 +191,17 @@ class Slots:
                 found.add(questions[question])
         return found
 
-    def empty(self, slot: Slot, seconds: float = 0.0) -> None:
-        """Gives up the slot's steward, and asks for another when ``seconds`` are over."""
-        if slot.steward is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(slot.steward)
-        slot.steward = slot.asked = slot.place = None
-        slot.empty_until = time.monotonic() + seconds
-
     def release(self) -> None:
         """Ends the stewards and gives their places back."""
-        for slot in self.all:
-            self.empty(slot)
-        for group in {slot.group.id: slot.group for slot in self.all}.values():
-            ray.util.remove_placement_group(group)
+        give_up(self.all)
         self.all = []
 
     def _ask(self, slot: Slot) -> None:
         """Asks Ray for a steward in the slot. It comes up when the slot has a node."""
         strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.index)
         actor = ray.remote(Steward).options(
-            num_cpus=self.bundle["CPU"],
-            num_gpus=self.bundle.get("GPU", 0),
+            num_cpus=slot.bundle["CPU"],
+            num_gpus=slot.bundle.get("GPU", 0),
             scheduling_strategy=strategy,
             max_concurrency=4,  # a steward answers while somebody waits for its news
         )

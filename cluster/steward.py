@@ -139,9 +139,9 @@ class Steward:
             self.news.clear()
         return [*news, self.trainer.beat()] if self.trainer else news
 
-    def signal(self, number: int) -> None:
-        """Sends the trainer a signal, if it lives."""
-        if self.trainer:
+    def signal(self, number: int, pid: int) -> None:
+        """Sends the trainer of that pid a signal, if it lives. One that comes late is not for the next trainer."""
+        if self.trainer and self.trainer.pid == pid:
             self.trainer.signal(number)
 
     def inspect(self) -> dict[str, Any]:
@@ -152,7 +152,8 @@ class Steward:
 
     def kill(self) -> None:
         """Ends the trainer now."""
-        self.signal(signal.SIGKILL)
+        if self.trainer:
+            self.trainer.signal(signal.SIGKILL)
 
     def _tell(self, record: dict[str, Any]) -> None:
         with self.changed:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from cluster.world import HEAR_S, NOTICE_S, World
 
 class Supervisor:
     """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for); in the places of ``gang``,
-    where they were taken already.
+    where they were taken already, by the stewards that are in them.
     """
 
-    def __init__(self, job: Job, device: str, size: int | None = None, gang: Any = None) -> None:
+    def __init__(self, job: Job, device: str, size: int | None = None, gang: Sequence[Slot] = ()) -> None:
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
@@ -132,9 +133,9 @@ class Supervisor:
         preempted = verdict.fault == "preempted"
         for rank, slot in enumerate(slots):
             if preempted and rank in world.asked:
-                self.slots.empty(slot, self.job.config.cluster.stay_away)
+                slot.empty(self.job.config.cluster.stay_away)
             elif rank in world.lost:
-                self.slots.empty(slot)
+                slot.empty()
         self.slots.look()
         alive = {node for node in {world.places[rank]["node"] for rank in world.lost} if lives(node)}
         back = sum(world.places[rank]["node"] in alive for rank in world.lost if not preempted)

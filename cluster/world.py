@@ -45,6 +45,8 @@ class World:
         self.ends: dict[int, watch.End] = {}
         self.errors: dict[int, dict[str, Any]] = {}
         self.orders: list[dict[str, Any]] = []
+        self.pids: list[int] = []
+        """Of the trainers, by rank."""
         self.orphans: dict[int, tuple[float, Exception]] = {}
         self.lookout = Lookout(job, self.stewards, self.places)
         self.lost: set[int] = set()
@@ -86,9 +88,9 @@ class World:
             if "failed" in answer:
                 raise RuntimeError(f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}")
         self.job.clock.mark("imports", answers[0]["ready"])
-        pids = [answer["pid"] for answer in answers]
-        self.job.show({"event": "started", "pids": pids, "generation": self.generation})
-        return pids
+        self.pids = [answer["pid"] for answer in answers]
+        self.job.show({"event": "started", "pids": self.pids, "generation": self.generation})
+        return self.pids
 
     def _ask(self, questions: Sequence[Any]) -> list[Any]:
         """The stewards' answers, with an ear for signals in between."""
@@ -200,7 +202,7 @@ class World:
     def _to_all(self, number: int) -> None:
         for rank, steward in enumerate(self.stewards):
             if rank not in self.ends and rank not in self.orphans:
-                steward.signal.remote(number)
+                steward.signal.remote(number, self.pids[rank])
 
     def _kill_rest(self) -> None:
         self._killed = time.monotonic()

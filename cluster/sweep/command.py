@@ -24,6 +24,7 @@ from train.space import Sweeping
 from train.words import plural
 
 LOCK, RESULTS = "sweep.lock", "results.csv"
+BAD = ("failed", "diverged")
 
 
 def run(overrides: Sequence[str], find_corpus: FindCorpus, begun: Begun) -> int:
@@ -74,11 +75,12 @@ class Sweep:
         best = queue.best()
         if best:
             out.say(f"  best     {'; '.join(trial.words for trial in best)}", "bold")
-        if queue.stopping:
+        code = verdict(queue)
+        if code == STOPPED:
             out.say("Stopped and saved. Run the same command again to go on:", "bold yellow")
             out.say(f"  ./launch.sh train -m {shlex.join(self.overrides)}")
-            return STOPPED
-        bad = [trial for trial in queue.trials if trial.state in ("failed", "diverged")]
+            return code
+        bad = [trial for trial in queue.trials if trial.state in BAD]
         for trial in bad:
             out.say(
                 f"  {trial.words}: {trial.state}: {trial.why.strip().splitlines()[0] if trial.why else 'its logs say more'}", "red"
@@ -86,7 +88,7 @@ class Sweep:
         out.say(f"  next     ./launch.sh review {where}")
         if bad:
             out.say(f"  {plural(len(bad), 'trial')} failed: the same command tries those again that did not diverge", "red")
-        return launch.FAILED if bad else launch.DONE
+        return code
 
 
 def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> Queue:
@@ -97,6 +99,13 @@ def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> Queue:
 
     search: Chooser = Search(sweep)
     return Queue(sweep, Ledger(folder, sweep, None), search, board)
+
+
+def verdict(queue: Queue) -> int:
+    """The exit code of a sweep that has ended."""
+    if queue.stopping:
+        return STOPPED
+    return launch.FAILED if any(trial.state in BAD for trial in queue.trials) else launch.DONE
 
 
 def results(queue: Queue) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from cluster import slots, view
 from cluster.private import Private
 from cluster.signals import Signals
+from cluster.slots import Slot
 from cluster.sweep.table import Board
 from train.errors import UserError
 from train.schema import Cluster, Config
@@ -46,35 +47,39 @@ class Places:
 
     def __init__(self, ground: Ground, board: Board) -> None:
         self.ground, self.board = ground, board
-        self.gang: Any = None
-        """Asked for, or there."""
+        self.gangs: list[list[Slot]] = []
+        """Left by trials that have ended, with their stewards; last, asked for."""
         self.looked = 0.0
         self.rebuilt = 0
 
-    def there(self, cluster: Cluster, running: int) -> bool:
-        """Whether a trial's workers have their places, which are asked for where nobody has; says who holds them, with
+    def take(self, cluster: Cluster, running: int) -> list[Slot]:
+        """The places of a trial's workers; none where they are not there yet: they are asked for, and who holds them is said, with
         ``running`` trials of this sweep.
         """
-        if self.gang is None:
-            self.gang = slots.gang(cluster, self.ground.device, cluster.workers)
-        if slots.placed(self.gang):
-            self.board.foot = ""
-            return True
+        fitting = [gang for gang in self.gangs if slots.fits(gang, cluster, self.ground.device)]
+        for gang in self.gangs:
+            if not slots.fits(gang, cluster, self.ground.device):
+                slots.give_up(gang)
+        self.gangs = fitting or [slots.gang(cluster, self.ground.device, cluster.workers)]
+        for n, gang in enumerate(self.gangs):
+            if slots.placed(gang):
+                self.board.foot = ""
+                return self.gangs.pop(n)
         if time.monotonic() > self.looked + HOLDERS_S:
             self.looked = time.monotonic()
             self._say_who_holds(cluster.workers, running)
-        return False
+        return []
 
-    def take(self) -> Any:
-        """The places that are there."""
-        gang, self.gang = self.gang, None
-        return gang
+    def leave(self, gang: list[Slot]) -> None:
+        """A trial has ended: the next one that asks for as much has its places and its stewards."""
+        if gang:
+            self.gangs.insert(0, gang)
 
     def give_up(self) -> None:
-        """Nobody needs them any more."""
-        if self.gang is not None and not self.ground.lost():
-            slots.give_up(self.gang)
-        self.gang = None
+        """No trial needs any more."""
+        for gang in self.gangs if not self.ground.lost() else ():
+            slots.give_up(gang)
+        self.gangs = []
 
     def rebuild(self) -> None:
         """A new private Ray cluster in place of one that has ended, when the trials on it have. UserError where it never lasts."""
@@ -87,7 +92,7 @@ class Places:
         self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
         self.ground.private.again()
         self.ground.signals.listen()
-        self.gang = None
+        self.gangs = []
 
     def _say_who_holds(self, workers: int, running: int) -> None:
         others = [str(holder) for holder in view.holders() if holder.pid != os.getpid()]

@@ -16,6 +16,7 @@ from typing import IO, Any, Protocol
 from cluster import lock, nodes, plan, slots
 from cluster.job import Clock, Job
 from cluster.signals import Signals
+from cluster.slots import Slot
 from cluster.sweep.ledger import FINAL, Entry, Ledger
 from cluster.sweep.places import Ground, Places
 from cluster.sweep.table import Board
@@ -119,9 +120,12 @@ class Queue:
         most = self.sweep.settings.parallel
         while self.more() and not self.ground.lost() and (most is None or len(self.running) < most):
             cluster = (self.waiting[0].config if self.waiting else self.sweep.base).cluster
-            if not self.places.there(cluster, len(self.running)):
+            gang = self.places.take(cluster, len(self.running))
+            if not gang:
                 return
-            self._start()
+            self._start(gang)
+        if not self.more():
+            self.places.give_up()
 
     def _next(self) -> Trial | None:
         """The next trial: the first that waits, or one that the search suggests. None where that makes no sense."""
@@ -139,19 +143,21 @@ class Queue:
             return None
         return trial
 
-    def _start(self) -> None:
-        """Starts the next trial in the gang's places."""
+    def _start(self, gang: list[Slot]) -> None:
+        """Starts the next trial in a gang's places."""
         trial = self._next()
         if trial is None:
+            self.places.leave(gang)
             return
         try:
             self.locks[trial.number] = lock.take(trial.folder)
             corpus = self.ground.find_corpus(trial.config, self.board.prepare)
         except UserError as error:
             self._settle(trial, "failed", str(error))
+            self.places.leave(gang)
             return
         private = Shared(self.ground.private) if self.ground.private is not None else None
-        signals, clock, gang = Signals(), Clock(time.time()), self.places.take()
+        signals, clock = Signals(), Clock(time.time())
         trial.state, trial.pace = "starting", None
 
         def show(event: dict[str, Any]) -> None:
@@ -209,6 +215,7 @@ class Queue:
             self.locks.pop(trial.number).close()
             return
         self.places.rebuilt = 0
+        self.places.leave(running.left)
         why = event["why"] or running.why
         if verdict.kind == "done":
             self._settle(trial, "done", "")

@@ -15,6 +15,7 @@ from typing import Any
 from cluster import recovery, watch
 from cluster.job import Job
 from cluster.private import Private
+from cluster.slots import Slot
 from cluster.supervisor import Supervisor
 from train.errors import UserError
 from train.schema import Config
@@ -125,11 +126,13 @@ class Shared(Private):
 class Running:
     """A trial's job, followed in a thread of its own until all its processes have ended."""
 
-    def __init__(self, job: Job, device: str, gang: Any, tell: Callable[[Event], None]) -> None:
+    def __init__(self, job: Job, device: str, gang: Sequence[Slot], tell: Callable[[Event], None]) -> None:
         """``tell`` gets what the job says, and last {"event": "ended", "verdict", "why", "lost"}."""
         self.job, self.tell = job, tell
         self.why = ""
         """The first line of the newest failure."""
+        self.left: list[Slot] = []
+        """Its places with their stewards, when it has ended and nothing was wrong with them."""
         self.supervisor = Supervisor(job, device, gang=gang)
         self.thread = threading.Thread(target=self._run, name=job.config.run.name, daemon=True)
         self.thread.start()
@@ -149,6 +152,8 @@ class Running:
         except Exception:
             why = traceback.format_exc()
         lost = self.job.private is not None and self.job.private.lost()
+        if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
+            self.left = self.supervisor.slots.hand_over()
         self.tell({"event": "ended", "verdict": verdict, "why": why, "lost": lost})
         if not lost:  # Ray would not answer
             self.supervisor.release()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -11,6 +15,7 @@ from browser import CHROMIUM, Browser
 from cluster.job import Clock, Job
 from cluster.signals import Signals
 from cluster.supervisor import Supervisor
+from cluster.sweep.command import verdict
 from review import __main__ as review
 from review.compare import best
 from review.read import read_all
@@ -117,6 +122,7 @@ def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, 
     ]
     found = swept(*words)
     assert found.states == ["done", "diverged", "failed", "done"], found.said.getvalue()
+    assert verdict(found.queue) == 1
     ends = {r["trial"]: r for r in read_records(found.folder / "ledger.jsonl") if r["event"] == "end"}
     assert "optimizer.lr" in ends[1]["why"]
     assert "IsADirectoryError" in ends[2]["why"]
@@ -139,6 +145,37 @@ def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, 
     again = swept(*words)
     assert again.states == ["done", "diverged", "done", "done"], "what failed is tried again, what diverged is not"
     assert before == {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
+
+
+def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tmp_path):
+    folder = tmp_path / "s"
+
+    def kill() -> None:
+        while not read_records(folder / "000" / "metrics.jsonl"):
+            time.sleep(0.01)
+        [rank] = json.loads((folder / "000" / "world.json").read_text())["ranks"]
+        os.kill(rank["pid"], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    found = swept(
+        *("optimizer.lr=tag(log,interval(1e-6,1e-2))", "sweep=random", "sweep.trials=4", "sweep.pruner=asha", "sweep.parallel=1"),
+        *("steps=200", "eval_every=25", "save_every=50", "cluster.workers=1", f"sweep.dir={folder}"),
+    )
+    thread.join()
+    said = found.said.getvalue()
+    assert "will be tried again (sweep.retries=1)" in said
+    ends = [(r["trial"], r["state"], r["step"]) for r in read_records(folder / "ledger.jsonl") if r["event"] == "end"]
+    assert (ends[0][:2], len(ends)) == ((0, "failed"), 5)
+    assert set(found.states) == {"done", "pruned"}, said
+    for trial in found.trials:
+        assert (trial.number, trial.state, trial.step) in ends
+        if trial.state == "pruned":
+            assert 25 <= trial.step < 200
+            assert (trial.folder / "checkpoints" / f"step_{trial.step}").is_dir()
+    found.queue.board.final()
+    assert "│ pruned │" in found.said.getvalue()[len(said) :]
+    assert verdict(found.queue) == 0
 
 
 def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, given, tmp_path, monkeypatch):
