@@ -60,7 +60,8 @@ SETTINGS = {
 """What every process of a cluster of ours reads."""
 AGENTS = {ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT}
 AGENTS_NICENESS = 5
-"""They start beside our warm process, whose imports everybody waits for; nobody waits for them."""
+"""They start beside our warm process, whose imports everybody waits for; nobody waits for them. But the raylet ends where they take
+more than 15 s, so on a busy host they do not give way."""
 
 
 class LeanNode(ray._private.node.Node):
@@ -150,7 +151,8 @@ def _node(start: Start, **which: Any) -> LeanNode:
 
 def _interpreter(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
     """The command that Ray starts a Python program of its own with."""
-    nice = ["nice", "-n", str(AGENTS_NICENESS)] if component in AGENTS else []
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    nice = ["nice", "-n", str(AGENTS_NICENESS)] if component in AGENTS and not busy else []
     return [*nice, sys.executable, *(["-u"] if unbuffered else [])]
 
 
