@@ -189,6 +189,12 @@ class Guard:
         watched, limit = self.config.spikes, self.config.optimizer.max_skipped
         if entry["how"] == "in place":
             if self.ledger.in_a_row("in place", entry["step"], 1) > limit:
+                if entry["limit"] is None:  # too young a run to know what a loss should be: a rate far too high looks like this
+                    raise NotFinite(
+                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped={limit}), "
+                        f"the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip. If "
+                        f"the loss had been falling, look at {sources(entry)}"
+                    )
                 raise UserError(
                     f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
                     f"from {sources(entry)}: look at these files, and take them out of the corpus"

@@ -91,6 +91,13 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_with_a_reason
     assert all("3 updates in a row" in end and "optimizer.lr" in end for end in ends)
 
 
+def test_a_rate_that_is_far_too_high_is_not_blamed_on_the_data(make, corpus: Path):
+    """Where the weights are merely huge, their loss is a number and only the gradient is none: nothing but age tells them from poison."""
+    wild = ("optimizer.lr=1e4", "optimizer.max_skipped=3", "steps=40")
+    [end] = worlds.train_world(make("zero=0", *wild, "cluster.workers=1"), corpus)
+    assert "lower optimizer.lr" in end and "take them out" not in end
+
+
 def test_ranks_that_differ_in_their_configuration_refuse(make, corpus: Path):
     ranks = worlds.run(2, differing, configuration.to_dict(make("cluster.workers=2")), str(corpus))
     assert all("the workers do not agree on the configuration" in text and "rank 1" in text for text in ranks)
