@@ -13,7 +13,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -39,8 +38,11 @@ from train.zero import deepspeed_config
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
 vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
 # Its Muon, which ZeRO loads and we do not use, is given to torch's compiler as it is imported, which loads all of that: a second.
-with mock.patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
-    import deepspeed.runtime.zero.muon.muon_optimizer
+_before = os.environ.get("TORCHDYNAMO_DISABLE", "0")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402  under this setting alone
+
+os.environ["TORCHDYNAMO_DISABLE"] = _before
 
 
 class Engine:

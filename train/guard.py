@@ -191,9 +191,9 @@ class Guard:
             if self.ledger.in_a_row("in place", entry["step"], 1) > limit:
                 if entry["limit"] is None:  # too young a run to know what a loss should be: a rate far too high looks like this
                     raise NotFinite(
-                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped={limit}), "
-                        f"the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip. If "
-                        f"the loss had been falling, look at {sources(entry)}"
+                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped="
+                        f"{limit}), the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set "
+                        f"optimizer.clip. If the loss had been falling, look at {sources(entry)}"
                     )
                 raise UserError(
                     f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
