@@ -45,8 +45,7 @@ class World:
         self.ends: dict[int, watch.End] = {}
         self.errors: dict[int, dict[str, Any]] = {}
         self.orders: list[dict[str, Any]] = []
-        self.pids: list[int] = []
-        """Of the trainers, by rank."""
+        self.pids: list[int] = []  # of the trainers, by rank
         self.orphans: dict[int, tuple[float, Exception]] = {}
         self.lookout = Lookout(job, self.stewards, self.places)
         self.lost: set[int] = set()

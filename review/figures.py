@@ -69,7 +69,8 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
         at, values = (run.steps if x == "steps" else run.columns[x]), smooth(run.columns[y], 0.02)
         kept = keep([values], POINTS)
         kept = kept[np.isfinite(values[kept])]
-        axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=0.9 if many else 1.2, label=plain(run.name))
+        width, label = 0.9 if many else 1.2, plain(run.label)
+        axes.plot(at[kept], values[kept], color=colour, linestyle=DASH[dash], linewidth=width, label=label)
         held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & held_out)
         edge, size = ("none", 3.5) if many else ("black", 5)
         axes.plot(
@@ -101,7 +102,7 @@ def goodput(runs: Sequence[Run]) -> Figure | None:
     cycle = ("#228833", "#CCBB44", "#4477AA", "#EE6677", "#AA3377", "#66CCEE", "#BBBBBB")
     for i, cause in enumerate(causes):
         values = np.array([100 * parts.get(cause, 0.0) for _, parts in rows])
-        axes.barh([plain(run.name) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause))
+        axes.barh([plain(run.label) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause))
         left += values
     axes.margins(y=0.01)
     axes.invert_yaxis()

@@ -27,6 +27,9 @@ MARKS = ("config.yaml", "metrics.jsonl", "run.json", "summary.json", "lock")
 MOST_VALUES, MOST_BYTES = 5_000, 1 << 20
 """Of a configuration: more is no configuration of ours, and may be made to exhaust the reader."""
 
+LEGEND = 32
+"""Characters of a legend's line."""
+
 
 @dataclass
 class Run:
@@ -57,6 +60,14 @@ class Run:
     """What the ledger of that sweep says of it."""
     goal: Goal = LOSS
     """What runs are compared by: the first goal of the sweep that they are all of, else held-out loss."""
+
+    @property
+    def label(self) -> str:
+        """Its name in a legend: of a trial its number and values, as many as there is room for."""
+        if not self.trial or not self.trial.params:
+            return self.name
+        text = f"{self.folder.name}: {', '.join(map(str, self.trial.params.values()))}"
+        return text if len(text) <= LEGEND else text[: LEGEND - 3] + "..."
 
     @property
     def val_loss(self) -> float | None:

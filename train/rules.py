@@ -80,7 +80,7 @@ def _problems_of_objective(config: Config) -> list[str]:
         found.append(f"objective={o.name} needs data.label_key, the field of a .jsonl line that holds what is to be learnt")
     if labelled and d.pack:
         found.append(f"objective={o.name} reads a document a row: set data.pack=false")
-    if o.name == "classify" and o.pool == "mean" and config.model.family == "encdec":
+    if o.name == "classify" and o.pool == "mean" and not config.model.averaged:
         found.append("objective.pool=mean means nothing for an encoder-decoder, which says one word of a row: leave it out")
     if config.batch.seq_len < LEAST[o.name]:
         found.append(f"batch.seq_len={config.batch.seq_len} leaves no room for objective={o.name}: take {LEAST[o.name]} or more")

@@ -73,6 +73,6 @@ def build_classify(config: schema.Config, vocab_size: int) -> Classify:
     """The classifier of a run for a tokenizer of ``vocab_size`` tokens."""
     assert isinstance(config.objective, schema.Classify)
     backbone = build_backbone(config.model, vocab_size)
-    if config.objective.pool == "mean" and config.model.family == "encoder":
+    if config.objective.pool == "mean" and hasattr(backbone, "pooler"):
         backbone.pooler = None  # nothing would train it
     return Classify(backbone, config.objective, config.data.isolate)

@@ -29,6 +29,9 @@ class Family(Section):
     special: ClassVar[tuple[str, ...]] = ()
     """Tokens that it knows beside the text's: they stand behind the vocabulary where the tokenizer has none of that name."""
 
+    averaged: ClassVar[bool] = True
+    """Whether the mean of a row's hidden states can stand for it."""
+
     layers: Positive
     width: Positive = Field(description="features of the residual stream, or of a recurrent layer")
     vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")

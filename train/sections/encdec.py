@@ -14,6 +14,7 @@ class EncDec(Transformer):
 
     objectives = ("seq2seq", "classify")
     special = ENCDEC_TOKENS
+    averaged = False
     kv_heads: ClassVar[None] = None
 
     family: Literal["encdec"]

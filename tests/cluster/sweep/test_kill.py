@@ -32,6 +32,15 @@ def drive(words, out):
         )
 
 
+def trains(run, process, out):
+    """Waits until a run is in its middle."""
+    deadline = time.monotonic() + 200
+    while len(read_records(run / "metrics.jsonl")) < 30:
+        assert process.poll() is None, out.read_text()
+        assert time.monotonic() < deadline, out.read_text()
+        time.sleep(0.01)
+
+
 @pytest.mark.timeout(900)  # on a loaded machine
 def test_a_driver_killed_in_the_third_of_six_trials_goes_on_there(private, swept, given, tmp_path):
     given = [*given, f"cluster.address={private.node.address}"]
@@ -40,15 +49,10 @@ def test_a_driver_killed_in_the_third_of_six_trials_goes_on_there(private, swept
     process = drive([*given, *words, f"sweep.dir={folder}"], out)
     third = folder / "002"
     try:
-        deadline = time.monotonic() + 200
-        while len(read_records(third / "metrics.jsonl")) < 30:
-            assert process.poll() is None, out.read_text()
-            assert time.monotonic() < deadline, out.read_text()
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+        trains(third, process, out)
     finally:
         process.kill()
+        process.wait()
     end = time.monotonic() + 60
     while any(f"{third}" in " ".join(f.path for f in files(p)) for p in psutil.process_iter()):
         assert time.monotonic() < end, "trainers of a killed driver live on"
@@ -67,6 +71,35 @@ def test_a_driver_killed_in_the_third_of_six_trials_goes_on_there(private, swept
     undisturbed = swept(*words, f"sweep.dir={tmp_path}/whole")
     assert (folder / "results.csv").read_text() == (undisturbed.folder / "results.csv").read_text()
     assert all(finding.difference is None for finding in compare(third, undisturbed.folder / "002", 250))
+
+
+@pytest.mark.timeout(900)  # on a loaded machine
+def test_a_killed_driver_takes_its_own_cluster_with_it_and_a_killed_raylet_is_replaced(given, tmp_path):
+    words = ["seed=0,1", "steps=250", "save_every=10", "eval_every=0", "cluster.workers=1", "sweep.parallel=1"]
+    folder, out, again = tmp_path / "own", tmp_path / "out", tmp_path / "again"
+    process = drive([*given, *words, f"sweep.dir={folder}"], out)
+    try:
+        trains(folder / "000", process, out)
+        ours = psutil.Process(process.pid).children(recursive=True)
+        assert {"raylet", "gcs_server"} <= {p.name() for p in ours}
+    finally:
+        process.kill()
+        process.wait()
+    assert psutil.wait_procs(ours, 60)[1] == []
+
+    process = drive([*given, *words, f"sweep.dir={folder}"], again)
+    try:
+        trains(folder / "001", process, again)
+        [raylet] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "raylet"]
+        raylet.kill()
+        assert process.wait(250) == 0, again.read_text()
+    finally:
+        process.kill()
+    said = again.read_text()
+    assert "trial 0 (seed=0): goes on from its checkpoint of step" in said
+    assert said.index("starting them anew") < said.index("trial 1 (seed=1): goes on from its checkpoint of step")
+    for run in ("000", "001"):
+        assert [r["step"] for r in read_records(folder / run / "metrics.jsonl")] == list(range(1, 251))
 
 
 def files(process):
