@@ -57,7 +57,7 @@ set_up() {
         echo "Another launch.sh is setting up $venv: waiting for it." >&2
         flock 9
     fi
-    local python log began now
+    local python log began now users
     if [ -f "$venv/.ready" ] && [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null \
         && [ "$(cat "$venv/.ready")" = "$(wanted "$venv/bin/python")" ]; then
         touch "$venv/.ready"
@@ -65,6 +65,9 @@ set_up() {
         return
     fi
     python="$(find_python)" || exit $?
+    users="$(grep -lsF "$venv/lib/" /proc/[0-9]*/maps | cut -d/ -f3 | head -n 5 | xargs || true)"
+    [ -z "$users" ] || fail "$venv is not what $lock says, and is in use (processes $users): it is made anew when they have ended." \
+        "Give the command again then, or name another place for this checkout's: TRIREME_VENV=/path/to/venv"
     log="$(mktemp "${TMPDIR:-/tmp}/trireme-setup-XXXXXX.log")"
     began=$SECONDS
     echo "Setting up $venv with $("$python" -V) (once; some minutes). Log: $log" >&2
