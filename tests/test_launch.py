@@ -18,7 +18,8 @@ def test_an_environment_that_processes_use_is_not_made_anew_under_them(tmp_path)
     with subprocess.Popen([sys.executable, "-c", loads], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
         assert user.stdout.readline() == b"loaded\n"
         command = ["bash", str(tmp_path / "launch.sh"), "check"]
-        done = subprocess.run(command, env={"PATH": "/usr/bin:/bin", "TRIREME_PYTHON": sys.executable}, capture_output=True, text=True)
+        environment = {"PATH": "/usr/bin:/bin", "TRIREME_PYTHON": sys.executable}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         user.stdin.close()
     assert done.returncode == 1
     assert f"is in use (processes {user.pid})" in done.stderr
