@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -103,22 +104,29 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row:
-    """A model's runs with the learning rate that says most of the held-out split right."""
-    return max((fine_tuned(out, name, rate, seeds, overrides) for rate in RATES), key=lambda row: row.val or 0.0)
+    """A model's runs with the learning rate that says most of the held-out split right: only these read the test split."""
+    tried = {rate: fine_tuned(out, name, rate, seeds, overrides) for rate in RATES}
+    val = {rate: held_out_accuracy(folders) for rate, folders in tried.items()}
+    print(f"{name}: " + ", ".join(f"{val[rate]:.4f} with optimizer.lr={rate}" for rate in RATES))
+    rate = max(val, key=val.__getitem__)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in tried[rate]]
+    tables = [measure(folder, "best", "test").evaluation.sums["confusion"][0] for folder in tried[rate]]
+    return Row(name, tables, val[rate], summaries[0]["params"], statistics.mean(done["wall_s"] for done in summaries))
 
 
-def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[str]) -> Row:
-    """A model's runs, each at the checkpoint that says most of the held-out split right."""
+def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[str]) -> list[Path]:
+    """The folders of a model's runs, a seed each."""
     own = [word.format(pretrained=out / "pretrained") for word in MODELS[name]]
     tokenizer = ("data.tokenizer.kind=file", f"data.tokenizer.path={out / 'pretrained' / 'tokenizer.json'}")
     folders = [out / f"{name.replace(', ', '-')}-{rate}-{seed}" for seed in range(seeds)]
-    tables, vals, seconds, parameters = [], [], 0.0, 0
     for seed, folder in enumerate(folders):
-        done = train(folder, ["experiment=sentiment_zh", *own, *tokenizer, f"optimizer.lr={rate}", f"seed={seed}", *overrides])
-        seconds, parameters = seconds + done["wall_s"] / seeds, done["params"]
-        vals.append(measure(folder, "best", "val").evaluation.numbers()["accuracy"])
-        tables.append(measure(folder, "best", "test").evaluation.sums["confusion"][0])
-    return Row(name, tables, float(np.mean(vals)), parameters, seconds)
+        train(folder, ["experiment=sentiment_zh", *own, *tokenizer, f"optimizer.lr={rate}", f"seed={seed}", *overrides])
+    return folders
+
+
+def held_out_accuracy(folders: Sequence[Path]) -> float:
+    """The mean over runs, each at the checkpoint that says most of the held-out split right."""
+    return statistics.mean(measure(folder, "best", "val").evaluation.numbers()["accuracy"] for folder in folders)
 
 
 def baseline_rows(folder: Path) -> list[Row]:

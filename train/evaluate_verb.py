@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train import dist
-from train.data.loader import held_out_text, loaders
+from train.data.loader import held_out_loader, held_out_text
 from train.data.shards import Corpus
 from train.errors import UserError
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
@@ -39,7 +39,7 @@ def measure(folder: Path, which: str, split: str) -> Measured:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
     world = dist.from_env()
     try:
-        held_out = loaders(corpus, run.config, world, split)[1]
+        held_out = held_out_loader(corpus, run.config, world, split)
         if not held_out.groups:
             raise UserError(f"nothing was held out of this corpus (data.{split}_fraction=0): there is nothing to evaluate on")
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)

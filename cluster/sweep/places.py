@@ -56,9 +56,11 @@ class Places:
         """The places of a trial's workers; none where they are not there yet: they are asked for, and who holds them is said, with
         ``running`` trials of this sweep.
         """
-        fitting = [gang for gang in self.gangs if slots.fits(gang, cluster, self.ground.device)]
+        fitting: list[list[Slot]] = []
         for gang in self.gangs:
-            if not slots.fits(gang, cluster, self.ground.device):
+            if slots.fits(gang, cluster, self.ground.device):
+                fitting.append(gang)
+            else:
                 slots.give_up(gang)
         self.gangs = fitting or [slots.gang(cluster, self.ground.device, cluster.workers)]
         for n, gang in enumerate(self.gangs):

@@ -251,22 +251,22 @@ def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bo
     return Loader(shards, Plan(order, shape), share, examples, pin)
 
 
-def held_out_loader(corpus: Corpus, config: schema.Config, share: Share, split: str = "val") -> EvalLoader:
-    """A held-out split as the configuration shapes its rows."""
+def held_out_loader(corpus: Corpus, config: schema.Config, world: World, split: str = "val") -> EvalLoader:
+    """The rank's part of a held-out split, in groups that are the same for any world."""
+    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
-    return EvalLoader(corpus.split(split), Shape(share.micro, examples.places, 1, config.data.pack), share, examples)
+    shape = Shape(group, examples.places, 1, config.data.pack)
+    return EvalLoader(corpus.split(split), shape, Share(world.rank, world.size, group), examples)
 
 
-def loaders(corpus: Corpus, config: schema.Config, world: World, split: str = "val") -> tuple[Loader, EvalLoader]:
-    """The rank's training data, and the held-out data of ``split`` in groups that are the same for any world."""
+def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:
+    """The rank's training data, and what is held out of it."""
     streams = config.data.streams or config.batch.global_
     depth = config.batch.global_ // streams
     rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
     # A world that has lost workers takes more micro-batches, not larger ones: memory was measured for the usual share.
     share = Share(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
-    group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
-    train = training_loader(corpus, config, share, pin=world.device.type == "cuda")
-    return train, held_out_loader(corpus, config, Share(world.rank, world.size, group), split)
+    return training_loader(corpus, config, share, pin=world.device.type == "cuda"), held_out_loader(corpus, config, world)
 
 
 def held_out_text(corpus: Corpus, split: str = "val") -> Iterator[bytes]:
