@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -111,6 +112,7 @@ def _enter(
     from train import dist
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's calls, at every step
     alone = threading.Lock()  # what is done behind the steps has its word too
 
     def emit(event: dict[str, Any]) -> None:
