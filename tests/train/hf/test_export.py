@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +119,42 @@ def test_a_large_model_is_written_in_shards(make, corpus: Path, tmp_path: Path):
     assert all(file.stat().st_size < 60_000 or list(index["weight_map"].values()).count(file.name) == 1 for file in done.files)
     ours, theirs = logits_of(run, tmp_path / "there")
     assert (ours - theirs).abs().max() < 1e-5
+
+
+def peak_of_export(runs: list[str], report: Any) -> None:
+    """Send the memory of its own that the process of the second export came to have; the first one has imported all there is."""
+
+    def own() -> int:  # not the pages of files that are read: the system takes those back when it wants to
+        return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+    export(Path(runs[0]), Path(f"{runs[0]}-there"), "latest", ROOM)
+    seen, done = [own()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            seen.append(own())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    export(Path(runs[1]), Path(f"{runs[1]}-there"), "latest", ROOM)
+    done.set()
+    looking.join()
+    report.send(max(seen) - seen[0])
+
+
+def test_an_export_holds_one_model_in_memory(make, corpus: Path):
+    """Its moments would be two more, ours beside theirs one more."""
+    large = ["model.width=384", "model.heads=8", "model.layers=6", "zero=3", "cluster.workers=2"]
+    runs = [str(trained(make, corpus, *FAMILIES["gpt2"], *more, name=name)) for name, more in (("small", []), ("large", large))]
+    ours, theirs = worlds.FORKS.Pipe()
+    process = worlds.FORKS.Process(target=peak_of_export, args=(runs, theirs))
+    process.start()
+    peak = ours.recv()
+    process.join()
+    shapes = open_run(Path(runs[1])).checkpoint.manifest["shapes"].values()
+    model = 4 * sum(math.prod(shape) for shape in shapes)
+    assert model > 40_000_000
+    assert model < peak < 1.5 * model
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
