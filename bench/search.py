@@ -1,6 +1,6 @@
 """A search for a learning rate beside a grid: how good, and after how many steps in all.
 
-    ./launch.sh bench search [--steps 272] [--seeds 0,1,2] [--out runs/bench_search] [key=value ...]
+    ./launch.sh bench search [--steps 816] [--seeds 0,1,2] [--out runs/bench_search] [key=value ...]
 
 A grid of 16 learning rates from 1e-5 to 1e-1, each trained to the end; then TPE with successive halving (``sweep=tpe``) between the
 same ends, once a seed, with half of the grid's steps to spend. All are ordinary sweeps of one small model on bytes of the embedded
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     """Runs all, prints the table, and returns 0 when the goal is met."""
     parser = argparse.ArgumentParser(prog="bench search", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
-    parser.add_argument("--steps", type=int, default=272, help="of a trial that is not ended early")
+    parser.add_argument("--steps", type=int, default=816, help="of a trial that is not ended early")
     parser.add_argument("--seeds", default="0,1,2", help="of the searches")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_search"))
     options = parser.parse_args(arguments)

