@@ -39,7 +39,7 @@ PRETRAINING = (
     *("steps=20000", "eval_every=1000", "save_every=500", "keep_last=1"),
     *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
-RATES = ("2e-4", "5e-4", "1.5e-3")
+RATES = ("5e-4", "1.5e-3")
 """Of which each model has the one that its held-out accuracy is better with."""
 ALL = ("tracking=off", "generation.prompts=[]")
 SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")
