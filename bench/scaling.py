@@ -9,11 +9,9 @@ prediction stands beside its measurement. ``--list`` prints the trials and the c
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from review.plan import PLANS, trials
@@ -54,8 +52,7 @@ def main(arguments: list[str]) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / POINTS, points.encode())
-    environment = {**os.environ, "TRIREME_T0": str(time.time())}
-    code = subprocess.run([sys.executable, "-m", "cluster", *words], env=environment, check=False).returncode
+    code = subprocess.run([sys.executable, "-m", "cluster", *words], check=False).returncode
     if code != 2:
         print("\n".join(told(out)), f"next: ./launch.sh review {out}", sep="\n", flush=True)
     return max(code, 1) if code < 0 else code  # a signal that ended it is a failure too

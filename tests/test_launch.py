@@ -1,10 +1,13 @@
 """``launch.sh`` itself: what it does before any Python of ours runs."""
 
 import _ctypes
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import worlds
 
 
@@ -24,3 +27,15 @@ def test_an_environment_that_processes_use_is_not_made_anew_under_them(tmp_path)
     assert done.returncode == 1
     assert f"is in use (processes {user.pid})" in done.stderr
     assert library.exists()
+
+
+@pytest.mark.skipif(not (Path(sys.prefix) / ".ready").exists(), reason="this environment was not made by launch.sh")
+def test_what_a_bench_starts_begins_when_it_is_started(tmp_path):
+    """Else a run's time to its first step has all that the bench did before."""
+    for name in ("launch.sh", "requirements.lock"):
+        shutil.copy2(worlds.REPOSITORY / name, tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "told.py").write_text("import os; print('TRIREME_T0' in os.environ)")
+    command = ["bash", str(tmp_path / "launch.sh"), "bench", "told"]
+    done = subprocess.run(command, env={**os.environ, "TRIREME_VENV": sys.prefix}, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
