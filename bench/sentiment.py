@@ -82,7 +82,7 @@ def table_of(rows: Sequence[Row]) -> Table:
     """The table that is printed."""
     table = Table()
     for column in ("", "held-out accuracy", "accuracy", "precision", "recall", "F1", "parameters", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row.cells())
     return table
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
     before = train(options.out / "pretrained", PRETRAINING)
     ours = [best_rate(options.out, name, options.seeds, options.overrides) for name in MODELS]
     rows = [*baseline_rows(options.out / f"encoder-fresh-{RATES[0]}-0"), *ours]
-    Console().print(table_of(rows))
+    Console(width=140).print(table_of(rows))  # the same in a log
     print(f"pretraining: {before['tokens']:,} tokens in {before['wall_s']:.0f} s, held-out loss {before['val_loss']:.3f}")
     met = verdict(rows)
     print("goal (pretrained beats fresh, the best of ours no worse than the regression): " + ("met" if met else "missed"))
