@@ -161,7 +161,9 @@ def test_a_file_system_that_is_not_installed_is_refused_in_words(make, corpus: P
 
 def test_copies_of_steps_that_the_run_went_back_from_are_taken_away(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
-    config = make(*MIRRORED, "cluster.workers=1", f"save_mirror=file://{elsewhere}")
+    words = *MIRRORED, "cluster.workers=1", f"save_mirror=file://{elsewhere}"
+    config = make(*words)
+    train(make(*words, "steps=6"), corpus)  # it ends when 6 is copied; while it runs, a slow copy passes some by
     train(config, corpus)
     assert copies(elsewhere) == [6, 8]
     assert worlds.run(1, go_back, configuration.to_dict(config), elsewhere) == [([6], [6, 8])]
