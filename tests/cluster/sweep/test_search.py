@@ -111,6 +111,19 @@ def test_of_many_a_third_goes_on_at_an_eighth_and_half_of_those_at_a_half_howeve
     assert (40 - ended[10]) / 4 <= ended[40] <= (40 - ended[10]) * 3 / 4
 
 
+def test_the_best_of_many_comes_to_its_end_and_most_of_the_others_do_not():
+    study = search("sweep=random", "sweep.pruner=asha", *SPACE)
+    done = []
+    for n in range(40):
+        number, _, _ = study.suggest()
+        level = (n * 17) % 40  # each level once, in no order
+        ends = any(study.report(number, step, level - step / 10) for step in (10, 20, 30, 40, 50, 60, 70))
+        study.tell(number, "pruned" if ends else "done", None if ends else [level])
+        done += [] if ends else [level]
+    assert len(done) < 20
+    assert study.study.best_value == 0
+
+
 def test_tpe_begins_with_points_that_cover_the_space_evenly():
     words = ["sweep=tpe", "sweep.startup=8", "optimizer.lr=tag(log,interval(1e-4,1))", "model.layers=range(2,10)", "zero=0,1"]
     first, other = (go_on(search(*words, f"sweep.seed={seed}"), 8) for seed in (0, 1))
