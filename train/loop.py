@@ -176,7 +176,8 @@ def _aside(run: Training, progress: Progress, record: Record) -> Progress:
     over = enough(run.config.stop, progress)
     if over:
         run.emit({"event": "note", "text": words(run.config.stop, progress)})
-    if (over or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
+    best = run.config.keep_best > 0 and progress.best_step == progress.step
+    if (over or best or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
         run.times.lap("save")
         run.saved_step = progress.step

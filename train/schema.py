@@ -187,7 +187,7 @@ class Config(Section):
     eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation in training; default: all")
     save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
     keep_last: Positive = Field(description="newest checkpoints kept")
-    keep_best: NonNegative = Field(description="checkpoints kept beside them, the best by stop.metric")
+    keep_best: NonNegative = Field(description="kept beside them, the best by stop.metric: above 0, each best so far is saved")
     kernels: Literal["auto", "triton", "torch"] = Field("auto", description="auto: Triton's on CUDA, torch's own elsewhere")
     save_mirror: str | None = Field(None, description="where checkpoints are copied to as well: a URL that fsspec knows")
     batch: Batch

@@ -53,6 +53,15 @@ def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path
     assert resume.finished(config) == summary
 
 
+def test_the_best_is_saved_wherever_it_falls(make, corpus: Path):
+    config = make(*WILD, "save_every=0", "keep_last=1", "keep_best=1", "stop.patience=3", "cluster.workers=2")
+    assert worlds.train_world(config, corpus) == ["done", "done"]
+    losses = [line["val_loss"] for line in worlds.metrics(config)]
+    best, folder = losses.index(min(losses)) + 1, Path(config.run.dir)
+    assert sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step_*")) == [best, len(losses)]
+    assert open_run(folder, "best").checkpoint.progress.score == min(losses)
+
+
 def test_a_stop_between_changes_nothing_and_more_patience_goes_on(make, corpus: Path):
     whole, parts = (make(*WILD, "stop.patience=3", name=name) for name in ("whole", "parts"))
     worlds.train_world(whole, corpus)
