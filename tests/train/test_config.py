@@ -21,11 +21,13 @@ FITTING = {
     "classify": ["model=bert_tiny", "data.label_key=label", "data.pack=false"],
 }
 """What an objective needs beside the default."""
+OF_TEXT = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
+"""Choices that need data.paths."""
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
 def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
-    extra = ["data.paths=[x]"] if choice in ("text", "shakespeare_char") else []
+    extra = ["data.paths=[x]"] if (group, choice) in OF_TEXT else []
     if group == "model":
         family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
         extra += [f"objective={schema.kinds('model')[family].objectives[0]}"]

@@ -14,6 +14,13 @@ def build(make_config, cell, **keys):
     return build_objective(make_config(f"{cell}_tiny", **keys), 257)
 
 
+@pytest.mark.parametrize(("model", "millions"), [("lstm_medium", 20), ("lstm_large", 66)])
+def test_published_sizes(make_config, model, millions):
+    with torch.device("meta"):
+        objective = build_objective(make_config(model), 10_000)
+    assert round(sum(p.numel() for p in objective.parameters()) / 1e6) == millions  # Zaremba et al. 2014, section 4.1
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_a_token_says_reaches_the_last_layer_of_a_model_that_has_learnt_nothing(make_config, cell):
     """Else it says of every text what is said of none, for hundreds of steps: nothing normalises what the layers read."""
