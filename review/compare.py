@@ -14,6 +14,8 @@ INCIDENTAL = ("run.name", "run.dir", "data.dir", "data.workers", "tracking.", "c
 """Keys that say where a run lies, and nothing of what it did."""
 ASIDE = (*INCIDENTAL, "log_every", "eval_every", "eval_tokens", "save_every", "keep_", "generation.", "kernels")
 """Keys that change nothing of what is trained, but what is done beside it."""
+TRAINING_ONLY = ("objective.label_smoothing", "objective.z_loss", "objective.pool")
+"""Keys of an objective that leave the held-out loss what it is: that of the same task."""
 
 
 def differing(runs: Sequence[Run], but: tuple[str, ...] = INCIDENTAL) -> list[str]:
@@ -61,11 +63,17 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     found = []
     if len({run.corpus for run in measured if run.corpus}) > 1:
         found.append("The runs were trained on different corpora or tokenizers: their losses are not comparable.")
+    if len({repr(_task(run)) for run in measured if run.config}) > 1:
+        found.append("The runs have different tasks (objective): their losses are not comparable.")
     if len({repr(run.config.get("data.isolate")) for run in measured if run.config}) > 1:
         found.append(
             "Some runs let documents of a row see one another (data.isolate) and some do not: their losses differ by that alone."
         )
     return found
+
+
+def _task(run: Run) -> list[tuple[str, Any]]:
+    return sorted((k, v) for k, v in run.config.items() if k.startswith("objective.") and k not in TRAINING_ONLY)
 
 
 def noise(runs: Sequence[Run]) -> tuple[float, int] | None:
