@@ -76,7 +76,7 @@ def measured(world, emit, scores: bool) -> dict:
     from train.objectives.classify import Classify
 
     class Backbone(torch.nn.Module):
-        model = type("model", (), {"width": 4, "init_std": 1.0, "dropout": 0.0})
+        model = type("model", (), {"width": 4, "deviation": lambda inputs: 1.0, "dropout": 0.0})
 
         def pooled(self, batch, isolate):
             return torch.stack([(batch["numbers"] * k).float().sin() for k in range(1, 5)], 1)

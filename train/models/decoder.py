@@ -64,9 +64,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.max_len = model.max_len
-        self.embed = Embedding(vocab_size, model.width, model.init_std)
+        self.embed = Embedding(vocab_size, model.width, model.deviation(model.width))
         learned = model.position == "learned"
-        self.positions = Embedding(model.max_len, model.width, model.init_std) if learned else None
+        self.positions = Embedding(model.max_len, model.width, model.deviation(model.width)) if learned else None
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
         self.norm = Norm(model)
 

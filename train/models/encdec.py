@@ -26,6 +26,7 @@ from train.models.layers import (
     build_mlp,
     dropout,
     linear_weights,
+    query_std,
     residual_std,
 )
 from train.sections import encdec as keys
@@ -39,9 +40,9 @@ class CrossAttention(nn.Module):
         self.head_dim = model.head_dim or model.width // model.heads
         self.scale = None if model.scaled else 1.0
         inner = model.heads * self.head_dim
-        self.q = Linear(model.width, inner, model.bias, model.init_std)
-        self.kv = Linear(model.width, 2 * inner, model.bias, model.init_std)
-        self.out = Linear(inner, model.width, model.bias, residual_std(model))
+        self.q = Linear(model.width, inner, model.bias, query_std(model, self.head_dim))
+        self.kv = Linear(model.width, 2 * inner, model.bias, model.deviation(model.width))
+        self.out = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def read(self, source: Tensor) -> Tensor:
         """Keys and values (B, T, 2H, Dh) of the encoder's output (B, T, D)."""
@@ -101,7 +102,7 @@ class RelativeBias(Embedding):
     """What is added to a score for the distance from query to key: a number for each of ``buckets`` and each head."""
 
     def __init__(self, model: keys.EncDec, both_ways: bool) -> None:
-        super().__init__(model.buckets, model.heads, model.init_std)
+        super().__init__(model.buckets, model.heads, model.deviation(model.width))
         self.both_ways, self.furthest = both_ways, model.max_distance
 
     def forward(self, distance: Tensor) -> Tensor:

@@ -47,12 +47,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         self.max_len = model.max_len
-        self.embed = Embedding(vocab_size, model.width, model.init_std)
-        self.positions = Embedding(model.max_len, model.width, model.init_std)
-        self.types = Embedding(model.types, model.width, model.init_std)
+        self.embed = Embedding(vocab_size, model.width, model.deviation(model.width))
+        self.positions = Embedding(model.max_len, model.width, model.deviation(model.width))
+        self.types = Embedding(model.types, model.width, model.deviation(model.width))
         self.norm = Norm(model)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.pooler: Pooler | None = Pooler(model.width, model.width, True, model.init_std)
+        self.pooler: Pooler | None = Pooler(model.width, model.width, True, model.deviation(model.width))
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row; padding is never seen."""

@@ -27,9 +27,9 @@ Sizes = Decoder | Encoder | EncDec
 
 
 class Linear(nn.Linear):
-    """A linear layer; ``init_std`` is the deviation its weight starts with. Filled by ``init_weights``."""
+    """A linear layer; ``init_std`` is the deviation its weight starts with, one or (outputs, 1). Filled by ``init_weights``."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, init_std: float) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, init_std: float | Tensor) -> None:
         self.init_std = init_std
         super().__init__(inputs, outputs, bias)
 
@@ -126,8 +126,8 @@ class Attention(nn.Module):
         self.causal, self.scale = causal, None if model.scaled else 1.0
         inner = self.heads * self.head_dim
         projected = inner + 2 * self.kv_heads * self.head_dim
-        self.qkv = Linear(model.width, projected, model.bias, model.init_std)
-        self.out = Linear(inner, model.width, model.bias, residual_std(model))
+        self.qkv = Linear(model.width, projected, model.bias, qkv_std(model, inner, projected))
+        self.out = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def forward(self, x: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
         """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
@@ -149,7 +149,7 @@ class Activated(Linear):
     """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, with the bias in one pass; of a gated model GELU."""
 
     def __init__(self, model: Sizes, outputs: int) -> None:
-        super().__init__(model.width, outputs, model.bias, model.init_std)
+        super().__init__(model.width, outputs, model.bias, model.deviation(model.width))
         self.activation = "gelu" if model.activation in GATES else model.activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class MLP(nn.Module):
         super().__init__()
         inner = model.mlp_width or 4 * model.width
         self.up = Activated(model, inner)
-        self.down = Linear(inner, model.width, model.bias, residual_std(model))
+        self.down = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
@@ -184,8 +184,8 @@ class GatedMLP(nn.Module):
         super().__init__()
         inner = model.mlp_width or 4 * model.width
         self.gate: Literal["silu", "gelu"] = GATES[model.activation]
-        self.gate_up = Linear(model.width, 2 * inner, model.bias, model.init_std)
-        self.down = Linear(inner, model.width, model.bias, residual_std(model))
+        self.gate_up = Linear(model.width, 2 * inner, model.bias, model.deviation(model.width))
+        self.down = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def forward(self, x: Tensor) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
@@ -209,12 +209,28 @@ def last_of(hidden: Tensor, batch: Batch) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), ends]
 
 
-def residual_std(model: Sizes) -> float:
+def residual_std(model: Sizes, inputs: int) -> float:
     """Deviation of a projection that adds to the residual stream: init_std / sqrt(2 * layers), as GPT-2 (section 2.3).
 
-    Megatron-LM starts Llama the same way (``scaled_init_method_normal``). Where each sum is normalised, as in BERT: init_std.
+    Megatron-LM starts Llama the same way (``scaled_init_method_normal``). Where each sum is normalised, as in BERT: init_std. T5's
+    is that of any layer.
     """
-    return model.init_std / math.sqrt(2 * model.layers) if model.norm_first else model.init_std
+    std = model.deviation(inputs)
+    return std / math.sqrt(2 * model.layers) if model.norm_first and model.init_std is not None else std
+
+
+def query_std(model: Sizes, head_dim: int) -> float:
+    """Deviation of the queries' weights. T5's are as much smaller as its scores are not divided by: 1 / sqrt(head_dim)."""
+    std = model.deviation(model.width)
+    return std if model.scaled or model.init_std is not None else std * head_dim**-0.5
+
+
+def qkv_std(model: Sizes, inner: int, projected: int) -> float | Tensor:
+    """Deviation of the weights of queries, the first ``inner`` of ``projected`` outputs, and of keys and values."""
+    std, query = model.deviation(model.width), query_std(model, inner // model.heads)
+    if query == std:
+        return std
+    return torch.where(torch.arange(projected, device="cpu") < inner, query, std)[:, None]
 
 
 def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:

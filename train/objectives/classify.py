@@ -27,7 +27,7 @@ class Classify(nn.Module):
         super().__init__()
         self.backbone, self.isolate = backbone, isolate
         self.classes, self.mean = len(objective.classes), objective.pool == "mean"
-        self.head = Linear(backbone.model.width, max(self.classes, 1), True, backbone.model.init_std)
+        self.head = Linear(backbone.model.width, max(self.classes, 1), True, backbone.model.deviation(backbone.model.width))
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""

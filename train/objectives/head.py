@@ -20,11 +20,13 @@ class Head(nn.Module):
     ``named_parameters`` knows it by the embedding's name alone; in ``state_dict`` both names lead to the same storage.
     """
 
-    def __init__(self, embed: Embedding, tied: bool, objective: Smoothed, scale: float = 1.0) -> None:
-        """Hidden states are multiplied by ``scale`` first."""
+    def __init__(
+        self, embed: Embedding, tied: bool, objective: Smoothed, scale: float = 1.0, init_std: float | None = None
+    ) -> None:
+        """Hidden states are multiplied by ``scale`` first. ``init_std``: of a matrix of its own, by default the embedding's."""
         super().__init__()
         self.regularisers = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
-        self.init_std, self.scale = embed.init_std, scale
+        self.init_std, self.scale = init_std or embed.init_std, scale
         self.weight = embed.weight if tied else nn.Parameter(torch.empty_like(embed.weight))
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:

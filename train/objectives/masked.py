@@ -81,7 +81,7 @@ def build_masked(config: schema.Config, vocab_size: int) -> Masked:
     backbone = build_backbone(config.model, vocab_size)
     heads: dict[str, nn.Module] = {"tokens": MaskedHead(backbone)}
     if objective.next_sentence:
-        heads["next"] = Linear(config.model.width, 2, True, config.model.init_std)
+        heads["next"] = Linear(config.model.width, 2, True, config.model.deviation(config.model.width))
     else:
         backbone.pooler = None  # nothing would train it
     return Masked(backbone, nn.ModuleDict(heads), vocab_size, objective, config.data.isolate)

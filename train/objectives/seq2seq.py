@@ -37,6 +37,6 @@ def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seq:
     objective = config.objective
     assert isinstance(objective, schema.Seq2seq)
     backbone = build_backbone(config.model, vocab_size)
-    head = Head(backbone.embed, config.model.tied, objective, backbone.head_scale)
+    head = Head(backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width))
     _, target = lengths(config.batch.seq_len, objective)
     return Seq2seq(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)

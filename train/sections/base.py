@@ -15,6 +15,9 @@ ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
 
 
+INIT_STD = "deviation that weights start with: 0.02, of encdec null; null: 1 / sqrt(what each sums), as T5's"
+
+
 class Section(BaseModel):
     """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
 
@@ -37,7 +40,11 @@ class Family(Section):
     vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
     tied: bool = Field(description="the head shares the token embedding")
     dropout: Fraction = 0.0
-    init_std: Above0 = Field(0.02, description="deviation that weights start with")
+    init_std: Above0 | None = Field(0.02, description=INIT_STD)
+
+    def deviation(self, inputs: int) -> float:
+        """What the weights of a layer that sums ``inputs`` features start with."""
+        return inputs**-0.5 if self.init_std is None else self.init_std
 
     def problems(self, seq_len: int) -> list[str]:
         """Values that are right one by one and wrong together, or too small for rows of ``seq_len`` tokens."""

@@ -1,0 +1,39 @@
+"""What a model says before it has learnt anything: of a token little more than that it is one of so many."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+import yaml
+
+from train import config as configuration
+from train import dist
+from train.data.loader import loaders
+from train.data.shards import Corpus
+from train.data.streams import Cursor
+from train.objectives import build_objective
+from train.schema import kinds
+from train.sections.decoder import Decoder
+
+CHOICES = sorted(path.stem for path in (configuration.CONF / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_fresh_model_is_no_worse_than_chance(corpus: Path, choice: str):
+    family = kinds("model")[yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]]
+    small = ["model.vocab_size=512", "batch.seq_len=64", "batch.global=4", "model.dropout=0", "cluster.workers=1"]
+    small += ["model.layers=2"] if family is Decoder else []
+    keys = [f"model={choice}", f"objective={family.objectives[0]}", *worlds.TEXT, "data.paths=[x]", f"data.dir={corpus}", *small]
+    config = configuration.load(keys)
+    text = Corpus(str(corpus), config.model.special)
+    loader, _ = loaders(text, config, dist.World(0, 1, 0, torch.device("cpu")))
+    batch = loader.peek(Cursor())[0]
+    loader.close()
+    objective = build_objective(config, text.tokenizer.vocab_size)
+    with torch.no_grad():
+        total, count = objective(batch)["loss"]
+    assert abs(total / count - math.log(512)) < 1.5
