@@ -55,7 +55,8 @@ def test_runs_of_different_corpora_get_a_warning_and_no_verdict(tmp_path: Path):
 def test_losses_of_different_tasks_get_a_warning_and_no_verdict(tmp_path: Path):
     words, spans = {"objective__name": "masked", "loss": 3.0}, {"objective__name": "seq2seq", "loss": 2.0}
     assert verdict(made(tmp_path / "a", words, spans)).startswith("No verdict")
-    assert "different tasks" in warnings(made(tmp_path / "b", {**words, "objective__rate": 0.15}, {**words, "objective__rate": 0.3}))[0]
+    rates = made(tmp_path / "b", {**words, "objective__rate": 0.15}, {**words, "objective__rate": 0.3})
+    assert "different tasks" in warnings(rates)[0]
     smoothed = {**words, "objective__label_smoothing": 0.1, "loss": 2.9}
     assert verdict(made(tmp_path / "c", words, smoothed)).startswith("Best: run1"), "held-out losses are never smoothed"
 
