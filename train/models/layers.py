@@ -220,7 +220,7 @@ def residual_std(model: Sizes, inputs: int) -> float:
 
 
 def query_std(model: Sizes, head_dim: int) -> float:
-    """Deviation of the queries' weights. T5's are as much smaller as its scores are not divided by: 1 / sqrt(head_dim)."""
+    """Deviation of the queries' weights: T5's are smaller by sqrt(head_dim), by which it does not divide its scores."""
     std = model.deviation(model.width)
     return std if model.scaled or model.init_std is not None else std * head_dim**-0.5
 

@@ -65,6 +65,22 @@ def translations(rows=3, source=150, target=20):
     }
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
+def test_weights_start_as_t5s(make_config, ours, theirs):
+    config = make_config("t5_tiny", **SIZES, activation=ours, tied=False)
+    sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
+    torch.manual_seed(0)
+    reference = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, feed_forward_proj=theirs))
+    expected = our_weights(reference.state_dict(), 3, theirs != "relu")
+    found = build_objective(config, 131).state_dict()
+    assert found.keys() == expected.keys()
+    expected["head.weight"] = expected["head.weight"] * 96**-0.5  # t5x's; transformers' logits have a deviation of sqrt(96)
+    for name, weight in expected.items():
+        parts = 3 if "qkv" in name else 1  # queries have a deviation of their own
+        for part, own in zip(weight.chunk(parts), found[name].chunk(parts), strict=True):
+            torch.testing.assert_close(own.square().mean().sqrt(), part.square().mean().sqrt(), rtol=0.2, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
 def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
