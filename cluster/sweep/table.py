@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
+from textwrap import wrap
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -20,13 +23,15 @@ REFRESH_PER_S = 4
 COLORS = {"done": "green", "pruned": "dim", "diverged": "red", "failed": "bold red", "stopped": "yellow", "running": "cyan"}
 AROUND = 8
 """Lines of a terminal that the table's rows leave to its frame and its foot."""
+WIDE, GAP, LEAST = 200, 3, 4
+"""Characters: of a line where there is no terminal; between two columns of the table; of a line of a column's name, at least."""
 
 
 class Board:
     """Shows the trials of one sweep. ``look`` says which there are."""
 
     def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
-        self.terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+        self.terminal = terminal or Terminal(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
         self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
         self.metrics: tuple[str, ...] = ()
         self.total: int | None = None
@@ -103,8 +108,7 @@ class Board:
     def final(self) -> None:
         """The whole table, for good."""
         self.close()
-        wide = self.terminal.width if self.terminal.is_terminal else 200
-        self.terminal.print(self.table(self.trials()), width=wide, soft_wrap=False)
+        self.terminal.print(self.table(self.trials()), soft_wrap=False)
 
     def _all(self) -> RenderableType:
         trials, room = list(self.trials()), max(4, self.terminal.height - AROUND)
@@ -135,25 +139,41 @@ class Board:
         return todo / speed if speed and todo else None
 
     def table(self, trials: Sequence[Trial]) -> Table:
-        """Trials, what differs between them, and how they do."""
-        keys = list(dict.fromkeys(key for trial in self.trials() for key in trial.params))
-        found = Table(title_justify="left", header_style="bold")
-        for name in ("trial", *keys, "state", "step", *self.metrics, "left"):
-            found.add_column(name, justify="right" if name in ("trial", "step", "left", *self.metrics) else "left", overflow="fold")
-        best = self.best()
-        for trial in trials:
-            values = [f"{value:.5g}" if value is not None else "" for value in self._values(trial)]
-            left = trial.seconds_left() if trial.state not in ENDED else None
-            found.add_row(
-                str(trial.number),
-                *(short(trial.params.get(key, "")) for key in keys),
-                Text(trial.state, style=COLORS.get(trial.state, "")),
-                f"{trial.step:,}/{trial.config.steps:,}",
-                *(f"{value} *" if trial in best and value else value for value in values),
-                duration(left) if left is not None else "",
-                style="bold" if trial in best else "",
-            )
+        """Trials, what differs between them, and how they do. Where room is short the names of columns fold, and numbers do not."""
+        keys, best = list(dict.fromkeys(key for trial in self.trials() for key in trial.params)), self.best()
+        rows = [self._cells(trial, keys, " *" if trial in best else "") for trial in trials]
+        columns = {
+            name: [row[i] for row in rows] for i, name in enumerate(["trial", *keys, "state", "step", *self.metrics, "left"])
+        }
+        if not any(columns["left"]):
+            del columns["left"]
+        widest = {name: max(map(len, cells), default=0) for name, cells in columns.items()}
+        room = self.terminal.width - GAP * len(columns)
+        longest = max(map(len, columns))
+        fits = (n for n in range(longest, LEAST, -1) if sum(max(widest[name], min(len(name), n)) for name in columns) <= room)
+        fold = next(fits, LEAST)
+        found = Table(title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        for name in columns:
+            heading = "\n".join(wrap(name, max(widest[name], fold)))
+            right = name in ("trial", "step", "left", *self.metrics)
+            found.add_column(heading, justify="right" if right else "left", no_wrap=name not in keys, overflow="fold")
+        for trial, cells in zip(trials, zip(*columns.values(), strict=True), strict=True):
+            styled = [
+                Text(cell, COLORS.get(cell, "") if name == "state" else "") for name, cell in zip(columns, cells, strict=True)
+            ]
+            found.add_row(*styled, style="bold" if trial in best else "")
         return found
+
+    def _cells(self, trial: Trial, keys: Sequence[str], mark: str) -> list[str]:
+        left = trial.seconds_left() if trial.state not in ENDED else None
+        return [
+            str(trial.number),
+            *(short(trial.params.get(key, "")) for key in keys),
+            trial.state,
+            f"{trial.step:,}/{trial.config.steps:,}",
+            *(f"{value:.5g}{mark}" if value is not None else "" for value in self._values(trial)),
+            duration(left) if left is not None else "",
+        ]
 
     def _values(self, trial: Trial) -> list[float | None]:
         return list(trial.values) if trial.values else [trial.seen.get(metric) for metric in self.metrics]
