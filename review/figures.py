@@ -66,7 +66,7 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
         looks.sort(key=lambda look: -order.get(id(look[0]), len(runs)))
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for run, colour, dash in looks:
-        at, values = (run.steps if x == "steps" else run.columns[x]), smooth(run.columns[y], 0.02)
+        at, values = (run.steps if x == "steps" else run.columns[x]), smooth(run.columns[y], 0.05)
         kept = keep([values], POINTS)
         kept = kept[np.isfinite(values[kept])]
         width, label = 0.9 if many else 1.2, plain(run.label)
@@ -77,7 +77,7 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
             at[held], run.columns["val_loss"][held], "o", color=colour, markersize=size, markeredgecolor=edge, markeredgewidth=0.6
         )
     axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if held_out else "tokens per second, all workers")
-    axes.set_title("training (lines, averaged over 2 % of the run) and held out (points)" if held_out else "", fontsize=10)
+    axes.set_title("training (lines, averaged over 5 % of the run) and held out (points)" if held_out else "", fontsize=10)
     axes.grid(alpha=0.3)
     if held_out and (seen := focus(runs)):
         axes.set_ylim(*seen)
