@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -148,16 +147,13 @@ class Board:
         if not any(columns["left"]):
             del columns["left"]
         widest = {name: max(map(len, cells), default=0) for name, cells in columns.items()}
-        room = self.terminal.width - GAP * len(columns)
-        longest = max(map(len, columns))
-        fits = (n for n in range(longest, LEAST, -1) if sum(max(widest[name], min(len(name), n)) for name in columns) <= room)
-        fold = next(fits, LEAST)
-        found = Table(title_justify="left", header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        line = longest_line(widest, self.terminal.width - GAP * len(columns) - 1)
+        found = Table(title_justify="left", header_style="bold")
         for name in columns:
-            heading = "\n".join(wrap(name, max(widest[name], fold)))
+            heading = "\n".join(wrap(name, max(widest[name], line)))
             right = name in ("trial", "step", "left", *self.metrics)
             found.add_column(heading, justify="right" if right else "left", no_wrap=name not in keys, overflow="fold")
-        for trial, cells in zip(trials, zip(*columns.values(), strict=True), strict=True):
+        for trial, *cells in zip(trials, *columns.values(), strict=True):
             styled = [
                 Text(cell, COLORS.get(cell, "") if name == "state" else "") for name, cell in zip(columns, cells, strict=True)
             ]
@@ -177,3 +173,9 @@ class Board:
 
     def _values(self, trial: Trial) -> list[float | None]:
         return list(trial.values) if trial.values else [trial.seen.get(metric) for metric in self.metrics]
+
+
+def longest_line(widest: dict[str, int], room: int) -> int:
+    """The most characters of a line of a column's name with which all columns fit in ``room``; ``widest``: those of their cells."""
+    lines = range(max(map(len, widest)), LEAST, -1)
+    return next((n for n in lines if sum(max(cells, min(len(name), n)) for name, cells in widest.items()) <= room), LEAST)

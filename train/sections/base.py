@@ -10,12 +10,13 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Above0 = Annotated[float, Field(gt=0)]
+InitStd = Annotated[
+    Above0 | None,
+    Field(description="deviation that weights start with: 0.02, of encdec null; null: 1 / sqrt(what each sums), as T5's"),
+]
 
 ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
-
-
-INIT_STD = "deviation that weights start with: 0.02, of encdec null; null: 1 / sqrt(what each sums), as T5's"
 
 
 class Section(BaseModel):
@@ -40,7 +41,7 @@ class Family(Section):
     vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
     tied: bool = Field(description="the head shares the token embedding")
     dropout: Fraction = 0.0
-    init_std: Above0 | None = Field(0.02, description=INIT_STD)
+    init_std: InitStd = 0.02
 
     def deviation(self, inputs: int) -> float:
         """What the weights of a layer that sums ``inputs`` features start with."""

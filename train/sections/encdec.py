@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from train.sections.base import ENCDEC_TOKENS, INIT_STD, Above0, Positive, Transformer, not_divided
+from train.sections.base import ENCDEC_TOKENS, InitStd, Positive, Transformer, not_divided
 
 
 class EncDec(Transformer):
@@ -18,7 +18,7 @@ class EncDec(Transformer):
     kv_heads: ClassVar[None] = None
 
     family: Literal["encdec"]
-    init_std: Above0 | None = Field(None, description=INIT_STD)
+    init_std: InitStd = None
     head_dim: Positive | None = Field(None, description="features of a head; default: width / heads")
     position: Literal["relative", "sinusoidal"] = Field(
         description="relative: a bias of the scores, as T5's; sinusoidal: added to embeddings times sqrt(width)"

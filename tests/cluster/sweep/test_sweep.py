@@ -174,7 +174,7 @@ def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tm
             assert 25 <= trial.step < 200
             assert (trial.folder / "checkpoints" / f"step_{trial.step}").is_dir()
     found.queue.board.final()
-    assert "   pruned   " in found.said.getvalue()[len(said) :]
+    assert "│ pruned │" in found.said.getvalue()[len(said) :]
     assert verdict(found.queue) == 0
 
 

@@ -11,8 +11,7 @@ import worlds
 import yaml
 
 from train import config as configuration
-from train import dist
-from train.data.loader import loaders
+from train.data.loader import Share, training_loader
 from train.data.shards import Corpus
 from train.data.streams import Cursor
 from train.objectives import build_objective
@@ -30,7 +29,7 @@ def test_a_fresh_model_is_no_worse_than_chance(corpus: Path, choice: str):
     keys = [f"model={choice}", f"objective={family.objectives[0]}", *worlds.TEXT, "data.paths=[x]", f"data.dir={corpus}", *small]
     config = configuration.load(keys)
     text = Corpus(str(corpus), config.model.special)
-    loader, _ = loaders(text, config, dist.World(0, 1, 0, torch.device("cpu")))
+    loader = training_loader(text, config, Share(0, 1, 4))
     batch = loader.peek(Cursor())[0]
     loader.close()
     objective = build_objective(config, text.tokenizer.vocab_size)
