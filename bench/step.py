@@ -32,18 +32,18 @@ from rich.table import Table
 from torch import nn
 
 from bench.tools.results import processor
-from train import config as configuration
-from train import dist
-from train.data import prepare
+from train.config import load as configuration
+from train.config.schema import Config
+from train.data.corpus.shards import Corpus
 from train.data.loader import Loader, loaders
-from train.data.shards import Corpus
-from train.engine import Engine
-from train.goodput import Times
-from train.guard import Guard
+from train.data.prepare import prepare
+from train.distributed import process_group
+from train.engine.engine import Engine
 from train.loop import Record, Training, train
-from train.progress import Progress
+from train.reporting.goodput import Times
 from train.run import build_engine
-from train.schema import Config
+from train.stability.guard import Guard
+from train.state.train_state import Progress
 
 GOAL = 1.05
 CHARACTERS = string.printable[:65]
@@ -80,13 +80,15 @@ class Nothing:
     stall_s = 0.0
 
 
-def training(config: Config, world: dist.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing) -> Training:
+def training(
+    config: Config, world: process_group.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing
+) -> Training:
     """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
     guard = Guard(config, world, corpus, engine, loader, aside.settle, lambda progress, why: None)
     return Training(config, world, engine, loader, aside, lambda event: None, lambda: False, guard, Times(), Progress())
 
 
-def ours(config: Config, corpus: Corpus, world: dist.World) -> tuple[Turn, int]:
+def ours(config: Config, corpus: Corpus, world: process_group.World) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
@@ -106,15 +108,23 @@ def theirs(config: Config, corpus: Corpus, peer: ModuleType) -> tuple[Turn, int]
     tokens = torch.cat([torch.from_numpy(split.document(n).astype("int64")) for n in range(split.samples)])
     names = {"n_layer": config.model.layers, "n_head": config.model.heads, "n_embd": config.model.width}
     shape = peer.GPTConfig(
-        block_size=length, vocab_size=corpus.tokenizer.vocab_size, dropout=config.model.dropout, bias=config.model.bias, **names
+        block_size=length,
+        vocab_size=corpus.tokenizer.vocab_size,
+        dropout=config.model.dropout,
+        bias=config.model.bias,
+        **names,
     )
     with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
         model: nn.Module = peer.GPT(shape)
-        optimizer = model.configure_optimizers(config.optimizer.weight_decay, config.optimizer.lr, config.optimizer.betas, "cpu")
+        optimizer = model.configure_optimizers(
+            config.optimizer.weight_decay, config.optimizer.lr, config.optimizer.betas, "cpu"
+        )
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         places = torch.randint(len(tokens) - length, (rows,)).tolist()
-        return torch.stack([tokens[i : i + length] for i in places]), torch.stack([tokens[i + 1 : i + 1 + length] for i in places])
+        return torch.stack([tokens[i : i + length] for i in places]), torch.stack(
+            [tokens[i + 1 : i + 1 + length] for i in places]
+        )
 
     def turn(steps: int) -> None:
         for step in range(steps):
@@ -182,17 +192,19 @@ def main(arguments: list[str]) -> int:
         data = [f"data.paths=[{text}]", f"data.dir={folder}/corpus"]
         config = configuration.load(["experiment=shakespeare_char", "tracking=off", *data, *options.overrides])
         corpus = Corpus(prepare.prepare(config.data, lambda progress: None))
-        world = dist.connect(0, 1, 0, "cpu", dist.Meeting("127.0.0.1", 0))
+        world = process_group.connect(0, 1, 0, "cpu", process_group.Meeting("127.0.0.1", 0))
         made = {"nanoGPT": theirs(config, corpus, peer)}
         for stage in options.stages:
             zero = config.zero.model_copy(update={"stage": stage})
             made[f"ours, ZeRO {stage}"] = ours(config.model_copy(update={"zero": zero}), corpus, world)
         found = measure({name: turn for name, (turn, _) in made.items()}, options.rounds, options.steps)
-        dist.leave()
+        process_group.leave()
     return report(config, options, {name: parameters for name, (_, parameters) in made.items()}, found)
 
 
-def report(config: Config, options: argparse.Namespace, parameters: dict[str, int], found: dict[str, list[float]]) -> int:
+def report(
+    config: Config, options: argparse.Namespace, parameters: dict[str, int], found: dict[str, list[float]]
+) -> int:
     """The table; 1 where the goal is missed."""
     model, batch = config.model, config.batch
     out = Console()

@@ -48,7 +48,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_turnover"))
     options = parser.parse_args(arguments)
-    words = [*MODEL, f"seed=range({options.trials})", "sweep.parallel=1", f"sweep.dir={options.out}", *options.overrides]
+    words = [
+        *MODEL,
+        f"seed=range({options.trials})",
+        "sweep.parallel=1",
+        f"sweep.dir={options.out}",
+        *options.overrides,
+    ]
     code = subprocess.run([sys.executable, "-m", "cluster", "train", "-m", *words], check=False).returncode
     if code:
         return code

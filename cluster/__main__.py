@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from cluster.signals import Signals
-from train import redact
+from cluster.host.stop_request import Signals
+from train.util import redact
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
 
@@ -18,26 +18,26 @@ def main(arguments: list[str]) -> int:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return 2
     if verb == "verify-resume":
-        from cluster import verify
+        from cluster.cli import verify_resume
 
-        return verify.run(rest)
+        return verify_resume.run(rest)
     if verb == "drill":
-        from cluster import drill_verb
+        from cluster.chaos import drill
 
-        return drill_verb.run(rest)
+        return drill.run(rest)
     if verb == "cluster":
-        from cluster import cluster_verb
+        from cluster.cli import cluster
 
-        return cluster_verb.run(rest)
+        return cluster.run(rest)
     signals = Signals()
     signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
-    from cluster.begin import begin
+    from cluster.driver.early_start import begin
 
     begun = None if {"-h", "--help"} & set(rest) else begin(signals)
     # Only now: these imports take a second, in which the warm process gets on with its own.
-    from cluster import train_verb
+    from cluster.cli import train
 
-    return train_verb.run(rest, begun)
+    return train.run(rest, begun)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from kernels.chunked_loss import chunked_linear_cross_entropy
 from kernels.dispatch import ops, torchs
+from kernels.linear_cross_entropy import chunked_linear_cross_entropy
 from kernels.philox import Dropout
 from kernels.segments import Segments
 from kernels.torch_ops import RopeTable
@@ -38,7 +38,9 @@ def attention(
     ``bias`` (B or 1, H or 1, Tq, Tk) is added to the scaled scores; -inf hides a key. ``rope`` turns q and k first
     (self-attention: Tq = Tk). ``scale`` is 1/sqrt(Dh) unless given.
     """
-    chosen = ops(q) if q.shape[-1] <= WIDEST_HEAD else torchs(f"attention of heads {q.shape[-1]} wide, only {WIDEST_HEAD}")
+    chosen = (
+        ops(q) if q.shape[-1] <= WIDEST_HEAD else torchs(f"attention of heads {q.shape[-1]} wide, only {WIDEST_HEAD}")
+    )
     options = {"segments": segments, "window": window, "bias": bias, "rope": rope, "scale": scale}
     return chosen.attention(q, k, v, causal=causal, **options)
 
@@ -63,7 +65,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return ops(x).rms_norm(x, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total) where total = residual + dropout(x): as ``add_layer_norm``."""
     return ops(x).add_rms_norm(x, residual, weight, eps, dropout)
 
@@ -96,7 +100,9 @@ def cross_entropy(
     The sum is float32 (float64 for float64 logits), the count int64. Of a target's probability ``label_smoothing`` is spread
     evenly over the vocabulary (Szegedy et al. 2016); ``z_loss`` * logsumexp(logits)^2 is added to every place (PaLM, section 5).
     """
-    return ops(logits).cross_entropy(logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
+    return ops(logits).cross_entropy(
+        logits, targets, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+    )
 
 
 def linear_cross_entropy(

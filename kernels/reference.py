@@ -49,7 +49,9 @@ def attention(
     scores = torch.einsum("bqhd,bkhd->bhqk", wide(q), k) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if bias is not None:
         scores = scores + wide(bias)
-    visible = band(queries, keys, causal, window, q.device)[None] if segments is None else segments.visible(causal, window)
+    visible = (
+        band(queries, keys, causal, window, q.device)[None] if segments is None else segments.visible(causal, window)
+    )
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     seen = scores > float("-inf")
     weights = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0).softmax(-1).masked_fill(~seen, 0.0)
@@ -93,7 +95,9 @@ def add_layer_norm(
     return layer_norm(total, weight, bias, eps), total
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total) where total = residual + dropout(x)."""
     total = add(x, residual, dropout)
     return rms_norm(total, weight, eps), total
@@ -105,8 +109,12 @@ def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     Su et al. 2021, in the order of halves that Llama checkpoints of transformers use.
     """
     half = x.shape[-1] // 2
-    angles = positions.double()[:, :, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half).to(x.device)
-    turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(x[..., :half].double(), x[..., half:].double())
+    angles = positions.double()[:, :, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half).to(
+        x.device
+    )
+    turned = torch.polar(torch.ones_like(angles), angles) * torch.complex(
+        x[..., :half].double(), x[..., half:].double()
+    )
     return torch.cat((turned.real, turned.imag), -1).to(x.dtype)
 
 

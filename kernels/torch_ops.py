@@ -68,7 +68,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total) where total = residual + dropout(x)."""
     total = residual + (x if dropout is None else philox.dropout(x, dropout))
     return rms_norm(total, weight, eps), total
@@ -113,7 +115,9 @@ def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
-    total = F.cross_entropy(wide(logits), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        wide(logits), targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
+    )
     trained = targets != ignore_index
     if z_loss:
         total = total + z_loss * torch.where(trained, wide(logits).logsumexp(-1), 0).square().sum()

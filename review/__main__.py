@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.data.files import write_whole
+from train.util.io import write_whole
 
 OK, BAD_INPUT = 0, 2
 
@@ -16,9 +16,15 @@ OK, BAD_INPUT = 0, 2
 def parser() -> argparse.ArgumentParser:
     """The options of the verb."""
     found = argparse.ArgumentParser(prog="./launch.sh review", description=(__doc__ or "").partition(": ")[2])
-    found.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)")
-    found.add_argument("--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)")
-    found.add_argument("--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)")
+    found.add_argument(
+        "runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)"
+    )
+    found.add_argument(
+        "--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)"
+    )
+    found.add_argument(
+        "--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)"
+    )
     found.add_argument("--open", action="store_true", help="show the page in the browser")
     return found
 
@@ -26,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes the review and says where it is; the exit code."""
     options = parser().parse_args(argv)
-    from review.read import read_all  # only now: --help needs none of it
+    from review.run_reader import read_all  # only now: --help needs none of it
 
     runs = read_all(options.runs, options.out)
     if all(run.state == "missing" and run.trial is None for run in runs):
@@ -35,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return BAD_INPUT
-    from review.scaling import study
+    from review.scaling.study import study
 
     law = study(runs)
     from review.importance import importances
@@ -52,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         for file in figures.write(runs, found, law, options.out):
             print(file)
     if options.format != "png":
-        from review import page
+        from review.html import page
 
         file = options.out / "review.html"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -17,15 +17,15 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from review.axes import axes_of, place
-from review.compare import ranked
-from review.goodput import shares
+from review.colors import FEW, SCALE, blend, colours, focus, rank, span
+from review.downsample import keep, smooth
+from review.html.parallel_axes import axes_of, place
 from review.importance import Importances
-from review.look import FEW, SCALE, blend, colours, focus, rank, span
-from review.read import Run
-from review.scaling import Study
-from review.search import Search, search
-from review.thin import keep, smooth
+from review.run_differences import ranked
+from review.run_reader import Run
+from review.scaling.study import Study
+from review.search_history import Search, search
+from review.wall_time import shares
 
 EARLY: dict[str, Any] = {"color": "#B5B5B5", "linewidth": 0.8, "alpha": 0.8}
 TICK: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "fontsize": 7, "va": "center"}
@@ -74,10 +74,18 @@ def curves(runs: Sequence[Run], x: str, y: str) -> Figure | None:
         held = np.flatnonzero(np.isfinite(run.columns["val_loss"]) & held_out)
         edge, size = ("none", 3.5) if many else ("black", 5)
         axes.plot(
-            at[held], run.columns["val_loss"][held], "o", color=colour, markersize=size, markeredgecolor=edge, markeredgewidth=0.6
+            at[held],
+            run.columns["val_loss"][held],
+            "o",
+            color=colour,
+            markersize=size,
+            markeredgecolor=edge,
+            markeredgewidth=0.6,
         )
     axes.set(xlabel=XS[x], ylabel="loss (nats per token)" if held_out else "tokens per second, all workers")
-    axes.set_title("training (lines, averaged over 5 % of the run) and held out (points)" if held_out else "", fontsize=10)
+    axes.set_title(
+        "training (lines, averaged over 5 % of the run) and held out (points)" if held_out else "", fontsize=10
+    )
     axes.grid(alpha=0.3)
     if held_out and (seen := focus(runs)):
         axes.set_ylim(*seen)
@@ -102,7 +110,9 @@ def goodput(runs: Sequence[Run]) -> Figure | None:
     cycle = ("#228833", "#CCBB44", "#4477AA", "#EE6677", "#AA3377", "#66CCEE", "#BBBBBB")
     for i, cause in enumerate(causes):
         values = np.array([100 * parts.get(cause, 0.0) for _, parts in rows])
-        axes.barh([plain(run.label) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause))
+        axes.barh(
+            [plain(run.label) for run, _ in rows], values, left=left, color=cycle[i % len(cycle)], label=plain(cause)
+        )
         left += values
     axes.margins(y=0.01)
     axes.invert_yaxis()
@@ -147,7 +157,9 @@ def history(found: Search | None, runs: Sequence[Run]) -> Figure | None:
         at, colours_ = [dot.number for dot in dots], [dot.colour for dot in dots]
         axes.scatter(at, [dot.shown for dot in dots], c=colours_, marker=dots[0].marker, s=34, label=kind, zorder=3)
     if found.best:
-        axes.plot(*zip(*found.best, strict=True), drawstyle="steps-post", color="#444444", linewidth=1, label="best so far")
+        axes.plot(
+            *zip(*found.best, strict=True), drawstyle="steps-post", color="#444444", linewidth=1, label="best so far"
+        )
     axes.set(xlabel="trial", ylabel=runs[0].goal.title, ylim=found.range)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
@@ -165,7 +177,9 @@ def bars(found: Importances | None, runs: Sequence[Run]) -> Figure | None:
     reach = np.array([(max(key.mean - key.low, 0), max(key.high - key.mean, 0)) for key in keys]).T
     axes.barh([plain(key.key) for key in keys], means, xerr=reach, color="#4477AA", ecolor="#444444", capsize=3)
     axes.set_xlabel(f"error of prediction when the key is shuffled ({runs[0].goal.unit})")
-    axes.set_title(f"{found.runs} runs; the forest explains {max(found.explained, 0):.0%} of unseen runs' variance", fontsize=9)
+    axes.set_title(
+        f"{found.runs} runs; the forest explains {max(found.explained, 0):.0%} of unseen runs' variance", fontsize=9
+    )
     return figure
 
 
@@ -188,7 +202,11 @@ def scaling(study: Study | None) -> Figure | None:
     left.set(xscale="log", xlabel="compute (FLOPs)", ylabel="held-out loss (nats per token)")
     draws = np.array([draw.frontier(compute, study.k)[0] for draw in study.draws])
     right.fill_between(
-        compute, *np.quantile(draws, (0.1, 0.9), axis=0), color="#4477AA", alpha=0.25, label="middle 80 % of the bootstrap"
+        compute,
+        *np.quantile(draws, (0.1, 0.9), axis=0),
+        color="#4477AA",
+        alpha=0.25,
+        label="middle 80 % of the bootstrap",
     )
     right.plot(compute, best_n, color="#4477AA", label=f"law: N ~ C^{study.law.exponent:.2f}")
     if len(study.budgets[0]):
@@ -204,7 +222,9 @@ def _guesses(axes: Axes, study: Study, x: object) -> None:
         at = study.k * guess.n * guess.d
         reach = [[max(guess.loss - guess.low, 0)], [max(guess.high - guess.loss, 0)]]
         label = "foretold (not fitted), middle 80 %" if i == 0 else None
-        axes.errorbar([at], [guess.loss], reach, fmt="D", color="#222222", markerfacecolor="none", capsize=3, label=label)
+        axes.errorbar(
+            [at], [guess.loss], reach, fmt="D", color="#222222", markerfacecolor="none", capsize=3, label=label
+        )
         if guess.measured is not None:
             axes.plot([at], [guess.measured], "*", color="#AA3377", markersize=11, label="measured" if i == 0 else None)
 
@@ -212,10 +232,16 @@ def _guesses(axes: Axes, study: Study, x: object) -> None:
 def _scale(figure: Figure, axes: Axes, runs: Sequence[Run]) -> None:
     """The bar that says what the colours mean."""
     if scale := span(runs):
-        far = [score for run in runs if (score := run.score) is not None and abs(score - scale[0]) > abs(scale[1] - scale[0])]
+        far = [
+            score
+            for run in runs
+            if (score := run.score) is not None and abs(score - scale[0]) > abs(scale[1] - scale[0])
+        ]
         least, (low, high) = scale[0] <= scale[1], sorted(scale)
         map_ = ScalarMappable(Normalize(low, high), _map() if least else _map().reversed())
-        figure.colorbar(map_, ax=axes, label=runs[0].goal.title, extend="neither" if not far else "max" if least else "min")
+        figure.colorbar(
+            map_, ax=axes, label=runs[0].goal.title, extend="neither" if not far else "max" if least else "min"
+        )
 
 
 def _map() -> LinearSegmentedColormap:

@@ -15,9 +15,9 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
 
-from review.compare import ASIDE, differing, ranked
-from review.files import number
-from review.read import Run
+from review.lenient_io import number
+from review.run_differences import ASIDE, differing, ranked
+from review.run_reader import Run
 
 LEAST_RUNS = 8
 DRAWS = 20
@@ -66,7 +66,9 @@ def importances(runs: Sequence[Run]) -> Importances | None:
         found.append(shuffled.importances_mean)
     table = np.array(found)
     low, high = np.quantile(table, (0.1, 0.9), axis=0)
-    rows = [Importance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)]
+    rows = [
+        Importance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)
+    ]
     return Importances(tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - wrong / max(right, 1e-12))
 
 

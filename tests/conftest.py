@@ -7,12 +7,14 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-import interpreter  # noqa: F401  before anything imports Triton
 import pytest
-import worlds
+from helpers import (
+    gloo_ranks,
+    interpret,  # noqa: F401  before anything imports Triton
+)
 
-from train.data.prepare import prepare
-from train.schema import Config
+from train.config.schema import Config
+from train.data.prepare.prepare import prepare
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -22,7 +24,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class OneClusterAtATime(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "clusters" if nodeid.startswith("tests/cluster/") else nodeid
+            return "clusters" if nodeid.startswith(("tests/cluster/", "tests/integration/cluster/")) else nodeid
 
     return OneClusterAtATime(config, log)
 
@@ -39,7 +41,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["".join(draw.choices("aeioumnrst", k=draw.randint(1, 7))) for _ in range(50)]
     for n in range(60):
         (folder / f"{n:02}.txt").write_text(" ".join(draw.choices(words, k=draw.randint(3, 40))))
-    data = worlds.compose(*worlds.TEXT, f"data.paths=[{folder}]", f"data.dir={folder.with_name('corpus')}").data
+    data = gloo_ranks.compose(*gloo_ranks.TEXT, f"data.paths=[{folder}]", f"data.dir={folder.with_name('corpus')}").data
     return prepare(data, lambda event: None)
 
 
@@ -48,7 +50,7 @@ def make(corpus: Path, tmp_path: Path):
     """make(*overrides, name=...) -> the configuration of a run on the corpus, in a folder of its own."""
 
     def composed(*overrides: str, name: str = "run") -> Config:
-        return worlds.on_corpus(corpus, tmp_path / name, *overrides)
+        return gloo_ranks.on_corpus(corpus, tmp_path / name, *overrides)
 
     return composed
 
@@ -60,6 +62,6 @@ def as_typed(corpus: Path, tmp_path: Path):
     def typed(*overrides: str, name: str = "run") -> list[str]:
         text = corpus.parent / "text"
         here = [f"data.paths=[{text}]", f"data.dir={corpus}", f"run.dir={tmp_path / name}"]
-        return [*worlds.TINY, *worlds.TEXT, *here, *overrides]
+        return [*gloo_ranks.TINY, *gloo_ranks.TEXT, *here, *overrides]
 
     return typed

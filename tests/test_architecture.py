@@ -13,23 +13,23 @@ FILES = sorted(f for package in PACKAGES for f in (ROOT / package).rglob("*.py")
 
 FENCES = {
     "triton": "kernels/",
-    "deepspeed": "train/engine.py",
+    "deepspeed": "train/engine/",
     "ray": "cluster/",
-    "hydra": "train/config.py",
-    "omegaconf": "train/config.py",
-    "wandb": "train/tracking.py",
-    "fsspec": "train/mirror.py",
-    "webdataset": "train/data/shards.py",
-    "transformers": "train/export.py",
-    "plotly": "review/page.py",
+    "hydra": "train/config/load.py",
+    "omegaconf": "train/config/load.py",
+    "wandb": "train/reporting/tracking.py",
+    "fsspec": "train/checkpoint/mirror.py",
+    "webdataset": "train/data/corpus/shards.py",
+    "transformers": "train/pretrained/export.py",
+    "plotly": "review/html/page.py",
     "matplotlib": "review/figures.py",
     "sklearn": "review/importance.py",
-    "scipy": "review/law.py",
+    "scipy": "review/scaling/scaling_law.py",
     "optuna": "cluster/sweep/search.py",
 }
 """Who alone may import a heavy dependency; replacing one is a change to one place."""
 
-MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS = 300, 40, 6
+MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS = 400, 40, 6
 """Triton's kernels are excepted; what registered ops and the public ops over them take is flat: tensors and numbers."""
 
 
@@ -101,7 +101,9 @@ def test_files_and_functions_keep_their_size(file: Path):
         if name(file).startswith("kernels/"):
             continue
         arguments = [a for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
-        assert len(arguments) + len(function.args.kwonlyargs) <= MAX_ARGUMENTS, f"{owner} takes {len(arguments)} arguments"
+        assert len(arguments) + len(function.args.kwonlyargs) <= MAX_ARGUMENTS, (
+            f"{owner} takes {len(arguments)} arguments"
+        )
 
 
 def functions(tree: ast.AST, owner: str = ""):
@@ -124,14 +126,23 @@ def test_yaml_files_only_choose_and_set_numbers():
 def test_only_its_own_files_and_one_list_know_a_family():
     """Loop, engine, checkpoint, loader, objectives, cluster: none imports a family, or has its name or its class's in its code."""
     families = {"decoder": "Decoder", "encoder": "Encoder", "encdec": "EncDec", "recurrent": "Recurrent"}
-    own = {f"train/{part}/{family}.py" for part in ("models", "sections") for family in families}
+    own = {f"train/{part}/{family}.py" for part in ("models", "config/keys") for family in families}
     assert own <= {name(file) for file in FILES}
-    known = own | {"train/schema.py", "train/models/layers.py"}  # the list; and for the type checker what transformers share
+    known = own | {
+        "train/config/schema.py",
+        "train/models/layers.py",
+    }  # the list; and for the type checker what transformers share
     for file in FILES:
-        if name(file) in known or not name(file).startswith(("train/", "cluster/")) or name(file).startswith("train/hf/"):
+        if (
+            name(file) in known
+            or not name(file).startswith(("train/", "cluster/"))
+            or name(file).startswith("train/pretrained/hf/")
+        ):
             continue
         nodes = list(ast.walk(ast.parse(file.read_text())))
         said = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
         said |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "schema"}
         said |= {part for module in imports(file) if module.startswith("train.") for part in module.split(".")}
-        assert not said & {*families, *families.values()}, f"{name(file)} knows {said & {*families, *families.values()}}"
+        assert not said & {*families, *families.values()}, (
+            f"{name(file)} knows {said & {*families, *families.values()}}"
+        )

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cluster_verb
+from cluster.cli import cluster
 from review import __main__ as review
-from train import config as configuration
-from train import schema
+from train.config import load as configuration
+from train.config import schema
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
 
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -73,7 +75,15 @@ def command_name(value: object) -> str:
 
 def test_commands_are_found():
     assert len(COMMANDS) > 20
-    assert {words[0] for _, words in COMMANDS if words} >= {"train", "prepare", "evaluate", "generate", "test", "check", "bench"}
+    assert {words[0] for _, words in COMMANDS if words} >= {
+        "train",
+        "prepare",
+        "evaluate",
+        "generate",
+        "test",
+        "check",
+        "bench",
+    }
 
 
 @pytest.mark.parametrize(("document", "words"), COMMANDS, ids=command_name)
@@ -86,7 +96,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
         configuration.load(arguments)
     elif verb == "cluster":
         name, *rest = [*arguments, "up"]
-        assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster_verb.VERBS[name][1]
+        assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster.VERBS[name][1]
     elif verb in SAVED:
         given = {argument.partition("=")[0] for argument in arguments} - {"--json", "--help"}
         assert given <= SAVED[verb]
@@ -100,10 +110,12 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_key_and_choice_that_is_mentioned_exists(document: Path):
     known, groups = configuration.keys(), configuration.groups()
-    options = set().union(*SAVED.values(), *(known for _, known in cluster_verb.VERBS.values()))
+    options = set().union(*SAVED.values(), *(known for _, known in cluster.VERBS.values()))
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for code in inline(document):
-        words = [] if code.startswith((".", "-")) or "_target_" in code else code.split()  # that one is shown to be refused
+        words = (
+            [] if code.startswith((".", "-")) or "_target_" in code else code.split()
+        )  # that one is shown to be refused
         for key, equals, value in (word.partition("=") for word in words):
             if not KEY.fullmatch(key) or (key, value) in TEMPLATES:
                 continue
@@ -140,7 +152,11 @@ def test_no_machine_is_named(document: Path):
 
 def test_the_page_of_keys_is_the_help_of_the_program():
     """When it is not: replace the first text block of the page by what ``./launch.sh train --help`` prints."""
-    blocks = [block for kind, block in FENCE.findall((ROOT / "docs" / "configuration.md").read_text("utf-8")) if kind == "text"]
+    blocks = [
+        block
+        for kind, block in FENCE.findall((ROOT / "docs" / "configuration.md").read_text("utf-8"))
+        if kind == "text"
+    ]
     assert blocks[0].rstrip("\n") == configuration.help_text()
 
 

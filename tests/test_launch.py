@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import worlds
+from helpers import gloo_ranks
 
 
 def test_an_environment_that_processes_use_is_not_made_anew_under_them(tmp_path):
-    shutil.copy(worlds.REPOSITORY / "launch.sh", tmp_path)
+    shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", tmp_path)
     (tmp_path / "requirements.lock").write_text("another\n")
     library = tmp_path / ".venv" / "lib" / "some.so"
     library.parent.mkdir(parents=True)
@@ -33,9 +33,11 @@ def test_an_environment_that_processes_use_is_not_made_anew_under_them(tmp_path)
 def test_what_a_bench_starts_begins_when_it_is_started(tmp_path):
     """Else a run's time to its first step has all that the bench did before."""
     for name in ("launch.sh", "requirements.lock"):
-        shutil.copy2(worlds.REPOSITORY / name, tmp_path)
+        shutil.copy2(gloo_ranks.REPOSITORY / name, tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "told.py").write_text("import os; print('TRIREME_T0' in os.environ)")
     command = ["bash", str(tmp_path / "launch.sh"), "bench", "told"]
-    done = subprocess.run(command, env={**os.environ, "TRIREME_VENV": sys.prefix}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**os.environ, "TRIREME_VENV": sys.prefix}, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "False\n"

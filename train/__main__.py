@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from train import config as configuration
-from train import redact, schema
+from train.config import load as configuration
+from train.config import schema
 from train.errors import Stopped, UserError
-from train.words import plural
+from train.util import redact
+from train.util.format import plural
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -23,7 +24,7 @@ OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 def evaluate(argv: Sequence[str]) -> int:
     """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP] [split=val|test] [--json]: all that is measured on held-out text."""
     options = _options([a for a in argv if a != "--json"], {"run.dir": None, "checkpoint": "latest", "split": "val"})
-    from train import evaluate_verb
+    from train.cli import evaluate as evaluate_verb
 
     evaluate_verb.run(options, OUT, as_json="--json" in argv)
     return OK
@@ -36,9 +37,11 @@ def generate(argv: Sequence[str]) -> int:
     generation=sample, greedy or beam takes a choice of conf/generation; without it, the run's own settings are.
     checkpoint=latest, best or a step. One text is written as it is drawn; --json writes a line for each. The keys:
     """
-    from train import generate_verb
+    from train.cli import generate as generate_verb
 
-    known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(["prompt", "prompts", "generation", *generate_verb.NAMES], "")
+    known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(
+        ["prompt", "prompts", "generation", *generate_verb.NAMES], ""
+    )
     options = _options([argument for argument in argv if argument != "--json"], known)
     generate_verb.run(options, as_json="--json" in argv)
     return OK
@@ -53,14 +56,17 @@ def export(argv: Sequence[str]) -> int:
     shard_mb = _number(options["shard_mb"])
     if not isinstance(shard_mb, int) or shard_mb < 1:
         raise UserError(f"shard_mb={options['shard_mb']} is not a number of megabytes")
-    from train.export import export as write
+    from train.pretrained.export import export as write
 
     done = write(Path(options["run.dir"]), Path(options["to"]), options["checkpoint"], shard_mb * 10**6)
     size = sum(file.stat().st_size for file in done.files) / 1e6
     where = f"{options['run.dir']}, step {done.step} -> {options['to']}"
-    OUT.print(f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB")
     OUT.print(
-        f"transformers {done.version} loads it: the same names and tokens; logits differ by at most {done.difference:.1g}", end=""
+        f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB"
+    )
+    OUT.print(
+        f"transformers {done.version} loads it: the same names and tokens; logits differ by at most {done.difference:.1g}",
+        end="",
     )
     OUT.print(f" where the largest is {done.largest:.3g}")
     return OK
@@ -69,7 +75,7 @@ def export(argv: Sequence[str]) -> int:
 def trace(argv: Sequence[str]) -> int:
     """trace run.dir=FOLDER step=N [--json]: the documents that stand in step N, counted as in metrics.jsonl."""
     options = _options([argument for argument in argv if argument != "--json"], {"run.dir": None, "step": None})
-    from train.trace import trace as find
+    from train.stability.find_documents import trace as find
 
     step = _number(options["step"])
     if not isinstance(step, int):
@@ -92,24 +98,24 @@ def trace(argv: Sequence[str]) -> int:
 def worker(argv: Sequence[str]) -> int:
     """worker config=FILE corpus=FOLDER: one rank of a world that torchrun, or a like launcher, has started."""
     options = _options(argv, {"config": None, "corpus": None})
-    from train import dist
+    from train.distributed import process_group
     from train.run import train_rank
 
     config = configuration.read(Path(options["config"]))
-    world = dist.from_env()
+    world = process_group.from_env()
 
     def emit(event: dict[str, object]) -> None:
         if world.first:
             OUT.print_json(data=event, indent=None, default=float)
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
-    dist.leave()
+    process_group.leave()
     return OK
 
 
 def prepare(argv: Sequence[str]) -> int:
     """prepare [data=stdlib|text|...] [data.paths=[...]] [key=value ...]: text to tokenised shards; resumable, idempotent."""
-    from train.data.progress import prepare_with_progress
+    from train.data.prepare.progress_bar import prepare_with_progress
 
     config = configuration.load(argv)
     prepare_with_progress(config.data, OUT, config.objective)
@@ -136,7 +142,9 @@ def main(argv: Sequence[str]) -> int:
         OUT.print(verb.__doc__, markup=False)
         if verb is generate:
             known = configuration.keys(schema.Generation)
-            OUT.print("\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False)
+            OUT.print(
+                "\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False
+            )
         return OK
     try:
         return verb(argv[1:])

@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 and what only some objectives and families have:
 
-    memory           (B,) int64    number, from 1, of what the row goes on from (`train.memory`); negative: it begins anew; 0: none
+    memory           (B,) int64    number, from 1, of what the row goes on from (`train.models.carried_state`); negative: it begins anew; 0: none
     types            (B, T) int64  0 in the first text of a pair, 1 in the second
     next_targets     (B,) int64    0: the second text follows the first, 1: it is from elsewhere
     targets          (B, U)        of an encoder-decoder: what it writes after target_tokens (B, U), of target_segments (B, U)

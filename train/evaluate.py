@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train import dist, metrics
 from train.batch import Batch, Losses, to_device
 from train.data.loader import EvalLoader
+from train.distributed import process_group
 from train.errors import Stopped
+from train.reporting import metrics
 
 Sums = dict[str, tuple[NDArray[np.float64], int]]
 """By name: what an objective gives in evaluation, over the whole split, and over how many places.
@@ -72,7 +73,12 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[[Batch], Losses], held_out: EvalLoader, world: dist.World, should_stop: Callable[[], bool]) -> Sums:
+def evaluate(
+    forward: Callable[[Batch], Losses],
+    held_out: EvalLoader,
+    world: process_group.World,
+    should_stop: Callable[[], bool],
+) -> Sums:
     """The sums over all groups of all ranks. A collective.
 
     Each group's numbers have their own place in one table, which is then added up in one order: who computed which changes
@@ -80,7 +86,7 @@ def evaluate(forward: Callable[[Batch], Losses], held_out: EvalLoader, world: di
     """
     tables: dict[str, _Table] = {}
     for turn, batch in enumerate(held_out):
-        if dist.all_reduce_sum([float(should_stop())])[0]:
+        if process_group.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
         number = world.rank + turn * world.size
         for name, (total, count) in forward(to_device(batch, world.device)).items():
@@ -88,7 +94,7 @@ def evaluate(forward: Callable[[Batch], Losses], held_out: EvalLoader, world: di
             if number < held_out.groups:
                 table.add(number, total, count)
     flat = [value for table in tables.values() for value in table.flat()]
-    whole = np.array(dist.all_reduce_sum(flat))
+    whole = np.array(process_group.all_reduce_sum(flat))
     found = {}
     for name, table in tables.items():
         part, whole = np.split(whole, [len(table.flat())])

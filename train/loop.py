@@ -10,19 +10,19 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from train import dist, pulse
 from train.batch import NOT_MADE, Batch, StepResult, count_targets, count_tokens, to_device
+from train.config.schema import Config
 from train.data.loader import Loader
-from train.engine import Engine
+from train.distributed import heartbeat, process_group
+from train.engine.engine import Engine
 from train.errors import NotFinite, Stopped
-from train.goodput import Times
-from train.guard import Guard
-from train.progress import Progress
-from train.rng import seed_of
-from train.schedule import learning_rate
-from train.schema import Config
-from train.stopping import enough, judge, words
-from train.throughput import tokens_per_second
+from train.optim.schedule import learning_rate
+from train.reporting.goodput import Times
+from train.reporting.throughput import tokens_per_second
+from train.stability.early_stopping import enough, judge, words
+from train.stability.guard import Guard
+from train.state.train_state import Progress
+from train.util.seeding import seed_of
 
 Record = dict[str, Any]
 EMIT_EVERY_S = 0.1
@@ -59,7 +59,7 @@ class Training:
     """One rank's run, assembled: what the loop needs, and nothing else."""
 
     config: Config
-    world: dist.World
+    world: process_group.World
     engine: Engine
     loader: Loader
     aside: Aside
@@ -81,8 +81,8 @@ def train(run: Training) -> Progress:
     config, progress, pace = run.config, run.progress, Pace(run)
     run.times.lap("start")
     while progress.step < config.steps and not enough(config.stop, progress):
-        pulse.at_step(progress.step + 1)
-        pulse.enter("data")
+        heartbeat.at_step(progress.step + 1)
+        heartbeat.enter("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
         counts, tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
@@ -128,16 +128,18 @@ def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[dic
     counted = [count_targets(batch) for batch in micro_batches]
     places = [float(sum(counts[name] for counts in counted)) for name in counted[0]]
     tokens = float(sum(count_tokens(batch) for batch in micro_batches))
-    *whole, tokens, stops, fails = dist.all_reduce_sum([*places, tokens, float(stop), float(failed)])
+    *whole, tokens, stops, fails = process_group.all_reduce_sum([*places, tokens, float(stop), float(failed)])
     counts = dict(zip(counted[0], map(int, whole), strict=True))
     return counts, int(tokens) if counts["loss"] else 0, stops > 0, fails > 0
 
 
 def mean_losses(result: StepResult) -> dict[str, float]:
     """The losses of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
-    sums = dist.all_reduce_sum([float(value) for pair in result.losses.values() for value in pair])
+    sums = process_group.all_reduce_sum([float(value) for pair in result.losses.values() for value in pair])
     pairs = zip(sums[::2], sums[1::2], strict=True)
-    return {name: total / places if places else math.nan for name, (total, places) in zip(result.losses, pairs, strict=True)}
+    return {
+        name: total / places if places else math.nan for name, (total, places) in zip(result.losses, pairs, strict=True)
+    }
 
 
 def report(run: Training, before: Progress, progress: Progress, measured: Record) -> Record:
@@ -189,7 +191,7 @@ def _stop(run: Training, progress: Progress, pending: Record | None = None) -> N
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, pending)
     run.aside.settle()
-    pulse.enter("end")
+    heartbeat.enter("end")
     raise Stopped
 
 

@@ -13,40 +13,45 @@ from typing import Any
 
 import yaml
 
-from train import checkpoint, dist, initial, pulse, resume
-from train import config as configuration
-from train.checkpoint import Checkpoint
-from train.data.files import write_whole
+from train.checkpoint import reader
+from train.checkpoint.mirror import Mirror
+from train.checkpoint.reader import Checkpoint
+from train.checkpoint.writer import Saver
+from train.config import load as configuration
+from train.config.schema import Config
+from train.data.corpus.shards import Corpus
 from train.data.loader import EvalLoader, Loader, loaders
-from train.data.shards import Corpus
-from train.data.streams import Cursor
-from train.depth import by_depth
-from train.engine import Engine
+from train.data.sampling.batch_plan import Cursor
+from train.distributed import heartbeat, process_group
+from train.engine.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.goodput import Times, goodput
-from train.guard import Guard
-from train.lineage import lineage
+from train.generation.text_streamer import encoded, write
+from train.kernel_setup import choose_kernels
 from train.loop import Record, Training, finish_pending, phase, train
-from train.mirror import Mirror
-from train.models.state import Generative
+from train.models.generation_api import Generative
 from train.objectives import build_objective
-from train.optim import build_optimizer, parameter_groups
-from train.outline import outline
-from train.progress import Progress
-from train.redact import redact_tree
-from train.saving import Saver
-from train.schema import Config
-from train.tiles import choose_kernels
-from train.tracking import Tracker
-from train.writing import encoded, write
+from train.optim.factory import build_optimizer, parameter_groups
+from train.optim.layerwise_lr import by_depth
+from train.pretrained import init_from
+from train.reporting.goodput import Times, goodput
+from train.reporting.run_outline import outline
+from train.reporting.tracking import Tracker
+from train.run_dir import resume
+from train.run_dir.environment import lineage
+from train.stability.guard import Guard
+from train.state.train_state import Progress
+from train.util.io import write_whole
+from train.util.redact import redact_tree
 
 Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
 """How long the end of a run, and a stop, wait for the last copy to be complete elsewhere."""
 
 
-def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit, should_stop: Callable[[], bool]) -> None:
+def train_rank(
+    config: Config, corpus_folder: str, world: process_group.World, emit: Emit, should_stop: Callable[[], bool]
+) -> None:
     """What one rank of a world runs: train to the last step, evaluate, sample, summarise.
 
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
@@ -54,12 +59,12 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
     """
     folder, times = Path(config.run.dir or ""), Times()
     emit(phase("data"))
-    dist.same_everywhere("configuration", configuration.digest(config))
+    process_group.same_everywhere("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder, config.model.special)
-    dist.same_everywhere("corpus", corpus.fingerprint)
+    process_group.same_everywhere("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
-    if error := dist.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
+    if error := process_group.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     found = _newest(folder, corpus, world, note, mirror)
@@ -95,13 +100,17 @@ def train_rank(config: Config, corpus_folder: str, world: dist.World, emit: Emit
 
 
 def build_engine(
-    config: Config, vocab_size: int, world: dist.World, loader: Loader, start: Callable[[Any], None] | None = None
+    config: Config,
+    vocab_size: int,
+    world: process_group.World,
+    loader: Loader,
+    start: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
     """The objective and the engine that trains it. Every rank draws the same weights; ``start`` puts others in their place."""
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)
-    initial.freeze(objective, config.init.freeze)
+    init_from.freeze(objective, config.init.freeze)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
         groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
@@ -113,17 +122,19 @@ def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[P
     """Fill engine and loader from a checkpoint, or start at the beginning: the progress, and a record still to be finished."""
     if found is None:
         return Progress(), None
-    checkpoint.restore(found, engine)
+    reader.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
 
 
-def _begin_from(config: Config, corpus: Corpus, world: dist.World, note: Callable[[str], None], objective: Any) -> None:
+def _begin_from(
+    config: Config, corpus: Corpus, world: process_group.World, note: Callable[[str], None], objective: Any
+) -> None:
     """Fill a new run's objective from ``init.from``, say so, and write down where its weights come from: ``init.json``."""
-    taken = initial.fill(objective, config, corpus.tokenizer, world)
+    taken = init_from.fill(objective, config, corpus.tokenizer, world)
     note(taken.words())
     file = Path(config.run.dir or "") / "init.json"
-    if error := dist.act_first(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
+    if error := process_group.act_first(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
         raise UserError(error)
 
 
@@ -132,7 +143,7 @@ class Work:
     """What a rank does beside its steps: log, evaluate, sample, save, summarise."""
 
     config: Config
-    world: dist.World
+    world: process_group.World
     corpus: Corpus
     engine: Engine
     held_out: EvalLoader
@@ -157,7 +168,7 @@ class Work:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
-        pulse.enter("eval")
+        heartbeat.enter("eval")
         part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
         held_out = self.held_out if part is None else self.held_out.first(part)
         sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -170,12 +181,14 @@ class Work:
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
-        pulse.enter("save")
+        heartbeat.enter("save")
         self.settle()
         if self.tracker:
             self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
-        self.saver.save(self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None)
+        self.saver.save(
+            self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None
+        )
 
     def hold(self) -> None:
         """Before each update: until the save in flight has its copy."""
@@ -186,14 +199,16 @@ class Work:
         save = self.saver.ended()
         if save and not save.error:
             path = str(self.saver.folder / f"step_{save.step}")
-            self.emit({"event": "save", "step": save.step, "path": path, "seconds": save.seconds, "stall_s": self.stall_s})
+            self.emit(
+                {"event": "save", "step": save.step, "path": path, "seconds": save.seconds, "stall_s": self.stall_s}
+            )
         return self.saver.failed
 
     def settle(self) -> None:
         """Wait for the save in flight."""
         waits = self.saver.busy
         if waits:
-            pulse.enter("save")
+            heartbeat.enter("save")
             self.emit(phase("save"))
         self.saver.settle()
         self.save_failed()
@@ -218,7 +233,7 @@ class Work:
         part = progress.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
         if self.held_out.groups and (self.last is None or part):
             self.evaluate(progress, whole=True)
-        pulse.enter("end")
+        heartbeat.enter("end")
         times.lap("eval")
         if not self.tracker:
             return
@@ -248,7 +263,7 @@ class Work:
         options = self.config.generation
         if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
-        pulse.enter("sample")
+        heartbeat.enter("sample")
         weights = dict(self.engine.whole_weights())
         if not self.world.first:
             return
@@ -263,10 +278,10 @@ class Work:
 
 
 def _newest(
-    folder: Path, corpus: Corpus, world: dist.World, note: Callable[[str], None], mirror: Mirror | None
+    folder: Path, corpus: Corpus, world: process_group.World, note: Callable[[str], None], mirror: Mirror | None
 ) -> Checkpoint | None:
     """The newest whole checkpoint of the run, made on this corpus; UserError for another."""
-    found = checkpoint.newest(folder / "checkpoints", world, note, mirror)
+    found = reader.newest(folder / "checkpoints", world, note, mirror)
     if found:
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     return found
@@ -278,7 +293,7 @@ def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
         encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
-def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, mirror: Mirror | None) -> None:
+def _open_folder(config: Config, corpus: Corpus, world: process_group.World, emit: Emit, mirror: Mirror | None) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
     folder = Path(config.run.dir or "")
     if mirror and not (folder / "config.yaml").exists():
@@ -295,6 +310,6 @@ def _open_folder(config: Config, corpus: Corpus, world: dist.World, emit: Emit, 
     write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
-def _note(world: dist.World, emit: Emit, text: str) -> None:
+def _note(world: process_group.World, emit: Emit, text: str) -> None:
     if world.first:
         emit({"event": "note", "text": text})

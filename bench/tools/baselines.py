@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.shards import Corpus
-from train.metrics import accuracy
+from train.data.corpus.shards import Corpus
+from train.reporting.metrics import accuracy
 
 NGRAMS, RARE, STRENGTHS = ((1, 2), (1, 3)), (1, 2), (2.0, 4.0, 8.0, 16.0, 32.0)
 """Characters of a feature, documents that a feature must be in, C of the regression: what is tried."""

@@ -120,7 +120,10 @@ def norms(size: Size) -> Iterator[Case]:
             "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-5), (x, weight)),
             "layer_norm": (lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5), (x, weight, bias)),
             "add_rms_norm": (lambda x, r, w: kernels.add_rms_norm(x, r, w, 1e-5), (x, residual, weight)),
-            "add_layer_norm": (lambda x, r, w, b: kernels.add_layer_norm(x, r, w, b, 1e-5), (x, residual, weight, bias)),
+            "add_layer_norm": (
+                lambda x, r, w, b: kernels.add_layer_norm(x, r, w, b, 1e-5),
+                (x, residual, weight, bias),
+            ),
         }
         for op, (function, leaves) in ours.items():
             tensors = work(4 * tensor, 4 * tensor) if op.startswith("add") else work(2 * tensor, 3 * tensor)

@@ -50,7 +50,8 @@ SHARES = ((FORWARD, 0.95), (BACKWARD, 0.90))
 def table(rows: list[Row], size: Size) -> Table:
     """Every goal that this run has rows for: the ratio at each shape, and whether it is reached."""
     found = Table(
-        title="goals" if size.gpu else "goals (of a GPU: here they only show that they are computed)", title_justify="left"
+        title="goals" if size.gpu else "goals (of a GPU: here they only show that they are computed)",
+        title_justify="left",
     )
     for n, column in enumerate(("op", "shape", "mode", "what", "found", "goal", "")):
         found.add_column(column, justify="right" if n in (4, 5) else "left", no_wrap=True)
@@ -79,7 +80,15 @@ def shares(rows: list[Row]) -> Iterator[Line]:
     for mode, least in SHARES:
         for row in rows:
             if row["variant"] == OURS and row["mode"] == mode and row["op"] in NORMS + ADD_NORMS and wide(row["shape"]):
-                yield row["op"], row["shape"], mode, "share of the copy rate", row["share"], f">= {least}", row["share"] >= least
+                yield (
+                    row["op"],
+                    row["shape"],
+                    mode,
+                    "share of the copy rate",
+                    row["share"],
+                    f">= {least}",
+                    row["share"] >= least,
+                )
 
 
 def memory(rows: list[Row]) -> Iterator[Line]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from train.throughput import matmul_rate
+from train.reporting.throughput import matmul_rate
 
 FLUSH_BYTES = 256 << 20
 """More than any L2 cache holds."""
@@ -37,14 +37,18 @@ class Times:
         return statistics.median(self.device)
 
 
-def take_turns(thunks: dict[str, Thunk], device: torch.device, seconds: float) -> tuple[dict[str, Times], dict[str, str]]:
+def take_turns(
+    thunks: dict[str, Thunk], device: torch.device, seconds: float
+) -> tuple[dict[str, Times], dict[str, str]]:
     """Times of every function, round by round, odd rounds in the other order, for about so many seconds; and what failed, why."""
     failed, single = {}, 0.0
     for name, thunk in thunks.items():
         try:
             single += _warm_up(thunk, device)
         except Exception as error:  # a peer that is not made for these shapes, or has no room for them
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+            failed[name] = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:160]
+            )
     left = {name: thunk for name, thunk in thunks.items() if name not in failed}
     times = {name: Times() for name in left}
     clock = _on_cuda if device.type == "cuda" else _on_cpu

@@ -60,7 +60,9 @@ def attention(gpu: bool, length: int) -> Functions:
     def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
         with sdpa_kernel([backend]):
             grouped = q.shape[2] != k.shape[2]
-            out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=grouped
+            )
         return out.transpose(1, 2)
 
     names = list(BACKENDS) if gpu else ["sdpa flash", "sdpa math"]

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.data.files import append_line
+from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
-from train.redact import redact_tree
-from train.space import Params, Sweeping
-from train.tracking import read_records
+from train.reporting.tracking import read_records
+from train.util.io import append_line
+from train.util.redact import redact_tree
 
 FILE = "ledger.jsonl"
 FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
@@ -73,7 +73,9 @@ class Ledger:
             self.trials[record["trial"]].state = "cut off"
         elif record["event"] == "end":
             entry = self.trials[record["trial"]]
-            entry.state, entry.step, entry.values, entry.why = (record[key] for key in ("state", "step", "values", "why"))
+            entry.state, entry.step, entry.values, entry.why = (
+                record[key] for key in ("state", "step", "values", "why")
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         head, self.head = self.head, None
@@ -112,5 +114,7 @@ def _refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> 
             lines.append(f"  - {key}: {was} there, {now} here")
     if lines:
         raise UserError(
-            f"{folder} holds another sweep:\n" + "\n".join(lines) + "\nGive the old values to go on with it, or another sweep.name"
+            f"{folder} holds another sweep:\n"
+            + "\n".join(lines)
+            + "\nGive the old values to go on with it, or another sweep.name"
         )

@@ -15,9 +15,14 @@ import optuna
 from optuna import distributions, pruners, samplers
 from optuna.trial import TrialState
 
-from train.space import Axis, Params, Sweeping
+from train.config.sweep_space import Axis, Params, Sweeping
 
-STATES = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "diverged": TrialState.PRUNED, "failed": TrialState.FAIL}
+STATES = {
+    "done": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "diverged": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
 """A trial that diverged tells a sampler as much as one that was no good."""
 RUNGS = ((1 / 8, 1 / 3), (1 / 2, 1 / 2))
 """After this share of the steps, this share of the trials goes on. Early, a loss tells who is hopeless, which most are; among the
@@ -31,7 +36,9 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.axes = sweep.settings, sweep.axes
         self.space = {axis.key: distribution(axis) for axis in sweep.axes}
-        self.study = optuna.create_study(directions=list(sweep.directions), pruner=pruner(sweep.settings.pruner, sweep.base.steps))
+        self.study = optuna.create_study(
+            directions=list(sweep.directions), pruner=pruner(sweep.settings.pruner, sweep.base.steps)
+        )
         self.startup = sweep.settings.startup or min(10, max(4, sweep.settings.trials // 5))
         self.open: dict[int, optuna.Trial] = {}
 
@@ -52,7 +59,9 @@ class Search:
         """Takes over the next trial of an earlier driver, with the metric that it has reported so far."""
         number = len(self.study.trials)
         values = {axis.key: value_of(axis, params[axis.key]) for axis in self.axes}
-        frozen = optuna.trial.create_trial(state=TrialState.RUNNING, params=values, distributions=self.space, system_attrs=attrs)
+        frozen = optuna.trial.create_trial(
+            state=TrialState.RUNNING, params=values, distributions=self.space, system_attrs=attrs
+        )
         self.study.add_trial(frozen)
         self.open[number] = optuna.Trial(self.study, self.study.trials[number]._trial_id)
         for step, value in reports:
@@ -149,8 +158,14 @@ class Halving(pruners.BasePruner):
             step, mine = _first(trial, share * self.steps)
             if step != trial.last_step:
                 continue
-            others = [value for reached, value in (_first(other, share * self.steps) for other in known) if reached is not None]
-            better = sum(not sign * mine <= sign * value for value in others)  # one that is not a number is worse than all
+            others = [
+                value
+                for reached, value in (_first(other, share * self.steps) for other in known)
+                if reached is not None
+            ]
+            better = sum(
+                not sign * mine <= sign * value for value in others
+            )  # one that is not a number is worse than all
             if better >= max(1, int((len(others) + 1) * keep)):
                 return True
         return False

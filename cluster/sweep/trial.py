@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import recovery, watch
-from cluster.job import Job
-from cluster.private import Private
-from cluster.slots import Slot
-from cluster.supervisor import Supervisor
+from cluster.raycluster.local_cluster import Private
+from cluster.supervision import outcome, restart_policy
+from cluster.supervision.job import Job
+from cluster.supervision.slots import Slot
+from cluster.supervision.supervisor import Supervisor
+from train.config.schema import Config
+from train.config.sweep_space import Params
 from train.errors import UserError
-from train.schema import Config
-from train.space import Params
-from train.tracking import read_records
+from train.reporting.tracking import read_records
 
 Event = dict[str, Any]
 SHORT = 8
@@ -142,13 +142,13 @@ class Running:
         self.job.signals.heard = self.job.signals.heard or number
 
     def _run(self) -> None:
-        verdict, why = watch.Verdict("failed"), ""
+        verdict, why = outcome.Verdict("failed"), ""
         try:
             verdict = self.supervisor.run()
             if verdict.kind == "bad_input" and verdict.cause is not None:
                 why = verdict.cause.error or ""
         except UserError as error:
-            verdict, why = watch.Verdict("bad_input"), str(error)
+            verdict, why = outcome.Verdict("bad_input"), str(error)
         except Exception:
             why = traceback.format_exc()
         lost = self.job.private is not None and self.job.private.lost()
@@ -159,15 +159,19 @@ class Running:
             self.supervisor.release()
 
 
-def from_outside(verdict: watch.Verdict) -> bool:
+def from_outside(verdict: outcome.Verdict) -> bool:
     """Whether a failure says nothing of the trial itself, so that another try may do better."""
-    return verdict.kind == "failed" and verdict.fault in (*recovery.FROM_OUTSIDE, "hung")
+    return verdict.kind == "failed" and verdict.fault in (*restart_policy.FROM_OUTSIDE, "hung")
 
 
 def best(trials: Sequence[Trial], directions: Sequence[str]) -> list[Trial]:
     """The best of the finished trials; with several metrics, all that no other is better than in each."""
     signs = [1.0 if way == "minimize" else -1.0 for way in directions]
-    points = {t.number: [s * v for s, v in zip(signs, t.values, strict=True)] for t in trials if t.state == "done" and t.values}
+    points = {
+        t.number: [s * v for s, v in zip(signs, t.values, strict=True)]
+        for t in trials
+        if t.state == "done" and t.values
+    }
     if len(directions) == 1 and points:
         return [trials[min(points, key=lambda number: points[number])]]
     return [trials[n] for n, mine in points.items() if not any(_beats(other, mine) for other in points.values())]

@@ -113,7 +113,9 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
         count = min(most, triton.cdiv(n_rows, tiles["BLOCK_R"]))
         partial = None if bias is None else x.new_empty(count, width, dtype=wide_dtype(x))
         steps = [t.stride(0) for t in flat]
-        launch(_bias_gelu_backward_kernel, (count, blocks), *flat, shift, grad_x, partial, n_rows, width, *steps, **tiles)
+        launch(
+            _bias_gelu_backward_kernel, (count, blocks), *flat, shift, grad_x, partial, n_rows, width, *steps, **tiles
+        )
         return partial
 
     candidates = [tile(width, 2048), tile(width, 4096)]

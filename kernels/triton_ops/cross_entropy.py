@@ -136,9 +136,13 @@ def _cross_entropy_backward_kernel(
     by = tl.where(trained & (legal == 0), float("nan"), by)
     lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
     tile = tl.load(logits_ptr + (row * stride)[:, None] + column, mask=trained[:, None] & inside, other=0.0).to(WIDE)
-    grad = row_gradient(tile, lse[:, None], (1 + 2 * Z_LOSS * lse)[:, None], column == target[:, None], vocab, SMOOTHING)
+    grad = row_gradient(
+        tile, lse[:, None], (1 + 2 * Z_LOSS * lse)[:, None], column == target[:, None], vocab, SMOOTHING
+    )
     grad = tl.where(trained[:, None], grad * by[:, None], 0.0)
-    tl.store(out_ptr + (row * vocab)[:, None] + column, grad.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside)
+    tl.store(
+        out_ptr + (row * vocab)[:, None] + column, grad.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ host functions
@@ -149,7 +153,9 @@ def candidates(rows: int, vocab: int) -> list[Tiles]:
     width = triton.next_power_of_2(max(vocab, 16))
     if INTERPRETED:  # a program costs time by the operation, not by its size
         size = 1 << 18
-        return [{"ROWS": min(triton.next_power_of_2(rows), max(1, size // width)), "COLS": min(width, size), "num_warps": 4}]
+        return [
+            {"ROWS": min(triton.next_power_of_2(rows), max(1, size // width)), "COLS": min(width, size), "num_warps": 4}
+        ]
     tiles = []
     for size, warps in ((8192, 8), (4096, 4), (4096, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)):
         if width >= size or size == 4096:  # narrow rows share a program
@@ -188,7 +194,9 @@ def cross_entropy_forward(
 
 
 @cross_entropy_forward.register_fake
-def _(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
     return _row_outputs(logits)
 
 

@@ -104,7 +104,9 @@ def gated_mlp_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) 
     def run(tiles: Tiles) -> None:
         n_rows = flat[0].shape[0]
         grid = triton.cdiv(n_rows, tiles["BLOCK_R"]), triton.cdiv(width, tiles["BLOCK_D"])
-        launch(_gated_mlp_backward_kernel, grid, *flat, *grads, n_rows, width, *steps, GELU=activation == "gelu", **tiles)
+        launch(
+            _gated_mlp_backward_kernel, grid, *flat, *grads, n_rows, width, *steps, GELU=activation == "gelu", **tiles
+        )
 
     if gate.numel():
         candidates = [tile(width, 2048), tile(width, 4096)]

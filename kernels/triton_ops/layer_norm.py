@@ -18,7 +18,16 @@ from torch import Tensor
 import kernels.torch_ops as torch_ops
 from kernels.launch import launch
 from kernels.philox import Dropout, constants
-from kernels.triton_ops.rows import MAX_WIDTH, as_rows, backward_tiles, column_sums, forward_tiles, keep, programs, wide_dtype
+from kernels.triton_ops.rows import (
+    MAX_WIDTH,
+    as_rows,
+    backward_tiles,
+    column_sums,
+    forward_tiles,
+    keep,
+    programs,
+    wide_dtype,
+)
 from kernels.tuning import Tiles, best
 
 
@@ -54,7 +63,9 @@ def _layer_norm_forward_kernel(
         x = x.to(wide)
         if THRESHOLD > 0:
             x = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
-        x = (x + residual.to(wide)).to(total_ptr.dtype.element_ty)  # normalised as stored: the backward pass sees no other
+        x = (x + residual.to(wide)).to(
+            total_ptr.dtype.element_ty
+        )  # normalised as stored: the backward pass sees no other
         tl.store(total_ptr + here, x, mask=inside)
     x = x.to(wide)
     mean = tl.sum(x, 1, keep_dims=True) / width
@@ -112,11 +123,15 @@ def _layer_norm_backward_kernel(
         weight_share += grad * normed
         if bias_partial_ptr is not None:
             bias_share += grad
-        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(wide)  # from the cache: registers are short
+        weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(
+            wide
+        )  # from the cache: registers are short
         grad *= weight
         along = tl.sum(grad * normed, 1, keep_dims=True) / width
         level = tl.sum(grad, 1, keep_dims=True) / width
-        if BLOCK_D > 8192:  # 32 warps have 64 registers a thread: read again, from the cache, what would not stay in them
+        if (
+            BLOCK_D > 8192
+        ):  # 32 warps have 64 registers a thread: read again, from the cache, what would not stay in them
             grad = tl.load(grad_at, mask=inside, other=0.0, eviction_policy="evict_first").to(wide)
             grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0, eviction_policy="evict_last").to(wide)
             normed = (tl.load(total_at, mask=inside, other=0.0, eviction_policy="evict_first").to(wide) - mean) * rstd
@@ -159,7 +174,10 @@ def layer_norm_forward(
 
     def run(tiles: Tiles) -> None:
         grid = (triton.cdiv(n_rows, tiles["BLOCK_R"]),)
-        pointers, options = (flat, added, weight.contiguous(), shift, total, y, mean, rstd), {"EPS": eps, **constants(p), **tiles}
+        pointers, options = (
+            (flat, added, weight.contiguous(), shift, total, y, mean, rstd),
+            {"EPS": eps, **constants(p), **tiles},
+        )
         launch(_layer_norm_forward_kernel, grid, *pointers, n_rows, width, *steps, seed, **options)
 
     if x.numel():
@@ -187,7 +205,12 @@ def _grads(
     """Room for the gradients of the residual, x, weight and bias. x's place is empty where it equals the residual's."""
     grad_residual = total.new_empty(total.shape, dtype=residual_dtype)
     grad_x = total.new_empty(total.shape if p > 0 or x_dtype != residual_dtype else 0, dtype=x_dtype)
-    return grad_residual, grad_x, torch.empty_like(weight), weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    return (
+        grad_residual,
+        grad_x,
+        torch.empty_like(weight),
+        weight.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
 
 
 @torch.library.custom_op("trireme::layer_norm_backward", mutates_args=())
@@ -205,7 +228,9 @@ def layer_norm_backward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (of the residual, x, weight, bias) from those of y and total; x's is empty where it equals the residual's."""
-    grad_residual, grad_x, _, no_bias = _grads(grad, grad_total, total, weight, bias, mean, rstd, x_dtype, residual_dtype, p, seed)
+    grad_residual, grad_x, _, no_bias = _grads(
+        grad, grad_total, total, weight, bias, mean, rstd, x_dtype, residual_dtype, p, seed
+    )
     n_rows, width = rstd.numel(), total.shape[-1]
     inputs = as_rows(grad), None if grad_total is None else as_rows(grad_total), as_rows(total)
     steps = [0 if t is None else t.stride(0) for t in inputs]
@@ -244,9 +269,19 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, *_: Tens
     grad = torch.zeros_like(total) if grad is None else grad
     grad_total = grad_total if ctx.added else None
     saved = total, weight, bias, mean, rstd
-    grad_residual, grad_x, grad_weight, grad_bias = layer_norm_backward(grad, grad_total, *saved, *ctx.dtypes, ctx.p, ctx.seed)
+    grad_residual, grad_x, grad_weight, grad_bias = layer_norm_backward(
+        grad, grad_total, *saved, *ctx.dtypes, ctx.p, ctx.seed
+    )
     grad_x = grad_x if grad_x.numel() else grad_residual
-    return grad_x, grad_residual if ctx.added else None, grad_weight, grad_bias if bias is not None else None, None, None, None
+    return (
+        grad_x,
+        grad_residual if ctx.added else None,
+        grad_weight,
+        grad_bias if bias is not None else None,
+        None,
+        None,
+        None,
+    )
 
 
 layer_norm_forward.register_autograd(_backward, setup_context=_setup_context)

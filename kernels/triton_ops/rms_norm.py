@@ -21,7 +21,16 @@ from torch import Tensor
 import kernels.torch_ops as torch_ops
 from kernels.launch import launch
 from kernels.philox import Dropout, constants
-from kernels.triton_ops.rows import MAX_WIDTH, as_rows, backward_tiles, column_sums, forward_tiles, keep, programs, wide_dtype
+from kernels.triton_ops.rows import (
+    MAX_WIDTH,
+    as_rows,
+    backward_tiles,
+    column_sums,
+    forward_tiles,
+    keep,
+    programs,
+    wide_dtype,
+)
 from kernels.tuning import Tiles, best
 
 
@@ -55,7 +64,9 @@ def _rms_norm_forward_kernel(
         x = x.to(wide)
         if THRESHOLD > 0:
             x = tl.where(keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D), x * SCALE, 0.0)
-        x = (x + residual.to(wide)).to(total_ptr.dtype.element_ty)  # normalised as stored: the backward pass sees no other
+        x = (x + residual.to(wide)).to(
+            total_ptr.dtype.element_ty
+        )  # normalised as stored: the backward pass sees no other
         tl.store(total_ptr + here, x, mask=inside)
     x = x.to(wide)
     rstd = 1 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / width + EPS)
@@ -99,7 +110,9 @@ def _rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + line, mask=line < n_rows, other=0.0)[:, None]
         normed = total * rstd
         share += grad * normed
-        grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(wide)  # from the cache: registers are short
+        grad *= tl.load(weight_ptr + column, mask=column < width, other=0.0).to(
+            wide
+        )  # from the cache: registers are short
         out = rstd * (grad - normed * (tl.sum(grad * normed, 1, keep_dims=True) / width))
         if grad_total_ptr is not None:
             further = tl.load(grad_total_ptr + row.to(tl.int64) * grad_total_step + column, mask=inside, other=0.0)
@@ -112,7 +125,9 @@ def _rms_norm_backward_kernel(
     tl.store(partial_ptr + tl.program_id(0) * width + column, tl.sum(share, 0, keep_dims=True), mask=column < width)
 
 
-def _outputs(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, p: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, p: float, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Room for y, total and rstd. Without a residual total is x itself, and its place is empty."""
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.new_empty(x.shape, dtype=dtype)
@@ -210,7 +225,9 @@ def _backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None, _: Tenso
     total, weight, rstd = ctx.saved_tensors
     grad = torch.zeros_like(total) if grad is None else grad
     grad_total = grad_total if ctx.added else None
-    grad_residual, grad_x, grad_weight = rms_norm_backward(grad, grad_total, total, weight, rstd, *ctx.dtypes, ctx.p, ctx.seed)
+    grad_residual, grad_x, grad_weight = rms_norm_backward(
+        grad, grad_total, total, weight, rstd, *ctx.dtypes, ctx.p, ctx.seed
+    )
     grad_x = grad_x if grad_x.numel() else grad_residual
     return grad_x, grad_residual if ctx.added else None, grad_weight, None, None, None
 
@@ -225,7 +242,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_forward(x, None, weight, eps, 0.0, 0)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout: Dropout | None = None
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(total), total) where total = residual + dropout(x)."""
     if x.shape[-1] > MAX_WIDTH:
         return torch_ops.add_rms_norm(x, residual, weight, eps, dropout)

@@ -68,7 +68,20 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
 
     def run(tiles: Tiles) -> None:
         grid = (triton.cdiv(sizes[0], tiles["BLOCK_R"]),)
-        launch(_rope_kernel, grid, x, cos, sin, out, *sizes, *x.stride()[:3], *cos.stride()[:2], BACK=back, BLOCK_D=block, **tiles)
+        launch(
+            _rope_kernel,
+            grid,
+            x,
+            cos,
+            sin,
+            out,
+            *sizes,
+            *x.stride()[:3],
+            *cos.stride()[:2],
+            BACK=back,
+            BLOCK_D=block,
+            **tiles,
+        )
 
     if x.numel():
         candidates = [{"BLOCK_R": elements // block, "num_warps": 4} for elements in (2048, 1024, 4096)]

@@ -105,5 +105,15 @@ def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     parts, width = partial.shape
     out = partial.new_empty(width, dtype=dtype)
     if width:
-        launch(_column_sums_kernel, (triton.cdiv(width, 64),), partial, out, parts, width, BLOCK_P=32, BLOCK_D=64, num_warps=4)
+        launch(
+            _column_sums_kernel,
+            (triton.cdiv(width, 64),),
+            partial,
+            out,
+            parts,
+            width,
+            BLOCK_P=32,
+            BLOCK_D=64,
+            num_warps=4,
+        )
     return out

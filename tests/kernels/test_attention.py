@@ -2,18 +2,18 @@
 
 import functools
 
-import numerics
 import pytest
 import torch
+from helpers import kernel_compare
+from helpers.kernel_compare import DEVICE, agree, backends, normal
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from numerics import DEVICE, agree, backends, normal
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import reference, tuning
-from kernels.triton_ops import attention_backward_kv, attention_backward_q, attention_forward
+from kernels.triton_ops.attention import backward_kv, backward_q, forward
 
 LAUNCH = {"num_warps": 4, "num_stages": 2}
 KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv")
@@ -46,14 +46,21 @@ def compare(backend, inputs, dtype=torch.float32, layout="plain", **options):
     def on(op, q, k, v, *bias):
         return op(q, k, v, **options, **({"bias": bias[0]} if bias else {}))
 
-    agree(backend, functools.partial(on, kernels.attention), functools.partial(on, reference.attention), inputs, dtype, layout)
+    agree(
+        backend,
+        functools.partial(on, kernels.attention),
+        functools.partial(on, reference.attention),
+        inputs,
+        dtype,
+        layout,
+    )
 
 
 @backends
 @examples(max_examples=14, deadline=None, derandomize=True)
 @given(
-    dtype=numerics.dtypes,
-    layout=numerics.layouts,
+    dtype=kernel_compare.dtypes,
+    layout=kernel_compare.layouts,
     rows=st.sampled_from([1, 1, 2]),
     queries=st.sampled_from([1, 31, 49]),
     more=st.sampled_from([0, 0, 0, 30, -20]),
@@ -106,8 +113,12 @@ def test_every_tile_that_the_tuner_may_pick(monkeypatch, head_dim, dtype):
     rope = kernels.rope_table(torch.arange(length, device=DEVICE)[None], head_dim, 1e4)
     options = {"causal": True, "segments": kernels.Segments(packed, packed)}
     for number in range(5):
-        monkeypatch.setattr(tuning, "best", lambda op, shapes, candidates, run, n=number: candidates[n % len(candidates)])
-        compare("triton", tensors(2, length, length, 1, 2, head_dim), dtype, **options, rope=rope if number % 2 else None)
+        monkeypatch.setattr(
+            tuning, "best", lambda op, shapes, candidates, run, n=number: candidates[n % len(candidates)]
+        )
+        compare(
+            "triton", tensors(2, length, length, 1, 2, head_dim), dtype, **options, rope=rope if number % 2 else None
+        )
 
 
 def test_wider_heads_are_torchs_where_the_choice_is_free_and_an_error_where_triton_was_asked_for():
@@ -140,7 +151,9 @@ def test_the_last_query_stands_at_the_last_key(backend):
 @backends
 def test_a_query_that_sees_no_key_gives_zero_and_takes_no_part(backend):
     q, k, v = (x.requires_grad_() for x in tensors(1, 40, 9, 1, 2, 16))
-    strangers = kernels.Segments(torch.tensor([[1] * 30 + [2] * 10], device=DEVICE), torch.tensor([[2] * 9], device=DEVICE))
+    strangers = kernels.Segments(
+        torch.tensor([[1] * 30 + [2] * 10], device=DEVICE), torch.tensor([[2] * 9], device=DEVICE)
+    )
     hidden = torch.zeros(1, 1, 40, 9, dtype=torch.float64, device=DEVICE)
     hidden[:, :, :30] = -torch.inf
     for first, options in ((31, {"causal": True}), (30, {"segments": strangers}), (30, {"bias": hidden})):
@@ -188,7 +201,9 @@ def test_gradients_by_differences(backend):
     rope = kernels.rope_table(torch.arange(5, device=DEVICE)[None], 4, 100.0)
     with kernels.force(backend):
         assert torch.autograd.gradcheck(
-            lambda q, k, v, b: kernels.attention(q, k, v, causal=True, bias=b, rope=rope), (q, k, v, bias), fast_mode=True
+            lambda q, k, v, b: kernels.attention(q, k, v, causal=True, bias=b, rope=rope),
+            (q, k, v, bias),
+            fast_mode=True,
         )
 
 
@@ -247,7 +262,7 @@ def test_as_many_tiles_are_computed_as_hold_a_visible_pair(monkeypatch, causal, 
         products.append(1)
         return kernels.launch.dot(*args)
 
-    for module in (attention_forward, attention_backward_q, attention_backward_kv):
+    for module in (forward, backward_q, backward_kv):
         monkeypatch.setattr(module, "dot", counting)
     q, k, v = (x.requires_grad_() for x in tensors(1, 224, 224, 1, 1, 16))
     with kernels.force("triton"), tuning.force(**SMALL):

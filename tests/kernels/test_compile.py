@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper to machine code that fits: Triton's own compiler says so, on any machine (tests/offline.py)."""
+"""Every kernel compiles for Hopper to machine code that fits: Triton's own compiler says so, on any machine (tests/helpers/compile_offline.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-OFFLINE = Path(__file__).resolve().parent.parent / "offline.py"
+OFFLINE = Path(__file__).resolve().parents[1] / "helpers/compile_offline.py"
 SHARED_BYTES = 227 << 10
 REGISTERS = 64 << 10
 SPILLED_BYTES = 16
@@ -36,7 +36,9 @@ CASES = {
         "ops.add_layer_norm(rand(64, 4096), rand(64, 4096), rand(4096), rand(4096), 1e-5, kernels.Dropout(0.1, 7))",
     ],
     "bias_gelu": ["ops.bias_gelu(rand(64, 3072), rand(3072))"],
-    "gated_mlp": [f"ops.gated_mlp(*rand(64, 2 * 11008).chunk(2, -1), '{activation}')" for activation in ("silu", "gelu")],
+    "gated_mlp": [
+        f"ops.gated_mlp(*rand(64, 2 * 11008).chunk(2, -1), '{activation}')" for activation in ("silu", "gelu")
+    ],
     "rope": [
         f"ops.rope(rand(2, 8, 48, {head})[:, :, :32], kernels.rope_table(torch.arange(8)[None], {head}, 1e4))"
         for head in (64, 96, 128)

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import functools
 
-import numerics
 import pytest
 import torch
+from helpers import kernel_compare
+from helpers.kernel_compare import DEVICE, backends, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DEVICE, backends, normal
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.tools.memory import liger_head_bytes, materialised_head_bytes, peak_bytes
-from kernels import chunked_loss, reference, tuning
+from kernels import linear_cross_entropy, reference, tuning
 from kernels.triton_ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
 IGNORE = -100
 VOCABULARIES = [1, 2, 17, 101, 999, 1025] if DEVICE == "cpu" else [1, 2, 17, 101, 999, 1025, 50257, 128256, 300001]
 REGULARISERS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothing": 0.2, "z_loss": 0.1}]
-few = settings(numerics.quick, max_examples=12)
+few = settings(kernel_compare.quick, max_examples=12)
 
 
 def some_targets(tokens: int, vocab: int, ignored: float = 0.5) -> Tensor:
@@ -44,33 +44,33 @@ def tiles_of(tiles: dict[str, int]):
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch):
     """Chunks of two tokens, were there only five."""
-    monkeypatch.setattr(chunked_loss, "LEAST_ROWS", 2)
+    monkeypatch.setattr(linear_cross_entropy, "LEAST_ROWS", 2)
 
 
 @backends
 @few
 @given(
-    dtype=numerics.dtypes,
+    dtype=kernel_compare.dtypes,
     tokens=st.sampled_from([0, 1, 5, 31]),
     vocab=st.sampled_from(VOCABULARIES),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    layout=numerics.layouts,
+    layout=kernel_compare.layouts,
     regularisers=st.sampled_from(REGULARISERS),
 )
 def test_cross_entropy(backend, dtype, tokens, vocab, ignored, layout, regularisers):
     targets = some_targets(tokens, vocab, ignored)
     ops = (total(op, targets, **regularisers) for op in (kernels.cross_entropy, reference.cross_entropy))
-    numerics.agree(backend, *ops, (normal(tokens, vocab) * 5,), dtype, layout)
+    kernel_compare.agree(backend, *ops, (normal(tokens, vocab) * 5,), dtype, layout)
 
 
 @backends
 @few
 @given(
-    dtype=numerics.dtypes,
+    dtype=kernel_compare.dtypes,
     tokens=st.sampled_from([0, 1, 5, 31]),
     vocab=st.sampled_from([2, 17, 101]),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    layout=numerics.layouts,
+    layout=kernel_compare.layouts,
     rows=st.sampled_from([4, 1024]),
     regularisers=st.sampled_from(REGULARISERS),
 )
@@ -78,9 +78,11 @@ def test_linear_cross_entropy(backend, dtype, tokens, vocab, ignored, layout, ro
     targets = some_targets(tokens, vocab, ignored)
     inputs = normal(tokens, 12), normal(vocab, 12, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_loss, "LEAST_ROWS", rows)
-        ops = (total(op, targets, **regularisers) for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy))
-        numerics.agree(backend, *ops, inputs, dtype, layout)
+        patch.setattr(linear_cross_entropy, "LEAST_ROWS", rows)
+        ops = (
+            total(op, targets, **regularisers) for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy)
+        )
+        kernel_compare.agree(backend, *ops, inputs, dtype, layout)
 
 
 @backends
@@ -130,7 +132,9 @@ def test_any_tiles_give_the_right_gradients(tiles):
             (kernels.cross_entropy, reference.cross_entropy, (normal(13, 601),)),
             (kernels.linear_cross_entropy, reference.linear_cross_entropy, (normal(13, 8), normal(601, 8, seed=1))),
         ):
-            numerics.agree("triton", *(total(o, targets, label_smoothing=0.1) for o in (op, right)), inputs, torch.float32)
+            kernel_compare.agree(
+                "triton", *(total(o, targets, label_smoothing=0.1) for o in (op, right)), inputs, torch.float32
+            )
 
 
 @backends
@@ -196,10 +200,16 @@ def test_no_gradients_are_made_where_none_are_taken(backend, small_chunks):
     hidden, targets = normal(5, 4).requires_grad_(), torch.tensor([1, IGNORE, 3, 0, 10], device=DEVICE)
     products = []
     for enabled in (True, False):
-        with kernels.force(backend), torch.set_grad_enabled(enabled), profile(activities=[ProfilerActivity.CPU]) as seen:
+        with (
+            kernels.force(backend),
+            torch.set_grad_enabled(enabled),
+            profile(activities=[ProfilerActivity.CPU]) as seen,
+        ):
             kernels.linear_cross_entropy(hidden, weight, targets)
         products.append(sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm")))
-    assert products == [9, 3], "of three chunks each has its logits, and two products for its gradients where they are wanted"
+    assert products == [9, 3], (
+        "of three chunks each has its logits, and two products for its gradients where they are wanted"
+    )
 
 
 @backends
@@ -209,7 +219,8 @@ def test_gradients_of_low_precision_are_scaled_by_what_the_scale_is(backend):
     targets, by = some_targets(64, 64), 1 + 2**-11 - 2**-15
     with kernels.force(backend):
         bare, scaled = (
-            torch.autograd.grad(factor * kernels.linear_cross_entropy(*inputs, targets)[0], inputs) for factor in (1.0, by)
+            torch.autograd.grad(factor * kernels.linear_cross_entropy(*inputs, targets)[0], inputs)
+            for factor in (1.0, by)
         )
     for one, more in zip(bare, scaled, strict=True):
         assert torch.equal((one.float() * by).half(), more)
@@ -240,8 +251,12 @@ def test_the_registered_ops_pass_opcheck(backend, small_chunks):
     logits, hidden, weight = (normal(*s, seed=s[0]).float().requires_grad_() for s in ((5, 11), (5, 4), (11, 4)))
     settings = IGNORE, 0.1, 0.01
     with kernels.force(backend):
-        torch.library.opcheck(chunked_loss.linear_cross_entropy_forward, (hidden, weight, targets, *settings, True, True))
-        torch.library.opcheck(chunked_loss.scaled, (torch.ones(3, device=DEVICE), torch.tensor(2.0, device=DEVICE)))
+        torch.library.opcheck(
+            linear_cross_entropy.linear_cross_entropy_forward, (hidden, weight, targets, *settings, True, True)
+        )
+        torch.library.opcheck(
+            linear_cross_entropy.scaled, (torch.ones(3, device=DEVICE), torch.tensor(2.0, device=DEVICE))
+        )
         if backend == "triton":
             torch.library.opcheck(cross_entropy_forward, (logits, targets, *settings))
             lse = logits.detach().logsumexp(-1)
@@ -261,7 +276,9 @@ def test_compiled_they_give_the_same(backend, small_chunks):
     with kernels.force(backend):
         want = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
         torch.compiler.reset()
-        got = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight), (hidden, weight))
+        got = torch.autograd.grad(
+            torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight), (hidden, weight)
+        )
     for a, b in zip(want, got, strict=True):
         assert torch.allclose(a, b)
 
@@ -269,7 +286,7 @@ def test_compiled_they_give_the_same(backend, small_chunks):
 @backends
 def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeypatch):
     tokens, vocab, width = 512, 2048, 128
-    monkeypatch.setattr(chunked_loss, "LEAST_ROWS", 32)
+    monkeypatch.setattr(linear_cross_entropy, "LEAST_ROWS", 32)
     hidden, weight = (normal(*s).float().requires_grad_() for s in ((tokens, width), (vocab, width)))
     targets = some_targets(tokens, vocab)
 
@@ -292,9 +309,11 @@ def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeyp
     assert ours < whole / 5
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (16384, 2048), (32768, 4096), (65536, 2048), (131072, 4096)])
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(8192, 4096), (16384, 2048), (32768, 4096), (65536, 2048), (131072, 4096)]
+)
 def test_at_a_vocabulary_of_128k_the_peak_is_under_ligers_and_an_eighth_of_the_materialised(tokens, width):
     vocab, size = 128256, 2
-    ours = size * (vocab * width + tokens * width + chunked_loss._chunk_rows(tokens) * vocab)
+    ours = size * (vocab * width + tokens * width + linear_cross_entropy._chunk_rows(tokens) * vocab)
     assert ours <= liger_head_bytes(tokens, vocab, width, size)
     assert ours <= materialised_head_bytes(tokens, vocab) / 8

@@ -2,12 +2,12 @@
 
 import itertools
 
-import numerics
 import pytest
 import torch
+from helpers import kernel_compare
+from helpers.kernel_compare import DEVICE, agree, backends, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DEVICE, agree, backends, normal
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -18,7 +18,7 @@ from kernels.triton_ops.rms_norm import rms_norm_backward, rms_norm_forward
 
 KINDS = ["rms_norm", "layer_norm"]
 WIDTHS = [1, 3, 17, 96, 768, 1000, 4099] if DEVICE == "cpu" else [1, 3, 17, 96, 768, 1000, 4099, 8192, 16384, 18000]
-few = settings(numerics.quick, max_examples=6)
+few = settings(kernel_compare.quick, max_examples=6)
 MIXED = [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.bfloat16)]
 dropouts = st.sampled_from([None, kernels.Dropout(0.3, 5), kernels.Dropout(0.3, 2**62 + 1)])
 
@@ -44,14 +44,16 @@ def parameters(kind, width):
 @pytest.mark.parametrize("kind", [*KINDS, "layer_norm without bias"])
 @few
 @given(
-    dtype=numerics.dtypes,
-    layout=numerics.layouts,
+    dtype=kernel_compare.dtypes,
+    layout=kernel_compare.layouts,
     n_rows=st.sampled_from([0, 1, 7]),
     width=st.sampled_from(WIDTHS),
     dropout=dropouts,
 )
 def test_norms(backend, kind, dtype, layout, n_rows, width, dropout):
-    eps = 1e-5 if width > 3 else 1.0  # where the row is nearly constant the gradient is nearly 0: only rounding would show
+    eps = (
+        1e-5 if width > 3 else 1.0
+    )  # where the row is nearly constant the gradient is nearly 0: only rounding would show
     op, right, add_op, add_right = forms(kind, eps, dropout)
     x, residual = normal(n_rows, 2, width) * 3 + 1, normal(n_rows, 2, width, seed=1)
     agree(backend, op, right, (x, *parameters(kind, width)), dtype, layout)
@@ -82,10 +84,10 @@ def test_x_and_residual_of_two_dtypes_give_the_wider(backend, kind, x_dtype, r_d
     (normed.double().sin() + total.double()).sum().backward()
     want, want_total = right(*exact)
     (want.sin() + want_total).sum().backward()
-    numerics.close(total, want_total, total.dtype)
+    kernel_compare.close(total, want_total, total.dtype)
     for leaf, e in zip((x, r, *weights), exact, strict=True):
         assert leaf.grad.dtype == leaf.dtype
-        numerics.close(leaf.grad, e.grad, torch.bfloat16)
+        kernel_compare.close(leaf.grad, e.grad, torch.bfloat16)
 
 
 @backends
@@ -99,7 +101,7 @@ def test_constant_rows_stay_finite_and_right(backend, kind, value):
         out = op(leaf, *(w.float() for w in parameters(kind, 33)))
         out.sum().backward()
     assert leaf.grad.isfinite().all()
-    numerics.close(out, right(x.float().double(), *parameters(kind, 33)), torch.float32)
+    kernel_compare.close(out, right(x.float().double(), *parameters(kind, 33)), torch.float32)
 
 
 @backends
@@ -134,7 +136,13 @@ def test_rows_wider_than_a_program_holds(kind):
     width = rows.MAX_WIDTH + 1
     op, right, add_op, add_right = forms(kind, dropout=kernels.Dropout(0.2, 9))
     agree("triton", op, right, (normal(2, width), *parameters(kind, width)), torch.float32)
-    agree("triton", add_op, add_right, (normal(2, width), normal(2, width, seed=1), *parameters(kind, width)), torch.float32)
+    agree(
+        "triton",
+        add_op,
+        add_right,
+        (normal(2, width), normal(2, width, seed=1), *parameters(kind, width)),
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,5 +5,7 @@ import sys
 
 
 def test_importing_the_ops_loads_no_driver():
-    code = "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
+    code = (
+        "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,11 +1,11 @@
 """Dropout's numbers: Philox in plain torch is Triton's bit for bit, and the mask is what dropout needs it to be."""
 
-import numerics
 import pytest
 import torch
 import triton
 import triton.language as tl
-from numerics import DEVICE
+from helpers import kernel_compare
+from helpers.kernel_compare import DEVICE
 
 import kernels
 from kernels import philox, reference
@@ -71,19 +71,24 @@ def test_dropout_keeps_its_share_and_its_mean():
     assert not torch.equal(y, philox.dropout(x, how(0.1, seed=6)))
 
 
-@numerics.backends
+@kernel_compare.backends
 @pytest.mark.parametrize("layout", ["plain", "strided"])
-@pytest.mark.parametrize("dtype", list(numerics.TOLERANCE))
+@pytest.mark.parametrize("dtype", list(kernel_compare.TOLERANCE))
 def test_dropout_agrees_with_the_reference(backend, layout, dtype):
     for shape in ((0, 5), (3, 2, 1), (3, 5, 97)):
-        x = numerics.normal(*shape)
-        numerics.agree(
-            backend, lambda x: kernels.dropout(x, how(0.3)), lambda x: reference.dropout(x, how(0.3)), (x,), dtype, layout
+        x = kernel_compare.normal(*shape)
+        kernel_compare.agree(
+            backend,
+            lambda x: kernels.dropout(x, how(0.3)),
+            lambda x: reference.dropout(x, how(0.3)),
+            (x,),
+            dtype,
+            layout,
         )
 
 
 def test_opcheck_of_dropout():
-    torch.library.opcheck(dropped, (numerics.normal(3, 5).requires_grad_(), 0.3, 7))
+    torch.library.opcheck(dropped, (kernel_compare.normal(3, 5).requires_grad_(), 0.3, 7))
 
 
 @pytest.mark.parametrize(("p", "share"), [(0.0, 1.0), (1.0, 0.0)])

@@ -1,11 +1,11 @@
 """RoPE and the activations of an MLP against the float64 reference."""
 
-import numerics
 import pytest
 import torch
+from helpers import kernel_compare
+from helpers.kernel_compare import DEVICE, agree, backends, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import DEVICE, agree, backends, normal
 
 import kernels
 from kernels import reference
@@ -13,7 +13,7 @@ from kernels.triton_ops.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.triton_ops.gated_mlp import gated_mlp_backward, gated_mlp_forward
 from kernels.triton_ops.rope import turned
 
-few = settings(numerics.quick, max_examples=8)
+few = settings(kernel_compare.quick, max_examples=8)
 widths = st.sampled_from([1, 3, 96, 1000, 1025])
 activations = pytest.mark.parametrize("activation", ["silu", "gelu"])
 
@@ -24,7 +24,13 @@ def gated(of, activation):
 
 @backends
 @few
-@given(dtype=numerics.dtypes, layout=numerics.layouts, n_rows=st.sampled_from([0, 1, 19]), width=widths, bias=st.booleans())
+@given(
+    dtype=kernel_compare.dtypes,
+    layout=kernel_compare.layouts,
+    n_rows=st.sampled_from([0, 1, 19]),
+    width=widths,
+    bias=st.booleans(),
+)
 def test_bias_gelu(backend, dtype, layout, n_rows, width, bias):
     inputs = (normal(n_rows, 2, width) * 3, normal(width, seed=1))[: 1 + bias]
     agree(backend, kernels.bias_gelu, reference.bias_gelu, inputs, dtype, layout)
@@ -33,7 +39,7 @@ def test_bias_gelu(backend, dtype, layout, n_rows, width, bias):
 @backends
 @activations
 @few
-@given(dtype=numerics.dtypes, layout=numerics.layouts, n_rows=st.sampled_from([0, 1, 5]), width=widths)
+@given(dtype=kernel_compare.dtypes, layout=kernel_compare.layouts, n_rows=st.sampled_from([0, 1, 5]), width=widths)
 def test_gated_mlp(backend, activation, dtype, layout, n_rows, width):
     gate, up = normal(n_rows, 2, width) * 3, normal(n_rows, 2, width, seed=1)
     agree(backend, gated(kernels, activation), gated(reference, activation), (gate, up), dtype, layout)
@@ -60,15 +66,17 @@ def test_extreme_values(backend, dtype):
 @backends
 @few
 @given(
-    dtype=numerics.dtypes,
-    layout=numerics.layouts,
+    dtype=kernel_compare.dtypes,
+    layout=kernel_compare.layouts,
     tokens=st.sampled_from([0, 1, 5, 33]),
     heads=st.integers(1, 3),
     half=st.sampled_from([1, 4, 48, 65]),
     shared=st.booleans(),
 )
 def test_rope(backend, dtype, layout, tokens, heads, half, shared):
-    positions = torch.randint(0, 300, (1 if shared else 2, tokens), generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
+    positions = torch.randint(0, 300, (1 if shared else 2, tokens), generator=torch.Generator().manual_seed(tokens)).to(
+        DEVICE
+    )
     table = kernels.rope_table(positions, 2 * half, 10000.0)
 
     def right(x):  # by the float32 angles of a real run, which are good to 300 * 2^-24

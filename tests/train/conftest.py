@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from train import schema
 from train.batch import IGNORE
+from train.config import schema
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train import schema
 from train.batch import Batch, weigh_nothing
+from train.config import schema
+from train.data.corpus.shards import Corpus, Shards
 from train.data.examples import build_examples
-from train.data.examples.rows import Columns, Examples, Rows
-from train.data.order import Layout, Order, Shuffle, take
-from train.data.shards import Corpus, Shards
-from train.data.streams import Cursor, Plan, Shape
-from train.dist import World
+from train.data.examples.example_builder import Columns, Examples, Rows
+from train.data.sampling.batch_plan import Cursor, Plan, Shape
+from train.data.sampling.epoch_order import Layout, Order, Shuffle, take
+from train.distributed.process_group import World
 from train.errors import UserError
 
 Step = tuple[list[Batch], Cursor]
@@ -190,7 +190,9 @@ class EvalLoader:
     equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
     """
 
-    def __init__(self, shards: Shards, shape: Shape, share: Share, examples: Examples, tokens: int | None = None) -> None:
+    def __init__(
+        self, shards: Shards, shape: Shape, share: Share, examples: Examples, tokens: int | None = None
+    ) -> None:
         self._shards, self._share, self._examples = shards, share, examples
         self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
@@ -220,7 +222,9 @@ class EvalLoader:
             return 0.0
         unit = self._shape.seq_len if self._shape.pack else 1
         end = min(self.groups * self._share.micro * unit, self._plan.order.units)
-        places = end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+        places = (
+            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+        )
         return self._shards.bytes * places / self._shards.tokens
 
     def _group(self, group: int) -> Batch:
@@ -266,7 +270,9 @@ def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader
     rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
     # A world that has lost workers takes more micro-batches, not larger ones: memory was measured for the usual share.
     share = Share(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
-    return training_loader(corpus, config, share, pin=world.device.type == "cuda"), held_out_loader(corpus, config, world)
+    return training_loader(corpus, config, share, pin=world.device.type == "cuda"), held_out_loader(
+        corpus, config, world
+    )
 
 
 def held_out_text(corpus: Corpus, split: str = "val") -> Iterator[bytes]:

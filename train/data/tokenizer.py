@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train import schema
+from train.config import schema
 from train.errors import UserError
 
 FILE = "tokenizer.json"

@@ -8,7 +8,7 @@ A backbone is a module over ``embed`` (an Embedding) with
     pooled(batch, isolate)        one vector a row, (B, D)
     flops_per_token(seq_len, causal), max_len
 
-and, where it can write, ``prefill`` and ``decode``: see ``train.generate``.
+and, where it can write, ``prefill`` and ``decode``: see ``train.generation.generate``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from train import schema
+from train.config import schema
 from train.errors import UserError
 
 

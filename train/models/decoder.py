@@ -13,8 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
-from train.models.layers import Attention, Context, Embedding, KVCache, Norm, build_mlp, dropout, last_of, linear_weights
-from train.sections import decoder as keys
+from train.config.keys import decoder as keys
+from train.models.layers import (
+    Attention,
+    Context,
+    Embedding,
+    KVCache,
+    Norm,
+    build_mlp,
+    dropout,
+    last_of,
+    linear_weights,
+)
 
 
 class Block(nn.Module):
@@ -31,7 +41,9 @@ class Block(nn.Module):
         self.mlp_norm = Norm(model)
         self.mlp = build_mlp(model)
 
-    def forward(self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D)."""
         h, x = self.attention_norm(x, delta)
         h, x = self.mlp_norm(x, self.attention(h, context, cache))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
+from train.config.keys import encdec as keys
 from train.models.layers import (
     Attention,
     Context,
@@ -29,7 +30,6 @@ from train.models.layers import (
     query_std,
     residual_std,
 )
-from train.sections import encdec as keys
 
 
 class CrossAttention(nn.Module):
@@ -52,7 +52,9 @@ class CrossAttention(nn.Module):
         """X (B, U, D) and the encoder's output (B, T, D), or what was read of it already, -> (B, U, D)."""
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
         k, v = (self.read(source) if source.ndim == 3 else source).chunk(2, 2)
-        return self.out(kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale).flatten(-2))
+        return self.out(
+            kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale).flatten(-2)
+        )
 
 
 class Residual(nn.Module):
@@ -93,7 +95,9 @@ class DecoderBlock(nn.Module):
         self.cross = Residual(model, CrossAttention(model))
         self.mlp = Residual(model, build_mlp(model))
 
-    def forward(self, x: Tensor, context: Context, source: Tensor, across: Context, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Context, source: Tensor, across: Context, cache: KVCache | None = None
+    ) -> Tensor:
         """X (B, U, D), with the encoder's output (B, T, D) and what is seen of it -> (B, U, D)."""
         return self.mlp(self.cross(self.attention(x, context, cache), source, across))
 
@@ -143,7 +147,9 @@ class Stack(nn.Module):
         """Embeddings (B, T, D) -> hidden states (B, T, D)."""
         x = dropout(x, self.model.dropout, self.training)
         places = torch.arange(x.shape[1], device=x.device)
-        context = Context(segments=segments, bias=None if self.relative is None else self.relative(places - places[:, None]))
+        context = Context(
+            segments=segments, bias=None if self.relative is None else self.relative(places - places[:, None])
+        )
         for block in self.blocks:
             if self.model.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, *more, use_reentrant=False)
@@ -207,7 +213,10 @@ class EncDec(nn.Module):
 
         Returns the hidden state (B, D) of that token, and the state to go on from; a target has room for ``capacity`` tokens.
         """
-        rows, places = torch.arange(len(tokens), device=tokens.device), torch.arange(tokens.shape[1], device=tokens.device)[None]
+        rows, places = (
+            torch.arange(len(tokens), device=tokens.device),
+            torch.arange(tokens.shape[1], device=tokens.device)[None],
+        )
         seen = (places < lengths[:, None] - 1).long()
         hidden = self.encoder(self._embedded(tokens, places), kernels.Segments(seen, seen))
         blocks: Any = self.decoder.blocks

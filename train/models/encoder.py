@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
+from train.config.keys import encoder as keys
 from train.models.layers import Attention, Context, Embedding, Linear, Norm, build_mlp, dropout, linear_weights
-from train.sections import encoder as keys
 
 
 class Block(nn.Module):

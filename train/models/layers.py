@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from train import rng
 from train.batch import Batch
-from train.sections.decoder import Decoder
-from train.sections.encdec import EncDec
-from train.sections.encoder import Encoder
+from train.config.keys.decoder import Decoder
+from train.config.keys.encdec import EncDec
+from train.config.keys.encoder import Encoder
+from train.util import seeding
 
 Sizes = Decoder | Encoder | EncDec
 """The families that are made of these layers."""
@@ -267,5 +267,5 @@ def init_weights(module: nn.Module, seed: int) -> None:
             elif isinstance(owner, Norm):
                 parameter.fill_(1.0)
             else:
-                draw = rng.generator(seed, "init", f"{path}.{leaf}").standard_normal(parameter.shape, np.float32)
+                draw = seeding.generator(seed, "init", f"{path}.{leaf}").standard_normal(parameter.shape, np.float32)
                 parameter.copy_(torch.from_numpy(draw).mul_(owner.init_std))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from train.batch import Batch
-from train.memory import Memory
+from train.config.keys import recurrent as keys
+from train.models.carried_state import Memory
 from train.models.layers import Embedding, dropout, last_of
-from train.sections import recurrent as keys
 
 
 @dataclass
@@ -119,7 +119,9 @@ class Recurrent(nn.Module):
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, RecurrentState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything: the last hidden state (B, D), and all of it."""
-        packed = nn.utils.rnn.pack_padded_sequence(self._embedded(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self._embedded(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
         _, hidden = self.rnn(packed)
         return (hidden[0] if self.parts == 2 else hidden)[-1], RecurrentState(hidden)
 

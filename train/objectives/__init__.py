@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from train import schema
+from train.config import schema
+from train.config.validate import mismatch
 from train.errors import UserError
 from train.models.layers import init_weights
 from train.objectives.causal import build_causal
 from train.objectives.classify import build_classify
 from train.objectives.masked import build_masked
 from train.objectives.seq2seq import build_seq2seq
-from train.rules import mismatch
 
 OBJECTIVES: dict[str, Any] = {
     "causal": build_causal,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from train import schema
+from train.config import schema
 from train.models import build_backbone
-from train.objectives.head import Head
-from train.objectives.writing import Writing
+from train.objectives.generative import Writing
+from train.objectives.lm_head import Head
 
 
 class Causal(Writing):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from train import schema
 from train.batch import IGNORE, Batch, Losses, trained
+from train.config import schema
 from train.models import build_backbone
 from train.models.layers import Linear, dropout
 
@@ -27,7 +27,9 @@ class Classify(nn.Module):
         super().__init__()
         self.backbone, self.isolate = backbone, isolate
         self.classes, self.mean = len(objective.classes), objective.pool == "mean"
-        self.head = Linear(backbone.model.width, max(self.classes, 1), True, backbone.model.deviation(backbone.model.width))
+        self.head = Linear(
+            backbone.model.width, max(self.classes, 1), True, backbone.model.deviation(backbone.model.width)
+        )
 
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""
@@ -36,7 +38,10 @@ class Classify(nn.Module):
         if self.classes:
             found = {"loss": kernels.cross_entropy(said, targets, ignore_index=IGNORE)}
             if not self.training:
-                found["confusion"] = confusion(said.argmax(-1), targets.where(known, 0), known, self.classes), known.sum()
+                found["confusion"] = (
+                    confusion(said.argmax(-1), targets.where(known, 0), known, self.classes),
+                    known.sum(),
+                )
             return found
         error = torch.where(known, said[:, 0].float() - targets.nan_to_num(), 0)
         found = {"loss": (error.square().sum(), known.sum())}

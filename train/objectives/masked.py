@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from train import schema
 from train.batch import IGNORE, Batch, Losses, trained
+from train.config import schema
 from train.models import build_backbone
 from train.models.layers import Activated, Linear, Norm
 
@@ -40,7 +40,9 @@ class Masked(nn.Module):
 
     whole_text = False
 
-    def __init__(self, backbone: Any, head: nn.ModuleDict, vocab_size: int, objective: schema.Masked, isolate: bool) -> None:
+    def __init__(
+        self, backbone: Any, head: nn.ModuleDict, vocab_size: int, objective: schema.Masked, isolate: bool
+    ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.vocab_size, self.isolate = vocab_size, isolate

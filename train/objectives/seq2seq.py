@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from train import schema
+from train.config import schema
 from train.data.examples.seq2seq import lengths
 from train.models import build_backbone
-from train.objectives.head import Head
-from train.objectives.writing import Writing
+from train.objectives.generative import Writing
+from train.objectives.lm_head import Head
 
 
 class Seq2seq(Writing):
@@ -37,6 +37,8 @@ def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seq:
     objective = config.objective
     assert isinstance(objective, schema.Seq2seq)
     backbone = build_backbone(config.model, vocab_size)
-    head = Head(backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width))
+    head = Head(
+        backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width)
+    )
     _, target = lengths(config.batch.seq_len, objective)
     return Seq2seq(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)

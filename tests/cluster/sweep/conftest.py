@@ -6,35 +6,41 @@ import io
 from pathlib import Path
 
 import pytest
-import worlds
-from private import private
+from helpers import gloo_ranks
+from helpers.ray_cluster import private
 from rich.console import Console
 
-from cluster import begin
-from cluster.signals import Signals
-from cluster.sweep.command import RESULTS, open_sweep, results
-from cluster.sweep.places import Ground
-from cluster.sweep.queue import Queue
-from cluster.sweep.table import Board
-from cluster.train_verb import find_corpus
-from train import config as configuration
+from cluster.cli.train import find_corpus
+from cluster.driver import early_start
+from cluster.host.stop_request import Signals
+from cluster.sweep.board import Board
+from cluster.sweep.cli import RESULTS, open_sweep, results
+from cluster.sweep.scheduler import Queue
+from cluster.sweep.slot_pool import Ground
+from train.config import load as configuration
 
 
 @pytest.fixture(scope="module", name="private")
 def made():
-    with private(2, begin.TARGET, worlds.REPOSITORY) as cluster:
+    with private(2, early_start.TARGET, gloo_ranks.REPOSITORY) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def ground(private) -> Ground:
-    return Ground("cpu", begin.TARGET, private.start.folder.name, Signals(), find_corpus, private)
+    return Ground("cpu", early_start.TARGET, private.start.folder.name, Signals(), find_corpus, private)
 
 
 @pytest.fixture
 def given(corpus: Path) -> list[str]:
     """What is typed for tiny runs on the tests' corpus."""
-    return [*worlds.TINY, *worlds.TEXT, f"data.paths=[{corpus.parent / 'text'}]", f"data.dir={corpus}", "cluster.max_failures=0"]
+    return [
+        *gloo_ranks.TINY,
+        *gloo_ranks.TEXT,
+        f"data.paths=[{corpus.parent / 'text'}]",
+        f"data.dir={corpus}",
+        "cluster.max_failures=0",
+    ]
 
 
 class Swept:

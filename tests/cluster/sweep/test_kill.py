@@ -10,10 +10,10 @@ import time
 
 import psutil
 import pytest
-import worlds
+from helpers import gloo_ranks
 
-from train.compare import compare
-from train.tracking import read_records
+from train.reporting.tracking import read_records
+from train.run_dir.compare import compare
 
 STEPS = "steps=8,9,250,7,10,6"
 """The third trial takes long enough to be found in its middle."""
@@ -24,7 +24,7 @@ def contents(folder):
 
 
 def drive(words, out):
-    environment = {**os.environ, "PYTHONPATH": str(worlds.REPOSITORY), "TRIREME_T0": str(time.time())}
+    environment = {**os.environ, "PYTHONPATH": str(gloo_ranks.REPOSITORY), "TRIREME_T0": str(time.time())}
     command = [sys.executable, "-m", "cluster", "train", "-m", *words]
     with out.open("w") as file:
         return subprocess.Popen(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from cluster.sweep.search import Search
-from train import config as configuration
+from train.config import load as configuration
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "optimizer.weight_decay=interval(0,0.3)"]
 
@@ -94,7 +94,9 @@ def test_what_a_restart_reports_again_puts_a_trial_on_its_rungs():
     assert not again.report(0, 70, 9.0), "a step that is known already is not judged again"
     for known in (study, again):
         known.suggest()
-        assert [known.report(1, step, 3.5) for step in (10, 20)] == [True, False], "of two the better one, and only at a rung"
+        assert [known.report(1, step, 3.5) for step in (10, 20)] == [True, False], (
+            "of two the better one, and only at a rung"
+        )
 
 
 def test_of_many_a_third_goes_on_at_an_eighth_and_half_of_those_at_a_half_however_they_come():
@@ -103,7 +105,9 @@ def test_of_many_a_third_goes_on_at_an_eighth_and_half_of_those_at_a_half_howeve
     for n in range(40):
         number, _, _ = study.suggest()
         early, late = (n * 17) % 40, (n * 11) % 40  # each level once, in no order; another one from the half on
-        ends = [step for step in (10, 20, 30, 40, 50, 60, 70) if study.report(number, step, early if step < 40 else late)]
+        ends = [
+            step for step in (10, 20, 30, 40, 50, 60, 70) if study.report(number, step, early if step < 40 else late)
+        ]
         ended |= {ends[0]: ended[ends[0]] + 1} if ends else {}
         study.tell(number, "pruned" if ends else "done", None if ends else [late])
     assert set(ended) == {10, 40}
@@ -125,11 +129,19 @@ def test_the_best_of_many_comes_to_its_end_and_most_of_the_others_do_not():
 
 
 def test_tpe_begins_with_points_that_cover_the_space_evenly():
-    words = ["sweep=tpe", "sweep.startup=8", "optimizer.lr=tag(log,interval(1e-4,1))", "model.layers=range(2,10)", "zero=0,1"]
+    words = [
+        "sweep=tpe",
+        "sweep.startup=8",
+        "optimizer.lr=tag(log,interval(1e-4,1))",
+        "model.layers=range(2,10)",
+        "zero=0,1",
+    ]
     first, other = (go_on(search(*words, f"sweep.seed={seed}"), 8) for seed in (0, 1))
     assert first != other
     for tried in (first, other):
-        assert {int(math.log10(float(p["optimizer.lr"])) + 4) for p in tried} == {0, 1, 2, 3}, "every order of magnitude"
+        assert {int(math.log10(float(p["optimizer.lr"])) + 4) for p in tried} == {0, 1, 2, 3}, (
+            "every order of magnitude"
+        )
         assert len({int(p["model.layers"]) // 2 for p in tried}) >= 3
         assert {p["zero"] for p in tried} == {"0", "1"}
     assert search("sweep=tpe", "sweep.trials=40", *SPACE).startup == 8

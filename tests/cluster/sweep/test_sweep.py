@@ -9,19 +9,19 @@ import threading
 import time
 
 import pytest
-import wandb_files
-from browser import CHROMIUM, Browser
+from helpers import wandb_files
+from helpers.chromium import CHROMIUM, Browser
 
-from cluster.job import Clock, Job
-from cluster.signals import Signals
-from cluster.supervisor import Supervisor
-from cluster.sweep.command import verdict
+from cluster.host.stop_request import Signals
+from cluster.supervision.job import Clock, Job
+from cluster.supervision.supervisor import Supervisor
+from cluster.sweep.cli import verdict
 from review import __main__ as review
-from review.compare import best
-from review.read import read_all
-from train import config as configuration
-from train.compare import compare
-from train.tracking import read_records
+from review.run_differences import best
+from review.run_reader import read_all
+from train.config import load as configuration
+from train.reporting.tracking import read_records
+from train.run_dir.compare import compare
 
 pytestmark = pytest.mark.timeout(900)  # on a loaded machine
 
@@ -30,7 +30,9 @@ def alone(config, ground):
     """The run of a configuration, started as a job of its own."""
     (configuration.Path(config.run.dir) / "logs").mkdir(parents=True)
     corpus = ground.find_corpus(config, lambda event: None)
-    job = Job(config, corpus, ground.target, ground.folder, lambda event: None, Signals(), Clock(time.time()), ground.private)
+    job = Job(
+        config, corpus, ground.target, ground.folder, lambda event: None, Signals(), Clock(time.time()), ground.private
+    )
     supervisor = Supervisor(job, "cpu")
     try:
         assert supervisor.run().kind == "done"
@@ -44,10 +46,14 @@ def look_at_page(folder, out, runs):
     if CHROMIUM is not None:
         with Browser() as browser:
             browser.open(out / "review.html")
-            cells = browser.value("[...document.querySelectorAll('#table tbody tr')].map(row => row.children[1].textContent)")
+            cells = browser.value(
+                "[...document.querySelectorAll('#table tbody tr')].map(row => row.children[1].textContent)"
+            )
             assert sorted(cells) == sorted(run.state for run in runs)
             assert "IsADirectoryError" in browser.value("document.getElementById('failures').textContent")
-            assert browser.value("document.getElementById('search').data.slice(1).flatMap(t => t.x).length") == len(runs)
+            assert browser.value("document.getElementById('search').data.slice(1).flatMap(t => t.x).length") == len(
+                runs
+            )
             assert browser.said == []
 
 
@@ -56,7 +62,9 @@ def at_once(folder) -> int:
     records = read_records(folder / "ledger.jsonl")
     workers = {r["trial"]: r["workers"] for r in records if r["event"] == "start"}
     changes = [
-        (r["t"], workers[r["trial"]] * (1 if r["event"] == "start" else -1)) for r in records if r["event"] in ("start", "end")
+        (r["t"], workers[r["trial"]] * (1 if r["event"] == "start" else -1))
+        for r in records
+        if r["event"] in ("start", "end")
     ]
     sums, now = [], 0
     for _, change in sorted(changes):
@@ -83,7 +91,10 @@ def test_four_trials_of_two_workers_on_two_slots_are_the_runs_that_they_are_alon
         assert {"optimizer", "lineage"} <= keys
         assert list(about.tags) == ["sweep"]
         other = trial.config.run.model_copy(update={"dir": str(tmp_path / f"alone{trial.number}")})
-        alone(trial.config.model_copy(update={"run": other, "tracking": configuration.load(["tracking=off"]).tracking}), ground)
+        alone(
+            trial.config.model_copy(update={"run": other, "tracking": configuration.load(["tracking=off"]).tracking}),
+            ground,
+        )
         findings = compare(trial.folder, tmp_path / f"alone{trial.number}", 8)
         assert all(finding.compared and finding.difference is None for finding in findings), findings
     assert groups == {"two-by-two"}
@@ -92,7 +103,9 @@ def test_four_trials_of_two_workers_on_two_slots_are_the_runs_that_they_are_alon
 
 
 def test_a_trial_is_configured_as_the_same_words_alone_would_be(given, tmp_path):
-    sweep = configuration.load_sweep([*given, "optimizer.lr=1e-3,1e-2", "zero=0,2", f"sweep.dir={tmp_path}", "sweep.name=s"])
+    sweep = configuration.load_sweep(
+        [*given, "optimizer.lr=1e-3,1e-2", "zero=0,2", f"sweep.dir={tmp_path}", "sweep.name=s"]
+    )
     trial = configuration.load_trial(sweep, 3, {"optimizer.lr": "1e-2", "zero": "2"})
     typed = [
         f"run.dir={tmp_path}/003",
@@ -159,7 +172,13 @@ def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tm
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     found = swept(
-        *("optimizer.lr=tag(log,interval(1e-6,1e-2))", "sweep=random", "sweep.trials=4", "sweep.pruner=asha", "sweep.parallel=1"),
+        *(
+            "optimizer.lr=tag(log,interval(1e-6,1e-2))",
+            "sweep=random",
+            "sweep.trials=4",
+            "sweep.pruner=asha",
+            "sweep.parallel=1",
+        ),
         *("steps=200", "eval_every=25", "save_every=50", "cluster.workers=1", f"sweep.dir={folder}"),
     )
     thread.join()
@@ -179,17 +198,24 @@ def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tm
 
 
 def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, given, tmp_path, monkeypatch):
-    words = ["seed=range(3)", "cluster.workers=1", "steps=300", "save_every=10", "eval_every=0", f"sweep.dir={tmp_path}/s"]
+    words = [
+        "seed=range(3)",
+        "cluster.workers=1",
+        "steps=300",
+        "save_every=10",
+        "eval_every=0",
+        f"sweep.dir={tmp_path}/s",
+    ]
     heard = ground.signals
-    from cluster.sweep import queue
+    from cluster.sweep import scheduler
 
-    class Stopping(queue.Queue):
+    class Stopping(scheduler.Queue):
         def _tell(self, trial, running, event):
             super()._tell(trial, running, event)
             if event["event"] == "save" and heard.heard is None:
                 heard.heard = 15
 
-    monkeypatch.setattr("cluster.sweep.command.Queue", Stopping)
+    monkeypatch.setattr("cluster.sweep.cli.Queue", Stopping)
     found = swept(*words)
     assert found.queue.stopping
     assert set(found.states) <= {"stopped", "done", "queued"}

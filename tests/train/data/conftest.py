@@ -3,9 +3,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import schema
-from train.data import files, shards, tokenizer
-from train.data.stamps import Stamps
+from train.config import schema
+from train.data import tokenizer
+from train.data.corpus import shards
+from train.data.corpus.verified_files import Stamps
+from train.util import io
 
 
 @pytest.fixture
@@ -17,7 +19,7 @@ def build_corpus(tmp_path):
         folder.mkdir()
         stamps = Stamps(folder)
         content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
-        files.write_whole(folder / tokenizer.FILE, content.encode())
+        io.write_whole(folder / tokenizer.FILE, content.encode())
         made = tokenizer.load_tokenizer(folder)
         random = np.random.default_rng(0)
         splits = {}

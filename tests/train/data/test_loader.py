@@ -11,8 +11,8 @@ import torch
 from train.batch import IGNORE
 from train.data.examples.causal import Causal
 from train.data.loader import EvalLoader, Loader, Share, held_out_text, layout_of
-from train.data.order import Order, Shuffle
-from train.data.streams import Cursor, Plan, Shape
+from train.data.sampling.batch_plan import Cursor, Plan, Shape
+from train.data.sampling.epoch_order import Order, Shuffle
 from train.errors import UserError
 
 UNEVEN = [[3, 5, 2, 9, 4, 6, 8], [11], [1 + i % 13 for i in range(100)]]  # shards of 7, 1 and 100 documents
@@ -198,7 +198,9 @@ def test_more_workers_than_streams_are_refused(build_corpus):
 def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
     corpus = build_corpus([[5]], UNEVEN)
     split, shape = corpus.split("val"), Shape(1, 16, 1, pack)
-    alone = [batch for batch in EvalLoader(split, shape, Share(0, 1, 4), Causal(shape.seq_len, True)) if trained([batch])]
+    alone = [
+        batch for batch in EvalLoader(split, shape, Share(0, 1, 4), Causal(shape.seq_len, True)) if trained([batch])
+    ]
     loaders = [EvalLoader(split, shape, Share(rank, world, 4), Causal(shape.seq_len, True)) for rank in range(world)]
     assert len({len(loader) for loader in loaders}) == 1
     groups = [list(loader) for loader in loaders]
@@ -232,7 +234,7 @@ def test_held_out_text_comes_back_byte_for_byte(build_corpus):
 
 
 def test_planning_needs_no_torch():
-    code = "import train.data.prepare, train.data.streams, sys; raise SystemExit('torch' in sys.modules)"
+    code = "import train.data.prepare.prepare, train.data.sampling.batch_plan, sys; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import schema
+from train.config import schema
 from train.data.tokenizer import EOT, Tokenizer, build_tokenizer, given_tokenizer
 from train.errors import UserError
 
@@ -75,7 +75,9 @@ def test_an_unknown_character_is_named():
         chars("abc").encode("zaxb")
 
 
-@pytest.mark.parametrize("made", [BPE, BYTES, chars("".join(sorted(set("".join(TEXTS)))))], ids=["bpe", "bytes", "chars"])
+@pytest.mark.parametrize(
+    "made", [BPE, BYTES, chars("".join(sorted(set("".join(TEXTS)))))], ids=["bpe", "bytes", "chars"]
+)
 def test_long_texts_are_cut_without_loss(made, monkeypatch):
     text = "".join(TEXTS)
     whole = made.encode(text)

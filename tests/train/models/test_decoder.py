@@ -10,7 +10,7 @@ import yaml
 from pydantic import TypeAdapter
 from torch.utils.flop_counter import FlopCounterMode
 
-from train import schema
+from train.config import schema
 from train.errors import UserError
 from train.models import build_backbone, padded_vocab
 from train.models.layers import init_weights

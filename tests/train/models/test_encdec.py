@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from train import schema
-from train.beam import beam_search
-from train.generate import generate
+from train.config import schema
+from train.generation.beam_search import beam_search
+from train.generation.generate import generate
 from train.models.encdec import sinusoids
 from train.objectives import build_objective
 
@@ -74,11 +74,15 @@ def test_weights_start_as_t5s(make_config, ours, theirs):
     expected = our_weights(reference.state_dict(), 3, theirs != "relu")
     found = build_objective(config, 131).state_dict()
     assert found.keys() == expected.keys()
-    expected["head.weight"] = expected["head.weight"] * 96**-0.5  # t5x's; transformers' logits have a deviation of sqrt(96)
+    expected["head.weight"] = (
+        expected["head.weight"] * 96**-0.5
+    )  # t5x's; transformers' logits have a deviation of sqrt(96)
     for name, weight in expected.items():
         parts = 3 if "qkv" in name else 1  # queries have a deviation of their own
         for part, own in zip(weight.chunk(parts), found[name].chunk(parts), strict=True):
-            torch.testing.assert_close(own.square().mean().sqrt(), part.square().mean().sqrt(), rtol=0.2, atol=0, msg=name)
+            torch.testing.assert_close(
+                own.square().mean().sqrt(), part.square().mean().sqrt(), rtol=0.2, atol=0, msg=name
+            )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,13 +90,17 @@ def test_weights_start_as_t5s(make_config, ours, theirs):
 def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
     config = make_config("t5_tiny", **SIZES, activation=ours, tied=tied)
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
-    settings = transformers.T5Config(**sizes, feed_forward_proj=theirs, tie_word_embeddings=tied, decoder_start_token_id=0)
+    settings = transformers.T5Config(
+        **sizes, feed_forward_proj=theirs, tie_word_embeddings=tied, decoder_start_token_id=0
+    )
     reference = shaken(transformers.T5ForConditionalGeneration(settings))
     objective = build_objective(config, 131).eval()
     assert objective.load_state_dict(our_weights(reference.state_dict(), 3, theirs != "relu"))
     batch = translations()
     with torch.no_grad():
-        right = reference(batch["tokens"], attention_mask=batch["segments"], decoder_input_ids=batch["target_tokens"]).logits
+        right = reference(
+            batch["tokens"], attention_mask=batch["segments"], decoder_input_ids=batch["target_tokens"]
+        ).logits
         assert (objective.logits(batch) - right).abs().max() < 1e-5 * right.abs().max()
 
 
@@ -100,7 +108,9 @@ def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
 def test_t5_writes_what_transformers_writes(make_config, beams):
     """Greedily and by beams, after sources of unequal length: tokens, order and scores."""
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
-    reference = shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).double()
+    reference = shaken(
+        transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
+    ).double()
     objective = build_objective(make_config("t5_tiny", **SIZES), 131).double().eval()
     objective.load_state_dict(our_weights(reference.state_dict(), 3, False))
     batch, end = translations(), 1
@@ -108,7 +118,13 @@ def test_t5_writes_what_transformers_writes(make_config, beams):
     asked = {"prompts": [], "temperature": 0.0, "max_tokens": 10, "beams": beams, "n": beams}
     find = beam_search if beams > 1 else generate
     found = find(objective, [[*source, 0] for source in sources], schema.Generation.model_validate(asked), end)
-    how = {"num_beams": beams, "num_return_sequences": beams, "max_new_tokens": 10, "eos_token_id": end, "pad_token_id": 0}
+    how = {
+        "num_beams": beams,
+        "num_return_sequences": beams,
+        "max_new_tokens": 10,
+        "eos_token_id": end,
+        "pad_token_id": 0,
+    }
     how |= {"early_stopping": "never"} if beams > 1 else {}
     right = reference.generate(batch["tokens"], attention_mask=batch["segments"], do_sample=False, **how)
     ours = [text.tokens + ([end] if text.reason == "eot" else []) for several in found for text in several]
@@ -132,7 +148,10 @@ def test_the_original_transformer_is_torchs(make_config):
                     if ours == "attention":
                         found[f"{here}attention.layer.qkv.{leaf}"] = inner
                     else:
-                        found[f"{here}cross.layer.q.{leaf}"], found[f"{here}cross.layer.kv.{leaf}"] = inner[:32], inner[32:]
+                        found[f"{here}cross.layer.q.{leaf}"], found[f"{here}cross.layer.kv.{leaf}"] = (
+                            inner[:32],
+                            inner[32:],
+                        )
                     found[f"{here}{ours}.layer.out.{leaf}"] = state[f"{there}{name}.out_proj.{leaf}"]
                     found[f"{here}{ours}.norm.{leaf}"] = state[f"{there}norm{n + 1}.{leaf}"]
                 for ours, name in (("up", "linear1"), ("down", "linear2")):
@@ -144,7 +163,8 @@ def test_the_original_transformer_is_torchs(make_config):
     embed = objective.backbone.embed
     with torch.no_grad():
         source, target = (
-            embed(batch[k]) * 32**0.5 + sinusoids(torch.arange(n)[None], 32) for k, n in (("tokens", 30), ("target_tokens", 20))
+            embed(batch[k]) * 32**0.5 + sinusoids(torch.arange(n)[None], 32)
+            for k, n in (("tokens", 30), ("target_tokens", 20))
         )
         padding = batch["segments"] == 0
         ahead = torch.nn.Transformer.generate_square_subsequent_mask(20)

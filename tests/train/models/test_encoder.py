@@ -32,7 +32,12 @@ def our_weights(state, layers):
     names = dict(OUTSIDE)
     for i in range(layers):
         names |= {f"backbone.blocks.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in LAYER.items()}
-    found = {f"{a}.{leaf}": state[f"{b}.{leaf}"] for a, b in names.items() for leaf in ("weight", "bias") if f"{b}.{leaf}" in state}
+    found = {
+        f"{a}.{leaf}": state[f"{b}.{leaf}"]
+        for a, b in names.items()
+        for leaf in ("weight", "bias")
+        if f"{b}.{leaf}" in state
+    }
     for i in range(layers):
         for leaf in ("weight", "bias"):
             parts = [state[f"bert.encoder.layer.{i}.attention.self.{x}.{leaf}"] for x in ("query", "key", "value")]
@@ -68,7 +73,13 @@ def pairs(rows=3, length=40):
 @pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu_new"), ("gelu_exact", "gelu"), ("relu", "relu")])
 def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, theirs):
     config = make_config("bert_tiny", **SIZES, activation=ours)
-    sizes = {"vocab_size": 131, "hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384}
+    sizes = {
+        "vocab_size": 131,
+        "hidden_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 384,
+    }
     reference = shaken(
         transformers.BertForPreTraining(transformers.BertConfig(**sizes, max_position_embeddings=48, hidden_act=theirs))
     )

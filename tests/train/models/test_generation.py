@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from train import schema
-from train.beam import beam_search
-from train.generate import generate
-from train.models.state import Generative
+from train.config import schema
+from train.generation.beam_search import beam_search
+from train.generation.generate import generate
+from train.models.generation_api import Generative
 from train.objectives import build_objective
 
 EOT, START = 256, 255
@@ -41,7 +41,9 @@ class Stateless(torch.nn.Module):
         return self.after(state), state
 
     def after(self, state):
-        return torch.stack([self.model.logits(self.batch(p, w))[0, -1] for p, w in zip(state.prompts, state.written, strict=True)])
+        return torch.stack(
+            [self.model.logits(self.batch(p, w))[0, -1] for p, w in zip(state.prompts, state.written, strict=True)]
+        )
 
     def batch(self, prompt, written):
         read = [*prompt, *written] if self.continues else prompt[:-1]
@@ -81,5 +83,7 @@ def test_text_is_that_of_the_twin_without_a_state_and_of_each_prompt_alone(model
         twin = find(Stateless(model), PROMPTS, options(**keys), EOT)
         alone = [find(model, [prompt], options(**keys), EOT)[0] for prompt in PROMPTS]
     for others in (twin, alone):
-        assert [[(t.tokens, t.reason) for t in several] for several in found] == [[(t.tokens, t.reason) for t in s] for s in others]
+        assert [[(t.tokens, t.reason) for t in several] for several in found] == [
+            [(t.tokens, t.reason) for t in s] for s in others
+        ]
     assert len({tuple(text.tokens) for several in found for text in several}) > 1

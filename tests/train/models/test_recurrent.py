@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from train.memory import Memory
+from train.models.carried_state import Memory
 from train.objectives import build_objective
-from train.optim import parameter_groups
+from train.optim.factory import parameter_groups
 
 CELLS = ["rnn", "gru", "lstm"]
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import worlds
 import yaml
+from helpers import gloo_ranks
 
-from train import config as configuration
+from train.config import load as configuration
+from train.config.keys.decoder import Decoder
+from train.config.schema import kinds
+from train.data.corpus.shards import Corpus
 from train.data.loader import Share, training_loader
-from train.data.shards import Corpus
-from train.data.streams import Cursor
+from train.data.sampling.batch_plan import Cursor
 from train.objectives import build_objective
-from train.schema import kinds
-from train.sections.decoder import Decoder
 
 CHOICES = sorted(path.stem for path in (configuration.CONF / "model").glob("*.yaml"))
 
@@ -26,7 +26,14 @@ def test_a_fresh_model_is_no_worse_than_chance(corpus: Path, choice: str):
     family = kinds("model")[yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]]
     small = ["model.vocab_size=512", "batch.seq_len=64", "batch.global=4", "model.dropout=0", "cluster.workers=1"]
     small += ["model.layers=2"] if family is Decoder else []
-    keys = [f"model={choice}", f"objective={family.objectives[0]}", *worlds.TEXT, "data.paths=[x]", f"data.dir={corpus}", *small]
+    keys = [
+        f"model={choice}",
+        f"objective={family.objectives[0]}",
+        *gloo_ranks.TEXT,
+        "data.paths=[x]",
+        f"data.dir={corpus}",
+        *small,
+    ]
     config = configuration.load(keys)
     text = Corpus(str(corpus), config.model.special)
     loader = training_loader(text, config, Share(0, 1, 4))

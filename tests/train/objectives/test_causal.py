@@ -15,7 +15,9 @@ def documents(sizes, seed=0):
 
 
 def split(batch, micro):
-    return [dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)]
+    return [
+        dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +99,9 @@ def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_
 def test_what_makes_no_sense_is_refused_with_what_does(make_config):
     with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
         build_objective(make_config(seq_len=129, max_len=128), 257)
-    with pytest.raises(UserError, match=r"causal makes no sense .* encoder.*causal with decoder, recurrent; .*masked with encoder"):
+    with pytest.raises(
+        UserError, match=r"causal makes no sense .* encoder.*causal with decoder, recurrent; .*masked with encoder"
+    ):
         build_objective(make_config("bert_tiny", objective={"name": "causal"}), 257)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from train import schema
+from train.config import schema
 from train.data.examples.causal import Causal
 from train.data.examples.classify import Classify
+from train.data.examples.example_builder import Examples
 from train.data.examples.masked import Masked
-from train.data.examples.rows import Examples
 from train.data.examples.seq2seq import Seq2seq
 from train.data.tokenizer import Tokenizer
 

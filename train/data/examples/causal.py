@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from train.batch import IGNORE
-from train.data.examples.rows import Arrays, Columns
-from train.data.order import Pieces
-from train.data.shards import Shards
+from train.data.corpus.shards import Shards
+from train.data.examples.example_builder import Arrays, Columns
+from train.data.sampling.epoch_order import Pieces
 
 
 class Causal:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from train.batch import IGNORE
+from train.config.keys import objectives
+from train.data.corpus.shards import Shards
+from train.data.examples.example_builder import Columns, Ready
 from train.data.examples.labelled import texts_of
-from train.data.examples.rows import Columns, Ready
-from train.data.order import Pieces
-from train.data.shards import Shards
+from train.data.sampling.epoch_order import Pieces
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
-from train.sections import objectives
 
 
 class Classify:
@@ -29,12 +29,18 @@ class Classify:
         self.tokenizer = tokenizer
         self.first, self.last = (tokenizer.find(name, tokenizer.eot) for name in ("[CLS]", "[SEP]"))
         self.layout: Columns = dict.fromkeys(("tokens", "positions"), ((seq_len,), torch.int64))
-        self.layout |= {"segments": ((seq_len,), torch.int32), "targets": ((), torch.int64 if self.classes else torch.float32)}
+        self.layout |= {
+            "segments": ((seq_len,), torch.int32),
+            "targets": ((), torch.int64 if self.classes else torch.float32),
+        }
 
     def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
         """As ``Examples.read``. Raises UserError for a label that is none of the classes, or no number."""
         texts = list(texts_of(shards, pieces, self.places, self.tokenizer.eot))
-        tokens, segments = np.zeros((len(texts), self.seq_len), np.int64), np.zeros((len(texts), self.seq_len), np.int32)
+        tokens, segments = (
+            np.zeros((len(texts), self.seq_len), np.int64),
+            np.zeros((len(texts), self.seq_len), np.int32),
+        )
         targets = np.full(len(texts), IGNORE) if self.classes else np.full(len(texts), math.nan, np.float32)
         for row, (sample, text, label) in enumerate(texts):
             if len(label):

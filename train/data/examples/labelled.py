@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from train.data.order import Ints, Pieces
-from train.data.shards import Shards
+from train.data.corpus.shards import Shards
+from train.data.sampling.epoch_order import Ints, Pieces
 from train.errors import UserError
 
 _NONE = np.zeros(0, np.int64)

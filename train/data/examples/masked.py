@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from train.batch import IGNORE
-from train.data.examples.rows import Columns, Lines, Ready, read_lines, uniform
-from train.data.order import Ints, Pieces, key_of
-from train.data.shards import Shards
+from train.config.keys import objectives
+from train.data.corpus.shards import Shards
+from train.data.examples.example_builder import Columns, Lines, Ready, read_lines, uniform
+from train.data.sampling.epoch_order import Ints, Pieces, key_of
 from train.data.tokenizer import Tokenizer
-from train.sections import objectives
 
 _CHOOSE, _HOW, _OTHER, _CUT, _NEXT, _FROM, _AT = range(10, 17)
 """What a number is drawn for."""
@@ -29,7 +29,9 @@ class Masked:
 
     chunk = 1 << 16
 
-    def __init__(self, seq_len: int, isolate: bool, objective: objectives.Masked, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self, seq_len: int, isolate: bool, objective: objectives.Masked, tokenizer: Tokenizer, seed: int
+    ) -> None:
         self.seq_len, self.isolate, self.objective, self.seed = seq_len, isolate, objective, seed
         self.eot = tokenizer.eot
         self.cls, self.sep, self.mask = (tokenizer.id_of(name) for name in ("[CLS]", "[SEP]", "[MASK]"))

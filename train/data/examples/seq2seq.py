@@ -16,14 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from train.batch import IGNORE
+from train.config.keys import objectives
+from train.config.keys.base import ENCDEC_TOKENS
+from train.data.corpus.shards import Shards
+from train.data.examples.example_builder import Columns, Ready, read_lines, uniform
 from train.data.examples.labelled import texts_of
 from train.data.examples.masked import within
-from train.data.examples.rows import Columns, Ready, read_lines, uniform
-from train.data.order import Ints, Pieces, key_of
-from train.data.shards import Shards
+from train.data.sampling.epoch_order import Ints, Pieces, key_of
 from train.data.tokenizer import Tokenizer
-from train.sections import objectives
-from train.sections.base import ENCDEC_TOKENS
 
 _CUT, _KEPT = 20, 21
 """What is drawn: the sizes of the cuts, and of what stands between them."""
@@ -57,7 +57,9 @@ class Seq2seq:
 
     chunk = 1 << 16
 
-    def __init__(self, seq_len: int, isolate: bool, objective: objectives.Seq2seq, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self, seq_len: int, isolate: bool, objective: objectives.Seq2seq, tokenizer: Tokenizer, seed: int
+    ) -> None:
         self.seq_len, self.isolate, self.objective, self.seed = seq_len, isolate, objective, seed
         self.eot, self.start = tokenizer.eot, tokenizer.id_of("<pad>")
         self.sentinels = np.array([tokenizer.id_of(name) for name in ENCDEC_TOKENS[1:]])
@@ -74,7 +76,9 @@ class Seq2seq:
     def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
         """As ``Examples.read``."""
         if self.objective.task == "pairs":
-            rows = [self._pair(source, target) for _, source, target in texts_of(shards, pieces, self.seq_len, self.eot)]
+            rows = [
+                self._pair(source, target) for _, source, target in texts_of(shards, pieces, self.seq_len, self.eot)
+            ]
         else:
             lines = read_lines(shards, pieces, self.places)
             rows = []
@@ -123,7 +127,9 @@ class Seq2seq:
         for row, ((source, of_source), (target, of_target)) in enumerate(rows):
             arrays["tokens"][row, : len(source)], arrays["segments"][row, : len(source)] = source, of_source
             arrays["targets"][row, : len(target)], arrays["target_segments"][row, : len(target)] = target, of_target
-            if len(target):  # each document's part of the target begins with the same token, knowing nothing of the one before
+            if len(
+                target
+            ):  # each document's part of the target begins with the same token, knowing nothing of the one before
                 before = np.append(self.start, target[:-1])
                 before[np.append(False, of_target[1:] != of_target[:-1])] = self.start
                 arrays["target_tokens"][row, : len(target)] = before

@@ -1,0 +1,234 @@
+"""The verb ``cluster``: a lasting Ray cluster, a node a host: up, join, status, down."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.host import job_dir
+from cluster.raycluster import node_daemon, ray_auth, ray_node
+from cluster.raycluster import status as view
+from train.errors import UserError
+from train.util.format import duration, plural
+from train.util.io import locked
+
+OK, FAILED, BAD_INPUT = 0, 1, 2
+OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+PORT = 6379
+"""Where Ray's heads listen by custom."""
+Options = dict[str, str]
+
+
+def up(options: Options, words: Sequence[str]) -> int:
+    """cluster up [bind=127.0.0.1] [port=6379] [cpus=N] [gpus=N]: start the head of a lasting cluster on this host.
+
+    bind   the address of this host that the others reach it by; the default is for this host alone
+    cpus   cores to offer; default: all that this process may use. gpus: likewise
+
+    The token is made once, in ~/.ray/auth_token, readable by you only.
+    """
+    folder = node_daemon.lasting_folder()
+    found = node_daemon.living(folder)
+    if found is not None:
+        if not found["head"]:
+            raise UserError(
+                f"this host is a node of the cluster at {found['address']}: `./launch.sh cluster down` ends that"
+            )
+        OUT.print(f"The cluster is up already, at {found['address']}.")
+        return _how_to_go_on(found["address"])
+    ip, port = options.get("bind", ray_node.LOOPBACK), _number(options, "port", PORT)
+    _free(ip, port)
+    ray_auth.make(ray_auth.place())
+    found = _background(_order(folder, ip, options, port=port))
+    OUT.print(f"The cluster is up at [bold]{found['address']}[/], with {_offer(found)} of this host.")
+    return _how_to_go_on(found["address"])
+
+
+def _how_to_go_on(address: str) -> int:
+    file, where = ray_auth.place(), address.rpartition(":")[0]
+    if where == ray_node.LOOPBACK:
+        OUT.print(
+            "  join    no other host can reach it: for that, take it down and say ./launch.sh cluster up bind=ADDRESS"
+        )
+    else:
+        OUT.print(f"  join    on every other host, once it has your token: ./launch.sh cluster join {address}")
+        OUT.print(f"  token   the file {file}: copy it to {ray_auth.PLACE} there, mode 600 (scp -p keeps the mode)")
+    OUT.print("  train   ./launch.sh train cluster.address=auto")
+    OUT.print("  end     ./launch.sh cluster down")
+    return OK
+
+
+def join(options: Options, words: Sequence[str]) -> int:
+    """cluster join ADDRESS [bind=...] [cpus=N] [gpus=N]: make this host a node of the cluster whose head is at ADDRESS.
+
+    bind   the address of this host that the others reach it by; default: the one that leads to the head
+
+    Needs the head's token in ~/.ray/auth_token, and the same Python, Ray, torch and code.
+    """
+    if "job" in options:  # a job's driver says this, over ssh or srun
+        return node_daemon.serve_job(words[0], options["job"], options["device"], options["target"])
+    if len(words) != 1 or ":" not in words[0]:
+        raise UserError(
+            "join needs the address of a head, such as 10.0.0.1:6379: `./launch.sh cluster status` shows it there"
+        )
+    address, folder = words[0], node_daemon.lasting_folder()
+    found = node_daemon.living(folder)
+    if found is not None:
+        if found["address"] != address:
+            raise UserError(
+                f"this host is a node of the cluster at {found['address']}: `./launch.sh cluster down` ends that"
+            )
+        OUT.print(f"This host is a node of the cluster at {address} already.")
+        return OK
+    ray_auth.check(ray_auth.place())
+    ip = options.get("bind") or job_dir.address_towards(address)
+    found = _background(_order(folder, ip, options, address=address))
+    OUT.print(
+        f"This host ({found['host']}, {found['ip']}) has joined the cluster at [bold]{address}[/], with {_offer(found)}."
+    )
+    return OK
+
+
+def status(options: Options, words: Sequence[str]) -> int:
+    """cluster status [ADDRESS]: the nodes of the cluster, what they have, and the jobs that hold it."""
+    seen = view.look(words[0] if words else node_daemon.local()["address"])
+    table = Table(title=f"cluster at {seen.address}", title_justify="left")
+    for column in ("host", "address", "cores free", "GPUs free", ""):
+        table.add_column(column, justify="right" if "free" in column else "left")
+    for node, where in seen.nodes:
+        row = [node.name, where.address, f"{node.free_cpus:g} of {node.cpus:g}", f"{node.free_gpus:g} of {node.gpus:g}"]
+        table.add_row(*row, "head" if where.head else "")
+    OUT.print(table)
+    if not seen.jobs:
+        OUT.print("No job holds any of it.")
+        return OK
+    table = Table(title="jobs", title_justify="left")
+    for column in ("job", "driver", "running for", "holds"):
+        table.add_column(column)
+    for job in seen.jobs:
+        holds = ", ".join(f"{name}: {what}" for name, what in job.holds.items()) or "nothing yet"
+        table.add_row(job.name, f"pid {job.pid} on {job.host}", duration(job.seconds), holds)
+    OUT.print(table)
+    return OK
+
+
+def down(options: Options, words: Sequence[str]) -> int:
+    """cluster down [--all]: end the node on this host and all that runs on it; the head's end is everybody's.
+
+    --all   said on a host that joined: end the whole cluster
+    """
+    folder = node_daemon.lasting_folder()
+    found = node_daemon.living(folder)
+    if found is None:
+        node_daemon.end(folder)  # what a crash has left
+        OUT.print("No cluster's node is up on this host.")
+        return OK
+    everything = found["head"] or "--all" in words
+    ray_node.authenticate(ray_auth.place(), found["address"])
+    try:
+        ray_node.drain(found["address"], None if everything else found["node"])
+    except UserError as error:
+        ERR.print(f"the others were not told: {error}", markup=False)
+    node_daemon.end(folder)
+    what = "The cluster" if everything else "This host's node"
+    OUT.print(f"{what} at {found['address']} is down.")
+    return OK
+
+
+def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.Order:
+    cpus, gpus = _number(options, "cpus", job_dir.count_cpus()), _number(options, "gpus", job_dir.count_gpus())
+    return node_daemon.Order(str(node_daemon.fresh(folder)), str(ray_auth.place()), ip, port, cpus, gpus, address)
+
+
+def _background(order: node_daemon.Order) -> dict:
+    """Starts the process that keeps the node, and leaves it behind once the node is up."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.raycluster.node_daemon", node_daemon.order_line(order)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd="/",
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = process.stdout.readline()
+    answer = json.loads(line) if line else {"error": f"the node could not be started:\n{process.stderr.read()[-2000:]}"}
+    if "error" in answer:
+        process.wait()
+        raise UserError(answer["error"])
+    return dict(answer)
+
+
+def _free(ip: str, port: int) -> None:
+    """Raises UserError unless a head can listen there."""
+    if ip in ("0.0.0.0", "::"):
+        raise UserError(f"bind={ip} is no address that others can be told: give the one by which they reach this host")
+    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ip, port))
+        except OSError as error:
+            raise UserError(
+                f"bind={ip} port={port}: {error.strerror}. Give an address of this host, and a port that is free"
+            ) from error
+
+
+def _offer(found: dict) -> str:
+    return plural(found["cpus"], "core") + (f" and {plural(found['gpus'], 'GPU')}" if found["gpus"] else "")
+
+
+def _number(options: Options, key: str, default: int) -> int:
+    try:
+        return int(options.get(key, default))
+    except ValueError:
+        raise UserError(f"{key}={options[key]} is not a number") from None
+
+
+VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
+    "up": (up, {"bind", "port", "cpus", "gpus"}),
+    "join": (join, {"bind", "cpus", "gpus", "job", "device", "target"}),
+    "status": (status, set()),
+    "down": (down, set()),
+}
+
+
+def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[None]:
+    """Two commands that change this user's node on this host follow each other; one job's node (see ``join``) is held by none."""
+    if name == "status" or "job" in given:
+        return contextlib.nullcontext()
+    folder = Path(ray_auth.PLACE).expanduser().parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wait = partial(ERR.print, f"waiting for another `cluster` command on {socket.gethostname()}")
+    return locked(folder / f"trireme-{socket.gethostname()}.lock", wait)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs ``cluster VERB ...``; the exit code."""
+    name, *rest = arguments or ["--help"]
+    verb, known = VERBS.get(name, (None, set()))
+    if verb is None or {"-h", "--help"} & set(rest):
+        chosen = [verb] if verb else [one for one, _ in VERBS.values()]
+        OUT.print("\n\n".join((one.__doc__ or "").rstrip().replace("\n    ", "\n") for one in chosen), markup=False)
+        return OK if verb or name in ("-h", "--help") else BAD_INPUT
+    given = dict(word.removeprefix("cluster.").split("=", 1) for word in rest if "=" in word)
+    words = [word for word in rest if "=" not in word]
+    try:
+        if unknown := [key for key in given if key not in known]:
+            raise UserError(f"{name} knows no {unknown[0]}=...: try `./launch.sh cluster {name} --help`")
+        with _alone(name, given):
+            return verb(given, words)
+    except UserError as error:
+        ERR.print("[bold red]error:[/] ", end="")
+        ERR.print(str(error), markup=False)
+        return BAD_INPUT

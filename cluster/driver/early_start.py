@@ -1,0 +1,41 @@
+"""The first moments of a driver: what takes longest is begun before anything else is even imported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.host import job_dir
+from cluster.host.stop_request import Signals
+
+TARGET = "train.run:train_rank"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is under way: the job's private folder, its warm process, and the moment the command was given."""
+
+    folder: Path
+    warm: job_dir.WarmProcess
+    target: str
+    since: float
+    signals: Signals
+
+    def clear(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def begin(signals: Signals, target: str = TARGET) -> Begun:
+    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
+    rank. ``signals`` listens already.
+    """
+    since = float(os.environ.get("TRIREME_T0") or time.time())
+    folder = job_dir.make_folder()
+    os.environ[job_dir.MARK] = str(folder)
+    begun = Begun(folder, job_dir.WarmProcess(folder, target), target, since, signals)
+    signals.on_end.append(begun.clear)
+    return begun

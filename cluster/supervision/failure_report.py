@@ -1,0 +1,86 @@
+"""From a verdict to the block that a person reads: the first cause first, its evidence, then the others in one line. Pure."""
+
+from __future__ import annotations
+
+import signal
+
+from cluster.supervision.hang_detector import ranks
+from cluster.supervision.outcome import End, Verdict
+
+MOST_LINES = 24
+"""Of a traceback: the innermost; the rank's log has all."""
+
+CURES = {
+    "out of host memory": "use a smaller batch.micro, fewer workers on this host, or zero=3",
+    "out of device memory": "use a smaller batch.micro, zero=2 or zero=3, or model.checkpoint_activations=true",
+    "network lost": "look at the hosts' network: no rank ended by itself, yet they lost each other",
+}
+
+
+def explain(verdict: Verdict) -> list[str]:
+    """The lines of a failure's block: the first names rank, host, process and cause."""
+    if verdict.finding is not None:
+        lines = [_title(verdict.cause, verdict.finding.words), *verdict.finding.evidence]
+    elif verdict.cause is not None:
+        lines = [_title(verdict.cause, how(verdict.cause)), *_evidence(verdict.cause, verdict.fault or "")]
+    else:
+        return []
+    if verdict.fault in CURES:
+        lines += ["", f"cure: {CURES[verdict.fault]}"]
+    if verdict.collateral:
+        why = "their errors follow" if len(verdict.collateral) > 1 else "its error follows"
+        killed = all(end.ours for end in verdict.collateral)
+        lines += [
+            "",
+            f"{ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})",
+        ]
+    return lines
+
+
+def how(end: End) -> str:
+    """In a few words, how a rank ended."""
+    at = f" {end.at.where}" if end.at else ""
+    if end.words:
+        return end.words + at
+    if end.code < 0:
+        memory = ": the kernel was out of memory" if end.code == -signal.SIGKILL and end.oom else ""
+        return f"killed by {signal.Signals(-end.code).name}{at}{memory}"
+    if end.error:
+        return f"raised {_last_line(end.error).split(':')[0]}{at}"
+    return f"exited with code {end.code} without a word{at}"
+
+
+def signature(verdict: Verdict) -> str:
+    """What makes two failures the same: the words, without what differs from start to start."""
+    words = verdict.finding.words if verdict.finding else ""
+    if verdict.cause and not words:
+        words = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
+    return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)
+
+
+def _title(end: End | None, words: str) -> str:
+    if end is None:
+        return words
+    host, pid = f" on {end.host}" if end.host else "", f" (pid {end.pid})" if end.pid else ""
+    return f"rank {end.rank}{host}{pid} {words}"
+
+
+def _evidence(end: End, fault: str) -> list[str]:
+    lines = []
+    if end.peak_mib and (end.code == -signal.SIGKILL or fault == "out of host memory"):
+        oom = "the kernel's out-of-memory killer was at work" if end.oom else "the kernel reports no lack of memory"
+        who = "" if end.oom or end.code > 0 else ": somebody, or a resource manager, killed it"
+        lines.append(f"it held at most {end.peak_mib:,} MiB of the host's {end.memory_mib or 0:,} MiB; {oom}{who}")
+    if end.code == -signal.SIGBUS:
+        lines.append("a file that it read as memory was cut short: a shard of the corpus, or /dev/shm is full")
+    if end.error and end.code > 0:
+        shown = end.error.rstrip().splitlines()
+        cut = [f"  ... ({len(shown) - MOST_LINES} lines more in its log)"] if len(shown) > MOST_LINES else []
+        lines += ["", *cut, *shown[-MOST_LINES:]]
+    elif end.tail:
+        lines += ["", "the last lines of its log:", *(f"  {line}" for line in end.tail)]
+    return lines
+
+
+def _last_line(error: str) -> str:
+    return error.strip().splitlines()[-1]

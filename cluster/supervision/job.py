@@ -1,0 +1,58 @@
+"""What the parts of the driver share about the job that they run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.host.stop_request import Signals
+from cluster.raycluster.local_cluster import Private
+from train.config.schema import Config
+
+Show = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Clock:
+    """When each phase of the start was reached, in seconds since the command was given."""
+
+    start: float
+    marks: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, name: str, at: float | None = None) -> None:
+        """Notes that ``name`` was reached, the first time it is."""
+        self.marks.setdefault(name, (time.time() if at is None else at) - self.start)
+
+    def first_step(self, event: dict[str, Any], run_dir: Path) -> bool:
+        """Whether ``event`` says that the first step was made; then all phases are written to ``startup.json``, once."""
+        first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
+        if first:
+            self.mark("first_step_done", event["t"])
+            (run_dir / "startup.json").write_text(json.dumps(self.marks, indent=1) + "\n")
+        return first
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run, and who is told."""
+
+    config: Config
+    corpus: str
+    target: str
+    """What each rank runs, ``module:function``."""
+    folder: str
+    """Name of the job's private folder on every host."""
+    show: Show
+    signals: Signals
+    clock: Clock
+    private: Private | None = None
+    """The job's own Ray cluster, where it has one."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, absolute."""
+        return Path(self.config.run.dir or ".").absolute()

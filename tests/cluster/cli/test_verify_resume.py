@@ -1,0 +1,37 @@
+"""The verb verify-resume, on real jobs: 10 + 10 steps around a real signal are 20, and what is not so is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import gloo_ranks
+
+from cluster.cli import verify_resume
+from train.config import load as configuration
+
+
+def run(*overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cluster", "verify-resume", *overrides]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=os.environ, cwd=gloo_ranks.REPOSITORY, check=False
+    )
+
+
+def test_a_stopped_run_is_found_to_be_the_undisturbed_one(as_typed, tmp_path: Path):
+    done = run(*as_typed("cluster.workers=2", "zero=2", "steps=400", "cluster.max_failures=0"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bit for bit" in done.stdout
+    assert "SIGTERM" in done.stdout
+    assert "SIGKILL" in done.stdout
+    assert done.stdout.count("tensors of exp_avg ") == 2
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_bad_input_is_said_before_anything_is_started(as_typed, capsys: pytest.CaptureFixture[str]):
+    assert configuration.load(as_typed("steps=8"))
+    assert verify_resume.run(as_typed("lerning_rate=1")) == 2
+    assert "lerning_rate" in capsys.readouterr().err

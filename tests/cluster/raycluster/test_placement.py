@@ -1,0 +1,83 @@
+"""Where workers fit, and what is said when they do not. Tables of pure cases."""
+
+import pytest
+
+from cluster.raycluster.placement import Node, Request, begin_with, choose_device, place
+from train.errors import UserError
+
+
+def node(name, cpus, gpus=0, free_cpus=None, free_gpus=None):
+    return Node(name, cpus, gpus, cpus if free_cpus is None else free_cpus, gpus if free_gpus is None else free_gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "request_", "workers", "waiting"),
+    [
+        ([node("a", 2)], Request(2, 1, 0), {"a": 2}, 0),
+        ([node("a", 2), node("b", 8)], Request(6, 1, 0), {"b": 6}, 0),
+        ([node("a", 2), node("b", 8)], Request(10, 1, 0), {"b": 8, "a": 2}, 0),
+        ([node("a", 16, 4), node("b", 2, 4)], Request(6, 1, 1), {"a": 4, "b": 2}, 0),
+        ([node("a", 3), node("b", 3)], Request(2, 2, 0), {"a": 1, "b": 1}, 0),
+        ([node("a", 8, free_cpus=3)], Request(5, 1, 0), {"a": 3}, 2),
+        ([node("a", 8, 8, free_gpus=0)], Request(1, 1, 1), {}, 1),
+    ],
+)
+def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, workers, waiting):
+    placement = place(nodes, request_)
+    assert placement.workers == workers
+    assert placement.waiting == waiting
+
+
+@pytest.mark.parametrize(
+    ("nodes", "request_", "words"),
+    [
+        ([node("me", 2)], Request(3, 1, 0), ["only 2 fit", "me: 2 cores", "1 core short", "cluster.workers=2"]),
+        ([node("me", 2)], Request(1, 4, 0), ["none fits", "2 cores short", "fewer cluster.cpus_per_worker"]),
+        ([node("a", 64, 4), node("b", 64, 4)], Request(9, 1, 1), ["only 8 fit", "a: 64 cores, 4 GPUs", "1 GPU short"]),
+        (
+            [node("a", 4, 8), node("b", 8, 0)],
+            Request(6, 1, 1),
+            ["only 4 fit", "1 core short of another", "1 GPU short"],
+        ),
+        ([], Request(1, 1, 0), ["none fits"]),
+    ],
+)
+def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_, words):
+    with pytest.raises(UserError) as refused:
+        place(nodes, request_)
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least", "size"),
+    [
+        ([node("a", 4)], None, 4),
+        ([node("a", 4)], 2, 4),
+        ([node("a", 3)], 2, 3),  # all that there ever is
+        ([node("a", 2), node("b", 4, free_cpus=1)], 2, 3),  # others use the rest: it may join later
+        ([node("a", 4, free_cpus=0)], 2, 2),  # nothing is free: so many are waited for
+        ([node("a", 4, free_cpus=0)], None, 4),
+    ],
+)
+def test_a_job_begins_with_as_many_workers_as_there_is_room_for(nodes, least, size):
+    request = Request(4, 1, 0, least)
+    assert begin_with(place(nodes, request), request) == size
+
+
+def test_fewer_cores_than_the_fewest_workers_need_are_refused():
+    with pytest.raises(UserError, match=r"cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
+        place([node("a", 2)], Request(4, 1, 0, 3))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "device"),
+    [("auto", 0, "cpu"), ("auto", 2, "gpu"), ("cpu", 2, "cpu"), ("gpu", 2, "gpu")],
+)
+def test_auto_means_gpus_where_there_are_any(asked, gpus, device):
+    assert choose_device(asked, [node("a", 4, 0), node("b", 4, gpus)]) == device
+
+
+def test_asking_for_gpus_where_there_are_none_is_refused():
+    with pytest.raises(UserError, match="no node has a GPU"):
+        choose_device("gpu", [node("a", 4)])

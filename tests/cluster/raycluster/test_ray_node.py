@@ -1,0 +1,43 @@
+"""Ray's own processes, started for real."""
+
+import os
+import threading
+import time
+
+import psutil
+import pytest
+
+from cluster.host import job_dir
+from cluster.raycluster import ray_auth, ray_node
+from train.errors import UserError
+
+
+@pytest.fixture
+def folder():
+    """A job's private folder, with a token."""
+    before = dict(os.environ)
+    made = job_dir.make_folder()
+    ray_auth.make(made / "token")
+    yield made
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
+    def strike():
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for child in psutil.Process().children():
+                if child.name() == "raylet":
+                    child.kill()
+                    return
+            time.sleep(0.001)
+
+    other = threading.Thread(target=strike)
+    other.start()
+    with pytest.raises(UserError, match="Ray's processes on this host ended as they started"):
+        ray_node.start_head(ray_node.Start(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
+    other.join()
+    assert not [
+        child for child in psutil.Process().children() if child.name() == "gcs_server" and child.status() != "zombie"
+    ]

@@ -1,0 +1,209 @@
+"""From the ends of ranks to the verdict and its block. Tables of pure cases."""
+
+import pytest
+
+from cluster.supervision.failure_report import explain, signature
+from cluster.supervision.outcome import Beat, End, Finding, fault_of, judge
+
+GLOO = "Traceback (most recent call last):\nRuntimeError: [gloo/transport/tcp/pair.cc:538] Connection closed by peer"
+OOPS = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\nValueError: the oar broke'
+
+
+def ends(*given):
+    return [End(order=order, **end) for order, end in enumerate(given)]
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "kind", "cause"),
+    [
+        ([], 2, "running", None),
+        ([{"rank": 0, "code": 0}], 2, "running", None),
+        ([{"rank": 1, "code": 0}, {"rank": 0, "code": 0}], 2, "done", None),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], 2, "stopped", None),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 0}], 2, "stopped", None),
+        ([{"rank": 1, "code": -9}], 2, "failed", 1),
+        # the victims' errors came first, and still the killed rank is the cause
+        (
+            [{"rank": 0, "code": 1, "error": GLOO}, {"rank": 2, "code": 1, "error": GLOO}, {"rank": 1, "code": -9}],
+            3,
+            "failed",
+            1,
+        ),
+        ([{"rank": 0, "code": 1, "error": GLOO}, {"rank": 1, "code": 1, "error": OOPS}], 2, "failed", 1),
+        # a rank that the driver killed is nobody's cause
+        ([{"rank": 0, "code": -9, "ours": True}, {"rank": 1, "code": 1, "error": GLOO}], 2, "failed", 1),
+        # only connection errors: the first heard of is as good as it gets
+        ([{"rank": 1, "code": 1, "error": GLOO}, {"rank": 0, "code": 1, "error": GLOO}], 2, "failed", 1),
+        (
+            [{"rank": 1, "code": 2, "error": "wrong corpus"}, {"rank": 0, "code": 2, "error": "wrong corpus"}],
+            2,
+            "bad_input",
+            1,
+        ),
+        ([{"rank": 0, "code": 1, "error": OOPS}, {"rank": 1, "code": 2, "error": "wrong"}], 2, "failed", 0),
+        # code 2 without a message is not bad input: something called exit(2)
+        ([{"rank": 0, "code": 2}], 1, "failed", 0),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": -11}], 2, "failed", 1),
+    ],
+)
+def test_the_verdict_and_its_first_cause(given, size, kind, cause):
+    verdict = judge(ends(*given), size)
+    assert verdict.kind == kind
+    assert (verdict.cause.rank if verdict.cause else None) == cause
+
+
+def block(*given, size=4):
+    return "\n".join(explain(judge(ends(*given), size)))
+
+
+def test_a_killed_rank_is_named_with_host_pid_signal_and_its_last_words():
+    text = block(
+        {"rank": 0, "code": 1, "error": GLOO},
+        {
+            "rank": 3,
+            "code": -9,
+            "host": "oar7",
+            "pid": 4242,
+            "tail": ("step 11", "step 12"),
+            "peak_mib": 900,
+            "memory_mib": 8000,
+        },
+        {"rank": 1, "code": -9, "ours": True},
+    )
+    assert text.splitlines()[0] == "rank 3 on oar7 (pid 4242) killed by SIGKILL"
+    assert "  step 12" in text
+    assert "no lack of memory" in text
+    assert "ranks 0, 1 fell with it" in text
+    assert "gloo" not in text
+
+
+def test_a_kill_for_want_of_memory_says_so():
+    text = block({"rank": 0, "code": -9, "oom": 1, "peak_mib": 7900, "memory_mib": 8000})
+    assert "out of memory" in text
+    assert "7,900 MiB" in text
+
+
+def test_an_exception_shows_its_traceback_and_not_the_log_too():
+    text = block({"rank": 2, "code": 1, "error": OOPS, "tail": ("noise",)}, {"rank": 0, "code": 1, "error": GLOO})
+    assert text.splitlines()[0] == "rank 2 raised ValueError"
+    assert "ValueError: the oar broke" in text
+    assert "noise" not in text
+    assert "rank 0 fell with it" in text
+
+
+def test_a_lost_host_is_told_as_lost():
+    text = block(
+        {
+            "rank": 1,
+            "code": -9,
+            "fault": "host lost",
+            "words": "was lost with its host",
+            "at": Beat(1, 7, "backward", 2),
+        }
+    )
+    assert text == "rank 1 was lost with its host in backward of step 7, micro-batch 3"
+
+
+def test_an_exit_without_a_word_shows_the_log():
+    text = block({"rank": 1, "code": 7, "tail": ("about to exit",)})
+    assert "exited with code 7 without a word" in text
+    assert "about to exit" in text
+
+
+def test_many_fallen_ranks_take_one_line():
+    given = [{"rank": r, "code": 1, "error": GLOO} for r in range(1, 40)] + [{"rank": 0, "code": -6}]
+    lines = explain(judge(ends(*given), 40))
+    assert len([line for line in lines if "fell with it" in line]) == 1
+    assert "SIGABRT" in lines[0]
+
+
+CUDA = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize(
+    ("end", "fault"),
+    [
+        ({"code": -9}, "killed"),
+        ({"code": -11}, "killed"),
+        ({"code": -9, "oom": 1}, "out of host memory"),
+        ({"code": 1, "error": CUDA}, "out of device memory"),
+        (
+            {"code": 1, "error": "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"},
+            "out of device memory",
+        ),
+        ({"code": 1, "error": HOST}, "out of host memory"),
+        ({"code": 1, "error": "Traceback\nMemoryError"}, "out of host memory"),
+        ({"code": 1, "error": OOPS}, "raised"),
+        ({"code": 7}, "raised"),
+        ({"code": 1, "error": GLOO}, "network lost"),
+        ({"code": 2, "error": "10 updates in a row", "kind": "not_finite"}, "not finite"),
+        ({"code": -9, "fault": "worker lost"}, "worker lost"),
+    ],
+)
+def test_the_kind_of_an_end(end, fault):
+    assert fault_of(End(rank=0, order=0, **end)) == fault
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "kind", "fault"),
+    [
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [1], "stopped", "preempted"),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [0, 1], "stopped", None),
+        ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [], "stopped", None),
+        # the notice was too short to save
+        ([{"rank": 0, "code": 1, "error": GLOO}, {"rank": 1, "code": -9}], [1], "failed", "preempted"),
+        ([{"rank": 0, "code": -9}, {"rank": 1, "code": 1, "error": GLOO}], [1], "failed", "killed"),
+    ],
+)
+def test_a_part_of_the_ranks_told_to_end_is_a_preemption(given, asked, kind, fault):
+    verdict = judge(ends(*given), 2, None, asked)
+    assert (verdict.kind, verdict.fault) == (kind, fault)
+
+
+def test_a_finding_comes_before_the_ends_that_it_led_to():
+    finding = Finding(
+        "hung",
+        2,
+        "hung: nothing moved for 31 s in data of step 9",
+        ("ranks 0, 1 wait in all_reduce_sum #40", "", "  File x"),
+    )
+    found = ends(*({"rank": rank, "code": -9, "ours": True, "host": "oar", "pid": 10 + rank} for rank in (1, 0, 2)))
+    verdict = judge(found, 3, finding)
+    assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "hung", 2)
+    lines = explain(verdict)
+    assert lines[:2] == [
+        "rank 2 on oar (pid 12) hung: nothing moved for 31 s in data of step 9",
+        "ranks 0, 1 wait in all_reduce_sum #40",
+    ]
+    assert lines[-1] == "ranks 0, 1 fell with it (ended by the driver)"
+
+
+def test_a_world_in_which_nobody_can_be_blamed_is_told_without_a_rank():
+    assert explain(
+        judge(ends({"rank": 0, "code": -9, "ours": True}), 1, Finding("hung", None, "no rank has moved for 61 s"))
+    )[0] == ("no rank has moved for 61 s")
+
+
+def test_a_long_traceback_is_cut_to_a_screen_and_keeps_its_end():
+    error = "\n".join(["Traceback", *(f'  File "x.py", line {n}' for n in range(100)), "ValueError: the oar broke"])
+    lines = explain(judge(ends({"rank": 1, "code": 1, "error": error}), 2))
+    assert len(lines) < 30
+    assert "... (78 lines more in its log)" in lines[2]
+    assert lines[-1] == "ValueError: the oar broke"
+
+
+def test_memory_names_its_cure():
+    assert "zero=2 or zero=3" in block({"rank": 0, "code": 1, "error": CUDA})
+    assert "fewer workers on this host" in block({"rank": 0, "code": -9, "oom": 1, "peak_mib": 9, "memory_mib": 10})
+
+
+def test_the_signature_of_a_failure_is_the_same_for_another_process_and_other_for_another_error():
+    def of(**end):
+        return signature(judge([End(rank=0, order=0, **end)], 1))
+
+    assert of(code=1, error="Traceback\nValueError: 0x7f12 at 3", pid=7) == of(
+        code=1, error="x\nValueError: 0x7f99 at 4", pid=8
+    )
+    assert of(code=1, error="ValueError: a") != of(code=1, error="ValueError: b")
+    assert of(code=-9) != of(code=-11)

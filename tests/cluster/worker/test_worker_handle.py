@@ -1,0 +1,54 @@
+"""A trainer's stack, asked of a real process that is stopped among many threads."""
+
+import mmap
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.worker import procfs
+from cluster.worker.worker_handle import Trainer
+from train.distributed import heartbeat
+
+STOPPED = """
+import faulthandler, os, signal, sys, threading, time
+faulthandler.register(signal.SIGUSR1, 2)
+for _ in range(16):
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+def walks_away():
+    while True:
+        pass
+def stops_here():
+    os.kill(os.getpid(), signal.SIGSTOP)
+stops_here()
+walks_away()
+"""
+
+
+@pytest.fixture(scope="module")
+def busy_machine():
+    """More work than cores: who runs first when all threads may go on is then left to chance."""
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    yield
+    for process in spinning:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_one_that_was_stopped_shows_where_and_not_where_it_went_then(tmp_path, busy_machine, attempt):
+    log = tmp_path / "log"
+    with log.open("wb") as file, subprocess.Popen([sys.executable, "-c", STOPPED], stderr=file) as process:
+        try:
+            end = time.monotonic() + 30
+            while procfs.state(process.pid) != "T":
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            order = {"log": str(log), "rank": 0, "meeting": {"generation": 1}}
+            found = Trainer(process.pid, order, mmap.mmap(-1, heartbeat.SIZE), 0).inspect()
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert found["kernel"][0].startswith("state T: stopped by a signal")
+    assert any("in stops_here" in frame for frame in found["stack"]), found["stack"]

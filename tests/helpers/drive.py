@@ -1,0 +1,34 @@
+"""A driver for tests: ``python drive.py RUN_DIR FAULT_JSON [more settings as JSON]`` runs the toy rank as a job."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.driver.early_start import begin
+from cluster.host.stop_request import Signals
+from train.util import redact
+
+
+def broken(*_):
+    raise RuntimeError("the oar broke")
+
+
+if __name__ == "__main__":
+    redact.cover()
+    signals = Signals()
+    signals.listen()
+    begun = begin(signals, "helpers.toy:train_rank")
+
+    from cluster.driver import driver
+    from train.config import load as configuration
+
+    run_dir, fault, *settings = sys.argv[1:]
+    base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
+    more = json.loads(settings[0]) if settings else {}
+    if more.pop("bug", False):
+        driver.Start._finish = broken
+    values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
+    what = driver.Plan(lambda: configuration.parse(values), lambda config, report: fault)
+    sys.exit(driver.run(what, begun))

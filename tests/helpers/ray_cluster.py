@@ -1,0 +1,32 @@
+"""A private Ray cluster for tests that place workers themselves, as a driver makes one for its job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.host import job_dir
+from cluster.raycluster import ray_auth, ray_node
+from cluster.raycluster.local_cluster import Private
+
+
+@contextlib.contextmanager
+def private(cores: int, target: str, *places: Path) -> Iterator[Private]:
+    """A cluster of this host, which Ray takes for one of so many cores, and the warm process of ``target`` in its folder
+    (``.start.folder``). ``places`` are where its processes look for modules.
+    """
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, places))
+    with contextlib.ExitStack() as ends:
+        ends.callback(os.environ.update, before)
+        ends.callback(os.environ.clear)
+        folder = job_dir.make_folder()
+        warm = job_dir.WarmProcess(folder, target)
+        ends.callback(warm.close)
+        warm.set_device("cpu")
+        ray_auth.make(folder / "token")
+        cluster = Private(ray_node.Start(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests")
+        ends.callback(cluster.end)
+        yield cluster

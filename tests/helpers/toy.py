@@ -1,0 +1,74 @@
+"""A real rank to run in tests: a loop of gloo all-reduces that says what it does, and fails in the ways that it is
+told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from train.distributed import heartbeat, process_group
+from train.errors import Stopped, UserError
+
+
+def train_rank(config, corpus, world, emit, should_stop):
+    """Counts to ``config.steps`` with the others. ``corpus`` is JSON: {"rank": r, "step": n, "do": what, "times": k,
+    "sleep": s}."""
+    fault = json.loads(corpus)
+    progress = Path(config.run.dir) / "progress"
+    start = int(progress.read_text()) if progress.exists() else 0
+    emit({"event": "phase", "name": "engine", "t": time.time()})
+    emit({"event": "plan", "params": 1234, "tokens": 1000, "steps": config.steps, "start_step": start})
+    emit({"event": "phase", "name": "first_step", "t": time.time()})
+    for step in range(start + 1, config.steps + 1):
+        heartbeat.at_step(step)
+        heartbeat.enter("data")
+        _fail(fault, world, step, Path(config.run.dir))
+        heartbeat.enter("step")
+        assert process_group.all_reduce_sum([1.0]) == [world.size]
+        if step == start + 1:
+            emit({"event": "phase", "name": "train", "t": time.time()})
+        emit({"event": "step", "step": step, "steps": config.steps, "loss": 1.0 / step, "tokens_per_s": 10.0})
+        if world.first:
+            progress.write_text(str(step))
+            emit({"event": "save", "step": step})
+        if process_group.all_reduce_sum([float(should_stop())])[0]:
+            raise Stopped
+        time.sleep(fault.get("sleep", 0.0))
+    emit({"event": "done", "summary": {"step": config.steps}})
+
+
+def _fail(fault, world, step, run_dir):
+    if fault.get("rank") not in (world.rank, "all") or fault.get("step") not in (step, "all"):
+        return
+    marks = run_dir / f"failed_{world.rank}"
+    times = int(marks.read_text()) if marks.exists() else 0
+    if times >= fault.get("times", 1000):
+        return
+    marks.write_text(str(times + 1))
+    print(f"rank {world.rank} is about to {fault['do']}")
+    if fault["do"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault["do"] == "raise":
+        raise ValueError(fault.get("say", "the oar broke"))
+    elif fault["do"] == "refuse":
+        raise UserError("the corpus is not the one that this run began with")
+    elif fault["do"] == "hang":
+        time.sleep(1000)
+    elif fault["do"] == "wedge":
+        heartbeat.counted(time.sleep)(1000)
+    elif fault["do"] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault["do"] == "dawdle":
+        time.sleep(0.1)
+    elif fault["do"] == "devour":
+        resource.setrlimit(resource.RLIMIT_AS, (torch.iinfo(torch.int32).max * 4, resource.RLIM_INFINITY))
+        torch.ones(1 << 33)
+    elif fault["do"] == "exit":
+        os._exit(7)

@@ -1,0 +1,221 @@
+"""A whole job as its user sees it: a driver process, its exit code, its words, and what it leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+TESTS = REPOSITORY / "tests"
+ENDLESS = {"steps": 100000}
+SLOW = json.dumps({"sleep": 0.05})
+
+
+class Driver:
+    """One running ``drive.py``; everything it starts is found by the environment variable it inherits."""
+
+    def __init__(self, tmp_path, fault="{}", **settings):
+        self.run_dir = tmp_path / "run"
+        self.mark = f"TRIREME_TEST={tmp_path}"
+        self.out = tmp_path / f"out_{time.monotonic_ns()}"
+        environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", "TRIREME_TEST": str(tmp_path)}
+        with self.out.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, TESTS / "helpers/drive.py", self.run_dir, fault, json.dumps(settings)],
+                env=environment,
+                stdout=file,
+                stderr=file,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=hear_signals,
+            )
+
+    def text(self):
+        return self.out.read_text()
+
+    def wait(self, seconds=60):
+        return self.process.wait(seconds)
+
+    def until_training(self):
+        self.until(
+            lambda: (self.run_dir / "progress").exists() and int((self.run_dir / "progress").read_text() or 0) > 2
+        )
+
+    def until(self, condition, seconds=60):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.02)
+
+    def alive(self):
+        """Every living process of this job, the driver included."""
+        found = []
+        for process in psutil.process_iter(["pid", "name"]):
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and self.mark in process_environment(process):
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def expect_nothing_left(self, seconds=5):
+        end = time.monotonic() + seconds
+        while left := self.alive():
+            assert time.monotonic() < end, [(p.pid, p.cmdline()) for p in left]
+            time.sleep(0.05)
+
+
+def hear_signals():
+    """In the driver to be: tests that run under nohup or in the background have handed down that these are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def process_environment(process):
+    return Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0")
+
+
+@pytest.fixture
+def start(tmp_path):
+    drivers = []
+
+    def begin(*args, **settings):
+        drivers.append(Driver(tmp_path, *args, **settings))
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        for process in driver.alive():
+            process.kill()
+        driver.process.wait()
+
+
+def test_a_run_says_what_it_does_and_what_to_type_next(start):
+    driver = start(steps=5)
+    assert driver.wait() == 0
+    text = driver.text()
+    for words in (
+        "2 workers, 1 core each",
+        "ZeRO stage 2",
+        "step 5/5",
+        "Done",
+        "generate run.dir=",
+        "seconds to the first step",
+    ):
+        assert words in text
+    assert "\x1b" not in text
+    marks = json.loads((driver.run_dir / "startup.json").read_text())
+    assert {"config", "ray", "workers", "imports", "first_step_done"} <= marks.keys()
+    driver.expect_nothing_left()
+
+
+def test_sigterm_saves_and_exits_75_with_how_to_go_on_and_one_job_a_folder(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    other = start(SLOW, **ENDLESS)
+    assert other.wait() == 2
+    assert f"in use by another job: pid {driver.process.pid} on" in other.text()
+    driver.process.terminate()
+    assert driver.wait(15) == 75
+    assert "Stopped and saved. Run the same command again to go on" in driver.text()
+    driver.expect_nothing_left()
+
+
+def test_a_signal_to_every_process_saves_and_exits_75(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    for process in driver.alive():
+        process.terminate()
+    assert driver.wait(30) == 75, driver.text()
+    assert "Stopped and saved" in driver.text()
+    driver.expect_nothing_left()
+
+
+def test_a_second_signal_ends_everything_now(start):
+    # rank 1 never comes back from its step, so the first signal can not be heeded
+    driver = start(json.dumps({"rank": 1, "step": 5, "do": "hang"}), **ENDLESS)
+    driver.until_training()
+    driver.process.send_signal(signal.SIGINT)
+    driver.until(lambda: "stopping" in driver.text(), 30)
+    assert driver.process.poll() is None
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.wait(20) == 130
+    driver.expect_nothing_left()
+
+
+def test_a_killed_driver_leaves_nothing_running(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    assert len(driver.alive()) > 6
+    driver.process.kill()
+    driver.wait()
+    driver.expect_nothing_left(seconds=30)  # Ray's own agents look for their raylet every few seconds
+
+
+@pytest.mark.parametrize("delay", [0.5, 1.5])
+def test_a_signal_during_the_start_exits_75_at_once(start, delay):
+    driver = start(**ENDLESS)
+    time.sleep(delay)
+    driver.process.terminate()
+    began = time.monotonic()
+    assert driver.wait(10) == 75
+    assert time.monotonic() - began < 5
+    assert "before training began" in driver.text()
+    driver.expect_nothing_left()
+
+
+def test_more_workers_than_cores_fail_in_seconds_with_the_cure(start):
+    began = time.monotonic()
+    driver = start(workers=16, cpus_per_worker=16)
+    assert driver.wait() == 2
+    assert time.monotonic() - began < 20
+    assert "cluster.workers=16" in driver.text()
+    assert "short of another" in driver.text()
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(start, tmp_path):
+    (tmp_path / "run").write_text("a file is in the way")
+    driver = start()
+    assert driver.wait() == 2
+    assert "cannot be written" in driver.text()
+
+
+def test_a_cluster_that_does_not_answer_is_refused(start):
+    driver = start(address="127.0.0.1:1")
+    assert driver.wait() == 2
+    assert "no Ray cluster answers at 127.0.0.1:1" in driver.text()
+
+
+def warm_processes(driver):
+    """The warm processes of a job; the trainers that they forked look the same, and are their children."""
+    found = [process for process in driver.alive() if "cluster.worker.fork_server" in process.cmdline()]
+    return [process for process in found if process.ppid() not in {other.pid for other in found}]
+
+
+def test_a_warm_process_that_a_steward_has_started_ends_without_its_driver(start):
+    driver = start(SLOW, **ENDLESS)
+    driver.until_training()
+    [first] = warm_processes(driver)
+    first.kill()
+    driver.until(lambda: "recovered" in driver.text())
+    [second] = warm_processes(driver)
+    assert second.ppid() != driver.process.pid
+    second.parent().kill()
+    driver.until(lambda: driver.text().count("recovered") == 2)
+    driver.process.terminate()
+    assert driver.wait(30) == 75, driver.text()
+    driver.expect_nothing_left(seconds=30)
+
+
+def test_an_error_in_the_driver_itself_is_shown_and_exits_1(start):
+    driver = start(bug=True)
+    assert driver.wait() == 1, driver.text()
+    assert "RuntimeError: the oar broke" in driver.text()
+    driver.expect_nothing_left()

@@ -1,0 +1,145 @@
+"""The verbs of ``python -m train``, as a person gives them, on a small trained run."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import gloo_ranks
+
+from train.__main__ import main
+from train.config import schema
+from train.config.schema import Config
+from train.data.corpus.shards import Corpus
+from train.data.loader import held_out_text
+from train.data.prepare.prepare import prepare
+
+SAMPLE = ("generation.prompts=[ab]", "generation.max_tokens=12")
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("trained")
+    config = gloo_ranks.on_corpus(
+        corpus, folder / "run", "steps=6", "save_every=2", "zero=3", "cluster.workers=2", *SAMPLE
+    )
+    gloo_ranks.train_world(config, corpus)
+    return config
+
+
+def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(gloo_ranks.REPOSITORY), "COLUMNS": "150"}
+    command = [sys.executable, "-m", "train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_evaluate_prints_the_run_s_own_loss_and_gzip_on_the_same_bytes(trained: Config, corpus: Path):
+    done = verb("evaluate", f"run.dir={trained.run.dir}")
+    assert done.returncode == 0, done.stderr
+    loss = gloo_ranks.metrics(trained)[-1]["val_loss"]
+    assert f"{loss:.4f}" in done.stdout
+    text = b"".join(held_out_text(Corpus(corpus)))
+    assert f"{8 * len(gzip.compress(text, 9)) / len(text):.4f}" in done.stdout
+    assert re.search(r"bits_per_byte .* \d\.\d{4}", done.stdout)
+
+
+def test_evaluate_measures_the_test_split_that_no_step_and_no_evaluation_has_read(corpus: Path, tmp_path: Path, capsys):
+    keys = [
+        f"data.paths=[{corpus.parent / 'text'}]",
+        "data.test_fraction=0.3",
+        f"data.dir={tmp_path}/corpus",
+        "data.workers=1",
+    ]
+    config = gloo_ranks.compose(
+        *gloo_ranks.TINY, *gloo_ranks.TEXT, *keys, f"run.dir={tmp_path}/run", "steps=2", "eval_every=0"
+    )
+    splits = Corpus(prepare(config.data, lambda event: None)).index["splits"]
+    gloo_ranks.train_world(config, tmp_path / "corpus")
+    found = {}
+    for split in ("val", "test"):
+        assert main(["evaluate", f"run.dir={tmp_path}/run", f"split={split}", "--json"]) == 0
+        found[split] = json.loads(capsys.readouterr().out)
+        assert found[split]["places"] == splits[split]["tokens"]
+    assert found["val"]["val_loss"] == pytest.approx(gloo_ranks.metrics(config)[-1]["val_loss"])
+    assert found["test"]["val_loss"] != found["val"]["val_loss"]
+    assert main(["evaluate", f"run.dir={tmp_path}/run", "split=test"]) == 0
+    assert f"{splits['test']['tokens']:,} held-out places, test" in capsys.readouterr().out
+
+
+def test_generate_writes_on_from_the_prompt_the_same_for_a_seed(trained: Config):
+    texts = [verb("generate", f"run.dir={trained.run.dir}", "prompt=ab =", "max_tokens=12", "seed=3") for _ in range(2)]
+    assert texts[0].returncode == 0, texts[0].stderr
+    assert texts[0].stdout.startswith("ab =")
+    assert texts[0].stdout == texts[1].stdout
+
+
+def test_generate_writes_what_the_run_wrote_when_its_weights_were_shards(
+    trained: Config, capsys: pytest.CaptureFixture[str]
+):
+    samples = [json.loads(line) for line in (Path(trained.run.dir or "") / "samples.jsonl").read_text().splitlines()]
+    assert main(["generate", f"run.dir={trained.run.dir}", "prompt=ab"]) == 0
+    assert capsys.readouterr().out == "ab" + samples[-1]["text"] + "\n"
+
+
+def test_generate_takes_prompts_from_a_file_and_standard_input(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "prompts.txt").write_text("ab\n\nnö\n", "utf-8")
+    common = ["generate", f"run.dir={trained.run.dir}", "generation=beam", "beams=3", "n=2", "max_tokens=6", "batch=1"]
+    assert main([*common, f"prompts={tmp_path}/prompts.txt", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["ab", "ab", "nö", "nö"]
+    assert lines[0]["score"] >= lines[1]["score"]
+    assert {"text", "reason"} <= lines[0].keys()
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nnö\n"))
+    assert main([*common, "prompts=-"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("--- ")][
+        2
+    ] == f"--- prompt 2 of 2, score {lines[2]['score']:.4f}"
+    assert f"ab{lines[0]['text']}" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nnö"))
+    assert main(["generate", f"run.dir={trained.run.dir}", "prompt=-", "max_tokens=0"]) == 0
+    assert capsys.readouterr().out == "ab\nnö\n"
+
+
+def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in schema.Generation.model_fields if name != "prompts")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evaluate"], "run.dir=... is needed"),
+        (["evaluate", "run.dir=/nowhere"], "holds no run"),
+        (["evaluate", "run.dir=RUN", "split=dev"], "split=dev: there is val"),
+        (["evaluate", "run.dir=RUN", "split=test"], "has no split 'test': it has train, val (data.test_fraction)"),
+        (["generate", "run.dir=RUN", "checkpoint=3"], "It has the steps 2, 4, 6"),
+        (["generate", "run.dir=RUN", "temperature=hot"], "temperature"),
+        (["generate", "run.dir=RUN", "promt=x"], "prompt"),
+        (
+            ["generate", "run.dir=RUN", "prompt=" + 40 * "x"],
+            "prompt 0 has 41 tokens, and the model's longest sequence is 32: shorten it",
+        ),
+        (["generate", "run.dir=RUN", "prompt=x", "prompts=y"], "give one of them"),
+        (["generate", "run.dir=RUN", "prompts=/nowhere"], "No such file"),
+        (["generate", "run.dir=RUN", "generation=beem"], "did you mean 'beam'"),
+        (["generate", "run.dir=RUN", "beams=2", "n=3"], "raise beams, or lower n"),
+        (["generate", "run.dir=RUN", "stop=[1]"], "stop"),
+        (["sing"], "usage"),
+    ],
+)
+def test_a_mistake_is_answered_with_code_2(
+    trained: Config, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main([a.replace("RUN", str(trained.run.dir)) for a in arguments]) == 2
+    assert said in capsys.readouterr().err

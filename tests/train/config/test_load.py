@@ -1,0 +1,207 @@
+"""From overrides to a checked configuration: every shipped choice works, and every mistake is answered with its cure."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import yaml
+
+from train.config import load as configuration
+from train.config import schema, sweep_space
+from train.errors import UserError
+from train.objectives import build_objective
+
+CHOICES = [
+    (group, choice) for group, choices in configuration.groups().items() for choice in choices if group != "sweep"
+]
+FITTING = {
+    "causal": [],
+    "masked": ["model=bert_tiny"],
+    "seq2seq": ["model=t5_tiny"],
+    "classify": ["model=bert_tiny", "data.label_key=label", "data.pack=false"],
+}
+"""What an objective needs beside the default."""
+OF_TEXT = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
+"""Choices that need data.paths."""
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
+def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
+    extra = ["data.paths=[x]"] if (group, choice) in OF_TEXT else []
+    if group == "model":
+        family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
+        extra += [f"objective={schema.kinds('model')[family].objectives[0]}"]
+    if group == "objective":
+        extra += FITTING[choice]
+    extra += ["batch.seq_len=64"] if group == "experiment" else []
+    config = configuration.load([f"{group}={choice}", *extra])
+    with torch.device("meta"):
+        objective = build_objective(config, 4096)
+    assert sum(p.numel() for p in objective.parameters()) > 0
+    assert configuration.parse(configuration.to_dict(config)) == config
+
+
+def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
+    config = configuration.load(["zero.stage=3", "data.dedup=false", "run.name=x", "zero=1", "batch.global=4"])
+    assert (config.zero.stage, config.data.dedup, config.run.dir, config.batch.global_) == (3, False, "runs/x", 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["lerning_rate=1"], ["'lerning_rate'", "'optimizer.lr'"]),
+        (["optimizer.lrr=1"], ["'optimizer.lr'"]),
+        (["n_layer=3"], ["'model.layers'"]),
+        (["model=gpt_tny"], ["gpt_tiny"]),
+        (["steps=many"], ["steps='many'", "integer"]),
+        (["batch.global=1.5"], ["batch.global=1.5"]),
+        (["batch.global=8", "data.streams=5"], ["data.streams=5", "batch.global=8", "data.streams=4"]),
+        (
+            ["batch.global=8", "batch.micro=3"],
+            ["batch.micro=3", "batch.global=8", "cluster.workers=2", "batch.micro=2"],
+        ),
+        (["batch.global=2", "cluster.workers=3"], ["cluster.workers=3", "data.streams=2"]),
+        (["cluster.min_workers=3"], ["cluster.min_workers=3", "cluster.workers=2"]),
+        (["batch.seq_len=4096"], ["batch.seq_len=4096", "model.max_len=512"]),
+        (["data=text"], ["data.paths"]),
+        (["optimizer.lr=1,2"], ["sweep"]),
+        (["steps"], ["key=value"]),
+        (["sweep=tpe"], ["'sweep=tpe'", "-m"]),
+        (["sweep.trials=3"], ["-m"]),
+        (["model.heads=5"], ["model.heads=5", "model.width=192"]),
+    ],
+)
+def test_a_mistake_is_named_with_its_cure(overrides: list[str], said: list[str]):
+    with pytest.raises(UserError) as caught:
+        configuration.load(overrides)
+    assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(UserError) as caught:
+        configuration.load(["lerning_rate=1", "steps=many", "seed=-1", "zero=7"])
+    assert all(words in str(caught.value) for words in ("4 problems", "lerning_rate", "steps", "seed", "zero=7"))
+
+
+def test_the_digest_changes_with_any_value():
+    digests = [
+        configuration.digest(configuration.load(o)) for o in ([], ["seed=1"], ["optimizer.eps=1e-7"], ["run.name=b"])
+    ]
+    assert all(a != b for a, b in itertools.combinations(digests, 2))
+    assert configuration.digest(configuration.load([])) == digests[0]
+
+
+def test_help_names_every_group_and_key():
+    text = configuration.help_text()
+    assert all(f"{group}=" in text for group in configuration.groups())
+    assert all(key in text for key in configuration.keys())  # noqa: SIM118  a function of ours
+
+
+def test_a_sweep_is_made_of_hydras_own_words():
+    words = [
+        "model=glob(gpt_*)",
+        "optimizer.lr=choice(1e-3,3e-3)",
+        "zero=0,1",
+        "model.dropout=range(0,0.3,0.1)",
+        "steps=8",
+        "sweep.retries=2",
+    ]
+    sweep = configuration.load_sweep(words)
+    axes = {axis.key: axis.values for axis in sweep.axes}
+    assert axes["model"] == tuple(choice for choice in configuration.groups()["model"] if choice.startswith("gpt_"))
+    assert axes["optimizer.lr"] == ("1e-3", "3e-3") or axes["optimizer.lr"] == ("0.001", "0.003")
+    assert axes["zero"] == ("0", "1")
+    assert len(axes["model.dropout"]) == 3
+    assert sweep.fixed == ("steps=8",)
+    assert (sweep.settings.name, sweep.settings.retries) == ("model-optimizer.lr-zero-model.dropout", 2)
+    assert sweep.settings.dir == f"sweeps/{sweep.settings.name}"
+    points = sweep_space.grid(sweep)
+    assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
+
+
+def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_path):
+    file = tmp_path / "sizes.yaml"
+    file.write_text('- [model.width=32, steps=80]\n- [model.width=64, model.heads=8, "generation.prompts=[a,b]"]\n')
+    sweep = configuration.load_sweep([f"sweep.points={file}", "seed=0,1", "steps=40"])
+    assert sweep.settings.dir == "sweeps/sizes-seed"
+    assert sweep.keys == ("model.width", "steps", "model.heads", "generation.prompts", "seed")
+    small, large = (
+        {"model.width": "32", "steps": "80"},
+        {"model.width": "64", "model.heads": "8", "generation.prompts": "[a,b]"},
+    )
+    assert sweep_space.grid(sweep) == [{**point, "seed": seed} for point in (small, large) for seed in "01"]
+    trial = configuration.load_trial(sweep, 3, sweep_space.grid(sweep)[3])
+    assert (trial.model.width, trial.model.heads, trial.steps, trial.seed, trial.generation.prompts) == (
+        64,
+        8,
+        40,
+        1,
+        ["a", "b"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("steps: 3", [], "list of lists"),
+        ("[]", [], "list of lists"),
+        ("- [steps]", [], "list of lists"),
+        ("- [steps=3", [], "sweep.points="),
+        ("- [step=3]", [], "'steps'"),
+        ("- [steps=3]\n- [steps=2, run.name=x]", [], "run.name"),
+        ("- [steps=3, cluster.address=x]", [], "cluster.address"),
+        ("- [steps=3]", ["steps=4,5"], "steps: given in sweep.points"),
+        ("- [steps=3]", ["sweep=tpe"], "sweep=tpe chooses its own trials"),
+        ("- [steps=3]\n- [steps=3, model.heads=5]", [], "model.heads=5"),
+    ],
+)
+def test_a_mistake_in_a_list_of_trials_is_named(text, more, said, tmp_path):
+    (tmp_path / "points.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_all([f"sweep.points={tmp_path}/points.yaml", *more])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("choice", configuration.groups()["sweep"])
+def test_every_kind_of_sweep_composes(choice: str):
+    more = {
+        "grid": ["seed=1,2"],
+        "nsga2": ["sweep.metric=[val_loss,tokens_per_s]", "sweep.direction=[minimize,maximize]"],
+    }
+    axes = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "model.layers=range(1,5)"]
+    sweep = configuration.load_sweep([f"sweep={choice}", *more.get(choice, []), *([] if choice == "grid" else axes)])
+    assert sweep.settings.sampler == choice
+    assert choice == "grid" or (sweep.axes[0].log, sweep.axes[0].low, sweep.axes[1].high) == (True, 1e-4, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["steps=8"], ["-m", "several values"]),
+        (["optimizer.lr=interval(1e-4,1e-2)"], ["optimizer.lr=interval(1e-4,1e-2)", "sweep=tpe"]),
+        (["optimizer.lrr=1,2"], ["'optimizer.lr'"]),
+        (["model=gpt_tiny,gpt_tny"], ["gpt_tny", "gpt_tiny"]),
+        (["seed=1,2", "run.name=x"], ["run.name", "sweep.name"]),
+        (["seed=1,2", "run.dir=x"], ["run.dir", "sweep.name"]),
+        (["cluster.address=a,b"], ["cluster.address"]),
+        (["seed=1,2", "sweep.trails=3"], ["'sweep.trials'"]),
+        (["seed=1,2", "sweep.trials=0"], ["sweep.trials=0"]),
+        (["seed=1,2", "sweep.pruner=asha"], ["sweep.pruner=asha"]),
+        (["sweep=cmaes", "optimizer.lr=interval(1e-4,1e-2)"], ["two keys"]),
+        (["sweep=tpe", "seed=1,2", "eval_every=0"], ["eval_every="]),
+        (["model=glob(zzz*)"], ["model=glob(zzz*)", "names nothing"]),
+        (["model.heads=2,5", "model.width=64"], ["model.heads=5"]),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_named_with_its_cure(overrides: list[str], said: list[str]):
+    with pytest.raises(UserError) as caught:
+        load_all(overrides)
+    assert all(words in str(caught.value) for words in said), str(caught.value)
+
+
+def load_all(overrides: list[str]) -> None:
+    sweep = configuration.load_sweep(overrides)
+    for number, params in enumerate(sweep_space.grid(sweep)):
+        configuration.load_trial(sweep, number, params)

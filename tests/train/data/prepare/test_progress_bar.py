@@ -1,0 +1,24 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from train.data.prepare.progress_bar import prepare_with_progress
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_preparing_is_shown_and_the_second_time_says_so(tmp_path, text_data, terminal):
+    (tmp_path / "a.txt").write_text("hello there " * 100)
+
+    def shown() -> str:
+        out = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False)
+        folder = prepare_with_progress(text_data("a.txt"), out)
+        assert f"in {folder}" in out.file.getvalue()
+        return out.file.getvalue()
+
+    first, second = shown(), shown()
+    assert "reading and cleaning" in first
+    assert "writing shards" in first
+    assert "1 document, " in first
+    assert "nothing to do" in second
+    assert "writing shards" not in second

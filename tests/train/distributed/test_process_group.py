@@ -1,0 +1,113 @@
+"""The ranks' meeting and their few words, over real gloo processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+RANK = """
+import json, os, sys
+from train import dist
+from train.errors import UserError
+rank, size, port, fd = (int(a) for a in sys.argv[1:5])
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+meeting = dist.Meeting("127.0.0.1", port, generation=3, listen_fd=fd if rank == 0 else None, timeout_s=30)
+world = dist.connect(rank, size, rank, "cpu", meeting)
+out = {"rank": world.rank, "size": world.size, "device": str(world.device), "first": world.first}
+"""
+
+
+def run_world(tmp_path, body, size=2):
+    """Runs ``body`` on every rank; it fills the dict ``out``. Returns the dicts by rank."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK + textwrap.dedent(body) + "\nprint(json.dumps(out))\ndist.leave()\n")
+    listener = socket.create_server(("127.0.0.1", 0))
+    port, fd = listener.getsockname()[1], listener.fileno()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, str(rank), str(size), str(port), str(fd)],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            pass_fds=[fd] if rank == 0 else [],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    listener.close()
+    outs = []
+    for process in ranks:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0, err
+        outs.append(json.loads(out.splitlines()[-1]))
+    return outs
+
+
+def test_the_ranks_meet_on_a_socket_bound_beforehand_and_speak(tmp_path):
+    outs = run_world(
+        tmp_path,
+        """
+        out["sum"] = dist.all_reduce_sum([1.0 + rank, 2**53 + 0.0])
+        out["object"] = dist.broadcast_object({"text": "三层桨", "n": [1, None]} if rank == 1 else "unread", source=1)
+        out["all"] = dist.gather_objects({"r": rank, "pad": "x" * (rank * 100)})
+        dist.barrier()
+        dist.same_everywhere("configuration", "abc")
+        try:
+            dist.same_everywhere("configuration", f"digest{rank}")
+        except UserError as error:
+            out["refused"] = str(error)
+        """,
+    )
+    for rank, out in enumerate(outs):
+        assert (out["rank"], out["size"], out["device"], out["first"]) == (rank, 2, "cpu", rank == 0)
+        assert out["sum"] == [3.0, 2.0**54]
+        assert out["object"] == {"text": "三层桨", "n": [1, None]}
+        assert [o["r"] for o in out["all"]] == [0, 1]
+        assert len(out["all"][1]["pad"]) == 100
+        assert "do not agree on the configuration" in out["refused"]
+        assert "rank 1 has digest1" in out["refused"]
+
+
+def test_a_process_without_a_launcher_is_a_world_of_one():
+    code = """
+from train import dist
+world = dist.from_env()
+assert (world.rank, world.size, world.first) == (0, 1, True)
+assert dist.all_reduce_sum([2.5]) == [2.5]
+assert dist.broadcast_object({"a": 1}) == {"a": 1}
+dist.leave()
+dist.leave()
+"""
+    bare = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**bare, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_torchrun_s_environment_is_understood(tmp_path, size):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys; from train import dist\n"
+        "world = dist.from_env()\n"
+        f"assert dist.all_reduce_sum([1.0]) == [{float(size)}]\n"
+        "assert world.local_rank == world.rank\n"
+        "dist.leave()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(script)]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr

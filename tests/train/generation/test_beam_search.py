@@ -1,0 +1,112 @@
+"""Beam search against an exhaustive search, on a model small enough to try every text: a table of what follows what."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.config import schema
+from train.generation.beam_search import beam_search
+from train.generation.generate import generate
+from train.models.generation_api import Generative
+from train.util import seeding
+
+V, EOT = 4, 0
+
+
+@dataclass
+class History:
+    """What was read so far: a list of tokens a row."""
+
+    tokens: list[list[int]]
+
+    def rows(self, index):
+        return History([list(self.tokens[i]) for i in index.tolist()])
+
+
+class Table(torch.nn.Module):
+    """The next token's logits are drawn from (seed, everything before it)."""
+
+    def __init__(self, seed, *, continues=True, max_len=99):
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+        self.seed, self.continues, self.max_len = seed, continues, max_len
+
+    def logits(self, tokens):
+        return 2 * seeding.generator(self.seed, tokens).standard_normal(V)
+
+    def prefill(self, tokens, lengths, capacity):
+        state = History([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)])
+        return torch.tensor(np.array([self.logits(row) for row in state.tokens])), state
+
+    def decode(self, token, state):
+        state = History([[*row, t] for row, t in zip(state.tokens, token.tolist(), strict=True)])
+        return torch.tensor(np.array([self.logits(row) for row in state.tokens])), state
+
+
+def options(**keys):
+    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0} | keys)
+
+
+def exhaustive(model, prompt, length, penalty):
+    """Every text of at most ``length`` tokens with its score, best first: [(score, tokens without the final EOT)]."""
+    found = []
+    for n in range(1, length + 1):
+        for text in itertools.product(range(V), repeat=n):
+            if EOT in text[:-1] or (n < length and text[-1] != EOT):
+                continue
+            total = 0.0
+            for at in range(n):
+                logits = model.logits([*prompt, *text[:at]])
+                total += logits[text[at]] - np.log(np.exp(logits).sum())
+            found.append((total / n**penalty, [t for t in text if t != EOT]))
+    return sorted(found, reverse=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0.0, 0.6, 1.0, 2.0, -0.5]))
+def test_wide_beams_find_what_an_exhaustive_search_finds(seed, length, penalty):
+    model, prompts = Table(seed), [[1, 2], [3], [2, 2, 2, 1]]
+    found = beam_search(model, prompts, options(max_tokens=length, beams=3**4, n=5, length_penalty=penalty), EOT)
+    for prompt, texts in zip(prompts, found, strict=True):
+        expected = exhaustive(model, prompt, length, penalty)[:5]
+        assert [text.tokens for text in texts] == [tokens for _, tokens in expected]
+        assert [text.score for text in texts] == pytest.approx([score for score, _ in expected])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 5))
+def test_what_narrow_beams_find_is_among_all_texts_with_its_score_and_does_not_depend_on_the_batch(seed, beams):
+    model, prompts, asked = Table(seed), [[1], [2, 3, 1]], options(max_tokens=4, beams=beams, n=beams)
+    found = beam_search(model, prompts, asked, EOT)
+    assert found == [beam_search(model, [prompt], asked, EOT)[0] for prompt in prompts]
+    for prompt, texts in zip(prompts, found, strict=True):
+        scores = {tuple(tokens): score for score, tokens in exhaustive(model, prompt, 4, 1.0)}
+        assert [text.score for text in texts] == sorted((text.score for text in texts), reverse=True)
+        assert [text.score for text in texts] == pytest.approx([scores[tuple(text.tokens)] for text in texts])
+
+
+def test_a_text_ends_where_it_is_told_to():
+    model, asked = Table(5), options(max_tokens=4, beams=3**4, n=3**4)
+    [texts] = beam_search(model, [[1]], asked, EOT, lambda prompt, tokens: tokens[-1] == 3)
+    stopped = [text.tokens for text in texts if text.reason == "stop"]
+    assert stopped
+    assert all(tokens[-1] == 3 and 3 not in tokens[:-1] for tokens in stopped)
+    assert all(3 not in text.tokens for text in texts if text.reason != "stop")
+
+
+@pytest.mark.parametrize("find", [generate, beam_search])
+def test_an_answer_has_the_whole_length_to_itself_whatever_the_prompt_has(find):
+    model = Table(1, continues=False, max_len=6)
+    assert isinstance(model, Generative)
+    never = V + 1
+    found = find(model, [[1] * 6, [2]], options(max_tokens=9, beams=2 if find is beam_search else 1), never)
+    assert [(len(several[0].tokens), several[0].reason) for several in found] == [(6, "max_len")] * 2
+    penalised = find(
+        model, [[1]], options(max_tokens=3, repetition_penalty=1e9, beams=2 if find is beam_search else 1), never
+    )
+    assert len(set(penalised[0][0].tokens)) == 3

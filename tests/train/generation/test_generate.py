@@ -1,0 +1,191 @@
+"""The sampler on real models: cached equals uncached, a batch equals its rows, every way to end; and equal to transformers' own."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from train.config import schema
+from train.errors import UserError
+from train.generation.beam_search import beam_search
+from train.generation.generate import generate
+from train.models.generation_api import Generative
+from train.objectives import build_objective
+
+EOT = 256
+
+
+def options(**keys):
+    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 12} | keys)
+
+
+def texts(found):
+    """The tokens of the one text of each prompt."""
+    assert all(len(several) == 1 for several in found)
+    return [several[0].tokens for several in found]
+
+
+@pytest.fixture(params=["gpt_tiny", "llama_tiny"])
+def model(request, make_config):
+    """Weights large enough for text that varies, in float64 for comparisons to be exact in effect."""
+    objective = build_objective(make_config(request.param, init_std=0.3, max_len=40), 257)
+    return objective.double().eval()
+
+
+def uncached(model, prompt, count):
+    """Greedy text by a full forward pass for each token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        T = len(tokens)
+        batch = {
+            "tokens": torch.tensor([tokens]),
+            "positions": torch.arange(T)[None],
+            "segments": torch.ones(1, T, dtype=torch.int32),
+        }
+        tokens.append(int(model.logits(batch)[0, -1].argmax()))
+        if tokens[-1] == EOT:
+            return tokens[len(prompt) : -1]
+    return tokens[len(prompt) :]
+
+
+PROMPTS = [[1, 2, 3], [7], list(range(20)), [200, 100, 0, 9, 9]]
+
+
+def test_it_is_generative(model):
+    assert isinstance(model, Generative)
+    assert not isinstance(model.backbone.embed, Generative)
+
+
+def test_cached_logits_equal_those_of_a_full_pass_and_rows_are_chosen_freely(model):
+    tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(0))
+    lengths, rows = torch.tensor([4, 9, 1]), torch.arange(3)
+    batch = {"positions": torch.arange(20).expand(3, -1), "segments": torch.ones(3, 20, dtype=torch.int32)}
+    with torch.no_grad():
+        full = model.logits(batch | {"tokens": tokens})
+        logits, state = model.prefill(tokens[:, :9], lengths, 20)
+        for step in range(8):
+            ends = lengths[rows] - 1 + step
+            assert torch.allclose(logits, full[rows, ends], atol=1e-10)
+            if step == 3:  # rows change places, one twice, one not at all
+                rows, index = torch.tensor([2, 0, 2]), torch.tensor([2, 0, 2])
+                state, ends = state.rows(index), ends[index]
+            logits, state = model.decode(tokens[rows, ends + 1], state)
+
+
+def test_greedy_text_equals_the_uncached_one_and_a_batch_its_rows(model):
+    found = texts(generate(model, PROMPTS, options(), EOT))
+    assert found == [uncached(model, prompt, 12) for prompt in PROMPTS]
+    assert found == [texts(generate(model, [prompt], options(), EOT))[0] for prompt in PROMPTS]
+    assert len({tuple(text) for text in found}) > 1
+
+
+def test_it_ends_at_the_longest_sequence_and_says_so(model):
+    found = generate(model, [list(range(37)), [5], list(range(40))], options(max_tokens=9), EOT)
+    assert [len(text) for text in texts(found)] == [3, 9, 0]
+    assert [several[0].reason for several in found] == ["max_len", "max_tokens", "max_len"]
+    assert texts(found)[1] == uncached(model, [5], 9), "a row that is done does not disturb the others"
+    with pytest.raises(UserError, match=r"prompt 1 has 41 tokens.*40"):
+        generate(model, [[1], list(range(41))], options(), EOT)
+
+
+def test_it_ends_at_the_end_of_text_which_is_not_returned_and_where_it_is_told_to(model):
+    text = texts(generate(model, [[1, 2, 3]], options(), EOT))[0]
+    seen, end = [], text[4]
+    [[cut]] = generate(model, [[1, 2, 3]], options(), end, lambda row, token: bool(seen.append(token)))
+    assert cut.tokens == seen == text[: text.index(end)]
+    assert cut.reason == "eot"
+    told = generate(model, [[1, 2, 3], [7]], options(), EOT, lambda row, token: row == 0 and token == end)
+    assert told[0][0].tokens == text[: text.index(end) + 1]
+    assert told[0][0].reason == "stop"
+    assert told[1] == generate(model, [[7]], options(), EOT)[0]
+
+
+def test_nothing_asked_for_is_nothing_done(model):
+    assert generate(model, [], options(), EOT) == []
+    for find in (generate, beam_search):
+        [[nothing]] = find(model, [[1]], options(max_tokens=0, beams=2), EOT)
+        assert (nothing.tokens, nothing.reason) == ([], "max_tokens")
+
+
+def test_an_empty_prompt_starts_a_document(model):
+    assert generate(model, [[]], options(), EOT) == generate(model, [[EOT]], options(), EOT)
+
+
+def test_a_draw_is_a_function_of_seed_prompt_and_number_whatever_runs_beside_it(model):
+    sampled = options(temperature=1.0, seed=1, max_tokens=8, n=3, top_k=50, repetition_penalty=1.2)
+    several = generate(model, [[1]], sampled, EOT)
+    torch.manual_seed(5)
+    beside = generate(model, [[7, 8], [1], [9] * 20], sampled, EOT)
+    assert beside[1] == several[0]
+    assert len({tuple(text.tokens) for text in several[0]}) == 3
+    alone = generate(
+        model, [[1]], options(temperature=1.0, seed=1, max_tokens=8, top_k=50, repetition_penalty=1.2), EOT
+    )
+    assert alone[0] == several[0][:1]
+    assert several != generate(model, [[1]], sampled.model_copy(update={"seed": 2}), EOT)
+
+
+# ------------------------------------------------------------------------------------------------------------ transformers
+
+
+@pytest.fixture
+def twins(make_config):
+    """Ours and transformers' GPT-2 of the same weights."""
+    ours = build_objective(make_config("gpt_tiny", init_std=0.3, max_len=40, vocab_size=257), 257).double().eval()
+    model, weights = ours.backbone.model, ours.backbone.state_dict()
+    sizes = {"n_layer": model.layers, "n_embd": model.width, "n_head": model.heads, "n_positions": model.max_len}
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=257, bos_token_id=EOT, eos_token_id=EOT, **sizes)).double().eval()
+    names = {
+        "wte": "embed",
+        "wpe": "positions",
+        "ln_f": "norm",
+        "ln_1": "attention_norm",
+        "ln_2": "mlp_norm",
+        "h": "blocks",
+    }
+    names |= {"attn": "attention", "c_attn": "qkv", "attention.c_proj": "out", "c_fc": "up", "mlp.c_proj": "down"}
+    for name, parameter in theirs.transformer.named_parameters():
+        parts = [names.get(part, part) for part in name.split(".")]
+        parts = [names.get(f"{before}.{part}", part) for before, part in zip(["", *parts], parts, strict=False)]
+        weight = weights[".".join(parts)]
+        turned = weight.ndim == 2 and "blocks" in parts
+        parameter.data.copy_(weight.T if turned else weight)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_text_is_that_of_transformers(twins, penalty):
+    ours, theirs = twins
+    for prompt in PROMPTS:
+        [[mine]] = generate(ours, [prompt], options(repetition_penalty=penalty, max_tokens=15), EOT)
+        tokens = torch.tensor([prompt])
+        how = {"max_new_tokens": 15, "do_sample": False, "repetition_penalty": penalty, "pad_token_id": EOT}
+        found = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
+        assert mine.tokens == [t for t in found[0, len(prompt) :].tolist() if t != EOT]
+
+
+@pytest.mark.parametrize(("length_penalty", "penalty"), [(1.0, 1.0), (0.0, 1.0), (2.5, 1.2), (-1.0, 1.0)])
+def test_beams_are_those_of_transformers(twins, length_penalty, penalty):
+    ours, theirs = twins
+    asked = options(beams=4, n=4, length_penalty=length_penalty, repetition_penalty=penalty, max_tokens=8)
+    ends = generate(ours, [[1, 2, 3]], options(max_tokens=8), EOT)[0][0].tokens[2:4]
+    for eot in (EOT, *ends):
+        for prompt, mine in zip(PROMPTS, beam_search(ours, PROMPTS, asked, eot), strict=True):
+            tokens = torch.tensor([prompt])
+            how = {
+                "num_beams": 4,
+                "num_return_sequences": 4,
+                "length_penalty": length_penalty,
+                "repetition_penalty": penalty,
+            }
+            how |= {
+                "early_stopping": "never",
+                "max_new_tokens": 8,
+                "eos_token_id": eot,
+                "pad_token_id": eot,
+                "do_sample": False,
+            }
+            how |= {"return_dict_in_generate": True, "output_scores": True}
+            found = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
+            theirs_tokens = [[t for t in row if t != eot] for row in found.sequences[:, len(prompt) :].tolist()]
+            assert [text.tokens for text in mine] == theirs_tokens
+            assert [text.score for text in mine] == pytest.approx(found.sequences_scores.tolist(), abs=1e-4)

@@ -1,0 +1,128 @@
+"""Tokens to text as they come: what is shown is always a beginning of the text, whole characters and never half a stop string."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.config import schema
+from train.data.tokenizer import Tokenizer, build_tokenizer
+from train.errors import UserError
+from train.generation.text_streamer import Writer, write
+from train.objectives import build_objective
+
+
+class Pieces:
+    """A tokenizer of given pieces of bytes."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+def cut(data, places):
+    """Bytes cut at some places, wherever they fall in a character."""
+    edges = [0, *sorted({p % (len(data) + 1) for p in places}), len(data)]
+    return [data[a:b] for a, b in pairwise(edges)]
+
+
+def ended(text, stops):
+    """The text before the stop string that is whole first, the longest of them where several are."""
+    for end in range(len(text) + 1):
+        found = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if found:
+            return text[: min(found)], True
+    return text, False
+
+
+LETTERS = st.text(st.sampled_from("ab\n é中\U0001f6a3\ufffd"), max_size=40)
+PLACES = st.lists(st.integers(0, 200), max_size=60)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    LETTERS,
+    st.lists(st.integers(0, 200), max_size=60),
+    st.lists(st.text("ab\né中", min_size=1, max_size=4), max_size=3),
+    LETTERS,
+)
+def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_string(text, places, stops, before):
+    pieces = cut(text.encode(), places)
+    prompt = [piece.encode() for piece in before]
+    writer = Writer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
+    expected, stopped = ended(text, stops)
+    shown = ""
+    for token in range(len(prompt), len(prompt) + len(pieces)):
+        shown += writer.add(token)
+        assert expected.startswith(shown)
+        if writer.stopped:
+            break
+    shown += writer.end()
+    assert shown == writer.text == expected
+    assert writer.stopped is stopped
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=40), PLACES)
+def test_bytes_that_are_no_text_come_as_the_tokenizer_has_them(data, places):
+    pieces = cut(data, places)
+    writer = Writer(Pieces(pieces), [], [])
+    shown = "".join(writer.add(token) for token in range(len(pieces))) + writer.end()
+    assert shown == data.decode("utf-8", "replace")
+
+
+def test_what_is_certain_is_shown_at_once():
+    writer = Writer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
+    assert [writer.add(token) for token in range(7)] == ["a", "", "é", "", "ENT", "", ""]
+    assert (writer.end(), writer.text, writer.stopped) == ("", "aéENT", True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+
+
+@pytest.fixture
+def model(make_config):
+    return build_objective(make_config("gpt_tiny", init_std=0.3, max_len=40), 257).double().eval()
+
+
+def options(**keys):
+    return schema.Generation.model_validate({"prompts": [], "max_tokens": 12, "temperature": 1.0} | keys)
+
+
+@pytest.mark.parametrize("keys", [{}, {"n": 2}, {"beams": 3, "n": 2}])
+def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_shown(model, tokenizer, keys):
+    prompts = ["one", "", "another, and longer", "one"]
+    shown = {}
+    found = []
+    for batch in (1, 3):
+        shown.clear()
+        show = lambda row, piece: shown.__setitem__(row, shown.get(row, "") + piece)  # noqa: E731
+        found.append(list(write(model, tokenizer, prompts, options(batch=batch, **keys), show)))
+        assert [shown[row] for row in range(len(shown))] == [text.text for several in found[-1] for text in several]
+    assert [[t.text for t in several] for several in found[0]] == [[t.text for t in several] for several in found[1]]
+    assert found[0][0] == found[0][3], "the same prompt and seed, the same text"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
+    [[whole]] = write(model, tokenizer, ["x"], options(beams=beams, temperature=0.0))
+    stop = whole.text[3:5]
+    [[text]] = write(model, tokenizer, ["x"], options(beams=beams, temperature=0.0, stop=["never", stop]))
+    if beams == 1:
+        assert (text.text, text.reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert stop not in text.text
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model, tokenizer):
+    shown = []
+    with pytest.raises(UserError, match=r"prompt 1 has 51 tokens.*40.*shorten"):
+        next(write(model, tokenizer, ["short", "x" * 50], options(batch=1), lambda row, piece: shown.append(piece)))
+    assert not shown
+    chars = Tokenizer(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    with pytest.raises(UserError, match=r"prompt 'abd'.*'d'"):
+        next(write(model, chars, ["abd"], options()))

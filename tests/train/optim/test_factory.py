@@ -1,0 +1,153 @@
+"""Groups decided by what a parameter is, and update rules against their formulas."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+from train.config.schema import Optimizer
+from train.objectives import build_objective
+from train.optim.factory import build_optimizer, parameter_groups, with_matrices
+from train.optim.muon import orthogonal, update
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
+def test_only_matrices_decay(make_config, name, tied):
+    objective = build_objective(make_config(name, tied=tied), 257)
+    matrices, rest = parameter_groups(objective, 0.1)
+    assert (matrices["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    decayed = set(matrices["names"])
+    for path in decayed:
+        assert path.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", "head.weight"))
+    assert ("head.weight" in decayed) is not tied
+    assert all(
+        path.endswith("bias") or "norm" in path or "embed" in path or "positions" in path for path in rest["names"]
+    )
+    named = dict(objective.named_parameters())
+    assert sorted(decayed | set(rest["names"])) == sorted(named)
+    for group in (matrices, rest):
+        assert all(named[path] is p for path, p in zip(group["names"], group["params"], strict=True))
+
+
+def test_a_parameter_that_has_no_shape_at_rest_is_judged_by_its_owner(make_config):
+    objective = build_objective(make_config(), 257)
+    before = [group["names"] for group in parameter_groups(objective, 0.1)]
+    for parameter in objective.parameters():
+        parameter.data = torch.empty(0)
+    assert [group["names"] for group in parameter_groups(objective, 0.1)] == before
+
+
+def test_frozen_parameters_are_left_out_and_empty_groups_too(make_config):
+    objective = build_objective(make_config(), 257)
+    for name, parameter in objective.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    (group,) = parameter_groups(objective, 0.1)
+    assert group["name"] == "rest"
+
+
+def by_hand(kind, weight, gradients, lr, decay):
+    """The rules as their papers write them, in float64."""
+    m = v = torch.zeros_like(weight)
+    for t, gradient in enumerate(gradients, 1):
+        apart = kind in ("adamw", "lion", "muon")  # the weights decay themselves
+        g = gradient if apart else gradient + decay * weight
+        weight = weight - lr * decay * weight if apart else weight
+        if kind in ("sgd", "momentum", "nesterov"):
+            m = (0.0 if kind == "sgd" else 0.8) * m + g
+            weight = weight - lr * (g + 0.8 * m if kind == "nesterov" else m)
+        elif kind == "adagrad":
+            v = v + g * g
+            weight = weight - lr * g / (v.sqrt() + 1e-6)
+        elif kind == "rmsprop":
+            v = 0.95 * v + 0.05 * g * g
+            weight = weight - lr * g / (v.sqrt() + 1e-6)
+        elif kind == "lion":
+            weight = weight - lr * (0.7 * m + 0.3 * g).sign()
+            m = 0.95 * m + 0.05 * g
+        elif kind == "muon":
+            m = 0.8 * m + 0.2 * g
+            weight = weight - lr * 0.2 * max(weight.shape) ** 0.5 * newton_schulz(0.8 * m + 0.2 * g)
+        else:
+            m, v = 0.7 * m + 0.3 * g, 0.95 * v + 0.05 * g * g
+            weight = weight - lr * (m / (1 - 0.7**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-6)
+    return weight
+
+
+def newton_schulz(matrix):
+    """Five quintic iterations on the singular values themselves: x -> a x + b x^3 + c x^5."""
+    U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+    S = S / S.square().sum().sqrt()
+    for _ in range(5):
+        S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+    return U @ S.diag() @ V
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
+@pytest.mark.parametrize("kind", get_args(Optimizer.model_fields["name"].annotation))
+def test_update_rules_equal_their_formulas(kind, shape):
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(6))
+    parameter = torch.nn.Parameter(start.float())
+    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
+    optimizer = build_optimizer(chosen, [group])
+    for gradient in gradients:
+        parameter.grad = gradient.float()
+        optimizer.step()
+    assert torch.allclose(
+        parameter.double(), by_hand(kind, start, gradients, 0.1, 0.2), atol=1e-4 if kind == "muon" else 1e-5
+    )
+
+
+THEIRS = {
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-6, weight_decay=0.2),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.95, eps=1e-6, weight_decay=0.2),
+    "muon": lambda p: torch.optim.Muon(p, lr=0.1, momentum=0.8, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
+}
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+def test_rules_that_torch_has_too_equal_its_own(kind):
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
+    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    group = {"params": [ours], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
+    rules = [build_optimizer(chosen, [group]), THEIRS[kind]([theirs])]
+    for _ in range(4):
+        ours.grad = torch.randn(24, 16, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for rule in rules:
+            rule.step()
+    assert torch.allclose(ours, theirs, atol=3e-2 if kind == "muon" else 1e-6), "torch's Muon works in bfloat16"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
+def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert 0.6 < values.min() <= values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+    if min(shape) > 1:
+        assert 0.1 < update(matrix).square().mean().sqrt() < 0.3
+
+
+def test_biases_of_recurrent_layers_do_not_decay(make_config):
+    matrices, rest = parameter_groups(build_objective(make_config("lstm_tiny"), 257), 0.1)
+    assert not any("bias" in name for name in matrices["names"])
+    assert sum("bias" in name for name in rest["names"]) == 4
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_turns_the_matrices_of_the_backbone_alone(make_config, tied):
+    objective = build_objective(make_config("gpt_tiny", tied=tied), 257)
+    groups = with_matrices(parameter_groups(objective, 0.1), 0.9)
+    turned = [name for group in groups if "momentum" in group for name in group["names"]]
+    assert len(turned) == 4 * len(objective.backbone.blocks)
+    assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in turned)
+    assert sorted(name for group in groups for name in group["names"]) == sorted(
+        name for name, _ in objective.named_parameters()
+    )
+    assert [g["weight_decay"] for g in groups if "head.weight" in g["names"]] == ([] if tied else [0.1])
+    named = dict(objective.named_parameters())
+    assert all(named[n] is p for g in groups for n, p in zip(g["names"], g["params"], strict=True))

@@ -1,0 +1,155 @@
+"""Every update rule under every ZeRO stage: the weights of plain torch on one device, and a state that goes on bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from helpers import gloo_ranks
+
+from train.config import load as configuration
+from train.config import schema
+
+RULES = get_args(schema.Optimizer.model_fields["name"].annotation)
+STEPS, LR = 4, 0.01
+
+
+def tiny(stage: int, precision: str = "fp32") -> dict[str, Any]:
+    """Without biases: those of keys have gradients of rounding alone, which most rules blow up."""
+    sizes = ("model.layers=1", "model.width=16", "model.bias=false")
+    return configuration.to_dict(
+        gloo_ranks.compose(
+            *sizes, f"zero={stage}", f"precision={precision}", "optimizer.clip=0.5", "optimizer.eps=1e-6"
+        )
+    )
+
+
+def with_rule(values: dict[str, Any], rule: str) -> Any:
+    optimizer = {**values["optimizer"], "name": rule, "weight_decay": 0.1, "momentum": 0.8, "betas": [0.8, 0.9]}
+    return configuration.parse({**values, "optimizer": optimizer})
+
+
+def batches(rank: int, size: int) -> list[Any]:
+    """This rank's rows of the global batch of each step."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(STEPS):
+        tokens = torch.randint(0, 257, (4, 17), generator=generator)
+        whole = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "positions": torch.arange(16).expand(4, -1),
+            "segments": torch.ones(4, 16, dtype=torch.int32),
+        }
+        found.append({key: value[rank::size].contiguous() for key, value in whole.items()})
+    return found
+
+
+def build(config: Any) -> tuple[Any, Any]:
+    from train.objectives import build_objective
+    from train.optim.factory import build_optimizer, parameter_groups
+
+    objective = build_objective(config, 257)
+    return objective, build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
+
+
+@functools.cache
+def plain(rule: str) -> dict[str, torch.Tensor]:
+    """The weights after STEPS steps of plain torch."""
+    objective, optimizer = build(with_rule(tiny(0), rule))
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    for batch in batches(0, 1):
+        optimizer.zero_grad()
+        total, count = objective(batch)["loss"]
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.5)
+        optimizer.step()
+    return {name: p.detach() for name, p in objective.named_parameters()}
+
+
+def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> dict[str, Any]:
+    """For each rule, the weights after STEPS steps, and whether going on once more from the state half-way gives the same bits."""
+    from train.engine.engine import Engine
+
+    found = {}
+    for rule in rules:
+        config = with_rule(values, rule)
+        engine, ends = Engine(*build(config), config, world, 4 // world.size, 1), []
+
+        def go(part: slice) -> None:
+            for batch in batches(world.rank, world.size)[part]:
+                assert engine.train_step([batch], {"loss": 64}, LR, lambda: None).applied  # noqa: B023
+
+        go(slice(0, 2))
+        saved = {(p.name, kind): view.clone() for p in engine.pieces for kind, view in engine.states(p).items()}
+        kinds: dict[str, list[str]] = {}
+        for name, kind in saved:
+            kinds.setdefault(name, []).append(kind)
+        for _ in range(2):
+            go(slice(2, None))
+            pieces = {(k, p.name, p.start): v.clone() for p in engine.pieces for k, v in engine.states(p).items()}
+            ends.append(pieces | {("forward", name, 0): weight for name, weight in engine.whole_weights()})
+            engine.load(lambda piece, kind: saved[piece.name, kind], kinds, 2)  # noqa: B023
+        found[rule] = {
+            "same": ends[0].keys() == ends[1].keys()
+            and all(torch.equal(v, ends[1][key]) for key, v in ends[0].items()),
+            "kinds": sorted({k for k, *_ in ends[0]} - {"weight", "forward"}),
+            "weights": {(n, s): v.numpy() for (k, n, s), v in ends[0].items() if k == "weight"},
+        }
+    return found
+
+
+@pytest.mark.parametrize(("stage", "workers"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
+def test_every_rule_gives_the_weights_of_plain_torch_and_goes_on_bit_for_bit(stage: int, workers: int):
+    ranks = gloo_ranks.run(workers, trained, tiny(stage), list(RULES), timeout=300)
+    for rule in RULES:
+        expected = plain(rule)
+        held = dict.fromkeys(expected, 0)
+        for rank in ranks:
+            assert rank[rule]["same"], rule
+            for (name, start), values in rank[rule]["weights"].items():
+                right = expected[name].flatten()[start : start + len(values)]
+                torch.testing.assert_close(torch.from_numpy(values), right, rtol=1e-4, atol=1e-5)
+                held[name] += len(values)
+        assert all(n >= expected[name].numel() for name, n in held.items())
+
+
+KINDS = {
+    "sgd": [],
+    "momentum": ["momentum_buffer"],
+    "nesterov": ["momentum_buffer"],
+    "adam": ["exp_avg", "exp_avg_sq"],
+    "adamw": ["exp_avg", "exp_avg_sq"],
+    "adagrad": ["sum"],
+    "rmsprop": ["square_avg"],
+    "lion": ["exp_avg"],
+    "muon": ["exp_avg", "exp_avg_sq", "momentum_buffer"],
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "rules"), [(0, list(RULES)), (1, ["lion", "muon"]), (2, ["muon"]), (3, ["adagrad", "muon"])]
+)
+def test_in_bf16_every_rule_keeps_its_state_in_full_and_goes_on_bit_for_bit(stage: int, rules: list[str]):
+    for rank in gloo_ranks.run(2, trained, tiny(stage, "bf16"), rules, timeout=300):
+        assert {rule: found["kinds"] for rule, found in rank.items()} == {rule: KINDS[rule] for rule in rules}
+        assert all(found["same"] for found in rank.values())
+
+
+def test_muon_stops_and_moves_to_another_world_and_stage(make, corpus: Path):
+    muon = ("optimizer=muon", "optimizer.lr=1e-2", "steps=6", "save_every=3")
+    whole = make(*muon, "zero=3", "cluster.workers=2", name="whole")
+    parts = make(*muon, "zero=3", "cluster.workers=2", name="parts")
+    assert gloo_ranks.train_world(whole, corpus) == ["done", "done"]
+    assert gloo_ranks.train_world(parts, corpus, {"event": "step", "step": 3}) == ["stopped", "stopped"]
+    moved = make(*muon, "zero=1", "cluster.workers=1", name="parts")
+    assert gloo_ranks.train_world(moved, corpus) == ["done"]
+    found, expected = gloo_ranks.metrics(moved), gloo_ranks.metrics(whole)
+    assert [line["data_hash"] for line in found] == [line["data_hash"] for line in expected]
+    losses = [torch.tensor([line["loss"] for line in lines]) for lines in (found, expected)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    assert losses[0][-1] < losses[0][0]

@@ -1,0 +1,267 @@
+"""Exported runs: what transformers loads is the same model and tokenizer, or there is no export."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import gloo_ranks
+
+from train.__main__ import main
+from train.config import load as configuration
+from train.data.prepare.prepare import prepare
+from train.errors import UserError
+from train.pretrained import hf
+from train.pretrained.export import answers, export
+from train.pretrained.hf.family import at
+from train.run_dir.open_run import open_run
+
+FAMILIES = {
+    "gpt2": ["model=gpt_tiny", "model.width=32", "model.layers=2"],
+    "llama": ["model=llama_tiny", "model.layers=2"],
+}
+SHORT = ["steps=2", "eval_every=0", "save_every=0"]
+ROOM = 5_000_000_000
+
+
+def trained(make, corpus: Path, *overrides: str, name: str = "run") -> Path:
+    config = make(*SHORT, *overrides, name=name)
+    gloo_ranks.train_world(config, corpus)
+    return Path(config.run.dir)
+
+
+def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and those of what transformers finds in a folder by itself, for 16 tokens."""
+    tokens = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = answers(open_run(run).objective, tokens)[0]
+        return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
+
+
+def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path, tmp_path: Path):
+    """Where the proof is in the export itself."""
+    experiment = [
+        f"data.paths=[{corpus.parent / 'text'}]",
+        f"data.dir={corpus}",
+        *gloo_ranks.TEXT,
+        "tracking=off",
+        *SHORT,
+    ]
+    untied = ["model.tied=false", "model.activation=geglu"]
+    for name, tiny, heads, more in (
+        ("bert_tiny", "bert_tiny", 2, []),
+        ("t5_tiny", "t5_tiny", 1, []),
+        ("1_1", "t5_tiny", 1, untied),
+    ):
+        keys = [
+            f"experiment={tiny}",
+            *experiment,
+            *more,
+            f"run.dir={tmp_path / name}",
+            "batch.seq_len=16",
+            "batch.global=4",
+        ]
+        gloo_ranks.train_world(configuration.load(keys), corpus)
+        done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", ROOM)
+        assert done.difference <= 1e-5
+        assert len(answers(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert_tiny-there")
+    assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
+
+
+def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
+    """It starts from one that was trained without pairs and so has no pooler: that is drawn, and named."""
+    lines = [{"text": f"{n} {word}", "label": word} for n in range(30) for word in ("joy", "woe", "so so")]
+    (tmp_path / "moods.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    same = [
+        "experiment=bert_tiny",
+        *gloo_ranks.TEXT,
+        *SHORT,
+        "data.label_key=label",
+        f"data.paths=[{tmp_path}/moods.jsonl]",
+    ]
+    classes = [
+        "data.pack=false",
+        "objective=classify",
+        "objective.classes=[joy,woe,so so]",
+        f"init.from={tmp_path}/masked",
+    ]
+    for name, keys in (
+        ("masked", ["objective.next_sentence=false"]),
+        ("own", classes),
+        ("mean", [*classes, "objective.pool=mean"]),
+    ):
+        config = configuration.load([*same, *keys, f"data.dir={tmp_path}/corpus", f"run.dir={tmp_path / name}"])
+        gloo_ranks.train_world(
+            config, prepare(config.data.model_copy(update={"workers": 1}), lambda event: None, config.objective)
+        )
+    drawn = {name: json.loads((tmp_path / name / "init.json").read_text())["fresh"] for name in ("own", "mean")}
+    head = ["head.weight", "head.bias"]
+    assert drawn == {"own": ["backbone.pooler.weight", "backbone.pooler.bias", *head], "mean": head}
+    export(tmp_path / "own", tmp_path / "there", "latest", ROOM)
+    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "there").eval()
+    assert theirs.config.id2label == {0: "joy", 1: "woe", 2: "so so"}
+    tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = answers(open_run(tmp_path / "own").objective, tokens)[0]
+        assert ours.shape == (3, 3)
+        assert (theirs(tokens).logits - ours).abs().max() < 1e-5
+    with pytest.raises(UserError, match=r"objective\.pool=mean"):
+        export(tmp_path / "mean", tmp_path / "other", "latest", ROOM)
+
+
+@pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_any_stage_and_world_transformers_loads_the_same_model(
+    make, corpus: Path, tmp_path: Path, family, zero, workers
+):
+    run = trained(make, corpus, *FAMILIES[family], f"zero={zero}", f"cluster.workers={workers}")
+    done = export(run, tmp_path / "there", "latest", ROOM)
+    assert done.difference <= 1e-5
+    ours, theirs = logits_of(run, tmp_path / "there")
+    assert (ours - theirs).abs().max() < 1e-5
+    assert {f.name for f in (tmp_path / "there").iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert not list(tmp_path.glob(".there*"))
+
+
+@pytest.mark.parametrize("keys", [["model.tied=true"], ["model.bias=true", "model.kv_heads=1"]])
+def test_a_llama_tied_or_with_biases(make, corpus: Path, tmp_path: Path, keys: list[str]):
+    run = trained(make, corpus, *FAMILIES["llama"], *keys)
+    export(run, tmp_path / "there", "latest", ROOM)
+    ours, theirs = logits_of(run, tmp_path / "there")
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_a_large_model_is_written_in_shards(make, corpus: Path, tmp_path: Path):
+    run = trained(make, corpus, *FAMILIES["llama"])
+    done = export(run, tmp_path / "there", "latest", 50_000)
+    assert len(done.files) > 3
+    index = json.loads((tmp_path / "there/model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == sorted(file.name for file in done.files)
+    assert all(
+        file.stat().st_size < 60_000 or list(index["weight_map"].values()).count(file.name) == 1 for file in done.files
+    )
+    ours, theirs = logits_of(run, tmp_path / "there")
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def peak_of_export(runs: list[str], report: Any) -> None:
+    """Send the memory of its own that the process of the second export came to have; the first one has imported all there is."""
+
+    def own() -> int:  # not the pages of files that are read: the system takes those back when it wants to
+        return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+    export(Path(runs[0]), Path(f"{runs[0]}-there"), "latest", ROOM)
+    seen, done = [own()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            seen.append(own())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    export(Path(runs[1]), Path(f"{runs[1]}-there"), "latest", ROOM)
+    done.set()
+    looking.join()
+    report.send(max(seen) - seen[0])
+
+
+def test_an_export_holds_one_model_in_memory(make, corpus: Path):
+    """Its moments would be two more, ours beside theirs one more."""
+    large = ["model.width=384", "model.heads=8", "model.layers=6", "zero=3", "cluster.workers=2"]
+    runs = [
+        str(trained(make, corpus, *FAMILIES["gpt2"], *more, name=name))
+        for name, more in (("small", []), ("large", large))
+    ]
+    ours, theirs = gloo_ranks.FORKS.Pipe()
+    process = gloo_ranks.FORKS.Process(target=peak_of_export, args=(runs, theirs))
+    process.start()
+    peak = ours.recv()
+    process.join()
+    shapes = open_run(Path(runs[1])).checkpoint.manifest["shapes"].values()
+    model = 4 * sum(math.prod(shape) for shape in shapes)
+    assert model > 40_000_000
+    assert model < peak < 1.5 * model
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
+def test_the_tokenizer_of_any_kind_is_the_same_there(corpus: Path, tmp_path: Path, tokenizer: str):
+    size = "data.tokenizer.vocab_size=300" if tokenizer == "bpe" else "data.tokenizer.vocab_size=null"
+    keys = [f"data.paths=[{corpus.parent / 'text'}]", f"data.tokenizer.kind={tokenizer}", size]
+    config = gloo_ranks.compose(
+        *gloo_ranks.TEXT, *SHORT, *keys, f"data.dir={tmp_path / 'corpus'}", f"run.dir={tmp_path / 'run'}"
+    )
+    gloo_ranks.train_world(config, prepare(config.data, lambda event: None))
+    export(tmp_path / "run", tmp_path / "there", "latest", ROOM)
+    ours, theirs = open_run(tmp_path / "run").tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    text = "tea mate  sonata"
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text
+    assert theirs.eos_token_id == ours.eot
+
+
+def test_a_run_goes_there_and_back_and_trains_on_from_its_loss(make, corpus: Path, tmp_path: Path):
+    """Its val_loss is the same at the start; and the losses that follow are those of a run that starts from the run itself."""
+    first = make("model=llama_tiny", "zero=3", "cluster.workers=2", "steps=12", name="first")
+    gloo_ranks.train_world(first, corpus)
+    export(Path(first.run.dir), tmp_path / "there", "latest", 100_000)
+    found = {}
+    for name, origin in (("folder", tmp_path / "there"), ("run", first.run.dir)):
+        still = make("model=llama_tiny", f"init.from={origin}", "steps=1", "optimizer.lr=1e-12", name=f"{name}-still")
+        gloo_ranks.train_world(still, corpus)
+        assert gloo_ranks.metrics(still)[-1]["val_loss"] == pytest.approx(
+            gloo_ranks.metrics(first)[-1]["val_loss"], rel=1e-6
+        )
+        more = make("model=llama_tiny", f"init.from={origin}", "steps=8", name=name)
+        gloo_ranks.train_world(more, corpus)
+        found[name] = gloo_ranks.metrics(more)
+    assert found["folder"] == found["run"]
+    assert found["folder"][-1]["val_loss"] < gloo_ranks.metrics(first)[-1]["val_loss"]
+
+
+def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A table with a mistake in it: gate and up exchanged, then a tensor that lacks, then one too many."""
+    run, llama = trained(make, corpus, *FAMILIES["llama"]), hf.FAMILIES[1]
+    gate_up, norm = "backbone.blocks.#.mlp.gate_up", "backbone.blocks.#.mlp_norm"
+    for module, wrong, said in (
+        (gate_up, at("model.layers.#.mlp.up_proj", "model.layers.#.mlp.gate_proj"), "logits differ from ours by"),
+        (norm, at("model.layers.#.other_norm"), r"missing keys: model\.layers\.0\.post_attention_layernorm\.weight"),
+    ):
+        broken = replace(llama, modules=llama.modules | {module: wrong})
+        monkeypatch.setattr(hf, "FAMILIES", (broken,))
+        with pytest.raises(UserError, match=said):
+            export(run, tmp_path / "there", "latest", ROOM)
+        assert not [file for file in tmp_path.iterdir() if "there" in file.name]
+
+
+def test_a_folder_that_holds_something_is_not_touched_and_an_empty_one_is_taken(
+    make, corpus: Path, tmp_path: Path, capsys
+):
+    run = trained(make, corpus, *FAMILIES["gpt2"])
+    (tmp_path / "there").mkdir()
+    command = ["export", f"run.dir={run}", f"to={tmp_path / 'there'}"]
+    assert main(command) == 0
+    assert "transformers" in capsys.readouterr().out
+    before = sorted(file.name for file in (tmp_path / "there").iterdir())
+    assert main(command) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert sorted(file.name for file in (tmp_path / "there").iterdir()) == before
+    assert main(["export", f"run.dir={run}", f"to={tmp_path / 'other'}", "checkpoint=7"]) == 2
+    assert "It has the steps 2" in capsys.readouterr().err
+    assert main(["export", f"run.dir={run}", f"to={tmp_path / 'other'}", "shard_mb=none"]) == 2
+
+
+def test_a_model_that_transformers_does_not_have_is_refused_by_its_keys(make, corpus: Path, tmp_path: Path):
+    run = trained(make, corpus, "model.activation=swiglu")
+    with pytest.raises(UserError, match=r"model\.activation=gelu \(not swiglu\)"):
+        export(run, tmp_path / "there", "latest", ROOM)
+    assert not (tmp_path / "there").exists()

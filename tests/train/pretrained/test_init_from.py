@@ -1,0 +1,199 @@
+"""Runs that start from others: what they take, what they freeze, and that they go on like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import gloo_ranks
+
+from train.config import load as configuration
+from train.objectives import build_objective
+from train.optim.factory import parameter_groups
+from train.optim.layerwise_lr import by_depth, depths
+
+STILL = ["steps=1", "optimizer.lr=1e-12"]
+HALF = "init.freeze=['backbone.embed.*','backbone.blocks.0.*']"
+
+
+@pytest.fixture(scope="module")
+def origin(corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run of two workers at stage 2, of 8 steps."""
+    folder = tmp_path_factory.mktemp("origin")
+    config = gloo_ranks.on_corpus(corpus, folder / "run", "zero=2", "cluster.workers=2")
+    gloo_ranks.train_world(config, corpus)
+    return config
+
+
+def val_loss(config) -> float:
+    return gloo_ranks.metrics(config)[-1]["val_loss"]
+
+
+@pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 1), (3, 1), (3, 2)])
+def test_any_stage_and_world_starts_from_a_run_s_weights(make, corpus: Path, origin, zero: int, workers: int):
+    config = make(*STILL, f"init.from={origin.run.dir}", f"zero={zero}", f"cluster.workers={workers}")
+    gloo_ranks.train_world(config, corpus)
+    assert val_loss(config) == pytest.approx(val_loss(origin), rel=1e-6)
+    about = json.loads((Path(config.run.dir) / "init.json").read_text())
+    assert (about["kind"], about["fresh"], about["left"]) == ("a run, step 8", [], [])
+    assert sorted(about["loaded"]) == sorted(name_of(config))
+
+
+def name_of(config) -> list[str]:
+    return [name.removeprefix("weight/") for name in gloo_ranks.state(config, 1) if name.startswith("weight/")]
+
+
+def test_a_step_of_the_run_may_be_named(make, corpus: Path, origin):
+    config = make(*STILL, f"init.from={origin.run.dir}", "init.checkpoint=4")
+    gloo_ranks.train_world(config, corpus)
+    at_4 = next(line for line in gloo_ranks.metrics(origin) if line["step"] == 4)
+    assert val_loss(config) == pytest.approx(at_4["val_loss"], rel=1e-6)
+    lost = make(*STILL, f"init.from={origin.run.dir}", "init.checkpoint=5", name="lost")
+    assert "It has the steps 4, 8" in gloo_ranks.train_world(lost, corpus)[0]
+
+
+def test_a_run_that_goes_on_does_not_look_there_again(make, corpus: Path, origin, tmp_path: Path):
+    there = shutil.copytree(origin.run.dir, tmp_path / "there")
+    whole, parts = (make(f"init.from={there}", "cluster.workers=2", name=name) for name in ("whole", "parts"))
+    gloo_ranks.train_world(whole, corpus)
+    gloo_ranks.train_world(parts, corpus, {"event": "step", "step": 3})
+    shutil.rmtree(there)
+    assert gloo_ranks.train_world(parts, corpus) == ["done", "done"]
+    assert gloo_ranks.metrics(parts) == gloo_ranks.metrics(whole)
+
+
+def test_a_rollback_to_the_beginning_is_one_to_the_weights_it_began_with(make, corpus: Path, origin):
+    found = gloo_ranks.run(
+        1, broken_then_anew, configuration.to_dict(make(f"init.from={origin.run.dir}")), str(corpus)
+    )[0]
+    expected = gloo_ranks.state(origin, 8)
+    assert all(torch.equal(torch.from_numpy(weight), expected[f"weight/{name}"]) for name, weight in found.items())
+
+
+def broken_then_anew(world, emit, config, corpus: str):
+    from train.data.corpus.shards import Corpus
+    from train.data.loader import loaders
+    from train.run import build_engine
+    from train.stability.guard import Guard
+    from train.state.train_state import Progress
+
+    config, corpus_ = configuration.parse(config), Corpus(corpus)
+    loader, _ = loaders(corpus_, config, world)
+    engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
+    guard = Guard(config, world, corpus_, engine, loader, lambda: None, lambda progress, why: None)
+    guard._go_back(Progress())
+    loader.close()
+    return {name: weight.numpy() for name, weight in engine.whole_weights()}
+
+
+def test_what_does_not_fit_ends_the_run_before_it_begins(make, corpus: Path, origin):
+    config = make(f"init.from={origin.run.dir}", "model.layers=3", "cluster.workers=2")
+    said = gloo_ranks.train_world(config, corpus)
+    assert said[0] == said[1]
+    assert "model.layers is 3 here, 2 there" in said[0]
+    assert not (Path(config.run.dir) / "checkpoints").exists()
+
+
+# what is not trained
+
+
+@pytest.mark.parametrize(
+    ("zero", "workers", "precision"),
+    [(0, 1, "fp32"), (0, 2, "bf16"), (1, 2, "fp32"), (2, 2, "bf16"), (3, 2, "fp32"), (3, 1, "bf16")],
+)
+def test_what_is_frozen_stays_and_has_no_moments_and_a_resume_is_exact(
+    make, corpus: Path, origin, zero, workers, precision
+):
+    keys = [f"zero={zero}", f"cluster.workers={workers}", f"precision={precision}", f"init.from={origin.run.dir}", HALF]
+    whole, parts = make(*keys, name="whole"), make(*keys, name="parts")
+    gloo_ranks.train_world(whole, corpus)
+    gloo_ranks.train_world(parts, corpus, {"event": "step", "step": 3})
+    gloo_ranks.train_world(parts, corpus)
+    assert gloo_ranks.metrics(parts) == gloo_ranks.metrics(whole)
+    before, after, again = gloo_ranks.state(origin, 8), gloo_ranks.state(whole, 8), gloo_ranks.state(parts, 8)
+    assert after.keys() == again.keys()
+    assert all(torch.equal(after[key], again[key]) for key in after)
+    frozen = [key for key in after if "embed" in key or "blocks.0" in key]
+    assert frozen
+    assert all(key.startswith("weight/") and torch.equal(after[key], before[key]) for key in frozen)
+    moved = [key for key in after if key.startswith("weight/") and key not in frozen]
+    assert moved
+    assert not any(torch.equal(after[key], before[key]) for key in moved)
+    assert all(f"exp_avg/{key.removeprefix('weight/')}" in after for key in moved)
+
+
+def test_a_frozen_run_moves_between_worlds_and_stages(make, corpus: Path, origin):
+    keys = [f"init.from={origin.run.dir}", HALF]
+    whole = make(*keys, "zero=2", "cluster.workers=2", name="whole")
+    gloo_ranks.train_world(whole, corpus)
+    for workers, zero, stop in ((2, 3, 3), (1, 0, 5), (2, 1, None)):
+        part = make(*keys, f"cluster.workers={workers}", f"zero={zero}", name="parts")
+        gloo_ranks.train_world(part, corpus, stop and {"event": "step", "step": stop})
+    losses = [torch.tensor([line["loss"] for line in gloo_ranks.metrics(config)]) for config in (part, whole)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+def test_patterns_that_match_nothing_or_everything_are_refused(make, corpus: Path):
+    said = gloo_ranks.train_world(make("init.freeze=['backbone.layers.*']"), corpus)[0]
+    assert "'backbone.layers.*' matches no parameter. There are backbone.embed.weight" in said
+    assert "leaves nothing to train" in gloo_ranks.train_world(make("init.freeze=['*']"), corpus)[0]
+
+
+def test_the_head_of_a_run_says_how_much_is_trained(make, corpus: Path):
+    config = make("zero=3", HALF, "steps=1")
+    ranks = gloo_ranks.start(1, gloo_ranks.train, configuration.to_dict(config), str(corpus)).wait()
+    plan = next(e for e in ranks[0].events if e["event"] == "plan")
+    sizes = {key: value.numel() for key, value in gloo_ranks.state(config, 1).items() if key.startswith("weight/")}
+    assert plan["params"] == sum(sizes.values())
+    assert plan["trained"] == sum(size for key, size in sizes.items() if "embed" not in key and "blocks.0" not in key)
+
+
+# rates by depth
+
+
+def test_a_parameter_s_rate_falls_with_its_distance_from_the_top(make_config):
+    objective = build_objective(make_config("llama_tiny", layers=3), 257)
+    names = [name for name, _ in objective.named_parameters()]
+    depth = depths(names)
+    assert (depth["backbone.embed.weight"], depth["backbone.norm.weight"], depth["head.weight"]) == (0, 4, 4)
+    assert [depth[f"backbone.blocks.{n}.mlp.down.weight"] for n in range(3)] == [1, 2, 3]
+    groups = by_depth(parameter_groups(objective, 0.1), names, 0.5)
+    scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
+    assert sorted(scale) == sorted(names)
+    assert all(value == 0.5 ** (4 - depth[name]) for name, value in scale.items())
+    named = dict(objective.named_parameters())
+    assert all(named[name] is p for group in groups for name, p in zip(group["names"], group["params"], strict=True))
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert decays["backbone.blocks.1.mlp.down.weight"] == 0.1
+    assert decays["backbone.blocks.1.mlp_norm.weight"] == 0.0
+
+
+def test_depth_goes_on_from_one_stack_to_the_next():
+    names = ["embed.weight", "encoder.0.a", "encoder.1.a", "between.a", "decoder.0.a", "decoder.0.b", "head.a"]
+    assert list(depths(names).values()) == [0, 1, 2, 2, 3, 3, 4]
+
+
+def test_every_stage_makes_the_same_steps_by_depth(make, corpus: Path):
+    """And they are those steps: with plain SGD a change is the rate times the gradient."""
+    keys = ["optimizer=sgd", "optimizer.clip=0", "steps=1", "eval_every=0", "zero=0"]
+    states = {}
+    for decay in (1.0, 0.5):
+        config = make(*keys, f"optimizer.layer_decay={decay}", name=f"decay-{decay}")
+        gloo_ranks.train_world(config, corpus)
+        states[decay] = gloo_ranks.state(config, 1)
+    still = make(*keys, "optimizer.lr=1e-30", name="still")
+    gloo_ranks.train_world(still, corpus)
+    start = gloo_ranks.state(still, 1)
+    for key, depth in (("head", 3), ("blocks.1.mlp.down.weight", 2), ("blocks.0.mlp.down.weight", 1), ("embed", 0)):
+        for name in (name for name in start if key in name):
+            change = [states[decay][name] - start[name] for decay in (1.0, 0.5)]
+            torch.testing.assert_close(change[1], change[0] * 0.5 ** (3 - depth), rtol=1e-3, atol=1e-7)
+    for zero, workers in ((1, 2), (3, 2)):
+        keys[-1] = f"zero={zero}"
+        config = make(*keys, "optimizer.layer_decay=0.5", f"cluster.workers={workers}", name=f"z{zero}")
+        gloo_ranks.train_world(config, corpus)
+        for name, value in gloo_ranks.state(config, 1).items():
+            torch.testing.assert_close(value, states[0.5][name], rtol=1e-4, atol=1e-6)

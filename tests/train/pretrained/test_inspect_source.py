@@ -1,0 +1,132 @@
+"""What ``init.from`` may name: all that words tell is said by the driver, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import gloo_ranks
+
+from train.checkpoint import manifest
+from train.config import load as configuration
+from train.errors import UserError
+from train.pretrained.inspect_source import check
+
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA |= {
+    "intermediate_size": 176,
+    "max_position_embeddings": 32,
+    "vocab_size": 320,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+OURS = [
+    "model=llama_tiny",
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.mlp_width=176",
+]
+OURS += ["model.max_len=32", "batch.seq_len=16"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The words of a small Llama; of its weights there is the file's name."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "there/model.safetensors").touch()
+    return tmp_path / "there"
+
+
+def refusal(config) -> str:
+    with pytest.raises(UserError) as caught:
+        check(config)
+    return str(caught.value)
+
+
+def test_what_fits_is_no_matter_to_the_driver(make, folder: Path):
+    check(make(*OURS, f"init.from={folder}"))
+    check(make(*OURS, f"init.from={folder}", "model.max_len=64"))  # whether positions have weights is the ranks' to say
+
+
+def test_a_folder_that_is_not_there_or_holds_nothing_of_the_kind(make, folder: Path):
+    assert "nowhere is not there" in refusal(make(*OURS, "init.from=nowhere"))
+    (folder / "config.json").unlink()
+    assert "is neither a run (which has a config.yaml) nor" in refusal(make(*OURS, f"init.from={folder}"))
+
+
+def test_weights_that_are_pickled_or_missing(make, folder: Path):
+    config = make(*OURS, f"init.from={folder}")
+    (folder / "model.safetensors").unlink()
+    assert "has a config.json and no weights" in refusal(config)
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    assert "pytorch_model.bin, which is pickled" in refusal(config)
+    wrong = {
+        "/etc/passwd": "not in its folder",
+        "../model.safetensors": "not in its folder",
+        "other.safetensors": "is missing",
+    }
+    for name, said in wrong.items():
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert said in refusal(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama, bert, t5"),
+        ({"hidden_act": "gelu"}, "hidden_act=gelu, which must be silu"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type=llama3"),
+        ({"head_dim": 16}, "head_dim=16"),
+        ({"attention_bias": True}, "attention_bias=true, mlp_bias=false, which must be equal"),
+        ({"hidden_size": None}, "hidden_size, which is missing"),
+        ({"num_hidden_layers": 3}, "to have what is there: model.layers=3"),
+    ],
+)
+def test_a_model_that_is_not_ours(make, folder: Path, change: dict, said: str):
+    (folder / "config.json").write_text(json.dumps({"mlp_bias": False} | LLAMA | change))
+    assert said in refusal(make(*OURS, f"init.from={folder}"))
+
+
+def test_a_family_or_a_checkpoint_that_is_not_there(make, folder: Path):
+    other = make("model=bert_tiny", "objective=masked", f"init.from={folder}")
+    assert "(Hugging Face, Llama) does not fit" in refusal(other)
+    assert "model.family is encoder here, decoder there" in refusal(other)
+    run = folder.parent / "first"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(make(*OURS))))
+    assert "has no complete checkpoint yet" in refusal(make(*OURS, f"init.from={run}"))
+    (run / "checkpoints/step_4").mkdir(parents=True)
+    whole = {"progress": {"step": 4}, "files": {}, "val_loss": None, "shapes": {"backbone.embed.weight": [320, 32]}}
+    (run / "checkpoints/step_4/checkpoint.json").write_bytes(manifest.to_bytes(whole))
+    check(make(*OURS, f"init.from={run}"))
+    assert "It has the steps 4" in refusal(make(*OURS, f"init.from={run}", "init.checkpoint=5"))
+
+
+def test_a_run_that_goes_on_is_not_asked(make):
+    config = make(*OURS, "init.from=nowhere")
+    (Path(config.run.dir) / "checkpoints/step_2").mkdir(parents=True)
+    check(config)
+
+
+def test_the_command_line_says_it_before_anything_is_started_and_leaves_nothing(as_typed, tmp_path: Path):
+    command = [sys.executable, "-m", "cluster", "train", *as_typed("init.from=nowhere")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ, cwd=gloo_ranks.REPOSITORY, check=False
+    )
+    assert done.returncode == 2
+    assert "init.from=nowhere is not there" in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())

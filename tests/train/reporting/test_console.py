@@ -1,0 +1,214 @@
+"""What a run shows, on a terminal and in a file, from the events that it is given."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console as Terminal
+
+from train.reporting.console import Console
+from train.util.format import count, duration
+
+CONFIG = {
+    "run": {"name": "gpt_mini-stdlib", "dir": "runs/x"},
+    "steps": 1000,
+    "cluster": {"workers": 2, "cpus_per_worker": 1},
+    "zero": {"stage": 2},
+    "precision": {"name": "fp32"},
+    "model": {"layers": 4, "width": 256, "heads": 4},
+    "batch": {"global": 16, "seq_len": 256},
+}
+LIFE = [
+    {"event": "job", "config": CONFIG, "device": "cpu", "hosts": 1},
+    {"event": "phase", "name": "engine", "t": 1.0},
+    {"event": "plan", "params": 4_200_000, "tokens": 4_096_000, "steps": 1000, "start_step": 0},
+    {"event": "step", "step": 10, "steps": 1000, "loss": 6.5, "tokens_per_s": 12345.0},
+    {"event": "eval", "step": 200, "val_loss": 3.5, "bits_per_byte": 2.1},
+    {"event": "eval", "step": 400, "val_loss": 3.25, "bits_per_byte": 1.9},
+    {"event": "save", "step": 400, "path": "runs/x/checkpoints/step_400", "seconds": 0.41},
+    {"event": "note", "text": "W&B is offline"},
+    {"event": "sample", "step": 1000, "prompt": "def ", "text": "main():\n    pass [not markup]"},
+    {"event": "done", "summary": {"step": 1000, "val_loss": 3.25, "wall_s": 331.0, "tokens": 4_096_000}},
+]
+
+
+def shown(events, terminal=False, width=100):
+    out, errors = io.StringIO(), io.StringIO()
+    console = Console(
+        Terminal(file=out, force_terminal=terminal, width=width, highlight=False),
+        Terminal(file=errors, force_terminal=terminal, width=width, highlight=False, soft_wrap=True),
+    )
+    for event in events:
+        console.show(event)
+    console.close()
+    return out.getvalue(), errors.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_life_of_a_run_is_told(terminal):
+    text, errors = shown(LIFE, terminal)
+    for words in (
+        "gpt_mini-stdlib",
+        "ZeRO stage 2",
+        "4.2M parameters",
+        "16 x 256 tokens",
+        "validation loss",
+        "3.2500",
+        "-0.2500",
+        "1.9000 bits per byte",
+        "W&B is offline",
+        "[not markup]",
+        "5 min 31 s",
+    ):
+        assert words in text
+    assert errors == ""
+
+
+def test_a_file_gets_plain_lines_without_control_characters():
+    text, _ = shown(LIFE)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    assert "step 10/1,000  loss 6.5000  12.3k tokens/s" in text
+
+
+def test_samples_before_the_end_are_left_to_their_file():
+    for terminal in (True, False):
+        text, _ = shown([LIFE[0], {"event": "sample", "step": 400, "prompt": "def ", "text": "early"}], terminal)
+        assert "early" not in text
+
+
+def test_the_live_line_keeps_the_last_loss_between_logged_steps():
+    steps = [{"event": "step", "step": 10, "steps": 1000, "loss": 6.5}, {"event": "step", "step": 11, "steps": 1000}]
+    text, _ = shown([LIFE[0], *steps], terminal=True)
+    assert "loss 6.5000" in text.split("step 11/")[-1]
+
+
+def test_a_file_gets_no_line_of_progress_without_a_loss():
+    text, _ = shown([{"event": "step", "step": 3, "steps": 1000}])
+    assert text == ""
+
+
+def test_a_run_that_is_complete_says_so_and_how_to_go_further():
+    out = io.StringIO()
+    console = Console(Terminal(file=out, width=200, highlight=False))
+    console.complete(
+        SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal")),
+        LIFE[-1]["summary"],
+    )
+    text = out.getvalue()
+    for words in ("validation loss 3.25", "complete already", "steps=...", "run.name=..."):
+        assert words in text
+
+
+def test_progress_in_a_file_is_a_line_now_and_then_and_the_last_step():
+    steps = [{"event": "step", "step": n, "steps": 1000, "loss": 1.0} for n in range(1, 1001)]
+    text, _ = shown(steps)
+    lines = [line for line in text.splitlines() if "step" in line]
+    assert len(lines) == 2
+    assert "1,000/1,000" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "job",
+        "plan",
+        "phase",
+        "prepare",
+        "step",
+        "eval",
+        "save",
+        "sample",
+        "note",
+        "done",
+        "failure",
+        "stopping",
+        "unheard of",
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_event_without_its_fields_ends_nothing(kind, terminal):
+    shown([{"event": kind}, {}], terminal)
+
+
+def test_a_failure_is_one_block_on_stderr_with_what_happens_next():
+    lines = ["rank 1 on oar (pid 7) killed by SIGKILL", "", "the last lines of its log:", "  step 12"]
+    out, errors = shown([LIFE[0], {"event": "failure", "lines": lines, "next": None}])
+    assert errors.splitlines()[0] == "FAILED: rank 1 on oar (pid 7) killed by SIGKILL"
+    assert "  step 12" in errors
+    assert "runs/x/logs/" in errors
+    assert "run the same command again" in errors
+    assert "SIGKILL" not in out
+
+
+def test_the_end_names_the_folder_and_the_next_commands():
+    out = io.StringIO()
+    console = Console(Terminal(file=out, width=60))
+    config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal"))
+    console.finished(config)
+    console.startup(
+        {"config": 0.5, "ray": 2.0, "workers": 2.4, "imports": 4.1, "first_step": 5.0, "first_step_done": 5.5}
+    )
+    console.stopped(config)
+    text = out.getvalue()
+    assert './launch.sh generate run.dir=runs/x prompt="..."' in text
+    assert "./launch.sh evaluate run.dir=runs/x" in text
+    assert "Ray up 2.0" in text
+    assert "first step 5.5" in text
+    assert "Run the same command again to go on" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "0"),
+        (950, "950"),
+        (12_345, "12.3k"),
+        (124_439_808, "124M"),
+        (1.5e9, "1.5B"),
+        (2e12, "2T"),
+        (None, "?"),
+        (float("nan"), "?"),
+    ],
+)
+def test_large_numbers_are_short(number, words):
+    assert count(number) == words
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(7.6, "8 s"), (125, "2 min 05 s"), (11400, "3 h 10 min")])
+def test_times_are_as_people_say_them(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_the_console_and_the_driver_import_no_torch():
+    code = "import sys, cluster.driver.driver, train.reporting.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=True)
+
+
+def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_line():
+    next_ = "starting again from the checkpoint of step 40 (restart 1 of 3 without progress)"
+    marks = {
+        "failed": 100.0,
+        "ended": 100.1,
+        "start": 100.2,
+        "connected": 100.3,
+        "engine": 100.5,
+        "first_step": 100.8,
+        "train": 101.0,
+    }
+    failure = {"event": "failure", "lines": ["rank 1 killed by SIGKILL"], "next": next_, "again": True}
+    out, errors = shown([LIFE[0], failure, {"event": "recovered", "workers": 2, **marks}])
+    assert f"Next: {next_}" in errors
+    assert "run the same command" not in errors
+    assert "recovered in 1.0 s with 2 workers: noticed and ended 0.1 · workers started 0.2 · met 0.3" in out
+
+
+def test_nobody_is_told_to_generate_from_what_cannot_write():
+    out = io.StringIO()
+    config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="classify"))
+    Console(Terminal(file=out, width=60)).finished(config)
+    assert "generate" not in out.getvalue()
+    assert "next     ./launch.sh evaluate run.dir=runs/x" in out.getvalue()

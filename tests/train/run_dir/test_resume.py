@@ -1,0 +1,78 @@
+"""Going on with a run: the same run goes on, another one under its name is refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import gloo_ranks
+
+from train.checkpoint import manifest
+from train.config import load as configuration
+from train.errors import UserError
+from train.run_dir import resume
+
+
+@pytest.fixture
+def started(make):
+    """start(*overrides): a folder that holds the configuration of an earlier start."""
+
+    def start(*overrides: str):
+        config = make(*overrides)
+        folder = Path(config.run.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(config)))
+        return config
+
+    return start
+
+
+def test_a_new_folder_and_the_same_configuration_are_fine(make, started):
+    assert resume.check(make(), "abc") == []
+    assert resume.check(started(), "abc") == []
+
+
+def test_what_changes_only_how_it_runs_is_allowed_and_said(make, started):
+    started()
+    changes = resume.check(make("steps=20", "cluster.workers=1", "zero=3", "optimizer.lr=1e-4"), "abc")
+    assert {change.split(":")[0] for change in changes} == {"steps", "cluster.workers", "zero.stage", "optimizer.lr"}
+
+
+@pytest.mark.parametrize(
+    "override", ["model.layers=3", "seed=1", "batch.global=8", "data.dedup=false", "optimizer=sgd", "batch.seq_len=8"]
+)
+def test_another_run_under_the_same_name_is_refused_naming_the_key(make, started, override: str):
+    started()
+    with pytest.raises(UserError) as caught:
+        resume.check(make(override), "abc")
+    assert override.split("=")[0].split(".")[-1].replace("optimizer", "optimizer.name") in str(caught.value)
+    assert "run.name" in str(caught.value)
+
+
+def test_another_corpus_is_refused(make, started):
+    config = started()
+    folder = Path(config.run.dir) / "checkpoints" / "step_1"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
+    with pytest.raises(UserError, match="corpus"):
+        resume.check(config, "new")
+
+
+def test_a_run_that_made_all_its_steps_is_finished(make, corpus: Path):
+    config = make("steps=2")
+    assert resume.finished(config) is None
+    gloo_ranks.train_world(config, corpus)
+    summary = resume.finished(config)
+    assert summary is not None
+    assert {
+        "step",
+        "val_loss",
+        "perplexity",
+        "bits_per_byte",
+        "params",
+        "tokens",
+        "wall_s",
+        "goodput",
+    } <= summary.keys()
+    assert resume.finished(make("steps=3")) is None

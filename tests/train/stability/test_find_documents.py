@@ -1,0 +1,66 @@
+"""What trace says stood in a step is what the step was made of."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from helpers import gloo_ranks
+
+from train.__main__ import main
+from train.batch import IGNORE
+from train.data.corpus.shards import Corpus
+from train.data.loader import Share, training_loader
+from train.data.sampling.batch_plan import Cursor
+from train.errors import UserError
+from train.stability.find_documents import trace
+
+
+def test_every_document_knows_its_source(corpus: Path):
+    opened = Corpus(corpus).split("train")
+    expected = []
+    for shard in sorted(corpus.glob("train-*.tar")):
+        with tarfile.open(shard) as tar:
+            metas = [member for member in tar if member.name.endswith(".meta.json")]
+            expected += [json.load(tar.extractfile(member))["source"] for member in metas]
+    assert [opened.source(n) for n in range(opened.samples)] == expected
+
+
+@pytest.mark.parametrize("pack", ["true", "false"])
+def test_the_parts_of_a_step_are_its_targets(make, corpus: Path, pack: str):
+    config = make(f"data.pack={pack}", "steps=60", "log_every=1", "eval_every=0", "save_every=0")
+    gloo_ranks.train_world(config, corpus)
+    folder, opened = Path(config.run.dir or ""), Corpus(corpus)
+    loader = training_loader(opened, config, Share(0, 1, 4))
+    lines = gloo_ranks.metrics(config)
+    for step in (1, 2, 59):  # the last of them in a later epoch
+        (batch,) = loader.peek(loader.plan.after(Cursor(), step - 1))
+        data_hash, parts = trace(folder, step)
+        assert data_hash == lines[step - 1]["data_hash"]
+        for row in range(4):
+            spans = [(int(p.document.removeprefix("train/")), *p.tokens) for p in parts if p.row == row]
+            expected = [
+                token for n, *span in spans for token in [*opened.split("train").document(n), 256][slice(*span)]
+            ]
+            targets = batch["targets"][row]
+            assert targets[targets != IGNORE].tolist() == expected
+        assert {part.row for part in parts} <= set(range(4))
+
+
+def test_the_verb_prints_a_table_or_json_and_marks_what_is_left_out(make, corpus: Path, capsys):
+    config = make("steps=2", "eval_every=0")
+    gloo_ranks.train_world(config, corpus)
+    folder = Path(config.run.dir or "")
+    line = {"step": 2, "skipped": [{"epoch": 0, "position": 16, "rows": [1]}]}
+    (folder / "skipped.jsonl").write_text(json.dumps(line) + "\n")
+    assert main(["trace", f"run.dir={folder}", "step=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {part["row"] for part in found["parts"] if part["skipped"]} == {1}
+    assert all(part["source"].endswith(".txt") and part["words"] for part in found["parts"])
+    assert main(["trace", f"run.dir={folder}", "step=1"]) == 0
+    assert "begins with" in capsys.readouterr().out
+    assert main(["trace", f"run.dir={folder}", "step=x"]) == 2
+    with pytest.raises(UserError, match="has the steps 1 to 2"):
+        trace(folder, 3)

@@ -1,0 +1,65 @@
+"""What counts as a secret, and what does not."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import gloo_ranks
+
+from train.util.redact import redact, redact_tree
+
+SHOWN_AS = {
+    "s3://key:CANARY@bucket/x": "s3://[hidden]@bucket/x",
+    "s3://key:CAN/ARY+=@bucket": "s3://[hidden]@bucket",
+    "data.paths=[s3://k:CANARY@a/x,s3://k:CANARY@b/y]": "data.paths=[s3://[hidden]@a/x,s3://[hidden]@b/y]",
+    "s3:/key:CANARY@bucket: no such file": "s3:/[hidden]@bucket: no such file",
+    "https://CANARY@host/a": "https://[hidden]@host/a",
+    "http://host/a?x=1&X-Amz-Signature=CANARY&y=2": "http://host/a?x=1&X-Amz-Signature=[hidden]&y=2",
+    "wandb.key=CANARY steps=3": "wandb.key=[hidden] steps=3",
+    "tracking.api_key=CANARY password=CANARY": "tracking.api_key=[hidden] password=[hidden]",
+}
+INNOCENT = [
+    "https://host/a@b",
+    "data.text_key=body data.label_key=stars key=value group=choice",
+    "loss 2.5 (nats per token: 5) tokens=12",
+    "PYTHONPATH=/a:/b",
+    "s3://bucket/prefix/file.tar",
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), SHOWN_AS.items())
+def test_secrets_are_hidden(text, shown):
+    assert redact(text) == shown
+
+
+@pytest.mark.parametrize("text", INNOCENT)
+def test_what_only_looks_like_one_is_shown(text):
+    assert redact(text) == text
+
+
+def test_the_values_of_secret_variables_are_hidden_wherever_they_come(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "CANARY123")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
+    monkeypatch.setenv("PIN_TOKEN", "12")
+    assert redact("x CANARY123 y, /home/me/token, 12") == "x [hidden] y, /home/me/token, 12"
+    assert redact_tree({"a": ["CANARY123", 1, None], "b": {"c": "s3://k:CANARY@b"}}) == {
+        "a": ["[hidden]", 1, None],
+        "b": {"c": "s3://[hidden]@b"},
+    }
+
+
+def test_all_that_a_process_prints_is_covered_tracebacks_and_logs_too():
+    program = (
+        "import logging, sys; from train import redact; redact.cover(); print('a', 'CANARY123'); "
+        "logging.warning('b CANARY123'); sys.stderr.write('c CANARY123\\n'); raise ValueError('d s3://k:CANARY@x')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"PYTHONPATH": str(gloo_ranks.REPOSITORY), "A_SECRET": "CANARY123"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout == "a [hidden]\n"
+    assert [line for line in ("b [hidden]", "c [hidden]", "d s3://[hidden]@x") if line not in done.stderr] == []
+    assert "CANARY" not in done.stdout + done.stderr

@@ -1,0 +1,97 @@
+"""The verb ``generate``: a run's weights, prompts from the command line, a file or standard input, and text as it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from train.config import load as configuration
+from train.config import schema
+from train.config.validate import problems_of_generation
+from train.errors import UserError
+from train.generation.text_streamer import Written, write
+from train.models.generation_api import Generative
+from train.run_dir.open_run import open_run
+
+NAMES = [name for name in schema.Generation.model_fields if name != "prompts"]
+"""The keys that the verb takes as they are, without their section."""
+
+
+def run(options: Mapping[str, str], *, as_json: bool) -> None:
+    """Write on from the prompts that ``options`` name. Raises UserError."""
+    given = prompts(options["prompt"], options["prompts"])
+    saved = open_run(Path(options["run.dir"]), options["checkpoint"])
+    settings = chosen(saved.config.generation, options)
+    model = saved.objective.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(model, Generative):
+        raise UserError(
+            f"{options['run.dir']} was trained by objective={saved.config.objective.name}, which does not write text"
+        )
+    begin = (lambda prompt: prompt) if model.continues else (lambda prompt: "")
+    if len(given) == settings.n == settings.beams == 1 and not as_json:
+        _say(begin(given[0]))
+        list(write(model, saved.tokenizer, given, settings, lambda row, piece: _say(piece)))
+        _say("\n")
+        return
+    for number, (prompt, texts) in enumerate(
+        zip(given, write(model, saved.tokenizer, given, settings), strict=True), 1
+    ):
+        for text in texts:
+            if as_json:
+                _say(json.dumps({"prompt": prompt, **vars(text)}, ensure_ascii=False) + "\n")
+            else:
+                _say(f"{_title(number, len(given), text)}\n{begin(prompt)}{text.text}\n")
+
+
+def prompts(text: str, file: str) -> list[str]:
+    """One prompt (``-``: all of standard input), or those of a file, one a line (``-``: of standard input)."""
+    if text and file:
+        raise UserError("prompt=... and prompts=... are both given: give one of them")
+    try:
+        if not file:
+            return [sys.stdin.read() if text == "-" else text]
+        lines = (sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")).splitlines()
+    except OSError as error:
+        raise UserError(f"prompts={file}: {error.strerror} (looked from {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompts are not UTF-8 text: {error}") from None
+    found = [line for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"prompts={file} has no line with a prompt")
+    return found
+
+
+def chosen(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
+    """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
+    base = configuration.choice("generation", options["generation"]) if options["generation"] else trained.model_dump()
+    settings = configuration.typed(schema.Generation, base | {n: _value(n, options[n]) for n in NAMES if options[n]})
+    if found := problems_of_generation(settings):
+        raise configuration.ConfigError(found)
+    return settings
+
+
+def _value(name: str, text: str) -> Any:
+    """What is meant by ``name=text``: a number, or for ``stop`` a YAML list of strings, or one string as it stands."""
+    if name == "stop":
+        with contextlib.suppress(yaml.YAMLError):
+            return yaml.safe_load(text) if text.startswith("[") else [text]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _title(number: int, of: int, text: Written) -> str:
+    return f"--- prompt {number} of {of}" + ("" if text.score is None else f", score {text.score:.4f}")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

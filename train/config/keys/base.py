@@ -1,0 +1,75 @@
+"""What every section of the configuration is, and what every model family has."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Above0 = Annotated[float, Field(gt=0)]
+InitStd = Annotated[
+    Above0 | None,
+    Field(
+        description="deviation that weights start with: 0.02, of encdec null; null: 1 / sqrt(what each sums), as T5's"
+    ),
+]
+
+ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class Family(Section):
+    """What every model family has. A family's class is the list of its keys; its backbone is ``train/models/<family>.py``."""
+
+    objectives: ClassVar[tuple[str, ...]]
+    """Those that make sense for it."""
+    special: ClassVar[tuple[str, ...]] = ()
+    """Tokens that it knows beside the text's: they stand behind the vocabulary where the tokenizer has none of that name."""
+
+    averaged: ClassVar[bool] = True
+    """Whether the mean of a row's hidden states can stand for it."""
+
+    layers: Positive
+    width: Positive = Field(description="features of the residual stream, or of a recurrent layer")
+    vocab_size: Positive | None = Field(None, description="default: the tokenizer's, rounded up to a multiple of 64")
+    tied: bool = Field(description="the head shares the token embedding")
+    dropout: Fraction = 0.0
+    init_std: InitStd = 0.02
+
+    def deviation(self, inputs: int) -> float:
+        """What the weights of a layer that sums ``inputs`` features start with."""
+        return inputs**-0.5 if self.init_std is None else self.init_std
+
+    def problems(self, seq_len: int) -> list[str]:
+        """Values that are right one by one and wrong together, or too small for rows of ``seq_len`` tokens."""
+        return []
+
+
+class Transformer(Family):
+    """What the transformers share."""
+
+    heads: Positive
+    mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
+    norm_eps: Above0 = 1e-5
+    checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
+
+
+def too_long(seq_len: int, max_len: int) -> list[str]:
+    """The problem of rows that are longer than a model's positions."""
+    if seq_len <= max_len:
+        return []
+    return [f"batch.seq_len={seq_len} is longer than model.max_len={max_len}: lower the one or raise the other"]
+
+
+def not_divided(width: int, heads: int) -> list[str]:
+    """The problem of a width that its heads do not divide."""
+    return [f"model.heads={heads} does not divide model.width={width}"] if width % heads else []

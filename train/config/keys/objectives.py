@@ -1,0 +1,78 @@
+"""The keys of the objectives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from train.config.keys.base import Above0, Fraction, Section
+
+
+class Smoothed(Section):
+    """What an objective over the vocabulary may add to the cross-entropy it trains with."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="of a target, spread over the vocabulary"
+    )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of logsumexp(logits)^2 in the training loss, as PaLM's"
+    )
+
+
+class Causal(Smoothed):
+    """Each token is predicted from those before it."""
+
+    name: Literal["causal"]
+
+
+class Masked(Smoothed):
+    """Hidden tokens are predicted from all others; and whether a row's two halves belong together."""
+
+    name: Literal["masked"]
+    rate: Fraction = Field(
+        0.15, description="share of tokens to predict: of them 80 % are hidden, 10 % are others, 10 % stay"
+    )
+    whole_words: bool = Field(True, description="the tokens of a word are chosen together")
+    next_sentence: bool = Field(
+        True, description="rows are pairs: half of them neighbours, half with text from elsewhere"
+    )
+
+
+class Seq2seq(Smoothed):
+    """A target is written after a source has been read."""
+
+    name: Literal["seq2seq"]
+    task: Literal["spans", "pairs"] = Field(
+        description="spans: what is cut out of the text; pairs: the text of data.label_key"
+    )
+    rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.15, description="share of tokens that are cut out, for task=spans"
+    )
+    span: Above0 = Field(3.0, description="tokens of a cut, on average, for task=spans")
+    target_len: Annotated[int, Field(gt=1)] = Field(128, description="longest target, in tokens, for task=pairs")
+
+
+class Classify(Section):
+    """A document's class, or its score."""
+
+    name: Literal["classify"]
+    classes: list[str] = Field(
+        [], description="the labels, as the data has them, in their order; empty: labels are scores"
+    )
+    pool: Literal["own", "mean"] = Field(
+        "own",
+        description="what stands for a row: own: a first or last token, as the model has it; mean: of its hidden states",
+    )
+
+    def wrong(self, label: str) -> str | None:
+        """What is wrong with a label of the data, and the cure."""
+        if self.classes:
+            if label in self.classes:
+                return None
+            return f"the label {label!r} is none of objective.classes ({', '.join(self.classes)}): name it there, or mend the data"
+        try:
+            float(label)
+        except ValueError:
+            return f"the label {label!r} is no number: name the classes in objective.classes=[...], or mend the data"
+        return None

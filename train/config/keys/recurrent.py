@@ -1,0 +1,28 @@
+"""The keys of a recurrent network."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from train.config.keys.base import Family
+
+
+class Recurrent(Family):
+    """A recurrent network: RNN, LSTM, GRU."""
+
+    objectives = ("causal", "classify")
+
+    family: Literal["recurrent"]
+    cell: Literal["rnn", "lstm", "gru"] = Field(description="kind of the recurrent layers")
+    activation: Literal["tanh", "relu"] = Field("tanh", description="of the cell rnn; lstm and gru have their own")
+    carry: bool = Field(
+        True, description="a row goes on from the memory that the row before it in its stream ended with"
+    )
+
+    def problems(self, seq_len: int) -> list[str]:
+        """As ``Family.problems``."""
+        if self.cell == "rnn" or self.activation == "tanh":
+            return []
+        return [f"model.activation={self.activation} is for model.cell=rnn: a {self.cell} has activations of its own"]

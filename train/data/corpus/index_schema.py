@@ -1,0 +1,118 @@
+"""What a corpus that came from elsewhere must be before anything of it is used: an index of known form, tars of samples alone.
+
+A hash proves that a file is the one that the index means, not that who made both meant well. So names are not followed out of the
+folder, numbers are those of the files, and a tar with a link, a path or a pickle in it is refused, though nothing here would
+unpack it.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from train.errors import UserError
+
+MEMBER = re.compile(r"\d{9,}\.(meta\.json|tokens\.npy)")
+"""What a shard may hold: the two files of each sample."""
+CURE = "It was not made by `./launch.sh prepare`: prepare the text anew, and do not use this folder"
+
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Table(_Strict):
+    name: Annotated[str, Field(pattern=r"^(train|val|test)\.table\.npy$")]
+    size: Count
+    sha256: Digest
+
+
+class _Shard(_Strict):
+    name: Annotated[str, Field(pattern=r"^(train|val|test)-\d{6,}\.tar$")]
+    samples: Count
+    tokens: Count
+    bytes: Count
+    size: Count
+    sha256: Digest
+
+
+class _Split(_Strict):
+    samples: Count
+    tokens: Count
+    bytes: Count
+    table: _Table
+    shards: list[_Shard]
+
+
+class _Tokenizer(_Strict):
+    sha256: Digest
+    vocab_size: Count
+    eot: Count
+
+
+class _Index(BaseModel):
+    """Its origin, the other keys, is for people."""
+
+    model_config = ConfigDict(strict=True)
+    tokenizer: _Tokenizer
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Literal["train", "val", "test"], _Split]
+
+
+def check_index(path: Path, index: Any) -> None:
+    """Raise UserError, naming the entry, unless an index has the form that prepare gives it."""
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where} is {str(first['input'])[:80]!r}: {first['msg'].lower()}. {CURE}") from None
+
+
+def check_members(path: Path) -> None:
+    """Raise UserError, naming the member, where a tar holds anything but samples. Only its headers are read."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                link = f", a link to {member.linkname!r}" if member.linkname else ""
+                if link or not member.isreg() or not MEMBER.fullmatch(member.name):
+                    raise UserError(f"{path}: holds {member.name!r}{link}, which is no part of a sample. {CURE}")
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: {error}. {CURE}") from None
+
+
+def check_table(path: Path, table: NDArray[np.int64], shards: Sequence[Any], width: int) -> None:
+    """Raise UserError where the table of a split, (3, samples) int64, and its shards' entries do not tell of the same samples.
+
+    ``width``: bytes of an id. A sample that would lie outside its shard is never read.
+    """
+    samples = np.array([shard.samples for shard in shards], np.int64)
+    if table.dtype != np.int64 or table.shape != (3, samples.sum()):
+        raise UserError(
+            f"{path}: {table.dtype} {table.shape}, where the index speaks of {samples.sum()} samples. {CURE}"
+        )
+    ends = np.concatenate([[0], np.cumsum(samples)])
+    for shard, first, last in zip(shards, ends, ends[1:], strict=False):
+        begin, places, texts = table[:, first:last]
+        inside = (
+            (begin >= 0)
+            & (places >= 1)
+            & (places <= shard.size // width)
+            & (begin <= shard.size - (places + 1) * width)
+        )
+        if not inside.all():
+            raise UserError(f"{path}: sample {first + int(np.argmin(inside))} lies outside of {shard.name}. {CURE}")
+        if (places.sum(), texts.sum()) != (shard.tokens, shard.bytes):
+            raise UserError(
+                f"{path}: {shard.name} has {places.sum()} tokens, and the index says {shard.tokens}. {CURE}"
+            )

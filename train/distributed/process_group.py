@@ -1,0 +1,218 @@
+"""The world of a run: who this rank is, how the ranks meet, and the few words they say to each other outside DeepSpeed.
+
+The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that
+the caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so
+nothing that an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from train.distributed import heartbeat
+from train.errors import UserError
+
+DIGEST_BYTES = 64
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOOK_AFTER_S, LOOK_AT_LEAST_EVERY_S = 0.005, 0.25
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this rank is among ``size``: rank, its place on its host, and the device that is its own."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes files and speaks."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks of one start of a world meet.
+
+    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the
+    starts.
+    """
+
+    host: str
+    port: int
+    generation: int = 0
+    listen_fd: int | None = None
+    timeout_s: float = 300.0
+
+
+def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting) -> World:
+    """Joins the world: returns when every rank has; raises torch's DistStoreError when one stays away too long.
+
+    ``device``: "cpu" or "gpu". A GPU rank sees its own device only, as ``cuda:0``.
+    """
+    timeout = timedelta(seconds=meeting.timeout_s)
+    options: dict[str, Any] = {} if meeting.listen_fd is None else {"master_listen_fd": meeting.listen_fd}
+    store = dist.TCPStore(
+        meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
+    )
+    world = World(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
+    _initialise(world, dist.PrefixStore(f"world/{meeting.generation}", store))
+    return world
+
+
+def from_env() -> World:
+    """Joins the world that torchrun (or a like launcher) describes in the environment; alone where it describes none.
+
+    One rank a device: on a machine with GPUs a rank takes the one of its local rank.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(
+            f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
+        )
+    world = World(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
+    _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
+    return world
+
+
+def _initialise(world: World, store: dist.Store | None) -> None:
+    gpu = world.device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(world.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=world.device if gpu else None,
+    )
+
+
+def leave() -> None:
+    """Leaves the world, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits until every rank is here; over the CPU, so that it says nothing to the devices' queues."""
+    all_reduce_sum([0.0])
+
+
+@heartbeat.counted
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
+    """The sums of ``values`` over all ranks, place by place, in float64; the same number of values on each rank."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+@heartbeat.counted
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The JSON-able ``value`` of rank ``source``, on every rank; what the others pass is not looked at."""
+    mine = dist.get_rank() == source
+    data = bytearray(json.dumps(value).encode()) if mine else bytearray()
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, source)
+    content = torch.frombuffer(data, dtype=torch.uint8) if mine else torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(content, source)
+    return json.loads(bytes(content.tolist()))
+
+
+@heartbeat.counted
+def sum_to(tensor: Tensor, rank: int) -> None:
+    """On ``rank``, the sum of all ranks' tensors, in place; what the others hold then means nothing."""
+    dist.reduce(tensor, rank)
+
+
+@heartbeat.counted
+def send_from(tensor: Tensor, rank: int) -> None:
+    """On every rank, in place, what ``rank`` holds."""
+    dist.broadcast(tensor, rank)
+
+
+@heartbeat.counted
+def gather_objects(value: Any) -> list[Any]:
+    """The JSON-able values of all ranks, by rank, on every rank."""
+    data = json.dumps(value).encode()
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(data)]))
+    longest = max(int(n) for n in lengths)
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rows = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(rows, mine)
+    return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(rows, lengths, strict=True)]
+
+
+def act_first(act: Callable[[], None]) -> str | None:
+    """Rank 0 acts while the others wait; on every rank, what it found wrong (its UserError's or OSError's text), or None."""
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except (UserError, OSError) as failure:
+            error = str(failure)
+    return broadcast_object(error)
+
+
+class GivenUp(Exception):  # noqa: N818  it is nobody's error
+    """Nobody waits for a message any more."""
+
+
+class Post:
+    """JSON-able messages between ranks outside the collectives: by name, from any thread, through the world's store.
+
+    What is done behind the steps must not meet their collectives in another order on another rank.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.store = dist.PrefixStore(name, _get_default_store())
+
+    def put(self, key: str, value: Any) -> None:
+        """Leave ``value`` under ``key`` for whoever takes it."""
+        self.store.set(key, json.dumps(value))
+
+    def take(self, key: str, given_up: Callable[[], bool]) -> Any:
+        """What was, or will be, put under ``key``. Raises GivenUp once ``given_up()`` holds."""
+        pause = LOOK_AFTER_S
+        while not self.store.check([key]):  # not ``wait``: it would hold the store's connection
+            if given_up():
+                raise GivenUp(key)
+            time.sleep(pause)
+            pause = min(1.2 * pause, LOOK_AT_LEAST_EVERY_S)
+        return json.loads(self.store.get(key))
+
+    def remove(self, key: str) -> None:
+        """Forget what all have taken."""
+        self.store.delete_key(key)
+
+
+def same_everywhere(name: str, digest: str) -> None:
+    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that
+    differ.
+    """
+    digests = gather_objects(digest[:DIGEST_BYTES])
+    odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if odd:
+        who = ", ".join(f"rank {rank} has {digests[rank][:12]}" for rank in odd)
+        raise UserError(
+            f"the workers do not agree on the {name}: rank 0 has {digests[0][:12]}, {who}. "
+            "Give every host the same code and files, then start again."
+        )

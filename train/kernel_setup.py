@@ -1,0 +1,40 @@
+"""Which kernels a rank runs, and the tiles of Triton's, measured before the first step by one process of each host."""
+
+from __future__ import annotations
+
+import torch
+
+import kernels
+from train.batch import Batch, to_device
+from train.config.schema import Config
+from train.distributed import process_group
+from train.errors import UserError
+from train.objectives import build_objective
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_kernels(config: Config, vocab_size: int, world: process_group.World, batch: Batch) -> str:
+    """Makes this process use ``config.kernels`` on its device; says in words what that is, and why. A collective.
+
+    Tiles are measured on ``batch``, one of the run's, where shapes are new to this machine; ranks that share a host wait
+    for the first of them, whose table and compiled kernels they then find on the disk. Raises UserError where Triton is asked
+    for and cannot run.
+    """
+    try:
+        chosen = kernels.use(config.kernels, world.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if world.device.type == "cuda":
+        if world.local_rank == 0:
+            measure(config, vocab_size, to_device(batch, world.device))
+        process_group.barrier()
+    return chosen
+
+
+def measure(config: Config, vocab_size: int, batch: Batch) -> None:
+    """One forward and backward pass of the run's model cut to a single layer, measuring tiles where shapes are new."""
+    short = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
+    objective = build_objective(short, vocab_size).to(batch["tokens"].device, DTYPES[config.precision.name])
+    with kernels.measuring():
+        torch.stack([total for total, _ in objective(batch).values()]).sum().backward()

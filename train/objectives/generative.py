@@ -1,0 +1,49 @@
+"""What objectives that write have in common: a backbone, and a head over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from train.batch import Batch, Losses
+from train.objectives.lm_head import Head
+
+
+class Writing(nn.Module):
+    """``forward`` gives {"loss": (sum, count)}; ``prefill`` and ``decode`` are those of ``train.models.generation_api.Generative``.
+
+    ``vocab_size`` is the tokenizer's: the rows that the embedding is rounded up by are never trained on as targets, and
+    logits are cut to it.
+    """
+
+    def __init__(self, backbone: Any, head: Head, vocab_size: int, isolate: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.vocab_size, self.isolate = vocab_size, isolate
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a batch, in nats."""
+        return {"loss": self.head(self.backbone(batch, self.isolate), batch["targets"])}
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, vocab_size), T places that write."""
+        return self.head(self.backbone(batch, self.isolate))[..., : self.vocab_size]
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
+        """Reads prompts (B, T), row b holding lengths[b] tokens; room for ``capacity`` tokens a row.
+
+        Returns the logits (B, vocab_size) of each row's next token, and the state to go on from.
+        """
+        hidden, state = self.backbone.prefill(tokens, lengths, capacity)
+        return self.head(hidden)[:, : self.vocab_size], state
+
+    def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """One more token (B,) for each row: the logits (B, vocab_size) of the next, and the state after it."""
+        hidden, state = self.backbone.decode(token, state)
+        return self.head(hidden)[:, : self.vocab_size], state
+
+    @property
+    def max_len(self) -> int:
+        """The longest sequence, in tokens; see ``Generative.max_len``."""
+        return self.backbone.max_len

@@ -1,0 +1,101 @@
+"""Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal before it is applied; AdamW for all else.
+
+Momentum is a matter of elements, so ZeRO's flat shards keep it. To orthogonalise takes a whole matrix: in rounds of as many
+matrices as there are ranks, each rank is sent the shards of one, works on it, and sends what comes of it to all. So clipping comes
+first, then momentum, then the orthogonal update, as on one device, at every stage. (DeepSpeed's own Muon orthogonalises first, and
+clips the update.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.distributed import process_group
+from train.distributed.param_shard import Piece
+
+STEPS = 5
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients whose slope at 0 is steep: after STEPS, singular values of nearly any size lie between about 0.7 and 1.2."""
+RMS = 0.2
+"""Root mean square of an update, which is about AdamW's, so that both go by one learning rate (Liu et al. 2025, section 2.2)."""
+
+
+class Muon(torch.optim.AdamW):
+    """Groups with ``momentum`` are matrices and Muon's; the others AdamW's. Weights themselves decay, in both.
+
+    m = momentum m + (1 - momentum) g;   u = orthogonal(momentum m + (1 - momentum) g);   w -= lr (0.2 sqrt(max(shape)) u + decay w)
+    """
+
+    shards: Mapping[Tensor, Sequence[tuple[torch.Size, Piece]]] | None = None
+    """Where ZeRO has flattened the matrices: the parameters of each flat tensor in an order that is the same on all ranks, with
+    their whole shapes and this rank's piece, which may be empty."""
+    world: process_group.World
+
+    def step(self, closure: Any = None) -> Any:
+        """One update of every parameter that has a gradient. Under ZeRO a collective."""
+        groups = self.param_groups
+        for group in groups:
+            if "momentum" in group:
+                self._step_of_matrices(group)
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+
+    @torch.no_grad()
+    def _step_of_matrices(self, group: dict[str, Any]) -> None:
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            mean = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+            mean.lerp_(weight.grad, 1 - group["momentum"])
+            ahead = weight.grad.lerp(mean, group["momentum"])
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            if self.shards is None:
+                weight.add_(update(ahead), alpha=-group["lr"])
+            else:
+                self._step_of_shards(weight, ahead, group["lr"])
+
+    def _step_of_shards(self, flat: Tensor, ahead: Tensor, lr: float) -> None:
+        assert self.shards is not None
+        matrices, world = self.shards[flat], self.world
+        for first in range(0, len(matrices), world.size):
+            part = matrices[first : first + world.size]
+            wholes = [_spread(shape, piece, ahead, world) for shape, piece in part]
+            for owner, whole in enumerate(wholes):
+                process_group.sum_to(whole, owner)  # each element is 0 but on one rank: nothing is rounded
+            if world.rank < len(part):
+                wholes[world.rank] = update(wholes[world.rank])
+            for owner, (whole, (_, piece)) in enumerate(zip(wholes, part, strict=True)):
+                process_group.send_from(whole, owner)
+                mine = whole.view(-1)[piece.start : piece.start + piece.numel]
+                piece.of(flat).add_(mine.to(flat.device), alpha=-lr)
+
+
+def update(ahead: Tensor) -> Tensor:
+    """What is subtracted of a matrix (R, C), times the learning rate: its momentum made orthogonal, as large as AdamW's updates."""
+    return orthogonal(ahead) * (RMS * math.sqrt(max(ahead.shape)))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About U V^T of a matrix (R, C) = U S V^T, by Newton-Schulz iterations: bf16 on a GPU, else in the matrix's own format."""
+    a, b, c = QUINTIC
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide.bfloat16() if wide.is_cuda else wide
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide is matrix else x.T).to(matrix.dtype).contiguous()
+
+
+def _spread(shape: torch.Size, piece: Piece, flat: Tensor, world: process_group.World) -> Tensor:
+    whole = torch.zeros(shape.numel(), device=world.device)
+    whole[piece.start : piece.start + piece.numel] = piece.of(flat)
+    return whole.view(shape)

@@ -1,0 +1,310 @@
+"""What a run shows: events in, lines on the terminal out.
+
+On a terminal a live line moves below a quiet record of what happened; elsewhere the same record is plain text, with a
+line of progress every few seconds. An event that lacks a field shows without it: the console never ends a run. Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from train.reporting import failure_block
+from train.util.format import PREPARING, count, duration, finite, plural, shares
+
+PLAIN_EVERY_S = 5.0
+LEAST_ESTIMATE_S = 5.0
+"""What is done sooner is not worth an estimate: starting takes longer."""
+BAR_WIDTH = 28
+
+Event = dict[str, Any]
+
+
+class Console:
+    """Shows one run's events. ``show`` takes any event; the other methods speak for the driver."""
+
+    def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
+        self.terminal = terminal or Terminal(highlight=False, soft_wrap=False)
+        self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._config: dict[str, Any] = {}
+        self._first_step: tuple[int, float] | None = None
+        self._last_plain = -math.inf
+        self._last: Event = {}
+        self._best: float | None = None
+        self._preparing: str | None = None
+        self._verbs: dict[str, Callable[[Event], None]] = {
+            "job": self._job,
+            "plan": self._plan,
+            "phase": self._phase,
+            "prepare": self._prepare,
+            "step": self._step,
+            "eval": self._eval,
+            "save": self._save,
+            "sample": self._sample,
+            "note": self._note,
+            "done": self._done,
+            "failure": self._failure,
+            "recovered": self._recovered,
+            "stopping": self._stopping,
+        }
+
+    def show(self, event: Event) -> None:
+        """Shows one event; kinds that it does not know are not shown."""
+        verb = self._verbs.get(event.get("event", ""))
+        if verb is not None:
+            verb(event)
+
+    def close(self) -> None:
+        """Takes the live line away and gives the cursor back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # what the run is
+
+    def _job(self, event: Event) -> None:
+        self._config = event.get("config") or {}
+        cluster, run = self._config.get("cluster", {}), self._config.get("run", {})
+        workers = cluster.get("workers")
+        hosts = event.get("hosts", 1)
+        device = {"gpu": "a GPU each", "cpu": f"{plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
+            event.get("device", ""), ""
+        )
+        places = f"{plural(workers, 'worker')}, {device}" + (
+            f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
+        )
+        self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
+        self._fact(
+            "workers",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, {self._config.get('precision', {}).get('name')}",
+        )
+        self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
+
+    def _plan(self, event: Event) -> None:
+        model, batch = self._config.get("model", {}), self._config.get("batch", {})
+        shape = [
+            f"{model[key]} {word}"
+            for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads"))
+            if key in model
+        ]
+        trained = event.get("trained", event.get("params"))
+        part = "" if trained == event.get("params") else f", {count(trained)} of them trained"
+        self._fact(
+            "model", f"{count(event.get('params'))} parameters" + part + (f": {', '.join(shape)}" if shape else "")
+        )
+        tokens = event.get("tokens")
+        what = plural(count(event.get("steps")), "step")
+        if batch:
+            what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
+        about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s", 0) >= LEAST_ESTIMATE_S else ""
+        self._fact("kernels", str(event.get("kernels", "")))
+        self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
+        if event.get("start_step"):
+            self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
+
+    def _phase(self, event: Event) -> None:
+        words = {
+            "ray": "starting Ray",
+            "workers": "starting the workers",
+            "engine": "building the model",
+            "first_step": "first step",
+            "eval": "evaluating",
+            "save": "saving",
+            "sample": "sampling",
+        }
+        word = words.get(event.get("name", ""))
+        if word:
+            self._status(Text(f"  {word} ...", style="dim"))
+
+    def _prepare(self, event: Event) -> None:
+        words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.get("phase", ""))
+        if words is None:
+            self.close()
+            return
+        text, done, total = f"  preparing the corpus: {words}", event.get("done"), event.get("total")
+        if words != self._preparing and not self.terminal.is_terminal:
+            self._line(Text(text))
+        self._preparing = words
+        self._status(Text(text + (f", {done / total:.0%}" if finite(done) and total else ""), style="dim"))
+
+    # how it goes
+
+    def _step(self, event: Event) -> None:
+        now = time.monotonic()
+        step, steps = event.get("step", 0), event.get("steps") or self._config.get("steps")
+        if self._first_step is None:
+            self._first_step = (step, now)
+        eta = self._eta(step, steps, now)
+        measured = finite(event.get("loss"))
+        self._last = event if measured else self._last  # between logged steps the line keeps the last one's numbers
+        facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
+        facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
+        facts += [f"{count(self._last['tokens_per_s'])} tokens/s"] if self._last.get("tokens_per_s") else []
+        facts += [f"{eta} left"] if eta and step != steps else []
+        if self.terminal.is_terminal:
+            row = Table.grid(padding=(0, 2))
+            bar = ProgressBar(
+                total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
+            )
+            row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
+            self._status(row)
+        elif measured and (now - self._last_plain >= PLAIN_EVERY_S or step == steps):
+            self._last_plain = now
+            self._line(Text("  " + "  ".join(facts)))
+
+    def _eta(self, step: int, steps: int | None, now: float) -> str:
+        first, since = self._first_step or (step, now)
+        if not steps or step <= first:
+            return ""
+        return duration((now - since) / (step - first) * (steps - step))
+
+    def _eval(self, event: Event) -> None:
+        loss = event.get("val_loss")
+        if loss is None or not finite(loss):
+            return
+        better = self._best is None or loss < self._best
+        fall = f"  ({loss - self._best:+.4f})" if self._best is not None else ""
+        self._best = loss if better else self._best
+        text = Text.assemble(
+            ("  step ", "dim"),
+            (f"{event.get('step', 0):,}".rjust(7), "dim"),
+            "  validation loss ",
+            (f"{loss:.4f}", "bold"),
+        )
+        if finite(event.get("bits_per_byte")):
+            text.append(f"  {event['bits_per_byte']:.4f} bits per byte")
+        text.append(fall, style="green" if better else "yellow")
+        self._line(text)
+
+    def _save(self, event: Event) -> None:
+        seconds = f" in {event['seconds']:.1f} s" if finite(event.get("seconds")) else ""
+        seconds += f", the steps waited {event['stall_s']:.2f} s" if finite(event.get("stall_s")) else ""
+        self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
+
+    def _sample(self, event: Event) -> None:
+        if event.get("step", 0) < self._config.get("steps", 0):
+            return  # samples.jsonl has those of earlier evaluations; here they would bury the losses
+        body = Text.assemble((str(event.get("prompt", "")), "cyan"), str(event.get("text", "")))
+        if self.terminal.is_terminal:
+            self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
+        else:
+            self._line(Text("  a sample:"))
+            self._line(Text("\n".join("  | " + line for line in body.plain.splitlines())))
+
+    def _note(self, event: Event) -> None:
+        self._line(Text(f"  {event.get('text', '')}", style="yellow"))
+
+    def _stopping(self, event: Event) -> None:
+        self._line(Text("  stopping: finishing the step and saving (once more to end at once)", style="yellow"))
+
+    def _failure(self, event: Event) -> None:
+        self.close()
+        self.errors.print(failure_block.block(event, self._config.get("run", {}).get("dir"), self.errors.is_terminal))
+
+    def _recovered(self, event: Event) -> None:
+        self._line(failure_block.recovered(event))
+
+    def _done(self, event: Event) -> None:
+        summary = event.get("summary") or {}
+        names = {
+            "step": "steps",
+            "val_loss": "validation loss",
+            "perplexity": "perplexity",
+            "bits_per_byte": "bits per byte",
+            "tokens": "tokens",
+            "wall_s": "time",
+            "goodput": "goodput",
+        }
+        facts = []
+        for key, word in names.items():
+            value = summary.get(key)
+            if finite(value):
+                text = (
+                    duration(float(value or 0))
+                    if key == "wall_s"
+                    else count(value)
+                    if isinstance(value, int)
+                    else f"{value:.4g}"
+                )
+                facts.append(f"{word} {text}")
+        self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
+        if spent := summary.get("time_by_cause"):
+            self._fact("time", shares(spent))
+
+    # what the driver says
+
+    def startup(self, marks: dict[str, float]) -> None:
+        """One line: the seconds after the command at which each phase of the start was reached."""
+        names = (
+            ("config", "config"),
+            ("ray", "Ray up"),
+            ("workers", "workers up"),
+            ("imports", "imports"),
+            ("first_step", "engine"),
+            ("first_step_done", "first step"),
+        )
+        facts = [f"{word} {marks[key]:.1f}" for key, word in names if key in marks]
+        self._line(Text("  seconds to the first step: " + " · ".join(facts), style="dim"))
+
+    def finished(self, config: Any) -> None:
+        """Where the run lies, and what to type next."""
+        where = config.run.dir
+        self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
+        generate = f'./launch.sh generate run.dir={where} prompt="..."'
+        verbs = [generate] if config.objective.name in ("causal", "seq2seq") else []  # what can write
+        for word, line in zip(("next", ""), [*verbs, f"./launch.sh evaluate run.dir={where}"], strict=False):
+            self._fact(word, line)
+
+    def complete(self, config: Any, summary: Event) -> None:
+        """What an earlier start has come to, and how to go further."""
+        self._done({"summary": summary})
+        self._line(
+            Text(
+                f"  {config.run.dir} is complete already: nothing to do. Train it further with steps=..., "
+                "or start a new run with run.name=..."
+            )
+        )
+        self.finished(config)
+
+    def stopped(self, config: Any) -> None:
+        """How to go on after a stop."""
+        self.close()
+        self._line(
+            Text.assemble(
+                ("Stopped and saved.", "bold yellow"), f" Run the same command again to go on: run.dir={config.run.dir}"
+            )
+        )
+
+    def bad_input(self, message: str) -> None:
+        """What is wrong with the input, where, and the cure."""
+        self.close()
+        self.errors.print(Text.assemble(("error: ", "bold red"), message))
+
+    # how it is drawn
+
+    def _fact(self, name: str, text: str) -> None:
+        self._line(Text.assemble((f"  {name:9}", "dim"), text))
+
+    def _line(self, what: RenderableType) -> None:
+        self.terminal.print(what, soft_wrap=not self.terminal.is_terminal)
+
+    def _status(self, what: RenderableType) -> None:
+        if not self.terminal.is_terminal:
+            return
+        if self._live is None:
+            self._live = Live(Group(what), console=self.terminal, transient=True, refresh_per_second=8)
+            self._live.start()
+        else:
+            self._live.update(what)

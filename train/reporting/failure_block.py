@@ -1,0 +1,46 @@
+"""How a failure and a recovery look on the terminal. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.text import Text
+
+PHASES = {
+    "ended": "noticed and ended",
+    "start": "workers started",
+    "connected": "met",
+    "engine": "data",
+    "first_step": "engine and checkpoint",
+    "train": "first step",
+}
+"""The marks of a recovery, in order, and what was done by then."""
+
+
+def block(event: dict[str, Any], run_dir: str | None, terminal: bool) -> RenderableType:
+    """The block of a failure: its lines, where the logs are, and what comes next."""
+    lines = [str(line) for line in event.get("lines", [])] or ["the job failed"]
+    title, body = lines[0], "\n".join(lines[1:])
+    same = "" if event.get("again") else "run the same command again to go on from the newest checkpoint"
+    then = "; ".join(words for words in (event.get("next"), same) if words)
+    if terminal:
+        text = Text.assemble((title, "bold red"), *(["\n", body] if body else []))
+        shown: list[RenderableType] = [Panel(text, title="failed", title_align="left", border_style="red")]
+    else:
+        indented = "\n".join(f"  {line}".rstrip() for line in body.splitlines())
+        shown = [Text(f"FAILED: {title}" + (f"\n{indented}" if body else ""))]
+    logs = f"{run_dir or 'the run folder'}/logs/"
+    return Group(*shown, Text(f"The ranks' logs: {logs}"), Text(f"Next: {then}"))
+
+
+def recovered(event: dict[str, Any]) -> Text:
+    """One line: the seconds from the failure to the next step of all ranks, and when each phase was done."""
+    since = event.get("failed")
+    if since is None or "train" not in event:
+        return Text("  recovered")
+    facts = [f"{word} {event[key] - since:.1f}" for key, word in PHASES.items() if key in event]
+    return Text(
+        f"  recovered in {event['train'] - since:.1f} s with {event.get('workers')} workers: " + " · ".join(facts)
+    )

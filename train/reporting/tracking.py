@@ -1,0 +1,243 @@
+"""Where a run's numbers go: a local append-only file first, then W&B, which may be absent, offline or down.
+
+``metrics.jsonl`` is the truth. W&B is fed from it by a thread of its own, so nothing it does can delay or stop a step. Its run id
+lives in the run's folder, so a restarted job goes on in the same W&B run; offline, the run is written anew from ``metrics.jsonl``,
+so each step is in it once, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from train.config.schema import Config, Tracking
+from train.reporting.goodput import Times
+from train.util.io import write_whole
+from train.util.redact import redact_tree
+
+FINISH_TIMEOUT_S = 60.0
+KEEP_EVERY_S = 5.0
+Record = dict[str, Any]
+
+
+class Metrics:
+    """``metrics.jsonl``: a line a logged step, each step once."""
+
+    def __init__(self, file: Path, last_step: int) -> None:
+        """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.kept = [r for r in read_records(file) if r["step"] <= last_step]
+        write_whole(file, "".join(_line(r) for r in self.kept).encode())
+        self.out = file.open("a")
+
+    def append(self, record: Record) -> None:
+        """Add a line; it is in the kernel's hands when this returns."""
+        self.out.write(_line(record))
+        self.out.flush()
+
+    def sync(self) -> None:
+        """Force what was written to the disk: before a checkpoint, so that a resume finds every line up to it."""
+        os.fsync(self.out.fileno())
+
+
+def read_records(file: Path) -> list[Record]:
+    """The whole lines of a metrics file, in order; a last line cut short by a crash is left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
+class RunFile:
+    """``run.json``: what the run keeps over its starts: the W&B id, and where the seconds went until it was last ``seen``."""
+
+    def __init__(self, folder: Path, times: Times) -> None:
+        """``times`` is this start's; what earlier ones spent is added to it."""
+        self.file, self.times = folder / "run.json", times
+        self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.values |= json.loads(self.file.read_text())
+        self.values["starts"] += 1
+        command = os.environ.get("TRIREME_T0")
+        times.go_on(self.values["seconds"], self.values["seen"], float(command) if command else None)
+        self.saved = 0.0
+        self.save()
+
+    def keep(self) -> None:
+        """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
+        if time.monotonic() - self.saved > KEEP_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write it."""
+        self.saved = time.monotonic()
+        self.values |= {"seen": self.times.last, "seconds": self.times.spent}
+        write_whole(self.file, json.dumps(self.values).encode())
+
+
+class Wandb:
+    """One W&B run, fed by a thread from a queue; every call returns at once."""
+
+    def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
+        """``history`` is what metrics.jsonl holds already: an offline run is written anew, from its first step on."""
+        self.config, self.run_id, self.history, self.note = config, run_id, history, note
+        self.folder = Path(config.run.dir or "")
+        self.mode = _mode(config.tracking)
+        self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, record: Record) -> None:
+        """Metrics of one step."""
+        self.queue.put(("log", record))
+
+    def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """(prompt, text) pairs drawn at a step, for the table of samples."""
+        self.queue.put(("samples", [(step, *row) for row in rows]))
+
+    def finish(self, summary: Record) -> None:
+        """Hand over the summary and wait for what is queued, but not for ever."""
+        self.queue.put(("summary", summary))
+        self.queue.put(None)
+        self.thread.join(FINISH_TIMEOUT_S)
+        if self.thread.is_alive():
+            self.note(
+                f"W&B did not answer within {FINISH_TIMEOUT_S:.0f} s and was left behind; metrics.jsonl has it all"
+            )
+
+    def _work(self) -> None:
+        try:
+            self._feed()
+        except Exception as error:  # W&B must never stop a run, whatever it raises
+            why = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.note(
+                f"W&B failed and was left behind; metrics.jsonl has it all, and tracking.wandb=offline keeps a copy to sync ({why})"
+            )
+
+    def _lineage(self) -> dict[str, Any]:
+        """What made the run, beside its configuration, as ``environment.json`` has it."""
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((self.folder / "environment.json").read_text()))
+        return {}
+
+    def _feed(self) -> None:
+        import wandb  # not at the top: its import takes a second, which the first step need not wait for
+
+        if self.mode == "offline":
+            for stale in (self.folder / "wandb").glob(f"offline-run-*-{self.run_id}"):
+                shutil.rmtree(stale)
+        tracking = self.config.tracking
+        run = wandb.init(
+            mode=self.mode,
+            id=self.run_id,
+            resume="allow" if self.mode == "online" else None,
+            dir=str(self.folder),
+            name=self.config.run.name,
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group,
+            tags=tracking.tags,
+            job_type="train",
+            config=redact_tree(self.config.model_dump(by_alias=True, mode="json")) | {"lineage": self._lineage()},
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
+        )
+        rows: list[tuple[int, str, str]] = []
+        if self.mode == "offline":
+            for record in self.history:
+                run.log(_without_step(record), step=record["step"])
+        while (item := self.queue.get()) is not None:
+            what, value = item
+            if what == "log":
+                run.log(_without_step(value), step=value["step"])
+            elif what == "samples":
+                rows += value
+                run.log({"samples": wandb.Table(["step", "prompt", "text"], [list(r) for r in rows])}, step=rows[-1][0])
+            elif what == "summary":
+                run.summary.update(value)
+        run.finish()
+
+
+class Tracker:
+    """Rank 0's one place for numbers."""
+
+    def __init__(self, config: Config, last_step: int, times: Times, note: Callable[[str], None]) -> None:
+        self.config, self.note = config, note
+        self.folder = Path(config.run.dir or "")
+        self.run = RunFile(self.folder, times)
+        self._open(last_step)
+
+    def _open(self, last_step: int) -> None:
+        self.metrics = Metrics(self.folder / "metrics.jsonl", last_step)
+        off = self.config.tracking.wandb == "off"
+        self.wandb = None if off else Wandb(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
+
+    def go_back(self, step: int) -> None:
+        """The steps after ``step`` will come again: what was logged of them is dropped."""
+        if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
+            return
+        self.close({})
+        self._open(step)
+
+    def sync(self) -> None:
+        """Force to the disk what a checkpoint of now stands for: every line up to it, and the seconds spent."""
+        self.metrics.sync()
+        self.run.save()
+
+    def log(self, record: Record) -> None:
+        """One step's numbers: to the file, then to W&B."""
+        self.metrics.append(record)
+        self.run.keep()
+        if self.wandb:
+            self.wandb.log(record)
+
+    def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
+        """(prompt, text) pairs: to ``samples.jsonl``, then to W&B."""
+        with (self.folder / "samples.jsonl").open("a") as out:
+            out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
+        if self.wandb:
+            self.wandb.samples(step, rows)
+
+    def finish(self, summary: Record) -> None:
+        """The run's last word: ``summary.json``, and W&B closed."""
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        self.close(summary)
+
+    def close(self, summary: Record) -> None:
+        """Close W&B; the run may go on later."""
+        self.sync()
+        if self.wandb:
+            self.wandb.finish(summary)
+
+
+def _mode(tracking: Tracking) -> Literal["online", "offline"]:
+    """What "auto" means asks nobody: online where a key lies at hand, offline elsewhere."""
+    asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
+    if asked == "online":
+        return "online"
+    if asked == "offline":
+        return "offline"
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    known = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore")
+    )
+    return "online" if known else "offline"
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _without_step(record: Record) -> Record:
+    return {k: v for k, v in record.items() if k != "step"}

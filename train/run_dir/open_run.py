@@ -1,0 +1,74 @@
+"""A run as its folder keeps it: what evaluating, sampling and exporting start from."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.checkpoint import manifest
+from train.checkpoint.reader import Checkpoint, Reader, inventory
+from train.config import load as configuration
+from train.config.schema import Config
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.distributed.param_shard import MASTER
+from train.errors import UserError
+from train.objectives import build_objective
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run at one of its checkpoints, which is verified and open: it may be dropped from the folder meanwhile."""
+
+    config: Config
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    reader: Reader
+
+    @cached_property
+    def objective(self) -> Any:
+        """The trained objective, in fp32 and ready to be asked; loaded when it is first asked for."""
+        return load_objective(self)
+
+
+def open_run(folder: Path, which: str = "latest") -> SavedRun:
+    """The run in ``folder`` at checkpoint ``which``: "latest", "best" (by its stop.metric) or a step.
+
+    Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
+    """
+    config = configuration.read(folder / "config.yaml")
+    checkpoint, reader = _opened(folder, which)
+    return SavedRun(config, load_tokenizer(folder), checkpoint, reader)
+
+
+def load_objective(run: SavedRun) -> Any:
+    """The objective of a run with its trained weights, in fp32, in eval mode."""
+    objective = build_objective(run.config, run.tokenizer.vocab_size)
+    with torch.no_grad():
+        for name, parameter in objective.named_parameters():
+            parameter.copy_(run.reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
+    return objective.eval()
+
+
+def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
+    """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
+    while True:
+        whole, damaged = inventory(folder / "checkpoints")
+        newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
+        if which == "latest" and newest in damaged:
+            path, damage = folder / "checkpoints" / f"step_{newest}", damaged[newest]
+        else:
+            checkpoint = whole[manifest.choose([c.manifest for c in whole], which, folder)]
+            path, damage = checkpoint.path, checkpoint.damage() or ""
+            with contextlib.suppress(
+                FileNotFoundError, RuntimeError
+            ):  # torch maps the file: gone in between is a RuntimeError
+                if not damage:
+                    return checkpoint, checkpoint.reader()
+        if path.exists():
+            raise UserError(f"{path} is damaged: {damage}. Choose another with checkpoint=<step>")

@@ -1,0 +1,241 @@
+"""What a run does about a step that may not be kept: look again, go back, leave out what is to blame, go on; bounded.
+
+    non-finite, the model sound   the data are to blame. The update was not made, so the step is made again, in place
+    non-finite, the model not     back to the newest checkpoint that does well on its own data
+    a high loss, the model sound  hard text: nothing happens
+    a high loss, the model not    a spike: back to such a checkpoint
+
+The model is sound where its loss on the reference, a step that it did well on lately, still is not high. Left out are the rows
+whose loss stands out under the weights gone back to; where none does, all rows of the step. All ranks look, go back and agree.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from train.batch import count_targets, to_device
+from train.checkpoint.reader import Checkpoint, complete, restore
+from train.config.schema import Config
+from train.data.corpus.shards import Corpus
+from train.data.loader import Loader
+from train.data.sampling.batch_plan import Cursor
+from train.distributed import process_group
+from train.engine.engine import Engine
+from train.errors import NotFinite, UserError
+from train.objectives import build_objective
+from train.pretrained import init_from
+from train.stability.find_documents import parts
+from train.stability.nonfinite import begin_anew, first_nonfinite
+from train.stability.skipped_rows import Entry, How, Ledger
+from train.state import loss_history
+from train.state.train_state import Progress
+from train.util.format import plural
+
+LOOK_BACK = 8
+"""Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
+
+LOOK_AHEAD = 4096
+"""Rows left out at once, about; what is bad beyond them will be found when its step is made."""
+
+Place = tuple[Cursor, int]
+
+
+@dataclass
+class Guard:
+    """One rank's part in it."""
+
+    config: Config
+    world: process_group.World
+    corpus: Corpus
+    engine: Engine
+    loader: Loader
+    settle: Callable[[], None]
+    """Waits for the save in flight."""
+    went_back: Callable[[Progress, str], None]
+    """Told the progress that the run goes on from, and why."""
+
+    def __post_init__(self) -> None:
+        """The rows that the run's ledger leaves out are left out from here on. A collective."""
+        self.ledger = Ledger(Path(self.config.run.dir or ""))
+        self.loader.skip(self.ledger.rows)
+
+    def check(self, before: Progress, loss: float, applied: bool) -> Progress | None:
+        """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.
+
+        ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective where something is wrong. Raises
+        UserError when it comes again and again.
+        """
+        watched = self.config.spikes
+        limit = before.recent.limit(watched)
+        trouble = loss_history.judge(loss, applied, limit)
+        searching = self.config.precision.name == "fp16" and math.isfinite(loss) and not applied  # for the loss scale
+        if watched.watch == "off" or trouble is None or searching:
+            return None
+        sound = self._sound(before.recent.reference or self.loader.plan.after(before.cursor), limit)
+        if trouble == "spike" and sound:
+            return None
+        how: How = "in place" if sound and not applied else "rolled back"
+        target = before if how == "in place" else self._go_back(before)
+        skipped, layers = self._culprits(before, target, how)
+        entry = self._entry(before, trouble, skipped) | {
+            "how": how,
+            "back_to": target.step,
+            "loss": loss if math.isfinite(loss) else None,
+            "limit": limit if math.isfinite(limit) else None,
+            "layers": layers,
+        }
+        self.ledger.append(entry)
+        self._bound(entry)
+        self.loader.skip(self.ledger.rows)
+        self.loader.seek(target.cursor)
+        self.went_back(target, words(entry))
+        return target
+
+    def _sound(self, reference: Cursor, limit: float) -> bool:
+        """Whether the loss at ``reference`` is not high under the weights of now."""
+        losses = [self.engine.evaluate(to_device(b, self.world.device))["loss"] for b in self.loader.peek(reference)]
+        total, count = process_group.all_reduce_sum(
+            [sum(float(s) for s, _ in losses), sum(float(n) for _, n in losses)]
+        )
+        return count > 0 and math.isfinite(total) and total / count <= limit
+
+    def _go_back(self, before: Progress) -> Progress:
+        """Fill the engine from the newest checkpoint that is whole and sound, or with its first weights where none was ever made.
+
+        Newer ones are removed: the next start must not go on from them.
+        """
+        self.settle()  # what is being saved must be copied first, and may be newer than what is gone back to
+        found = complete(self.ledger.file.with_name("checkpoints"))
+        good = next((c for c in reversed(found) if self._restored(c)), None)
+        if found and good is None:
+            raise NotFinite(
+                f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
+                "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
+            )
+        if good is None:
+            begin_anew(self.engine, self._first_objective())
+        target = good.progress if good else Progress()
+        process_group.act_first(lambda: _remove(c.path for c in found if c.progress.step > target.step))
+        return target
+
+    def _first_objective(self) -> nn.Module:
+        """What the run began with: a function of its configuration, and of what ``init.from`` holds."""
+        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        if self.config.init.from_:
+            init_from.fill(objective, self.config, self.corpus.tokenizer, self.world)
+        return objective
+
+    def _restored(self, checkpoint: Checkpoint) -> bool:
+        mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
+        if any(process_group.gather_objects(mine)):
+            return False
+        restore(checkpoint, self.engine)
+        recent = checkpoint.progress.recent
+        reference = recent.reference or checkpoint.progress.cursor
+        return self._sound(reference, recent.limit(self.config.spikes))
+
+    def _culprits(self, before: Progress, target: Progress, how: How) -> tuple[list[Place], list[str]]:
+        """The rows to leave out, and the layers whose numbers are the first that are not finite."""
+        plan, again = self.loader.plan, before.step - target.step
+        looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK), again + 1)]
+        with first_nonfinite(self.engine.module) as first:
+            losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
+            limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
+            blamed = bad = [place for place, loss in losses.items() if loss_history.stands_out(loss, limit)]
+            ahead = before.cursor
+            while bad and len(blamed) < LOOK_AHEAD:  # a bad document may be long: its row goes on in the steps to come
+                ahead = plan.after(ahead)
+                bad = [place for place, loss in self._row_losses(ahead).items() if loss_history.stands_out(loss, limit)]
+                blamed = blamed + bad
+        if not blamed:
+            last = (
+                looked[-1:] if how == "in place" else looked[-2:]
+            )  # a loss is taken before its update: the one before, too
+            blamed = [place for place in losses if place[0] in last]
+        return blamed, sorted({name for names in process_group.gather_objects(sorted(set(first))) for name in names})
+
+    def _row_losses(self, cursor: Cursor) -> dict[Place, float]:
+        """The loss of every row of the step at a cursor that weighs anything, each row alone."""
+        rows = self.config.batch.global_
+        sums, counts = [0.0] * rows, [0.0] * rows
+        mine = iter(self.loader.row_numbers())
+        for batch in (to_device(b, self.world.device) for b in self.loader.peek(cursor)):
+            for place in range(len(batch["tokens"])):
+                row = {key: value[place : place + 1] for key, value in batch.items()}
+                total, _ = self.engine.evaluate(row)["loss"]  # of padding too: under ZeRO-3 all ranks go together
+                if (number := next(mine, None)) is not None:
+                    sums[number], counts[number] = float(total), count_targets(row)["loss"]
+        table = process_group.all_reduce_sum([*sums, *counts])
+        return {(cursor, n): table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
+
+    def _entry(self, before: Progress, trouble: str, skipped: Sequence[Place]) -> Entry:
+        groups: dict[Cursor, list[int]] = {}
+        for cursor, row in skipped:
+            groups.setdefault(cursor, []).append(row)
+        documents: dict[str, str] = {}
+        if self.world.first:
+            standing = (
+                p for c, rows in groups.items() for p in parts(self.corpus, self.loader.plan, c) if p.row in rows
+            )
+            documents = {part.document: part.source for part in standing}
+        return {
+            "step": before.step + 1,
+            "kind": trouble,
+            "time": round(time.time(), 3),
+            "skipped": [{"epoch": c.epoch, "position": c.position, "rows": rows} for c, rows in groups.items()],
+            "documents": [{"document": document, "source": source} for document, source in documents.items()],
+        }
+
+    def _bound(self, entry: Entry) -> None:
+        watched, limit = self.config.spikes, self.config.optimizer.max_skipped
+        if entry["how"] == "in place":
+            if self.ledger.in_a_row("in place", entry["step"], 1) > limit:
+                if (
+                    entry["limit"] is None
+                ):  # too young a run to know what a loss should be: a rate far too high looks like this
+                    raise NotFinite(
+                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped="
+                        f"{limit}), the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set "
+                        f"optimizer.clip. If the loss had been falling, look at {sources(entry)}"
+                    )
+                raise UserError(
+                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
+                    f"from {sources(entry)}: look at these files, and take them out of the corpus"
+                )
+        elif self.ledger.in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
+            raise NotFinite(
+                f"step {entry['step']}: {words(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
+                f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
+                f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "
+                "and give the same command; spikes.watch=nonfinite lets a spike of the loss pass"
+            )
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        gone = folder.rename(folder.with_name(f".{folder.name}.deleting"))  # at once, so that none is ever half there
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sources(entry: Entry) -> str:
+    """The files of an entry's documents, in words."""
+    names = list(dict.fromkeys(document["source"] for document in entry["documents"]))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def words(entry: Entry) -> str:
+    """One line of the ledger, as it is said."""
+    what = "the numbers were not finite"
+    if entry["kind"] == "spike":
+        what = f"the loss was {entry['loss']:.3f}, where {entry['limit']:.3f} is high, and the model damaged"
+    layers = f", first in {', '.join(entry['layers'][:2])}" if entry["layers"] else ""
+    rows = sum(len(part["rows"]) for part in entry["skipped"])
+    how = "made again" if entry["how"] == "in place" else f"back to step {entry['back_to']}"
+    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {sources(entry)}"

@@ -1,0 +1,65 @@
+"""The second look at a model in trouble: which layer's numbers are the first not to be finite; and its way back to step 0."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.distributed.param_shard import MASTER, Piece
+from train.engine.engine import Engine
+
+
+@contextlib.contextmanager
+def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
+    """Inside, every forward pass of ``module`` adds the name of its first layer whose output is not finite, if there is one."""
+    found: list[str] = []
+    clean = True
+
+    def begin(layer: nn.Module, inputs: Any) -> None:
+        nonlocal clean
+        clean = True
+
+    def look(name: str) -> Any:
+        def after(layer: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal clean
+            if clean and not all(torch.isfinite(t).all() for t in tensors(output)):
+                clean = False
+                found.append(name)
+
+        return after
+
+    hooks = [module.register_forward_pre_hook(begin)]
+    hooks += [layer.register_forward_hook(look(name)) for name, layer in module.named_modules()]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of floating-point numbers in what a layer gives: itself, or what tuples, lists and dicts hold."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+
+
+def begin_anew(engine: Engine, objective: nn.Module) -> None:
+    """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
+    weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
+    kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
+
+    def read(piece: Piece, kind: str) -> Tensor:
+        first = weights.get(piece.name) if kind == MASTER else None
+        return torch.zeros(piece.numel) if first is None else first.narrow(0, piece.start, piece.numel)
+
+    engine.load(read, kinds, updates=0)
