@@ -23,11 +23,11 @@ import numpy as np
 from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
-from train.data.corpus.verified_files import Stamps
-from train.data.examples.causal import Causal
-from train.data.loader import Loader, Share, layout_of
-from train.data.sampling.batch_plan import Cursor, Plan, Shape
-from train.data.sampling.epoch_order import Order, Shuffle
+from train.data.corpus.verified_files import VerifiedFiles
+from train.data.examples.causal import CausalExamples
+from train.data.loader import Loader, RankShare, split_sizes
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.sampling.epoch_order import EpochOrder, Shuffle
 from train.util import io
 
 SHARD_TOKENS = 1 << 20
@@ -45,7 +45,7 @@ def documents(tokens: int) -> list[np.ndarray]:
 
 def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
     """The documents as a prepared corpus."""
-    stamps = Stamps(folder)
+    stamps = VerifiedFiles(folder)
     io.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "").encode())
     made = tokenizer.load_tokenizer(folder)
     eot = np.array([made.eot], np.uint16)
@@ -67,8 +67,8 @@ def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
 def our_loader(folder: Path, seq_len: int, batch: int) -> Loader:
     """The loader of one worker, from a folder that was not open yet."""
     split = shards.Corpus(folder).split("train")
-    plan = Plan(Order(layout_of(split), Shuffle(0, 16), True), Shape(batch, seq_len, batch))
-    return Loader(split, plan, Share(0, 1, batch), Causal(seq_len, isolate=True))
+    plan = BatchPlan(EpochOrder(split_sizes(split), Shuffle(0, 16), True), StepShape(batch, seq_len, batch))
+    return Loader(split, plan, RankShare(0, 1, batch), CausalExamples(seq_len, isolate=True))
 
 
 def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int) -> Iterator[int]:

@@ -139,7 +139,7 @@ def durations(seen: profile, device: torch.device) -> list[tuple[str, float]]:
     return [(e.name(), e.duration_ns() / 1e6) for e in events if not e.is_user_annotation()]
 
 
-def measure(model: str, overrides: list[str], steps: int, world: process_group.World) -> dict[str, Any]:
+def measure(model: str, overrides: list[str], steps: int, world: process_group.DistContext) -> dict[str, Any]:
     """The row of a model."""
     gc.collect()  # the engine before this one is full of rings
     config = settings(model, overrides)
@@ -210,7 +210,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_intermixed_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     out = Console(width=None if sys.stdout.isatty() else 150)
-    world = process_group.connect(0, 1, 0, "gpu" if gpu else "cpu", process_group.Meeting("127.0.0.1", 0))
+    world = process_group.init_group(0, 1, 0, "gpu" if gpu else "cpu", process_group.Rendezvous("127.0.0.1", 0))
     about = results.machine(world.device)
     out.print("  ".join(f"{key} {value}" for key, value in about.items() if value))
     if not gpu:
@@ -219,7 +219,7 @@ def main(arguments: list[str]) -> int:
         row = measure(model, options.overrides, options.steps, world)
         report(out, row)
         results.append(options.out, [{"bench": "mfu"} | about | row])
-    process_group.leave()
+    process_group.destroy_group()
     return 0
 
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from bench.step import Nothing, numbers, processor, training
-from train.checkpoint.writer import Saver
+from train.checkpoint.writer import CheckpointWriter
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
@@ -45,7 +45,7 @@ from train.loop import Record, train
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
 from train.run import build_engine
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 
 STALL_GOAL, SHARE_GOAL = 0.25, 0.03
 STEPS = 40
@@ -59,7 +59,7 @@ Times = dict[str, list[float]]
 class Steps:
     """Real steps of a large model on random tokens, and what of them the savers save."""
 
-    def __init__(self, config: Config, world: process_group.World) -> None:
+    def __init__(self, config: Config, world: process_group.DistContext) -> None:
         objective = build_objective(config, config.model.vocab_size or 0)
         optimizer = build_optimizer(config.optimizer, parameter_groups(objective, 0.0))
         rows, length = config.batch.global_ // world.size, config.batch.seq_len
@@ -69,7 +69,7 @@ class Steps:
         one = torch.ones(rows, length, dtype=torch.int32)
         self.batch = {"tokens": tokens, "targets": tokens, "positions": places, "segments": one}
         self.places = rows * length * world.size
-        self.progress = Progress()
+        self.progress = TrainState()
         self.hold: Callable[[], None] = lambda: None
 
     def __call__(self) -> float:
@@ -80,20 +80,22 @@ class Steps:
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's pieces."""
-        return {f"{kind}/{p.name}": view for p in self.engine.pieces for kind, view in self.engine.states(p).items()}
+        return {
+            f"{kind}/{p.name}": view for p in self.engine.param_shards for kind, view in self.engine.states(p).items()
+        }
 
 
 class Ours:
     """``train.checkpoint.writer``."""
 
-    def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
-        self.steps, self.saver = steps, Saver(folder / "ours", 1, 0, world)
-        steps.hold = self.saver.hold
+    def __init__(self, steps: Steps, folder: Path, world: process_group.DistContext) -> None:
+        self.steps, self.saver = steps, CheckpointWriter(folder / "ours", 1, 0, world)
+        steps.hold = self.saver.wait_for_staging
 
     def begin(self, number: int) -> None:
         """Begin a save."""
-        self.saver.settle()
-        self.saver.save(self.steps.engine, Progress(step=number), None, {}, lambda: None)
+        self.saver.wait_for_save()
+        self.saver.save(self.steps.engine, TrainState(step=number), None, {}, lambda: None)
 
     def busy(self) -> bool:
         """Whether it is still being written."""
@@ -103,7 +105,7 @@ class Ours:
 class TorchSave:
     """``torch.save`` and fsync, each rank its own file."""
 
-    def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
+    def __init__(self, steps: Steps, folder: Path, world: process_group.DistContext) -> None:
         self.steps, self.file = steps, folder / f"torch_{world.rank}.pt"
 
     def begin(self, number: int) -> None:
@@ -120,7 +122,9 @@ class TorchSave:
 class AsyncSave:
     """``torch.distributed.checkpoint.async_save``, its background work in a thread or a process."""
 
-    def __init__(self, steps: Steps, folder: Path, world: process_group.World, kind: AsyncCheckpointerType) -> None:
+    def __init__(
+        self, steps: Steps, folder: Path, world: process_group.DistContext, kind: AsyncCheckpointerType
+    ) -> None:
         self.steps, self.folder, self.kind, self.world = steps, folder / kind.value, kind, world
         self.group = torch.distributed.new_group(backend="gloo")  # else its sums would meet those of the steps
         self.future: Any = None
@@ -143,7 +147,7 @@ def stalls(
 ) -> dict[str, list[tuple[float, float]]]:
     """(stall, lost) of every saver in every round, as rank ``rank``."""
     torch.set_num_threads(options.threads // size)
-    world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
+    world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
     batch = [f"batch.global={size * options.rows}", f"batch.seq_len={options.seq_len}"]
     config = configuration.load(["model=gpt2_124m", "zero=1", "tracking=off", f"cluster.workers={size}", *batch])
     steps = Steps(config, world)
@@ -164,7 +168,7 @@ def stalls(
     return found
 
 
-def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float, float]:
+def one_save(steps: Steps, saver: Any, ours: CheckpointWriter, number: int) -> tuple[float, float]:
     """(stall, lost) of one save, in seconds."""
     usual = statistics.median(steps() for _ in range(UNDISTURBED))
     process_group.barrier()
@@ -181,12 +185,12 @@ def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float,
 def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Namespace) -> Times:
     """Seconds of a block of steps without and with saves, and the seconds of its steps that waited for saves, by round."""
     torch.set_num_threads(1)
-    world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
+    world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
     config = configuration.load(["tracking=off", f"cluster.workers={size}"])
     corpus = Corpus(options.corpus)
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    aside = Saving(Saver(Path(folder), 2, 0, world), engine)
+    aside = Saving(CheckpointWriter(Path(folder), 2, 0, world), engine)
     run = training(config, world, corpus, engine, loader, aside)
     found: Times = {"without": [], "with": [], "stall": []}
 
@@ -213,13 +217,13 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
 class Saving(Nothing):
     """What a run does beside its steps, left out but for the saves that come due every EVERY steps."""
 
-    def __init__(self, saver: Saver, engine: Engine) -> None:
-        self.saver, self.engine, self.hold, self.settle = saver, engine, saver.hold, saver.settle
+    def __init__(self, saver: CheckpointWriter, engine: Engine) -> None:
+        self.saver, self.engine, self.hold, self.settle = saver, engine, saver.wait_for_staging, saver.wait_for_save
 
-    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint; not at the end of a block."""
         if progress.step % EVERY == 0:
-            self.saver.settle()
+            self.saver.wait_for_save()
             self.saver.save(self.engine, progress, None, {}, lambda: None)
 
     @property

@@ -71,7 +71,7 @@ class Row:
 
     def numbers(self) -> dict[str, list[float]]:
         """What the table shows, by seed."""
-        found = [metrics.of_classes(table) for table in self.tables]
+        found = [metrics.classification_metrics(table) for table in self.tables]
         return {key: [one[key] for one in found] for key in ("accuracy", "precision_macro", "recall_macro", "f1_macro")}
 
     def cells(self) -> list[str]:

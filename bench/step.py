@@ -40,10 +40,10 @@ from train.data.prepare import prepare
 from train.distributed import process_group
 from train.engine.engine import Engine
 from train.loop import Record, Training, train
-from train.reporting.goodput import Times
+from train.reporting.goodput import TimeByCause
 from train.run import build_engine
 from train.stability.guard import Guard
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 
 GOAL = 1.05
 CHARACTERS = string.printable[:65]
@@ -60,11 +60,11 @@ class Nothing:
     def log(self, record: Record) -> None:
         """Nothing is kept."""
 
-    def evaluate(self, progress: Progress) -> Record:
+    def evaluate(self, progress: TrainState) -> Record:
         """Nothing is evaluated."""
         return {}
 
-    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Nothing is saved."""
 
     def hold(self) -> None:
@@ -81,14 +81,16 @@ class Nothing:
 
 
 def training(
-    config: Config, world: process_group.World, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing
+    config: Config, world: process_group.DistContext, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing
 ) -> Training:
     """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
     guard = Guard(config, world, corpus, engine, loader, aside.settle, lambda progress, why: None)
-    return Training(config, world, engine, loader, aside, lambda event: None, lambda: False, guard, Times(), Progress())
+    return Training(
+        config, world, engine, loader, aside, lambda event: None, lambda: False, guard, TimeByCause(), TrainState()
+    )
 
 
-def ours(config: Config, corpus: Corpus, world: process_group.World) -> tuple[Turn, int]:
+def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tuple[Turn, int]:
     """The product's training loop, to be gone on with, and its number of parameters."""
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
@@ -192,13 +194,13 @@ def main(arguments: list[str]) -> int:
         data = [f"data.paths=[{text}]", f"data.dir={folder}/corpus"]
         config = configuration.load(["experiment=shakespeare_char", "tracking=off", *data, *options.overrides])
         corpus = Corpus(prepare.prepare(config.data, lambda progress: None))
-        world = process_group.connect(0, 1, 0, "cpu", process_group.Meeting("127.0.0.1", 0))
+        world = process_group.init_group(0, 1, 0, "cpu", process_group.Rendezvous("127.0.0.1", 0))
         made = {"nanoGPT": theirs(config, corpus, peer)}
         for stage in options.stages:
             zero = config.zero.model_copy(update={"stage": stage})
             made[f"ours, ZeRO {stage}"] = ours(config.model_copy(update={"zero": zero}), corpus, world)
         found = measure({name: turn for name, (turn, _) in made.items()}, options.rounds, options.steps)
-        process_group.leave()
+        process_group.destroy_group()
     return report(config, options, {name: parameters for name, (_, parameters) in made.items()}, found)
 
 

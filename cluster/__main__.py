@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> int:
         return cluster.run(rest)
     signals = Signals()
     signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
-    from cluster.driver.early_start import begin
+    from cluster.driver.early_start import start_early
 
-    begun = None if {"-h", "--help"} & set(rest) else begin(signals)
+    begun = None if {"-h", "--help"} & set(rest) else start_early(signals)
     # Only now: these imports take a second, in which the warm process gets on with its own.
     from cluster.cli import train
 

@@ -102,14 +102,14 @@ def worker(argv: Sequence[str]) -> int:
     from train.run import train_rank
 
     config = configuration.read(Path(options["config"]))
-    world = process_group.from_env()
+    world = process_group.init_from_env()
 
     def emit(event: dict[str, object]) -> None:
-        if world.first:
+        if world.is_rank0:
             OUT.print_json(data=event, indent=None, default=float)
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
-    process_group.leave()
+    process_group.destroy_group()
     return OK
 
 

@@ -44,22 +44,24 @@ class StepResult:
 
     losses: Losses
     grad_norm: float
-    applied: bool
+    update_applied: bool
     """False where a non-finite gradient kept the update from being made."""
 
 
-NOT_MADE = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
+SKIPPED_STEP = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
 """What a step does that has no row left."""
 
 
-def trained(targets: Tensor) -> Tensor:
+def trained_mask(targets: Tensor) -> Tensor:
     """Where there is something to be learnt."""
     return ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
 
 
 def count_targets(batch: Batch) -> dict[str, int]:
     """How many places of the batch each of its losses is trained on."""
-    return {k.removesuffix(TARGETS) + "loss": int(trained(v).sum()) for k, v in batch.items() if k.endswith(TARGETS)}
+    return {
+        k.removesuffix(TARGETS) + "loss": int(trained_mask(v).sum()) for k, v in batch.items() if k.endswith(TARGETS)
+    }
 
 
 def count_tokens(batch: Batch) -> int:
@@ -67,7 +69,7 @@ def count_tokens(batch: Batch) -> int:
     return int((batch["segments"] > 0).sum())
 
 
-def weigh_nothing(batch: Batch) -> None:
+def mask_rows(batch: Batch) -> None:
     """Make padding of all the rows of a batch."""
     for key, value in batch.items():
         nothing = math.nan if value.is_floating_point() else IGNORE

@@ -58,14 +58,14 @@ class Evaluation:
             found["bits_per_byte"] = self.bits_per_byte
         found |= {name: self._ratio(name) for name in self.sums if name.endswith("accuracy")}
         if "confusion" in self.sums:
-            found |= metrics.of_classes(self.sums["confusion"][0])
+            found |= metrics.classification_metrics(self.sums["confusion"][0])
         if "scores" in self.sums:
-            found |= metrics.of_scores(*self.sums["scores"][0].T)
+            found |= metrics.regression_metrics(*self.sums["scores"][0].T)
         return found
 
     def details(self, classes: list[str]) -> dict[str, Any]:
         """What a summary has beside the numbers."""
-        return metrics.by_class(self.sums["confusion"][0], classes) if "confusion" in self.sums else {}
+        return metrics.per_class_metrics(self.sums["confusion"][0], classes) if "confusion" in self.sums else {}
 
     def _ratio(self, name: str) -> float:
         total, count = self.sums[name]
@@ -76,7 +76,7 @@ class Evaluation:
 def evaluate(
     forward: Callable[[Batch], Losses],
     held_out: EvalLoader,
-    world: process_group.World,
+    world: process_group.DistContext,
     should_stop: Callable[[], bool],
 ) -> Sums:
     """The sums over all groups of all ranks. A collective.

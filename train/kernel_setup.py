@@ -14,7 +14,7 @@ from train.objectives import build_objective
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_kernels(config: Config, vocab_size: int, world: process_group.World, batch: Batch) -> str:
+def choose_kernels(config: Config, vocab_size: int, world: process_group.DistContext, batch: Batch) -> str:
     """Makes this process use ``config.kernels`` on its device; says in words what that is, and why. A collective.
 
     Tiles are measured on ``batch``, one of the run's, where shapes are new to this machine; ranks that share a host wait

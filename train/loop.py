@@ -10,18 +10,18 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from train.batch import NOT_MADE, Batch, StepResult, count_targets, count_tokens, to_device
+from train.batch import SKIPPED_STEP, Batch, StepResult, count_targets, count_tokens, to_device
 from train.config.schema import Config
 from train.data.loader import Loader
 from train.distributed import heartbeat, process_group
 from train.engine.engine import Engine
 from train.errors import NotFinite, Stopped
 from train.optim.schedule import learning_rate
-from train.reporting.goodput import Times
+from train.reporting.goodput import TimeByCause
 from train.reporting.throughput import tokens_per_second
-from train.stability.early_stopping import enough, judge, words
+from train.stability.early_stopping import reason, should_stop, update
 from train.stability.guard import Guard
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.seeding import seed_of
 
 Record = dict[str, Any]
@@ -34,19 +34,19 @@ class Aside(Protocol):
     def log(self, record: Record) -> None:
         """Keep the numbers of a step."""
 
-    def evaluate(self, progress: Progress) -> Record:
+    def evaluate(self, progress: TrainState) -> Record:
         """The held-out loss of the model as it is now."""
 
-    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
 
-    def hold(self) -> None:
+    def wait_for_staging(self) -> None:
         """Called before each update: returns when no save still needs the weights and moments as they are."""
 
-    def save_failed(self) -> bool:
+    def poll_save(self) -> bool:
         """Whether the save that was begun last is known to have failed."""
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Return when what was begun is saved; raise UserError on every rank if it could not be."""
 
     @property
@@ -59,15 +59,15 @@ class Training:
     """One rank's run, assembled: what the loop needs, and nothing else."""
 
     config: Config
-    world: process_group.World
+    world: process_group.DistContext
     engine: Engine
     loader: Loader
     aside: Aside
     emit: Callable[[Record], None]
     should_stop: Callable[[], bool]
     guard: Guard
-    times: Times
-    progress: Progress
+    times: TimeByCause
+    progress: TrainState
     saved_step: int | None = None
     """The step of the newest checkpoint."""
 
@@ -76,30 +76,30 @@ class Training:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 
-def train(run: Training) -> Progress:
+def train(run: Training) -> TrainState:
     """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
     config, progress, pace = run.config, run.progress, Pace(run)
     run.times.lap("start")
-    while progress.step < config.steps and not enough(config.stop, progress):
-        heartbeat.at_step(progress.step + 1)
-        heartbeat.enter("data")
+    while progress.step < config.steps and not should_stop(config.stop, progress):
+        heartbeat.set_step(progress.step + 1)
+        heartbeat.enter_phase("data")
         torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
         micro_batches, cursor = next(run.loader)
-        counts, tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.save_failed())
+        counts, tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.poll_save())
         run.times.lap("data")
         if failed:
-            run.aside.settle()  # raises what is wrong
+            run.aside.wait_for_save()  # raises what is wrong
         if stop:
             _stop(run, progress)
         batches = [to_device(batch, run.world.device) for batch in micro_batches]
         lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
         stalled = run.aside.stall_s
-        result = run.engine.train_step(batches, counts, lr, run.aside.hold) if tokens else NOT_MADE
+        result = run.engine.train_step(batches, counts, lr, run.aside.wait_for_staging) if tokens else SKIPPED_STEP
         losses = mean_losses(result)
         loss = losses["loss"]
         seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
-        before, progress = progress, progress.after(cursor, tokens, result.applied, seconds)
-        if tokens and (back := run.guard.check(before, loss, result.applied)):
+        before, progress = progress, progress.after(cursor, tokens, result.update_applied, seconds)
+        if tokens and (back := run.guard.check(before, loss, result.update_applied)):
             progress, run.saved_step = back, min(run.saved_step or 0, back.step)
             pace.go_on_from(back)
             run.times.lap("redo")
@@ -114,7 +114,7 @@ def train(run: Training) -> Progress:
         pace.show(run, progress, record)
         run.times.lap("other")
         progress = _aside(run, progress, record)
-    run.aside.settle()
+    run.aside.wait_for_save()
     run.times.lap("save")
     return progress
 
@@ -142,7 +142,7 @@ def mean_losses(result: StepResult) -> dict[str, float]:
     }
 
 
-def report(run: Training, before: Progress, progress: Progress, measured: Record) -> Record:
+def report(run: Training, before: TrainState, progress: TrainState, measured: Record) -> Record:
     """The line of ``metrics.jsonl`` of this step, without its times."""
     return {
         "step": progress.step,
@@ -163,7 +163,7 @@ def finish_pending(run: Training, record: Record) -> None:
     run.progress = _aside(run, run.progress, record)
 
 
-def _aside(run: Training, progress: Progress, record: Record) -> Progress:
+def _aside(run: Training, progress: TrainState, record: Record) -> TrainState:
     val_loss = None
     if run.due(run.config.eval_every, progress.step):
         try:
@@ -172,12 +172,12 @@ def _aside(run: Training, progress: Progress, record: Record) -> Progress:
             _stop(run, progress, record)
         run.times.lap("eval")
         record, val_loss = record | evaluated, evaluated.get("val_loss")
-        progress = judge(run.config.stop, progress, evaluated)
+        progress = update(run.config.stop, progress, evaluated)
     if record:
         run.aside.log(record)
-    over = enough(run.config.stop, progress)
+    over = should_stop(run.config.stop, progress)
     if over:
-        run.emit({"event": "note", "text": words(run.config.stop, progress)})
+        run.emit({"event": "note", "text": reason(run.config.stop, progress)})
     best = run.config.keep_best > 0 and progress.best_step == progress.step
     if (over or best or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
@@ -186,22 +186,22 @@ def _aside(run: Training, progress: Progress, record: Record) -> Progress:
     return progress
 
 
-def _stop(run: Training, progress: Progress, pending: Record | None = None) -> NoReturn:
+def _stop(run: Training, progress: TrainState, pending: Record | None = None) -> NoReturn:
     run.emit({"event": "stop_agreed"})
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, pending)
-    run.aside.settle()
-    heartbeat.enter("end")
+    run.aside.wait_for_save()
+    heartbeat.enter_phase("end")
     raise Stopped
 
 
-def _refuse_divergence(run: Training, result: StepResult, progress: Progress) -> None:
-    if result.applied:
+def _refuse_divergence(run: Training, result: StepResult, progress: TrainState) -> None:
+    if result.update_applied:
         return
     limit = run.config.optimizer.max_skipped
     run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
     if progress.skipped_in_row >= limit:
-        run.aside.settle()
+        run.aside.wait_for_save()
         raise NotFinite(
             f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
             f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
@@ -216,19 +216,19 @@ class Pace:
         self.spent, self.shown = run.times.spent, -math.inf
         self.go_on_from(run.progress)
 
-    def go_on_from(self, progress: Progress) -> None:
+    def go_on_from(self, progress: TrainState) -> None:
         """Count from here."""
         self.tokens, self.seconds = progress.tokens, self.spent["data"] + self.spent["train"]
         self.stalled = self.spent["save"]
 
-    def since_last(self, progress: Progress) -> Record:
+    def since_last(self, progress: TrainState) -> Record:
         """Tokens per second, waiting for data included, and the seconds waited for saves, since this was last asked."""
         tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
         self.go_on_from(progress)
         speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
         return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
 
-    def show(self, run: Training, progress: Progress, record: Record) -> None:
+    def show(self, run: Training, progress: TrainState, record: Record) -> None:
         """Say where the run is; with the numbers of a logged step when there are any."""
         now = time.monotonic()
         if self.shown < 0:

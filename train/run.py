@@ -16,7 +16,7 @@ import yaml
 from train.checkpoint import reader
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.reader import Checkpoint
-from train.checkpoint.writer import Saver
+from train.checkpoint.writer import CheckpointWriter
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
@@ -26,7 +26,7 @@ from train.distributed import heartbeat, process_group
 from train.engine.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
-from train.generation.text_streamer import encoded, write
+from train.generation.text_streamer import encode_prompts, generate_text
 from train.kernel_setup import choose_kernels
 from train.loop import Record, Training, finish_pending, phase, train
 from train.models.generation_api import Generative
@@ -34,13 +34,13 @@ from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
 from train.optim.layerwise_lr import by_depth
 from train.pretrained import init_from
-from train.reporting.goodput import Times, goodput
+from train.reporting.goodput import TimeByCause, goodput
 from train.reporting.run_outline import outline
 from train.reporting.tracking import Tracker
 from train.run_dir import resume
 from train.run_dir.environment import lineage
 from train.stability.guard import Guard
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.io import write_whole
 from train.util.redact import redact_tree
 
@@ -50,21 +50,21 @@ MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
 
 
 def train_rank(
-    config: Config, corpus_folder: str, world: process_group.World, emit: Emit, should_stop: Callable[[], bool]
+    config: Config, corpus_folder: str, world: process_group.DistContext, emit: Emit, should_stop: Callable[[], bool]
 ) -> None:
     """What one rank of a world runs: train to the last step, evaluate, sample, summarise.
 
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for what the user can mend.
     """
-    folder, times = Path(config.run.dir or ""), Times()
+    folder, times = Path(config.run.dir or ""), TimeByCause()
     emit(phase("data"))
-    process_group.same_everywhere("configuration", configuration.digest(config))
+    process_group.assert_equal_across_ranks("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder, config.model.special)
-    process_group.same_everywhere("corpus", corpus.fingerprint)
+    process_group.assert_equal_across_ranks("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
-    if error := process_group.act_first(lambda: _open_folder(config, corpus, world, emit, mirror)):
+    if error := process_group.run_on_rank0(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     found = _newest(folder, corpus, world, note, mirror)
@@ -74,11 +74,11 @@ def train_rank(
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
     _check_prompts(objective, corpus, config)
     progress, pending = restore(found, engine, loader)
-    saver = Saver(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
+    saver = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
     emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
-    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.first else None
-    work = Work(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
-    guard = Guard(config, world, corpus, engine, loader, work.settle, work.went_back)
+    tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.is_rank0 else None
+    work = RunServices(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
+    guard = Guard(config, world, corpus, engine, loader, work.wait_for_save, work.on_rollback)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
     emit(phase("first_step"))
@@ -87,12 +87,12 @@ def train_rank(
             finish_pending(training, pending)
         progress = train(training)
         work.finish(progress, times)
-        saver.leave(MIRROR_WAIT_S)
+        saver.wait_for_mirror(MIRROR_WAIT_S)
     except Stopped:
         times.lap("save")
         if tracker:
             tracker.close({})
-        saver.leave(MIRROR_WAIT_STOPPED_S)
+        saver.wait_for_mirror(MIRROR_WAIT_STOPPED_S)
         raise
     finally:
         saver.close()
@@ -102,7 +102,7 @@ def train_rank(
 def build_engine(
     config: Config,
     vocab_size: int,
-    world: process_group.World,
+    world: process_group.DistContext,
     loader: Loader,
     start: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
@@ -118,36 +118,36 @@ def build_engine(
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
 
-def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[Progress, Record | None]:
+def restore(found: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[TrainState, Record | None]:
     """Fill engine and loader from a checkpoint, or start at the beginning: the progress, and a record still to be finished."""
     if found is None:
-        return Progress(), None
+        return TrainState(), None
     reader.restore(found, engine)
     loader.seek(found.progress.cursor)
     return found.progress, found.manifest["pending"]
 
 
 def _begin_from(
-    config: Config, corpus: Corpus, world: process_group.World, note: Callable[[str], None], objective: Any
+    config: Config, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], objective: Any
 ) -> None:
     """Fill a new run's objective from ``init.from``, say so, and write down where its weights come from: ``init.json``."""
-    taken = init_from.fill(objective, config, corpus.tokenizer, world)
+    taken = init_from.load_weights(objective, config, corpus.tokenizer, world)
     note(taken.words())
     file = Path(config.run.dir or "") / "init.json"
-    if error := process_group.act_first(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
+    if error := process_group.run_on_rank0(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
         raise UserError(error)
 
 
 @dataclass
-class Work:
+class RunServices:
     """What a rank does beside its steps: log, evaluate, sample, save, summarise."""
 
     config: Config
-    world: process_group.World
+    world: process_group.DistContext
     corpus: Corpus
     engine: Engine
     held_out: EvalLoader
-    saver: Saver
+    saver: CheckpointWriter
     tracker: Tracker | None
     """Rank 0's; the others have none."""
     emit: Emit
@@ -162,13 +162,13 @@ class Work:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             self.tracker.log(finite)
 
-    def evaluate(self, progress: Progress, whole: bool = False) -> Record:
+    def evaluate(self, progress: TrainState, whole: bool = False) -> Record:
         """The numbers of the ``whole`` held-out split, or of ``eval_tokens`` of it before the last step; and samples."""
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
         self.emit(phase("eval"))
-        heartbeat.enter("eval")
+        heartbeat.enter_phase("eval")
         part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
         held_out = self.held_out if part is None else self.held_out.first(part)
         sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
@@ -179,10 +179,10 @@ class Work:
         self.emit(phase("train"))
         return found
 
-    def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete."""
-        heartbeat.enter("save")
-        self.settle()
+        heartbeat.enter_phase("save")
+        self.wait_for_save()
         if self.tracker:
             self.tracker.run.save()  # before the checkpoint, so that the seconds of its steps are known where it is
         about = {"corpus": self.corpus.fingerprint, "pending": pending}
@@ -190,13 +190,13 @@ class Work:
             self.engine, progress, val_loss, about, self.tracker.metrics.sync if self.tracker else lambda: None
         )
 
-    def hold(self) -> None:
+    def wait_for_staging(self) -> None:
         """Before each update: until the save in flight has its copy."""
-        self.saver.hold()
+        self.saver.wait_for_staging()
 
-    def save_failed(self) -> bool:
+    def poll_save(self) -> bool:
         """Whether the last save is known to have failed; one that has come to its end is said."""
-        save = self.saver.ended()
+        save = self.saver.pop_finished()
         if save and not save.error:
             path = str(self.saver.folder / f"step_{save.step}")
             self.emit(
@@ -204,14 +204,14 @@ class Work:
             )
         return self.saver.failed
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait for the save in flight."""
         waits = self.saver.busy
         if waits:
-            heartbeat.enter("save")
+            heartbeat.enter_phase("save")
             self.emit(phase("save"))
-        self.saver.settle()
-        self.save_failed()
+        self.saver.wait_for_save()
+        self.poll_save()
         if waits:
             self.emit(phase("train"))
 
@@ -220,20 +220,20 @@ class Work:
         """Seconds, since the start, that steps have waited for saves."""
         return self.saver.stall_s
 
-    def went_back(self, progress: Progress, why: str) -> None:
+    def on_rollback(self, progress: TrainState, why: str) -> None:
         """The run goes on from ``progress`` once more."""
         _note(self.world, self.emit, f"after step {progress.step}: {why}")
-        if self.world.first and self.saver.mirror:
-            self.saver.mirror.go_back(progress.step)
+        if self.world.is_rank0 and self.saver.mirror:
+            self.saver.mirror.drop_after(progress.step)
         if self.tracker:
             self.tracker.go_back(progress.step)
 
-    def finish(self, progress: Progress, times: Times) -> None:
+    def finish(self, progress: TrainState, times: TimeByCause) -> None:
         """The summary of a run that made all its steps, or enough of them."""
         part = progress.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
         if self.held_out.groups and (self.last is None or part):
             self.evaluate(progress, whole=True)
-        heartbeat.enter("end")
+        heartbeat.enter_phase("end")
         times.lap("eval")
         if not self.tracker:
             return
@@ -258,18 +258,18 @@ class Work:
         self.tracker.finish(summary)
         self.emit({"event": "done", "summary": summary})
 
-    def _sample(self, progress: Progress) -> None:
+    def _sample(self, progress: TrainState) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
         options = self.config.generation
         if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
             return
-        heartbeat.enter("sample")
+        heartbeat.enter_phase("sample")
         weights = dict(self.engine.whole_weights())
-        if not self.world.first:
+        if not self.world.is_rank0:
             return
         self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
         self.plain.load_state_dict(weights, strict=False)
-        texts = write(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        texts = generate_text(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
         rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
@@ -278,10 +278,10 @@ class Work:
 
 
 def _newest(
-    folder: Path, corpus: Corpus, world: process_group.World, note: Callable[[str], None], mirror: Mirror | None
+    folder: Path, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], mirror: Mirror | None
 ) -> Checkpoint | None:
     """The newest whole checkpoint of the run, made on this corpus; UserError for another."""
-    found = reader.newest(folder / "checkpoints", world, note, mirror)
+    found = reader.find_newest(folder / "checkpoints", world, note, mirror)
     if found:
         resume.same_corpus(folder, found.manifest["corpus"], corpus.fingerprint)
     return found
@@ -290,10 +290,12 @@ def _newest(
 def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
     """Refuse prompts that cannot be written on from: now, and not at the first evaluation."""
     if isinstance(objective, Generative):
-        encoded(objective, corpus.tokenizer, config.generation.prompts, config.generation)
+        encode_prompts(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
-def _open_folder(config: Config, corpus: Corpus, world: process_group.World, emit: Emit, mirror: Mirror | None) -> None:
+def _open_folder(
+    config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit, mirror: Mirror | None
+) -> None:
     """Rank 0: refuse a folder of another run, say what changed, and write down what a reader of the run needs."""
     folder = Path(config.run.dir or "")
     if mirror and not (folder / "config.yaml").exists():
@@ -310,6 +312,6 @@ def _open_folder(config: Config, corpus: Corpus, world: process_group.World, emi
     write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
-def _note(world: process_group.World, emit: Emit, text: str) -> None:
-    if world.first:
+def _note(world: process_group.DistContext, emit: Emit, text: str) -> None:
+    if world.is_rank0:
         emit({"event": "note", "text": text})

@@ -14,10 +14,10 @@ from rich.live import Live
 from rich.table import Table
 
 from cluster.chaos import faults as drill
-from cluster.chaos.fault_injector import Hands
+from cluster.chaos.fault_injector import FaultInjector
 from cluster.chaos.faults import COLUMNS, FAULTS, Fault, Row
-from cluster.chaos.inject import Stage
-from cluster.chaos.train_process import BESIDE, Command, with_settings
+from cluster.chaos.inject import DisturbedRun
+from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
 from cluster.host import run_lock
 from train.config import load as configuration
 from train.config.schema import Config
@@ -98,8 +98,8 @@ class Drill:
 
     def __init__(self, out: Console, folder: Path, settings: Sequence[str], config: Config) -> None:
         self.out, self.folder, self.config = out, folder, config
-        self.undisturbed = Command(folder / "undisturbed", with_settings(settings, ["cluster.min_workers=null"]))
-        self.stage = Stage(folder, settings, config, Hands(config.cluster.address))
+        self.undisturbed = TrainProcess(folder / "undisturbed", with_settings(settings, ["cluster.min_workers=null"]))
+        self.stage = DisturbedRun(folder, settings, config, FaultInjector(config.cluster.address))
         self.rows: list[Row] = []
 
     def run(self, faults: Sequence[Fault]) -> int:

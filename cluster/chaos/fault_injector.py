@@ -18,7 +18,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.chaos.train_process import Command, Place
+from cluster.chaos.train_process import RankLocation, TrainProcess
 from cluster.raycluster import connect
 
 DELAY_S = 0.5
@@ -29,7 +29,7 @@ BACK_S = 90.0
 LOOK_S = 0.2
 
 
-class Hands:
+class FaultInjector:
     """Reaches the processes of a job: on this host, and, on the lasting cluster at ``address``, on every host of it."""
 
     def __init__(self, address: str | None) -> None:
@@ -51,15 +51,15 @@ class Hands:
     def _living(self) -> int:
         return sum(node["Alive"] for node in ray.nodes()) if self.here else 0
 
-    def signal(self, place: Place, number: int) -> float:
+    def signal(self, place: RankLocation, number: int) -> float:
         """Send a signal to the trainer of a rank."""
         return self._on(place, send, [place.pid], number)
 
-    def limit_files(self, place: Place, size: int) -> float:
+    def limit_files(self, place: RankLocation, size: int) -> float:
         """Let no file that a rank's trainer writes grow beyond ``size`` bytes."""
         return self._on(place, limit, place.pid, size)
 
-    def signal_everybody(self, job: Command, number: int) -> float:
+    def signal_everybody(self, job: TrainProcess, number: int) -> float:
         """Send a signal to every process of a job, as a batch system does."""
         assert job.process is not None
         driver = psutil.Process(job.process.pid)
@@ -71,17 +71,17 @@ class Hands:
                 self._on(place, send, [place.pid, place.steward], number)
         return now
 
-    def cut_off(self, places: Sequence[Place], seconds: float) -> float:
+    def cut_off(self, places: Sequence[RankLocation], seconds: float) -> float:
         """Silence the host of these ranks: its processes of the job and of Ray stand still for so many seconds."""
         now = self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}") + DELAY_S
         self.silent_until = now + seconds + LOOK_S
         return now
 
-    def end_host(self, places: Sequence[Place]) -> float:
+    def end_host(self, places: Sequence[RankLocation]) -> float:
         """SIGKILL the job's processes and Ray's on the host of these ranks, all at once."""
         return self._on(places[0], of_host, places, "kill -KILL {0}") + DELAY_S
 
-    def _on(self, place: Place, act: Callable[..., None], *given: Any) -> float:
+    def _on(self, place: RankLocation, act: Callable[..., None], *given: Any) -> float:
         if self.here in (None, place.node):
             now = time.monotonic()
             act(*given)
@@ -110,7 +110,7 @@ def limit(pid: int, size: int) -> None:
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]))
 
 
-def of_host(places: Sequence[Place], line: str) -> None:
+def of_host(places: Sequence[RankLocation], line: str) -> None:
     """Has a shell that nobody waits for do ``line``, of which {0} is the processes of the job and of Ray on this host."""
     raylets = {psutil.Process(place.steward).parent() for place in places}
     found = {child for raylet in raylets if raylet for child in (raylet, *raylet.children(recursive=True))}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from train.run_dir.compare import Finding
+from train.run_dir.compare import Comparison
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """By precision: how far a loss may be off, relatively, where another number of workers adds in another order."""
@@ -58,7 +58,7 @@ FAULTS = {
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What was seen of one fault. Seconds since it was injected; None: never."""
 
     detected_s: float | None
@@ -78,7 +78,7 @@ class Row:
     fault: str
     title: str
     impossible: str = ""
-    seen: Seen | None = None
+    seen: Observation | None = None
     data: str = ""
     """What of the samples differs; empty: nothing."""
     loss: str = ""
@@ -118,7 +118,9 @@ class Row:
         return f"{self.title}: " + "; ".join([*found, *filter(None, (self.data, self.loss))])
 
 
-def judge(fault: Fault, seen: Seen, findings: Sequence[Finding], precision: str, losses: tuple[Losses, Losses]) -> Row:
+def judge(
+    fault: Fault, seen: Observation, findings: Sequence[Comparison], precision: str, losses: tuple[Losses, Losses]
+) -> Row:
     """``findings``: the lines of both runs up to ``seen.step``, compared; ``losses``: theirs, by step."""
     by_name = {finding.what: finding.difference for finding in findings}
     data = by_name.pop("data_hash")

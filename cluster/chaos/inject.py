@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.chaos.fault_injector import Hands
-from cluster.chaos.faults import Fault, Seen
-from cluster.chaos.train_process import Command, Place
+from cluster.chaos.fault_injector import FaultInjector
+from cluster.chaos.faults import Fault, Observation
+from cluster.chaos.train_process import RankLocation, TrainProcess
 from train.checkpoint import manifest
 from train.config.load import Config
 from train.data.corpus.shards import read_index
@@ -37,7 +37,7 @@ RESUMED = re.compile(r"resumes +at step ([\d,]+)")
 
 
 @dataclass(frozen=True)
-class Hit:
+class Injection:
     """The moment of an injection: seconds (monotonic), and how much the run had said and how often it had restarted by then."""
 
     at: float
@@ -46,7 +46,7 @@ class Hit:
 
 
 @dataclass(frozen=True)
-class Words:
+class FaultReport:
     """What was said of a fault: whether it is what should be, after how many seconds, and the last step made by then."""
 
     text: str
@@ -55,15 +55,15 @@ class Words:
     made: int
 
 
-class Stage:
+class DisturbedRun:
     """The run that is disturbed, in a folder of its own below ``folder``, and the way to disturb it."""
 
-    def __init__(self, folder: Path, settings: Sequence[str], config: Config, hands: Hands) -> None:
+    def __init__(self, folder: Path, settings: Sequence[str], config: Config, hands: FaultInjector) -> None:
         self.folder, self.settings, self.config, self.hands = folder, settings, config, hands
-        self.run: Command | None = None
+        self.run: TrainProcess | None = None
         self.number = 0
 
-    def inject(self, fault: Fault) -> Seen:
+    def inject(self, fault: Fault) -> Observation:
         """Inject a fault, and follow the run past the step where it was. UserError where the run does not go on."""
         return getattr(self, f"_{fault.name}")(fault)
 
@@ -80,13 +80,13 @@ class Stage:
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
-    def _living(self) -> Command:
+    def _living(self) -> TrainProcess:
         """A run that trains with all its workers, and has two checkpoints to go back to."""
         if self.run is not None and self.run.furthest + ENOUGH * self.config.save_every > self.config.steps:
             self.drop()  # it would come to its end
         if self.run is None:
             self.number += 1
-            self.run = Command(self.folder / f"disturbed_{self.number}", self.settings)
+            self.run = TrainProcess(self.folder / f"disturbed_{self.number}", self.settings)
         run, every = self.run, self.config.save_every
         self.hands.wait_for_hosts()
         if run.over:
@@ -97,30 +97,30 @@ class Stage:
         run.until(lambda: run.size == workers or (run.size and time.monotonic() > give_up), "have all its workers")
         return run
 
-    def _start(self, run: Command, *more: str) -> None:
+    def _start(self, run: TrainProcess, *more: str) -> None:
         """Give the command, and wait until it trains."""
         offset = run.log.stat().st_size if run.log.exists() else 0
         run.start(*more)
         run.until(lambda: STARTED in run.said(offset), "the first step")
 
-    def _hit(self, act: Callable[..., float | None], *given: Any) -> Hit:
+    def _hit(self, act: Callable[..., float | None], *given: Any) -> Injection:
         assert self.run is not None
         offset, restarts, now = self.run.log.stat().st_size, len(self.run.restarts), time.monotonic()
-        return Hit(act(*given) or now, offset, restarts)
+        return Injection(act(*given) or now, offset, restarts)
 
-    def _named(self, fault: Fault, hit: Hit, where: dict[str, Any], over: Callable[[], object]) -> Words:
+    def _named(self, fault: Fault, hit: Injection, where: dict[str, Any], over: Callable[[], object]) -> FaultReport:
         """Waits for the words that name the fault, or until ``over``."""
         assert self.run is not None
         run, pattern = self.run, fault.pattern(where)
         run.until(lambda: pattern.search(run.said(hit.offset)) or over() or run.over, fault.title)
         said = run.said(hit.offset)
         if found := pattern.search(said):
-            return Words(found[0], True, time.monotonic() - hit.at, run.furthest)
+            return FaultReport(found[0], True, time.monotonic() - hit.at, run.furthest)
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         text = next((line for line in lines if line.startswith(("FAILED", "error"))), lines[-1] if lines else "")
-        return Words(text, False, None, run.furthest)
+        return FaultReport(text, False, None, run.furthest)
 
-    def _in_life(self, fault: Fault, hit: Hit, where: dict[str, Any], worlds: int = 1) -> Seen:
+    def _in_life(self, fault: Fault, hit: Injection, where: dict[str, Any], worlds: int = 1) -> Observation:
         """What a run makes of a fault that it must survive: the first of ``worlds`` new worlds is its recovery."""
         assert self.run is not None
         run = self.run
@@ -130,7 +130,7 @@ class Stage:
         run.until(lambda: len(run.restarts) >= hit.restarts + worlds, "grow again")
         return self._settled(hit, words, recovered)
 
-    def _again(self, fault: Fault, hit: Hit, where: dict[str, Any], code: int) -> Seen:
+    def _again(self, fault: Fault, hit: Injection, where: dict[str, Any], code: int) -> Observation:
         """What a run makes of a fault that must end it with exit code ``code``: then the same command goes on."""
         assert self.run is not None
         run = self.run
@@ -141,7 +141,7 @@ class Stage:
         self._start(run)
         return self._settled(hit, words, time.monotonic() - hit.at)
 
-    def _settled(self, hit: Hit, words: Words, recovered: float) -> Seen:
+    def _settled(self, hit: Injection, words: FaultReport, recovered: float) -> Observation:
         """Once the run has a checkpoint past all steps that it had ever made."""
         assert self.run is not None
         run, every = self.run, self.config.save_every
@@ -149,18 +149,18 @@ class Stage:
         first = int(found[0].replace(",", "")) if found else 0
         step = (run.furthest // every + 1) * every
         run.until(lambda: run.saved >= step, f"the checkpoint of step {step}")
-        return Seen(words.seconds, recovered, max(0, words.made - first), words.text, words.right, step)
+        return Observation(words.seconds, recovered, max(0, words.made - first), words.text, words.right, step)
 
     # ---------------------------------------------------------------------------------------------------------- faults
 
-    def _signal_last(self, fault: Fault, number: int, worlds: int = 1) -> Seen:
+    def _signal_last(self, fault: Fault, number: int, worlds: int = 1) -> Observation:
         last = self._living().places[-1]
         return self._in_life(fault, self._hit(self.hands.signal, last, number), vars(last), worlds)
 
-    def _kill(self, fault: Fault) -> Seen:
+    def _kill(self, fault: Fault) -> Observation:
         return self._signal_last(fault, signal.SIGKILL)
 
-    def _save(self, fault: Fault) -> Seen:
+    def _save(self, fault: Fault) -> Observation:
         """Rank 0, which alone completes a checkpoint, is stopped; where one is then torn, it is killed."""
         run = self._living()
         first = run.places[0]
@@ -179,10 +179,10 @@ class Stage:
         run.until(torn, "a save", CATCH_S)
         return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), vars(first))
 
-    def _stop(self, fault: Fault) -> Seen:
+    def _stop(self, fault: Fault) -> Observation:
         return self._signal_last(fault, signal.SIGSTOP)
 
-    def _checkpoint(self, fault: Fault) -> Seen:
+    def _checkpoint(self, fault: Fault) -> Observation:
         """The worker that would complete a newer one is stopped, so that the newest stays it; then it is killed."""
         run = self._living()
         first = run.places[0]
@@ -193,7 +193,7 @@ class Stage:
         where = {"step": file.parent.name, "file": file.name}
         return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), where)
 
-    def _disk(self, fault: Fault) -> Seen:
+    def _disk(self, fault: Fault) -> Observation:
         """Half of the last rank's file of a checkpoint goes onto the disk, and not a byte more."""
         run = self._living()
         last = run.places[-1]
@@ -201,11 +201,11 @@ class Stage:
         size = max(1, files[f"rank_{last.rank}.safetensors"]["size"] // 2)
         return self._again(fault, self._hit(self.hands.limit_files, last, size), vars(last), BAD_INPUT)
 
-    def _term(self, fault: Fault) -> Seen:
+    def _term(self, fault: Fault) -> Observation:
         run = self._living()
         return self._again(fault, self._hit(self.hands.signal_everybody, run, signal.SIGTERM), {}, STOPPED)
 
-    def _shard(self, fault: Fault) -> Seen:
+    def _shard(self, fault: Fault) -> Observation:
         """The command is given on a copy of the corpus in which bytes of one shard are flipped; then the shard is put right."""
         run = self._living()
         self.pause()
@@ -221,20 +221,20 @@ class Stage:
         self._start(run, f"data.dir={copy}")
         return self._settled(hit, words, time.monotonic() - hit.at)
 
-    def _size(self, fault: Fault) -> Seen:
+    def _size(self, fault: Fault) -> Observation:
         """SIGTERM to one worker alone is a notice: all save, the others go on, and another takes its place."""
         return self._signal_last(fault, signal.SIGTERM, worlds=2)
 
-    def _host(self, fault: Fault) -> Seen:
+    def _host(self, fault: Fault) -> Observation:
         there = self._elsewhere()
         return self._in_life(fault, self._hit(self.hands.end_host, there), vars(there[0]))
 
-    def _cut(self, fault: Fault) -> Seen:
+    def _cut(self, fault: Fault) -> Observation:
         there = self._elsewhere()
         seconds = CUT_S + self.config.cluster.hang_timeout
         return self._in_life(fault, self._hit(self.hands.cut_off, there, seconds), vars(there[0]))
 
-    def _elsewhere(self) -> list[Place]:
+    def _elsewhere(self) -> list[RankLocation]:
         """The ranks of a host that is not this one, nor rank 0's."""
         places = self._living().places
         found = [place for place in places if place.node not in (self.hands.here, places[0].node)]

@@ -34,7 +34,7 @@ BESIDE = [
 
 
 @dataclass(frozen=True)
-class Place:
+class RankLocation:
     """Where a rank of a running world is, as ``world.json`` has it: ``pid`` is its trainer's, ``steward`` its steward's."""
 
     rank: int
@@ -51,7 +51,7 @@ def with_settings(overrides: Sequence[str], ours: Sequence[str]) -> list[str]:
     return [o for o in overrides if o.partition("=")[0].lstrip("+") not in keys] + list(ours)
 
 
-class Command:
+class TrainProcess:
     """The command on one folder, given as often as need be. What it says lies beside the folder."""
 
     def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
@@ -152,9 +152,9 @@ class Command:
         return read_records(self.folder / "restarts.jsonl")
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[RankLocation]:
         """Where the ranks are."""
-        return [Place(**place) for place in self._world["ranks"]]
+        return [RankLocation(**place) for place in self._world["ranks"]]
 
     @property
     def size(self) -> int:

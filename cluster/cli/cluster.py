@@ -100,7 +100,7 @@ def join(options: Options, words: Sequence[str]) -> int:
 
 def status(options: Options, words: Sequence[str]) -> int:
     """cluster status [ADDRESS]: the nodes of the cluster, what they have, and the jobs that hold it."""
-    seen = view.look(words[0] if words else node_daemon.local()["address"])
+    seen = view.read_status(words[0] if words else node_daemon.local()["address"])
     table = Table(title=f"cluster at {seen.address}", title_justify="left")
     for column in ("host", "address", "cores free", "GPUs free", ""):
         table.add_column(column, justify="right" if "free" in column else "left")
@@ -144,12 +144,12 @@ def down(options: Options, words: Sequence[str]) -> int:
     return OK
 
 
-def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.Order:
+def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.NodeOrder:
     cpus, gpus = _number(options, "cpus", job_dir.count_cpus()), _number(options, "gpus", job_dir.count_gpus())
-    return node_daemon.Order(str(node_daemon.fresh(folder)), str(ray_auth.place()), ip, port, cpus, gpus, address)
+    return node_daemon.NodeOrder(str(node_daemon.fresh(folder)), str(ray_auth.place()), ip, port, cpus, gpus, address)
 
 
-def _background(order: node_daemon.Order) -> dict:
+def _background(order: node_daemon.NodeOrder) -> dict:
     """Starts the process that keeps the node, and leaves it behind once the node is up."""
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster.raycluster.node_daemon", node_daemon.order_line(order)],

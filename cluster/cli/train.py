@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.driver import driver
-from cluster.driver.early_start import Begun
+from cluster.driver.early_start import EarlyStart
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus import shards
@@ -15,7 +15,7 @@ from train.pretrained import inspect_source
 from train.run_dir import resume
 
 
-def run(overrides: Sequence[str], begun: Begun | None) -> int:
+def run(overrides: Sequence[str], begun: EarlyStart | None) -> int:
     """Runs the job, or with -m the sweep, that ``overrides`` ask for; explains them where nothing was begun. The exit code."""
     if begun is None:
         print(configuration.help_text())

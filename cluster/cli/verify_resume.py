@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.chaos.train_process import BESIDE, Command, with_settings
+from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
 from train.config import load as configuration
 from train.errors import UserError
-from train.run_dir.compare import Finding, compare
+from train.run_dir.compare import Comparison, compare
 
 HALF = 10
 """Steps before the stop, and after it."""
@@ -48,7 +48,7 @@ def run(overrides: Sequence[str]) -> int:
 
 
 def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> int:
-    whole = Command(folder / "whole", settings)
+    whole = TrainProcess(folder / "whole", settings)
     out.print(f"{2 * half} steps at once")
     _make(whole, 2 * half)
     table = Table(title=f"{half} + {half} steps against {2 * half}", title_justify="left")
@@ -56,7 +56,7 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
         table.add_column(column, justify="right" if column in ("after step", "of them") else "left")
     equal = True
     for way in WAYS:
-        part = Command(folder / way.name, settings)
+        part = TrainProcess(folder / way.name, settings)
         out.print(f"the same, stopped by {way.name}")
         part.start()
         part.until(lambda part=part: part.step >= half, f"step {half}")  # type: ignore[misc]
@@ -77,12 +77,12 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     return OK if equal else DIFFERENT
 
 
-def _make(run: Command, step: int) -> None:
+def _make(run: TrainProcess, step: int) -> None:
     """Has it go on until it has the checkpoint of a step, and ends it."""
     run.start()
     run.until((run.folder / "checkpoints" / f"step_{step}").is_dir, f"the checkpoint of step {step}")
     run.end(signal.SIGTERM)
 
 
-def _cells(finding: Finding) -> tuple[str, str, str]:
+def _cells(finding: Comparison) -> tuple[str, str, str]:
     return finding.what, str(finding.compared), "yes" if finding.difference is None else f"no: {finding.difference}"

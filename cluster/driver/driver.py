@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from cluster.driver.early_start import Begun
+from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
 from cluster.host.stop_request import STOPPED, end_now
 from cluster.raycluster import connect, ray_node, remote_hosts, status
 from cluster.raycluster import placement as plan
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.errors import NO_ROOM, UserError, no_room
-from train.reporting.console import Console
+from train.reporting.console import RunConsole
 from train.util.format import plural
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -53,7 +53,7 @@ class Voice(Protocol):
 class Command(Protocol):
     """What a driver does between its first moments and its last."""
 
-    others: remote_hosts.Remote | None
+    others: remote_hosts.RemoteNodes | None
     """Nodes on other hosts that end with it."""
 
     @property
@@ -63,16 +63,16 @@ class Command(Protocol):
     def go(self) -> int:
         """All of it: the exit code."""
 
-    def give_back(self) -> None:
+    def remove_empty_run_dir(self) -> None:
         """After bad input: leaves no empty folder behind."""
 
 
-def run(what: Plan, begun: Begun) -> int:
+def run(what: Plan, begun: EarlyStart) -> int:
     """Runs a job and returns the exit code: 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
-    return carry_out(Start(what, begun), begun)
+    return carry_out(TrainDriver(what, begun), begun)
 
 
-def carry_out(command: Command, begun: Begun) -> int:
+def carry_out(command: Command, begun: EarlyStart) -> int:
     """Runs a command to its exit code, and ends this process with it and all that it has started."""
     console = command.console
     begun.signals.on_end.insert(0, console.close)
@@ -81,7 +81,7 @@ def carry_out(command: Command, begun: Begun) -> int:
     except UserError as error:
         console.bad_input(str(error))
         code = BAD_INPUT
-        command.give_back()
+        command.remove_empty_run_dir()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             console.bad_input(no_room(error))
@@ -102,21 +102,21 @@ def carry_out(command: Command, begun: Begun) -> int:
     return code
 
 
-class Start:
+class TrainDriver:
     """The start of one job, and its end."""
 
-    def __init__(self, what: Plan, begun: Begun) -> None:
+    def __init__(self, what: Plan, begun: EarlyStart) -> None:
         self.what = what
         self.begun = begun
-        self.console = Console()
+        self.console = RunConsole()
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
-        self.private: Private | None = None
-        self.others: remote_hosts.Remote | None = None
+        self.private: LocalRayCluster | None = None
+        self.others: remote_hosts.RemoteNodes | None = None
 
-    def give_back(self) -> None:
+    def remove_empty_run_dir(self) -> None:
         """After bad input: leaves no empty folder behind."""
         if self.held is not None:
             run_lock.take_back(self.run_dir)
@@ -138,10 +138,12 @@ class Start:
         self._cluster(config)
         known = ray_node.inventory()
         device = plan.choose_device(config.cluster.device, known)
-        self.begun.warm.set_device(device)
+        self.begun.fork_server.set_device(device)
         cluster = config.cluster
-        request = plan.Request(cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers)
-        placement = plan.place(known, request)
+        request = plan.WorkerRequest(
+            cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
+        )
+        placement = plan.place_workers(known, request)
         if placement.waiting:
             held = "; ".join(map(str, status.holders()))
             self.console.show(
@@ -154,13 +156,13 @@ class Start:
         job = Job(
             config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private
         )
-        verdict = Supervisor(job, device, plan.begin_with(placement, request)).run()
+        verdict = Supervisor(job, device, plan.initial_workers(placement, request)).run()
         return self._finish(verdict, config)
 
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on one of the job's own."""
         self.console.show({"event": "phase", "name": "ray"})
-        self.private, self.others = connect.gather(
+        self.private, self.others = connect.connect(
             config.cluster, config.run.name or "", self.begun.folder, self.begun.target
         )
         self.signals.listen()

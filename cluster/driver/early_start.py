@@ -15,11 +15,11 @@ TARGET = "train.run:train_rank"
 
 
 @dataclass(frozen=True)
-class Begun:
+class EarlyStart:
     """What is under way: the job's private folder, its warm process, and the moment the command was given."""
 
     folder: Path
-    warm: job_dir.WarmProcess
+    fork_server: job_dir.ForkServerProcess
     target: str
     since: float
     signals: Signals
@@ -29,13 +29,13 @@ class Begun:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def begin(signals: Signals, target: str = TARGET) -> Begun:
+def start_early(signals: Signals, target: str = TARGET) -> EarlyStart:
     """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
     rank. ``signals`` listens already.
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
     os.environ[job_dir.MARK] = str(folder)
-    begun = Begun(folder, job_dir.WarmProcess(folder, target), target, since, signals)
+    begun = EarlyStart(folder, job_dir.ForkServerProcess(folder, target), target, since, signals)
     signals.on_end.append(begun.clear)
     return begun

@@ -114,7 +114,7 @@ def own_folder(name: str) -> Path:
     return folder
 
 
-class WarmProcess:
+class ForkServerProcess:
     """Owns a warm process: it lives until ``close``, or until this process ends in any way."""
 
     def __init__(self, folder: Path, target: str) -> None:
@@ -147,7 +147,7 @@ class WarmProcess:
         self.process.wait()
 
 
-def connect_warm(folder: Path) -> socket.socket | None:
+def connect_fork_server(folder: Path) -> socket.socket | None:
     """A connection to the host's warm process, or None where none lives."""
     sock = socket.socket(socket.AF_UNIX)
     try:

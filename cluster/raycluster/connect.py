@@ -6,13 +6,15 @@ from pathlib import Path
 
 from cluster.host import job_dir
 from cluster.raycluster import node_daemon, ray_auth, ray_node, remote_hosts, versions
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def gather(cluster: Cluster, name: str, folder: Path, target: str) -> tuple[Private | None, remote_hosts.Remote | None]:
+def connect(
+    cluster: Cluster, name: str, folder: Path, target: str
+) -> tuple[LocalRayCluster | None, remote_hosts.RemoteNodes | None]:
     """Joins the cluster that is configured, or starts one; the nodes of it on other hosts, if the job called ``name`` has such.
 
     Returns the cluster, where it is this job's own and this machine's alone, so that it can be started anew; and the other hosts'
@@ -28,9 +30,9 @@ def gather(cluster: Cluster, name: str, folder: Path, target: str) -> tuple[Priv
         ip = cluster.bind or job_dir.address_towards(f"{seen[0]}:22")
     secret = folder / "token"
     ray_auth.make(secret)
-    start = ray_node.Start(ip, folder, secret, job_dir.count_cpus(), job_dir.count_gpus())
+    start = ray_node.NodeSpec(ip, folder, secret, job_dir.count_cpus(), job_dir.count_gpus())
     if not names:
-        return Private(start, name), None
+        return LocalRayCluster(start, name), None
     node = ray_node.start_head(start)
     ray_node.publish(node.address, versions.here())
     words = [
@@ -42,7 +44,9 @@ def gather(cluster: Cluster, name: str, folder: Path, target: str) -> tuple[Priv
         f"target={target}",
     ]
     over = remote_hosts.over_ssh if kind == "ssh" else remote_hosts.over_srun
-    others = remote_hosts.Remote(over(names, words, cluster.remote_dir or str(REPOSITORY)), secret.read_text(), folder)
+    others = remote_hosts.RemoteNodes(
+        over(names, words, cluster.remote_dir or str(REPOSITORY)), secret.read_text(), folder
+    )
     ray_node.drive(node.address, name, None, ip)
     others.wait(cluster.start_timeout)
     return None, others

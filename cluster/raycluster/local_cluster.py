@@ -7,12 +7,12 @@ import ray
 from cluster.raycluster import ray_node
 
 
-class Private:
+class LocalRayCluster:
     """A cluster that the driver has started for a job called ``name``. Without its raylet or its head Ray's actors live on for some
     seconds only, and no new ones come; the warm process and what is on disk are not concerned.
     """
 
-    def __init__(self, start: ray_node.Start, name: str) -> None:
+    def __init__(self, start: ray_node.NodeSpec, name: str) -> None:
         self.start, self.name = start, name
         self._begin()
 

@@ -40,7 +40,7 @@ LIFELINE = 0
 
 
 @dataclass(frozen=True)
-class Order:
+class NodeOrder:
     """What node to keep."""
 
     folder: str
@@ -86,10 +86,10 @@ def end(folder: Path, patience_s: float = 10.0) -> bool:
     return found is not None
 
 
-class Keeper:
+class NodeDaemon:
     """Keeps one node."""
 
-    def __init__(self, order: Order, lifeline: bool) -> None:
+    def __init__(self, order: NodeOrder, lifeline: bool) -> None:
         self.order = order
         self.folder = Path(order.folder)
         self.lifeline = lifeline
@@ -105,7 +105,7 @@ class Keeper:
         """Starts the node, and returns what it is (see ``living``). UserError where the cluster does not take it."""
         order = self.order
         job_dir.hold(self.folder)
-        start = ray_node.Start(order.ip, self.folder, Path(order.token), order.cpus, order.gpus, order.port)
+        start = ray_node.NodeSpec(order.ip, self.folder, Path(order.token), order.cpus, order.gpus, order.port)
         if order.address is None:
             self.node = ray_node.start_head(start)
             ray_node.publish(self.node.address, versions.here())
@@ -174,8 +174,8 @@ class Keeper:
 
 def main() -> int:
     """Starts the node, says so in one line on standard output, {"address", ...} or {"error"}, and keeps it, in the background."""
-    order = Order(**json.loads(sys.argv[1]))
-    keeper = Keeper(order, lifeline=False)
+    order = NodeOrder(**json.loads(sys.argv[1]))
+    keeper = NodeDaemon(order, lifeline=False)
     try:
         say(keeper.start())
         with (keeper.folder / "node.log").open("a") as log:
@@ -207,12 +207,12 @@ def serve_job(address: str, job: str, device: str, target: str) -> int:
         job_dir.own_folder(job)
         token.write(folder / "token", sys.stdin.readline().strip())
         gpus = job_dir.count_gpus()
-        warm = job_dir.WarmProcess(folder, target)
+        warm = job_dir.ForkServerProcess(folder, target)
         warm.set_device(("gpu" if gpus else "cpu") if device == "auto" else device)
-        order = Order(
+        order = NodeOrder(
             str(folder), str(folder / "token"), job_dir.address_towards(address), 0, job_dir.count_cpus(), gpus, address
         )
-        keeper = Keeper(order, lifeline=True)
+        keeper = NodeDaemon(order, lifeline=True)
         say(keeper.start())
         keeper.keep()
     except UserError as error:
@@ -238,7 +238,7 @@ def say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
-def order_line(order: Order) -> str:
+def order_line(order: NodeOrder) -> str:
     """The argument that ``main`` takes. There is no secret in it."""
     return json.dumps(asdict(order))
 

@@ -20,7 +20,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Request:
+class WorkerRequest:
     """What a job asks for: so many workers of so many cores and GPUs each, between which nothing is split."""
 
     workers: int
@@ -58,7 +58,7 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
     return ("gpu" if any_gpu else "cpu") if asked == "auto" else asked
 
 
-def place(nodes: Sequence[Node], request: Request) -> Placement:
+def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:
     """Packs the workers on the nodes. Raises UserError when they cannot fit even when nobody else uses the cluster."""
     room = {node.name: _fits(node.cpus, node.gpus, request) for node in nodes}
     if sum(room.values()) < (request.least or request.workers):
@@ -74,17 +74,17 @@ def place(nodes: Sequence[Node], request: Request) -> Placement:
     return Placement(placed, left)
 
 
-def begin_with(placement: Placement, request: Request) -> int:
+def initial_workers(placement: Placement, request: WorkerRequest) -> int:
     """With how many workers to begin: all, or as many as there is room for now where that is enough."""
     return max(sum(placement.workers.values()), request.least or request.workers)
 
 
-def _fits(cpus: float, gpus: float, request: Request) -> int:
+def _fits(cpus: float, gpus: float, request: WorkerRequest) -> int:
     by_cpu = int(cpus // request.cpus)
     return min(by_cpu, int(gpus // request.gpus)) if request.gpus else by_cpu
 
 
-def _too_few(nodes: Sequence[Node], request: Request, room: dict[str, int]) -> str:
+def _too_few(nodes: Sequence[Node], request: WorkerRequest, room: dict[str, int]) -> str:
     total = sum(room.values())
     key, least = ("min_workers", request.least) if request.least else ("workers", request.workers)
     lines = [
@@ -103,7 +103,7 @@ def _too_few(nodes: Sequence[Node], request: Request, room: dict[str, int]) -> s
     return "\n".join([*lines, f"Use {', or '.join(cures)}."])
 
 
-def _shortage(node: Node, request: Request) -> str:
+def _shortage(node: Node, request: WorkerRequest) -> str:
     """What one more worker would need on a node, in words."""
     after = _fits(node.cpus, node.gpus, request) + 1
     cpus = after * request.cpus - node.cpus

@@ -98,7 +98,7 @@ class LeanNode(ray._private.node.Node):
 
 
 @dataclass(frozen=True)
-class Start:
+class NodeSpec:
     """A node to be started on this host."""
 
     ip: str
@@ -112,7 +112,7 @@ class Start:
     """The head's; 0: any free one."""
 
 
-def start_head(start: Start) -> LeanNode:
+def start_head(start: NodeSpec) -> LeanNode:
     """The first node of a cluster. It ends with this process, however that ends.
 
     To be called from the main thread: the kernel ends Ray's processes with the thread that started them.
@@ -120,7 +120,7 @@ def start_head(start: Start) -> LeanNode:
     return _node(start, gcs_server_port=start.port)
 
 
-def start_member(start: Start, address: str) -> LeanNode:
+def start_member(start: NodeSpec, address: str) -> LeanNode:
     """One more node of the cluster at ``address``; as above. UserError where that does not take it."""
     authenticate(start.token, address)
     check(address)
@@ -130,7 +130,7 @@ def start_member(start: Start, address: str) -> LeanNode:
         raise UserError(str(error)) from error
 
 
-def _node(start: Start, **which: Any) -> LeanNode:
+def _node(start: NodeSpec, **which: Any) -> LeanNode:
     authenticate(start.token, start.ip)
     os.environ.update(SETTINGS)
     ray._private.services._build_python_executable_command_memory_profileable = _interpreter

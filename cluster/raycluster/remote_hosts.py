@@ -44,7 +44,7 @@ WORDS = 5
 
 
 @dataclass(frozen=True)
-class Command:
+class RemoteCommand:
     """What starts ``nodes`` nodes, and keeps them."""
 
     name: str
@@ -80,19 +80,19 @@ def ssh_address(name: str) -> str:
     return settings.get("hostname", name)
 
 
-def over_ssh(names: Sequence[str], join: Sequence[str], folder: str) -> list[Command]:
+def over_ssh(names: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
     """The commands that have each of ``names`` join; ``folder``: the repository there."""
     kept = [f"{key}={os.environ[key]}" for key in ("TRIREME_VENV",) if key in os.environ]
     line = f"cd {shlex.quote(folder)} && exec {shlex.join(['env', *kept, './launch.sh', *join])}"
-    return [Command(name, [*SSH, "--", name, f"exec sh -c {shlex.quote(line)}"], 1, again=True) for name in names]
+    return [RemoteCommand(name, [*SSH, "--", name, f"exec sh -c {shlex.quote(line)}"], 1, again=True) for name in names]
 
 
-def over_srun(names: Sequence[str], join: Sequence[str], folder: str) -> list[Command]:
+def over_srun(names: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
     """The command that has ``names``, the other nodes of a SLURM allocation, join."""
     number = str(len(names))
     srun = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={','.join(names)}"]
     srun += ["--overlap", "--mem=0", "--cpu-bind=none", "--kill-on-bad-exit=0", "--unbuffered", "--job-name=trireme"]
-    return [Command("srun", [*srun, f"{folder}/launch.sh", *join], len(names), again=False)]
+    return [RemoteCommand("srun", [*srun, f"{folder}/launch.sh", *join], len(names), again=False)]
 
 
 def slurm_others(environment: dict[str, str]) -> list[str]:
@@ -132,10 +132,10 @@ def others(cluster: Cluster) -> tuple[str, list[str]]:
     return "slurm", names
 
 
-class Remote:
+class RemoteNodes:
     """The running commands. They end with this process, or by ``close``."""
 
-    def __init__(self, commands: Sequence[Command], secret: str, folder: Path) -> None:
+    def __init__(self, commands: Sequence[RemoteCommand], secret: str, folder: Path) -> None:
         self.commands = commands
         self.secret = secret
         self.folder = folder
@@ -182,7 +182,7 @@ class Remote:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _keep(self, command: Command, environment: dict[str, str]) -> None:
+    def _keep(self, command: RemoteCommand, environment: dict[str, str]) -> None:
         """One command, again and again if that is asked for. Runs in a thread of its own."""
         while not self.closing:
             code = self._run(command, environment)
@@ -191,7 +191,7 @@ class Remote:
                 return
             time.sleep(AGAIN_S)
 
-    def _run(self, command: Command, environment: dict[str, str]) -> int:
+    def _run(self, command: RemoteCommand, environment: dict[str, str]) -> int:
         with self._log(command.name).open("w") as log:
             process = subprocess.Popen(
                 command.words,

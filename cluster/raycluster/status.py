@@ -24,7 +24,7 @@ NAME = 60
 
 
 @dataclass(frozen=True)
-class Where:
+class NodeLocation:
     """A node's place."""
 
     address: str
@@ -32,7 +32,7 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Holder:
+class JobHolding:
     """A job that runs on the cluster, and what it holds, in words, by host."""
 
     name: str
@@ -48,15 +48,15 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class View:
+class ClusterStatus:
     """A cluster at one moment."""
 
     address: str
-    nodes: list[tuple[Node, Where]]
-    jobs: list[Holder]
+    nodes: list[tuple[Node, NodeLocation]]
+    jobs: list[JobHolding]
 
 
-def look(address: str) -> View:
+def read_status(address: str) -> ClusterStatus:
     """The cluster whose head is at ``address``. UserError where none answers."""
     nodes.authenticate(None, address)
     nodes.check(address)
@@ -65,12 +65,12 @@ def look(address: str) -> View:
         GcsClientOptions.create(address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
     )
     living = _living(state)
-    places = [Where(i["NodeManagerAddress"], "node:__internal_head__" in i["Resources"]) for i in living]
+    places = [NodeLocation(i["NodeManagerAddress"], "node:__internal_head__" in i["Resources"]) for i in living]
     found = nodes.nodes_of(state)
-    return View(address, list(zip(found, places, strict=True)), _holders(state))
+    return ClusterStatus(address, list(zip(found, places, strict=True)), _holders(state))
 
 
-def holders() -> list[Holder]:
+def holders() -> list[JobHolding]:
     """The jobs that hold something of the cluster that this process has joined."""
     return _holders(ray._private.state.state)
 
@@ -79,7 +79,7 @@ def _living(state: Any) -> list[dict[str, Any]]:
     return [info for info in state.node_table() if info["Alive"]]
 
 
-def _holders(state: Any) -> list[Holder]:
+def _holders(state: Any) -> list[JobHolding]:
     both = list(zip(_living(state), nodes.nodes_of(state), strict=True))
     names = {info["NodeID"]: node.name for info, node in both}
     hosts = {info["NodeManagerAddress"]: node.name for info, node in both}
@@ -88,7 +88,9 @@ def _holders(state: Any) -> list[Holder]:
     return [job for job in jobs if job.holds]
 
 
-def _holder(job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, str], hosts: dict[str, str]) -> Holder:
+def _holder(
+    job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, str], hosts: dict[str, str]
+) -> JobHolding:
     mine = [group for group in groups if group["placement_group_id"][-JOB_DIGITS:] == job["JobID"]]
     held: dict[str, Counter[str]] = {}
     for group in mine:
@@ -100,7 +102,7 @@ def _holder(job: dict[str, Any], groups: list[dict[str, Any]], names: dict[str, 
         for name, has in held.items()
     }
     seconds = time.time() - job["StartTime"] / 1000
-    return Holder(
+    return JobHolding(
         job["Entrypoint"][:NAME],
         hosts.get(job["DriverIPAddress"], job["DriverIPAddress"]),
         job["DriverPid"],

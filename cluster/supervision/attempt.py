@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from cluster.supervision import outcome
-from cluster.supervision.health_monitor import Lookout, beat_of
+from cluster.supervision.health_monitor import HealthMonitor, beat_of
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot, lives
 from cluster.worker import exit_record
@@ -34,21 +34,21 @@ LOOK_S = 0.5
 """Between questions whether there is room for more workers."""
 
 
-class World:
+class Attempt:
     """One start of all ranks."""
 
     def __init__(self, job: Job, slots: Sequence[Slot], generation: int) -> None:
         self.job = job
-        self.stewards = [slot.steward for slot in slots]
-        self.places: list[dict[str, Any]] = [slot.place or {} for slot in slots]
-        self.generation = generation
+        self.stewards = [slot.agent for slot in slots]
+        self.places: list[dict[str, Any]] = [slot.info or {} for slot in slots]
+        self.number = generation
         self.size = len(slots)
-        self.ends: dict[int, outcome.End] = {}
+        self.ends: dict[int, outcome.WorkerExit] = {}
         self.errors: dict[int, dict[str, Any]] = {}
         self.orders: list[dict[str, Any]] = []
         self.pids: list[int] = []  # of the trainers, by rank
         self.orphans: dict[int, tuple[float, Exception]] = {}
-        self.lookout = Lookout(job, self.stewards, self.places)
+        self.lookout = HealthMonitor(job, self.stewards, self.places)
         self.lost: set[int] = set()
         """Ranks whose stewards are gone."""
         self.asked: dict[int, int] = {}
@@ -61,7 +61,7 @@ class World:
         """A checkpoint was just written; or none will be before the end."""
         self.leaving = False
         """Told to save and end, by the driver, for any reason."""
-        self.finding: outcome.Finding | None = None
+        self.finding: outcome.Diagnosis | None = None
         self._killed: float | None = None
         self._ray_lost: float | None = None
         self._first_steps: set[int] = set()
@@ -80,7 +80,7 @@ class World:
                 f"cluster.port={cluster.port} on {place['host']} ({place['ip']}): {met['error']}. "
                 "Choose another, or cluster.port=0 for any free one"
             )
-        meeting = {**met, "generation": self.generation}
+        meeting = {**met, "generation": self.number}
         self.orders = [{**order, "meeting": meeting} for order in orders]
         starts = [s.start.remote(order) for s, order in zip(self.stewards, self.orders, strict=True)]
         answers = self._ask(starts)
@@ -91,7 +91,7 @@ class World:
                 )
         self.job.clock.mark("imports", answers[0]["ready"])
         self.pids = [answer["pid"] for answer in answers]
-        self.job.show({"event": "started", "pids": self.pids, "generation": self.generation})
+        self.job.show({"event": "started", "pids": self.pids, "generation": self.number})
         return self.pids
 
     def _ask(self, questions: Sequence[Any]) -> list[Any]:
@@ -123,7 +123,7 @@ class World:
                 self._give_up_silent()
             elif self._verdict().cause is not None:
                 uncertain = uncertain or time.monotonic()
-                if outcome.certain(list(self.ends.values())) or time.monotonic() > uncertain + SETTLE_S:
+                if outcome.first_cause_known(list(self.ends.values())) or time.monotonic() > uncertain + SETTLE_S:
                     self._kill_rest()
             else:
                 self._look_after()
@@ -134,7 +134,9 @@ class World:
         return self._verdict()
 
     def _verdict(self) -> outcome.Verdict:
-        return outcome.judge(list(self.ends.values()), self.size, self.finding, self.asked if not self.leaving else ())
+        return outcome.decide_outcome(
+            list(self.ends.values()), self.size, self.finding, self.asked if not self.leaving else ()
+        )
 
     def _hear(self, polls: dict[Any, int]) -> None:
         """Takes what the stewards have answered by now, after a moment's wait, and asks them again."""
@@ -179,7 +181,7 @@ class World:
         else:
             self._ray_lost = self._ray_lost or time.monotonic()
             if time.monotonic() > self._ray_lost + NOTICE_S:
-                self.finding = outcome.Finding(
+                self.finding = outcome.Diagnosis(
                     "worker lost", None, "processes of Ray's own have ended on the driver's host"
                 )
         if self.finding is not None:
@@ -225,7 +227,7 @@ class World:
     # --------------------------------------------------------------------------------------------------------- hearing
 
     def _take(self, rank: int, record: dict[str, Any]) -> None:
-        if record.get("generation") != self.generation:
+        if record.get("generation") != self.number:
             return
         event = record["event"]
         if event == "beat":
@@ -258,7 +260,7 @@ class World:
             self._first_steps.add(rank)
             if len(self._first_steps) == self.size:
                 self.marks["train"] = max(record["t"], self.marks.get("train", 0.0))
-                self.job.show({"event": "world", "generation": self.generation, "size": self.size, "marks": self.marks})
+                self.job.show({"event": "world", "generation": self.number, "size": self.size, "marks": self.marks})
 
     def _ended(self, rank: int, record: dict[str, Any]) -> None:
         orphaned = record.get("orphaned")
@@ -266,7 +268,7 @@ class World:
         self.marks.setdefault(
             "failed" if record["code"] not in (0, outcome.STOPPED) else "ended", record.get("t", time.time())
         )
-        self.ends[rank] = outcome.End(
+        self.ends[rank] = outcome.WorkerExit(
             rank=rank,
             order=len(self.ends),
             code=record["code"],
@@ -278,7 +280,7 @@ class World:
             peak_mib=record.get("peak_mib"),
             memory_mib=record.get("memory_mib"),
             oom=record.get("oom", 0),
-            ours=self._killed is not None,
+            killed_by_driver=self._killed is not None,
             fault="worker lost" if orphaned else None,
             words="was lost: the warm process that it was forked from ended" if orphaned else "",
             at=beat_of(record["at"]) if "at" in record else self.lookout.beats.get(rank),
@@ -297,7 +299,7 @@ class World:
         else:
             fault, words = "worker lost", "was lost with its steward, the process that watched over it"
         self.marks.setdefault("failed", time.time())
-        self.ends[rank] = outcome.End(
+        self.ends[rank] = outcome.WorkerExit(
             rank=rank,
             order=len(self.ends),
             code=-signal.SIGKILL,

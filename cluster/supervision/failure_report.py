@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from cluster.supervision.hang_detector import ranks
-from cluster.supervision.outcome import End, Verdict
+from cluster.supervision.hang_detector import format_ranks
+from cluster.supervision.outcome import Verdict, WorkerExit
 
 MOST_LINES = 24
 """Of a traceback: the innermost; the rank's log has all."""
@@ -29,15 +29,15 @@ def explain(verdict: Verdict) -> list[str]:
         lines += ["", f"cure: {CURES[verdict.fault]}"]
     if verdict.collateral:
         why = "their errors follow" if len(verdict.collateral) > 1 else "its error follows"
-        killed = all(end.ours for end in verdict.collateral)
+        killed = all(end.killed_by_driver for end in verdict.collateral)
         lines += [
             "",
-            f"{ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})",
+            f"{format_ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})",
         ]
     return lines
 
 
-def how(end: End) -> str:
+def how(end: WorkerExit) -> str:
     """In a few words, how a rank ended."""
     at = f" {end.at.where}" if end.at else ""
     if end.words:
@@ -58,14 +58,14 @@ def signature(verdict: Verdict) -> str:
     return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)
 
 
-def _title(end: End | None, words: str) -> str:
+def _title(end: WorkerExit | None, words: str) -> str:
     if end is None:
         return words
     host, pid = f" on {end.host}" if end.host else "", f" (pid {end.pid})" if end.pid else ""
     return f"rank {end.rank}{host}{pid} {words}"
 
 
-def _evidence(end: End, fault: str) -> list[str]:
+def _evidence(end: WorkerExit, fault: str) -> list[str]:
     lines = []
     if end.peak_mib and (end.code == -signal.SIGKILL or fault == "out of host memory"):
         oom = "the kernel's out-of-memory killer was at work" if end.oom else "the kernel reports no lack of memory"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.supervision.outcome import Beat, Finding
+from cluster.supervision.outcome import Diagnosis, Heartbeat
 
 FIRST = 5
 """How many times the hang timeout a phase may take that the rank has not yet been through: compiling, filling caches."""
@@ -27,20 +27,20 @@ WINDOW_STEPS, WINDOW_S, WINDOWS = 6, 2.0, 3
 
 
 @dataclass(frozen=True)
-class Limits:
+class HangLimits:
     """Seconds: how long a rank may stand still, and how long a start may take."""
 
     hang_s: float
     start_s: float
 
-    def of(self, beat: Beat) -> float:
+    def of(self, beat: Heartbeat) -> float:
         """How long this rank may stand still where it is now."""
         if beat.longest_s > 0:
             return max(self.hang_s, KNOWN * beat.longest_s)
         return max(FIRST * self.hang_s, self.start_s if beat.phase == "start" else 0.0)
 
 
-def hung(beats: Sequence[Beat], limits: Limits) -> Finding | None:
+def diagnose_hang(beats: Sequence[Heartbeat], limits: HangLimits) -> Diagnosis | None:
     """What keeps the ranks that live from going on, or None while any of them moves or may still take its time."""
     stopped = [b for b in beats if b.stopped and b.still_s > limits.hang_s]
     if not stopped and not (beats and all(b.still_s > limits.of(b) for b in beats)):
@@ -48,7 +48,9 @@ def hung(beats: Sequence[Beat], limits: Limits) -> Finding | None:
     culprits = stopped or _culprits(beats)
     if not culprits:
         still = min(b.still_s for b in beats)
-        return Finding("hung", None, f"no rank has moved for {still:.0f} s, and none can be blamed: {_waiting(beats)}")
+        return Diagnosis(
+            "hung", None, f"no rank has moved for {still:.0f} s, and none can be blamed: {_waiting(beats)}"
+        )
     first = culprits[0]
     words = [f"hung: nothing moved for {first.still_s:.0f} s {first.where}"]
     if first.inside:
@@ -59,11 +61,11 @@ def hung(beats: Sequence[Beat], limits: Limits) -> Finding | None:
     if others:
         words.append(_waiting(others))
     if len(culprits) > 1:
-        words.append(f"{ranks(culprits[1:])} likewise")
-    return Finding("hung", first.rank, words[0], tuple(words[1:]))
+        words.append(f"{format_ranks(culprits[1:])} likewise")
+    return Diagnosis("hung", first.rank, words[0], tuple(words[1:]))
 
 
-def _culprits(beats: Sequence[Beat]) -> list[Beat]:
+def _culprits(beats: Sequence[Heartbeat]) -> list[Heartbeat]:
     """The ranks that the others wait for: those that have begun fewer collectives; else those that are in none; else those that
     are in another than most.
     """
@@ -77,32 +79,32 @@ def _culprits(beats: Sequence[Beat]) -> list[Beat]:
     return list(beats) if len(beats) == 1 else []
 
 
-def _waiting(beats: Sequence[Beat]) -> str:
+def _waiting(beats: Sequence[Heartbeat]) -> str:
     """Where these ranks are, those of one place together."""
-    places: dict[tuple[str, str, str], list[Beat]] = {}
+    places: dict[tuple[str, str, str], list[Heartbeat]] = {}
     for beat in sorted(beats, key=lambda b: b.rank):
         inside = ("waits", "wait", f"in {beat.collective} #{beat.count}")
         places.setdefault(inside if beat.inside else ("is", "are", beat.where), []).append(beat)
     return "; ".join(
-        f"{ranks(who)} {one if len(who) == 1 else many} {place}" for (one, many, place), who in places.items()
+        f"{format_ranks(who)} {one if len(who) == 1 else many} {place}" for (one, many, place), who in places.items()
     )
 
 
-def ranks(beats: Sequence[Any], most: int = 8) -> str:
+def format_ranks(beats: Sequence[Any], most: int = 8) -> str:
     """ "rank 1", "ranks 0, 2, 3, ..." """
     numbers = ", ".join(str(b.rank) for b in beats[:most]) + (", ..." if len(beats) > most else "")
     return f"rank{'s' if len(beats) > 1 else ''} {numbers}"
 
 
 @dataclass
-class Stragglers:
+class StragglerDetector:
     """Finds ranks that are slower than the others, window after window. What they wait for each other is not counted."""
 
-    begun: dict[int, Beat] = field(default_factory=dict)
+    begun: dict[int, Heartbeat] = field(default_factory=dict)
     since: float = 0.0
     streak: dict[int, int] = field(default_factory=dict)
 
-    def look(self, beats: Sequence[Beat], now: float) -> list[tuple[int, float]]:
+    def look(self, beats: Sequence[Heartbeat], now: float) -> list[tuple[int, float]]:
         """(rank, how many times as long as the median of the others it works) of each rank that is found slow now.
 
         ``now``: seconds on any clock.

@@ -19,20 +19,20 @@ MOST_RANKS = 6
 """Whose stacks are shown in short where none can be blamed."""
 
 
-class Lookout:
+class HealthMonitor:
     """What is known of the ranks of one world while they live."""
 
     def __init__(self, job: Job, stewards: Sequence[Any], places: Sequence[dict[str, Any]]) -> None:
         cluster = job.config.cluster
         self.job, self.stewards, self.places = job, stewards, places
-        self.limits = hang_detector.Limits(cluster.hang_timeout, cluster.start_timeout)
-        self.stragglers = hang_detector.Stragglers()
-        self.beats: dict[int, outcome.Beat] = {}
+        self.limits = hang_detector.HangLimits(cluster.hang_timeout, cluster.start_timeout)
+        self.stragglers = hang_detector.StragglerDetector()
+        self.beats: dict[int, outcome.Heartbeat] = {}
         self.heard: dict[int, float] = {}
         """When each steward last answered (monotonic)."""
         self.looked = 0.0
 
-    def find(self, living: Collection[int]) -> outcome.Finding | None:
+    def find(self, living: Collection[int]) -> outcome.Diagnosis | None:
         """Why the ranks ``living`` cannot go on, if they cannot: one is cut off, or they hang. Says which are slow."""
         now = time.monotonic()
         if now > self.looked + OWN_PAUSE_S:  # it was us who did not listen
@@ -41,9 +41,9 @@ class Lookout:
         silent = [rank for rank in living if now - self.heard[rank] > self.limits.hang_s]
         if silent:
             words = f"was cut off: its host has not answered for {now - self.heard[silent[0]]:.0f} s"
-            return outcome.Finding("network lost", silent[0], words)
+            return outcome.Diagnosis("network lost", silent[0], words)
         known = [self.beats[rank] for rank in living if rank in self.beats]
-        found = hang_detector.hung(known, self.limits) if len(known) == len(living) else None
+        found = hang_detector.diagnose_hang(known, self.limits) if len(known) == len(living) else None
         if found is not None:
             return replace(found, evidence=(*found.evidence, *self._inspect(living, found.rank)))
         for rank, ratio in self.stragglers.look(known, now):
@@ -66,7 +66,7 @@ class Lookout:
         return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 
 
-def beat_of(record: dict[str, Any]) -> outcome.Beat:
+def beat_of(record: dict[str, Any]) -> outcome.Heartbeat:
     """A steward's record of its trainer's pulse, typed."""
-    fields = outcome.Beat.__dataclass_fields__
-    return outcome.Beat(**{key: value for key, value in record.items() if key in fields})
+    fields = outcome.Heartbeat.__dataclass_fields__
+    return outcome.Heartbeat(**{key: value for key, value in record.items() if key in fields})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host.stop_request import Signals
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Config
 
 Show = Callable[[dict[str, Any]], None]
@@ -49,7 +49,7 @@ class Job:
     show: Show
     signals: Signals
     clock: Clock
-    private: Private | None = None
+    private: LocalRayCluster | None = None
     """The job's own Ray cluster, where it has one."""
 
     @property

@@ -42,7 +42,7 @@ HOST_MEMORY = re.compile(
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """What a rank was doing when it was last looked at: its pulse (``train.distributed.heartbeat``) and its process's state."""
 
     rank: int
@@ -77,7 +77,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class End:
+class WorkerExit:
     """How one rank ended. ``order``: place among the ends, as the driver heard of them."""
 
     rank: int
@@ -93,16 +93,16 @@ class End:
     peak_mib: int | None = None
     memory_mib: int | None = None
     oom: int = 0
-    ours: bool = False
+    killed_by_driver: bool = False
     """Whether the driver killed it, for another rank's sake."""
     fault: Fault | None = None
     """Set, with ``words``, where not the trainer but what held it ended: the warm process, the steward or the host."""
     words: str = ""
-    at: Beat | None = None
+    at: Heartbeat | None = None
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """What was seen of a world that still ran and cannot go on. ``rank``: whose fault it is, if that is clear; ``words`` go on
     from its name.
     """
@@ -119,12 +119,14 @@ class Verdict:
 
     kind: Literal["running", "done", "stopped", "bad_input", "failed"]
     fault: Fault | None = None
-    cause: End | None = None
-    collateral: tuple[End, ...] = ()
-    finding: Finding | None = None
+    cause: WorkerExit | None = None
+    collateral: tuple[WorkerExit, ...] = ()
+    finding: Diagnosis | None = None
 
 
-def judge(ends: Sequence[End], size: int, finding: Finding | None = None, asked: Collection[int] = ()) -> Verdict:
+def decide_outcome(
+    ends: Sequence[WorkerExit], size: int, finding: Diagnosis | None = None, asked: Collection[int] = ()
+) -> Verdict:
     """The verdict over a world of ``size`` ranks of which ``ends`` have ended, after ``finding`` if there was one.
 
     ``asked``: ranks that were told to end by a signal of their own. Where these are not all, they were preempted.
@@ -146,12 +148,12 @@ def judge(ends: Sequence[End], size: int, finding: Finding | None = None, asked:
     return Verdict("done")
 
 
-def certain(ends: Sequence[End]) -> bool:
+def first_cause_known(ends: Sequence[WorkerExit]) -> bool:
     """Whether the first cause is among the ends already, so that nobody need be waited for."""
     return any(end.code not in (0, STOPPED) and _weight(end) == 0 for end in ends)
 
 
-def fault_of(end: End) -> Fault:
+def fault_of(end: WorkerExit) -> Fault:
     """The kind of a bad end that was not the driver's doing."""
     if end.fault:
         return end.fault
@@ -167,13 +169,13 @@ def fault_of(end: End) -> Fault:
     return "network lost" if _weight(end) == 2 else "raised"
 
 
-def _rest(bad: Sequence[End], cause: End | None) -> tuple[End, ...]:
+def _rest(bad: Sequence[WorkerExit], cause: WorkerExit | None) -> tuple[WorkerExit, ...]:
     return tuple(sorted((end for end in bad if end is not cause), key=lambda end: end.rank))
 
 
-def _weight(end: End) -> int:
+def _weight(end: WorkerExit) -> int:
     """How likely an end is another's consequence; the least likely is the cause."""
-    if end.ours:
+    if end.killed_by_driver:
         return 3
     if end.code > 0 and end.error and COLLATERAL.search(end.error.strip().splitlines()[-1]):
         return 2

@@ -18,7 +18,7 @@ from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.supervision.job import Job
-from cluster.worker.agent import Steward
+from cluster.worker.agent import WorkerAgent
 from train.config.schema import Cluster
 from train.errors import UserError
 
@@ -49,10 +49,10 @@ class Slot:
     index: int
     bundle: dict[str, float]
     """What Ray keeps for it."""
-    steward: Any = None
+    agent: Any = None
     asked: Any = None
     """The question where the steward is, while it is open."""
-    place: dict[str, Any] | None = None
+    info: dict[str, Any] | None = None
     """Its answer: the steward is up."""
     since: float = 0.0
     """When it answered (monotonic)."""
@@ -60,10 +60,10 @@ class Slot:
 
     def empty(self, seconds: float = 0.0) -> None:
         """Gives up its steward, and asks for another when ``seconds`` are over."""
-        if self.steward is not None:
+        if self.agent is not None:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(self.steward)
-        self.steward = self.asked = self.place = None
+                ray.kill(self.agent)
+        self.agent = self.asked = self.info = None
         self.empty_until = time.monotonic() + seconds
 
 
@@ -103,7 +103,7 @@ def _groups(places: Sequence[Slot]) -> list[Any]:
     return list({slot.group.id: slot.group for slot in places}.values())
 
 
-class Slots:
+class JobSlots:
     """All slots of a job, ``cluster.workers`` of them; those that are up make the world."""
 
     def __init__(self, job: Job, device: str) -> None:
@@ -124,7 +124,7 @@ class Slots:
         for _ in range(cluster.workers - size):
             self.all += gang(cluster, self.device, 1)
         for slot in self.all:
-            if slot.place is None:
+            if slot.info is None:
                 self._ask(slot)
         self.wait(size, size, cluster.start_timeout)
         self.job.clock.mark("workers")
@@ -155,7 +155,7 @@ class Slots:
     def look(self, seconds: float = 0.0) -> None:
         """Notes which of the open questions were answered, and asks again for slots that were to stay empty for a while."""
         for slot in self.all:
-            if slot.steward is None and time.monotonic() > slot.empty_until:
+            if slot.agent is None and time.monotonic() > slot.empty_until:
                 self._ask(slot)
         waiting = {slot.asked: slot for slot in self.all if slot.asked is not None}
         answered = ray.wait(list(waiting), num_returns=1, timeout=seconds)[0] if waiting else []
@@ -165,25 +165,25 @@ class Slots:
             slot = waiting[question]
             slot.asked = None
             try:
-                slot.place, slot.since = ray.get(question), time.monotonic()
-                slot.steward.warm_up.remote()
+                slot.info, slot.since = ray.get(question), time.monotonic()
+                slot.agent.warm_up.remote()
             except ray.exceptions.RayError:
                 self._ask(slot)
 
     def up(self) -> list[Slot]:
         """The slots that are up, in the order of ranks: node by node."""
         found = [
-            (slot.place["ip"], slot.place["node"], n, slot) for n, slot in enumerate(self.all) if slot.place is not None
+            (slot.info["ip"], slot.info["node"], n, slot) for n, slot in enumerate(self.all) if slot.info is not None
         ]
         return [slot for *_, slot in sorted(found, key=lambda row: row[:3])]
 
     def settled(self, seconds: float) -> int:
         """How many slots have been up for so many seconds."""
-        return sum(slot.place is not None and time.monotonic() - slot.since >= seconds for slot in self.all)
+        return sum(slot.info is not None and time.monotonic() - slot.since >= seconds for slot in self.all)
 
     def silent(self, slots: Sequence[Slot]) -> set[int]:
         """The places in ``slots`` of those whose stewards do not answer."""
-        questions = {slot.steward.where.remote(): n for n, slot in enumerate(slots)}
+        questions = {slot.agent.where.remote(): n for n, slot in enumerate(slots)}
         answered, rest = ray.wait(list(questions), num_returns=len(questions), timeout=ANSWER_S)
         found = {questions[question] for question in rest}
         for question in answered:
@@ -201,11 +201,11 @@ class Slots:
     def _ask(self, slot: Slot) -> None:
         """Asks Ray for a steward in the slot. It comes up when the slot has a node."""
         strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.index)
-        actor = ray.remote(Steward).options(
+        actor = ray.remote(WorkerAgent).options(
             num_cpus=slot.bundle["CPU"],
             num_gpus=slot.bundle.get("GPU", 0),
             scheduling_strategy=strategy,
             max_concurrency=4,  # a steward answers while somebody waits for its news
         )
-        slot.steward = actor.remote(self.job.folder, self.job.target, self.device)
-        slot.place, slot.asked = None, slot.steward.where.remote()
+        slot.agent = actor.remote(self.job.folder, self.job.target, self.device)
+        slot.info, slot.asked = None, slot.agent.where.remote()

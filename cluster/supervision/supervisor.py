@@ -15,9 +15,9 @@ from typing import Any
 import ray
 
 from cluster.supervision import failure_report, outcome, restart_policy
-from cluster.supervision.attempt import HEAR_S, NOTICE_S, World
+from cluster.supervision.attempt import HEAR_S, NOTICE_S, Attempt
 from cluster.supervision.job import Job
-from cluster.supervision.slots import Slot, Slots, lives
+from cluster.supervision.slots import JobSlots, Slot, lives
 
 
 class Supervisor:
@@ -30,8 +30,8 @@ class Supervisor:
         self.console = job.show
         self.device = device
         self.size, self.gang = size or job.config.cluster.workers, gang
-        self.generation = 0
-        self.slots = Slots(self.job, device)
+        self.attempts = 0
+        self.slots = JobSlots(self.job, device)
         self.row: list[restart_policy.Failure] = []
         """The failures since there was progress."""
         self.down: dict[str, Any] = {}
@@ -44,7 +44,7 @@ class Supervisor:
             if self.job.signals.heard is not None:
                 return outcome.Verdict("stopped")
             slots = self.slots.up()[: self.job.config.cluster.workers]
-            world = World(self.job, slots, self.generation)
+            world = Attempt(self.job, slots, self.attempts)
             verdict = self._live(world, slots)
             again = (
                 self._after_failure(world, verdict) if verdict.kind == "failed" else self._after_stop(world, verdict)
@@ -53,10 +53,10 @@ class Supervisor:
                 return verdict
             failed = world.marks.get("failed", world.marks.get("ended"))
             self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
-            self.generation += 1
+            self.attempts += 1
             self._prepare(world, slots, verdict)
 
-    def _live(self, world: World, slots: list[Slot]) -> outcome.Verdict:
+    def _live(self, world: Attempt, slots: list[Slot]) -> outcome.Verdict:
         """Starts a world and follows it to its end."""
         try:
             self._note_places(world, world.start(self.orders(slots)))
@@ -67,12 +67,14 @@ class Supervisor:
             first, *rest = str(error).strip().splitlines()
             words = f"the workers could not be started: {first}"
             return outcome.Verdict(
-                "failed", fault, finding=outcome.Finding(fault, None, words, tuple(rest[-failure_report.MOST_LINES :]))
+                "failed",
+                fault,
+                finding=outcome.Diagnosis(fault, None, words, tuple(rest[-failure_report.MOST_LINES :])),
             )
         self.job.signals.running()
         return world.follow(self._more_than(len(slots)))
 
-    def _note_places(self, world: World, pids: list[int]) -> None:
+    def _note_places(self, world: Attempt, pids: list[int]) -> None:
         """Writes ``world.json``: where each rank runs, for people and tools."""
         ranks = [
             {
@@ -86,12 +88,12 @@ class Supervisor:
             for rank, (pid, place) in enumerate(zip(pids, world.places, strict=True))
         ]
         aside = self.job.run_dir / ".world.json"
-        aside.write_text(json.dumps({"generation": self.generation, "ranks": ranks}) + "\n")
+        aside.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
         aside.replace(self.job.run_dir / "world.json")
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
-    def _after_failure(self, world: World, verdict: outcome.Verdict) -> bool:
+    def _after_failure(self, world: Attempt, verdict: outcome.Verdict) -> bool:
         """Says what failed and what follows; whether to start again, after the wait that this may take."""
         last = [*world.lookout.beats.values(), *(end.at for end in world.ends.values() if end.at)]
         step = max((beat.step for beat in last), default=0)
@@ -113,7 +115,7 @@ class Supervisor:
         found = self.job.run_dir.glob("checkpoints/step_*")
         return max((int(path.name[5:]) for path in found if path.name[5:].isdecimal()), default=0)
 
-    def _after_stop(self, world: World, verdict: outcome.Verdict) -> bool:
+    def _after_stop(self, world: Attempt, verdict: outcome.Verdict) -> bool:
         """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
         end while the job was not, or a larger one, that it was stopped for.
         """
@@ -128,7 +130,7 @@ class Supervisor:
             time.sleep(HEAR_S / 4)
         return self.job.signals.heard is None
 
-    def _prepare(self, world: World, slots: list[Slot], verdict: outcome.Verdict) -> None:
+    def _prepare(self, world: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
         """Has the workers up for the next world; on a new private cluster where the old one is gone."""
         private = self.job.private
         if private is None or not private.lost():
@@ -141,7 +143,7 @@ class Supervisor:
             with contextlib.suppress(ray.exceptions.RayError):
                 self._rebuild(slots)
 
-    def _fill(self, world: World, slots: list[Slot], verdict: outcome.Verdict) -> None:
+    def _fill(self, world: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
         """Empties the places that were lost or are to be left, and waits for as many workers as there can be now."""
         preempted = verdict.fault == "preempted"
         for rank, slot in enumerate(slots):
@@ -163,12 +165,12 @@ class Supervisor:
         """A new private cluster, and all places taken anew on it."""
         assert self.job.private is not None
         for slot in slots:  # Ray can no longer be asked to end them
-            if slot.place is not None and slot.place["ip"] == self.job.private.start.ip:
+            if slot.info is not None and slot.info["ip"] == self.job.private.start.ip:
                 with contextlib.suppress(OSError):
-                    os.kill(slot.place["pid"], signal.SIGKILL)
+                    os.kill(slot.info["pid"], signal.SIGKILL)
         self.job.private.again()
         self.job.signals.listen()
-        self.slots = Slots(self.job, self.device)
+        self.slots = JobSlots(self.job, self.device)
         self.slots.take(self.size)
 
     def _more_than(self, size: int) -> Any:
@@ -185,7 +187,7 @@ class Supervisor:
     def _show(self, event: dict[str, Any]) -> None:
         """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
         if event["event"] == "world" and self.down:
-            record = {"generation": self.generation, "workers": event["size"], **event["marks"], **self.down}
+            record = {"generation": self.attempts, "workers": event["size"], **event["marks"], **self.down}
             with (self.job.run_dir / "restarts.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.down = {}
@@ -205,8 +207,8 @@ class Supervisor:
         seen: dict[str, int] = {}
         orders = []
         for rank, slot in enumerate(slots):
-            assert slot.place is not None
-            node = slot.place["node"]
+            assert slot.info is not None
+            node = slot.info["node"]
             local = seen.setdefault(node, 0)
             seen[node] += 1
             orders.append(

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import IO
 
 from cluster.driver import driver
-from cluster.driver.early_start import Begun
+from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
 from cluster.host.stop_request import STOPPED
 from cluster.raycluster import connect, placement, ray_node, remote_hosts
 from cluster.sweep.board import Board
-from cluster.sweep.ledger import Ledger
-from cluster.sweep.scheduler import Chooser, Queue
-from cluster.sweep.slot_pool import FindCorpus, Ground
+from cluster.sweep.ledger import SweepLedger
+from cluster.sweep.scheduler import Chooser, SweepScheduler
+from cluster.sweep.slot_pool import FindCorpus, SweepResources
 from train.config import load as configuration
 from train.config import sweep_space
 from train.config.sweep_space import Sweeping
@@ -29,22 +29,22 @@ LOCK, RESULTS = "sweep.lock", "results.csv"
 BAD = ("failed", "diverged")
 
 
-def run(overrides: Sequence[str], find_corpus: FindCorpus, begun: Begun) -> int:
+def run(overrides: Sequence[str], find_corpus: FindCorpus, begun: EarlyStart) -> int:
     """Runs a sweep and returns the exit code: 0 all trials are done, 75 stopped on request, 2 bad input, 1 one has failed."""
-    return driver.carry_out(Sweep(overrides, find_corpus, begun), begun)
+    return driver.carry_out(SweepDriver(overrides, find_corpus, begun), begun)
 
 
-class Sweep:
+class SweepDriver:
     """The driver of one sweep."""
 
-    def __init__(self, overrides: Sequence[str], find_corpus: FindCorpus, begun: Begun) -> None:
+    def __init__(self, overrides: Sequence[str], find_corpus: FindCorpus, begun: EarlyStart) -> None:
         self.overrides, self.find_corpus, self.begun = overrides, find_corpus, begun
         self.console = Board()
-        self.others: remote_hosts.Remote | None = None
+        self.others: remote_hosts.RemoteNodes | None = None
         self.held: IO[str] | None = None
         self.folder = Path()
 
-    def give_back(self) -> None:
+    def remove_empty_run_dir(self) -> None:
         """After bad input: leaves no empty folder behind."""
         with contextlib.suppress(OSError):
             if self.held is not None and [path.name for path in self.folder.iterdir()] == [LOCK]:
@@ -61,18 +61,18 @@ class Sweep:
         self.console.say(f"  sweep    {sweep.settings.dir}: {_what(queue)}")
         if queue.more():
             base = sweep.base.cluster
-            private, self.others = connect.gather(
+            private, self.others = connect.connect(
                 base, f"sweep {sweep.settings.name}", self.begun.folder, self.begun.target
             )
             self.begun.signals.listen()
             device = placement.choose_device(base.device, ray_node.inventory())
-            self.begun.warm.set_device(device)
+            self.begun.fork_server.set_device(device)
             self.console.open()
             begun = self.begun
-            queue.run(Ground(device, begun.target, begun.folder.name, begun.signals, self.find_corpus, private))
+            queue.run(SweepResources(device, begun.target, begun.folder.name, begun.signals, self.find_corpus, private))
         return self._finish(queue)
 
-    def _finish(self, queue: Queue) -> int:
+    def _finish(self, queue: SweepScheduler) -> int:
         write_whole(self.folder / RESULTS, results(queue).encode())
         out, where = self.console, queue.sweep.settings.dir
         out.final()
@@ -98,24 +98,24 @@ class Sweep:
         return code
 
 
-def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> Queue:
+def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> SweepScheduler:
     """The trials of a sweep as its folder has them, which is begun where it is new. UserError where it is another sweep's."""
     if sweep.settings.sampler == "grid":
-        return Queue(sweep, Ledger(folder, sweep, sweep_space.grid(sweep)), None, board)
-    from cluster.sweep.search import Search  # only now: Optuna is for searches
+        return SweepScheduler(sweep, SweepLedger(folder, sweep, sweep_space.grid(sweep)), None, board)
+    from cluster.sweep.search import TrialSearch  # only now: Optuna is for searches
 
-    search: Chooser = Search(sweep)
-    return Queue(sweep, Ledger(folder, sweep, None), search, board)
+    search: Chooser = TrialSearch(sweep)
+    return SweepScheduler(sweep, SweepLedger(folder, sweep, None), search, board)
 
 
-def verdict(queue: Queue) -> int:
+def verdict(queue: SweepScheduler) -> int:
     """The exit code of a sweep that has ended."""
     if queue.stopping:
         return STOPPED
     return driver.FAILED if any(trial.state in BAD for trial in queue.trials) else driver.DONE
 
 
-def results(queue: Queue) -> str:
+def results(queue: SweepScheduler) -> str:
     """The table of a sweep for other programs: what each trial's values were and what came of it."""
     keys = queue.sweep.keys
     out = io.StringIO()
@@ -127,7 +127,7 @@ def results(queue: Queue) -> str:
     return out.getvalue()
 
 
-def _what(queue: Queue) -> str:
+def _what(queue: SweepScheduler) -> str:
     """What there is to do, in words."""
     ended = sum(trial.state != "queued" for trial in queue.trials)
     total = plural(queue.board.total, "trial")

@@ -33,7 +33,7 @@ FINAL = ("done", "pruned", "diverged")
 
 
 @dataclass
-class Entry:
+class TrialRecord:
     """What the ledger knows of a trial."""
 
     params: Params
@@ -46,13 +46,13 @@ class Entry:
     why: str = ""
 
 
-class Ledger:
+class SweepLedger:
     """A sweep's ledger, in the hands of the one driver that runs it."""
 
     def __init__(self, folder: Path, sweep: Sweeping, grid: Sequence[Params] | None) -> None:
         """Reads it, where it is begun; UserError, in words, where it is another sweep's."""
         self.file = folder / FILE
-        self.trials: dict[int, Entry] = {}
+        self.trials: dict[int, TrialRecord] = {}
         """As it was when it was opened."""
         records = read_records(self.file)
         head = {"event": "sweep", **identity(sweep), "grid": grid}
@@ -62,13 +62,13 @@ class Ledger:
             _refuse_other(records[0], head, folder)
             grid = records[0]["grid"]  # a shuffled one comes in another order each time
         for number, params in enumerate(grid or []):
-            self.trials[number] = Entry(params)
+            self.trials[number] = TrialRecord(params)
         for record in records[1:]:
             self._take(record)
 
     def _take(self, record: dict[str, Any]) -> None:
         if record["event"] == "trial":
-            self.trials[record["trial"]] = Entry(record["params"], record["attrs"])
+            self.trials[record["trial"]] = TrialRecord(record["params"], record["attrs"])
         elif record["event"] == "start":
             self.trials[record["trial"]].state = "cut off"
         elif record["event"] == "end":

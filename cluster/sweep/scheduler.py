@@ -20,9 +20,9 @@ from cluster.supervision import slots
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
-from cluster.sweep.ledger import FINAL, Entry, Ledger
-from cluster.sweep.slot_pool import Ground, Places
-from cluster.sweep.trial import ENDED, Running, Shared, Trial, best, final, from_outside, history
+from cluster.sweep.ledger import FINAL, SweepLedger, TrialRecord
+from cluster.sweep.slot_pool import SlotPool, SweepResources
+from cluster.sweep.trial import ENDED, Shared, Trial, TrialJob, best, final, from_outside, history
 from train.config import load as configuration
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
@@ -47,15 +47,15 @@ class Chooser(Protocol):
         """How a trial has ended."""
 
 
-class Queue:
+class SweepScheduler:
     """One sweep's trials."""
 
-    def __init__(self, sweep: Sweeping, ledger: Ledger, search: Chooser | None, board: Board) -> None:
+    def __init__(self, sweep: Sweeping, ledger: SweepLedger, search: Chooser | None, board: Board) -> None:
         """What the ledger knows is taken over. UserError where a trial's configuration makes no sense."""
         self.sweep, self.ledger, self.search, self.board = sweep, ledger, search, board
         self.trials = [self._known(number, entry) for number, entry in sorted(ledger.trials.items())]
         self.waiting = collections.deque(trial for trial in self.trials if trial.state == "queued")
-        self.running: dict[int, Running] = {}
+        self.running: dict[int, TrialJob] = {}
         self.locks: dict[int, IO[str]] = {}
         self.news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self.stopping = False
@@ -63,7 +63,7 @@ class Queue:
         board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
         board.total = sweep.settings.trials if search else len(self.trials)
 
-    def _known(self, number: int, entry: Entry) -> Trial:
+    def _known(self, number: int, entry: TrialRecord) -> Trial:
         """A trial of the ledger as it stands now."""
         trial = Trial(number, entry.params, configuration.load_trial(self.sweep, number, entry.params))
         summary = resume.finished(trial.config)
@@ -92,14 +92,14 @@ class Queue:
 
     # ---------------------------------------------------------------------------------------------------------- running
 
-    def run(self, ground: Ground) -> None:
+    def run(self, ground: SweepResources) -> None:
         """Runs what is left, until all has ended or a signal came and all is saved. UserError where a trial can never fit."""
-        self.ground, self.places = ground, Places(ground, self.board)
+        self.ground, self.places = ground, SlotPool(ground, self.board)
         known = ray_node.inventory()
         for trial in [*self.waiting] or [Trial(-1, {}, self.sweep.base)]:
             cluster = trial.config.cluster
-            placement.place(
-                known, placement.Request(cluster.workers, cluster.cpus_per_worker, int(ground.device == "gpu"))
+            placement.place_workers(
+                known, placement.WorkerRequest(cluster.workers, cluster.cpus_per_worker, int(ground.device == "gpu"))
             )
         ground.signals.running()
         while self.running or (self.more() and not self.stopping):
@@ -171,7 +171,7 @@ class Queue:
         self.ledger.start(trial.number, len(hosts), hosts)
         self.board.started(trial, len(hosts), hosts)
         job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, signals, clock, private)
-        self.running[trial.number] = Running(job, self.ground.device, gang, show)
+        self.running[trial.number] = TrialJob(job, self.ground.device, gang, show)
 
     # ---------------------------------------------------------------------------------------------------------- hearing
 
@@ -191,7 +191,7 @@ class Queue:
                 trial.hear(event)
                 self._tell(trial, running, event)
 
-    def _tell(self, trial: Trial, running: Running, event: dict[str, Any]) -> None:
+    def _tell(self, trial: Trial, running: TrialJob, event: dict[str, Any]) -> None:
         kind = event["event"]
         running.job.clock.first_step(event, trial.folder)
         if kind == "failure":

@@ -29,7 +29,7 @@ RUNGS = ((1 / 8, 1 / 3), (1 / 2, 1 / 2))
 rest it does not tell who will be best before the learning rate falls. docs/log.md has the curves, and what else was tried."""
 
 
-class Search:
+class TrialSearch:
     """The study of one sweep. Trials are known by their numbers, 0, 1, 2 and so on."""
 
     def __init__(self, sweep: Sweeping) -> None:

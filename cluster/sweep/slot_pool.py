@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.host.stop_request import Signals
 from cluster.raycluster import status
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import slots
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
@@ -27,7 +27,7 @@ FindCorpus = Callable[[Config, Callable[[dict[str, Any]], None]], str]
 
 
 @dataclass(frozen=True)
-class Ground:
+class SweepResources:
     """What trials run on."""
 
     device: str
@@ -36,17 +36,17 @@ class Ground:
     """Name of the private folder, with its warm process, on every host."""
     signals: Signals
     find_corpus: FindCorpus
-    private: Private | None
+    private: LocalRayCluster | None
 
     def lost(self) -> bool:
         """Whether the sweep's own Ray cluster has ended."""
         return self.private is not None and self.private.lost()
 
 
-class Places:
+class SlotPool:
     """What the next trial waits for."""
 
-    def __init__(self, ground: Ground, board: Board) -> None:
+    def __init__(self, ground: SweepResources, board: Board) -> None:
         self.ground, self.board = ground, board
         self.gangs: list[list[Slot]] = []
         """Left by trials that have ended, with their stewards; last, asked for."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome, restart_policy
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot
@@ -108,10 +108,10 @@ class ClusterLost(Exception):  # noqa: N818  it is what the sweep is told
     """The sweep's own Ray cluster has ended under a trial."""
 
 
-class Shared(Private):
+class Shared(LocalRayCluster):
     """The sweep's own cluster, as its trials see it: the sweep alone may start it anew, when they all have ended."""
 
-    def __init__(self, private: Private) -> None:
+    def __init__(self, private: LocalRayCluster) -> None:
         self.private, self.start = private, private.start
 
     def lost(self) -> bool:
@@ -123,7 +123,7 @@ class Shared(Private):
         raise ClusterLost
 
 
-class Running:
+class TrialJob:
     """A trial's job, followed in a thread of its own until all its processes have ended."""
 
     def __init__(self, job: Job, device: str, gang: Sequence[Slot], tell: Callable[[Event], None]) -> None:

@@ -23,14 +23,14 @@ import ray
 
 from cluster.host import job_dir
 from cluster.worker import ipc
-from cluster.worker.worker_handle import Trainer, tail
+from cluster.worker.worker_handle import WorkerHandle, tail
 from train.distributed import heartbeat
 
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """What ranks other than 0 say that anybody needs to hear."""
 
 
-class Steward:
+class WorkerAgent:
     """One rank's steward. Every method returns at once, but ``poll``, which waits for news."""
 
     def __init__(self, job: str, target: str, device: str) -> None:
@@ -39,9 +39,9 @@ class Steward:
         os.environ.pop(job_dir.MARK, None)
         self.target = target
         self.device = device
-        self.warm: job_dir.WarmProcess | None = None
+        self.warm: job_dir.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
-        self.trainer: Trainer | None = None
+        self.trainer: WorkerHandle | None = None
         self.news: collections.deque[dict[str, Any]] = collections.deque()
         self.changed = threading.Condition()
 
@@ -103,7 +103,7 @@ class Steward:
             connection.close()
             os.close(read_fd)
             return answer or {"failed": f"the warm process ended; its log is {self.folder / 'warm.log'}"}
-        self.trainer = Trainer(answer["pid"], order, shared, offset)
+        self.trainer = WorkerHandle(answer["pid"], order, shared, offset)
         threading.Thread(target=self._watch, args=(connection, read_fd, self.trainer), daemon=True).start()
         return answer
 
@@ -119,13 +119,13 @@ class Steward:
     def _connect(self) -> socket.socket:
         """A connection to the host's warm process, started here if nobody has."""
         with job_dir.alone(self.folder):
-            connection = job_dir.connect_warm(self.folder)
+            connection = job_dir.connect_fork_server(self.folder)
             if connection is None:
                 if self.warm is not None:
                     self.warm.close()
-                self.warm = job_dir.WarmProcess(self.folder, self.target)
+                self.warm = job_dir.ForkServerProcess(self.folder, self.target)
                 self.warm.set_device(self.device)
-                connection = job_dir.connect_warm(self.folder)
+                connection = job_dir.connect_fork_server(self.folder)
         if connection is None:
             raise RuntimeError(f"the warm process does not answer; its log is {self.folder / 'warm.log'}")
         return connection
@@ -138,7 +138,7 @@ class Steward:
             self.changed.wait_for(lambda: bool(self.news), wait_s)
             news = list(self.news)
             self.news.clear()
-        return [*news, self.trainer.beat()] if self.trainer else news
+        return [*news, self.trainer.heartbeat()] if self.trainer else news
 
     def signal(self, number: int, pid: int) -> None:
         """Sends the trainer of that pid a signal, if it lives. One that comes late is not for the next trainer."""
@@ -161,7 +161,7 @@ class Steward:
             self.news.append(record)
             self.changed.notify_all()
 
-    def _watch(self, connection: socket.socket, read_fd: int, trainer: Trainer) -> None:
+    def _watch(self, connection: socket.socket, read_fd: int, trainer: WorkerHandle) -> None:
         """Passes on what the trainer says until it ends, then how it ended. Runs in a thread of its own."""
         kills_before = job_dir.oom_kills()
         pending = b""
@@ -185,7 +185,7 @@ class Steward:
             record["memory_mib"] = psutil.virtual_memory().total >> 20
             record["oom"] = job_dir.oom_kills() - kills_before
             record["orphaned"] = ended is None
-        record["at"] = trainer.beat()
+        record["at"] = trainer.heartbeat()
         if self.trainer is trainer:
             self.trainer = None
         trainer.close()

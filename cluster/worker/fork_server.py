@@ -40,23 +40,23 @@ SAVE_S = 60.0
 
 
 @dataclass
-class Child:
+class ForkedWorker:
     """A forked trainer and the steward that hears of it."""
 
     pid: int
-    steward: socket.socket
+    agent: socket.socket
     orphaned: float | None = None
     """When its steward was lost (monotonic)."""
 
 
-class Warm:
+class ForkServer:
     """Serves stewards until its owner is gone."""
 
     def __init__(self, listener: socket.socket, target: str) -> None:
         self.target = target
         self.listener = listener
         self.selector = selectors.DefaultSelector()
-        self.children: dict[int, Child] = {}
+        self.children: dict[int, ForkedWorker] = {}
         self.failure: str | None = None
         self.told_to_stop = False
         self.ready = 0.0
@@ -120,7 +120,7 @@ class Warm:
             self.selector.unregister(steward)
             steward.close()
             for child in self.children.values():
-                if child.steward is steward:
+                if child.agent is steward:
                     child.orphaned = time.monotonic()
         elif self.failure:
             ipc.send(steward, {"failed": self.failure})
@@ -134,7 +134,7 @@ class Warm:
             self._become_trainer(parent, request, fds)
         for fd in fds:
             os.close(fd)
-        self.children[pid] = Child(pid, steward)
+        self.children[pid] = ForkedWorker(pid, steward)
         ipc.send(steward, {"pid": pid, "ready": self.ready})
 
     def _become_trainer(self, parent: int, request: ipc.Message, fds: list[int]) -> None:
@@ -150,7 +150,7 @@ class Warm:
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
             self.selector.close()
-            code = worker_main.run(request, fds)
+            code = worker_main.worker_main(request, fds)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -166,16 +166,16 @@ class Warm:
             if pid == 0:
                 return
             child = self.children.pop(pid, None)
-            if child is not None and child.steward.fileno() >= 0:
+            if child is not None and child.agent.fileno() >= 0:
                 code = os.waitstatus_to_exitcode(status)
                 with contextlib.suppress(OSError):  # the steward is gone too; its own end is reported by Ray
-                    ipc.send(child.steward, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
+                    ipc.send(child.agent, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
 
 
 def main() -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
-    warm = Warm(socket.socket(fileno=fd), target)
+    warm = ForkServer(socket.socket(fileno=fd), target)
     device = sys.stdin.readline().strip()
     if device:
         # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.

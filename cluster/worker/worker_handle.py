@@ -27,7 +27,7 @@ LIBC = ctypes.CDLL(None)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Trainer:
+class WorkerHandle:
     """Held by a handle that never comes to mean another process."""
 
     def __init__(self, pid: int, order: dict[str, Any], memory: mmap.mmap, offset: int) -> None:
@@ -56,7 +56,7 @@ class Trainer:
         if self.handle is not None and not select.select([self.handle], [], [], 0)[0]:
             LIBC.tgkill(self.pid, self.pid, number)
 
-    def beat(self) -> dict[str, Any]:
+    def heartbeat(self) -> dict[str, Any]:
         """Its pulse, and what the kernel says of it."""
         kernel = {"state": procfs.state(self.pid), "rss_mib": procfs.rss_mib(self.pid)}
         return {"event": "beat", **heartbeat.read(self.memory), **kernel, **self.world}

@@ -32,7 +32,7 @@ from train.errors import NO_ROOM, NotFinite, Stopped, UserError, no_room
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
-class Events:
+class EventPipe:
     """The way out for what a rank has to say: ``events({...})`` writes one line, whole, from any thread."""
 
     def __init__(self, fd: int) -> None:
@@ -50,7 +50,7 @@ class Events:
 class StopFlag:
     """True from the first SIGTERM or SIGINT on. The signal only sets the flag: the loop looks where it can save."""
 
-    def __init__(self, events: Events) -> None:
+    def __init__(self, events: EventPipe) -> None:
         self._asked = False
         self._events = events
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,18 +75,18 @@ def load_target(name: str) -> Callable[..., None]:
     return getattr(importlib.import_module(module), function)
 
 
-def run(request: dict[str, Any], fds: list[int]) -> int:
+def worker_main(request: dict[str, Any], fds: list[int]) -> int:
     """Runs one rank to its end and returns its exit status. ``request`` is what the steward sent (see
     ``Steward.start``), ``fds`` the event pipe, the memory of the pulse, and on rank 0 the socket where the ranks meet.
     """
     events_fd, pulse_fd, *listen_fd = fds
-    heartbeat.share(pulse_fd)
+    heartbeat.attach(pulse_fd)
     os.close(pulse_fd)
     _take_over_output(request["log"])
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
     torch.set_num_threads(request["threads"])
-    events = Events(events_fd)
+    events = EventPipe(events_fd)
     stop = StopFlag(events)
     code, error = _run_target(request, events, stop, *listen_fd)
     if stop():
@@ -95,7 +95,7 @@ def run(request: dict[str, Any], fds: list[int]) -> int:
 
 
 def _run_target(
-    request: dict[str, Any], events: Events, stop: StopFlag, listen_fd: int | None = None
+    request: dict[str, Any], events: EventPipe, stop: StopFlag, listen_fd: int | None = None
 ) -> tuple[int, str | None]:
     """The exit status, and the error that was sent if there was one."""
     events({"event": "phase", "name": "start", "t": time.time()})
@@ -103,15 +103,19 @@ def _run_target(
         config = Config.model_validate_json(request["config"])
         _check_device(request["device"])
         with _only_writer(request, events):
-            meeting = process_group.Meeting(
-                **request["meeting"], listen_fd=listen_fd, timeout_s=config.cluster.start_timeout
+            meeting = process_group.Rendezvous(
+                request["meeting"]["host"],
+                request["meeting"]["port"],
+                request["meeting"]["generation"],
+                listen_fd=listen_fd,
+                timeout_s=config.cluster.start_timeout,
             )
-            world = process_group.connect(
+            world = process_group.init_group(
                 request["rank"], request["size"], request["local_rank"], request["device"], meeting
             )
             events({"event": "phase", "name": "connected", "t": time.time()})
             load_target(request["target"])(config, request["corpus"], world, events, stop)
-            process_group.leave()
+            process_group.destroy_group()
     except Stopped:
         return STOPPED, None
     except UserError as error:
@@ -130,7 +134,7 @@ def _run_target(
     return DONE, None
 
 
-def _traceback(events: Events) -> str:
+def _traceback(events: EventPipe) -> str:
     text = traceback.format_exc()
     print(text, file=sys.stderr)
     events({"event": "error", "kind": "exception", "text": text})
@@ -166,7 +170,7 @@ def _check_device(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(request: dict[str, Any], events: Events) -> Any:
+def _only_writer(request: dict[str, Any], events: EventPipe) -> Any:
     """Holds the right to write into the run's folder, on rank 0.
 
     The driver's lock goes when the driver dies; a rank 0 on another host may live some seconds longer. The next one

@@ -127,8 +127,8 @@ def _enter(
     try:
         port, listener = meeting
         fd = listener and listener.detach()
-        world = process_group.connect(
-            rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port, listen_fd=fd, timeout_s=60)
+        world = process_group.init_group(
+            rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port, listen_fd=fd, timeout_s=60)
         )
         pipe.send(("result", function(world, emit, *arguments)))
     except BaseException:

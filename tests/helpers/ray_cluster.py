@@ -9,11 +9,11 @@ from pathlib import Path
 
 from cluster.host import job_dir
 from cluster.raycluster import ray_auth, ray_node
-from cluster.raycluster.local_cluster import Private
+from cluster.raycluster.local_cluster import LocalRayCluster
 
 
 @contextlib.contextmanager
-def private(cores: int, target: str, *places: Path) -> Iterator[Private]:
+def private(cores: int, target: str, *places: Path) -> Iterator[LocalRayCluster]:
     """A cluster of this host, which Ray takes for one of so many cores, and the warm process of ``target`` in its folder
     (``.start.folder``). ``places`` are where its processes look for modules.
     """
@@ -23,10 +23,12 @@ def private(cores: int, target: str, *places: Path) -> Iterator[Private]:
         ends.callback(os.environ.update, before)
         ends.callback(os.environ.clear)
         folder = job_dir.make_folder()
-        warm = job_dir.WarmProcess(folder, target)
+        warm = job_dir.ForkServerProcess(folder, target)
         ends.callback(warm.close)
         warm.set_device("cpu")
         ray_auth.make(folder / "token")
-        cluster = Private(ray_node.Start(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests")
+        cluster = LocalRayCluster(
+            ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
+        )
         ends.callback(cluster.end)
         yield cluster

@@ -27,15 +27,15 @@ def train_rank(config, corpus, world, emit, should_stop):
     emit({"event": "plan", "params": 1234, "tokens": 1000, "steps": config.steps, "start_step": start})
     emit({"event": "phase", "name": "first_step", "t": time.time()})
     for step in range(start + 1, config.steps + 1):
-        heartbeat.at_step(step)
-        heartbeat.enter("data")
+        heartbeat.set_step(step)
+        heartbeat.enter_phase("data")
         _fail(fault, world, step, Path(config.run.dir))
-        heartbeat.enter("step")
+        heartbeat.enter_phase("step")
         assert process_group.all_reduce_sum([1.0]) == [world.size]
         if step == start + 1:
             emit({"event": "phase", "name": "train", "t": time.time()})
         emit({"event": "step", "step": step, "steps": config.steps, "loss": 1.0 / step, "tokens_per_s": 10.0})
-        if world.first:
+        if world.is_rank0:
             progress.write_text(str(step))
             emit({"event": "save", "step": step})
         if process_group.all_reduce_sum([float(should_stop())])[0]:
@@ -62,7 +62,7 @@ def _fail(fault, world, step, run_dir):
     elif fault["do"] == "hang":
         time.sleep(1000)
     elif fault["do"] == "wedge":
-        heartbeat.counted(time.sleep)(1000)
+        heartbeat.count_calls(time.sleep)(1000)
     elif fault["do"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault["do"] == "dawdle":

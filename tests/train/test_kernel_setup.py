@@ -14,7 +14,7 @@ from kernels import tuning
 from train import kernel_setup
 from train.config import load as configuration
 from train.data.corpus.shards import Corpus
-from train.data.loader import Share, training_loader
+from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import Cursor
 
 
@@ -79,6 +79,6 @@ def test_tiles_are_measured_on_a_micro_batch_of_the_run(corpus, model):
     data = [*gloo_ranks.TEXT, "data.paths=[x]", f"data.dir={corpus}", "batch.seq_len=16"]
     config = configuration.load([f"model={model}", f"objective={objective}", *data])
     opened = Corpus(corpus, config.model.special)
-    batch = training_loader(opened, config, Share(0, 1, 2)).peek(Cursor())[0]
+    batch = training_loader(opened, config, RankShare(0, 1, 2)).peek(Cursor())[0]
     assert batch["tokens"].shape == (2, 16)
     kernel_setup.measure(config, opened.tokenizer.vocab_size, batch)

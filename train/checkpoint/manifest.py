@@ -23,7 +23,7 @@ _BEFORE, _AFTER = b'{"sha256": "', b'", '
 _HEAD = len(_BEFORE) + 64 + len(_AFTER)
 
 
-class Damaged(Exception):  # noqa: N818  a finding
+class DamagedCheckpoint(Exception):  # noqa: N818  a finding
     """A checkpoint that must not be used; the message says what is wrong with it."""
 
 
@@ -37,34 +37,34 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
     """What ``to_bytes`` was given, for a checkpoint in ``folder`` ("step_<n>"). Raises Damaged for anything else."""
     rest = content[_HEAD:]
     if content[:_HEAD] != _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER:
-        raise Damaged(f"{MANIFEST} does not have the hash it was written with")
+        raise DamagedCheckpoint(f"{MANIFEST} does not have the hash it was written with")
     values: dict[str, Any] = json.loads(b"{" + rest)
     try:
         version, step, files = values["version"], values["progress"]["step"], list(values["files"])
     except (KeyError, TypeError) as error:
-        raise Damaged(f"{MANIFEST} is not one of a checkpoint") from error
+        raise DamagedCheckpoint(f"{MANIFEST} is not one of a checkpoint") from error
     if version != VERSION:
-        raise Damaged(f"{MANIFEST} has version {version}, and {VERSION} is read")
+        raise DamagedCheckpoint(f"{MANIFEST} has version {version}, and {VERSION} is read")
     if folder != f"step_{step}":
-        raise Damaged(f"{MANIFEST} is that of step {step}")
+        raise DamagedCheckpoint(f"{MANIFEST} is that of step {step}")
     if strange := [name for name in files if not FILE.fullmatch(name)]:
-        raise Damaged(f"{MANIFEST} names a file {strange[0]!r}")
+        raise DamagedCheckpoint(f"{MANIFEST} names a file {strange[0]!r}")
     return values
 
 
-def inventory(folder: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
+def read_manifests(folder: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """The manifests of a folder's checkpoints, oldest first; and by step what is wrong with those that are not whole."""
     whole, damaged = [], {}
     for path in folder.glob("step_*"):
         if step := FOLDER.fullmatch(path.name):
             try:
                 whole.append(read(path))
-            except Damaged as damage:
+            except DamagedCheckpoint as damage:
                 damaged[int(step[1])] = str(damage)
     return sorted(whole, key=lambda m: m["progress"]["step"]), damaged
 
 
-def choose(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:
+def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:
     """The place among the checkpoints of the run in ``folder``, oldest first, of "latest", "best" or a step number."""
     if not manifests:
         raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
@@ -98,4 +98,4 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         return from_bytes((folder / MANIFEST).read_bytes(), folder.name)
     except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+        raise DamagedCheckpoint(f"{MANIFEST} cannot be read: {error.strerror}") from error

@@ -36,7 +36,7 @@ class Mirror:
     """One rank's part in the copies of a run's checkpoints at ``url``/<run.name>. Made by all ranks together."""
 
     def __init__(
-        self, url: str, run: Path, config: Config, world: process_group.World, note: Callable[[str], None]
+        self, url: str, run: Path, config: Config, world: process_group.DistContext, note: Callable[[str], None]
     ) -> None:
         self.url, self.run, self.world, self.note = f"{url.rstrip('/')}/{config.run.name}", run, world, note
         self.keep_last, self.keep_best = config.keep_last, config.keep_best
@@ -44,7 +44,7 @@ class Mirror:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except Exception as error:  # each file system has errors of its own
             raise UserError(f"save_mirror={url} cannot be opened: {error}") from error
-        self.post = process_group.Post("mirror")
+        self.post = process_group.StoreMailbox("mirror")
         self.offered: str | None = None
         self.working: str | None = None
         """Rank 0: the checkpoints, by name, that wait to be copied and that are being copied."""
@@ -56,13 +56,13 @@ class Mirror:
 
     # ------------------------------------------------------------------------------------------------------- to there
 
-    def offer(self, checkpoint: str) -> None:
+    def enqueue(self, checkpoint: str) -> None:
         """Copy this checkpoint next (rank 0's word counts); one that was offered before, and not begun, is left out."""
         with self.lock:
-            self.offered = checkpoint if self.world.first else None
+            self.offered = checkpoint if self.world.is_rank0 else None
             self.void.discard(checkpoint)  # made anew
 
-    def go_back(self, step: int) -> None:
+    def drop_after(self, step: int) -> None:
         """Rank 0: take away the copies of checkpoints later than ``step``, or a new machine would go on from them."""
         with self.lock:
             known = [name for name in (self.offered, self.working) if name]
@@ -74,7 +74,7 @@ class Mirror:
         if error:
             self.note(f"what lies at {self.url} of steps after {step} could not be taken away: {error}. Do it by hand")
 
-    def settle(self, limit_s: float) -> None:
+    def wait_for_copies(self, limit_s: float) -> None:
         """Wait, at most so long, until what was offered is copied. A collective."""
         end = time.monotonic() + limit_s
         while process_group.all_reduce_sum([float(self.busy and time.monotonic() < end)])[0]:
@@ -92,13 +92,13 @@ class Mirror:
 
     def _work(self) -> None:
         rank, given_up = self.world.rank, self.given_up.is_set
-        with contextlib.suppress(process_group.GivenUp, RuntimeError):  # the store may go first, with rank 0
+        with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may go first, with rank 0
             for turn in itertools.count():
-                if self.world.first:
+                if self.world.is_rank0:
                     self.post.put(f"{turn}/copy", self._next())
                 name = self.post.take(f"{turn}/copy", given_up)
                 self.post.put(f"{turn}/{rank}", self._attempt(partial(self._put_share, name)))
-                if self.world.first:
+                if self.world.is_rank0:
                     errors = [self.post.take(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
                     self._complete(name, [error for error in errors if error])
                     for key in [f"{turn - 1}/copy", *(f"{turn}/{rank}" for rank in range(self.world.size))]:
@@ -111,7 +111,7 @@ class Mirror:
                 if self.offered:
                     self.working, self.offered = self.offered, None
                     return self.working
-        raise process_group.GivenUp
+        raise process_group.WaitCancelled
 
     def _put_share(self, name: str) -> None:
         local, there = self.run / "checkpoints" / name, f"{self.root}/{name}"
@@ -213,7 +213,7 @@ class Mirror:
     def _whole(self) -> dict[int, Manifest]:
         found = {}
         for step in self._steps():
-            with contextlib.suppress(FileNotFoundError, manifest.Damaged):
+            with contextlib.suppress(FileNotFoundError, manifest.DamagedCheckpoint):
                 content = self.fs.cat_file(self._manifest(step))
                 found[step] = manifest.from_bytes(content, f"step_{step}")
         return found
@@ -222,5 +222,5 @@ class Mirror:
         return f"{self.root}/step_{step}/{manifest.MANIFEST}"
 
 
-def _share(files: Sequence[str], world: process_group.World) -> list[str]:
+def _share(files: Sequence[str], world: process_group.DistContext) -> list[str]:
     return sorted(files)[world.rank :: world.size]

@@ -28,9 +28,9 @@ from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.staging import key
 from train.distributed import process_group
-from train.distributed.param_shard import Stateful
+from train.distributed.param_shard import ShardedState
 from train.errors import UserError
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.io import sha256_of, write_whole
 
 
@@ -42,9 +42,9 @@ class Checkpoint:
     manifest: dict[str, Any]
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainState:
         """How far the run had come."""
-        return Progress.from_dict(self.manifest["progress"])
+        return TrainState.from_dict(self.manifest["progress"])
 
     @property
     def val_loss(self) -> float | None:
@@ -72,9 +72,9 @@ class Checkpoint:
                 return f"{name} cannot be read: {error.strerror}"
         return None
 
-    def reader(self) -> Reader:
+    def reader(self) -> CheckpointReader:
         """Reads slices of parameters from it."""
-        return Reader(self)
+        return CheckpointReader(self)
 
 
 def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
@@ -90,7 +90,7 @@ def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
     return next((f"does not hold {name} as its manifest says" for name in wrong), None)
 
 
-class Reader:
+class CheckpointReader:
     """Slices of the flattened parameters of a checkpoint, whatever pieces they were written in."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -120,19 +120,19 @@ class Reader:
         return whole
 
 
-def inventory(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
+def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
     """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
-    whole, damaged = manifest.inventory(folder)
+    whole, damaged = manifest.read_manifests(folder)
     return [Checkpoint(folder / f"step_{values['progress']['step']}", values) for values in whole], damaged
 
 
 def complete(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints of a folder, oldest first."""
-    return inventory(folder)[0]
+    return list_checkpoints(folder)[0]
 
 
-def newest(
-    folder: Path, world: process_group.World, note: Callable[[str], None], mirror: Mirror | None = None
+def find_newest(
+    folder: Path, world: process_group.DistContext, note: Callable[[str], None], mirror: Mirror | None = None
 ) -> Checkpoint | None:
     """The newest one that is whole, here or, if it is newer or the one here is damaged, in the mirror, from where it is fetched.
 
@@ -141,7 +141,7 @@ def newest(
     """
     lost: list[str] = []
     for name, values, remote in process_group.broadcast_object(
-        _candidates(folder, note, mirror, lost) if world.first else None
+        _candidates(folder, note, mirror, lost) if world.is_rank0 else None
     ):
         checkpoint = Checkpoint(folder / name, values)
         share = slice(world.rank, None, world.size)
@@ -151,7 +151,7 @@ def newest(
             damage = next((d for d in process_group.gather_objects(checkpoint.damage(share)) if d), None)
         if damage is None:
             if mirror:
-                mirror.offer(name)
+                mirror.enqueue(name)
             return checkpoint
         note(f"{name}{' in the mirror' if remote else ''} is damaged and is not used: {damage}")
     if error := process_group.broadcast_object("; ".join(lost)):
@@ -163,7 +163,7 @@ def _candidates(
     folder: Path, note: Callable[[str], None], mirror: Mirror | None, lost: list[str]
 ) -> list[tuple[str, dict[str, Any], bool]]:
     """Rank 0: the name, the manifest and whether it is in the mirror, of all that may be used, the best first."""
-    whole, damaged = inventory(folder)
+    whole, damaged = list_checkpoints(folder)
     for step, damage in damaged.items():
         note(f"step_{step} is damaged and is not used: {damage}")
     here, there = [(c.path.name, c.manifest, False) for c in whole], []
@@ -179,7 +179,7 @@ def _candidates(
     return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 
-def _fetch(checkpoint: Checkpoint, world: process_group.World, mirror: Mirror, lost: list[str]) -> str | None:
+def _fetch(checkpoint: Checkpoint, world: process_group.DistContext, mirror: Mirror, lost: list[str]) -> str | None:
     """Bring a checkpoint here from the mirror, whole or not at all: what is wrong with it, or None. A collective."""
     aside = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
     coming = Checkpoint(aside, checkpoint.manifest)
@@ -194,17 +194,17 @@ def _fetch(checkpoint: Checkpoint, world: process_group.World, mirror: Mirror, l
             shutil.rmtree(checkpoint.path)
         aside.rename(checkpoint.path)
 
-    if not (error := process_group.act_first(begin)):
+    if not (error := process_group.run_on_rank0(begin)):
         mine = mirror.fetch(checkpoint.path.name, checkpoint.manifest, aside)
         error = next((e for e in process_group.gather_objects(mine) if e), None)
     if error:
         lost.append(f"{checkpoint.path.name} could not be fetched: {error}")
         return error
     mine = coming.damage(slice(world.rank, None, world.size))
-    return next((d for d in process_group.gather_objects(mine) if d), None) or process_group.act_first(end)
+    return next((d for d in process_group.gather_objects(mine) if d), None) or process_group.run_on_rank0(end)
 
 
-def restore(checkpoint: Checkpoint, engine: Stateful) -> None:
+def restore(checkpoint: Checkpoint, engine: ShardedState) -> None:
     """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     if ours != checkpoint.manifest["shapes"]:

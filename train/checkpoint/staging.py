@@ -32,7 +32,7 @@ Key = tuple[str, str, int]
 """Kind, parameter, first element."""
 
 
-class Snapshot:
+class StagingBuffer:
     """Host memory for one rank's pieces (pinned beside a GPU), kept from save to save."""
 
     def __init__(self, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class Snapshot:
         if self.ready:
             self.ready.record()
 
-    def take(self) -> None:
+    def copy(self) -> None:
         """Copy it, in the writer's thread; the training thread may go on, up to ``hold``."""
         try:
             header, places = _layout(self.states)
@@ -75,7 +75,7 @@ class Snapshot:
         finally:
             self.taken.set()
 
-    def hold(self) -> float:
+    def wait_for_copy(self) -> float:
         """Wait until what is taken may change: the training thread, before each update. The seconds it had to wait."""
         if self.copied and not self.copied.query():
             torch.cuda.current_stream().synchronize()  # the backward pass: it would have been waited for in any case

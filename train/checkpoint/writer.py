@@ -20,11 +20,11 @@ from typing import Any
 from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.reader import complete
-from train.checkpoint.staging import Snapshot
+from train.checkpoint.staging import StagingBuffer
 from train.distributed import process_group
-from train.distributed.param_shard import Piece, Stateful
+from train.distributed.param_shard import ParamShard, ShardedState
 from train.errors import UserError
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.io import write_whole
 
 LOOK_S = 0.01
@@ -48,11 +48,16 @@ class Save:
     told: bool = False
 
 
-class Saver:
+class CheckpointWriter:
     """One rank's part in saving a run's checkpoints. Made by all ranks together."""
 
     def __init__(
-        self, folder: Path, keep_last: int, keep_best: int, world: process_group.World, mirror: Mirror | None = None
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_best: int,
+        world: process_group.DistContext,
+        mirror: Mirror | None = None,
     ) -> None:
         self.folder, self.keep_last, self.keep_best, self.world, self.mirror = (
             folder,
@@ -61,13 +66,13 @@ class Saver:
             world,
             mirror,
         )
-        self.snapshot, self.post = Snapshot(world.device), process_group.Post("saves")
+        self.snapshot, self.post = StagingBuffer(world.device), process_group.StoreMailbox("saves")
         self.stall_s = 0.0
         """Seconds that steps have waited for saves."""
         self.current: Save | None = None
         self.number = 0
         self.given_up = threading.Event()
-        if world.first:
+        if world.is_rank0:
             for stale in folder.glob(".step_*"):  # what earlier starts left, as they were killed
                 shutil.rmtree(stale, ignore_errors=True)
         self.start: str = process_group.broadcast_object(secrets.token_hex(4))
@@ -77,8 +82,8 @@ class Saver:
 
     def save(
         self,
-        engine: Stateful,
-        progress: Progress,
+        engine: ShardedState,
+        progress: TrainState,
         val_loss: float | None,
         about: dict[str, Any],
         first: Callable[[], None],
@@ -104,16 +109,16 @@ class Saver:
         save.thread.start()
         self.stall_s += time.monotonic() - began
 
-    def hold(self) -> None:
+    def wait_for_staging(self) -> None:
         """Wait until the weights and moments are copied: before each update."""
-        self.stall_s += self.snapshot.hold()
+        self.stall_s += self.snapshot.wait_for_copy()
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight on this rank."""
         return self.current is not None and self.current.thread.is_alive()
 
-    def ended(self) -> Save | None:
+    def pop_finished(self) -> Save | None:
         """The last save, once, when it is over."""
         save = self.current
         if save is None or save.told or self.busy:
@@ -126,7 +131,7 @@ class Saver:
         """Whether the last save has failed; another rank may know it a moment later."""
         return self.current is not None and self.current.error is not None
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Wait for the save that is in flight. A collective; raises UserError on every rank when it could not be written.
 
         The ranks wait together, by small sums, so that the death of one ends the waiting of the others.
@@ -143,10 +148,10 @@ class Saver:
                 "Make room or mend the folder, then give the same command: the run goes on from the newest one."
             )
 
-    def leave(self, limit_s: float) -> None:
+    def wait_for_mirror(self, limit_s: float) -> None:
         """Wait, but not for ever, until the newest checkpoint is copied to the mirror, if there is one. A collective."""
         if self.mirror:
-            self.mirror.settle(limit_s)
+            self.mirror.wait_for_copies(limit_s)
 
     def close(self) -> None:
         """Give up what is in flight: the run is over, one way or another."""
@@ -156,9 +161,9 @@ class Saver:
         if self.current:
             self.current.thread.join(CLOSE_S)
 
-    def _mine(self, engine: Stateful) -> Sequence[Piece]:
+    def _mine(self, engine: ShardedState) -> Sequence[ParamShard]:
         """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
-        mine = engine.pieces[self.world.rank :: self.world.size] if engine.replicated else engine.pieces
+        mine = engine.param_shards[self.world.rank :: self.world.size] if engine.replicated else engine.param_shards
         return [*mine, *engine.carried]
 
     # ------------------------------------------------------------------------------------------ in the writer's thread
@@ -166,7 +171,7 @@ class Saver:
     def _behind(self, save: Save) -> None:
         try:
             save.error = self._tell(save, self._write(save))
-        except process_group.GivenUp:
+        except process_group.WaitCancelled:
             save.error = "the run ended first"
         except Exception as error:  # the store is gone with rank 0, most likely
             save.error = f"rank {self.world.rank}: {error}"
@@ -176,7 +181,7 @@ class Saver:
         """Write this rank's file: its entry in the manifest, or what went wrong."""
         aside = self._aside(save)
         try:
-            self.snapshot.take()
+            self.snapshot.copy()
             aside.mkdir(parents=True, exist_ok=True)
             entry = self.snapshot.write(aside / f"rank_{self.world.rank}.safetensors", self.given_up.is_set)
         except Exception as error:  # whatever it is, the others must not wait for this rank
@@ -189,7 +194,7 @@ class Saver:
         """Tell rank 0, which completes the checkpoint and tells everybody: what is wrong with it, or None."""
         post, given_up, ranks = self.post, self.given_up.is_set, range(self.world.size)
         post.put(f"{save.number}/{self.world.rank}", report)
-        if not self.world.first:
+        if not self.world.is_rank0:
             return post.take(f"{save.number}/end", given_up)
         reports = [post.take(f"{save.number}/{rank}", given_up) for rank in ranks]
         error = self._complete(save, reports)
@@ -214,7 +219,7 @@ class Saver:
             write_whole(self.folder / "latest", final.name.encode())
             self._prune()
             if self.mirror:
-                self.mirror.offer(final.name)
+                self.mirror.enqueue(final.name)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             return str(error)

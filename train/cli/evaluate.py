@@ -37,7 +37,7 @@ def measure(folder: Path, which: str, split: str) -> Measured:
     corpus = Corpus(about["folder"], run.config.model.special)
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
-    world = process_group.from_env()
+    world = process_group.init_from_env()
     try:
         held_out = held_out_loader(corpus, run.config, world, split)
         if not held_out.groups:
@@ -46,7 +46,7 @@ def measure(folder: Path, which: str, split: str) -> Measured:
             )
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
     finally:
-        process_group.leave()
+        process_group.destroy_group()
     found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
     return Measured(found, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)

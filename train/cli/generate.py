@@ -16,7 +16,7 @@ from train.config import load as configuration
 from train.config import schema
 from train.config.validate import problems_of_generation
 from train.errors import UserError
-from train.generation.text_streamer import Written, write
+from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 
@@ -37,11 +37,11 @@ def run(options: Mapping[str, str], *, as_json: bool) -> None:
     begin = (lambda prompt: prompt) if model.continues else (lambda prompt: "")
     if len(given) == settings.n == settings.beams == 1 and not as_json:
         _say(begin(given[0]))
-        list(write(model, saved.tokenizer, given, settings, lambda row, piece: _say(piece)))
+        list(generate_text(model, saved.tokenizer, given, settings, lambda row, piece: _say(piece)))
         _say("\n")
         return
     for number, (prompt, texts) in enumerate(
-        zip(given, write(model, saved.tokenizer, given, settings), strict=True), 1
+        zip(given, generate_text(model, saved.tokenizer, given, settings), strict=True), 1
     ):
         for text in texts:
             if as_json:
@@ -88,7 +88,7 @@ def _value(name: str, text: str) -> Any:
     return text
 
 
-def _title(number: int, of: int, text: Written) -> str:
+def _title(number: int, of: int, text: GeneratedText) -> str:
     return f"--- prompt {number} of {of}" + ("" if text.score is None else f", score {text.score:.4f}")
 
 

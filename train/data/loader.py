@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train.batch import Batch, weigh_nothing
+from train.batch import Batch, mask_rows
 from train.config import schema
-from train.data.corpus.shards import Corpus, Shards
+from train.data.corpus.shards import Corpus, CorpusSplit
 from train.data.examples import build_examples
-from train.data.examples.example_builder import Columns, Examples, Rows
-from train.data.sampling.batch_plan import Cursor, Plan, Shape
-from train.data.sampling.epoch_order import Layout, Order, Shuffle, take
-from train.distributed.process_group import World
+from train.data.examples.example_builder import Columns, ExampleBuilder, Rows
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
+from train.distributed.process_group import DistContext
 from train.errors import UserError
 
 Step = tuple[list[Batch], Cursor]
@@ -35,7 +35,7 @@ EVAL_TOKENS_PER_GROUP = 8192
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """Whose rows: those of the streams s with s mod ``world`` = ``rank``, in micro-batches of ``micro`` rows."""
 
     rank: int
@@ -43,9 +43,9 @@ class Share:
     micro: int
 
 
-def layout_of(shards: Shards) -> Layout:
+def split_sizes(shards: CorpusSplit) -> SplitSizes:
     """What the order must know of a split."""
-    return Layout(shards.shard_samples, shards.shard_tokens, shards.sizes)
+    return SplitSizes(shards.shard_samples, shards.shard_tokens, shards.sizes)
 
 
 class Loader:
@@ -56,7 +56,9 @@ class Loader:
     included.
     """
 
-    def __init__(self, shards: Shards, plan: Plan, share: Share, examples: Examples, pin: bool = False) -> None:
+    def __init__(
+        self, shards: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
+    ) -> None:
         if share.world > plan.shape.streams:
             raise UserError(
                 f"{share.world} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
@@ -65,7 +67,7 @@ class Loader:
         self.plan = plan
         self._shards, self._share, self._examples, self._pin = shards, share, examples, pin
         self._streams = range(share.rank, plan.shape.streams, share.world)
-        most = plan.depth * -(-plan.shape.streams // share.world)
+        most = plan.rows_per_stream * -(-plan.shape.streams // share.world)
         self.micro = share.micro
         self.micro_batches = -(-most // share.micro)
         self._chunk = max(1, examples.chunk // (self.micro_batches * share.micro * plan.shape.seq_len))
@@ -97,7 +99,9 @@ class Loader:
 
     def row_numbers(self) -> list[int]:
         """Which rows of the global batch this rank's are, in the order in which its micro-batches hold them."""
-        return [i * self.plan.shape.streams + stream for i in range(self.plan.depth) for stream in self._streams]
+        return [
+            i * self.plan.shape.streams + stream for i in range(self.plan.rows_per_stream) for stream in self._streams
+        ]
 
     def seek(self, cursor: Cursor) -> None:
         """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
@@ -157,28 +161,28 @@ class Loader:
 
     def _read(self, cursor: Cursor, steps: int) -> list[_Read]:
         """This rank's next ``steps`` steps from a cursor, all in one epoch."""
-        own, rows_each = len(self._streams), steps * self.plan.depth
+        own, rows_each = len(self._streams), steps * self.plan.rows_per_stream
         pieces = self.plan.rows(self._streams, cursor, steps)
         if own > 1:
             # From stream after stream to step after step, and in a step to the rows' order j = i * S + s.
             stream, row = np.divmod((np.cumsum(pieces.length) - 1) // self.plan.shape.seq_len, rows_each)
-            pieces = take(pieces, np.argsort(row * own + stream, kind="stable"))
+            pieces = take_spans(pieces, np.argsort(row * own + stream, kind="stable"))
         rows = self._examples.read(self._shards, pieces, cursor.epoch)
         return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
 
     def _micro_batches(self, rows: Rows, step: int, at: Cursor) -> list[Batch]:
-        micro, used = self._share.micro, self.plan.depth * len(self._streams)
+        micro, used = self._share.micro, self.plan.rows_per_stream * len(self._streams)
         batch = empty_batch(self._examples.layout, self.micro_batches * micro, self._pin)
         rows.write(step * used, {key: value[:used].numpy() for key, value in batch.items()})
         if "memory" in batch:  # of the row in the whole step, and none at an epoch's start
             numbers = torch.tensor(self.row_numbers()) + 1
             batch["memory"][:used] = batch["memory"][:used] * numbers if at.position else -numbers
         if used < self.micro_batches * micro:
-            weigh_nothing({key: value[used:] for key, value in batch.items()})
+            mask_rows({key: value[used:] for key, value in batch.items()})
         if skipped := self._skipped.get(at):
             for place, number in enumerate(self.row_numbers()):
                 if number in skipped:
-                    weigh_nothing({key: value[place : place + 1] for key, value in batch.items()})
+                    mask_rows({key: value[place : place + 1] for key, value in batch.items()})
         parts = [slice(first, first + micro) for first in range(0, self.micro_batches * micro, micro)]
         return [{key: value[part] for key, value in batch.items()} for part in parts]
 
@@ -191,13 +195,18 @@ class EvalLoader:
     """
 
     def __init__(
-        self, shards: Shards, shape: Shape, share: Share, examples: Examples, tokens: int | None = None
+        self,
+        shards: CorpusSplit,
+        shape: StepShape,
+        share: RankShare,
+        examples: ExampleBuilder,
+        tokens: int | None = None,
     ) -> None:
         self._shards, self._share, self._examples = shards, share, examples
-        self._shape = Shape(share.micro, shape.seq_len, 1, shape.pack)
+        self._shape = StepShape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
         if shards.samples:
-            self._plan = Plan(Order(layout_of(shards), Shuffle(0, 0), shape.pack), self._shape)
+            self._plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(0, 0), shape.pack), self._shape)
             self.groups = self._plan.steps_per_epoch
             if tokens is not None:
                 self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
@@ -230,7 +239,7 @@ class EvalLoader:
     def _group(self, group: int) -> Batch:
         batch = empty_batch(self._examples.layout, self._shape.rows, pin=False)
         if group >= self.groups:
-            weigh_nothing(batch)
+            mask_rows(batch)
             return batch
         unit = self._shape.seq_len if self._shape.pack else 1
         pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
@@ -246,30 +255,30 @@ def empty_batch(layout: Columns, rows: int, pin: bool) -> Batch:
     return {key: torch.empty((rows, *shape), dtype=dtype, pin_memory=pin) for key, (shape, dtype) in layout.items()}
 
 
-def training_loader(corpus: Corpus, config: schema.Config, share: Share, pin: bool = False) -> Loader:
+def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin: bool = False) -> Loader:
     """The training split as the configuration orders it. Raises UserError where streams, batch and world do not fit."""
     data, shards = config.data, corpus.split("train")
-    order = Order(layout_of(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
+    order = EpochOrder(split_sizes(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
     examples = build_examples(config, corpus.tokenizer)
-    shape = Shape(config.batch.global_, examples.places, data.streams or config.batch.global_, data.pack)
-    return Loader(shards, Plan(order, shape), share, examples, pin)
+    shape = StepShape(config.batch.global_, examples.places, data.streams or config.batch.global_, data.pack)
+    return Loader(shards, BatchPlan(order, shape), share, examples, pin)
 
 
-def held_out_loader(corpus: Corpus, config: schema.Config, world: World, split: str = "val") -> EvalLoader:
+def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> EvalLoader:
     """The rank's part of a held-out split, in groups that are the same for any world."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
-    shape = Shape(group, examples.places, 1, config.data.pack)
-    return EvalLoader(corpus.split(split), shape, Share(world.rank, world.size, group), examples)
+    shape = StepShape(group, examples.places, 1, config.data.pack)
+    return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
 
 
-def loaders(corpus: Corpus, config: schema.Config, world: World) -> tuple[Loader, EvalLoader]:
+def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, EvalLoader]:
     """The rank's training data, and what is held out of it."""
     streams = config.data.streams or config.batch.global_
     depth = config.batch.global_ // streams
     rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
     # A world that has lost workers takes more micro-batches, not larger ones: memory was measured for the usual share.
-    share = Share(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
+    share = RankShare(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
     return training_loader(corpus, config, share, pin=world.device.type == "cuda"), held_out_loader(
         corpus, config, world
     )

@@ -28,7 +28,7 @@ _LAYOUT = struct.Struct(f"={len(_FIELDS)}q{len(_TIMES)}d{_NAME_BYTES}s")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Record:
+class HeartbeatWriter:
     """The writer's side. All times are seconds of the host's monotonic clock, which its processes share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
@@ -41,14 +41,14 @@ class Record:
         end = 8 * len(_FIELDS)
         self._numbers, self._times = view[:end].cast("q"), view[end:_NAME_AT].cast("d")
 
-    def share(self, fd: int) -> None:
+    def attach(self, fd: int) -> None:
         """From here on the record is in the open file ``fd``, of ``SIZE`` bytes."""
         memory = mmap.mmap(fd, SIZE)
         memory[:] = self._memory[:]
         self._keep(memory)
         self._since = self._times[0] = time.monotonic()
 
-    def enter(self, phase: str, micro: int = 0) -> None:
+    def enter_phase(self, phase: str, micro: int = 0) -> None:
         """A phase begins, and the last one ends. ``micro`` is the micro-batch, from 0."""
         now = time.monotonic()
         took, numbers, times = now - self._since, self._numbers, self._times
@@ -62,15 +62,15 @@ class Record:
         numbers[1], numbers[2] = self._phase, micro
         times[0] = now
 
-    def at_step(self, number: int) -> None:
+    def set_step(self, number: int) -> None:
         """The optimizer step that is being made, from 1."""
         self._numbers[0] = number
 
-    def tick(self) -> None:
+    def touch(self) -> None:
         """Something moved within a long phase."""
         self._times[0] = time.monotonic()
 
-    def counted(self, collective: F, called: str = "") -> F:
+    def count_calls(self, collective: F, called: str = "") -> F:
         """The function, with each call marked: what it is ``called``, how many there were, and that the rank is inside it."""
         name = (called or collective.__name__).encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
 
@@ -109,5 +109,11 @@ def read(memory: bytes | mmap.mmap) -> dict[str, Any]:
     }
 
 
-_record = Record(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-share, enter, at_step, tick, counted = _record.share, _record.enter, _record.at_step, _record.tick, _record.counted
+_writer = HeartbeatWriter(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+attach, enter_phase, set_step, touch, count_calls = (
+    _writer.attach,
+    _writer.enter_phase,
+    _writer.set_step,
+    _writer.touch,
+    _writer.count_calls,
+)

@@ -29,7 +29,7 @@ LOOK_AFTER_S, LOOK_AT_LEAST_EVERY_S = 0.005, 0.25
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """Who this rank is among ``size``: rank, its place on its host, and the device that is its own."""
 
     rank: int
@@ -38,13 +38,13 @@ class World:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is rank 0, which writes files and speaks."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the ranks of one start of a world meet.
 
     ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the
@@ -53,12 +53,12 @@ class Meeting:
 
     host: str
     port: int
-    generation: int = 0
+    attempt: int = 0
     listen_fd: int | None = None
     timeout_s: float = 300.0
 
 
-def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting) -> World:
+def init_group(rank: int, size: int, local_rank: int, device: str, meeting: Rendezvous) -> DistContext:
     """Joins the world: returns when every rank has; raises torch's DistStoreError when one stays away too long.
 
     ``device``: "cpu" or "gpu". A GPU rank sees its own device only, as ``cuda:0``.
@@ -68,12 +68,12 @@ def connect(rank: int, size: int, local_rank: int, device: str, meeting: Meeting
     store = dist.TCPStore(
         meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
     )
-    world = World(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
-    _initialise(world, dist.PrefixStore(f"world/{meeting.generation}", store))
+    world = DistContext(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
+    _initialise(world, dist.PrefixStore(f"world/{meeting.attempt}", store))
     return world
 
 
-def from_env() -> World:
+def init_from_env() -> DistContext:
     """Joins the world that torchrun (or a like launcher) describes in the environment; alone where it describes none.
 
     One rank a device: on a machine with GPUs a rank takes the one of its local rank.
@@ -85,12 +85,12 @@ def from_env() -> World:
         raise UserError(
             f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
         )
-    world = World(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
+    world = DistContext(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
     return world
 
 
-def _initialise(world: World, store: dist.Store | None) -> None:
+def _initialise(world: DistContext, store: dist.Store | None) -> None:
     gpu = world.device.type == "cuda"
     if gpu:
         torch.cuda.set_device(world.device)
@@ -104,7 +104,7 @@ def _initialise(world: World, store: dist.Store | None) -> None:
     )
 
 
-def leave() -> None:
+def destroy_group() -> None:
     """Leaves the world, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -115,7 +115,7 @@ def barrier() -> None:
     all_reduce_sum([0.0])
 
 
-@heartbeat.counted
+@heartbeat.count_calls
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """The sums of ``values`` over all ranks, place by place, in float64; the same number of values on each rank."""
     total = torch.tensor(values, dtype=torch.float64)
@@ -123,7 +123,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
-@heartbeat.counted
+@heartbeat.count_calls
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """The JSON-able ``value`` of rank ``source``, on every rank; what the others pass is not looked at."""
     mine = dist.get_rank() == source
@@ -135,19 +135,19 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return json.loads(bytes(content.tolist()))
 
 
-@heartbeat.counted
-def sum_to(tensor: Tensor, rank: int) -> None:
+@heartbeat.count_calls
+def reduce_(tensor: Tensor, rank: int) -> None:
     """On ``rank``, the sum of all ranks' tensors, in place; what the others hold then means nothing."""
     dist.reduce(tensor, rank)
 
 
-@heartbeat.counted
-def send_from(tensor: Tensor, rank: int) -> None:
+@heartbeat.count_calls
+def broadcast_(tensor: Tensor, rank: int) -> None:
     """On every rank, in place, what ``rank`` holds."""
     dist.broadcast(tensor, rank)
 
 
-@heartbeat.counted
+@heartbeat.count_calls
 def gather_objects(value: Any) -> list[Any]:
     """The JSON-able values of all ranks, by rank, on every rank."""
     data = json.dumps(value).encode()
@@ -161,7 +161,7 @@ def gather_objects(value: Any) -> list[Any]:
     return [json.loads(bytes(row[: int(n)].tolist())) for row, n in zip(rows, lengths, strict=True)]
 
 
-def act_first(act: Callable[[], None]) -> str | None:
+def run_on_rank0(act: Callable[[], None]) -> str | None:
     """Rank 0 acts while the others wait; on every rank, what it found wrong (its UserError's or OSError's text), or None."""
     error = None
     if dist.get_rank() == 0:
@@ -172,11 +172,11 @@ def act_first(act: Callable[[], None]) -> str | None:
     return broadcast_object(error)
 
 
-class GivenUp(Exception):  # noqa: N818  it is nobody's error
+class WaitCancelled(Exception):  # noqa: N818  it is nobody's error
     """Nobody waits for a message any more."""
 
 
-class Post:
+class StoreMailbox:
     """JSON-able messages between ranks outside the collectives: by name, from any thread, through the world's store.
 
     What is done behind the steps must not meet their collectives in another order on another rank.
@@ -194,7 +194,7 @@ class Post:
         pause = LOOK_AFTER_S
         while not self.store.check([key]):  # not ``wait``: it would hold the store's connection
             if given_up():
-                raise GivenUp(key)
+                raise WaitCancelled(key)
             time.sleep(pause)
             pause = min(1.2 * pause, LOOK_AT_LEAST_EVERY_S)
         return json.loads(self.store.get(key))
@@ -204,7 +204,7 @@ class Post:
         self.store.delete_key(key)
 
 
-def same_everywhere(name: str, digest: str) -> None:
+def assert_equal_across_ranks(name: str, digest: str) -> None:
     """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that
     differ.
     """

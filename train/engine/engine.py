@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from train.batch import Batch, Losses, StepResult
 from train.config.schema import Config
 from train.distributed import heartbeat
-from train.distributed.param_shard import MASTER, Piece, frozen_pieces, rows_of
-from train.distributed.process_group import World
+from train.distributed.param_shard import MASTER, ParamShard, frozen_shards, row_shards
+from train.distributed.process_group import DistContext
 from train.engine.ds_config import deepspeed_config
-from train.models.carried_state import memories
+from train.models.carried_state import carried_states
 from train.optim.muon import Muon
 
 # DeepSpeed probes for a compiler, then builds a shared-memory reduction that only inference uses. Neither is wanted here.
@@ -53,17 +53,17 @@ class Engine:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: Config,
-        world: World,
+        world: DistContext,
         micro: int,
         accumulation: int,
     ) -> None:
         """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
-        self.memories = memories(objective)
+        self.memories = carried_states(objective)
         self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
-        frozen = frozen_pieces(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
+        frozen = frozen_shards(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.plain = config.zero.stage == 0 and config.precision.name == "fp32"
         os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -76,14 +76,14 @@ class Engine:
         if self.plain:  # alone, there is nothing to average, yet every gradient would be copied there and back
             self.engine.enable_backward_allreduce = world.size > 1
         self.trained = list(self._pieces())
-        self.pieces = [*self.trained, *frozen]
+        self.param_shards = [*self.trained, *frozen]
         if isinstance(self.inner, Muon) and config.zero.stage > 0:
             self.inner.shards, self.inner.world = self._shards(), world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to make its states: undo it
             torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             self._spread_masters()
-        self.carried = [piece for name, rows in objective.named_buffers() for piece in rows_of(name, rows, world)]
+        self.carried = [piece for name, rows in objective.named_buffers() for piece in row_shards(name, rows, world)]
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -105,15 +105,15 @@ class Engine:
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         norm, applied = math.nan, True
         for n, batch in enumerate(micro_batches):
-            heartbeat.enter("forward", n)
+            heartbeat.enter_phase("forward", n)
             losses = self.engine(batch)
             loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, (s, _) in losses.items()]).sum()
-            heartbeat.enter("backward", n)
+            heartbeat.enter_phase("backward", n)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             for name, (total, count) in losses.items():
                 before = totals.get(name, (torch.zeros_like(total), torch.zeros_like(count)))
                 totals[name] = (before[0] + total.detach(), before[1] + count)
-            heartbeat.enter("step", n)
+            heartbeat.enter_phase("step", n)
             if n == len(micro_batches) - 1:
                 if self.plain:
                     norm, applied = self._clip_plain()
@@ -123,7 +123,7 @@ class Engine:
             applied = not getattr(self.engine.optimizer, "overflow", False)
             norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
         for memory in self.memories:
-            memory.settle(applied)
+            memory.commit(applied)
         return StepResult(totals, norm, applied)
 
     def _clip_plain(self) -> tuple[float, bool]:
@@ -149,15 +149,17 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def states(self, piece: Piece) -> dict[str, Tensor]:
+    def states(self, piece: ParamShard) -> dict[str, Tensor]:
         """The kinds of a piece and this rank's views of them: the fp32 master weights and the optimizer's moments."""
-        found = {MASTER: piece.of(piece.holder)}
+        found = {MASTER: piece.view_of(piece.holder)}
         for kind, value in self.inner.state.get(piece.holder, {}).items():
             if isinstance(value, Tensor) and value.numel() == piece.holder.numel() and kind != "step":
-                found[kind] = piece.of(value)
+                found[kind] = piece.view_of(value)
         return found
 
-    def load(self, read: Callable[[Piece, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int) -> None:
+    def load(
+        self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
+    ) -> None:
         """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
         self.inner.state.clear()
         for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
@@ -166,7 +168,7 @@ class Engine:
                 on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
                 self.inner.state[holder] = moments
-        for piece in [*self.pieces, *self.carried]:
+        for piece in [*self.param_shards, *self.carried]:
             for kind, view in self.states(piece).items():
                 view.copy_(read(piece, kind))
         self._spread_masters()
@@ -190,11 +192,11 @@ class Engine:
             zero.update_lp_params()
 
     @torch.no_grad()
-    def _spread_frozen(self, read: Callable[[Piece, str], Tensor]) -> None:
+    def _spread_frozen(self, read: Callable[[ParamShard, str], Tensor]) -> None:
         """Fill the weights that are not trained, which no optimizer carries anywhere."""
         for name, param in self.engine.module.named_parameters():
             if not param.requires_grad:
-                whole = Piece(name, 0, self.shapes[name].numel(), param, 0)
+                whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)
                 with self._gathered(param, modifier_rank=0):
                     param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
@@ -237,7 +239,7 @@ class Engine:
 
     # --------------------------------------------------------------------------------------- where each stage keeps it
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[ParamShard]:
         zero, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
         if stage == ZeroStageEnum.weights:
             yield from self._pieces_of_stage3(zero)
@@ -245,28 +247,30 @@ class Engine:
             groups = () if self.plain else zip(zero.fp16_groups, zero.fp32_groups, strict=True)
             masters = {a: b for low, high in groups for a, b in zip(low, high, strict=True)}
             for param, name in self.names.items():
-                yield Piece(name, 0, param.numel(), masters.get(param, param), 0)
+                yield ParamShard(name, 0, param.numel(), masters.get(param, param), 0)
         else:
             for param, name in self.names.items():
                 mapping = param._hp_mapping
                 if mapping is not None:  # None: another rank holds all of it
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-                    yield Piece(name, low.start, low.numel, self._flats(zero)[mapping.param_group_index], high.start)
+                    yield ParamShard(
+                        name, low.start, low.numel, self._flats(zero)[mapping.param_group_index], high.start
+                    )
 
     @staticmethod
     def _flats(zero: Any) -> list[Tensor]:
         """The flat masters of stages 1 and 2, one a group."""
         return getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
 
-    def _pieces_of_stage3(self, zero: Any) -> Iterator[Piece]:
+    def _pieces_of_stage3(self, zero: Any) -> Iterator[ParamShard]:
         for param, name in self.names.items():
             group, offset, share = zero.grad_position[zero.get_param_id(param)]
             start = self.rank * share
             numel = min(share, param.ds_numel - start)  # the last ranks' shares are padded
             if numel > 0:
-                yield Piece(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
+                yield ParamShard(name, start, numel, zero.fp32_partitioned_groups_flat[group], offset)
 
-    def _shards(self) -> dict[Tensor, list[tuple[torch.Size, Piece]]]:
+    def _shards(self) -> dict[Tensor, list[tuple[torch.Size, ParamShard]]]:
         """What ``Muon.shards`` is to be: for each flat tensor of masters its parameters, in ZeRO's order, the same on all ranks."""
         zero, mine = self.engine.optimizer, {p.name: p for p in self.trained}
         if self.engine.zero_optimization_stage() == ZeroStageEnum.weights:
@@ -274,7 +278,9 @@ class Engine:
         else:
             flats, groups = self._flats(zero), getattr(zero, "bf16_groups", None) or zero.bit16_groups
         named = [[self.names[param] for param in group] for group in groups]
-        empty = {name: Piece(name, 0, 0, flat, 0) for flat, names in zip(flats, named, strict=True) for name in names}
+        empty = {
+            name: ParamShard(name, 0, 0, flat, 0) for flat, names in zip(flats, named, strict=True) for name in names
+        }
         return {f: [(self.shapes[n], (empty | mine)[n]) for n in names] for f, names in zip(flats, named, strict=True)}
 
     @property
@@ -299,7 +305,7 @@ def _count_collectives() -> None:
     deepspeed.init_distributed(dist_init_required=False)
     backend = deepspeed.comm.comm.cdb
     for name in _COLLECTIVES:
-        setattr(backend, name, heartbeat.counted(getattr(type(backend), name).__get__(backend), name))
+        setattr(backend, name, heartbeat.count_calls(getattr(type(backend), name).__get__(backend), name))
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.config import schema
 from train.distributed import heartbeat
-from train.generation.generate import Continuation, Prompts, Reason
+from train.generation.generate import Continuation, PromptBatch, Reason
 from train.generation.sampling import penalised
 from train.models.generation_api import Generative
 
@@ -26,7 +26,7 @@ class Beam:
 
 
 @dataclass
-class Search:
+class PromptBeams:
     """The search of one prompt: the beams that go on, and the best of those that have ended, best first."""
 
     options: schema.Generation
@@ -83,9 +83,9 @@ def beam_search(
     goes on until no beam can still come among its best (what transformers calls ``early_stopping="never"``). Nothing is drawn, so
     temperature and cuts have no part in it; ``repetition_penalty`` is applied to log-probabilities, as transformers does.
     """
-    given = Prompts(model, prompts, options, eot)
+    given = PromptBatch(model, prompts, options, eot)
     searches = [
-        Search(options, room, full, [Beam([], 0.0, 0)]) for room, full in zip(given.room, given.full, strict=True)
+        PromptBeams(options, room, full, [Beam([], 0.0, 0)]) for room, full in zip(given.room, given.full, strict=True)
     ]
     going = [number for number, search in enumerate(searches) if search.room > 0]
     for row, number in enumerate(going):
@@ -93,7 +93,7 @@ def beam_search(
     if going:
         logits, state = given.prefill(going)
     while going:
-        heartbeat.tick()
+        heartbeat.touch()
         held = [given.held[number] + beam.tokens for number in going for beam in searches[number].beams]
         scores = penalised(logits.double().log_softmax(-1), held, options.repetition_penalty)
         for number in going:

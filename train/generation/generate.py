@@ -29,7 +29,7 @@ class Continuation:
     """Of a beam: the sum of its tokens' log-probabilities over a power of their number."""
 
 
-class Prompts:
+class PromptBatch:
     """Prompts of unequal length, checked: what each row holds, and how many tokens it may be given."""
 
     def __init__(
@@ -78,7 +78,7 @@ def generate(
     ``model.max_len`` is full (later positions were never trained, and to slide on would not be exact). Rows that have ended are
     dropped from the batch. The model should be in eval mode. Raises UserError for a prompt longer than ``model.max_len``.
     """
-    given, n = Prompts(model, prompts, options, eot), options.n
+    given, n = PromptBatch(model, prompts, options, eot), options.n
     texts = [Continuation(reason=reason) for reason in given.full for _ in range(n)]
     draws = [seeding.generator(options.seed, "generate", prompt, k) for prompt in given.tokens for k in range(n)]
 
@@ -102,7 +102,7 @@ def generate(
             each = torch.arange(len(starts), device=logits.device).repeat_interleave(n)
             logits, state = logits[each], state.rows(each)
     while rows:
-        heartbeat.tick()
+        heartbeat.touch()
         scores = penalised(
             logits, [given.held[row // n] + texts[row].tokens for row in rows], options.repetition_penalty
         )

@@ -9,7 +9,7 @@ from train.config import schema
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.generation.beam_search import beam_search
-from train.generation.generate import Prompts, Reason, generate
+from train.generation.generate import PromptBatch, Reason, generate
 from train.models.generation_api import Generative
 
 Show = Callable[[int, str], None]
@@ -20,7 +20,7 @@ SPLIT = 3
 """Replacement characters at the end of a text that tokens to come may still change: a character has up to four bytes."""
 
 
-class Writer:
+class TextStreamer:
     """One text as its tokens come.
 
     A character whose bytes come in several tokens is shown when it is whole. Nothing is shown of what may turn out to be a stop
@@ -69,7 +69,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """A text, why it ended, and a beam's score."""
 
     text: str
@@ -77,19 +77,19 @@ class Written:
     score: float | None
 
 
-def write(
+def generate_text(
     model: Generative,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: schema.Generation,
     show: Show = lambda row, piece: None,
-) -> Iterator[list[Written]]:
+) -> Iterator[list[GeneratedText]]:
     """``options.n`` texts after each prompt, the best first where beams are searched for; ``options.batch`` prompts run at a time.
 
     ``show(row, piece)`` is called as text comes, row being prompt * n + text: the pieces of a row are its text. Raises UserError
     for a prompt that is too long, before the first text is written.
     """
-    tokens = encoded(model, tokenizer, prompts, options)
+    tokens = encode_prompts(model, tokenizer, prompts, options)
 
     def from_row(first: int) -> Show:
         return lambda row, piece: show(first + row, piece)
@@ -99,7 +99,7 @@ def write(
         yield from find(model, tokenizer, tokens[at : at + options.batch], options, from_row(at * options.n))
 
 
-def encoded(
+def encode_prompts(
     model: Generative, tokenizer: Tokenizer, prompts: Sequence[str], options: schema.Generation
 ) -> list[list[int]]:
     """The tokens of prompts: each the start of a document where the text goes on from it, else a whole document.
@@ -114,14 +114,14 @@ def encoded(
             raise UserError(f"prompt {prompt[:40]!r}: {error}") from None
         answer = [*ids, tokenizer.eot, tokenizer.find("<pad>", tokenizer.eot)]  # which is what targets begin with
         tokens.append([tokenizer.eot, *ids] if model.continues else answer)
-    return Prompts(model, tokens, options, tokenizer.eot).tokens
+    return PromptBatch(model, tokens, options, tokenizer.eot).tokens
 
 
 def _draw(
     model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: Show
-) -> list[list[Written]]:
+) -> list[list[GeneratedText]]:
     contexts = [prompt if model.continues else [] for prompt in prompts]
-    writers = [Writer(tokenizer, context, options.stop) for context in contexts for _ in range(options.n)]
+    writers = [TextStreamer(tokenizer, context, options.stop) for context in contexts for _ in range(options.n)]
 
     def on_token(row: int, token: int) -> bool:
         show(row, writers[row].add(token))
@@ -131,14 +131,14 @@ def _draw(
     for row, writer in enumerate(writers):
         show(row, writer.end())
     rest = iter(writers)
-    return [[Written(next(rest).text, text.reason, None) for text in several] for several in texts]
+    return [[GeneratedText(next(rest).text, text.reason, None) for text in several] for several in texts]
 
 
 def _search(
     model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: Show
-) -> list[list[Written]]:
-    def read(prompt: int, tokens: Sequence[int]) -> Writer:
-        writer = Writer(tokenizer, prompts[prompt] if model.continues else [], options.stop)
+) -> list[list[GeneratedText]]:
+    def read(prompt: int, tokens: Sequence[int]) -> TextStreamer:
+        writer = TextStreamer(tokenizer, prompts[prompt] if model.continues else [], options.stop)
         for token in tokens:
             writer.add(token)
         return writer
@@ -152,5 +152,5 @@ def _search(
         for k, writer in enumerate(writers):
             writer.end()
             show(prompt * options.n + k, writer.text)
-        found.append([Written(w.text, text.reason, text.score) for w, text in zip(writers, several, strict=True)])
+        found.append([GeneratedText(w.text, text.reason, text.score) for w, text in zip(writers, several, strict=True)])
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Memory(nn.Module):
+class CarriedState(nn.Module):
     """Float32 vectors (rows, size), all 0 at first, in any precision of the model; those of other ranks' rows mean nothing."""
 
     rows: Tensor
@@ -33,7 +33,7 @@ class Memory(nn.Module):
             self.left.append((numbers, vectors.detach().float()))
 
     @torch.no_grad()
-    def settle(self, keep: bool) -> None:
+    def commit(self, keep: bool) -> None:
         """The step is over: what it left is kept, or forgotten."""
         for numbers, vectors in self.left if keep else []:
             real = numbers != 0
@@ -47,6 +47,6 @@ class Memory(nn.Module):
         return self
 
 
-def memories(module: nn.Module) -> list[Memory]:
+def carried_states(module: nn.Module) -> list[CarriedState]:
     """Those of a model."""
-    return [part for part in module.modules() if isinstance(part, Memory)]
+    return [part for part in module.modules() if isinstance(part, CarriedState)]

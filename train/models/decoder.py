@@ -16,13 +16,13 @@ from train.batch import Batch
 from train.config.keys import decoder as keys
 from train.models.layers import (
     Attention,
-    Context,
+    AttentionContext,
     Embedding,
     KVCache,
     Norm,
     build_mlp,
     dropout,
-    last_of,
+    last_token,
     linear_weights,
 )
 
@@ -42,7 +42,7 @@ class Block(nn.Module):
         self.mlp = build_mlp(model)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, context: Context, cache: KVCache | None = None
+        self, x: Tensor, delta: Tensor | None, context: AttentionContext, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D)."""
         h, x = self.attention_norm(x, delta)
@@ -89,15 +89,15 @@ class Decoder(nn.Module):
         """
         if isolate:
             positions = batch["positions"]
-            context = Context(self._rope(positions), kernels.Segments(batch["segments"], batch["segments"]))
+            context = AttentionContext(self._rope(positions), kernels.Segments(batch["segments"], batch["segments"]))
         else:  # every row counts from 0
             positions = torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device)[None]
-            context = Context(self._rope(positions))
+            context = AttentionContext(self._rope(positions))
         return self._run(batch["tokens"], positions, context)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
         """The hidden state (B, D) of each row's last token."""
-        return last_of(self(batch, isolate), batch)
+        return last_token(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, DecoderState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything; room for ``capacity`` tokens a row.
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
         rows, longest = tokens.shape
         positions = torch.arange(longest, device=tokens.device)[None]
         state = DecoderState([KVCache(capacity) for _ in self.blocks], lengths, longest, capacity)
-        hidden = self._run(tokens, positions, Context(self._rope(positions)), state.caches)
+        hidden = self._run(tokens, positions, AttentionContext(self._rope(positions)), state.caches)
         return hidden[torch.arange(rows, device=tokens.device), lengths - 1], state
 
     def decode(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         ends, longest = state.ends.clamp(max=state.capacity - 1), min(state.longest, state.capacity - 1)
         keys = torch.arange(longest + 1, device=token.device)
         seen = kernels.Segments(torch.ones_like(token)[:, None], (keys <= ends[:, None]).long())
-        context = Context(self._rope(ends[:, None]), seen, ends, longest)
+        context = AttentionContext(self._rope(ends[:, None]), seen, ends, longest)
         hidden = self._run(token[:, None], ends[:, None], context, state.caches)
         return hidden[:, 0], DecoderState(state.caches, ends + 1, longest + 1, state.capacity)
 
@@ -134,7 +134,9 @@ class Decoder(nn.Module):
         keys = (seq_len + 1) / 2 if causal else seq_len
         return model.layers * (6 * weights + 12 * attention.heads * attention.head_dim * keys)
 
-    def _run(self, tokens: Tensor, positions: Tensor, context: Context, caches: list[KVCache] | None = None) -> Tensor:
+    def _run(
+        self, tokens: Tensor, positions: Tensor, context: AttentionContext, caches: list[KVCache] | None = None
+    ) -> Tensor:
         x, delta = self.embed(tokens), None
         if self.positions is not None:
             x = x + self.positions(positions)

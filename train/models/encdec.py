@@ -19,7 +19,7 @@ from train.batch import Batch
 from train.config.keys import encdec as keys
 from train.models.layers import (
     Attention,
-    Context,
+    AttentionContext,
     Embedding,
     KVCache,
     Linear,
@@ -48,7 +48,7 @@ class CrossAttention(nn.Module):
         """Keys and values (B, T, 2H, Dh) of the encoder's output (B, T, D)."""
         return self.kv(source).unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x: Tensor, source: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor, context: AttentionContext) -> Tensor:
         """X (B, U, D) and the encoder's output (B, T, D), or what was read of it already, -> (B, U, D)."""
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
         k, v = (self.read(source) if source.ndim == 3 else source).chunk(2, 2)
@@ -57,7 +57,7 @@ class CrossAttention(nn.Module):
         )
 
 
-class Residual(nn.Module):
+class ResidualLayer(nn.Module):
     """x + layer(norm(x)), or norm(x + layer(x)); what the layer adds is dropped out."""
 
     def __init__(self, model: keys.EncDec, layer: nn.Module) -> None:
@@ -73,30 +73,35 @@ class Residual(nn.Module):
         return self.norm(x, self.layer(x, *more))[0]
 
 
-class EncoderBlock(nn.Module):
+class EncDecEncoderBlock(nn.Module):
     """Attention and an MLP."""
 
     def __init__(self, model: keys.EncDec) -> None:
         super().__init__()
-        self.attention = Residual(model, Attention(model, causal=False))
-        self.mlp = Residual(model, build_mlp(model))
+        self.attention = ResidualLayer(model, Attention(model, causal=False))
+        self.mlp = ResidualLayer(model, build_mlp(model))
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
         return self.mlp(self.attention(x, context))
 
 
-class DecoderBlock(nn.Module):
+class EncDecDecoderBlock(nn.Module):
     """Causal attention, attention to the source and an MLP."""
 
     def __init__(self, model: keys.EncDec) -> None:
         super().__init__()
-        self.attention = Residual(model, Attention(model))
-        self.cross = Residual(model, CrossAttention(model))
-        self.mlp = Residual(model, build_mlp(model))
+        self.attention = ResidualLayer(model, Attention(model))
+        self.cross = ResidualLayer(model, CrossAttention(model))
+        self.mlp = ResidualLayer(model, build_mlp(model))
 
     def forward(
-        self, x: Tensor, context: Context, source: Tensor, across: Context, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        source: Tensor,
+        across: AttentionContext,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """X (B, U, D), with the encoder's output (B, T, D) and what is seen of it -> (B, U, D)."""
         return self.mlp(self.cross(self.attention(x, context, cache), source, across))
@@ -147,7 +152,7 @@ class Stack(nn.Module):
         """Embeddings (B, T, D) -> hidden states (B, T, D)."""
         x = dropout(x, self.model.dropout, self.training)
         places = torch.arange(x.shape[1], device=x.device)
-        context = Context(
+        context = AttentionContext(
             segments=segments, bias=None if self.relative is None else self.relative(places - places[:, None])
         )
         for block in self.blocks:
@@ -188,8 +193,8 @@ class EncDec(nn.Module):
         self.scale = 1.0 if relative else math.sqrt(model.width)
         self.head_scale = model.width**-0.5 if relative and model.tied else 1.0
         self.embed = Embedding(vocab_size, model.width, 1.0 if relative else model.width**-0.5)
-        self.encoder = Stack(model, EncoderBlock, both_ways=True)
-        self.decoder = Stack(model, DecoderBlock, both_ways=False)
+        self.encoder = Stack(model, EncDecEncoderBlock, both_ways=True)
+        self.decoder = Stack(model, EncDecDecoderBlock, both_ways=False)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states of the target (B, U, D). With ``isolate`` no token sees another segment; padding is never seen."""
@@ -199,7 +204,7 @@ class EncDec(nn.Module):
         hidden = self.encoder(self._embedded(batch["tokens"], batch["positions"]), kernels.Segments(source, source))
         places = torch.arange(target.shape[1], device=target.device)[None]
         x = self._embedded(batch["target_tokens"], places)
-        across = Context(segments=kernels.Segments(target, source))
+        across = AttentionContext(segments=kernels.Segments(target, source))
         return self.decoder(x, kernels.Segments(target, target), hidden, across)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
@@ -229,8 +234,8 @@ class EncDec(nn.Module):
         place, relative = torch.full_like(token, state.length), self.decoder.relative
         distance = torch.arange(-state.length, 1, device=token.device)[None]
         bias = None if relative is None else relative(distance)
-        context = Context(bias=bias, ends=place if state.length else None, longest=state.length)
-        across = Context(segments=kernels.Segments(torch.ones_like(token)[:, None], state.seen))
+        context = AttentionContext(bias=bias, ends=place if state.length else None, longest=state.length)
+        across = AttentionContext(segments=kernels.Segments(torch.ones_like(token)[:, None], state.seen))
         x = self._embedded(token[:, None], place[:, None])
         for block, source, cache in zip(self.decoder.blocks, state.source, state.caches, strict=True):
             x = block(x, context, source, across, cache)

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from train.batch import Batch
 from train.config.keys import encoder as keys
-from train.models.layers import Attention, Context, Embedding, Linear, Norm, build_mlp, dropout, linear_weights
+from train.models.layers import Attention, AttentionContext, Embedding, Linear, Norm, build_mlp, dropout, linear_weights
 
 
-class Block(nn.Module):
+class EncoderLayer(nn.Module):
     """Attention and an MLP, each added to its input, the sum normalised."""
 
     def __init__(self, model: keys.Encoder) -> None:
@@ -25,7 +25,7 @@ class Block(nn.Module):
         self.mlp = build_mlp(model)
         self.mlp_norm = Norm(model)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
         x, _ = self.attention_norm(x, self.attention(x, context))
         return self.mlp_norm(x, self.mlp(x))[0]
@@ -51,13 +51,13 @@ class Encoder(nn.Module):
         self.positions = Embedding(model.max_len, model.width, model.deviation(model.width))
         self.types = Embedding(model.types, model.width, model.deviation(model.width))
         self.norm = Norm(model)
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(EncoderLayer(model) for _ in range(model.layers))
         self.pooler: Pooler | None = Pooler(model.width, model.width, True, model.deviation(model.width))
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row; padding is never seen."""
         segments = batch["segments"] if isolate else batch["segments"].clamp(max=1)
-        context = Context(segments=kernels.Segments(segments, segments))
+        context = AttentionContext(segments=kernels.Segments(segments, segments))
         types = batch["types"] if "types" in batch else torch.zeros_like(batch["tokens"])
         x = self.embed(batch["tokens"]) + self.positions(batch["positions"]) + self.types(types)
         x = dropout(self.norm(x)[0], self.model.dropout, self.training)

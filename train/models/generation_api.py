@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from torch import Tensor, nn
 
 
-class State(Protocol):
+class DecodingState(Protocol):
     """What a model carries from token to token, for B rows."""
 
     def rows(self, index: Tensor) -> Self:

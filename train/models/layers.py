@@ -71,7 +71,7 @@ class Norm(nn.Module):
 
 
 @dataclass(frozen=True)
-class Context:
+class AttentionContext:
     """What every attention layer of one forward pass needs to know, made once.
 
     ``ends`` (B,) is set when decoding: how many keys each row's cache already holds; ``longest`` is the largest of
@@ -100,7 +100,7 @@ class KVCache:
         self.keys[:, : k.shape[1]] = k
         self.values[:, : v.shape[1]] = v
 
-    def append(self, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def append(self, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Writes one key and value (B, 1, Hkv, Dh) at the end of each row; returns views up to the longest row."""
         assert context.ends is not None
         rows = torch.arange(k.shape[0], device=k.device)
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         self.qkv = Linear(model.width, projected, model.bias, qkv_std(model, inner, projected))
         self.out = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
-    def forward(self, x: Tensor, context: Context, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
         """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         return self.out(y.flatten(-2))
 
 
-class Activated(Linear):
+class ActivatedLinear(Linear):
     """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, with the bias in one pass; of a gated model GELU."""
 
     def __init__(self, model: Sizes, outputs: int) -> None:
@@ -169,7 +169,7 @@ class MLP(nn.Module):
     def __init__(self, model: Sizes) -> None:
         super().__init__()
         inner = model.mlp_width or 4 * model.width
-        self.up = Activated(model, inner)
+        self.up = ActivatedLinear(model, inner)
         self.down = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def linear_weights(module: nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def last_of(hidden: Tensor, batch: Batch) -> Tensor:
+def last_token(hidden: Tensor, batch: Batch) -> Tensor:
     """The hidden state (B, D) of each row's last token that is no padding; of an empty row the first."""
     ends = (batch["segments"] > 0).sum(1).clamp(min=1) - 1
     return hidden[torch.arange(len(hidden), device=hidden.device), ends]

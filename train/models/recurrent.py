@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from train.batch import Batch
 from train.config.keys import recurrent as keys
-from train.models.carried_state import Memory
-from train.models.layers import Embedding, dropout, last_of
+from train.models.carried_state import CarriedState
+from train.models.layers import Embedding, dropout, last_token
 
 
 @dataclass
@@ -32,7 +32,7 @@ class RecurrentState:
         return RecurrentState(chosen if len(chosen) > 1 else chosen[0])
 
 
-class Together(torch.autograd.Function):
+class SyncGradOrder(torch.autograd.Function):
     """Its arguments, unchanged; in the backward pass it waits for all their gradients and passes them on at once.
 
     The graph of recurrent layers depends on the documents that a rank has, and with it the order in which their weights are
@@ -50,28 +50,28 @@ class Together(torch.autograd.Function):
         return grads
 
 
-class Ordered(nn.RNNBase):
+class OrderedGradRNN(nn.RNNBase):
     """Recurrent layers whose weights are ready in one order on every rank."""
 
     def forward(self, *arguments: Any) -> Any:
         """As torch's."""
         own = self._flat_weights
-        self._flat_weights = list(Together.apply(*own))
+        self._flat_weights = list(SyncGradOrder.apply(*own))
         try:
             return super().forward(*arguments)
         finally:
             self._flat_weights = own
 
 
-class RNN(Ordered, nn.RNN):
+class RNN(OrderedGradRNN, nn.RNN):
     """torch's."""
 
 
-class LSTM(Ordered, nn.LSTM):
+class LSTM(OrderedGradRNN, nn.LSTM):
     """torch's."""
 
 
-class GRU(Ordered, nn.GRU):
+class GRU(OrderedGradRNN, nn.GRU):
     """torch's."""
 
 
@@ -90,11 +90,11 @@ class Recurrent(nn.Module):
         self.rnn: Any = kind(model.width, model.width, model.layers, batch_first=True, dropout=between, **more)
         self.rnn.init_std = (3 * model.width) ** -0.5  # the deviation of torch's own, uniform in +-1 / sqrt(width)
         self.parts = 2 if model.cell == "lstm" else 1
-        self.memory: Memory | None = None
+        self.memory: CarriedState | None = None
 
     def remember(self, rows: int) -> None:
         """From now on each of the ``rows`` of a step goes on from what that row of the step before ended with."""
-        self.memory = Memory(rows, self.parts * self.model.layers * self.model.width)
+        self.memory = CarriedState(rows, self.parts * self.model.layers * self.model.width)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states (B, T, D). With ``isolate`` every segment begins with an empty memory.
@@ -115,7 +115,7 @@ class Recurrent(nn.Module):
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
         """The hidden state (B, D) of each row's last token."""
-        return last_of(self(batch, isolate), batch)
+        return last_token(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, RecurrentState]:
         """Reads prompts (B, T), row b holding lengths[b] tokens and then anything: the last hidden state (B, D), and all of it."""

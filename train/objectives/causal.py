@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from train.config import schema
 from train.models import build_backbone
-from train.objectives.generative import Writing
-from train.objectives.lm_head import Head
+from train.objectives.generative import GenerativeObjective
+from train.objectives.lm_head import LMHead
 
 
-class Causal(Writing):
+class CausalLM(GenerativeObjective):
     """Every token of a text from those before it."""
 
     whole_text = True
@@ -25,12 +25,12 @@ class Causal(Writing):
         return self.backbone.flops_per_token(seq_len, causal) + 6 * rows * width
 
 
-def build_causal(config: schema.Config, vocab_size: int) -> Causal:
+def build_causal(config: schema.Config, vocab_size: int) -> CausalLM:
     """The causal objective of a run for a tokenizer of ``vocab_size`` tokens."""
     model = config.model
     backbone = build_backbone(model, vocab_size)
     if getattr(model, "carry", False):
         backbone.remember(config.batch.global_)
     assert isinstance(config.objective, schema.Causal)
-    head = Head(backbone.embed, model.tied, config.objective)
-    return Causal(backbone, head, vocab_size, config.data.isolate)
+    head = LMHead(backbone.embed, model.tied, config.objective)
+    return CausalLM(backbone, head, vocab_size, config.data.isolate)

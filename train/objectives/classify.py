@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from train.batch import IGNORE, Batch, Losses, trained
+from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
 from train.models.layers import Linear, dropout
 
 
-class Classify(nn.Module):
+class Classifier(nn.Module):
     """A backbone with a linear layer over its pooled rows: ``classes`` logits, or one score where there are none.
 
     ``forward`` gives {"loss": cross-entropy, or the squared error}; in evaluation also "confusion", rows being what is true and
@@ -34,7 +34,7 @@ class Classify(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""
         said, targets = self.logits(batch), batch["targets"]
-        known = trained(targets)
+        known = trained_mask(targets)
         if self.classes:
             found = {"loss": kernels.cross_entropy(said, targets, ignore_index=IGNORE)}
             if not self.training:
@@ -74,10 +74,10 @@ def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor
     return table.scatter_add_(0, true * classes + said, known.long()).view(classes, classes)
 
 
-def build_classify(config: schema.Config, vocab_size: int) -> Classify:
+def build_classify(config: schema.Config, vocab_size: int) -> Classifier:
     """The classifier of a run for a tokenizer of ``vocab_size`` tokens."""
     assert isinstance(config.objective, schema.Classify)
     backbone = build_backbone(config.model, vocab_size)
     if config.objective.pool == "mean" and hasattr(backbone, "pooler"):
         backbone.pooler = None  # nothing would train it
-    return Classify(backbone, config.objective, config.data.isolate)
+    return Classifier(backbone, config.objective, config.data.isolate)

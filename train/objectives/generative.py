@@ -7,17 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from train.batch import Batch, Losses
-from train.objectives.lm_head import Head
+from train.objectives.lm_head import LMHead
 
 
-class Writing(nn.Module):
+class GenerativeObjective(nn.Module):
     """``forward`` gives {"loss": (sum, count)}; ``prefill`` and ``decode`` are those of ``train.models.generation_api.Generative``.
 
     ``vocab_size`` is the tokenizer's: the rows that the embedding is rounded up by are never trained on as targets, and
     logits are cut to it.
     """
 
-    def __init__(self, backbone: Any, head: Head, vocab_size: int, isolate: bool) -> None:
+    def __init__(self, backbone: Any, head: LMHead, vocab_size: int, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.vocab_size, self.isolate = vocab_size, isolate

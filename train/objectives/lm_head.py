@@ -13,7 +13,7 @@ from train.config.keys.objectives import Smoothed
 from train.models.layers import Embedding
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """The output matrix (V, D): its own, or the token embedding's very parameter where the model is tied.
 
     A tied parameter is registered here too, so that ZeRO-3 gathers it for this module's forward as for the embedding's.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from train.batch import IGNORE, Batch, Losses, trained
+from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
-from train.models.layers import Activated, Linear, Norm
+from train.models.layers import ActivatedLinear, Linear, Norm
 
 
 class MaskedHead(nn.Module):
@@ -21,7 +21,7 @@ class MaskedHead(nn.Module):
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         model, embed = backbone.model, backbone.embed
-        self.transform = Activated(model, model.width)
+        self.transform = ActivatedLinear(model, model.width)
         self.norm = Norm(model)
         self.init_std = embed.init_std
         self.weight = embed.weight if model.tied else nn.Parameter(torch.empty_like(embed.weight))
@@ -32,7 +32,7 @@ class MaskedHead(nn.Module):
         return F.linear(self.norm(self.transform(hidden))[0], self.weight, self.bias)
 
 
-class Masked(nn.Module):
+class MaskedLM(nn.Module):
     """A bidirectional backbone with a head for hidden tokens and, for pairs, one for whether they belong together.
 
     ``forward`` gives {"loss": that of hidden tokens, "next_loss": that of pairs}, and in evaluation both accuracies.
@@ -52,7 +52,7 @@ class Masked(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """The losses of a batch, in nats. Logits are made where something is hidden, and nowhere else."""
         hidden = self.backbone(batch, self.isolate)
-        chosen = trained(batch["targets"])
+        chosen = trained_mask(batch["targets"])
         found = self._measured("", self.head["tokens"](hidden[chosen]), batch["targets"][chosen])
         if self.next_sentence:
             found |= self._measured("next_", self.head["next"](self.backbone.pooler(hidden)), batch["next_targets"])
@@ -71,12 +71,12 @@ class Masked(nn.Module):
         more = self.regularisers if self.training and not prefix else {}
         found = {f"{prefix}loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE, **more)}
         if not self.training:
-            right = (logits.argmax(-1) == targets) & trained(targets)
-            found[f"{prefix}accuracy"] = right.sum(), trained(targets).sum()
+            right = (logits.argmax(-1) == targets) & trained_mask(targets)
+            found[f"{prefix}accuracy"] = right.sum(), trained_mask(targets).sum()
         return found
 
 
-def build_masked(config: schema.Config, vocab_size: int) -> Masked:
+def build_masked(config: schema.Config, vocab_size: int) -> MaskedLM:
     """The masked objective of a run for a tokenizer of ``vocab_size`` tokens."""
     objective = config.objective
     assert isinstance(objective, schema.Masked)
@@ -86,4 +86,4 @@ def build_masked(config: schema.Config, vocab_size: int) -> Masked:
         heads["next"] = Linear(config.model.width, 2, True, config.model.deviation(config.model.width))
     else:
         backbone.pooler = None  # nothing would train it
-    return Masked(backbone, nn.ModuleDict(heads), vocab_size, objective, config.data.isolate)
+    return MaskedLM(backbone, nn.ModuleDict(heads), vocab_size, objective, config.data.isolate)

@@ -7,16 +7,16 @@ from typing import Any
 from train.config import schema
 from train.data.examples.seq2seq import lengths
 from train.models import build_backbone
-from train.objectives.generative import Writing
-from train.objectives.lm_head import Head
+from train.objectives.generative import GenerativeObjective
+from train.objectives.lm_head import LMHead
 
 
-class Seq2seq(Writing):
+class Seq2seqLM(GenerativeObjective):
     """An encoder-decoder with a head over the vocabulary; the loss is of the target's tokens (B, U)."""
 
     whole_text = False
 
-    def __init__(self, backbone: Any, head: Head, vocab_size: int, isolate: bool, targets: float) -> None:
+    def __init__(self, backbone: Any, head: LMHead, vocab_size: int, isolate: bool, targets: float) -> None:
         """``targets`` is how many tokens of the target there are to one of the source."""
         super().__init__(backbone, head, vocab_size, isolate)
         self.targets = targets
@@ -32,13 +32,13 @@ class Seq2seq(Writing):
         return self.backbone.flops_per_token(seq_len, causal, self.targets) + 6 * rows * width * self.targets
 
 
-def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seq:
+def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seqLM:
     """The sequence-to-sequence objective of a run for a tokenizer of ``vocab_size`` tokens."""
     objective = config.objective
     assert isinstance(objective, schema.Seq2seq)
     backbone = build_backbone(config.model, vocab_size)
-    head = Head(
+    head = LMHead(
         backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width)
     )
     _, target = lengths(config.batch.seq_len, objective)
-    return Seq2seq(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)
+    return Seq2seqLM(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from train.distributed import process_group
-from train.distributed.param_shard import Piece
+from train.distributed.param_shard import ParamShard
 
 STEPS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -31,10 +31,10 @@ class Muon(torch.optim.AdamW):
     m = momentum m + (1 - momentum) g;   u = orthogonal(momentum m + (1 - momentum) g);   w -= lr (0.2 sqrt(max(shape)) u + decay w)
     """
 
-    shards: Mapping[Tensor, Sequence[tuple[torch.Size, Piece]]] | None = None
+    shards: Mapping[Tensor, Sequence[tuple[torch.Size, ParamShard]]] | None = None
     """Where ZeRO has flattened the matrices: the parameters of each flat tensor in an order that is the same on all ranks, with
     their whole shapes and this rank's piece, which may be empty."""
-    world: process_group.World
+    world: process_group.DistContext
 
     def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient. Under ZeRO a collective."""
@@ -69,13 +69,13 @@ class Muon(torch.optim.AdamW):
             part = matrices[first : first + world.size]
             wholes = [_spread(shape, piece, ahead, world) for shape, piece in part]
             for owner, whole in enumerate(wholes):
-                process_group.sum_to(whole, owner)  # each element is 0 but on one rank: nothing is rounded
+                process_group.reduce_(whole, owner)  # each element is 0 but on one rank: nothing is rounded
             if world.rank < len(part):
                 wholes[world.rank] = update(wholes[world.rank])
             for owner, (whole, (_, piece)) in enumerate(zip(wholes, part, strict=True)):
-                process_group.send_from(whole, owner)
+                process_group.broadcast_(whole, owner)
                 mine = whole.view(-1)[piece.start : piece.start + piece.numel]
-                piece.of(flat).add_(mine.to(flat.device), alpha=-lr)
+                piece.view_of(flat).add_(mine.to(flat.device), alpha=-lr)
 
 
 def update(ahead: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x if wide is matrix else x.T).to(matrix.dtype).contiguous()
 
 
-def _spread(shape: torch.Size, piece: Piece, flat: Tensor, world: process_group.World) -> Tensor:
+def _spread(shape: torch.Size, piece: ParamShard, flat: Tensor, world: process_group.DistContext) -> Tensor:
     whole = torch.zeros(shape.numel(), device=world.device)
-    whole[piece.start : piece.start + piece.numel] = piece.of(flat)
+    whole[piece.start : piece.start + piece.numel] = piece.view_of(flat)
     return whole.view(shape)

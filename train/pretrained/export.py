@@ -25,9 +25,9 @@ from train.config import schema
 from train.data.tokenizer import FILE as TOKENIZER
 from train.distributed.param_shard import MASTER
 from train.errors import UserError
-from train.objectives.masked import Masked
+from train.objectives.masked import MaskedLM
 from train.pretrained.hf import family_of
-from train.pretrained.hf.family import Facts, Family, facts_of
+from train.pretrained.hf.family import Facts, HFFamily, facts_of
 from train.pretrained.hf.folder import write_weights
 from train.pretrained.hf.listing import CONFIG
 from train.run_dir.open_run import SavedRun, load_objective, open_run
@@ -99,7 +99,7 @@ SPECIAL = {
 """What transformers calls the tokens of these names."""
 
 
-def _write_words(run: SavedRun, family: Family, facts: Facts, aside: Path) -> None:
+def _write_words(run: SavedRun, family: HFFamily, facts: Facts, aside: Path) -> None:
     """All but the weights."""
     tokenizer, shapes = run.tokenizer, run.checkpoint.manifest["shapes"]
     there = {kind: name for kind, names in SPECIAL.items() for name in names if tokenizer.find(name, -1) >= 0}
@@ -119,7 +119,7 @@ def _write_words(run: SavedRun, family: Family, facts: Facts, aside: Path) -> No
 
 
 def _write_weights(
-    run: SavedRun, family: Family, facts: Facts, aside: Path, shard_bytes: int
+    run: SavedRun, family: HFFamily, facts: Facts, aside: Path, shard_bytes: int
 ) -> tuple[int, list[Path]]:
     shapes = {name: tuple(shape) for name, shape in run.checkpoint.manifest["shapes"].items()}
     places = {place.theirs: place for place in family.places(shapes.items(), facts)}
@@ -182,7 +182,7 @@ def answers(objective: Any, tokens: Tensor) -> list[Tensor]:
     places, ones = torch.arange(tokens.shape[1]).expand(tokens.shape), torch.ones(tokens.shape, dtype=torch.int32)
     batch = {"tokens": tokens, "positions": places, "segments": ones, "target_tokens": tokens, "target_segments": ones}
     found = [objective.logits(batch)]
-    if isinstance(objective, Masked) and objective.next_sentence:
+    if isinstance(objective, MaskedLM) and objective.next_sentence:
         found.append(objective.head["next"](objective.backbone.pooler(objective.backbone(batch))))
     return found
 

@@ -21,7 +21,7 @@ from train.distributed import process_group
 from train.errors import UserError
 from train.pretrained.hf.family import Shape
 from train.pretrained.inspect_source import misfit, other_facts
-from train.pretrained.weight_source import Origin, open_origin
+from train.pretrained.weight_source import WeightOrigin, open_origin
 from train.util.format import plural, some
 
 POOLER = "backbone.pooler.*"
@@ -31,7 +31,7 @@ MOST = 12
 
 
 @dataclass(frozen=True)
-class Taken:
+class LoadReport:
     """What was taken from where: names of parameters."""
 
     origin: str
@@ -51,7 +51,9 @@ class Taken:
         return text + (f"; left there: {some(self.left)}" if self.left else "")
 
 
-def fill(objective: nn.Module, config: Config, tokenizer: Tokenizer, world: process_group.World) -> Taken:
+def load_weights(
+    objective: nn.Module, config: Config, tokenizer: Tokenizer, world: process_group.DistContext
+) -> LoadReport:
     """Load ``init.from`` into ``objective``: its backbone, and its head where both are of one objective and it fits.
 
     Raises UserError, naming all of it, for what does not fit. A collective.
@@ -77,10 +79,10 @@ def fill(objective: nn.Module, config: Config, tokenizer: Tokenizer, world: proc
     for name in loaded:
         parameters[name].data.copy_(origin.source.read(name))
     fresh = [name for name in parameters if name not in set(loaded)]
-    return Taken(str(init.from_), origin.model.kind, origin.digest, loaded, fresh, origin.source.left())
+    return LoadReport(str(init.from_), origin.model.kind, origin.digest, loaded, fresh, origin.source.left())
 
 
-def _other_tokens(origin: Origin, config: Config, tokenizer: Tokenizer, wanted: Iterable[str]) -> Iterator[str]:
+def _other_tokens(origin: WeightOrigin, config: Config, tokenizer: Tokenizer, wanted: Iterable[str]) -> Iterator[str]:
     """That a row of the embedding is another token there."""
     if origin.tokenizer is None or "backbone.embed.weight" not in wanted:
         return

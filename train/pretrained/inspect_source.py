@@ -15,7 +15,7 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import UserError
 from train.pretrained.hf import family_named
-from train.pretrained.hf.family import Facts, Family, facts_of, word
+from train.pretrained.hf.family import Facts, HFFamily, facts_of, word
 from train.pretrained.hf.listing import CONFIG, read_json, weight_files
 
 ONLY_SHAPES = ("vocab_size", "max_len")
@@ -23,7 +23,7 @@ ONLY_SHAPES = ("vocab_size", "max_len")
 
 
 @dataclass(frozen=True)
-class Described:
+class SourceDescription:
     """A model that a run may start from."""
 
     kind: str
@@ -32,21 +32,23 @@ class Described:
     facts: Facts
     manifest: dict[str, Any] | None = None
     """Of the checkpoint, where it is a run."""
-    family: Family | None = None
+    family: HFFamily | None = None
     """Where it is a Hugging Face folder."""
 
 
-def describe(folder: Path, which: str) -> Described:
+def describe(folder: Path, which: str) -> SourceDescription:
     """What ``folder`` holds; of a run, the checkpoint ``which``: "latest", "best" or a step.
 
     Raises UserError for a folder that holds neither a run nor safetensors, or a model that is not one of ours.
     """
     if (folder / "config.yaml").exists():
         config = configuration.read(folder / "config.yaml")
-        found = manifest.inventory(folder / "checkpoints")[0]
-        chosen = found[manifest.choose(found, which, folder)]
+        found = manifest.read_manifests(folder / "checkpoints")[0]
+        chosen = found[manifest.select(found, which, folder)]
         facts = facts_of(config.model, chosen["shapes"]["backbone.embed.weight"][0])
-        return Described(f"a run, step {chosen['progress']['step']}", config.objective.name, facts, manifest=chosen)
+        return SourceDescription(
+            f"a run, step {chosen['progress']['step']}", config.objective.name, facts, manifest=chosen
+        )
     if (folder / CONFIG).exists():
         there = read_json(folder / CONFIG)
         family = family_named(there, str(folder / CONFIG))
@@ -54,7 +56,7 @@ def describe(folder: Path, which: str) -> Described:
         if strange:
             raise UserError(f"{folder / CONFIG} describes a model that is not one of ours: {'; '.join(strange)}")
         weight_files(folder)
-        return Described(f"Hugging Face, {family.name}", family.objective(there), facts, family=family)
+        return SourceDescription(f"Hugging Face, {family.name}", family.objective(there), facts, family=family)
     raise UserError(
         f"init.from={folder} {'is' if folder.is_dir() else 'is not there; it must be'} "
         f"neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG}), "
@@ -62,7 +64,7 @@ def describe(folder: Path, which: str) -> Described:
     )
 
 
-def other_facts(there: Described, config: Config, rows: int, shapes_differ: bool) -> list[str]:
+def other_facts(there: SourceDescription, config: Config, rows: int, shapes_differ: bool) -> list[str]:
     """What makes the model there another one than that of ``config`` with ``rows`` tokens, key by key, and what to give for it.
 
     Where no shape differs, what only shapes depend on does not matter.
@@ -77,7 +79,7 @@ def other_facts(there: Described, config: Config, rows: int, shapes_differ: bool
     return [*found, "to have what is there: " + " ".join(f"model.{key}={word(value)}" for key, value in other.items())]
 
 
-def misfit(config: Config, there: Described, problems: Sequence[str]) -> UserError:
+def misfit(config: Config, there: SourceDescription, problems: Sequence[str]) -> UserError:
     """The refusal of what does not fit, all of it."""
     listed = "".join(f"\n  - {problem}" for problem in problems)
     return UserError(f"init.from={config.init.from_} ({there.kind}) does not fit this run:{listed}")

@@ -15,11 +15,11 @@ from train.distributed import process_group
 from train.distributed.param_shard import MASTER
 from train.errors import UserError
 from train.pretrained.hf.family import Shape
-from train.pretrained.hf.folder import Folder, Weights
-from train.pretrained.inspect_source import Described, describe
+from train.pretrained.hf.folder import HFFolder, HFWeights
+from train.pretrained.inspect_source import SourceDescription, describe
 
 
-class Source(Protocol):
+class WeightReader(Protocol):
     """Parameters by our names, read one at a time."""
 
     def shape(self, name: str) -> Shape | None:
@@ -33,34 +33,34 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightOrigin:
     """Where weights come from."""
 
-    model: Described
+    model: SourceDescription
     digest: str
     """Tells its content from any other."""
     tokenizer: bytes | None
     """The content of its tokenizer.json."""
-    source: Source
+    source: WeightReader
 
 
-def open_origin(folder: Path, which: str, world: process_group.World) -> Origin:
+def open_origin(folder: Path, which: str, world: process_group.DistContext) -> WeightOrigin:
     """What ``folder`` holds, as ``train.pretrained.inspect_source.describe`` has it, with its weights. A collective.
 
     Raises UserError as that does, and for weights that are damaged.
     """
     model = describe(folder, which)
     if model.family is not None:
-        there = Folder(folder)
-        process_group.same_everywhere("content of init.from", there.digest)
-        return Origin(model, there.digest, there.tokenizer, Weights(there, model.family))
+        there = HFFolder(folder)
+        process_group.assert_equal_across_ranks("content of init.from", there.digest)
+        return WeightOrigin(model, there.digest, there.tokenizer, HFWeights(there, model.family))
     assert model.manifest is not None
     checkpoint = Checkpoint(folder / "checkpoints" / f"step_{model.manifest['progress']['step']}", model.manifest)
-    process_group.same_everywhere("checkpoint that init.from names", checkpoint.digest)
+    process_group.assert_equal_across_ranks("checkpoint that init.from names", checkpoint.digest)
     mine = checkpoint.damage(slice(world.rank, None, world.size))
     if damage := next((d for d in process_group.gather_objects(mine) if d), None):
         raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with init.checkpoint=<step>")
-    return Origin(model, checkpoint.digest, (folder / TOKENIZER).read_bytes(), SavedWeights(checkpoint))
+    return WeightOrigin(model, checkpoint.digest, (folder / TOKENIZER).read_bytes(), SavedWeights(checkpoint))
 
 
 @dataclass

@@ -31,7 +31,7 @@ BAR_WIDTH = 28
 Event = dict[str, Any]
 
 
-class Console:
+class RunConsole:
     """Shows one run's events. ``show`` takes any event; the other methods speak for the driver."""
 
     def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:

@@ -19,7 +19,7 @@ CAUSES = ("train", "redo", "start", "data", "save", "eval", "down", "other")
 Seconds = dict[str, float]
 
 
-class Times:
+class TimeByCause:
     """A stopwatch that never stops: ``lap`` says what the time since the last lap went to. Rank 0's is the run's."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:

@@ -55,7 +55,7 @@ def spearman(said: Floats, true: Floats) -> float:
     return float(a @ b) / spread if spread else math.nan
 
 
-def of_classes(table: Table) -> dict[str, float]:
+def classification_metrics(table: Table) -> dict[str, float]:
     """The numbers of a classifier."""
     return {
         "accuracy": accuracy(table),
@@ -66,14 +66,14 @@ def of_classes(table: Table) -> dict[str, float]:
     }
 
 
-def by_class(table: Table, names: list[str]) -> dict[str, Any]:
+def per_class_metrics(table: Table, names: list[str]) -> dict[str, Any]:
     """The numbers of each class, and the confusion matrix."""
     columns = {"precision": precision(table), "recall": recall(table), "f1": f1(table), "count": table.sum(1)}
     classes = {name: {key: float(values[i]) for key, values in columns.items()} for i, name in enumerate(names)}
     return {"classes": classes, "confusion": table.astype(int).tolist()}
 
 
-def of_scores(said: Floats, true: Floats) -> dict[str, float]:
+def regression_metrics(said: Floats, true: Floats) -> dict[str, float]:
     """The numbers of a model that gives scores."""
     return {
         "mse": math.fsum((said - true) ** 2) / len(true) if len(true) else math.nan,

@@ -10,11 +10,11 @@ from train.data.corpus.shards import Corpus
 from train.distributed import process_group
 from train.kernel_setup import DTYPES
 from train.reporting.throughput import estimated_seconds, matmul_rate
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 
 
 def outline(
-    config: Config, world: process_group.World, corpus: Corpus, objective: Any, progress: Progress
+    config: Config, world: process_group.DistContext, corpus: Corpus, objective: Any, progress: TrainState
 ) -> dict[str, Any]:
     """Sizes of the model, the work and the corpus; ``estimate_s`` seconds for the steps that are left."""
     tokens_per_step = config.batch.global_ * config.batch.seq_len

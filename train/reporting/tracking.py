@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.config.schema import Config, Tracking
-from train.reporting.goodput import Times
+from train.reporting.goodput import TimeByCause
 from train.util.io import write_whole
 from train.util.redact import redact_tree
 
@@ -29,7 +29,7 @@ KEEP_EVERY_S = 5.0
 Record = dict[str, Any]
 
 
-class Metrics:
+class MetricsFile:
     """``metrics.jsonl``: a line a logged step, each step once."""
 
     def __init__(self, file: Path, last_step: int) -> None:
@@ -63,7 +63,7 @@ def read_records(file: Path) -> list[Record]:
 class RunFile:
     """``run.json``: what the run keeps over its starts: the W&B id, and where the seconds went until it was last ``seen``."""
 
-    def __init__(self, folder: Path, times: Times) -> None:
+    def __init__(self, folder: Path, times: TimeByCause) -> None:
         """``times`` is this start's; what earlier ones spent is added to it."""
         self.file, self.times = folder / "run.json", times
         self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
@@ -87,7 +87,7 @@ class RunFile:
         write_whole(self.file, json.dumps(self.values).encode())
 
 
-class Wandb:
+class WandbRun:
     """One W&B run, fed by a thread from a queue; every call returns at once."""
 
     def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
@@ -172,16 +172,16 @@ class Wandb:
 class Tracker:
     """Rank 0's one place for numbers."""
 
-    def __init__(self, config: Config, last_step: int, times: Times, note: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, last_step: int, times: TimeByCause, note: Callable[[str], None]) -> None:
         self.config, self.note = config, note
         self.folder = Path(config.run.dir or "")
         self.run = RunFile(self.folder, times)
         self._open(last_step)
 
     def _open(self, last_step: int) -> None:
-        self.metrics = Metrics(self.folder / "metrics.jsonl", last_step)
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", last_step)
         off = self.config.tracking.wandb == "off"
-        self.wandb = None if off else Wandb(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
+        self.wandb = None if off else WandbRun(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
 
     def go_back(self, step: int) -> None:
         """The steps after ``step`` will come again: what was logged of them is dropped."""

@@ -15,7 +15,7 @@ COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Comparison:
     """How many of some things were compared, and the first that differs, in words, if any does."""
 
     what: str
@@ -23,12 +23,12 @@ class Finding:
     difference: str | None
 
 
-def compare(ours: Path, theirs: Path, step: int) -> list[Finding]:
+def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
     """What two runs' folders hold up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
     return [*compare_lines(ours, theirs, step), *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
 
 
-def compare_lines(ours: Path, theirs: Path, step: int) -> list[Finding]:
+def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
     """The lines of two runs' metrics up to ``step``, number by number: one that only one of them has is a difference, too."""
     lines = [
         {r["step"]: r for r in read_records(folder / "metrics.jsonl") if r["step"] <= step} for folder in (ours, theirs)
@@ -44,14 +44,14 @@ def checkpoint_of(folder: Path, step: int) -> Checkpoint:
     raise UserError(f"{folder} has no complete checkpoint of step {step}")
 
 
-def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Finding:
+def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Comparison:
     steps = sorted({*ours, *theirs})
     values = ((step, ours.get(step, {}).get(key), theirs.get(step, {}).get(key)) for step in steps)
     difference = next((f"step {step}: {a} and {b}" for step, a, b in values if a is None or a != b), None)
-    return Finding(key, len(steps), difference)
+    return Comparison(key, len(steps), difference)
 
 
-def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Finding]:
+def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
     readers = [ours.reader(), theirs.reader()]
     kinds = sorted({kind for reader in readers for _, kind in reader.where}, reverse=True)
     found = []
@@ -63,7 +63,7 @@ def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Finding]:
             whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.where[name, kind])) for r in readers]
             if missing or not torch.equal(*whole):
                 difference = difference or f"{name}: {'missing in one' if missing else _apart(*whole)}"
-        found.append(Finding(f"tensors of {kind}", len(names), difference))
+        found.append(Comparison(f"tensors of {kind}", len(names), difference))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from train.checkpoint import manifest
-from train.checkpoint.reader import Checkpoint, Reader, inventory
+from train.checkpoint.reader import Checkpoint, CheckpointReader, list_checkpoints
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ class SavedRun:
     config: Config
     tokenizer: Tokenizer
     checkpoint: Checkpoint
-    reader: Reader
+    reader: CheckpointReader
 
     @cached_property
     def objective(self) -> Any:
@@ -55,15 +55,15 @@ def load_objective(run: SavedRun) -> Any:
     return objective.eval()
 
 
-def _opened(folder: Path, which: str) -> tuple[Checkpoint, Reader]:
+def _opened(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
     """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
     while True:
-        whole, damaged = inventory(folder / "checkpoints")
+        whole, damaged = list_checkpoints(folder / "checkpoints")
         newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
         if which == "latest" and newest in damaged:
             path, damage = folder / "checkpoints" / f"step_{newest}", damaged[newest]
         else:
-            checkpoint = whole[manifest.choose([c.manifest for c in whole], which, folder)]
+            checkpoint = whole[manifest.select([c.manifest for c in whole], which, folder)]
             path, damage = checkpoint.path, checkpoint.damage() or ""
             with contextlib.suppress(
                 FileNotFoundError, RuntimeError

@@ -52,7 +52,7 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
             "Give the old values to go on with it, or another run.name to start anew"
         )
     for checkpoint in folder.glob("checkpoints/step_*"):
-        with contextlib.suppress(manifest.Damaged):
+        with contextlib.suppress(manifest.DamagedCheckpoint):
             was = manifest.read(checkpoint)["corpus"]
             if corpus_fingerprint is not None:
                 same_corpus(folder, was, corpus_fingerprint)

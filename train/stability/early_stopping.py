@@ -7,16 +7,16 @@ from typing import Any
 
 from train.config.schema import Stop
 from train.errors import UserError
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.format import plural
 
 
-def falls(metric: str) -> bool:
+def lower_is_better(metric: str) -> bool:
     """Whether a metric is the better the lower it is."""
     return metric.endswith("loss") or metric in ("bits_per_byte", "mse")
 
 
-def judge(stop: Stop, progress: Progress, evaluated: dict[str, Any]) -> Progress:
+def update(stop: Stop, progress: TrainState, evaluated: dict[str, Any]) -> TrainState:
     """The progress after an evaluation that found ``evaluated``; as it was where nothing was held out.
 
     Raises UserError where ``stop.metric`` is not among it. What is not a number is worse than any.
@@ -27,15 +27,15 @@ def judge(stop: Stop, progress: Progress, evaluated: dict[str, Any]) -> Progress
         raise UserError(f"stop.metric={stop.metric} is not measured here. There are: {', '.join(evaluated)}")
     value = evaluated[stop.metric]
     score = math.inf if value is None or not math.isfinite(value) else float(value)
-    return progress.measured(score if falls(stop.metric) or score == math.inf else -score)
+    return progress.measured(score if lower_is_better(stop.metric) or score == math.inf else -score)
 
 
-def enough(stop: Stop, progress: Progress) -> bool:
+def should_stop(stop: Stop, progress: TrainState) -> bool:
     """Whether the run ends here."""
     return 0 < stop.patience <= progress.stale
 
 
-def words(stop: Stop, progress: Progress) -> str:
+def reason(stop: Stop, progress: TrainState) -> str:
     """Why it does."""
     best = abs(progress.best or 0.0)
     return (

@@ -10,8 +10,8 @@ from typing import Any
 
 from train.config import load as configuration
 from train.data.corpus.shards import Corpus
-from train.data.loader import Share, training_loader
-from train.data.sampling.batch_plan import Cursor, Plan
+from train.data.loader import RankShare, training_loader
+from train.data.sampling.batch_plan import BatchPlan, Cursor
 from train.errors import UserError
 from train.reporting.tracking import read_records
 from train.stability.skipped_rows import FILE, rows_of
@@ -21,7 +21,7 @@ WORDS_SHOWN = 24
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentPart:
     """A part of a document in a row of a step."""
 
     row: int
@@ -40,7 +40,7 @@ class Part:
         return asdict(self)
 
 
-def parts(corpus: Corpus, plan: Plan, cursor: Cursor, skipped: Collection[int] = ()) -> list[Part]:
+def parts(corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()) -> list[DocumentPart]:
     """What stands in the step at a cursor, row by row; ``skipped`` are the rows that a ledger leaves out."""
     shards, found = corpus.split("train"), []
     for row, sample, start, length in plan.table(cursor).tolist():
@@ -48,11 +48,13 @@ def parts(corpus: Corpus, plan: Plan, cursor: Cursor, skipped: Collection[int] =
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
         document = f"train/{sample:09d}"
-        found.append(Part(row, row % plan.shape.streams, document, shards.source(sample), span, row in skipped, words))
+        found.append(
+            DocumentPart(row, row % plan.shape.streams, document, shards.source(sample), span, row in skipped, words)
+        )
     return found
 
 
-def trace(folder: Path, step: int) -> tuple[str, list[Part]]:
+def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     """The data_hash of a step of the run in ``folder``, counted as in metrics.jsonl, and the documents that stand in it.
 
     Raises UserError for a step that the run does not have, and a corpus that is not the run's.
@@ -64,7 +66,7 @@ def trace(folder: Path, step: int) -> tuple[str, list[Part]]:
     corpus = Corpus(about["folder"])
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
-    plan = training_loader(corpus, config, Share(0, 1, 1)).plan
+    plan = training_loader(corpus, config, RankShare(0, 1, 1)).plan
     cursor = plan.after(Cursor(), step - 1)
     skipped = rows_of(read_records(folder / FILE)).get(cursor, frozenset())
     return plan.data_hash(cursor, skipped), parts(corpus, plan, cursor, skipped)

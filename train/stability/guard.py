@@ -33,9 +33,9 @@ from train.objectives import build_objective
 from train.pretrained import init_from
 from train.stability.find_documents import parts
 from train.stability.nonfinite import begin_anew, first_nonfinite
-from train.stability.skipped_rows import Entry, How, Ledger
+from train.stability.skipped_rows import Entry, How, SkippedRows
 from train.state import loss_history
-from train.state.train_state import Progress
+from train.state.train_state import TrainState
 from train.util.format import plural
 
 LOOK_BACK = 8
@@ -52,21 +52,21 @@ class Guard:
     """One rank's part in it."""
 
     config: Config
-    world: process_group.World
+    world: process_group.DistContext
     corpus: Corpus
     engine: Engine
     loader: Loader
-    settle: Callable[[], None]
+    wait_for_save: Callable[[], None]
     """Waits for the save in flight."""
-    went_back: Callable[[Progress, str], None]
+    on_rollback: Callable[[TrainState, str], None]
     """Told the progress that the run goes on from, and why."""
 
     def __post_init__(self) -> None:
         """The rows that the run's ledger leaves out are left out from here on. A collective."""
-        self.ledger = Ledger(Path(self.config.run.dir or ""))
+        self.ledger = SkippedRows(Path(self.config.run.dir or ""))
         self.loader.skip(self.ledger.rows)
 
-    def check(self, before: Progress, loss: float, applied: bool) -> Progress | None:
+    def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
         """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.
 
         ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective where something is wrong. Raises
@@ -74,16 +74,16 @@ class Guard:
         """
         watched = self.config.spikes
         limit = before.recent.limit(watched)
-        trouble = loss_history.judge(loss, applied, limit)
+        trouble = loss_history.diagnose_step(loss, applied, limit)
         searching = self.config.precision.name == "fp16" and math.isfinite(loss) and not applied  # for the loss scale
         if watched.watch == "off" or trouble is None or searching:
             return None
-        sound = self._sound(before.recent.reference or self.loader.plan.after(before.cursor), limit)
+        sound = self._loss_is_normal(before.recent.reference or self.loader.plan.after(before.cursor), limit)
         if trouble == "spike" and sound:
             return None
         how: How = "in place" if sound and not applied else "rolled back"
-        target = before if how == "in place" else self._go_back(before)
-        skipped, layers = self._culprits(before, target, how)
+        target = before if how == "in place" else self._roll_back(before)
+        skipped, layers = self._find_bad_rows(before, target, how)
         entry = self._entry(before, trouble, skipped) | {
             "how": how,
             "back_to": target.step,
@@ -92,13 +92,13 @@ class Guard:
             "layers": layers,
         }
         self.ledger.append(entry)
-        self._bound(entry)
+        self._enforce_limits(entry)
         self.loader.skip(self.ledger.rows)
         self.loader.seek(target.cursor)
-        self.went_back(target, words(entry))
+        self.on_rollback(target, words(entry))
         return target
 
-    def _sound(self, reference: Cursor, limit: float) -> bool:
+    def _loss_is_normal(self, reference: Cursor, limit: float) -> bool:
         """Whether the loss at ``reference`` is not high under the weights of now."""
         losses = [self.engine.evaluate(to_device(b, self.world.device))["loss"] for b in self.loader.peek(reference)]
         total, count = process_group.all_reduce_sum(
@@ -106,12 +106,12 @@ class Guard:
         )
         return count > 0 and math.isfinite(total) and total / count <= limit
 
-    def _go_back(self, before: Progress) -> Progress:
+    def _roll_back(self, before: TrainState) -> TrainState:
         """Fill the engine from the newest checkpoint that is whole and sound, or with its first weights where none was ever made.
 
         Newer ones are removed: the next start must not go on from them.
         """
-        self.settle()  # what is being saved must be copied first, and may be newer than what is gone back to
+        self.wait_for_save()  # what is being saved must be copied first, and may be newer than what is gone back to
         found = complete(self.ledger.file.with_name("checkpoints"))
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
@@ -121,15 +121,15 @@ class Guard:
             )
         if good is None:
             begin_anew(self.engine, self._first_objective())
-        target = good.progress if good else Progress()
-        process_group.act_first(lambda: _remove(c.path for c in found if c.progress.step > target.step))
+        target = good.progress if good else TrainState()
+        process_group.run_on_rank0(lambda: _remove(c.path for c in found if c.progress.step > target.step))
         return target
 
     def _first_objective(self) -> nn.Module:
         """What the run began with: a function of its configuration, and of what ``init.from`` holds."""
         objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
         if self.config.init.from_:
-            init_from.fill(objective, self.config, self.corpus.tokenizer, self.world)
+            init_from.load_weights(objective, self.config, self.corpus.tokenizer, self.world)
         return objective
 
     def _restored(self, checkpoint: Checkpoint) -> bool:
@@ -139,20 +139,20 @@ class Guard:
         restore(checkpoint, self.engine)
         recent = checkpoint.progress.recent
         reference = recent.reference or checkpoint.progress.cursor
-        return self._sound(reference, recent.limit(self.config.spikes))
+        return self._loss_is_normal(reference, recent.limit(self.config.spikes))
 
-    def _culprits(self, before: Progress, target: Progress, how: How) -> tuple[list[Place], list[str]]:
+    def _find_bad_rows(self, before: TrainState, target: TrainState, how: How) -> tuple[list[Place], list[str]]:
         """The rows to leave out, and the layers whose numbers are the first that are not finite."""
         plan, again = self.loader.plan, before.step - target.step
         looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK), again + 1)]
         with first_nonfinite(self.engine.module) as first:
             losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
             limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
-            blamed = bad = [place for place, loss in losses.items() if loss_history.stands_out(loss, limit)]
+            blamed = bad = [place for place, loss in losses.items() if loss_history.is_outlier(loss, limit)]
             ahead = before.cursor
             while bad and len(blamed) < LOOK_AHEAD:  # a bad document may be long: its row goes on in the steps to come
                 ahead = plan.after(ahead)
-                bad = [place for place, loss in self._row_losses(ahead).items() if loss_history.stands_out(loss, limit)]
+                bad = [place for place, loss in self._row_losses(ahead).items() if loss_history.is_outlier(loss, limit)]
                 blamed = blamed + bad
         if not blamed:
             last = (
@@ -175,12 +175,12 @@ class Guard:
         table = process_group.all_reduce_sum([*sums, *counts])
         return {(cursor, n): table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
 
-    def _entry(self, before: Progress, trouble: str, skipped: Sequence[Place]) -> Entry:
+    def _entry(self, before: TrainState, trouble: str, skipped: Sequence[Place]) -> Entry:
         groups: dict[Cursor, list[int]] = {}
         for cursor, row in skipped:
             groups.setdefault(cursor, []).append(row)
         documents: dict[str, str] = {}
-        if self.world.first:
+        if self.world.is_rank0:
             standing = (
                 p for c, rows in groups.items() for p in parts(self.corpus, self.loader.plan, c) if p.row in rows
             )
@@ -193,7 +193,7 @@ class Guard:
             "documents": [{"document": document, "source": source} for document, source in documents.items()],
         }
 
-    def _bound(self, entry: Entry) -> None:
+    def _enforce_limits(self, entry: Entry) -> None:
         watched, limit = self.config.spikes, self.config.optimizer.max_skipped
         if entry["how"] == "in place":
             if self.ledger.in_a_row("in place", entry["step"], 1) > limit:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.distributed.param_shard import MASTER, Piece
+from train.distributed.param_shard import MASTER, ParamShard
 from train.engine.engine import Engine
 
 
@@ -56,9 +56,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def begin_anew(engine: Engine, objective: nn.Module) -> None:
     """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
     weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
-    kinds = {piece.name: list(engine.states(piece)) for piece in engine.pieces}
+    kinds = {piece.name: list(engine.states(piece)) for piece in engine.param_shards}
 
-    def read(piece: Piece, kind: str) -> Tensor:
+    def read(piece: ParamShard, kind: str) -> Tensor:
         first = weights.get(piece.name) if kind == MASTER else None
         return torch.zeros(piece.numel) if first is None else first.narrow(0, piece.start, piece.numel)
 

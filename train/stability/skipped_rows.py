@@ -25,7 +25,7 @@ How = Literal["in place", "rolled back"]
 Rows = dict[Cursor, frozenset[int]]
 
 
-class Ledger:
+class SkippedRows:
     """A run's ledger, equal on every rank: rank 0 reads and writes it, the others are told."""
 
     def __init__(self, folder: Path) -> None:
@@ -36,7 +36,7 @@ class Ledger:
     def append(self, entry: Entry) -> None:
         """Write down rank 0's ``entry``; it is on the disk when this returns. A collective."""
         entry = process_group.broadcast_object(entry)
-        if error := process_group.act_first(lambda: append_line(self.file, json.dumps(entry, ensure_ascii=False))):
+        if error := process_group.run_on_rank0(lambda: append_line(self.file, json.dumps(entry, ensure_ascii=False))):
             raise UserError(f"{self.file} takes no more lines: {error}. Make room, then give the same command")
         self.entries.append(entry)
 

@@ -27,7 +27,7 @@ Trouble = Literal["non-finite", "spike"]
 
 
 @dataclass(frozen=True)
-class Recent:
+class LossHistory:
     """What the rule knows of the steps before."""
 
     losses: tuple[float, ...] = ()
@@ -38,30 +38,30 @@ class Recent:
         """The highest loss that is not high; infinite until the window is full, and where spikes are not watched."""
         if spikes.watch != "all" or len(self.losses) < spikes.window:
             return math.inf
-        return far(self.losses, spikes.deviations)
+        return outlier_limit(self.losses, spikes.deviations)
 
-    def after(self, loss: float, cursor: Cursor, spikes: Spikes) -> Recent:
+    def after(self, loss: float, cursor: Cursor, spikes: Spikes) -> LossHistory:
         """With one more step, whose data begin at ``cursor``. A loss that is not finite leaves no trace."""
         if not math.isfinite(loss):
             return self
         high = loss > self.limit(spikes)
-        return Recent((*self.losses, loss)[-spikes.window :], self.reference if high else cursor)
+        return LossHistory((*self.losses, loss)[-spikes.window :], self.reference if high else cursor)
 
     @staticmethod
-    def from_dict(values: dict[str, Any]) -> Recent:
+    def from_dict(values: dict[str, Any]) -> LossHistory:
         """What a checkpoint keeps of it."""
         reference = values["reference"]
-        return Recent(tuple(values["losses"]), reference and Cursor.from_dict(reference))
+        return LossHistory(tuple(values["losses"]), reference and Cursor.from_dict(reference))
 
 
-def far(losses: Sequence[float], deviations: float) -> float:
+def outlier_limit(losses: Sequence[float], deviations: float) -> float:
     """median + ``deviations`` robust standard deviations of finite ``losses``, and at least LEAST_RISE above the median."""
     middle = statistics.median(losses)
     spread = NORMAL * statistics.median([abs(loss - middle) for loss in losses])
     return middle + max(deviations * spread, LEAST_RISE)
 
 
-def judge(loss: float, applied: bool, limit: float) -> Trouble | None:
+def diagnose_step(loss: float, applied: bool, limit: float) -> Trouble | None:
     """What is wrong with a step, by its loss and whether its gradient was finite and so its update made."""
     if not applied or not math.isfinite(loss):
         return "non-finite"
@@ -70,9 +70,9 @@ def judge(loss: float, applied: bool, limit: float) -> Trouble | None:
 
 def row_limit(losses: Sequence[float], deviations: float) -> float:
     """Above it a row stands out among ``losses``, those of rows under good weights. Where any is not finite, only such rows do."""
-    return far(losses, deviations) if all(map(math.isfinite, losses)) else math.inf
+    return outlier_limit(losses, deviations) if all(map(math.isfinite, losses)) else math.inf
 
 
-def stands_out(loss: float, limit: float) -> bool:
+def is_outlier(loss: float, limit: float) -> bool:
     """Whether a row of this loss is to blame."""
     return not math.isfinite(loss) or loss > limit

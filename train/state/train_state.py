@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from train.data.sampling.batch_plan import Cursor
-from train.state.loss_history import Recent
+from train.state.loss_history import LossHistory
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """The state of a run after ``step`` optimizer steps; everything else is a function of it and the configuration."""
 
     step: int = 0
@@ -31,10 +31,10 @@ class Progress:
     best_step: int = 0
     stale: int = 0
     """Evaluations since then."""
-    recent: Recent = field(default_factory=Recent)
+    recent: LossHistory = field(default_factory=LossHistory)
     """What the next steps are judged by."""
 
-    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> Progress:
+    def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> TrainState:
         """The progress after one more step."""
         return replace(
             self,
@@ -47,7 +47,7 @@ class Progress:
             score=None,
         )
 
-    def measured(self, score: float) -> Progress:
+    def measured(self, score: float) -> TrainState:
         """The progress once the model of now has been found to be worth ``score``."""
         if self.best is None or score < self.best:
             return replace(self, score=score, best=score, best_step=self.step, stale=0)
@@ -58,8 +58,8 @@ class Progress:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Progress:
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
         """What ``to_dict`` gave."""
         # A checkpoint older than the rule has nothing recent.
-        recent = Recent.from_dict(values["recent"]) if "recent" in values else Recent()
+        recent = LossHistory.from_dict(values["recent"]) if "recent" in values else LossHistory()
         return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"]), "recent": recent})

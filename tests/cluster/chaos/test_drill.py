@@ -17,14 +17,14 @@ from helpers.netns_hosts import PORT, WHY_NOT, form_cluster, hosts, living_hosts
 
 from cluster.chaos import drill as drill_verb
 from cluster.chaos import faults
-from cluster.chaos.faults import FAULTS, Row, Seen
+from cluster.chaos.faults import FAULTS, Observation, Row
 from cluster.chaos.inject import poisoned
 from train.data.corpus.shards import Corpus
 from train.errors import UserError
-from train.run_dir.compare import Finding
+from train.run_dir.compare import Comparison
 
-SAME = [Finding(what, 10, None) for what in ("loss", "grad_norm", "lr", "tokens", "data_hash")]
-SEEN = Seen(0.5, 1.5, 3, "rank 1 on a (pid 7) killed by SIGKILL", True, 10)
+SAME = [Comparison(what, 10, None) for what in ("loss", "grad_norm", "lr", "tokens", "data_hash")]
+SEEN = Observation(0.5, 1.5, 3, "rank 1 on a (pid 7) killed by SIGKILL", True, 10)
 LOSSES = {1: 2.0, 2: 1.0}
 
 
@@ -32,8 +32,8 @@ def judged(fault="kill", seen=SEEN, findings=SAME, ours=LOSSES) -> Row:
     return faults.judge(FAULTS[fault], seen, findings, "fp32", (ours, LOSSES))
 
 
-def different(what: str) -> list[Finding]:
-    return [Finding(f.what, f.compared, "step 3: 1 and 2") if f.what == what else f for f in SAME]
+def different(what: str) -> list[Comparison]:
+    return [Comparison(f.what, f.compared, "step 3: 1 and 2") if f.what == what else f for f in SAME]
 
 
 def test_a_row_holds_where_all_is_as_it_must_be():
@@ -46,7 +46,7 @@ def test_a_row_holds_where_all_is_as_it_must_be():
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (judged(seen=Seen(None, 1.5, 3, "something else", False, 10)), "not named right, but: something else"),
+        (judged(seen=Observation(None, 1.5, 3, "something else", False, 10)), "not named right, but: something else"),
         (judged(findings=different("data_hash")), "data_hash: step 3: 1 and 2"),
         (judged(findings=different("loss")), "loss: step 3: 1 and 2"),
         (judged(findings=different("grad_norm")), "grad_norm: step 3: 1 and 2"),

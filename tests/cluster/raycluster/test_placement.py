@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.raycluster.placement import Node, Request, begin_with, choose_device, place
+from cluster.raycluster.placement import Node, WorkerRequest, choose_device, initial_workers, place_workers
 from train.errors import UserError
 
 
@@ -13,17 +13,17 @@ def node(name, cpus, gpus=0, free_cpus=None, free_gpus=None):
 @pytest.mark.parametrize(
     ("nodes", "request_", "workers", "waiting"),
     [
-        ([node("a", 2)], Request(2, 1, 0), {"a": 2}, 0),
-        ([node("a", 2), node("b", 8)], Request(6, 1, 0), {"b": 6}, 0),
-        ([node("a", 2), node("b", 8)], Request(10, 1, 0), {"b": 8, "a": 2}, 0),
-        ([node("a", 16, 4), node("b", 2, 4)], Request(6, 1, 1), {"a": 4, "b": 2}, 0),
-        ([node("a", 3), node("b", 3)], Request(2, 2, 0), {"a": 1, "b": 1}, 0),
-        ([node("a", 8, free_cpus=3)], Request(5, 1, 0), {"a": 3}, 2),
-        ([node("a", 8, 8, free_gpus=0)], Request(1, 1, 1), {}, 1),
+        ([node("a", 2)], WorkerRequest(2, 1, 0), {"a": 2}, 0),
+        ([node("a", 2), node("b", 8)], WorkerRequest(6, 1, 0), {"b": 6}, 0),
+        ([node("a", 2), node("b", 8)], WorkerRequest(10, 1, 0), {"b": 8, "a": 2}, 0),
+        ([node("a", 16, 4), node("b", 2, 4)], WorkerRequest(6, 1, 1), {"a": 4, "b": 2}, 0),
+        ([node("a", 3), node("b", 3)], WorkerRequest(2, 2, 0), {"a": 1, "b": 1}, 0),
+        ([node("a", 8, free_cpus=3)], WorkerRequest(5, 1, 0), {"a": 3}, 2),
+        ([node("a", 8, 8, free_gpus=0)], WorkerRequest(1, 1, 1), {}, 1),
     ],
 )
 def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, workers, waiting):
-    placement = place(nodes, request_)
+    placement = place_workers(nodes, request_)
     assert placement.workers == workers
     assert placement.waiting == waiting
 
@@ -31,20 +31,24 @@ def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, work
 @pytest.mark.parametrize(
     ("nodes", "request_", "words"),
     [
-        ([node("me", 2)], Request(3, 1, 0), ["only 2 fit", "me: 2 cores", "1 core short", "cluster.workers=2"]),
-        ([node("me", 2)], Request(1, 4, 0), ["none fits", "2 cores short", "fewer cluster.cpus_per_worker"]),
-        ([node("a", 64, 4), node("b", 64, 4)], Request(9, 1, 1), ["only 8 fit", "a: 64 cores, 4 GPUs", "1 GPU short"]),
+        ([node("me", 2)], WorkerRequest(3, 1, 0), ["only 2 fit", "me: 2 cores", "1 core short", "cluster.workers=2"]),
+        ([node("me", 2)], WorkerRequest(1, 4, 0), ["none fits", "2 cores short", "fewer cluster.cpus_per_worker"]),
+        (
+            [node("a", 64, 4), node("b", 64, 4)],
+            WorkerRequest(9, 1, 1),
+            ["only 8 fit", "a: 64 cores, 4 GPUs", "1 GPU short"],
+        ),
         (
             [node("a", 4, 8), node("b", 8, 0)],
-            Request(6, 1, 1),
+            WorkerRequest(6, 1, 1),
             ["only 4 fit", "1 core short of another", "1 GPU short"],
         ),
-        ([], Request(1, 1, 0), ["none fits"]),
+        ([], WorkerRequest(1, 1, 0), ["none fits"]),
     ],
 )
 def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_, words):
     with pytest.raises(UserError) as refused:
-        place(nodes, request_)
+        place_workers(nodes, request_)
     for word in words:
         assert word in str(refused.value)
 
@@ -61,13 +65,13 @@ def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_
     ],
 )
 def test_a_job_begins_with_as_many_workers_as_there_is_room_for(nodes, least, size):
-    request = Request(4, 1, 0, least)
-    assert begin_with(place(nodes, request), request) == size
+    request = WorkerRequest(4, 1, 0, least)
+    assert initial_workers(place_workers(nodes, request), request) == size
 
 
 def test_fewer_cores_than_the_fewest_workers_need_are_refused():
     with pytest.raises(UserError, match=r"cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
-        place([node("a", 2)], Request(4, 1, 0, 3))
+        place_workers([node("a", 2)], WorkerRequest(4, 1, 0, 3))
 
 
 @pytest.mark.parametrize(

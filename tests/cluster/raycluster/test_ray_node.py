@@ -36,7 +36,7 @@ def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
     other = threading.Thread(target=strike)
     other.start()
     with pytest.raises(UserError, match="Ray's processes on this host ended as they started"):
-        ray_node.start_head(ray_node.Start(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
+        ray_node.start_head(ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
     other.join()
     assert not [
         child for child in psutil.Process().children() if child.name() == "gcs_server" and child.status() != "zombie"

@@ -94,13 +94,14 @@ def says(*lines, code=0, sleep=0):
 
 def commands(**scripts):
     return [
-        remote_hosts.Command(name, [sys.executable, "-c", *script], 1, again=False) for name, script in scripts.items()
+        remote_hosts.RemoteCommand(name, [sys.executable, "-c", *script], 1, again=False)
+        for name, script in scripts.items()
     ]
 
 
 def test_nodes_are_waited_for_and_end_with_the_driver(tmp_path):
     ready = json.dumps({"address": "x"})
-    others = remote_hosts.Remote(commands(a=says("Welcome to a!", ready), b=says(ready)), "secret", tmp_path)
+    others = remote_hosts.RemoteNodes(commands(a=says("Welcome to a!", ready), b=says(ready)), "secret", tmp_path)
     others.wait(20)
     others.close()
     assert [process.returncode for process in others.processes.values()] == [0, 0]
@@ -114,7 +115,7 @@ def test_every_host_that_fails_is_named_with_its_reason(tmp_path):
         "d": says(sleep=0, code=255),
         "e": says("hm"),
     }
-    others = remote_hosts.Remote(commands(**scripts), "secret", tmp_path)
+    others = remote_hosts.RemoteNodes(commands(**scripts), "secret", tmp_path)
     with pytest.raises(UserError) as found:
         others.wait(3)
     others.close()

@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from cluster.supervision.hang_detector import Limits, Stragglers, hung
-from cluster.supervision.outcome import Beat
+from cluster.supervision.hang_detector import HangLimits, StragglerDetector, diagnose_hang
+from cluster.supervision.outcome import Heartbeat
 
-LIMITS = Limits(hang_s=10, start_s=300)
+LIMITS = HangLimits(hang_s=10, start_s=300)
 
 
 def beat(rank, phase="data", still_s=20.0, longest_s=0.1, **more):
-    return Beat(rank, more.pop("step", 5), phase, still_s=still_s, longest_s=longest_s, **more)
+    return Heartbeat(rank, more.pop("step", 5), phase, still_s=still_s, longest_s=longest_s, **more)
 
 
 def waits(rank, count=7, **more):
@@ -41,7 +41,7 @@ def waits(rank, count=7, **more):
     ],
 )
 def test_the_rank_that_the_others_wait_for_is_to_blame(beats, culprit):
-    found = hung(beats, LIMITS)
+    found = diagnose_hang(beats, LIMITS)
     assert found is not None
     assert found.rank == culprit
 
@@ -61,31 +61,31 @@ def test_the_rank_that_the_others_wait_for_is_to_blame(beats, culprit):
     ],
 )
 def test_who_may_still_take_his_time_does_not_hang(beats):
-    assert hung(beats, LIMITS) is None
+    assert diagnose_hang(beats, LIMITS) is None
 
 
 def test_a_stopped_process_is_found_even_while_others_move():
-    found = hung([beat(0, still_s=0.1), beat(1, "backward", state="T", still_s=11)], LIMITS)
+    found = diagnose_hang([beat(0, still_s=0.1), beat(1, "backward", state="T", still_s=11)], LIMITS)
     assert (found.rank, found.words) == (1, "hung: nothing moved for 11 s in backward of step 5")
     assert found.evidence == ("it is stopped by a signal (SIGSTOP, or a debugger)", "rank 0 is in data of step 5")
 
 
 def test_the_words_say_where_the_others_wait():
-    found = hung([waits(0), waits(2), beat(3, count=6), waits(1)], LIMITS)
+    found = diagnose_hang([waits(0), waits(2), beat(3, count=6), waits(1)], LIMITS)
     assert found.evidence == ("ranks 0, 1, 2 wait in all_reduce_sum #7",)
-    unclear = hung([waits(0), waits(1)], LIMITS)
+    unclear = diagnose_hang([waits(0), waits(1)], LIMITS)
     assert unclear.words == "no rank has moved for 20 s, and none can be blamed: ranks 0, 1 wait in all_reduce_sum #7"
 
 
 def play(works, steps, start=0.0, finder=None, per_beat=10):
     """Feeds a finder with beats of ranks whose steps take ``works(rank, step)`` seconds; what it found, with the step."""
-    finder, found, busy, now = finder or Stragglers(), [], [0.0] * 4, start
+    finder, found, busy, now = finder or StragglerDetector(), [], [0.0] * 4, start
     for step in range(steps):
         took = [works(rank, step) for rank in range(4)]
         busy = [b + t for b, t in zip(busy, took, strict=True)]
         now += max(took)
         if step % per_beat == 0:
-            beats = [Beat(rank, step, "data", busy_s=busy[rank]) for rank in range(4)]
+            beats = [Heartbeat(rank, step, "data", busy_s=busy[rank]) for rank in range(4)]
             found += [(step, *slow) for slow in finder.look(beats, now)]
     return found
 

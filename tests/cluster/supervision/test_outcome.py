@@ -3,14 +3,14 @@
 import pytest
 
 from cluster.supervision.failure_report import explain, signature
-from cluster.supervision.outcome import Beat, End, Finding, fault_of, judge
+from cluster.supervision.outcome import Diagnosis, Heartbeat, WorkerExit, decide_outcome, fault_of
 
 GLOO = "Traceback (most recent call last):\nRuntimeError: [gloo/transport/tcp/pair.cc:538] Connection closed by peer"
 OOPS = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\nValueError: the oar broke'
 
 
 def ends(*given):
-    return [End(order=order, **end) for order, end in enumerate(given)]
+    return [WorkerExit(order=order, **end) for order, end in enumerate(given)]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def ends(*given):
         ),
         ([{"rank": 0, "code": 1, "error": GLOO}, {"rank": 1, "code": 1, "error": OOPS}], 2, "failed", 1),
         # a rank that the driver killed is nobody's cause
-        ([{"rank": 0, "code": -9, "ours": True}, {"rank": 1, "code": 1, "error": GLOO}], 2, "failed", 1),
+        ([{"rank": 0, "code": -9, "killed_by_driver": True}, {"rank": 1, "code": 1, "error": GLOO}], 2, "failed", 1),
         # only connection errors: the first heard of is as good as it gets
         ([{"rank": 1, "code": 1, "error": GLOO}, {"rank": 0, "code": 1, "error": GLOO}], 2, "failed", 1),
         (
@@ -47,13 +47,13 @@ def ends(*given):
     ],
 )
 def test_the_verdict_and_its_first_cause(given, size, kind, cause):
-    verdict = judge(ends(*given), size)
+    verdict = decide_outcome(ends(*given), size)
     assert verdict.kind == kind
     assert (verdict.cause.rank if verdict.cause else None) == cause
 
 
 def block(*given, size=4):
-    return "\n".join(explain(judge(ends(*given), size)))
+    return "\n".join(explain(decide_outcome(ends(*given), size)))
 
 
 def test_a_killed_rank_is_named_with_host_pid_signal_and_its_last_words():
@@ -68,7 +68,7 @@ def test_a_killed_rank_is_named_with_host_pid_signal_and_its_last_words():
             "peak_mib": 900,
             "memory_mib": 8000,
         },
-        {"rank": 1, "code": -9, "ours": True},
+        {"rank": 1, "code": -9, "killed_by_driver": True},
     )
     assert text.splitlines()[0] == "rank 3 on oar7 (pid 4242) killed by SIGKILL"
     assert "  step 12" in text
@@ -98,7 +98,7 @@ def test_a_lost_host_is_told_as_lost():
             "code": -9,
             "fault": "host lost",
             "words": "was lost with its host",
-            "at": Beat(1, 7, "backward", 2),
+            "at": Heartbeat(1, 7, "backward", 2),
         }
     )
     assert text == "rank 1 was lost with its host in backward of step 7, micro-batch 3"
@@ -112,7 +112,7 @@ def test_an_exit_without_a_word_shows_the_log():
 
 def test_many_fallen_ranks_take_one_line():
     given = [{"rank": r, "code": 1, "error": GLOO} for r in range(1, 40)] + [{"rank": 0, "code": -6}]
-    lines = explain(judge(ends(*given), 40))
+    lines = explain(decide_outcome(ends(*given), 40))
     assert len([line for line in lines if "fell with it" in line]) == 1
     assert "SIGABRT" in lines[0]
 
@@ -142,7 +142,7 @@ HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCP
     ],
 )
 def test_the_kind_of_an_end(end, fault):
-    assert fault_of(End(rank=0, order=0, **end)) == fault
+    assert fault_of(WorkerExit(rank=0, order=0, **end)) == fault
 
 
 @pytest.mark.parametrize(
@@ -157,19 +157,21 @@ def test_the_kind_of_an_end(end, fault):
     ],
 )
 def test_a_part_of_the_ranks_told_to_end_is_a_preemption(given, asked, kind, fault):
-    verdict = judge(ends(*given), 2, None, asked)
+    verdict = decide_outcome(ends(*given), 2, None, asked)
     assert (verdict.kind, verdict.fault) == (kind, fault)
 
 
 def test_a_finding_comes_before_the_ends_that_it_led_to():
-    finding = Finding(
+    finding = Diagnosis(
         "hung",
         2,
         "hung: nothing moved for 31 s in data of step 9",
         ("ranks 0, 1 wait in all_reduce_sum #40", "", "  File x"),
     )
-    found = ends(*({"rank": rank, "code": -9, "ours": True, "host": "oar", "pid": 10 + rank} for rank in (1, 0, 2)))
-    verdict = judge(found, 3, finding)
+    found = ends(
+        *({"rank": rank, "code": -9, "killed_by_driver": True, "host": "oar", "pid": 10 + rank} for rank in (1, 0, 2))
+    )
+    verdict = decide_outcome(found, 3, finding)
     assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "hung", 2)
     lines = explain(verdict)
     assert lines[:2] == [
@@ -181,13 +183,17 @@ def test_a_finding_comes_before_the_ends_that_it_led_to():
 
 def test_a_world_in_which_nobody_can_be_blamed_is_told_without_a_rank():
     assert explain(
-        judge(ends({"rank": 0, "code": -9, "ours": True}), 1, Finding("hung", None, "no rank has moved for 61 s"))
+        decide_outcome(
+            ends({"rank": 0, "code": -9, "killed_by_driver": True}),
+            1,
+            Diagnosis("hung", None, "no rank has moved for 61 s"),
+        )
     )[0] == ("no rank has moved for 61 s")
 
 
 def test_a_long_traceback_is_cut_to_a_screen_and_keeps_its_end():
     error = "\n".join(["Traceback", *(f'  File "x.py", line {n}' for n in range(100)), "ValueError: the oar broke"])
-    lines = explain(judge(ends({"rank": 1, "code": 1, "error": error}), 2))
+    lines = explain(decide_outcome(ends({"rank": 1, "code": 1, "error": error}), 2))
     assert len(lines) < 30
     assert "... (78 lines more in its log)" in lines[2]
     assert lines[-1] == "ValueError: the oar broke"
@@ -200,7 +206,7 @@ def test_memory_names_its_cure():
 
 def test_the_signature_of_a_failure_is_the_same_for_another_process_and_other_for_another_error():
     def of(**end):
-        return signature(judge([End(rank=0, order=0, **end)], 1))
+        return signature(decide_outcome([WorkerExit(rank=0, order=0, **end)], 1))
 
     assert of(code=1, error="Traceback\nValueError: 0x7f12 at 3", pid=7) == of(
         code=1, error="x\nValueError: 0x7f99 at 4", pid=8

@@ -15,8 +15,8 @@ from cluster.driver import early_start
 from cluster.host.stop_request import Signals
 from cluster.sweep.board import Board
 from cluster.sweep.cli import RESULTS, open_sweep, results
-from cluster.sweep.scheduler import Queue
-from cluster.sweep.slot_pool import Ground
+from cluster.sweep.scheduler import SweepScheduler
+from cluster.sweep.slot_pool import SweepResources
 from train.config import load as configuration
 
 
@@ -27,8 +27,8 @@ def made():
 
 
 @pytest.fixture
-def ground(private) -> Ground:
-    return Ground("cpu", early_start.TARGET, private.start.folder.name, Signals(), find_corpus, private)
+def ground(private) -> SweepResources:
+    return SweepResources("cpu", early_start.TARGET, private.start.folder.name, Signals(), find_corpus, private)
 
 
 @pytest.fixture
@@ -46,12 +46,14 @@ def given(corpus: Path) -> list[str]:
 class Swept:
     """A sweep that was run here, on the shared cluster: its trials, its folder and what it said."""
 
-    def __init__(self, ground: Ground, overrides: list[str]) -> None:
+    def __init__(self, ground: SweepResources, overrides: list[str]) -> None:
         self.said = io.StringIO()
         self.sweep = configuration.load_sweep(overrides)
         self.folder = Path(self.sweep.settings.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.queue: Queue = open_sweep(self.sweep, self.folder, Board(*[Console(file=self.said, width=300)] * 2))
+        self.queue: SweepScheduler = open_sweep(
+            self.sweep, self.folder, Board(*[Console(file=self.said, width=300)] * 2)
+        )
         self.trials = self.queue.trials
         if self.queue.more():
             self.queue.run(ground)
@@ -63,6 +65,6 @@ class Swept:
 
 
 @pytest.fixture
-def swept(ground: Ground, given: list[str]):
+def swept(ground: SweepResources, given: list[str]):
     """swept(*overrides) -> the sweep of tiny runs that they ask for, run to its end."""
     return lambda *overrides: Swept(ground, [*given, *overrides])

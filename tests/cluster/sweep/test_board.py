@@ -42,7 +42,7 @@ def test_numbers_stay_whole_on_a_terminal(width: int):
 
 
 def test_a_file_is_as_wide_as_the_table():
-    command = [sys.executable, "-c", "import test_table; test_table.board(None).final()"]
+    command = [sys.executable, "-c", "import test_board; test_board.board(None).final()"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
     readable(told.stdout)
     assert "optimizer.lr" in told.stdout

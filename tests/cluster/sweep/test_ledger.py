@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.sweep.ledger import Ledger
+from cluster.sweep.ledger import SweepLedger
 from train.config import load as configuration
 from train.config import sweep_space
 from train.errors import UserError
@@ -14,7 +14,7 @@ TWO = ["optimizer.lr=1e-3,1e-2", "model=gpt_tiny,llama_tiny"]
 
 def open_ledger(folder, words):
     sweep = configuration.load_sweep([*words, f"sweep.dir={folder}", "sweep.name=s"])
-    return Ledger(folder, sweep, sweep_space.grid(sweep))
+    return SweepLedger(folder, sweep, sweep_space.grid(sweep))
 
 
 def test_every_line_counts_but_a_torn_one(tmp_path):

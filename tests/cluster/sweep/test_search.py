@@ -6,21 +6,21 @@ import math
 
 import pytest
 
-from cluster.sweep.search import Search
+from cluster.sweep.search import TrialSearch
 from train.config import load as configuration
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "optimizer.weight_decay=interval(0,0.3)"]
 
 
-def search(*words: str) -> Search:
-    return Search(configuration.load_sweep([*words, "steps=80", "eval_every=10"]))
+def search(*words: str) -> TrialSearch:
+    return TrialSearch(configuration.load_sweep([*words, "steps=80", "eval_every=10"]))
 
 
 def measure(params) -> float:
     return (math.log10(float(params["optimizer.lr"])) + 2.5) ** 2 + float(params.get("optimizer.weight_decay", 0))
 
 
-def go_on(study: Search, trials: int) -> list[dict[str, str]]:
+def go_on(study: TrialSearch, trials: int) -> list[dict[str, str]]:
     tried = []
     for _ in range(trials):
         number, params, _ = study.suggest()

@@ -209,13 +209,13 @@ def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, gi
     heard = ground.signals
     from cluster.sweep import scheduler
 
-    class Stopping(scheduler.Queue):
+    class Stopping(scheduler.SweepScheduler):
         def _tell(self, trial, running, event):
             super()._tell(trial, running, event)
             if event["event"] == "save" and heard.heard is None:
                 heard.heard = 15
 
-    monkeypatch.setattr("cluster.sweep.cli.Queue", Stopping)
+    monkeypatch.setattr("cluster.sweep.cli.SweepScheduler", Stopping)
     found = swept(*words)
     assert found.queue.stopping
     assert set(found.states) <= {"stopped", "done", "queued"}

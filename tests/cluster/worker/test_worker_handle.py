@@ -9,7 +9,7 @@ import time
 import pytest
 
 from cluster.worker import procfs
-from cluster.worker.worker_handle import Trainer
+from cluster.worker.worker_handle import WorkerHandle
 from train.distributed import heartbeat
 
 STOPPED = """
@@ -47,7 +47,7 @@ def test_one_that_was_stopped_shows_where_and_not_where_it_went_then(tmp_path, b
                 assert time.monotonic() < end
                 time.sleep(0.01)
             order = {"log": str(log), "rank": 0, "meeting": {"generation": 1}}
-            found = Trainer(process.pid, order, mmap.mmap(-1, heartbeat.SIZE), 0).inspect()
+            found = WorkerHandle(process.pid, order, mmap.mmap(-1, heartbeat.SIZE), 0).inspect()
         finally:
             process.send_signal(signal.SIGKILL)
     assert found["kernel"][0].startswith("state T: stopped by a signal")

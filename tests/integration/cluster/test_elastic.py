@@ -25,7 +25,7 @@ TESTS = REPOSITORY / "tests"
 def another_node(head, folder):
     """One more node of one core on this machine."""
     return ray_node.start_member(
-        ray_node.Start(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address
+        ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address
     )
 
 

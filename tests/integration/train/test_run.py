@@ -12,7 +12,7 @@ from helpers import gloo_ranks
 from train.config import load as configuration
 from train.data.corpus.shards import Corpus
 from train.data.loader import loaders
-from train.distributed.process_group import World
+from train.distributed.process_group import DistContext
 
 
 def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: Path):
@@ -118,5 +118,5 @@ def test_a_world_that_lost_workers_takes_more_micro_batches_of_the_usual_size(
     make, corpus, workers, here, micro, micro_batches
 ):
     config = make(f"cluster.workers={workers}", "batch.global=6")
-    loader, _ = loaders(Corpus(corpus), config, World(0, here, 0, torch.device("cpu")))
+    loader, _ = loaders(Corpus(corpus), config, DistContext(0, here, 0, torch.device("cpu")))
     assert (loader.micro, loader.micro_batches) == (micro, micro_batches)

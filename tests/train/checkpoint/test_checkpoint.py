@@ -32,7 +32,7 @@ def composed(corpus: Path, run: Path, *overrides: str):
 
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     """Every piece that this rank holds after loading the newest checkpoint."""
-    from train.checkpoint.reader import newest
+    from train.checkpoint.reader import find_newest
     from train.data.corpus.shards import Corpus
     from train.data.loader import loaders
     from train.run import build_engine, restore
@@ -41,10 +41,12 @@ def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     corpus_ = Corpus(corpus)
     loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
-    restore(newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
+    restore(find_newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
     loader.close()
     forward = dict(engine.whole_weights())
-    pieces = {f"{k}/{p.name}@{p.start}": v.clone().numpy() for p in engine.pieces for k, v in engine.states(p).items()}
+    pieces = {
+        f"{k}/{p.name}@{p.start}": v.clone().numpy() for p in engine.param_shards for k, v in engine.states(p).items()
+    }
     return {"pieces": pieces, "forward": {n: w.numpy() for n, w in forward.items()}}
 
 
@@ -84,7 +86,7 @@ def test_every_corruption_is_found_before_use_and_the_good_one_before_is_taken(s
 
 def corrupt_and_load(world, emit, source: Path, scratch: Path):
     """(kind of corruption, its file, the step taken, what was said) of every corruption."""
-    from train.checkpoint.reader import newest
+    from train.checkpoint.reader import find_newest
 
     draw, findings = random.Random(0), []
     for number in range(CORRUPTIONS):
@@ -92,7 +94,7 @@ def corrupt_and_load(world, emit, source: Path, scratch: Path):
         shutil.copytree(source, folder)
         kind, target = corrupt(folder, draw)
         notes: list[str] = []
-        found = newest(folder, world, notes.append)
+        found = find_newest(folder, world, notes.append)
         assert found.damage() is None
         findings.append((kind, target, found.progress.step, notes))
         shutil.rmtree(folder)

@@ -187,8 +187,8 @@ def go_back(world, emit, config, elsewhere: Path) -> tuple[list[int], list[int]]
 
     config = configuration.parse(config)
     mirror = Mirror(config.save_mirror, Path(config.run.dir), config, world, print)
-    mirror.go_back(6)
+    mirror.drop_after(6)
     first = copies(elsewhere)
-    mirror.offer("step_8")
-    mirror.settle(60)
+    mirror.enqueue("step_8")
+    mirror.wait_for_copies(60)
     return first, copies(elsewhere)

@@ -25,12 +25,12 @@ NEVER = bool  # called, it is False
 
 def test_a_snapshot_is_a_safetensors_file_and_its_memory_is_used_again(tmp_path: Path):
     draw = torch.Generator().manual_seed(0)
-    mine = staging.Snapshot(torch.device("cpu"))
+    mine = staging.StagingBuffer(torch.device("cpu"))
     memory = None
     for sizes in ([1, 4096, 5_000_003, 7], [4_000_000], [3]):
         states = {("weight", f"p{n}", 10 * n): torch.randn(size, generator=draw) for n, size in enumerate(sizes)}
         mine.begin(states)
-        mine.take()
+        mine.copy()
         assert memory is None or mine.memory is memory
         memory = mine.memory
         entry = mine.write(tmp_path / "file", NEVER)
@@ -56,17 +56,17 @@ def test_what_is_saved_is_of_its_step_though_the_next_is_under_way(make, corpus:
 
 def save_while_a_step_is_made(world, emit, config, corpus: str):
     """The pieces that this rank saved with other values than they had at the moment of the save."""
-    from train.checkpoint.writer import Saver
+    from train.checkpoint.writer import CheckpointWriter
     from train.data.corpus.shards import Corpus
     from train.data.loader import loaders
     from train.run import build_engine
-    from train.state.train_state import Progress
+    from train.state.train_state import TrainState
 
     config = configuration.parse(config)
     loader, _ = loaders(Corpus(corpus), config, world)
     engine, _ = build_engine(config, Corpus(corpus).tokenizer.vocab_size, world, loader)
-    saver = Saver(Path(config.run.dir or "") / "checkpoints", 1, 0, world)
-    passed, take = threading.Event(), saver.snapshot.take
+    saver = CheckpointWriter(Path(config.run.dir or "") / "checkpoints", 1, 0, world)
+    passed, take = threading.Event(), saver.snapshot.copy
 
     def take_late():
         passed.wait(30)
@@ -75,16 +75,16 @@ def save_while_a_step_is_made(world, emit, config, corpus: str):
 
     def hold():
         passed.set()  # forward and backward
-        saver.hold()
+        saver.wait_for_staging()
 
-    engine.train_step(next(loader)[0], {"loss": 64}, 1e-2, saver.hold)
+    engine.train_step(next(loader)[0], {"loss": 64}, 1e-2, saver.wait_for_staging)
     pieces = saver._mine(engine)
     expected = {staging.key(kind, p.name, p.start): v.clone() for p in pieces for kind, v in engine.states(p).items()}
-    saver.snapshot.take = take_late
-    saver.save(engine, Progress(step=1), None, {}, lambda: None)
+    saver.snapshot.copy = take_late
+    saver.save(engine, TrainState(step=1), None, {}, lambda: None)
     engine.train_step(next(loader)[0], {"loss": 64}, 1e-2, hold)
     after = {staging.key(kind, p.name, p.start): v for p in pieces for kind, v in engine.states(p).items()}
-    saver.settle()
+    saver.wait_for_save()
     loader.close()
     found = {}
     for file in (saver.folder / "step_1").glob("rank_*"):

@@ -6,7 +6,7 @@ import pytest
 from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
-from train.data.corpus.verified_files import Stamps
+from train.data.corpus.verified_files import VerifiedFiles
 from train.util import io
 
 
@@ -17,7 +17,7 @@ def build_corpus(tmp_path):
     def build(train: list[list[int]], val: list[list[int]] = (), name: str = "corpus") -> shards.Corpus:
         folder = tmp_path / name
         folder.mkdir()
-        stamps = Stamps(folder)
+        stamps = VerifiedFiles(folder)
         content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
         io.write_whole(folder / tokenizer.FILE, content.encode())
         made = tokenizer.load_tokenizer(folder)

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from train.batch import IGNORE
-from train.data.examples.causal import Causal
-from train.data.loader import EvalLoader, Loader, Share, held_out_text, layout_of
-from train.data.sampling.batch_plan import Cursor, Plan, Shape
-from train.data.sampling.epoch_order import Order, Shuffle
+from train.data.examples.causal import CausalExamples
+from train.data.loader import EvalLoader, Loader, RankShare, held_out_text, split_sizes
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.sampling.epoch_order import EpochOrder, Shuffle
 from train.errors import UserError
 
 UNEVEN = [[3, 5, 2, 9, 4, 6, 8], [11], [1 + i % 13 for i in range(100)]]  # shards of 7, 1 and 100 documents
 
 
-def plan_of(corpus, shape: Shape, seed: int = 0) -> Plan:
-    return Plan(Order(layout_of(corpus.split("train")), Shuffle(seed, 2), shape.pack), shape)
+def plan_of(corpus, shape: StepShape, seed: int = 0) -> BatchPlan:
+    return BatchPlan(EpochOrder(split_sizes(corpus.split("train")), Shuffle(seed, 2), shape.pack), shape)
 
 
-def steps_of(corpus, shape: Shape, share: Share, count: int, start: Cursor | None = None, isolate: bool = True):
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, Causal(shape.seq_len, isolate))
+def steps_of(corpus, shape: StepShape, share: RankShare, count: int, start: Cursor | None = None, isolate: bool = True):
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, CausalExamples(shape.seq_len, isolate))
     loader.seek(start or Cursor())
     steps = [next(loader) for _ in range(count)]
     loader.close()
@@ -47,11 +47,11 @@ def trained(micro_batches) -> int:
 def test_uneven_shards_give_an_exact_epoch_to_any_number_of_ranks(build_corpus, pack, micro, world):
     corpus = build_corpus(UNEVEN)
     split = corpus.split("train")
-    shape = Shape(10, 16, 5, pack)
+    shape = StepShape(10, 16, 5, pack)
     plan = plan_of(corpus, shape)
     count = plan.steps_per_epoch
-    alone = steps_of(corpus, shape, Share(0, 1, 10), count)
-    ranks = [steps_of(corpus, shape, Share(rank, world, micro), count) for rank in range(world)]
+    alone = steps_of(corpus, shape, RankShare(0, 1, 10), count)
+    ranks = [steps_of(corpus, shape, RankShare(rank, world, micro), count) for rank in range(world)]
     assert len({len(step[0]) for rank in ranks for step in rank}) == 1
     assert all(batch["tokens"].shape == (micro, 16) for rank in ranks for step in rank for batch in step[0])
     for number in range(count):
@@ -90,10 +90,10 @@ def reference_row(split, pieces, T: int, isolate: bool) -> tuple:
 def test_rows_hold_what_the_contract_says(build_corpus, pack, isolate):
     corpus = build_corpus(UNEVEN)
     split, T = corpus.split("train"), 16
-    shape = Shape(4, T, 2, pack)
+    shape = StepShape(4, T, 2, pack)
     plan = plan_of(corpus, shape)
     cursor = Cursor()
-    for micro_batches, after in steps_of(corpus, shape, Share(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
+    for micro_batches, after in steps_of(corpus, shape, RankShare(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
         rows, room = [[]], T
         for piece in zip(*(column.tolist() for column in plan.rows(range(2), cursor, 1)), strict=True):
             if not room:
@@ -112,14 +112,14 @@ def test_rows_hold_what_the_contract_says(build_corpus, pack, isolate):
 
 def test_a_document_longer_than_a_row_goes_on_in_the_next_with_new_positions(build_corpus):
     corpus = build_corpus([[40]])
-    (first, _), (second, _) = steps_of(corpus, Shape(1, 16, 1), Share(0, 1, 1), 2)
+    (first, _), (second, _) = steps_of(corpus, StepShape(1, 16, 1), RankShare(0, 1, 1), 2)
     assert first[0]["tokens"][0, 0] == 256
     assert first[0]["targets"][0, -1] == second[0]["tokens"][0, 0]
     assert second[0]["positions"][0].tolist() == list(range(16))
 
 
 def test_batches_have_the_dtypes_of_the_contract(build_corpus):
-    ((batches, _),) = steps_of(build_corpus(UNEVEN), Shape(4, 16, 2), Share(0, 1, 2), 1)
+    ((batches, _),) = steps_of(build_corpus(UNEVEN), StepShape(4, 16, 2), RankShare(0, 1, 2), 1)
     assert [value.dtype for value in batches[0].values()] == [torch.int64, torch.int64, torch.int64, torch.int32]
     assert list(batches[0]) == ["tokens", "targets", "positions", "segments"]
     assert all(value.is_contiguous() for batch in batches for value in batch.values())
@@ -128,12 +128,12 @@ def test_batches_have_the_dtypes_of_the_contract(build_corpus):
 @pytest.mark.parametrize("pack", [True, False])
 def test_seek_equals_replay_across_epochs(build_corpus, pack):
     corpus = build_corpus(UNEVEN)
-    shape = Shape(6, 16, 3, pack)
+    shape = StepShape(6, 16, 3, pack)
     count = 3 * plan_of(corpus, shape).steps_per_epoch
-    replay = steps_of(corpus, shape, Share(1, 2, 2), count)
+    replay = steps_of(corpus, shape, RankShare(1, 2, 2), count)
     for number in range(0, count - 2, 3):
         for (found, after), (expected, expected_after) in zip(
-            steps_of(corpus, shape, Share(1, 2, 2), 2, start=replay[number][1]), replay[number + 1 :], strict=False
+            steps_of(corpus, shape, RankShare(1, 2, 2), 2, start=replay[number][1]), replay[number + 1 :], strict=False
         ):
             assert after == expected_after
             assert all(torch.equal(a[key], b[key]) for a, b in zip(found, expected, strict=True) for key in a)
@@ -141,13 +141,13 @@ def test_seek_equals_replay_across_epochs(build_corpus, pack):
 
 def test_a_stop_at_other_world_sizes_loses_and_repeats_nothing(build_corpus):
     corpus = build_corpus(UNEVEN)
-    shape = Shape(12, 8, 6)
+    shape = StepShape(12, 8, 6)
     count = 2 * plan_of(corpus, shape).steps_per_epoch
-    unbroken = [sorted(real_rows(step[0])) for step in steps_of(corpus, shape, Share(0, 1, 12), count)]
+    unbroken = [sorted(real_rows(step[0])) for step in steps_of(corpus, shape, RankShare(0, 1, 12), count)]
     cursor, seen = Cursor(), []
     for world in (4, 2, 6, 1, 5):
         part = count // 5 + 1
-        ranks = [steps_of(corpus, shape, Share(rank, world, 2), part, start=cursor) for rank in range(world)]
+        ranks = [steps_of(corpus, shape, RankShare(rank, world, 2), part, start=cursor) for rank in range(world)]
         seen += [sorted(row for rank in ranks for row in real_rows(rank[step][0])) for step in range(part)]
         cursor = ranks[0][-1][1]
     assert seen[:count] == unbroken
@@ -155,7 +155,9 @@ def test_a_stop_at_other_world_sizes_loses_and_repeats_nothing(build_corpus):
 
 def test_the_position_handed_out_is_that_of_the_batch_consumed(build_corpus):
     corpus = build_corpus([[200] * 20])
-    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(2, 8, 2)), Share(0, 1, 2), Causal(8, True))
+    loader = Loader(
+        corpus.split("train"), plan_of(corpus, StepShape(2, 8, 2)), RankShare(0, 1, 2), CausalExamples(8, True)
+    )
     positions = [next(loader)[1].position for _ in range(5)]
     loader.close()
     assert positions == [8, 16, 24, 32, 40]
@@ -163,10 +165,10 @@ def test_the_position_handed_out_is_that_of_the_batch_consumed(build_corpus):
 
 def test_closing_ends_the_thread_and_the_loader_can_go_on(build_corpus):
     corpus = build_corpus(UNEVEN)
-    shape, share = Shape(4, 16, 2), Share(0, 1, 4)
+    shape, share = StepShape(4, 16, 2), RankShare(0, 1, 4)
     expected = steps_of(corpus, shape, share, 4)
     before = threading.active_count()
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, Causal(shape.seq_len, True))
+    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, CausalExamples(shape.seq_len, True))
     found = [next(loader), next(loader)]
     loader.close()
     loader.close()
@@ -182,7 +184,9 @@ def test_a_damaged_shard_is_reported_by_next(build_corpus):
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
-    loader = Loader(corpus.split("train"), plan_of(corpus, Shape(1, 8, 1)), Share(0, 1, 1), Causal(8, True))
+    loader = Loader(
+        corpus.split("train"), plan_of(corpus, StepShape(1, 8, 1)), RankShare(0, 1, 1), CausalExamples(8, True)
+    )
     with pytest.raises(UserError, match=r"train-000000.tar: damaged.*launch.sh prepare"):
         next(loader)
 
@@ -190,18 +194,25 @@ def test_a_damaged_shard_is_reported_by_next(build_corpus):
 def test_more_workers_than_streams_are_refused(build_corpus):
     corpus = build_corpus(UNEVEN)
     with pytest.raises(UserError, match="3 workers for 2 streams"):
-        Loader(corpus.split("train"), plan_of(corpus, Shape(4, 16, 2)), Share(0, 3, 1), Causal(16, True))
+        Loader(
+            corpus.split("train"), plan_of(corpus, StepShape(4, 16, 2)), RankShare(0, 3, 1), CausalExamples(16, True)
+        )
 
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
     corpus = build_corpus([[5]], UNEVEN)
-    split, shape = corpus.split("val"), Shape(1, 16, 1, pack)
+    split, shape = corpus.split("val"), StepShape(1, 16, 1, pack)
     alone = [
-        batch for batch in EvalLoader(split, shape, Share(0, 1, 4), Causal(shape.seq_len, True)) if trained([batch])
+        batch
+        for batch in EvalLoader(split, shape, RankShare(0, 1, 4), CausalExamples(shape.seq_len, True))
+        if trained([batch])
     ]
-    loaders = [EvalLoader(split, shape, Share(rank, world, 4), Causal(shape.seq_len, True)) for rank in range(world)]
+    loaders = [
+        EvalLoader(split, shape, RankShare(rank, world, 4), CausalExamples(shape.seq_len, True))
+        for rank in range(world)
+    ]
     assert len({len(loader) for loader in loaders}) == 1
     groups = [list(loader) for loader in loaders]
     interleaved = [groups[number % world][number // world] for number in range(world * len(loaders[0]))]
@@ -217,14 +228,16 @@ def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
 
 def test_held_out_groups_may_be_limited(build_corpus):
     split = build_corpus([[5]], UNEVEN).split("val")
-    loader = EvalLoader(split, Shape(1, 16, 1), Share(0, 1, 4), Causal(16, True), tokens=100)
+    loader = EvalLoader(split, StepShape(1, 16, 1), RankShare(0, 1, 4), CausalExamples(16, True), tokens=100)
     assert loader.groups == 2
     assert trained(list(loader)) == 128
     assert loader.bytes == pytest.approx(split.bytes * 128 / split.tokens)
 
 
 def test_an_empty_held_out_split_gives_no_groups(build_corpus):
-    loader = EvalLoader(build_corpus([[5]]).split("val"), Shape(1, 16, 1), Share(0, 2, 4), Causal(16, True))
+    loader = EvalLoader(
+        build_corpus([[5]]).split("val"), StepShape(1, 16, 1), RankShare(0, 2, 4), CausalExamples(16, True)
+    )
     assert (len(loader), loader.bytes, list(loader)) == (0, 0.0, [])
 
 
@@ -241,9 +254,9 @@ def test_planning_needs_no_torch():
 
 def test_damage_found_ahead_is_reported_when_its_step_is_due(build_corpus):
     corpus = build_corpus([[50] * 4, [50] * 4])
-    plan = Plan(Order(layout_of(corpus.split("train")), Shuffle(0, 0), True), Shape(1, 51, 1))
+    plan = BatchPlan(EpochOrder(split_sizes(corpus.split("train")), Shuffle(0, 0), True), StepShape(1, 51, 1))
     (corpus.folder / "train-000001.tar").write_bytes(b"\0" * (corpus.folder / "train-000001.tar").stat().st_size)
-    loader = Loader(corpus.split("train"), plan, Share(0, 1, 1), Causal(plan.shape.seq_len, True))
+    loader = Loader(corpus.split("train"), plan, RankShare(0, 1, 1), CausalExamples(plan.shape.seq_len, True))
     for _ in range(3):
         next(loader)
     with pytest.raises(UserError, match=r"train-000001.tar: damaged"):

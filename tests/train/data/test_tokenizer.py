@@ -54,7 +54,7 @@ def test_a_text_that_spells_the_end_token_is_text():
 
 def test_a_bpe_is_a_function_of_its_text():
     code = (
-        "from train.data.tokenizer import build_tokenizer; from train import schema; import hashlib;"
+        "from train.data.tokenizer import build_tokenizer; from train.config import schema; import hashlib;"
         f"t = build_tokenizer(schema.Tokenizer(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )

@@ -14,18 +14,18 @@ def shared():
     """A record in memory, and the reader's view of it."""
     fd = os.memfd_create("pulse")
     os.ftruncate(fd, heartbeat.SIZE)
-    record = heartbeat.Record(mmap.mmap(-1, heartbeat.SIZE))
-    record.share(fd)
+    record = heartbeat.HeartbeatWriter(mmap.mmap(-1, heartbeat.SIZE))
+    record.attach(fd)
     return record, mmap.mmap(fd, heartbeat.SIZE)
 
 
 def test_a_reader_sees_the_phase_the_step_and_the_collective_that_the_rank_is_in():
     record, memory = shared()
-    record.at_step(12)
-    record.enter("backward", 3)
+    record.set_step(12)
+    record.enter_phase("backward", 3)
     seen = []
 
-    @record.counted
+    @record.count_calls
     def all_gather():
         seen.append(heartbeat.read(memory))
 
@@ -38,25 +38,25 @@ def test_a_reader_sees_the_phase_the_step_and_the_collective_that_the_rank_is_in
 
 def test_every_mark_ends_the_stillness_and_the_longest_of_each_phase_is_kept():
     record, memory = shared()
-    record.enter("save")
+    record.enter_phase("save")
     time.sleep(0.03)
     assert heartbeat.read(memory)["still_s"] >= 0.03
-    record.enter("data")
+    record.enter_phase("data")
     assert heartbeat.read(memory)["still_s"] < 0.03
     assert heartbeat.read(memory)["longest_s"] == 0.0, "data was never ended"
-    record.enter("save")
+    record.enter_phase("save")
     assert 0.03 <= heartbeat.read(memory)["longest_s"] < 1
 
 
 def test_the_time_that_a_rank_works_leaves_out_what_it_waits_for_others():
     record, memory = shared()
-    wait = record.counted(time.sleep)
-    record.enter("forward")
+    wait = record.count_calls(time.sleep)
+    record.enter_phase("forward")
     time.sleep(0.02)
     wait(0.2)
-    record.enter("eval")
+    record.enter_phase("eval")
     time.sleep(0.2)
-    record.enter("data")
+    record.enter_phase("data")
     assert 0.02 <= heartbeat.read(memory)["busy_s"] < 0.1
 
 
@@ -64,7 +64,7 @@ def test_a_mark_costs_microseconds():
     record, _ = shared()
     began = time.perf_counter()
     for _ in range(10_000):
-        record.enter("forward")
+        record.enter_phase("forward")
     assert time.perf_counter() - began < 0.5, "50 us each: on a quiet machine it is a third of one"
 
 
@@ -73,7 +73,7 @@ def pulses(world, emit, config, corpus):
     fd = os.memfd_create("pulse")
     os.ftruncate(fd, heartbeat.SIZE)
     memory, seen = mmap.mmap(fd, heartbeat.SIZE), []
-    heartbeat.share(fd)
+    heartbeat.attach(fd)
 
     def watch(event):
         seen.append((event, heartbeat.read(memory)))

@@ -14,20 +14,20 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 RANK = """
 import json, os, sys
-from train import dist
+from train.distributed import process_group as dist
 from train.errors import UserError
 rank, size, port, fd = (int(a) for a in sys.argv[1:5])
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-meeting = dist.Meeting("127.0.0.1", port, generation=3, listen_fd=fd if rank == 0 else None, timeout_s=30)
-world = dist.connect(rank, size, rank, "cpu", meeting)
-out = {"rank": world.rank, "size": world.size, "device": str(world.device), "first": world.first}
+meeting = dist.Rendezvous("127.0.0.1", port, attempt=3, listen_fd=fd if rank == 0 else None, timeout_s=30)
+world = dist.init_group(rank, size, rank, "cpu", meeting)
+out = {"rank": world.rank, "size": world.size, "device": str(world.device), "first": world.is_rank0}
 """
 
 
 def run_world(tmp_path, body, size=2):
     """Runs ``body`` on every rank; it fills the dict ``out``. Returns the dicts by rank."""
     script = tmp_path / "rank.py"
-    script.write_text(RANK + textwrap.dedent(body) + "\nprint(json.dumps(out))\ndist.leave()\n")
+    script.write_text(RANK + textwrap.dedent(body) + "\nprint(json.dumps(out))\ndist.destroy_group()\n")
     listener = socket.create_server(("127.0.0.1", 0))
     port, fd = listener.getsockname()[1], listener.fileno()
     ranks = [
@@ -58,9 +58,9 @@ def test_the_ranks_meet_on_a_socket_bound_beforehand_and_speak(tmp_path):
         out["object"] = dist.broadcast_object({"text": "三层桨", "n": [1, None]} if rank == 1 else "unread", source=1)
         out["all"] = dist.gather_objects({"r": rank, "pad": "x" * (rank * 100)})
         dist.barrier()
-        dist.same_everywhere("configuration", "abc")
+        dist.assert_equal_across_ranks("configuration", "abc")
         try:
-            dist.same_everywhere("configuration", f"digest{rank}")
+            dist.assert_equal_across_ranks("configuration", f"digest{rank}")
         except UserError as error:
             out["refused"] = str(error)
         """,
@@ -77,13 +77,13 @@ def test_the_ranks_meet_on_a_socket_bound_beforehand_and_speak(tmp_path):
 
 def test_a_process_without_a_launcher_is_a_world_of_one():
     code = """
-from train import dist
-world = dist.from_env()
-assert (world.rank, world.size, world.first) == (0, 1, True)
+from train.distributed import process_group as dist
+world = dist.init_from_env()
+assert (world.rank, world.size, world.is_rank0) == (0, 1, True)
 assert dist.all_reduce_sum([2.5]) == [2.5]
 assert dist.broadcast_object({"a": 1}) == {"a": 1}
-dist.leave()
-dist.leave()
+dist.destroy_group()
+dist.destroy_group()
 """
     bare = {
         k: v
@@ -100,11 +100,11 @@ dist.leave()
 def test_torchrun_s_environment_is_understood(tmp_path, size):
     script = tmp_path / "worker.py"
     script.write_text(
-        "import sys; from train import dist\n"
-        "world = dist.from_env()\n"
+        "import sys; from train.distributed import process_group as dist\n"
+        "world = dist.init_from_env()\n"
         f"assert dist.all_reduce_sum([1.0]) == [{float(size)}]\n"
         "assert world.local_rank == world.rank\n"
-        "dist.leave()\n"
+        "dist.destroy_group()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", str(script)]
     run = subprocess.run(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from train.config import schema
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
-from train.generation.text_streamer import Writer, write
+from train.generation.text_streamer import TextStreamer, generate_text
 from train.objectives import build_objective
 
 
@@ -52,7 +52,7 @@ PLACES = st.lists(st.integers(0, 200), max_size=60)
 def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_string(text, places, stops, before):
     pieces = cut(text.encode(), places)
     prompt = [piece.encode() for piece in before]
-    writer = Writer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
+    writer = TextStreamer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
     expected, stopped = ended(text, stops)
     shown = ""
     for token in range(len(prompt), len(prompt) + len(pieces)):
@@ -69,13 +69,13 @@ def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_s
 @given(st.binary(max_size=40), PLACES)
 def test_bytes_that_are_no_text_come_as_the_tokenizer_has_them(data, places):
     pieces = cut(data, places)
-    writer = Writer(Pieces(pieces), [], [])
+    writer = TextStreamer(Pieces(pieces), [], [])
     shown = "".join(writer.add(token) for token in range(len(pieces))) + writer.end()
     assert shown == data.decode("utf-8", "replace")
 
 
 def test_what_is_certain_is_shown_at_once():
-    writer = Writer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
+    writer = TextStreamer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
     assert [writer.add(token) for token in range(7)] == ["a", "", "é", "", "ENT", "", ""]
     assert (writer.end(), writer.text, writer.stopped) == ("", "aéENT", True)
 
@@ -102,7 +102,7 @@ def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_s
     for batch in (1, 3):
         shown.clear()
         show = lambda row, piece: shown.__setitem__(row, shown.get(row, "") + piece)  # noqa: E731
-        found.append(list(write(model, tokenizer, prompts, options(batch=batch, **keys), show)))
+        found.append(list(generate_text(model, tokenizer, prompts, options(batch=batch, **keys), show)))
         assert [shown[row] for row in range(len(shown))] == [text.text for several in found[-1] for text in several]
     assert [[t.text for t in several] for several in found[0]] == [[t.text for t in several] for several in found[1]]
     assert found[0][0] == found[0][3], "the same prompt and seed, the same text"
@@ -110,9 +110,9 @@ def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_s
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
-    [[whole]] = write(model, tokenizer, ["x"], options(beams=beams, temperature=0.0))
+    [[whole]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0))
     stop = whole.text[3:5]
-    [[text]] = write(model, tokenizer, ["x"], options(beams=beams, temperature=0.0, stop=["never", stop]))
+    [[text]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0, stop=["never", stop]))
     if beams == 1:
         assert (text.text, text.reason) == (whole.text[: whole.text.index(stop)], "stop")
     assert stop not in text.text
@@ -121,8 +121,12 @@ def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model, tokenizer):
     shown = []
     with pytest.raises(UserError, match=r"prompt 1 has 51 tokens.*40.*shorten"):
-        next(write(model, tokenizer, ["short", "x" * 50], options(batch=1), lambda row, piece: shown.append(piece)))
+        next(
+            generate_text(
+                model, tokenizer, ["short", "x" * 50], options(batch=1), lambda row, piece: shown.append(piece)
+            )
+        )
     assert not shown
     chars = Tokenizer(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
     with pytest.raises(UserError, match=r"prompt 'abd'.*'d'"):
-        next(write(model, chars, ["abd"], options()))
+        next(generate_text(model, chars, ["abd"], options()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train.models.carried_state import Memory
+from train.models.carried_state import CarriedState
 from train.objectives import build_objective
 from train.optim.factory import parameter_groups
 
@@ -55,9 +55,9 @@ def test_a_row_goes_on_from_the_row_before_it_once_the_step_is_kept(make_config,
         right = objective.logits(whole)[0, 32:]
         for number, kept in ((1, False), (3, True)):
             objective({**halves[0], "memory": torch.tensor([-number])})
-            objective.backbone.memory.settle(kept)
+            objective.backbone.memory.commit(kept)
             found = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
-            objective.backbone.memory.settle(False)
+            objective.backbone.memory.commit(False)
             assert torch.allclose(found, right, rtol=0, atol=1e-5) == kept, "memory is float32"
         anew = objective.logits({**halves[1], "memory": torch.tensor([-3])})[0]
     assert not torch.allclose(anew, right, rtol=0, atol=1e-5)
@@ -79,10 +79,10 @@ def test_memory_is_left_by_training_alone_and_begins_after_the_last_border(make_
 
 
 def test_memory_keeps_its_precision_and_rows_of_no_number_leave_nothing():
-    memory = Memory(3, 2).to(torch.bfloat16)
+    memory = CarriedState(3, 2).to(torch.bfloat16)
     assert memory.rows.dtype == torch.float32
     memory.leave(torch.tensor([2, 0, -3]), torch.tensor([[1.5, 2], [7, 7], [3, 4]]))
-    memory.settle(True)
+    memory.commit(True)
     assert memory.rows.tolist() == [[0, 0], [1.5, 2], [3, 4]]
     assert memory.read(torch.tensor([2, -2, 0])).tolist() == [[1.5, 2], [0, 0], [0, 0]]
 

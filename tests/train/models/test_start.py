@@ -14,7 +14,7 @@ from train.config import load as configuration
 from train.config.keys.decoder import Decoder
 from train.config.schema import kinds
 from train.data.corpus.shards import Corpus
-from train.data.loader import Share, training_loader
+from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import Cursor
 from train.objectives import build_objective
 
@@ -36,7 +36,7 @@ def test_a_fresh_model_is_no_worse_than_chance(corpus: Path, choice: str):
     ]
     config = configuration.load(keys)
     text = Corpus(str(corpus), config.model.special)
-    loader = training_loader(text, config, Share(0, 1, 4))
+    loader = training_loader(text, config, RankShare(0, 1, 4))
     batch = loader.peek(Cursor())[0]
     loader.close()
     objective = build_objective(config, text.tokenizer.vocab_size)

@@ -82,16 +82,16 @@ def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> 
 
         def go(part: slice) -> None:
             for batch in batches(world.rank, world.size)[part]:
-                assert engine.train_step([batch], {"loss": 64}, LR, lambda: None).applied  # noqa: B023
+                assert engine.train_step([batch], {"loss": 64}, LR, lambda: None).update_applied  # noqa: B023
 
         go(slice(0, 2))
-        saved = {(p.name, kind): view.clone() for p in engine.pieces for kind, view in engine.states(p).items()}
+        saved = {(p.name, kind): view.clone() for p in engine.param_shards for kind, view in engine.states(p).items()}
         kinds: dict[str, list[str]] = {}
         for name, kind in saved:
             kinds.setdefault(name, []).append(kind)
         for _ in range(2):
             go(slice(2, None))
-            pieces = {(k, p.name, p.start): v.clone() for p in engine.pieces for k, v in engine.states(p).items()}
+            pieces = {(k, p.name, p.start): v.clone() for p in engine.param_shards for k, v in engine.states(p).items()}
             ends.append(pieces | {("forward", name, 0): weight for name, weight in engine.whole_weights()})
             engine.load(lambda piece, kind: saved[piece.name, kind], kinds, 2)  # noqa: B023
         found[rule] = {

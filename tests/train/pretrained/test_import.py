@@ -122,14 +122,14 @@ def same(found: list, model) -> None:
 def begin(world, emit, overrides: list[str], folder: str):
     """What ``fill`` says of a folder and the logits of the probe then, or the text of its refusal."""
     from train.objectives import build_objective
-    from train.pretrained.init_from import fill
+    from train.pretrained.init_from import load_weights
 
     text = [*gloo_ranks.TEXT, "data.paths=[x]", "batch.seq_len=16", "generation.prompts=[]", "tracking=off"]
     config = configuration.load([*text, *overrides, f"init.from={folder}"])
     tokenizer = bytes_for(config)
     objective = build_objective(config, tokenizer.vocab_size).eval()
     try:
-        taken = fill(objective, config, tokenizer, world)
+        taken = load_weights(objective, config, tokenizer, world)
     except UserError as error:
         return str(error)
     with torch.no_grad():
@@ -166,14 +166,14 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
 def hidden(world, emit, folder: str, batch: dict):
     """Our hidden states of the real MiniLM, and what of it was taken."""
     from train.objectives import build_objective
-    from train.pretrained.init_from import fill
+    from train.pretrained.init_from import load_weights
 
     keys = ["model=bert_base", "model.layers=6", "model.width=384", "model.heads=12", "model.vocab_size=30522"]
     keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from={folder}"]
     config = configuration.load([*gloo_ranks.TEXT, *keys])
     tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
     objective = build_objective(config, tokenizer.vocab_size).eval()
-    taken = fill(objective, config, tokenizer, world)
+    taken = load_weights(objective, config, tokenizer, world)
     with torch.no_grad():
         return taken, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
 

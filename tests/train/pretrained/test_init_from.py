@@ -78,13 +78,13 @@ def broken_then_anew(world, emit, config, corpus: str):
     from train.data.loader import loaders
     from train.run import build_engine
     from train.stability.guard import Guard
-    from train.state.train_state import Progress
+    from train.state.train_state import TrainState
 
     config, corpus_ = configuration.parse(config), Corpus(corpus)
     loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
     guard = Guard(config, world, corpus_, engine, loader, lambda: None, lambda progress, why: None)
-    guard._go_back(Progress())
+    guard._roll_back(TrainState())
     loader.close()
     return {name: weight.numpy() for name, weight in engine.whole_weights()}
 

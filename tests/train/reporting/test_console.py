@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console as Terminal
 
-from train.reporting.console import Console
+from train.reporting.console import RunConsole
 from train.util.format import count, duration
 
 CONFIG = {
@@ -37,7 +37,7 @@ LIFE = [
 
 def shown(events, terminal=False, width=100):
     out, errors = io.StringIO(), io.StringIO()
-    console = Console(
+    console = RunConsole(
         Terminal(file=out, force_terminal=terminal, width=width, highlight=False),
         Terminal(file=errors, force_terminal=terminal, width=width, highlight=False, soft_wrap=True),
     )
@@ -93,7 +93,7 @@ def test_a_file_gets_no_line_of_progress_without_a_loss():
 
 def test_a_run_that_is_complete_says_so_and_how_to_go_further():
     out = io.StringIO()
-    console = Console(Terminal(file=out, width=200, highlight=False))
+    console = RunConsole(Terminal(file=out, width=200, highlight=False))
     console.complete(
         SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal")),
         LIFE[-1]["summary"],
@@ -146,7 +146,7 @@ def test_a_failure_is_one_block_on_stderr_with_what_happens_next():
 
 def test_the_end_names_the_folder_and_the_next_commands():
     out = io.StringIO()
-    console = Console(Terminal(file=out, width=60))
+    console = RunConsole(Terminal(file=out, width=60))
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal"))
     console.finished(config)
     console.startup(
@@ -209,6 +209,6 @@ def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_li
 def test_nobody_is_told_to_generate_from_what_cannot_write():
     out = io.StringIO()
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="classify"))
-    Console(Terminal(file=out, width=60)).finished(config)
+    RunConsole(Terminal(file=out, width=60)).finished(config)
     assert "generate" not in out.getvalue()
     assert "next     ./launch.sh evaluate run.dir=runs/x" in out.getvalue()

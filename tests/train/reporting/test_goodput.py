@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import gloo_ranks
 
-from train.reporting.goodput import CAUSES, Times, goodput
+from train.reporting.goodput import CAUSES, TimeByCause, goodput
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 
 def test_every_moment_goes_to_one_cause():
     clock = Clock()
-    times = Times(clock)
+    times = TimeByCause(clock)
     for cause, seconds in (
         ("start", 3.0),
         ("data", 0.5),
@@ -43,7 +43,7 @@ def test_every_moment_goes_to_one_cause():
 
 def test_steps_that_do_not_count_are_redone():
     clock = Clock()
-    times = Times(clock)
+    times = TimeByCause(clock)
     clock.now += 10.0
     times.lap("train")
     clock.now += 2.0
@@ -66,7 +66,7 @@ def test_steps_that_do_not_count_are_redone():
 )
 def test_what_lies_between_two_starts(seen: float | None, command: float | None, down: float, start: float):
     clock = Clock(1000.0)
-    times = Times(clock)
+    times = TimeByCause(clock)
     clock.now += 2.0
     times.lap("start")
     times.go_on({"train": 50.0, "start": 7.0}, seen, command)

@@ -38,14 +38,16 @@ def test_numbers_of_classes_are_scikit_learns(classes: int, seed: int):
     ):
         np.testing.assert_allclose(ours(table), theirs(true, said, average=None, **how))
         assert metrics.macro(ours(table)) == pytest.approx(theirs(true, said, average="macro", **how))
-        assert metrics.of_classes(table)["f1_micro"] == pytest.approx(theirs(true, said, average="micro", **how))
+        assert metrics.classification_metrics(table)["f1_micro"] == pytest.approx(
+            theirs(true, said, average="micro", **how)
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_numbers_of_scores_are_scipys(seed: int):
     draw = np.random.default_rng(seed)
     said, true = draw.normal(size=97), draw.integers(0, 5, 97).astype(float)  # with many ties
-    found = metrics.of_scores(said, true)
+    found = metrics.regression_metrics(said, true)
     assert found["mse"] == pytest.approx(sklearn.metrics.mean_squared_error(true, said))
     assert found["spearman"] == pytest.approx(scipy.stats.spearmanr(said, true).statistic)
     assert math.isnan(metrics.spearman(np.ones(3), np.arange(3.0)))
@@ -77,7 +79,7 @@ class HeldOut:
 
 
 def measured(world, emit, scores: bool) -> dict:
-    from train.objectives.classify import Classify
+    from train.objectives.classify import Classifier
 
     class Backbone(torch.nn.Module):
         model = type("model", (), {"width": 4, "deviation": lambda inputs: 1.0, "dropout": 0.0})
@@ -85,7 +87,7 @@ def measured(world, emit, scores: bool) -> dict:
         def pooled(self, batch, isolate):
             return torch.stack([(batch["numbers"] * k).float().sin() for k in range(1, 5)], 1)
 
-    objective = Classify(
+    objective = Classifier(
         Backbone(), schema.Classify(name="classify", classes=[] if scores else [*"abcde"]), True
     ).eval()
     with torch.no_grad():
@@ -104,7 +106,7 @@ def test_sums_are_the_same_numbers_on_any_count_of_ranks(scores: bool):
     if scores:
         rows = np.array(found[0]["scores"][0])
         assert rows[:, 1].tolist() == [n * 7 % 5 for n in range(HELD_OUT)]
-        assert metrics.of_scores(*rows.T)["mse"] == pytest.approx(found[0]["loss"][0] / HELD_OUT)
+        assert metrics.regression_metrics(*rows.T)["mse"] == pytest.approx(found[0]["loss"][0] / HELD_OUT)
 
 
 @pytest.fixture
@@ -158,5 +160,5 @@ def test_a_classifier_of_any_family_learns_and_reports(tmp_path: Path, labelled,
         assert line["accuracy"] == line["f1_micro"] == summary["accuracy"]
         assert set(summary["classes"]) == {"sad", "glad"}
         confusion = np.array(summary["confusion"])
-        assert metrics.of_classes(confusion)["f1_macro"] == pytest.approx(line["f1_macro"])
+        assert metrics.classification_metrics(confusion)["f1_macro"] == pytest.approx(line["f1_macro"])
     assert summary["perplexity"] is summary["bits_per_byte"] is None

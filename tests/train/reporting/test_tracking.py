@@ -7,22 +7,22 @@ from pathlib import Path
 
 from helpers import gloo_ranks, wandb_files
 
-from train.reporting.goodput import Times
-from train.reporting.tracking import Metrics, RunFile, read_records
+from train.reporting.goodput import TimeByCause
+from train.reporting.tracking import MetricsFile, RunFile, read_records
 
 
 def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 8)) + '{"step": 8, "lo')
-    metrics = Metrics(file, last_step=5)
+    metrics = MetricsFile(file, last_step=5)
     metrics.append({"step": 6, "loss": 2.0})
     assert [r["step"] for r in read_records(file)] == [1, 2, 3, 4, 5, 6]
     assert read_records(file)[-1]["loss"] == 2.0
 
 
 def test_a_run_keeps_its_wandb_id_and_counts_its_starts(tmp_path: Path):
-    first = RunFile(tmp_path, Times()).values
-    second = RunFile(tmp_path, Times()).values
+    first = RunFile(tmp_path, TimeByCause()).values
+    second = RunFile(tmp_path, TimeByCause()).values
     assert first["wandb_id"] == second["wandb_id"]
     assert (first["starts"], second["starts"]) == (1, 2)
 

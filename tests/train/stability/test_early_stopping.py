@@ -13,8 +13,8 @@ from train.config.schema import Stop
 from train.errors import UserError
 from train.run_dir import resume
 from train.run_dir.open_run import open_run
-from train.stability.early_stopping import enough, judge
-from train.state.train_state import Progress
+from train.stability.early_stopping import should_stop, update
+from train.state.train_state import TrainState
 
 WILD = [
     "optimizer=sgd",
@@ -29,9 +29,9 @@ WILD = [
 
 
 def judged(stop: Stop, values: list[float | None]) -> list[tuple[int, int]]:
-    progress, found = Progress(), []
+    progress, found = TrainState(), []
     for step, value in enumerate(values, 1):
-        progress = judge(stop, replace(progress, step=step), {"f1": value, "val_loss": value})
+        progress = update(stop, replace(progress, step=step), {"f1": value, "val_loss": value})
         found.append((progress.best_step, progress.stale))
     return found
 
@@ -39,11 +39,11 @@ def judged(stop: Stop, values: list[float | None]) -> list[tuple[int, int]]:
 def test_lower_is_better_for_losses_and_higher_for_the_rest():
     assert judged(Stop(), [3.0, 2.0, 2.5, 2.0, 1.0]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
     assert judged(Stop(metric="f1"), [0.3, 0.5, None, float("nan"), 0.6]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
-    assert enough(Stop(patience=2), Progress(stale=2))
-    assert not enough(Stop(patience=2), Progress(stale=1))
-    assert not enough(Stop(patience=0), Progress(stale=9))
+    assert should_stop(Stop(patience=2), TrainState(stale=2))
+    assert not should_stop(Stop(patience=2), TrainState(stale=1))
+    assert not should_stop(Stop(patience=0), TrainState(stale=9))
     with pytest.raises(UserError, match=r"stop.metric=acc is not measured here. There are: val_loss"):
-        judge(Stop(metric="acc"), Progress(), {"val_loss": 1.0})
+        update(Stop(metric="acc"), TrainState(), {"val_loss": 1.0})
 
 
 def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path):

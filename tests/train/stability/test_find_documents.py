@@ -12,7 +12,7 @@ from helpers import gloo_ranks
 from train.__main__ import main
 from train.batch import IGNORE
 from train.data.corpus.shards import Corpus
-from train.data.loader import Share, training_loader
+from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import Cursor
 from train.errors import UserError
 from train.stability.find_documents import trace
@@ -33,7 +33,7 @@ def test_the_parts_of_a_step_are_its_targets(make, corpus: Path, pack: str):
     config = make(f"data.pack={pack}", "steps=60", "log_every=1", "eval_every=0", "save_every=0")
     gloo_ranks.train_world(config, corpus)
     folder, opened = Path(config.run.dir or ""), Corpus(corpus)
-    loader = training_loader(opened, config, Share(0, 1, 4))
+    loader = training_loader(opened, config, RankShare(0, 1, 4))
     lines = gloo_ranks.metrics(config)
     for step in (1, 2, 59):  # the last of them in a later epoch
         (batch,) = loader.peek(loader.plan.after(Cursor(), step - 1))

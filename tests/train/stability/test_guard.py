@@ -73,9 +73,9 @@ def struck(world, emit, config, corpus) -> str:
 
     def striking(self, *arguments):
         result = train_step(self, *arguments)
-        if next(made) == 7 and world.first:
-            piece = next(p for p in self.pieces if "blocks" in p.name)
-            piece.of(piece.holder)[0] = torch.inf  # the master weight: the next update spreads it
+        if next(made) == 7 and world.is_rank0:
+            piece = next(p for p in self.param_shards if "blocks" in p.name)
+            piece.view_of(piece.holder)[0] = torch.inf  # the master weight: the next update spreads it
         return result
 
     engine.Engine.train_step = striking

@@ -10,8 +10,8 @@ import pytest
 
 from train.config.schema import Spikes
 from train.data.sampling.batch_plan import Cursor
-from train.state.loss_history import LEAST_RISE, Recent, far, judge, row_limit, stands_out
-from train.state.train_state import Progress
+from train.state.loss_history import LEAST_RISE, LossHistory, diagnose_step, is_outlier, outlier_limit, row_limit
+from train.state.train_state import TrainState
 
 RULE = Spikes(window=8, deviations=5)
 QUIET = (2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0, 2.1)
@@ -19,14 +19,16 @@ QUIET = (2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0, 2.1)
 
 def test_the_limit_is_the_median_and_so_many_robust_deviations():
     # median 2.0; distances from it .0 .1 .1 .0 .2 .2 .0 .1, whose median is .1
-    assert Recent(QUIET).limit(RULE) == pytest.approx(2.0 + 5 * 0.14826)
-    assert far([3.0] * 8, 5) == 3.0 + LEAST_RISE
-    assert Recent((*QUIET[:-1], 50.0)).limit(RULE) == pytest.approx(2.0 + 5 * 0.14826)  # one odd step moves nothing
+    assert LossHistory(QUIET).limit(RULE) == pytest.approx(2.0 + 5 * 0.14826)
+    assert outlier_limit([3.0] * 8, 5) == 3.0 + LEAST_RISE
+    assert LossHistory((*QUIET[:-1], 50.0)).limit(RULE) == pytest.approx(
+        2.0 + 5 * 0.14826
+    )  # one odd step moves nothing
 
 
 def test_nothing_is_high_before_the_window_is_full_or_where_spikes_are_not_watched():
-    assert Recent(QUIET[:7]).limit(RULE) == math.inf
-    assert Recent(QUIET).limit(RULE.model_copy(update={"watch": "nonfinite"})) == math.inf
+    assert LossHistory(QUIET[:7]).limit(RULE) == math.inf
+    assert LossHistory(QUIET).limit(RULE.model_copy(update={"watch": "nonfinite"})) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -43,29 +45,29 @@ def test_nothing_is_high_before_the_window_is_full_or_where_spikes_are_not_watch
     ],
 )
 def test_verdicts(loss: float, applied: bool, limit: float, verdict: str | None):
-    assert judge(loss, applied, limit) == verdict
+    assert diagnose_step(loss, applied, limit) == verdict
 
 
 def test_a_high_step_is_remembered_but_is_no_reference_and_one_that_is_not_finite_is_not_remembered():
-    recent = Recent(QUIET, Cursor(0, 7))
-    assert recent.after(9.0, Cursor(0, 8), RULE) == Recent((*QUIET[1:], 9.0), Cursor(0, 7))
-    assert recent.after(2.2, Cursor(0, 8), RULE) == Recent((*QUIET[1:], 2.2), Cursor(0, 8))
+    recent = LossHistory(QUIET, Cursor(0, 7))
+    assert recent.after(9.0, Cursor(0, 8), RULE) == LossHistory((*QUIET[1:], 9.0), Cursor(0, 7))
+    assert recent.after(2.2, Cursor(0, 8), RULE) == LossHistory((*QUIET[1:], 2.2), Cursor(0, 8))
     assert recent.after(math.nan, Cursor(0, 8), RULE) is recent
 
 
 def test_rows_that_are_not_finite_stand_out_alone_and_else_those_far_out():
     rows = [2.0, 2.1, 1.9, 2.2, 30.0]
-    assert [stands_out(loss, row_limit(rows, 5)) for loss in rows] == [False] * 4 + [True]
+    assert [is_outlier(loss, row_limit(rows, 5)) for loss in rows] == [False] * 4 + [True]
     rows[0] = math.nan
-    assert [stands_out(loss, row_limit(rows, 5)) for loss in rows] == [True] + [False] * 4
+    assert [is_outlier(loss, row_limit(rows, 5)) for loss in rows] == [True] + [False] * 4
 
 
 def test_what_is_remembered_survives_a_checkpoint_bit_for_bit():
-    progress = Progress()
+    progress = TrainState()
     for n, loss in enumerate(np.random.default_rng(0).normal(3.0, 0.1, 20).tolist()):
         recent = progress.recent.after(loss, progress.cursor, RULE)
-        progress = Progress(step=n + 1, cursor=Cursor(0, n + 1), recent=recent)
-        assert Progress.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
+        progress = TrainState(step=n + 1, cursor=Cursor(0, n + 1), recent=recent)
+        assert TrainState.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
 
 
 @pytest.mark.parametrize("noise", ["normal", "laplace", "student"])
@@ -75,7 +77,7 @@ def test_healthy_curves_are_seldom_suspected_and_a_broken_one_at_once(noise: str
     odd = {"normal": draw.normal, "laplace": draw.laplace, "student": lambda size: draw.standard_t(4, size)}[noise](
         size=3000
     )
-    rule, recent, high = Spikes(), Recent(), 0
+    rule, recent, high = Spikes(), LossHistory(), 0
     for n, error in enumerate(odd.tolist()):
         loss = 3.0 + 6.0 * math.exp(-n / 300) + 0.1 * error
         high += loss > recent.limit(rule)

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.index_schema import check_index, check_members, check_table
-from train.data.corpus.verified_files import CURE, Stamps, check_size
-from train.data.sampling.epoch_order import Pieces
+from train.data.corpus.verified_files import CURE, VerifiedFiles, check_size
+from train.data.sampling.epoch_order import DocSpans
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
@@ -51,7 +51,7 @@ Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Entry:
+class ShardEntry:
     """A shard as the index promises it: sums of its samples, places and bytes of text; its size and sha256."""
 
     name: str
@@ -74,7 +74,7 @@ class _Hashing:
         return self._file.write(block)
 
 
-def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDArray[Any]]]) -> tuple[Entry, Ids]:
+def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDArray[Any]]]) -> tuple[ShardEntry, Ids]:
     """Write one tar, whole or not at all; returns its entry and its table (3, samples).
 
     ``documents`` are (source, bytes of text, stored ids); ``first`` is the number of the first in its split. The bytes
@@ -100,7 +100,7 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     files.publish(temporary, path)
     table = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     sums = [int(total) for total in table.sum(axis=1)]
-    return Entry(path.name, len(rows), sums[1], sums[2], size, hashing.digest.hexdigest()), table
+    return ShardEntry(path.name, len(rows), sums[1], sums[2], size, hashing.digest.hexdigest()), table
 
 
 @dataclass
@@ -112,12 +112,12 @@ class _Shard:
     mapped: memoryview | None = None
 
 
-class Shards:
+class CorpusSplit:
     """One split of a corpus: the table of its samples, and their stored ids. Samples are numbered from 0."""
 
-    def __init__(self, folder: Path, split: dict[str, Any], dtype: str, stamps: Stamps) -> None:
+    def __init__(self, folder: Path, split: dict[str, Any], dtype: str, stamps: VerifiedFiles) -> None:
         self.folder = folder
-        self.entries = [Entry(**entry) for entry in split["shards"]]
+        self.entries = [ShardEntry(**entry) for entry in split["shards"]]
         self.samples = sum(entry.samples for entry in self.entries)
         self.tokens = sum(entry.tokens for entry in self.entries)
         self.bytes = sum(entry.bytes for entry in self.entries)
@@ -138,7 +138,7 @@ class Shards:
     def _check_table(self, path: Path) -> None:
         check_table(path, _open_table(path), self.entries, self.dtype.itemsize)
 
-    def read(self, pieces: Pieces, out: NDArray[Any]) -> None:
+    def read(self, pieces: DocSpans, out: NDArray[Any]) -> None:
         """Read ``length`` stored ids of each piece from its place ``start`` on, one after the other, into ``out`` (flat).
 
         A sample -1 gives zeros. Raises UserError for a shard that is damaged; each is hashed when it is first opened.
@@ -166,7 +166,7 @@ class Shards:
     def document(self, sample: int) -> NDArray[Any]:
         """The ids of one document, without the EOT around it."""
         ids = np.empty(int(self.sizes[sample]) - 1, self.dtype)
-        self.read(Pieces(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+        self.read(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
         return ids
 
     def source(self, sample: int) -> str:
@@ -213,26 +213,26 @@ class Corpus:
         """The tokenizer gets the ``special`` tokens of a model: shards hold none, so that one corpus serves every objective."""
         self.folder = Path(folder)
         self.index = read_index(self.folder)
-        self.stamps = Stamps(self.folder)
+        self.stamps = VerifiedFiles(self.folder)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
             raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {CURE}")
         self.tokenizer = self.tokenizer.extended(special)
-        self._splits: dict[str, Shards] = {}
+        self._splits: dict[str, CorpusSplit] = {}
 
     @property
     def fingerprint(self) -> str:
         """Hex digest over the index, and so over every byte of shards and tokenizer: equal only for an equal corpus."""
         return fingerprint(self.index)
 
-    def split(self, name: str) -> Shards:
+    def split(self, name: str) -> CorpusSplit:
         """The samples of "train", "val" or "test"; the latter may be empty (``samples == 0``). UserError for one not made."""
         if name not in self.index["splits"]:
             raise UserError(
                 f"{self.folder} has no split {name!r}: it has {', '.join(self.index['splits'])} (data.test_fraction)"
             )
         if name not in self._splits:
-            self._splits[name] = Shards(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
+            self._splits[name] = CorpusSplit(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
         return self._splits[name]
 
 
@@ -257,7 +257,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def index_split(entries: list[Entry], table: dict[str, Any]) -> dict[str, Any]:
+def index_split(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:
     """What the index says about one split."""
     sums = {key: sum(getattr(entry, key) for entry in entries) for key in ("samples", "tokens", "bytes")}
     return {**sums, "table": table, "shards": [asdict(entry) for entry in entries]}
@@ -284,7 +284,7 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
     return stored.getvalue()
 
 
-def write_table(folder: Path, split: str, table: Ids, stamps: Stamps) -> dict[str, Any]:
+def write_table(folder: Path, split: str, table: Ids, stamps: VerifiedFiles) -> dict[str, Any]:
     """Write a split's table (3, samples); returns its entry for the index."""
     content = npy_bytes(table)
     path, digest = folder / f"{split}.table.npy", sha256(content).hexdigest()

@@ -12,7 +12,7 @@ _STAMPS = "verified.txt"
 CURE = "Run `./launch.sh prepare` again with the same settings: it makes anew what is damaged and keeps the rest."
 
 
-class Stamps:
+class VerifiedFiles:
     """Which files of a folder have been hashed and found right, told by size, mtime (ns) and inode.
 
     A file that changes gets another stamp. Where the folder cannot be written, stamps last as long as the process.

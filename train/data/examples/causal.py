@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from train.batch import IGNORE
-from train.data.corpus.shards import Shards
+from train.data.corpus.shards import CorpusSplit
 from train.data.examples.example_builder import Arrays, Columns
-from train.data.sampling.epoch_order import Pieces
+from train.data.sampling.epoch_order import DocSpans
 
 
-class Causal:
+class CausalExamples:
     """Rows of ``seq_len`` inputs, each with the token after it; with ``memory``, what each row goes on from."""
 
     chunk = 1 << 22
@@ -24,7 +24,7 @@ class Causal:
         if memory:
             self.layout["memory"] = (), torch.int64
 
-    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> CausalRows:
+    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> CausalRows:
         """As ``Examples.read``."""
         return CausalRows(shards, pieces, self.places, self.isolate)
 
@@ -44,7 +44,7 @@ class CausalRows:
     is one segment and positions count within it.
     """
 
-    def __init__(self, shards: Shards, pieces: Pieces, seq_len: int, isolate: bool) -> None:
+    def __init__(self, shards: CorpusSplit, pieces: DocSpans, seq_len: int, isolate: bool) -> None:
         ends = np.cumsum(pieces.length)
         self._begins = ends - pieces.length
         self._lengths = pieces.length

@@ -9,15 +9,15 @@ import torch
 
 from train.batch import IGNORE
 from train.config.keys import objectives
-from train.data.corpus.shards import Shards
-from train.data.examples.example_builder import Columns, Ready
+from train.data.corpus.shards import CorpusSplit
+from train.data.examples.example_builder import BuiltRows, Columns
 from train.data.examples.labelled import texts_of
-from train.data.sampling.epoch_order import Pieces
+from train.data.sampling.epoch_order import DocSpans
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 
 
-class Classify:
+class ClassifyExamples:
     """[CLS] text [SEP], or the same with the token that ends documents where the model has neither; and its label."""
 
     chunk = 1 << 16
@@ -34,7 +34,7 @@ class Classify:
             "targets": ((), torch.int64 if self.classes else torch.float32),
         }
 
-    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
+    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``. Raises UserError for a label that is none of the classes, or no number."""
         texts = list(texts_of(shards, pieces, self.places, self.tokenizer.eot))
         tokens, segments = (
@@ -52,4 +52,4 @@ class Classify:
                     raise UserError(f"{shards.source(sample)}: of the document that begins {begins!r}, {wrong}")
                 targets[row] = self.classes[said] if self.classes else float(said)
         positions = np.broadcast_to(np.arange(self.seq_len), tokens.shape)
-        return Ready({"tokens": tokens, "positions": positions, "segments": segments, "targets": targets})
+        return BuiltRows({"tokens": tokens, "positions": positions, "segments": segments, "targets": targets})

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from train.data.corpus.shards import Shards
-from train.data.sampling.epoch_order import Ints, Pieces, mix
+from train.data.corpus.shards import CorpusSplit
+from train.data.sampling.epoch_order import DocSpans, Ints, mix
 
 Arrays = Mapping[str, NDArray[Any]]
 Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -25,7 +25,7 @@ class Rows(Protocol):
         """Write as many rows as the arrays of ``out`` have, from row ``begin`` on; every element of them."""
 
 
-class Examples(Protocol):
+class ExampleBuilder(Protocol):
     """How stored documents become the rows of an objective. Rows are functions of the arguments, on any rank of any world."""
 
     places: int
@@ -35,7 +35,7 @@ class Examples(Protocol):
     layout: Columns
     """Of a row, by key of the Batch: shape and type."""
 
-    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Rows:
+    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> Rows:
         """The rows that some pieces tile, ``places`` each, in their order. What may wait for a disk happens here."""
 
 
@@ -60,7 +60,7 @@ class Lines:
         return Lines(self.ids[part], self.segments[part], self.sample[part], self.place[part])
 
 
-def read_lines(shards: Shards, pieces: Pieces, places: int) -> Lines:
+def read_lines(shards: CorpusSplit, pieces: DocSpans, places: int) -> Lines:
     """The inputs of the rows that some pieces tile."""
     ids = np.empty(int(pieces.length.sum()), shards.dtype)
     shards.read(pieces, ids)
@@ -81,7 +81,7 @@ def read_lines(shards: Shards, pieces: Pieces, places: int) -> Lines:
     )
 
 
-class Ready:
+class BuiltRows:
     """Rows that are made already: an array a key."""
 
     def __init__(self, arrays: Arrays) -> None:

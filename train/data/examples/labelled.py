@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from train.data.corpus.shards import Shards
-from train.data.sampling.epoch_order import Ints, Pieces
+from train.data.corpus.shards import CorpusSplit
+from train.data.sampling.epoch_order import DocSpans, Ints
 from train.errors import UserError
 
 _NONE = np.zeros(0, np.int64)
 
 
-def texts_of(shards: Shards, pieces: Pieces, places: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
+def texts_of(shards: CorpusSplit, pieces: DocSpans, places: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
     """(sample, ids of the text, ids of its label) of each row that pieces tile, one document a row; of an empty row nothing."""
     begins = np.cumsum(pieces.length) - pieces.length
     for sample in pieces.sample[begins % places == 0].tolist():

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from train.batch import IGNORE
 from train.config.keys import objectives
-from train.data.corpus.shards import Shards
-from train.data.examples.example_builder import Columns, Lines, Ready, read_lines, uniform
-from train.data.sampling.epoch_order import Ints, Pieces, key_of
+from train.data.corpus.shards import CorpusSplit
+from train.data.examples.example_builder import BuiltRows, Columns, Lines, read_lines, uniform
+from train.data.sampling.epoch_order import DocSpans, Ints, key_of
 from train.data.tokenizer import Tokenizer
 
 _CHOOSE, _HOW, _OTHER, _CUT, _NEXT, _FROM, _AT = range(10, 17)
@@ -24,7 +24,7 @@ HIDDEN, OTHER = 0.8, 0.1
 """Of the tokens that are chosen: replaced by [MASK]; replaced by any token. The rest stay as they are."""
 
 
-class Masked:
+class MaskedExamples:
     """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], with some tokens hidden."""
 
     chunk = 1 << 16
@@ -43,7 +43,7 @@ class Masked:
         if objective.next_sentence:
             self.layout |= {"types": ((seq_len,), torch.int64), "next_targets": ((), torch.int64)}
 
-    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
+    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``."""
         lines = read_lines(shards, pieces, self.places)
         arrays = self._pairs(shards, lines, epoch) if self.objective.next_sentence else self._singles(lines)
@@ -51,7 +51,7 @@ class Masked:
         chosen = self._chosen(arrays["tokens"], sample, place, epoch)
         arrays["targets"] = np.where(chosen, arrays["tokens"], IGNORE)
         arrays["tokens"] = self._hide(arrays["tokens"], chosen, (sample, place), epoch)
-        return Ready(arrays)
+        return BuiltRows(arrays)
 
     def _singles(self, lines: Lines) -> dict[str, NDArray[Any]]:
         """[CLS] text [SEP]; both belong to the document beside them."""
@@ -69,7 +69,7 @@ class Masked:
             arrays["segments"] = np.minimum(arrays["segments"], 1)
         return arrays
 
-    def _pairs(self, shards: Shards, lines: Lines, epoch: int) -> dict[str, NDArray[Any]]:
+    def _pairs(self, shards: CorpusSplit, lines: Lines, epoch: int) -> dict[str, NDArray[Any]]:
         """[CLS] first [SEP] second [SEP]: the row cut inside its longest piece, the second part half the time from elsewhere."""
         arrays = self._empty(len(lines.ids))
         arrays["types"] = np.zeros_like(arrays["tokens"])
@@ -128,14 +128,14 @@ class Masked:
         return np.where(chosen, shown, tokens)
 
 
-def _foreign(shards: Shards, own: int, length: int, draws: tuple[float, float]) -> Lines:
+def _foreign(shards: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> Lines:
     """At most ``length`` tokens from somewhere in another document."""
     sample = int(draws[0] * (shards.samples - 1))
     sample += sample >= own
     size = int(shards.sizes[sample])
     start = min(1 + int(draws[1] * max(1, size - length)), size - 1)
     length = min(length, size - start)
-    return read_lines(shards, Pieces(*(np.array([n]) for n in (sample, start, length))), length).row(0)
+    return read_lines(shards, DocSpans(*(np.array([n]) for n in (sample, start, length))), length).row(0)
 
 
 def within(segments: Ints) -> Ints:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from train.batch import IGNORE
 from train.config.keys import objectives
 from train.config.keys.base import ENCDEC_TOKENS
-from train.data.corpus.shards import Shards
-from train.data.examples.example_builder import Columns, Ready, read_lines, uniform
+from train.data.corpus.shards import CorpusSplit
+from train.data.examples.example_builder import BuiltRows, Columns, read_lines, uniform
 from train.data.examples.labelled import texts_of
 from train.data.examples.masked import within
-from train.data.sampling.epoch_order import Ints, Pieces, key_of
+from train.data.sampling.epoch_order import DocSpans, Ints, key_of
 from train.data.tokenizer import Tokenizer
 
 _CUT, _KEPT = 20, 21
@@ -52,7 +52,7 @@ def _of(length: int, objective: objectives.Seq2seq) -> tuple[int, int]:
     return length - out + count + 1, out + count + 1
 
 
-class Seq2seq:
+class Seq2seqExamples:
     """Sources and targets of fixed length, padded at their ends."""
 
     chunk = 1 << 16
@@ -73,7 +73,7 @@ class Seq2seq:
         self.layout |= {"segments": (source, torch.int32), "target_tokens": (target, torch.int64)}
         self.layout["target_segments"] = target, torch.int32
 
-    def read(self, shards: Shards, pieces: Pieces, epoch: int) -> Ready:
+    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``."""
         if self.objective.task == "pairs":
             rows = [
@@ -86,7 +86,7 @@ class Seq2seq:
                 real = int((segments > 0).sum())
                 owner = segments[:real] if self.isolate else np.ones(real, np.int64)
                 rows.append(self._spans(ids[:real], owner, (int(sample[0]), int(place[0])), epoch))
-        return Ready(self._lay(rows))
+        return BuiltRows(self._lay(rows))
 
     def _spans(self, ids: Ints, owner: Ints, identity: tuple[int, int], epoch: int) -> _Row:
         """The source and the target of a text, each (ids, the documents that they belong to)."""

@@ -17,9 +17,9 @@ import numpy as np
 from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
-from train.data.corpus.verified_files import Stamps
+from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
-from train.data.prepare.corpus_spec import Recipe, Report
+from train.data.prepare.corpus_spec import CorpusSpec, Report
 from train.data.prepare.sources import LABEL, SourceFile, reading
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
@@ -40,7 +40,7 @@ class Making:
 
     data: schema.Data
     sources: list[SourceFile]
-    recipe: Recipe
+    recipe: CorpusSpec
     folder: Path
     run: workers.Run
     report: Report
@@ -51,7 +51,7 @@ class Making:
         return (workers.text_of(named, document, how).replace(LABEL, "") for document in documents)
 
 
-def enter(folder: Path, recipe: Recipe) -> None:
+def enter(folder: Path, recipe: CorpusSpec) -> None:
     """Make the folder this recipe's. Raises UserError if it is another's: nothing of it is touched then."""
     (folder / _RECEIPTS).mkdir(parents=True, exist_ok=True)
     path = folder / _RECIPE
@@ -73,7 +73,7 @@ def make(making: Making) -> None:
     folder, recipe = making.folder, making.recipe
     for left in [*folder.glob(f"{io.ASIDE}*"), *(folder / _RECEIPTS).glob(f"{io.ASIDE}*")]:
         left.unlink()  # of a prepare that was killed: we hold the lock
-    stamps = Stamps(folder)
+    stamps = VerifiedFiles(folder)
     made = _tokenizer(making, stamps)
     dtype = "uint16" if made.vocab_size <= 1 << 16 else "uint32"
     jobs = {name: _plan(making, made, name, dtype) for name in recipe.splits}
@@ -86,7 +86,7 @@ def make(making: Making) -> None:
     shards.write_index(folder, {"recipe": recipe.digest, "settings": recipe.settings}, made, dtype, splits)
 
 
-def _tokenizer(making: Making, stamps: Stamps) -> Tokenizer:
+def _tokenizer(making: Making, stamps: VerifiedFiles) -> Tokenizer:
     """The tokenizer of the corpus, made unless it is there and the one that was made."""
     path, receipt = making.folder / tokenizer.FILE, making.folder / _RECEIPTS / f"{tokenizer.FILE}.json"
     try:
@@ -134,10 +134,10 @@ def _tokens_per_byte(making: Making, made: Tokenizer) -> float:
     return sum(len(made.encode(text)) for text in texts) / max(1, sum(len(text.encode()) for text in texts))
 
 
-Receipt = tuple[shards.Entry, shards.Ids]
+Receipt = tuple[shards.ShardEntry, shards.Ids]
 
 
-def _encode(making: Making, jobs: list[workers.ShardJob], stamps: Stamps) -> dict[str, Receipt]:
+def _encode(making: Making, jobs: list[workers.ShardJob], stamps: VerifiedFiles) -> dict[str, Receipt]:
     """Write every shard that has no receipt, or does not agree with it; the receipts by name of shard."""
     kept = {job.path.name: receipt for job in jobs if (receipt := _kept(making.folder, job.path, stamps))}
     missing = [job for job in jobs if job.path.name not in kept]
@@ -153,18 +153,18 @@ def _encode(making: Making, jobs: list[workers.ShardJob], stamps: Stamps) -> dic
     return kept
 
 
-def _kept(folder: Path, path: Path, stamps: Stamps) -> Receipt | None:
+def _kept(folder: Path, path: Path, stamps: VerifiedFiles) -> Receipt | None:
     """The receipt of a shard that is there and whole."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:
-        entry = shards.Entry(**json.loads(receipt.read_text("utf-8")))
+        entry = shards.ShardEntry(**json.loads(receipt.read_text("utf-8")))
         stamps.check(folder, entry.name, entry.size, entry.sha256)
         return entry, np.load(receipt.with_suffix(".npy"), allow_pickle=False)
     except (OSError, ValueError, TypeError, UserError):
         return None
 
 
-def _write_receipt(folder: Path, entry: shards.Entry, table: shards.Ids) -> None:
+def _write_receipt(folder: Path, entry: shards.ShardEntry, table: shards.Ids) -> None:
     receipt = folder / _RECEIPTS / f"{entry.name}.json"
     io.write_whole(receipt.with_suffix(".npy"), shards.npy_bytes(table))
     io.write_whole(receipt, json.dumps(asdict(entry)).encode())

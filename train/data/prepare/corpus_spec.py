@@ -14,7 +14,7 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
-from train.data.prepare.sources import Reading, SourceFile, complain
+from train.data.prepare.sources import ReadOptions, SourceFile, complain
 from train.errors import UserError
 from train.util.format import plural
 
@@ -28,7 +28,7 @@ _SPAN = 4 << 20
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CorpusSpec:
     """What a corpus is made of: settings, documents and their split. Two equal recipes make equal corpora."""
 
     digest: str
@@ -44,12 +44,14 @@ def settings(data: schema.Data) -> dict[str, Any]:
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
-def find_recipe(data: schema.Data, sources: list[SourceFile], how: Reading, run: workers.Run, report: Report) -> Recipe:
+def build_spec(
+    data: schema.Data, sources: list[SourceFile], how: ReadOptions, run: workers.Run, report: Report
+) -> CorpusSpec:
     """Read all text once, as ``how`` says. Raises UserError with every problem of every file, or if nothing is left."""
     total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
     tasks = [(spans, how, data.tokenizer.kind == "chars") for spans in _spans(sources)]
-    found: dict[int, workers.Found] = {}
+    found: dict[int, workers.FoundDocuments] = {}
     done = 0
     for number, part in run(workers.find_documents, tasks):
         found[number] = part
@@ -69,7 +71,7 @@ def find_recipe(data: schema.Data, sources: list[SourceFile], how: Reading, run:
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
     digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
     characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
-    return Recipe(digest, chosen, _split(documents, data, sources, how), characters)
+    return CorpusSpec(digest, chosen, _split(documents, data, sources, how), characters)
 
 
 def _spans(sources: list[SourceFile]) -> Iterator[list[workers.Span]]:
@@ -87,7 +89,7 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[workers.Span]]:
 
 
 def _split(
-    documents: workers.Documents, data: schema.Data, sources: list[SourceFile], how: Reading
+    documents: workers.Documents, data: schema.Data, sources: list[SourceFile], how: ReadOptions
 ) -> dict[str, workers.Documents]:
     """Hold out the documents whose place, the hash of the text as a number in [0, 1), lies below ``data.val_fraction``.
 

@@ -21,10 +21,10 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.corpus.index_schema import check_members
-from train.data.corpus.verified_files import Stamps
+from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import clean, workers
 from train.data.prepare.build import Making, enter, make
-from train.data.prepare.corpus_spec import Report, find_recipe, settings
+from train.data.prepare.corpus_spec import Report, build_spec, settings
 from train.data.prepare.sources import SourceFile, list_files, reading
 from train.errors import UserError
 from train.util import io
@@ -48,7 +48,7 @@ def prepare(data: schema.Data, report: Report, objective: schema.Objective | Non
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
         with workers.processes(data.workers or len(os.sched_getaffinity(0))) as run:
-            recipe = find_recipe(data, sources, reading(data, objective), run, report)
+            recipe = build_spec(data, sources, reading(data, objective), run, report)
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{recipe.digest[:12]}"
             enter(folder, recipe)
             with io.locked(folder / ".lock", lambda: report({"phase": "wait", "folder": str(folder)})):
@@ -108,7 +108,7 @@ def _whole(folder: Path) -> bool:
     """Whether every file of the index is the one whose sha256 was found right."""
     try:
         index = shards.read_index(folder)
-        stamps = Stamps(folder)
+        stamps = VerifiedFiles(folder)
         return all(stamps.holds(folder / name, digest) for name, _, digest in _promised(index))
     except (UserError, OSError):
         return False
@@ -124,6 +124,6 @@ def _promised(index: dict[str, Any]) -> Iterator[tuple[str, int | None, str]]:
 
 def _refuse_damage(folder: Path) -> None:
     """Raise UserError for the first file that is not what the index says; hashes those that changed since they were."""
-    stamps = Stamps(folder)
+    stamps = VerifiedFiles(folder)
     for name, size, digest in _promised(shards.read_index(folder)):
         stamps.check(folder, name, size, digest, check_members if name.endswith(".tar") else None)

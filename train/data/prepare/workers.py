@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.corpus.shards import Entry, Ids, write_shard
-from train.data.prepare.sources import CHANGED, LABEL, BadText, Reading, SourceFile, read_document, read_span
+from train.data.corpus.shards import Ids, ShardEntry, write_shard
+from train.data.prepare.sources import CHANGED, LABEL, BadText, ReadOptions, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 
@@ -56,7 +56,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundDocuments:
     """The documents of some spans, in order; what could not be read; the characters seen, where they are wanted."""
 
     documents: Documents
@@ -65,7 +65,7 @@ class Found:
     read: int
 
 
-def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Found:
+def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -> FoundDocuments:
     """Read, clean and hash every document of the spans. Empty ones are left out."""
     rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
@@ -83,7 +83,7 @@ def find_documents(spans: list[Span], how: Reading, with_characters: bool) -> Fo
                         characters.update(text.replace(LABEL, ""))
         except OSError as error:
             problems.append(f"{span.file.path}: {error.strerror or error}")
-    return Found(
+    return FoundDocuments(
         np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans)
     )
 
@@ -94,7 +94,7 @@ def _hash(encoded: bytes) -> tuple[int, int]:
     return high, low
 
 
-def text_of(files: dict[int, SourceFile], document: np.void, how: Reading) -> str:
+def text_of(files: dict[int, SourceFile], document: np.void, how: ReadOptions) -> str:
     """The text that is meant by one row of DOCUMENT. Raises UserError if the file is no longer what it was."""
     file = files[int(document["file"])]
     text = read_document(file, int(document["offset"]), int(document["length"]), how)
@@ -111,7 +111,7 @@ class ShardJob:
     first: int
     documents: Documents
     files: dict[int, SourceFile]
-    how: Reading
+    how: ReadOptions
     dtype: str
 
 
@@ -120,7 +120,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def encode_shard(job: ShardJob) -> tuple[Entry, Ids]:
+def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
     """Tokenise the documents of a shard and write it; the tokenizer lies beside it."""
     tokenizer = _tokenizer(job.path.parent)
 

@@ -19,7 +19,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from train.data.sampling.epoch_order import Ints, Order, Pieces
+from train.data.sampling.epoch_order import DocSpans, EpochOrder, Ints
 from train.errors import UserError
 
 
@@ -41,7 +41,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Shape:
+class StepShape:
     """Rows of an optimizer step, places of a row, streams of an epoch, and whether rows are packed."""
 
     rows: int
@@ -50,10 +50,10 @@ class Shape:
     pack: bool = True
 
 
-class Plan:
+class BatchPlan:
     """Which places of which samples stand in which row of which step."""
 
-    def __init__(self, order: Order, shape: Shape) -> None:
+    def __init__(self, order: EpochOrder, shape: StepShape) -> None:
         if shape.rows % shape.streams:
             raise UserError(
                 f"batch.global={shape.rows} is not a multiple of data.streams={shape.streams}: every stream gives the "
@@ -61,9 +61,9 @@ class Plan:
             )
         self.order = order
         self.shape = shape
-        self.depth = shape.rows // shape.streams  # rows of a stream in a step
+        self.rows_per_stream = shape.rows // shape.streams  # rows of a stream in a step
         self._unit = shape.seq_len if shape.pack else 1  # units of a row
-        self._stride = self.depth * self._unit  # units that a stream gives to a step
+        self._stride = self.rows_per_stream * self._unit  # units that a stream gives to a step
         self._longest = -(-order.units // shape.streams)
         if not order.units:
             raise UserError("nothing to train on: this split of the corpus holds no documents")
@@ -92,7 +92,7 @@ class Plan:
                 "resume with the data.streams, data.pack and corpus of the run that saved it"
             )
 
-    def rows(self, streams: Iterable[int], cursor: Cursor, steps: int) -> Pieces:
+    def rows(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
         """Stream after stream, its rows in ``steps`` steps from a cursor (all in its epoch): depth * steps rows each.
 
         Pieces are cut where rows of seq_len places end; padding (sample -1) fills what the streams do not.
@@ -101,8 +101,8 @@ class Plan:
         low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
         begins = np.minimum(low + cursor.position, high)
         ends = np.minimum(begins + steps * self._stride, high)
-        pieces, owner = self.order.stretches(cursor.epoch, begins, ends)
-        rows = steps * self.depth
+        pieces, owner = self.order.spans(cursor.epoch, begins, ends)
+        rows = steps * self.rows_per_stream
         if not self.shape.pack:
             row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
             return _one_a_row(pieces, row, rows * len(number), self.shape.seq_len)
@@ -111,14 +111,14 @@ class Plan:
         if len(short):
             behind = np.searchsorted(owner, short, side="right")
             values = (-1, 0, left[short])
-            pieces = Pieces(*(np.insert(old, behind, value) for old, value in zip(pieces, values, strict=True)))
+            pieces = DocSpans(*(np.insert(old, behind, value) for old, value in zip(pieces, values, strict=True)))
         return _cut(pieces, self.shape.seq_len)
 
     def table(self, cursor: Cursor, without: Collection[int] = ()) -> Ints:
         """What the step at the cursor trains on, (pieces, 4): row, sample, first place in it, places; by rows, ``without`` some."""
         pieces = self.rows(range(self.shape.streams), cursor, 1)
         place = (np.cumsum(pieces.length) - 1) // self.shape.seq_len  # stream * depth + i, of row i * streams + stream
-        row = place % self.depth * self.shape.streams + place // self.depth
+        row = place % self.rows_per_stream * self.shape.streams + place // self.rows_per_stream
         real = np.flatnonzero((pieces.sample >= 0) & ~np.isin(row, list(without)))
         real = real[np.argsort(row[real], kind="stable")]
         return np.stack([row[real], *(column[real] for column in pieces)], axis=1)
@@ -128,7 +128,7 @@ class Plan:
         return blake2b(self.table(cursor, without).astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def _cut(pieces: Pieces, seq_len: int) -> Pieces:
+def _cut(pieces: DocSpans, seq_len: int) -> DocSpans:
     """Pieces that fill whole rows end to end, cut at every border of rows."""
     begins = np.cumsum(pieces.length) - pieces.length
     borders = np.arange(0, int(pieces.length.sum()), seq_len)
@@ -143,10 +143,10 @@ def _cut(pieces: Pieces, seq_len: int) -> Pieces:
     length = np.empty_like(points)
     length[:-1] = points[1:] - points[:-1]
     length[-1:] = borders[-1:] + seq_len - points[-1:]
-    return Pieces(sample, start, length)
+    return DocSpans(sample, start, length)
 
 
-def _one_a_row(pieces: Pieces, row: Ints, rows: int, seq_len: int) -> Pieces:
+def _one_a_row(pieces: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
     """Each sample in its row, cut to it; padding behind short ones and in the rows that have none."""
     sample = np.full((rows, 2), -1, np.int64)
     length = np.zeros((rows, 2), np.int64)
@@ -154,4 +154,4 @@ def _one_a_row(pieces: Pieces, row: Ints, rows: int, seq_len: int) -> Pieces:
     length[row, 0] = np.minimum(pieces.length, seq_len)
     length[:, 1] = seq_len - length[:, 0]
     keep = length.ravel() > 0
-    return Pieces(sample.ravel()[keep], np.zeros(int(keep.sum()), np.int64), length.ravel()[keep])
+    return DocSpans(sample.ravel()[keep], np.zeros(int(keep.sum()), np.int64), length.ravel()[keep])

@@ -27,7 +27,7 @@ _CACHE_BYTES = 256 << 20
 """Memory for permuted windows: enough for those of all streams of any usual corpus."""
 
 
-class Pieces(NamedTuple):
+class DocSpans(NamedTuple):
     """Consecutive parts of documents: of ``sample``, ``length`` places from place ``start``. A sample -1 is padding."""
 
     sample: Ints
@@ -35,7 +35,7 @@ class Pieces(NamedTuple):
     length: Ints
 
 
-_NOTHING = Pieces(*(np.zeros(0, np.int64) for _ in range(3)))
+_NOTHING = DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -65,7 +65,7 @@ def permutation(ids: Ints, key: int) -> Ints:
 
 
 @dataclass(frozen=True)
-class Layout:
+class SplitSizes:
     """What the order must know of a split: per shard its samples and places, per sample its places."""
 
     shard_samples: Ints
@@ -81,10 +81,10 @@ class Shuffle:
     window: int
 
 
-class Order:
+class EpochOrder:
     """The line of units of every epoch, and the pieces of any stretch of it. Several threads may use it."""
 
-    def __init__(self, layout: Layout, shuffle: Shuffle, pack: bool) -> None:
+    def __init__(self, layout: SplitSizes, shuffle: Shuffle, pack: bool) -> None:
         self._layout = layout
         self._shuffle = shuffle
         self._pack = pack
@@ -96,7 +96,7 @@ class Order:
         self._windows: OrderedDict[tuple[int, int], tuple[Ints, Ints]] = OrderedDict()
         self._cached = 0
 
-    def stretches(self, epoch: int, begins: Ints, ends: Ints) -> tuple[Pieces, Ints]:
+    def spans(self, epoch: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
         """The pieces of units [begins[i], ends[i]) of an epoch, one stretch after the other, and the i of each piece.
 
         A piece of an unpacked order is a whole sample.
@@ -119,10 +119,10 @@ class Order:
         pieces = _together(parts)
         if len(parts) > 2:
             sort = np.argsort(cut, kind="stable")
-            cut, pieces = cut[sort], take(pieces, sort)
+            cut, pieces = cut[sort], take_spans(pieces, sort)
         return pieces, which[cut]
 
-    def _inside(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[Pieces, Ints]:
+    def _inside(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
         """As ``stretches``, for stretches that lie in one window, counted from its start; none is empty."""
         samples, sums = self._window(epoch, window)
         first = np.searchsorted(sums, begins, side="right")
@@ -137,7 +137,7 @@ class Order:
             start[head] = begins - (sums[first] - length[head])
             length[stop - 1] -= sums[last] - ends
             length[head] -= start[head]
-        return Pieces(sample, start, length), owner
+        return DocSpans(sample, start, length), owner
 
     def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
         """The shards of an epoch in order, and the units before each of its windows (and in all)."""
@@ -172,13 +172,13 @@ class Order:
         return samples, ends
 
 
-def _together(parts: list[Pieces]) -> Pieces:
-    return Pieces(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def _together(parts: list[DocSpans]) -> DocSpans:
+    return DocSpans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def take(pieces: Pieces, which: Ints) -> Pieces:
+def take_spans(pieces: DocSpans, which: Ints) -> DocSpans:
     """Some pieces, in another order."""
-    return Pieces(*(column[which] for column in pieces))
+    return DocSpans(*(column[which] for column in pieces))
 
 
 def _ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:

@@ -6,12 +6,12 @@ from typing import Any
 
 from train.errors import UserError
 from train.pretrained.hf import bert, gpt2, llama, t5
-from train.pretrained.hf.family import Facts, Family
+from train.pretrained.hf.family import Facts, HFFamily
 
 FAMILIES = (gpt2.FAMILY, llama.FAMILY, bert.FAMILY, t5.FAMILY)
 
 
-def family_of(objective: str, facts: Facts) -> Family:
+def family_of(objective: str, facts: Facts) -> HFFamily:
     """The family that has all of a model's ``facts``; raises UserError naming the keys that keep it from each."""
     kept = [(family, family.lacking(objective, facts)) for family in FAMILIES]
     for family, problems in kept:
@@ -26,7 +26,7 @@ def family_of(objective: str, facts: Facts) -> Family:
     raise UserError(f"transformers has no model of this kind:\n{ways}")
 
 
-def family_named(config: dict[str, Any], where: str) -> Family:
+def family_named(config: dict[str, Any], where: str) -> HFFamily:
     """The family of a folder's ``config.json``, which lies at ``where``."""
     for family in FAMILIES:
         if config.get("model_type") == family.model_type:

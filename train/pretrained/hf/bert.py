@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from train.pretrained.hf.family import Family, at
+from train.pretrained.hf.family import HFFamily, at
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -27,7 +27,7 @@ def dress(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"hidden_act": theirs[config["hidden_act"]], "attention_probs_dropout_prob": 0.0}
 
 
-FAMILY = Family(
+FAMILY = HFFamily(
     name="BERT",
     model_type="bert",
     architectures={

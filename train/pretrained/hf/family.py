@@ -53,7 +53,7 @@ def at(*modules: str, shares: tuple[str, ...] = (), turned: bool = False) -> Sto
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorSlice:
     """Rows [start, start + count) of one of our parameters, and the tensor that holds them there."""
 
     ours: str
@@ -65,7 +65,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Family:
+class HFFamily:
     """The table of one family."""
 
     name: str
@@ -154,7 +154,7 @@ class Family:
         names = [name if whole else f"{name}.{leaf}" for name in stored.modules]
         return stored, [name.replace("#", number[1] if number else "#") for name in names]
 
-    def places(self, shapes: Iterable[tuple[str, Shape]], facts: Facts) -> Iterator[Place]:
+    def places(self, shapes: Iterable[tuple[str, Shape]], facts: Facts) -> Iterator[TensorSlice]:
         """Where the rows of our parameters stand, in our order. Raises UserError naming those that have no place there."""
         found, without = [], []
         for ours, shape in shapes:
@@ -168,7 +168,7 @@ class Family:
             for name, share in zip(names, shares, strict=True):
                 count = shape[0] * share // sum(shares)
                 part = (count, *shape[1:])
-                found.append(Place(ours, start, count, name, part[::-1] if turned else part, turned))
+                found.append(TensorSlice(ours, start, count, name, part[::-1] if turned else part, turned))
                 start += count
         if without:
             raise UserError(f"{self.name} of transformers has no place for {', '.join(without)}")

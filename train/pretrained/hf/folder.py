@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.errors import UserError
-from train.pretrained.hf.family import Family, Shape
+from train.pretrained.hf.family import HFFamily, Shape
 from train.pretrained.hf.listing import CONFIG, INDEX, WHOLE, read_json, weight_files
 from train.util.io import write_whole
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Folder:
+class HFFolder:
     """The weights of a model that a folder holds, by the names of transformers."""
 
     def __init__(self, path: Path) -> None:
@@ -70,10 +70,10 @@ class Folder:
         return file.read_bytes() if file.exists() else None
 
 
-class Weights:
+class HFWeights:
     """The weights of a folder by our names and in our layout."""
 
-    def __init__(self, folder: Folder, family: Family) -> None:
+    def __init__(self, folder: HFFolder, family: HFFamily) -> None:
         self.folder, self.family = folder, family
         self.taken: set[str] = set()
 

@@ -1,8 +1,8 @@
 """GPT-2, as ``GPT2LMHeadModel`` of transformers has it."""
 
-from train.pretrained.hf.family import Family, at
+from train.pretrained.hf.family import HFFamily, at
 
-FAMILY = Family(
+FAMILY = HFFamily(
     name="GPT-2",
     model_type="gpt2",
     architectures={"": ("GPT2LMHeadModel", "causal")},

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from train.pretrained.hf.family import Family, at
+from train.pretrained.hf.family import HFFamily, at
 
 
 def tidy(config: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def dress(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"rope_parameters": rope}
 
 
-FAMILY = Family(
+FAMILY = HFFamily(
     name="Llama",
     model_type="llama",
     architectures={"": ("LlamaForCausalLM", "causal")},

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from train.pretrained.hf.family import Family, Stored, at
+from train.pretrained.hf.family import HFFamily, Stored, at
 
 ACTIVATIONS = {"relu": "relu", "gated-gelu": "geglu", "gated-silu": "swiglu"}
 """Their names and ours."""
@@ -58,7 +58,7 @@ def stack(side: str, mlp: int) -> dict[str, Stored]:
     }
 
 
-FAMILY = Family(
+FAMILY = HFFamily(
     name="T5",
     model_type="t5",
     architectures={"": ("T5ForConditionalGeneration", "seq2seq")},

@@ -8,7 +8,7 @@ import webdataset
 
 from train.data.corpus import shards
 from train.data.corpus.shards import Corpus
-from train.data.sampling.epoch_order import Pieces
+from train.data.sampling.epoch_order import DocSpans
 from train.errors import UserError
 from train.util import io
 
@@ -124,7 +124,7 @@ def test_a_fingerprint_follows_the_bytes_and_not_the_place(build_corpus, tmp_pat
 def test_few_open_shards_serve_many(build_corpus, monkeypatch):
     monkeypatch.setattr(shards, "_MAX_OPEN", 1)
     split = build_corpus(UNEVEN).split("train")
-    pieces = Pieces(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
+    pieces = DocSpans(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
     found = np.ones(11, np.uint16)
     split.read(pieces, found)
     first, second = split.document(0), split.document(7)

@@ -6,10 +6,10 @@ import pytest
 from train.batch import IGNORE
 from train.config.keys import objectives
 from train.config.keys.base import ENCODER_TOKENS
-from train.data.examples.masked import Masked
-from train.data.loader import Loader, Share, layout_of
-from train.data.sampling.batch_plan import Cursor, Plan, Shape
-from train.data.sampling.epoch_order import Order, Shuffle
+from train.data.examples.masked import MaskedExamples
+from train.data.loader import Loader, RankShare, split_sizes
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.sampling.epoch_order import EpochOrder, Shuffle
 from train.data.tokenizer import Tokenizer
 
 T = 64
@@ -24,12 +24,12 @@ def text(build_corpus):
 def rows_of(corpus, epoch=0, seed=0, world=1, steps=None, seq_len=T, **keys):
     """All rows of an epoch, stream by stream, as arrays; and the tokenizer."""
     tokenizer = corpus.tokenizer.extended(ENCODER_TOKENS)
-    examples = Masked(seq_len, True, objectives.Masked(name="masked", **keys), tokenizer, seed)
+    examples = MaskedExamples(seq_len, True, objectives.Masked(name="masked", **keys), tokenizer, seed)
     shards = corpus.split("train")
-    plan = Plan(Order(layout_of(shards), Shuffle(seed, 4), True), Shape(6, examples.places, 6))
+    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), True), StepShape(6, examples.places, 6))
     found = []
     for rank in range(world):
-        loader = Loader(shards, plan, Share(rank, world, 1), examples)
+        loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
         loader.seek(Cursor(epoch, 0))
         for step in range(steps or plan.steps_per_epoch):
             numbers, batches = loader.row_numbers(), next(loader)[0]

@@ -9,11 +9,11 @@ from train.batch import IGNORE
 from train.config.keys import objectives
 from train.config.keys.base import ENCDEC_TOKENS
 from train.data.corpus.shards import Corpus
-from train.data.examples.seq2seq import Seq2seq, lengths
-from train.data.loader import Loader, Share, layout_of
+from train.data.examples.seq2seq import Seq2seqExamples, lengths
+from train.data.loader import Loader, RankShare, split_sizes
 from train.data.prepare.prepare import prepare
-from train.data.sampling.batch_plan import Plan, Shape
-from train.data.sampling.epoch_order import Order, Shuffle
+from train.data.sampling.batch_plan import BatchPlan, StepShape
+from train.data.sampling.epoch_order import EpochOrder, Shuffle
 from train.errors import UserError
 
 SPANS = objectives.Seq2seq(name="seq2seq", task="spans")
@@ -22,11 +22,11 @@ PAIRS = objectives.Seq2seq(name="seq2seq", task="pairs", target_len=8)
 
 def rows_of(corpus, objective, seq_len, seed=0, isolate=True, pack=True, world=1):
     tokenizer = corpus.tokenizer.extended(ENCDEC_TOKENS)
-    examples, shards = Seq2seq(seq_len, isolate, objective, tokenizer, seed), corpus.split("train")
-    plan = Plan(Order(layout_of(shards), Shuffle(seed, 4), pack), Shape(6, examples.places, 6, pack))
+    examples, shards = Seq2seqExamples(seq_len, isolate, objective, tokenizer, seed), corpus.split("train")
+    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), pack), StepShape(6, examples.places, 6, pack))
     found = []
     for rank in range(world):
-        loader = Loader(shards, plan, Share(rank, world, 1), examples)
+        loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
         for step in range(plan.steps_per_epoch):
             found += [(step, n, b) for n, b in zip(loader.row_numbers(), next(loader)[0], strict=False)]
         loader.close()

@@ -63,7 +63,7 @@ def test_the_second_time_there_is_nothing_to_do(tmp_path, text_data, monkeypatch
     assert resolve(data) is None
     folder = prepare(data, quiet)
     assert resolve(data) == folder
-    monkeypatch.setattr(module, "find_recipe", None)  # reading the text again would fail
+    monkeypatch.setattr(module, "build_spec", None)  # reading the text again would fail
     events = []
     assert prepare(data, events.append) == folder
     assert events == [{"phase": "ready", "folder": str(folder), "new": False}]
@@ -176,8 +176,8 @@ def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, nam
 
 PREPARE = """
 import sys
-from train import schema
-from train.data.prepare import prepare
+from train.config import schema
+from train.data.prepare.prepare import prepare
 if __name__ == "__main__":
     tokenizer = schema.Tokenizer(kind="bpe", vocab_size=300)
     data = schema.Data(

@@ -13,9 +13,9 @@ from bench.tools.baselines import documents
 from train.config import load as configuration
 from train.data.corpus.shards import Corpus
 from train.data.examples import build_examples
-from train.data.loader import EvalLoader, Share, held_out_text
+from train.data.loader import EvalLoader, RankShare, held_out_text
 from train.data.prepare.prepare import prepare
-from train.data.sampling.batch_plan import Shape
+from train.data.sampling.batch_plan import StepShape
 from train.errors import UserError
 
 SMALL = ("data.tokenizer.vocab_size=400", "data.workers=1")
@@ -124,6 +124,8 @@ def test_a_label_that_is_none_of_the_classes_is_found_in_preparing_or_at_its_fir
         prepare(data, lambda event: None, scores.objective)
     corpus = Corpus(prepare(data, lambda event: None), config.model.special)  # prepared for something else
     examples = build_examples(config, corpus.tokenizer)
-    reader = EvalLoader(corpus.split("train"), Shape(64, examples.places, 1, pack=False), Share(0, 1, 64), examples)
+    reader = EvalLoader(
+        corpus.split("train"), StepShape(64, examples.places, 1, pack=False), RankShare(0, 1, 64), examples
+    )
     with pytest.raises(UserError, match=r"a\.jsonl: of the document that begins 'odd one', the label 'gut' is none"):
         list(reader)
