@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from cluster.host.stop_request import Signals
+from train.errors import ExitCode
 from train.util import redact
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
@@ -16,7 +17,7 @@ def main(arguments: list[str]) -> int:
     verb, *rest = arguments or ["train"]
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
-        return 2
+        return ExitCode.BAD_INPUT
     if verb == "verify-resume":
         from cluster.cli import verify_resume
 

@@ -8,9 +8,8 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.errors import ExitCode
 from train.util.io import write_whole
-
-OK, BAD_INPUT = 0, 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
             f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
             file=sys.stderr,
         )
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
     from review.scaling.study import study
 
     law = study(runs)
@@ -51,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         from review.markdown import render
 
         print(render(runs, found, law))
-        return OK
+        return ExitCode.OK
     if options.format != "html":
         from review import figures
 
@@ -66,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{file}  ({len(runs)} runs, {file.stat().st_size / 1e6:.1f} MB, needs no server)")
         if options.open and not webbrowser.open(file.resolve().as_uri()):
             print(f"review: no browser was found here; open {file} in one", file=sys.stderr)
-    return OK
+    return ExitCode.OK
 
 
 if __name__ == "__main__":

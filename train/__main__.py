@@ -13,12 +13,11 @@ from rich.table import Table
 
 from train.config import load as configuration
 from train.config import schema
-from train.errors import Stopped, UserError
+from train.errors import ExitCode, Stopped, UserError
 from train.util import redact
 from train.util.format import plural
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
-OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -27,7 +26,7 @@ def evaluate(argv: Sequence[str]) -> int:
     from train.cli import evaluate as evaluate_verb
 
     evaluate_verb.run(options, OUT, as_json="--json" in argv)
-    return OK
+    return ExitCode.OK
 
 
 def generate(argv: Sequence[str]) -> int:
@@ -44,7 +43,7 @@ def generate(argv: Sequence[str]) -> int:
     )
     options = _options([argument for argument in argv if argument != "--json"], known)
     generate_verb.run(options, as_json="--json" in argv)
-    return OK
+    return ExitCode.OK
 
 
 def export(argv: Sequence[str]) -> int:
@@ -69,7 +68,7 @@ def export(argv: Sequence[str]) -> int:
         end="",
     )
     OUT.print(f" where the largest is {done.largest:.3g}")
-    return OK
+    return ExitCode.OK
 
 
 def trace(argv: Sequence[str]) -> int:
@@ -83,7 +82,7 @@ def trace(argv: Sequence[str]) -> int:
     data_hash, parts = find(Path(options["run.dir"]), step)
     if "--json" in argv:
         OUT.print_json(data={"step": step, "data_hash": data_hash, "parts": [part.to_dict() for part in parts]})
-        return OK
+        return ExitCode.OK
     table = Table(title=f"{options['run.dir']}, step {step}, data_hash {data_hash}", title_justify="left")
     for column in ("row", "stream", "document", "source", "tokens", "begins with"):
         table.add_column(column, justify="right" if column in ("row", "stream") else "left", no_wrap=column == "tokens")
@@ -92,7 +91,7 @@ def trace(argv: Sequence[str]) -> int:
         tokens = f"{part.tokens[0]:,} to {part.tokens[1]:,}"
         table.add_row(row, str(part.stream), part.document, escape(part.source), tokens, escape(part.words))
     OUT.print(table)
-    return OK
+    return ExitCode.OK
 
 
 def worker(argv: Sequence[str]) -> int:
@@ -110,7 +109,7 @@ def worker(argv: Sequence[str]) -> int:
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
     process_group.destroy_group()
-    return OK
+    return ExitCode.OK
 
 
 def prepare(argv: Sequence[str]) -> int:
@@ -119,7 +118,7 @@ def prepare(argv: Sequence[str]) -> int:
 
     config = configuration.load(argv)
     prepare_with_progress(config.data, OUT, config.objective)
-    return OK
+    return ExitCode.OK
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -137,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     verb = VERBS.get(argv[0]) if argv else None
     if verb is None:
         ERR.print("usage: python -m train " + "|".join(VERBS) + " [key=value ...]")
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
     if {"-h", "--help"} & set(argv[1:]):
         OUT.print(verb.__doc__, markup=False)
         if verb is generate:
@@ -145,17 +144,17 @@ def main(argv: Sequence[str]) -> int:
             OUT.print(
                 "\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False
             )
-        return OK
+        return ExitCode.OK
     try:
         return verb(argv[1:])
     except UserError as error:
         ERR.print(f"[bold red]{argv[0]}:[/] ", end="")
         ERR.print(str(error), markup=False)
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
     except Stopped:
-        return STOPPED
+        return ExitCode.STOPPED
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.INTERRUPTED
 
 
 def _options(argv: Sequence[str], known: dict[str, str | None]) -> dict[str, str]:

@@ -1,8 +1,21 @@
-"""The two ways a run ends early that are nobody's bug."""
+"""Exit codes of every command, and the exceptions by which a run ends early without a bug."""
 
 from __future__ import annotations
 
 import errno
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the command line and of each rank's process; scripts and batch systems rely on them."""
+
+    OK = 0
+    FAILURE = 1
+    BAD_INPUT = 2
+    STOPPED = 75
+    """Stopped on request and saved (EX_TEMPFAIL of sysexits.h): the same command goes on."""
+    INTERRUPTED = 130
+    """Ended by SIGINT with nothing saved (128 + 2, as shells report it)."""
 
 
 class UserError(Exception):
@@ -18,7 +31,7 @@ class Stopped(Exception):  # noqa: N818  it is not an error
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors of writing that are nobody's fault but the place's."""
+"""errno values that mean the disk is full or read-only."""
 
 
 def no_room(error: OSError) -> str:

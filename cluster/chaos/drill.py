@@ -21,12 +21,11 @@ from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
 from cluster.host import run_lock
 from train.config import load as configuration
 from train.config.schema import Config
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 from train.reporting.tracking import read_records
 from train.run_dir.compare import compare_lines
 from train.util.format import duration, plural
 
-HOLDS, DOES_NOT, BAD_INPUT, STOPPED = 0, 1, 2, 130
 EVERY = 5
 """Steps between checkpoints."""
 OURS = [f"save_every={EVERY}", "keep_last=3", "cluster.min_workers=1", "cluster.max_failures=10", *BESIDE]
@@ -57,7 +56,7 @@ def run(words: Sequence[str]) -> int:
     listed = "\n".join(f"  {fault.name:11}{fault.title}" for fault in FAULTS.values())
     if {"-h", "--help", "--list"} & set(words):
         out.print(listed if "--list" in words else HELP + listed, markup=False, soft_wrap=True)
-        return HOLDS
+        return ExitCode.OK
     try:
         chosen = [word.partition("=")[2] for word in words if word.startswith("faults=")]
         try:
@@ -67,10 +66,10 @@ def run(words: Sequence[str]) -> int:
         return _drill(out, faults, [word for word in words if not word.startswith("faults=")])
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"drill: {error}", markup=False)
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         out.print("The drill was stopped, and its runs with it.")
-        return STOPPED
+        return ExitCode.INTERRUPTED
 
 
 def _drill(out: Console, faults: Sequence[Fault], overrides: Sequence[str]) -> int:
@@ -134,7 +133,7 @@ class Drill:
         self.out.print(
             f"{words}, in {duration(time.monotonic() - began)}. {self.folder}/drill.json, drill.md", soft_wrap=True
         )
-        return HOLDS if holds else DOES_NOT
+        return ExitCode.OK if holds else ExitCode.FAILURE
 
     def _try(self, fault: Fault) -> Row:
         try:

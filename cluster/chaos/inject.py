@@ -21,9 +21,8 @@ from cluster.chaos.train_process import RankLocation, TrainProcess
 from train.checkpoint import manifest
 from train.config.load import Config
 from train.data.corpus.shards import read_index
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 
-BAD_INPUT, STOPPED = 2, 75
 FULL_S = 90.0
 """How long a run that has lost workers is waited for to have all again, before the next fault."""
 CATCH_S = 0.001
@@ -199,11 +198,11 @@ class DisturbedRun:
         last = run.places[-1]
         files = manifest.read(run.folder / "checkpoints" / f"step_{run.saved}")["files"]
         size = max(1, files[f"rank_{last.rank}.safetensors"]["size"] // 2)
-        return self._again(fault, self._hit(self.hands.limit_files, last, size), vars(last), BAD_INPUT)
+        return self._again(fault, self._hit(self.hands.limit_files, last, size), vars(last), ExitCode.BAD_INPUT)
 
     def _term(self, fault: Fault) -> Observation:
         run = self._living()
-        return self._again(fault, self._hit(self.hands.signal_everybody, run, signal.SIGTERM), {}, STOPPED)
+        return self._again(fault, self._hit(self.hands.signal_everybody, run, signal.SIGTERM), {}, ExitCode.STOPPED)
 
     def _shard(self, fault: Fault) -> Observation:
         """The command is given on a copy of the corpus in which bytes of one shard are flipped; then the shard is put right."""
@@ -214,8 +213,8 @@ class DisturbedRun:
         hit = self._hit(run.start, f"data.dir={copy}")
         words = self._named(fault, hit, {"file": shard}, lambda: False)
         run.until(lambda: run.over, "refuse the corpus")
-        if run.code != BAD_INPUT:
-            words = replace(words, text=f"exit code {run.code}, not {BAD_INPUT}: {words.text}", right=False)
+        if run.code != ExitCode.BAD_INPUT:
+            words = replace(words, text=f"exit code {run.code}, not {ExitCode.BAD_INPUT:d}: {words.text}", right=False)
         (copy / shard).unlink()
         (copy / shard).symlink_to(corpus.resolve() / shard)
         self._start(run, f"data.dir={copy}")

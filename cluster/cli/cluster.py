@@ -17,11 +17,10 @@ from rich.table import Table
 from cluster.host import job_dir
 from cluster.raycluster import node_daemon, ray_auth, ray_node
 from cluster.raycluster import status as view
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 from train.util.format import duration, plural
 from train.util.io import locked
 
-OK, FAILED, BAD_INPUT = 0, 1, 2
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 PORT = 6379
 """Where Ray's heads listen by custom."""
@@ -64,7 +63,7 @@ def _how_to_go_on(address: str) -> int:
         OUT.print(f"  token   the file {file}: copy it to {ray_auth.PLACE} there, mode 600 (scp -p keeps the mode)")
     OUT.print("  train   ./launch.sh train cluster.address=auto")
     OUT.print("  end     ./launch.sh cluster down")
-    return OK
+    return ExitCode.OK
 
 
 def join(options: Options, words: Sequence[str]) -> int:
@@ -88,14 +87,14 @@ def join(options: Options, words: Sequence[str]) -> int:
                 f"this host is a node of the cluster at {found['address']}: `./launch.sh cluster down` ends that"
             )
         OUT.print(f"This host is a node of the cluster at {address} already.")
-        return OK
+        return ExitCode.OK
     ray_auth.check(ray_auth.place())
     ip = options.get("bind") or job_dir.address_towards(address)
     found = _background(_order(folder, ip, options, address=address))
     OUT.print(
         f"This host ({found['host']}, {found['ip']}) has joined the cluster at [bold]{address}[/], with {_offer(found)}."
     )
-    return OK
+    return ExitCode.OK
 
 
 def status(options: Options, words: Sequence[str]) -> int:
@@ -110,7 +109,7 @@ def status(options: Options, words: Sequence[str]) -> int:
     OUT.print(table)
     if not seen.jobs:
         OUT.print("No job holds any of it.")
-        return OK
+        return ExitCode.OK
     table = Table(title="jobs", title_justify="left")
     for column in ("job", "driver", "running for", "holds"):
         table.add_column(column)
@@ -118,7 +117,7 @@ def status(options: Options, words: Sequence[str]) -> int:
         holds = ", ".join(f"{name}: {what}" for name, what in job.holds.items()) or "nothing yet"
         table.add_row(job.name, f"pid {job.pid} on {job.host}", duration(job.seconds), holds)
     OUT.print(table)
-    return OK
+    return ExitCode.OK
 
 
 def down(options: Options, words: Sequence[str]) -> int:
@@ -131,7 +130,7 @@ def down(options: Options, words: Sequence[str]) -> int:
     if found is None:
         node_daemon.end(folder)  # what a crash has left
         OUT.print("No cluster's node is up on this host.")
-        return OK
+        return ExitCode.OK
     everything = found["head"] or "--all" in words
     ray_node.authenticate(ray_auth.place(), found["address"])
     try:
@@ -141,7 +140,7 @@ def down(options: Options, words: Sequence[str]) -> int:
     node_daemon.end(folder)
     what = "The cluster" if everything else "This host's node"
     OUT.print(f"{what} at {found['address']} is down.")
-    return OK
+    return ExitCode.OK
 
 
 def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.NodeOrder:
@@ -220,7 +219,7 @@ def run(arguments: Sequence[str]) -> int:
     if verb is None or {"-h", "--help"} & set(rest):
         chosen = [verb] if verb else [one for one, _ in VERBS.values()]
         OUT.print("\n\n".join((one.__doc__ or "").rstrip().replace("\n    ", "\n") for one in chosen), markup=False)
-        return OK if verb or name in ("-h", "--help") else BAD_INPUT
+        return ExitCode.OK if verb or name in ("-h", "--help") else ExitCode.BAD_INPUT
     given = dict(word.removeprefix("cluster.").split("=", 1) for word in rest if "=" in word)
     words = [word for word in rest if "=" not in word]
     try:
@@ -231,4 +230,4 @@ def run(arguments: Sequence[str]) -> int:
     except UserError as error:
         ERR.print("[bold red]error:[/] ", end="")
         ERR.print(str(error), markup=False)
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT

@@ -11,6 +11,7 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus import shards
 from train.data.prepare import prepare
+from train.errors import ExitCode
 from train.pretrained import inspect_source
 from train.run_dir import resume
 
@@ -19,7 +20,7 @@ def run(overrides: Sequence[str], begun: EarlyStart | None) -> int:
     """Runs the job, or with -m the sweep, that ``overrides`` ask for; explains them where nothing was begun. The exit code."""
     if begun is None:
         print(configuration.help_text())
-        return driver.DONE
+        return ExitCode.OK
     if {"-m", "--multirun"} & set(overrides):
         from cluster.sweep import cli
 

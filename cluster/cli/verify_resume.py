@@ -17,12 +17,11 @@ from rich.table import Table
 
 from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
 from train.config import load as configuration
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 from train.run_dir.compare import Comparison, compare
 
 HALF = 10
 """Steps before the stop, and after it."""
-OK, DIFFERENT, BAD_INPUT = 0, 1, 2
 WAYS = (signal.SIGTERM, signal.SIGKILL)
 
 
@@ -44,7 +43,7 @@ def run(overrides: Sequence[str]) -> int:
             shutil.rmtree(folder, ignore_errors=True)
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"verify-resume: {error}", markup=False)
-        return BAD_INPUT
+        return ExitCode.BAD_INPUT
 
 
 def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> int:
@@ -74,7 +73,7 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     out.print(
         "a stopped run is the undisturbed one, bit for bit" if equal else "[bold red]a stopped run is another run[/]"
     )
-    return OK if equal else DIFFERENT
+    return ExitCode.OK if equal else ExitCode.FAILURE
 
 
 def _make(run: TrainProcess, step: int) -> None:

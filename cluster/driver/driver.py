@@ -15,7 +15,7 @@ from typing import IO, Protocol
 
 from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
-from cluster.host.stop_request import STOPPED, end_now
+from cluster.host.stop_request import end_now
 from cluster.raycluster import connect, ray_node, remote_hosts, status
 from cluster.raycluster import placement as plan
 from cluster.raycluster.local_cluster import LocalRayCluster
@@ -23,11 +23,9 @@ from cluster.supervision import outcome
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
-from train.errors import NO_ROOM, UserError, no_room
+from train.errors import NO_ROOM, ExitCode, UserError, no_room
 from train.reporting.console import RunConsole
 from train.util.format import plural
-
-DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,16 @@ def carry_out(command: Command, begun: EarlyStart) -> int:
         code = command.go()
     except UserError as error:
         console.bad_input(str(error))
-        code = BAD_INPUT
+        code = ExitCode.BAD_INPUT
         command.remove_empty_run_dir()
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             console.bad_input(no_room(error))
-            code = BAD_INPUT
+            code = ExitCode.BAD_INPUT
         else:  # the interpreter's own end would first let go of the warm process, which then ends all that is the job's
             console.close()
             traceback.print_exc()
-            code = FAILED
+            code = ExitCode.FAILURE
     finally:
         console.close()
     if command.others is not None:
@@ -132,7 +130,7 @@ class TrainDriver:
         self.signals.on_end.append(lambda: run_lock.take_back(self.run_dir))
         if summary := self.what.finished(config):
             self.console.complete(config, summary)
-            return DONE
+            return ExitCode.OK
         corpus = self.what.find_corpus(config, self.console.show)
         clock.mark("corpus")
         self._cluster(config)
@@ -176,11 +174,11 @@ class TrainDriver:
     def _finish(self, verdict: outcome.Verdict, config: Config) -> int:
         if verdict.kind == "done":
             self.console.finished(config)
-            return DONE
+            return ExitCode.OK
         if verdict.kind == "stopped":
             self.console.stopped(config)
-            return STOPPED
+            return ExitCode.STOPPED
         if verdict.kind == "bad_input" and verdict.cause is not None:
             self.console.bad_input(verdict.cause.error or "")
-            return BAD_INPUT
-        return FAILED
+            return ExitCode.BAD_INPUT
+        return ExitCode.FAILURE

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import psutil
 
-STOPPED = 75
+from train.errors import ExitCode
+
 EARLY = "Stopped before training began: nothing is lost. Run the same command again to start."
 
 
@@ -42,7 +43,7 @@ class Signals:
                 action()
             if self._early:
                 print(EARLY, file=sys.stderr, flush=True)
-            end_now(STOPPED if self._early else 128 + number)
+            end_now(ExitCode.STOPPED if self._early else 128 + number)
         self.heard = number
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 from cluster.host import job_dir
 from cluster.raycluster import ray_auth as token
 from cluster.raycluster import ray_node, versions
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 
 LOOK_S = 0.5
 SAVE_S = 70.0
@@ -186,10 +186,10 @@ def main() -> int:
             keeper.keep()
     except UserError as error:
         say({"error": str(error)})
-        return 2
+        return ExitCode.BAD_INPUT
     finally:
         keeper.end()
-    return 0
+    return ExitCode.OK
 
 
 def serve_job(address: str, job: str, device: str, target: str) -> int:
@@ -217,12 +217,12 @@ def serve_job(address: str, job: str, device: str, target: str) -> int:
         keeper.keep()
     except UserError as error:
         say({"error": str(error), "host": socket.gethostname()})
-        return 2
+        return ExitCode.BAD_INPUT
     finally:
         if warm is not None:
             warm.close()
         keeper.end() if keeper is not None else job_dir.end_job(str(folder))
-    return 0
+    return ExitCode.OK
 
 
 def local() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from cluster.supervision.health_monitor import HealthMonitor, beat_of
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot, lives
 from cluster.worker import exit_record
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 
 POLL_S = 1.0
 """How long a steward holds a question for news open; then it answers with its trainer's pulse alone."""
@@ -266,7 +266,7 @@ class Attempt:
         orphaned = record.get("orphaned")
         error = self.errors.get(rank, {})
         self.marks.setdefault(
-            "failed" if record["code"] not in (0, outcome.STOPPED) else "ended", record.get("t", time.time())
+            "failed" if record["code"] not in (ExitCode.OK, ExitCode.STOPPED) else "ended", record.get("t", time.time())
         )
         self.ends[rank] = outcome.WorkerExit(
             rank=rank,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-STOPPED, BAD_INPUT = 75, 2
+from train.errors import ExitCode
 
 Fault = Literal[
     "killed",
@@ -132,25 +132,25 @@ def decide_outcome(
     ``asked``: ranks that were told to end by a signal of their own. Where these are not all, they were preempted.
     """
     preempted = 0 < len(asked) < size
-    bad = [end for end in ends if end.code not in (0, STOPPED)]
+    bad = [end for end in ends if end.code not in (ExitCode.OK, ExitCode.STOPPED)]
     if finding is not None:
         cause = next((end for end in ends if end.rank == finding.rank), None)
         return Verdict("failed", finding.fault, cause, _rest(bad, cause), finding)
     if bad:
         first = min(bad, key=lambda end: (_weight(end), end.order))
         fault = "preempted" if preempted and first.rank in asked else fault_of(first)
-        refused = first.code == BAD_INPUT and first.error
+        refused = first.code == ExitCode.BAD_INPUT and first.error
         return Verdict("bad_input" if refused else "failed", fault, first, _rest(bad, first))
     if len(ends) < size:
         return Verdict("running")
-    if any(end.code == STOPPED for end in ends):
+    if any(end.code == ExitCode.STOPPED for end in ends):
         return Verdict("stopped", "preempted" if preempted else None)
     return Verdict("done")
 
 
 def first_cause_known(ends: Sequence[WorkerExit]) -> bool:
     """Whether the first cause is among the ends already, so that nobody need be waited for."""
-    return any(end.code not in (0, STOPPED) and _weight(end) == 0 for end in ends)
+    return any(end.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(end) == 0 for end in ends)
 
 
 def fault_of(end: WorkerExit) -> Fault:

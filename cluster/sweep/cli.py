@@ -13,7 +13,6 @@ from typing import IO
 from cluster.driver import driver
 from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
-from cluster.host.stop_request import STOPPED
 from cluster.raycluster import connect, placement, ray_node, remote_hosts
 from cluster.sweep.board import Board
 from cluster.sweep.ledger import SweepLedger
@@ -22,6 +21,7 @@ from cluster.sweep.slot_pool import FindCorpus, SweepResources
 from train.config import load as configuration
 from train.config import sweep_space
 from train.config.sweep_space import Sweeping
+from train.errors import ExitCode
 from train.util.format import plural
 from train.util.io import write_whole
 
@@ -80,7 +80,7 @@ class SweepDriver:
         if best:
             out.say(f"  best     {'; '.join(trial.words for trial in best)}", "bold")
         code = verdict(queue)
-        if code == STOPPED:
+        if code == ExitCode.STOPPED:
             out.say("Stopped and saved. Run the same command again to go on:", "bold yellow")
             out.say(f"  ./launch.sh train -m {shlex.join(self.overrides)}")
             return code
@@ -111,8 +111,8 @@ def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> SweepScheduler:
 def verdict(queue: SweepScheduler) -> int:
     """The exit code of a sweep that has ended."""
     if queue.stopping:
-        return STOPPED
-    return driver.FAILED if any(trial.state in BAD for trial in queue.trials) else driver.DONE
+        return ExitCode.STOPPED
+    return ExitCode.FAILURE if any(trial.state in BAD for trial in queue.trials) else ExitCode.OK
 
 
 def results(queue: SweepScheduler) -> str:

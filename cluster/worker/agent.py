@@ -25,6 +25,7 @@ from cluster.host import job_dir
 from cluster.worker import ipc
 from cluster.worker.worker_handle import WorkerHandle, tail
 from train.distributed import heartbeat
+from train.errors import ExitCode
 
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """What ranks other than 0 say that anybody needs to hear."""
@@ -178,7 +179,7 @@ class WorkerAgent:
         connection.close()
         code = ended["exit"] if ended else -signal.SIGKILL
         record: dict[str, Any] = {"event": "exit", "code": code, "pid": trainer.pid, "t": time.time(), **trainer.world}
-        if code not in (0, 75):
+        if code not in (ExitCode.OK, ExitCode.STOPPED):
             record["host"] = socket.gethostname()
             record["tail"] = tail(trainer.log, trainer.offset)
             record["peak_mib"] = ended["peak_kib"] // 1024 if ended else None

@@ -29,6 +29,7 @@ import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that b
 
 from cluster.host import job_dir
 from cluster.worker import ipc, worker_main
+from train.errors import ExitCode
 from train.util import redact
 
 LIFELINE = 0
@@ -141,7 +142,7 @@ class ForkServer:
         """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit
         handlers.
         """
-        code = worker_main.FAILED
+        code: int = ExitCode.FAILURE
         try:
             ipc.die_with_parent(parent)
             signal.set_wakeup_fd(-1)

@@ -27,9 +27,7 @@ import torch
 from cluster.worker import exit_record
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
-from train.errors import NO_ROOM, NotFinite, Stopped, UserError, no_room
-
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
 
 
 class EventPipe:
@@ -117,21 +115,21 @@ def _run_target(
             load_target(request["target"])(config, request["corpus"], world, events, stop)
             process_group.destroy_group()
     except Stopped:
-        return STOPPED, None
+        return ExitCode.STOPPED, None
     except UserError as error:
         kind = "not_finite" if isinstance(error, NotFinite) else "user"
         events({"event": "error", "kind": kind, "text": str(error)})
-        return BAD_INPUT, str(error)
+        return ExitCode.BAD_INPUT, str(error)
     except OSError as error:
         if error.errno not in NO_ROOM:
-            return FAILED, _traceback(events)
+            return ExitCode.FAILURE, _traceback(events)
         text = no_room(error)
         events({"event": "error", "kind": "user", "text": text})
-        return BAD_INPUT, text
+        return ExitCode.BAD_INPUT, text
     except BaseException:
         # Whatever it is, an interpreter's exit included: a rank that ends early has to say why.
-        return FAILED, _traceback(events)
-    return DONE, None
+        return ExitCode.FAILURE, _traceback(events)
+    return ExitCode.OK, None
 
 
 def _traceback(events: EventPipe) -> str:
