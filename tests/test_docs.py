@@ -1,6 +1,6 @@
-"""The documents agree with the code: commands compose; keys, files, tests and links exist; tables are those of the code.
+"""The documents agree with the code: commands compose; keys, files, tests and links exist.
 
-No document names a machine, and the README and the glossary stay short.
+Their tables of fences and words are those of the code, no document names a machine, and README and glossary stay short.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SAVED = {
     "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
-"""The verbs that take a run's folder, and their options."""
+"""Verbs that take a run's folder, and the options of each."""
 TEMPLATES = {("group", "choice"), ("key", "value")}
 SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
 
@@ -57,11 +57,11 @@ def inline(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The arguments of every ``./launch.sh`` in the document's sh blocks and inline code. Output blocks are not commands."""
+    """The arguments of every ``./launch.sh`` in the sh blocks and inline code; output blocks are not commands."""
     blocks = [block for kind, block in FENCE.findall(document.read_text("utf-8")) if kind == "sh"]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline(document)
-    found = [shlex.split(line, comments=True) for line in lines if "./launch.sh" in line]
-    return [words[words.index("./launch.sh") + 1 :] for words in found if "./launch.sh" in words]
+    split = [shlex.split(line, comments=True) for line in lines if "./launch.sh" in line]
+    return [words[words.index("./launch.sh") + 1 :] for words in split if "./launch.sh" in words]
 
 
 @functools.cache
@@ -153,7 +153,7 @@ def functions_of(file: str) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_no_machine_is_named(document: Path):
-    assert [found[0] for found in MACHINE.finditer(document.read_text("utf-8"))] == []
+    assert [match[0] for match in MACHINE.finditer(document.read_text("utf-8"))] == []
 
 
 def test_the_page_of_keys_is_the_help_of_the_program():
