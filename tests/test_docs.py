@@ -1,9 +1,13 @@
-"""What the documents say exists: commands compose, keys and tests are there, links lead somewhere, and no machine is named."""
+"""The documents agree with the code: commands compose; keys, files, tests and links exist.
+
+Their tables of fences and words are those of the code, no document names a machine, and README and glossary stay short.
+"""
 
 from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +30,8 @@ LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 FILE = re.compile(r"`((?:train|cluster|kernels|bench|conf|tests|docs|review)/[\w./-]+\.(?:py|md|yaml|png))`")
 KEY = re.compile(r"[a-z_]+(\.[a-z_]+)*")
+NAME = re.compile(r"\(`(\w+)`\)$")
+MAX_README_LINES, MAX_GLOSSARY = 200, 40
 MACHINE = re.compile(
     r"/(?:work|root|home|Users|mnt|tmp|opt|usr)/|\bpypi\b|https?://\S*(?:/simple\b|artifact|mirror|registry|index)"
 )
@@ -36,7 +42,7 @@ SAVED = {
     "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
-"""The verbs that take a run's folder, and their options."""
+"""Verbs that take a run's folder, and the options of each."""
 TEMPLATES = {("group", "choice"), ("key", "value")}
 SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
 
@@ -51,11 +57,11 @@ def inline(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The arguments of every ``./launch.sh`` in the document's sh blocks and inline code. Output blocks are not commands."""
+    """The arguments of every ``./launch.sh`` in the sh blocks and inline code; output blocks are not commands."""
     blocks = [block for kind, block in FENCE.findall(document.read_text("utf-8")) if kind == "sh"]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()] + inline(document)
-    found = [shlex.split(line, comments=True) for line in lines if "./launch.sh" in line]
-    return [words[words.index("./launch.sh") + 1 :] for words in found if "./launch.sh" in words]
+    split = [shlex.split(line, comments=True) for line in lines if "./launch.sh" in line]
+    return [words[words.index("./launch.sh") + 1 :] for words in split if "./launch.sh" in words]
 
 
 @functools.cache
@@ -147,7 +153,7 @@ def functions_of(file: str) -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_no_machine_is_named(document: Path):
-    assert [found[0] for found in MACHINE.finditer(document.read_text("utf-8"))] == []
+    assert [match[0] for match in MACHINE.finditer(document.read_text("utf-8"))] == []
 
 
 def test_the_page_of_keys_is_the_help_of_the_program():
@@ -163,3 +169,53 @@ def test_the_page_of_keys_is_the_help_of_the_program():
 def test_every_page_is_reached_from_the_readme():
     readme = (ROOT / "README.md").read_text("utf-8")
     assert [name(page) for page in (ROOT / "docs").glob("*.md") if f"({name(page)})" not in readme] == []
+
+
+def test_readme_has_at_most_200_lines():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= MAX_README_LINES
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of a page of docs/, without its head."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    lines = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    return rows[2:]
+
+
+def defined_in(file: str) -> set[str]:
+    """The functions and classes of a module's top level."""
+    nodes = ast.parse((ROOT / file).read_text()).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_glossary_has_at_most_40_words_each_defined_in_its_file():
+    rows = table("processes.md", "Glossary")
+    words = [word for word, _, _ in rows]
+    assert 0 < len(words) <= MAX_GLOSSARY
+    assert words == sorted(set(words), key=lambda word: word.strip("`").lower())
+    for word, _, file in rows:
+        assert FILE.fullmatch(file), file
+        if name := NAME.search(word):
+            assert name[1] in defined_in(file.strip("`")), f"{word} is not defined in {file}"
+
+
+def test_fences_of_the_architecture_test_are_those_of_the_page():
+    nodes = ast.parse((ROOT / "tests" / "test_architecture.py").read_text()).body
+    [fences] = [
+        node.value for node in nodes if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FENCES"
+    ]
+    rows = {package.strip("`"): place.strip("`") for package, place in table("architecture.md", "Fences")}
+    assert rows == ast.literal_eval(fences)
+
+
+def test_short_road_is_four_files_each_importing_the_next():
+    rows = table("architecture.md", "The short road: one rank under torchrun")
+    files = [file.strip("`") for file, _ in rows]
+    assert len(files) == 4
+    for file, after in itertools.pairwise(files):
+        module = after.removesuffix(".py").replace("/", ".")
+        imported = {
+            node.module for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.ImportFrom)
+        }
+        assert module in imported, f"{file} does not import {module}"
