@@ -54,7 +54,7 @@ def _problems_of_batch(config: Config) -> list[str]:
 def _problems_of_model(config: Config) -> list[str]:
     model, found = config.model, [*mismatch(config), *config.model.problems(config.batch.seq_len)]
     streams = config.data.streams or config.batch.global_
-    carries = getattr(model, "carry", False) and config.objective.name == "causal"
+    carries = model.carries_state and config.objective.name == "causal"
     if carries and not (config.data.pack and streams == config.batch.global_):
         found.append(
             f"model.carry needs rows that go on from step to step, data.pack=true and a stream a row: here data.streams={streams} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import CarryingBackbone
 from train.objectives.generative import GenerativeObjective
 from train.objectives.lm_head import LMHead
 
@@ -28,8 +29,8 @@ class CausalLM(GenerativeObjective):
 def build_causal(config: schema.Config, vocab_size: int) -> CausalLM:
     """The causal objective of a run for a tokenizer of ``vocab_size`` tokens."""
     model = config.model
-    backbone = build_backbone(model, vocab_size)
-    if getattr(model, "carry", False):
+    backbone: CarryingBackbone = build_backbone(model, vocab_size)
+    if model.carries_state:
         backbone.remember(config.batch.global_)
     assert isinstance(config.objective, schema.Causal)
     head = LMHead(backbone.embed, model.tied, config.objective)

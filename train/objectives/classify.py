@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,7 @@ import kernels
 from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import Backbone
 from train.models.layers import Linear, dropout
 
 
@@ -23,7 +22,7 @@ class Classifier(nn.Module):
 
     whole_text = False
 
-    def __init__(self, backbone: Any, objective: schema.Classify, isolate: bool) -> None:
+    def __init__(self, backbone: Backbone, objective: schema.Classify, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.isolate = backbone, isolate
         self.classes, self.mean = len(objective.classes), objective.pool == "mean"

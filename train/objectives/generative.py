@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from train.batch import Batch, Losses
+from train.models.backbone import GenerativeBackbone
 from train.objectives.lm_head import LMHead
 
 
@@ -17,7 +18,7 @@ class GenerativeObjective(nn.Module):
     logits are cut to it.
     """
 
-    def __init__(self, backbone: Any, head: LMHead, vocab_size: int, isolate: bool) -> None:
+    def __init__(self, backbone: GenerativeBackbone, head: LMHead, vocab_size: int, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.vocab_size, self.isolate = vocab_size, isolate

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,13 +10,14 @@ import kernels
 from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import BidirectionalBackbone
 from train.models.layers import ActivatedLinear, Linear, Norm
 
 
 class MaskedHead(nn.Module):
     """A linear layer, an activation, a norm, and the token embedding's own matrix with a bias: logits over the vocabulary."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: BidirectionalBackbone) -> None:
         super().__init__()
         model, embed = backbone.model, backbone.embed
         self.transform = ActivatedLinear(model, model.width)
@@ -41,7 +40,12 @@ class MaskedLM(nn.Module):
     whole_text = False
 
     def __init__(
-        self, backbone: Any, head: nn.ModuleDict, vocab_size: int, objective: schema.Masked, isolate: bool
+        self,
+        backbone: BidirectionalBackbone,
+        head: nn.ModuleDict,
+        vocab_size: int,
+        objective: schema.Masked,
+        isolate: bool,
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -80,7 +84,7 @@ def build_masked(config: schema.Config, vocab_size: int) -> MaskedLM:
     """The masked objective of a run for a tokenizer of ``vocab_size`` tokens."""
     objective = config.objective
     assert isinstance(objective, schema.Masked)
-    backbone = build_backbone(config.model, vocab_size)
+    backbone: BidirectionalBackbone = build_backbone(config.model, vocab_size)
     heads: dict[str, nn.Module] = {"tokens": MaskedHead(backbone)}
     if objective.next_sentence:
         heads["next"] = Linear(config.model.width, 2, True, config.model.deviation(config.model.width))

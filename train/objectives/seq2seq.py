@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from train.config import schema
 from train.data.examples.seq2seq import lengths
 from train.models import build_backbone
+from train.models.backbone import EncDecBackbone
 from train.objectives.generative import GenerativeObjective
 from train.objectives.lm_head import LMHead
 
@@ -16,9 +15,10 @@ class Seq2seqLM(GenerativeObjective):
 
     whole_text = False
 
-    def __init__(self, backbone: Any, head: LMHead, vocab_size: int, isolate: bool, targets: float) -> None:
+    def __init__(self, backbone: EncDecBackbone, head: LMHead, vocab_size: int, isolate: bool, targets: float) -> None:
         """``targets`` is how many tokens of the target there are to one of the source."""
         super().__init__(backbone, head, vocab_size, isolate)
+        self.backbone: EncDecBackbone
         self.targets = targets
 
     @property
@@ -36,7 +36,7 @@ def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seqLM:
     """The sequence-to-sequence objective of a run for a tokenizer of ``vocab_size`` tokens."""
     objective = config.objective
     assert isinstance(objective, schema.Seq2seq)
-    backbone = build_backbone(config.model, vocab_size)
+    backbone: EncDecBackbone = build_backbone(config.model, vocab_size)
     head = LMHead(
         backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width)
     )

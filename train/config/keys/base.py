@@ -49,6 +49,11 @@ class Family(Section):
         """What the weights of a layer that sums ``inputs`` features start with."""
         return inputs**-0.5 if self.init_std is None else self.init_std
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether a row of a step goes on from the hidden state that the row before it in its stream ended with."""
+        return False
+
     def problems(self, seq_len: int) -> list[str]:
         """Values that are right one by one and wrong together, or too small for rows of ``seq_len`` tokens."""
         return []

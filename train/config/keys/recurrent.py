@@ -21,6 +21,11 @@ class Recurrent(Family):
         True, description="a row goes on from the memory that the row before it in its stream ended with"
     )
 
+    @property
+    def carries_state(self) -> bool:
+        """The key ``carry``."""
+        return self.carry
+
     def problems(self, seq_len: int) -> list[str]:
         """As ``Family.problems``."""
         if self.cell == "rnn" or self.activation == "tanh":
