@@ -11,7 +11,8 @@ def import_deepspeed() -> None:
     """Import DeepSpeed and what it would load later, once, before the fork server forks a worker.
 
     - A CPU build of torch is told to DeepSpeed, which else warns at every start that it found no accelerator.
-    - Its optimizer layer and ``torch._dynamo`` load with the first optimizer, seconds later: here they are paid for once.
+    - Its optimizer layer and ``torch._dynamo`` load with the first optimizer, seconds later: here they are paid for
+      once.
     - Its op registry probes for a compiler and builds a shared-memory reduction that only inference uses: switched off.
     - Its Muon, which ZeRO imports and this project does not use, is decorated for torch's compiler as it is imported,
       which loads the compiler for a second: imported with the compiler off.

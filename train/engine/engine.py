@@ -79,9 +79,9 @@ class Engine:
     ) -> StepResult:
         """Forward, backward and update over this rank's micro-batches.
 
-        ``counts`` are the trained places of the global batch, per loss: each loss is a sum divided by its count. DeepSpeed
-        averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``. Master weights and
-        moments change only after ``before_update()`` has returned.
+        ``counts`` are the trained places of the global batch, per loss: each loss is a sum divided by its count.
+        DeepSpeed averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``. Master
+        weights and moments change only after ``before_update()`` has returned.
         """
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -147,7 +147,9 @@ class Engine:
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
-        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
+        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments
+        have seen.
+        """
         self.inner.state.clear()
         for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
@@ -193,7 +195,8 @@ class Engine:
         return self.engine.module
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, in fp32 on the CPU of rank 0, one at a time; other ranks take part and get empty ones.
+        """Every parameter, whole, in fp32 on the CPU of rank 0, one at a time; other ranks take part and get empty
+        ones.
 
         A collective: every rank iterates to the end.
         """

@@ -12,7 +12,9 @@ from torch import Tensor
 from train.distributed.param_shard import ParamShard
 
 Names = Mapping[Any, str]
-"""The trained parameters of the objective (with DeepSpeed's attributes on them) and their state-dict names, in its order."""
+"""The trained parameters of the objective (with DeepSpeed's attributes on them) and their state-dict names, in its
+order.
+"""
 
 
 class MasterWeights(Enum):

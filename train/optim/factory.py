@@ -40,8 +40,9 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
 def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.optim.Optimizer:
     """The update rule over ``groups``, starting at its peak rate; the loop sets ``lr`` every step.
 
-    Decay of weights is added to the gradient (L2) by all but ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and ``muon``, which
-    decay the weights themselves. torch's fused kernels where there are any: one pass over memory, on CPU and GPU.
+    Decay of weights is added to the gradient (L2) by all but ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and
+    ``muon``, which decay the weights themselves. torch's fused kernels where there are any: one pass over memory, on
+    CPU and GPU.
     """
     o = optimizer
     match o.name:
@@ -63,7 +64,8 @@ def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.o
 
 
 def with_matrices(groups: list[Group], momentum: float) -> list[Group]:
-    """The groups with the matrices of the backbone in groups of their own, which have a ``momentum``: those that Muon turns.
+    """The groups with the matrices of the backbone in groups of their own, which have a ``momentum``: those that Muon
+    turns.
 
     Embeddings are not among them, nor are heads: their rows are of tokens, and each is trained by few.
     """

@@ -10,7 +10,8 @@ BLOCK = re.compile(r".*?\.\d+\.")
 
 
 def depths(names: Sequence[str]) -> dict[str, int]:
-    """How far from the input each parameter lies, in the order of construction: 0 before the first block, 1 in it, and so on.
+    """How far from the input each parameter lies, in the order of construction: 0 before the first block, 1 in it, and
+    so on.
 
     What comes after the last block (a norm, a pooler, a head) is one above it; between two stacks, as the block before.
     """
@@ -26,10 +27,11 @@ def depths(names: Sequence[str]) -> dict[str, int]:
 
 
 def by_depth(groups: Sequence[dict[str, Any]], names: Sequence[str], decay: float) -> list[dict[str, Any]]:
-    """The optimizer's ``groups``, split so that a parameter's rate is ``decay`` ** (its distance from the top) of the whole.
+    """The optimizer's ``groups``, split so that a parameter's rate is ``decay`` ** (its distance from the top) of the
+    whole.
 
-    As ELECTRA (Clark et al. 2020) and BEiT do it: the head has the whole rate, the last block ``decay`` of it, and so on down
-    to the embedding. ``names`` are those of all parameters. The factor of a group is its ``lr_scale``.
+    As ELECTRA (Clark et al. 2020) and BEiT do it: the head has the whole rate, the last block ``decay`` of it, and so
+    on down to the embedding. ``names`` are those of all parameters. The factor of a group is its ``lr_scale``.
     """
     depth = depths(names)
     top = max(depth.values())

@@ -35,12 +35,13 @@ class Lion(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """Duchi et al. 2011: each element's rate falls with the sum of its squared gradients. Decay is added to the gradient.
+    """Duchi et al. 2011: each element's rate falls with the sum of its squared gradients. Decay is added to the
+    gradient.
 
         s += g^2;   w -= lr g / (sqrt(s) + eps)
 
-    torch's makes its sums when it is built, of parameters that ZeRO then replaces; DeepSpeed builds another in its place, which has
-    lost the groups.
+    torch's makes its sums when it is built, of parameters that ZeRO then replaces; DeepSpeed builds another in its
+    place, which has lost the groups.
     """
 
     def __init__(self, groups: Any, lr: float, eps: float) -> None:
