@@ -43,7 +43,7 @@ class Engine:
         micro: int,
         accumulation: int,
     ) -> None:
-        """``micro`` rows a forward pass, ``accumulation`` forward passes an optimizer step."""
+        """``micro`` rows per forward pass, ``accumulation`` forward passes per optimizer step."""
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.memories = carried_states(objective)
@@ -79,7 +79,7 @@ class Engine:
     ) -> StepResult:
         """Forward, backward and update over this rank's micro-batches.
 
-        ``counts`` are the trained places of the global batch, per loss: each loss is a sum divided by its count.
+        ``counts`` are the trained tokens of the global batch, per loss: each loss is a sum divided by its count.
         DeepSpeed averages gradients over ranks, so the sum over ranks is restored by the factor ``world_size``. Master
         weights and moments change only after ``before_update()`` has returned.
         """
@@ -114,9 +114,10 @@ class Engine:
         return StepResult(totals, norm, applied)
 
     def _clip_module_gradients(self) -> tuple[float, bool]:
-        """Clip as ZeRO does, where there is no ZeRO; drop the gradients altogether if their norm is not finite.
+        """Clip gradients by their global norm as ZeRO does; drop them all if the norm is not finite. Returns (norm,
+        kept).
 
-        Adam would carry one NaN element in its moments for ever, so the norm is looked at before the update.
+        Adam would keep one NaN element in its moments for ever, so the norm is checked before the update.
         """
         grads = [p.grad for p in self.names if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads))
@@ -129,7 +130,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        """Losses of one micro-batch, nothing trained."""
+        """Losses of one micro-batch, without training."""
         self.engine.eval()
         losses: Losses = self.engine(batch)
         return losses
@@ -137,7 +138,9 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------------- state
 
     def states(self, piece: ParamShard) -> dict[str, Tensor]:
-        """The kinds of a piece and this rank's views of them: the fp32 master weights and the optimizer's moments."""
+        """This rank's views of a shard: the fp32 master weights (kind MASTER) and the optimizer's moments by their
+        names.
+        """
         found = {MASTER: piece.view_of(piece.holder)}
         for kind, value in self.inner.state.get(piece.holder, {}).items():
             if isinstance(value, Tensor) and value.numel() == piece.holder.numel() and kind != "step":
@@ -147,9 +150,7 @@ class Engine:
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
-        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments
-        have seen.
-        """
+        """Fill every shard from ``read(shard, kind)``, for its parameter's ``kinds``; ``updates`` is Adam's step count."""
         self.inner.state.clear()
         for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
@@ -165,7 +166,7 @@ class Engine:
 
     @torch.no_grad()
     def _fill_frozen(self, read: Callable[[ParamShard, str], Tensor]) -> None:
-        """Fill the weights that are not trained, which no optimizer carries anywhere."""
+        """Fill the weights that are not trained, which no optimizer copies anywhere."""
         for name, param in self.engine.module.named_parameters():
             if not param.requires_grad:
                 whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)
@@ -173,12 +174,12 @@ class Engine:
                     param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
-        """What else the optimizer remembers: the dynamic loss scale of fp16."""
+        """Optimizer state beside tensors: the dynamic loss scale of fp16; empty for other precisions."""
         scaler = self._scaler()
         return {k: float(getattr(scaler, k)) for k in _SCALER_STATE if getattr(scaler, k, None) is not None}
 
     def load_scalars(self, values: dict[str, float]) -> None:
-        """Set what ``scalars`` gave, where this precision has it."""
+        """Restore what ``scalars`` returned, where this precision has it."""
         scaler = self._scaler()
         for key, value in values.items():
             if getattr(scaler, key, None) is not None:
@@ -195,8 +196,7 @@ class Engine:
         return self.engine.module
 
     def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, whole, in fp32 on the CPU of rank 0, one at a time; other ranks take part and get empty
-        ones.
+        """Yield every parameter whole, in fp32 on the CPU of rank 0, one at a time; other ranks get empty tensors.
 
         A collective: every rank iterates to the end.
         """
@@ -207,13 +207,13 @@ class Engine:
     def _gathered(
         self, param: nn.Parameter, modifier_rank: int | None = None
     ) -> contextlib.AbstractContextManager[Any]:
-        """Inside, a parameter is whole; what ``modifier_rank`` writes to it stays."""
+        """Context in which a parameter is whole; what ``modifier_rank`` writes to it is kept."""
         stage3 = self.engine.zero_optimization_stage() == 3
         return deepspeed.zero.GatheredParameters([param], modifier_rank) if stage3 else contextlib.nullcontext()
 
     @property
     def replicated(self) -> bool:
-        """Every rank holds every piece: stage 0."""
+        """Whether every rank holds every shard (ZeRO stage 0)."""
         return self.masters is not MasterWeights.ZERO
 
 
@@ -229,7 +229,7 @@ _COLLECTIVES = (
 
 
 def _count_collectives() -> None:
-    """Mark DeepSpeed's collectives in the rank's pulse, as `train.distributed.process_group` does its own."""
+    """Count DeepSpeed's collectives in the rank's heartbeat, as ``train.distributed.process_group`` does its own."""
     deepspeed.init_distributed(dist_init_required=False)
     backend = deepspeed.comm.comm.cdb
     for name in _COLLECTIVES:

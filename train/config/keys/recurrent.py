@@ -23,11 +23,11 @@ class Recurrent(Family):
 
     @property
     def carries_state(self) -> bool:
-        """The key ``carry``."""
+        """Whether rows carry state: the key ``carry``."""
         return self.carry
 
     def problems(self, seq_len: int) -> list[str]:
-        """As ``Family.problems``."""
+        """See ``Family.problems``: activation and cell."""
         if self.cell == "rnn" or self.activation == "tanh":
             return []
         return [f"model.activation={self.activation} is for model.cell=rnn: a {self.cell} has activations of its own"]
