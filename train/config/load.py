@@ -1,8 +1,8 @@
-"""From the command line to a whole, typed, checked configuration: the only file that knows Hydra.
+"""From the command line to a typed, checked configuration; the only file that knows Hydra.
 
-Hydra runs once, in the driver: it composes the groups of ``conf/`` and the overrides. What it composed is checked here
-against ``train.config.schema``, every problem at once and each with its cure; then the derived values are filled in by pure
-functions. Workers get the finished tree as JSON and never compose anything.
+Hydra runs once, in the driver: it composes the groups of ``conf/`` and the overrides. The result is checked against
+``train.config.schema``, every problem at once and each with its cure; derived values are filled in by pure functions.
+Workers get the finished tree as JSON and never compose anything.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class ConfigError(UserError):
 
 
 def load(overrides: Sequence[str]) -> Config:
-    """The configuration that ``overrides`` (``key=value``, ``group=choice``) ask for, or ConfigError."""
+    """Compose and check the configuration of ``overrides`` (``key=value``, ``group=choice``). Raises ConfigError."""
     own = [text for text in overrides if not sweep_space.of_sweep(text)]
     found = [f"{text!r} is for a sweep: say -m, or leave it out" for text in overrides if sweep_space.of_sweep(text)]
     return _load(own, found)[0]
 
 
 def load_sweep(overrides: Sequence[str]) -> sweep_space.Sweeping:
-    """The sweep that ``overrides`` ask for: keys with several values in Hydra's own words, and ``sweep.*``. Or ConfigError."""
+    """Parse the sweep of ``overrides``: keys with several values in Hydra's syntax, and ``sweep.*``. Raises
+    ConfigError.
+    """
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -84,7 +86,7 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.Sweeping:
 
 
 def load_trial(sweep: sweep_space.Sweeping, number: int, params: sweep_space.Params) -> Config:
-    """The configuration of one run of a sweep: the one that its values give alone, in a folder and a W&B group of the sweep."""
+    """Configuration of one trial of a sweep: its values alone, in a folder and a W&B group of the sweep."""
     config = load([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())])
     name = f"{number:03}"
     run = config.run.model_copy(
@@ -96,7 +98,7 @@ def load_trial(sweep: sweep_space.Sweeping, number: int, params: sweep_space.Par
 
 
 def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """A run's configuration, and the values of the section ``sweep`` beside it; ``found``: problems that are known already."""
+    """A run's configuration, and the values of its section ``sweep``; ``found`` are problems known already."""
     known, more = check_overrides(overrides)
     found = [*found, *more]
     try:
@@ -119,7 +121,7 @@ def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[
 
 
 def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
-    """The override, where it gives several values; what is no override at all is told by ``check_overrides``."""
+    """Parse an override that gives several values, else None; ``check_overrides`` reports what cannot be parsed."""
     with contextlib.suppress(OverrideParseException):
         [override] = parser.parse_overrides([text])
         return override if override.is_sweep_override() else None
@@ -127,7 +129,7 @@ def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
 
 
 def _axis(override: Override) -> sweep_space.Axis:
-    """A key with several values, as Hydra's BasicSweeper would go through them."""
+    """A key with several values, expanded as Hydra's BasicSweeper does."""
     key, text, value = override.key_or_group, override.get_value_string(), override.value()
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         whole, log = isinstance(value.start, int), "log" in value.tags
@@ -141,7 +143,7 @@ def _axis(override: Override) -> sweep_space.Axis:
 
 
 def read(path: Path) -> Config:
-    """The configuration saved in a run's ``config.yaml``."""
+    """Read the configuration saved in a run's ``config.yaml``."""
     try:
         return parse(yaml.safe_load(path.read_text()))
     except FileNotFoundError as error:
@@ -153,12 +155,12 @@ def read(path: Path) -> Config:
 
 
 def parse(values: dict[str, Any]) -> Config:
-    """The typed tree of plain values. UserError lists every unknown key, missing key and wrong type."""
+    """Build the typed tree from plain values. Raises UserError listing every unknown key, missing key and wrong type."""
     return typed(Config, values)
 
 
 def typed(section: type[S], values: dict[str, Any]) -> S:
-    """A section of the tree from plain values, or ConfigError."""
+    """Build one section of the tree from plain values. Raises ConfigError."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
@@ -166,7 +168,7 @@ def typed(section: type[S], values: dict[str, Any]) -> S:
 
 
 def finish(values: dict[str, Any], name: str) -> Config:
-    """Check ``values`` and fill in what is derived: the run's name and folder, the streams."""
+    """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams."""
     config = parse(values)
     title = config.run.name or name
     run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
@@ -179,17 +181,17 @@ def finish(values: dict[str, Any], name: str) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain values, with the names of the command line."""
+    """Plain values under the names of the command line."""
     return config.model_dump(by_alias=True, mode="json")
 
 
 def digest(config: Config) -> str:
-    """A hash of every value: ranks compare it at start, and refuse to differ."""
+    """Hash of all values; ranks compare it at start and refuse to differ."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Every key whose value differs between two trees of plain values: (key, old, new)."""
+    """Keys whose values differ between two trees of plain values, as (key, old, new)."""
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -199,12 +201,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 
 
 def groups() -> dict[str, list[str]]:
-    """The groups of ``conf/`` and their choices."""
+    """Groups of ``conf/`` and their choices."""
     return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
 
 
 def choice(group: str, name: str) -> dict[str, Any]:
-    """The values of a choice of a group, such as ``generation=beam``. Raises UserError for one that is not there."""
+    """Values of a choice of a group, such as ``generation=beam``. Raises UserError for an unknown one."""
     known = groups()[group]
     if name not in known:
         raise UserError(f"{group}={name}: there is no such choice{nearest(name, known)}. Choices: {', '.join(known)}")
@@ -212,7 +214,7 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 
 def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, tuple[str, str, str]]:
-    """Every key of the schema: name -> (type, default or "", description)."""
+    """All keys of the schema: name -> (type, default or "", description)."""
     found: dict[str, tuple[str, str, str]] = {}
     for name, field in section.model_fields.items():
         key, inner = prefix + (field.alias or name), field.annotation
@@ -228,7 +230,7 @@ def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, 
 
 
 def _together(trees: dict[str, dict[str, tuple[str, str, str]]]) -> dict[str, tuple[str, str, str]]:
-    """The keys of all kinds of a section; those that only some have say of which they are."""
+    """Merge the keys of all kinds of a section; a key that only some kinds have names them."""
     found: dict[str, tuple[str, str, str]] = {}
     for key in dict.fromkeys(key for tree in trees.values() for key in tree):
         having = {name: tree[key] for name, tree in trees.items() if key in tree}
@@ -241,7 +243,7 @@ def _together(trees: dict[str, dict[str, tuple[str, str, str]]]) -> dict[str, tu
 
 
 def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the overrides as Hydra takes them; the problems: each unknown key or choice, with the nearest known one)."""
+    """(overrides as Hydra takes them, problems): unknown keys and choices, each with the nearest known one."""
     known, known_groups, found, checked = keys(), groups(), [], []
     sections = {k.rsplit(".", n)[0] for k in known for n in range(1, k.count(".") + 1)}
     names = [*known, *sections, *known_groups]
@@ -271,7 +273,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def help_text() -> str:
-    """The groups with their choices, and every key with its type, default and meaning."""
+    """Help of ``train``: groups with their choices, and every key with its type, default and meaning."""
     lines = ["usage: ./launch.sh train [-m] [group=choice ...] [key=value ...]", "", "Choose with group=choice:"]
     lines += [f"  {name + '=':13}{', '.join(choices)}" for name, choices in groups().items()]
     lines += ["", "Set with key=value (types as in Python; lists as [a,b]):"]
@@ -279,7 +281,7 @@ def help_text() -> str:
 
 
 def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
-    """A line for each of ``keys()``: its name, meaning and default."""
+    """One line of help per key of ``keys()``: name, meaning and default."""
     lines = []
     for key, (_, default, description) in known.items():
         note = description + (f" (default {default})" if default not in ("", "None", "[]") else "")

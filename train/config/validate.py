@@ -1,4 +1,4 @@
-"""What must hold between the values of a configuration: each is right by itself, and together they may make no sense."""
+"""Rules between keys: values that are each valid but make no sense together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
 
 
 def problems(config: Config) -> list[str]:
-    """Values that are right one by one and wrong together, each with its cure."""
+    """Combinations of values that make no sense, each with its cure."""
     parts = (_problems_of_batch, _problems_of_model, _problems_of_objective, _problems_of_data, _problems_of_rest)
     return [*(found for part in parts for found in part(config)), *problems_of_generation(config.generation)]
 
@@ -54,7 +54,7 @@ def _problems_of_batch(config: Config) -> list[str]:
 def _problems_of_model(config: Config) -> list[str]:
     model, found = config.model, [*mismatch(config), *config.model.problems(config.batch.seq_len)]
     streams = config.data.streams or config.batch.global_
-    carries = getattr(model, "carry", False) and config.objective.name == "causal"
+    carries = model.carries_state and config.objective.name == "causal"
     if carries and not (config.data.pack and streams == config.batch.global_):
         found.append(
             f"model.carry needs rows that go on from step to step, data.pack=true and a stream a row: here data.streams={streams} "
@@ -64,7 +64,7 @@ def _problems_of_model(config: Config) -> list[str]:
 
 
 def mismatch(config: Config) -> list[str]:
-    """The problem of an objective that makes no sense for the model, with those pairs that do."""
+    """The problem of an objective that the model cannot have, with the pairs that work."""
     family, name = config.model.family, config.objective.name
     if name in config.model.objectives:
         return []
@@ -113,7 +113,7 @@ def _problems_of_data(config: Config) -> list[str]:
 
 
 def problems_of_generation(generation: Generation) -> list[str]:
-    """As ``problems``, of how text is written."""
+    """As ``problems``, for generation settings."""
     g, found = generation, []
     if g.beams > 1 and g.n > g.beams:
         found.append(f"generation.n={g.n} is more than generation.beams={g.beams}: raise beams, or lower n")

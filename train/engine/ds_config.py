@@ -1,4 +1,4 @@
-"""DeepSpeed's settings for a run: plain values, so that nothing of it is imported here."""
+"""DeepSpeed's settings for a run, as plain values: DeepSpeed itself is not imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.config.schema import Config
 
 
 def deepspeed_config(config: Config, micro: int, accumulation: int, *, plain: bool) -> dict[str, Any]:
-    """DeepSpeed's settings for a run. Without ZeRO and in fp32 (``plain``) clipping is the engine's own."""
+    """DeepSpeed's settings for a run. Without ZeRO in fp32 (``plain``) the engine clips gradients itself."""
     zero: dict[str, Any] = {"stage": config.zero.stage, "contiguous_gradients": True, "overlap_comm": False}
     if config.zero.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest texts that a search of bounded width finds."""
+"""Beam search: the most likely continuations that a search of bounded width finds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.models.generation_api import Generative
 
 @dataclass
 class Beam:
-    """A text that is still going: its tokens, the sum of their log-probabilities, and its row in the state."""
+    """An unfinished text: its tokens, the sum of their log-probabilities, and its row in the decoding state."""
 
     tokens: list[int]
     total: float
@@ -27,7 +27,7 @@ class Beam:
 
 @dataclass
 class PromptBeams:
-    """The search of one prompt: the beams that go on, and the best of those that have ended, best first."""
+    """Beam search of one prompt: the unfinished beams, and the best finished texts, best first."""
 
     options: schema.Generation
     room: int
@@ -36,12 +36,13 @@ class PromptBeams:
     ended: list[Continuation] = field(default_factory=list)
 
     def score(self, total: float, length: int) -> float:
-        """What texts are compared by: above 0 the length penalty favours long ones, and at 0 short ones."""
+        """Score by which texts are ranked: above 0 the length penalty favours long texts, at 0 short ones."""
         return total / max(length, 1) ** self.options.length_penalty
 
     def take(self, candidates: Sequence[Beam], eot: int, stopped: Callable[[Sequence[int]], bool]) -> None:
-        """Go on from ``candidates``, best first, twice as many as beams: those that end are kept only where they are among the best
-        ``beams`` of them, so that enough remain to go on.
+        """Extend the beams by ``candidates``, best first, two per beam.
+
+        Finished ones are kept only if they are among the best ``beams`` of them, so that enough unfinished ones remain.
         """
         self.beams = []
         for rank, beam in enumerate(candidates):
@@ -63,7 +64,7 @@ class PromptBeams:
         return self.full if len(tokens) == self.room else None
 
     def _may_improve(self) -> bool:
-        """Whether a beam could still end better than the worst that is kept: a sum of log-probabilities only falls."""
+        """Whether a beam can still beat the worst text kept; a sum of log-probabilities only falls."""
         length = self.room if self.options.length_penalty > 0 else len(self.beams[0].tokens)
         return self.score(self.beams[0].total, length) > (self.ended[-1].score or 0.0)
 
@@ -76,12 +77,13 @@ def beam_search(
     eot: int,
     stopped: Callable[[int, Sequence[int]], bool] = lambda prompt, tokens: False,
 ) -> list[list[Continuation]]:
-    """The ``options.n`` best of the texts that ``options.beams`` beams find after each prompt, best first, with their scores.
+    """The ``options.n`` best continuations of each prompt found with ``options.beams`` beams, best first, with scores.
 
     A text's score is the sum of its tokens' log-probabilities, ``eot`` included, over their number to the power of
-    ``length_penalty``. It ends at ``eot``, where ``stopped(prompt, its tokens)`` is true, or when there is no more room. A search
-    goes on until no beam can still come among its best (what transformers calls ``early_stopping="never"``). Nothing is drawn, so
-    temperature and cuts have no part in it; ``repetition_penalty`` is applied to log-probabilities, as transformers does.
+    ``length_penalty``. It ends at ``eot``, where ``stopped(prompt, its tokens)`` is true, or when there is no more
+    room. A search goes on until no beam can beat its best texts (transformers' ``early_stopping="never"``). Nothing is
+    drawn, so temperature and cuts have no effect; ``repetition_penalty`` is applied to log-probabilities, as
+    transformers does.
     """
     given = PromptBatch(model, prompts, options, eot)
     searches = [
@@ -110,7 +112,7 @@ def beam_search(
 
 
 def _candidates(beams: Sequence[Beam], scores: Tensor, count: int) -> list[Beam]:
-    """The best ``count`` ways to go on by one token from beams of one prompt, best first; scores (rows, V)."""
+    """The best ``count`` one-token extensions of the beams of one prompt, best first; scores (rows, V)."""
     mine = scores[[beam.row for beam in beams]] + torch.tensor([beam.total for beam in beams]).to(scores)[:, None]
     totals, places = mine.flatten().topk(min(count, mine.numel()))
     width = scores.shape[-1]

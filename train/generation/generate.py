@@ -1,4 +1,6 @@
-"""Text by tokens: one loop over ``prefill`` and ``decode`` for every family that offers them (``train.models.generation_api``)."""
+"""Generates text token by token with any model that offers ``prefill`` and ``decode``
+(``train.models.generation_api``).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ Reason = Literal["eot", "stop", "max_tokens", "max_len"]
 
 @dataclass
 class Continuation:
-    """What was written after a prompt, without the token that ended it, and why it ended."""
+    """Tokens generated after a prompt, without the token that ended them, and the reason they ended."""
 
     tokens: list[int] = field(default_factory=list)
     reason: Reason = "max_tokens"
@@ -30,12 +32,14 @@ class Continuation:
 
 
 class PromptBatch:
-    """Prompts of unequal length, checked: what each row holds, and how many tokens it may be given."""
+    """Validated prompts of unequal length, padded to one tensor, with the room that each row has left."""
 
     def __init__(
         self, model: Generative, prompts: Sequence[Sequence[int]], options: schema.Generation, eot: int
     ) -> None:
-        """An empty prompt is ``eot``, the start of a document. Raises UserError for one longer than ``model.max_len``."""
+        """An empty prompt becomes ``eot``, the start of a document. Raises UserError for one longer than
+        ``model.max_len``.
+        """
         self.model, self.filler = model, eot
         self.tokens = [list(prompt) or [eot] for prompt in prompts]
         for row, prompt in enumerate(self.tokens):
@@ -50,7 +54,7 @@ class PromptBatch:
         self.full: list[Reason] = ["max_tokens" if options.max_tokens <= room else "max_len" for room in left]
 
     def prefill(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
-        """The model's logits and state after the prompts of some rows."""
+        """Logits and decoding state of the model after the prompts of some rows."""
         device = next(self.model.parameters()).device
         prompts = [self.tokens[row] for row in rows]
         longest = max(len(prompt) for prompt in prompts)
@@ -70,20 +74,21 @@ def generate(
     eot: int,
     on_token: Callable[[int, int], bool] = lambda row, token: False,
 ) -> list[list[Continuation]]:
-    """What the model writes after each prompt, a token drawn at a time: ``options.n`` texts each.
+    """Sample ``options.n`` continuations of each prompt, one token at a time.
 
-    Prompts of unequal length run together, and each row keeps a length of its own. Text k of a prompt draws from a generator of
-    (seed, prompt, k), on the CPU: it is what it would be alone, up to the rounding of sums. It is row prompt * n + k, and ends at
-    ``eot``, where ``on_token(row, token)``, called as a token is drawn, is true ("stop"), after ``options.max_tokens``, or when
-    ``model.max_len`` is full (later positions were never trained, and to slide on would not be exact). Rows that have ended are
-    dropped from the batch. The model should be in eval mode. Raises UserError for a prompt longer than ``model.max_len``.
+    Prompts of unequal length run together, and each row keeps a length of its own. Text k of a prompt draws from a
+    generator of (seed, prompt, k), on the CPU: it is what it would be alone, up to the rounding of sums. It is row
+    prompt * n + k, and ends at ``eot``, where ``on_token(row, token)``, called as a token is drawn, is true ("stop"),
+    after ``options.max_tokens``, or when ``model.max_len`` is full (later positions were never trained, and a sliding
+    window would not be exact). Finished rows are dropped from the batch. The model should be in eval mode. Raises
+    UserError for a prompt longer than ``model.max_len``.
     """
     given, n = PromptBatch(model, prompts, options, eot), options.n
     texts = [Continuation(reason=reason) for reason in given.full for _ in range(n)]
     draws = [seeding.generator(options.seed, "generate", prompt, k) for prompt in given.tokens for k in range(n)]
 
     def goes_on(row: int, token: int) -> bool:
-        """Whether a row goes on after this token."""
+        """Whether a row continues after this token."""
         text = texts[row]
         if token == eot:
             text.reason = "eot"

@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, cuts and draws, each a function of its arguments alone. All of it in float64."""
+"""From logits to tokens: repetition penalty, truncation (top-k, top-p, min-p) and draws, as pure functions in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from train.config import schema
 
 
 def choose(logits: Tensor, options: schema.Generation, uniform: Sequence[float]) -> list[int]:
-    """The next token of each row of logits (B, V), given a number in [0, 1) a row; the likeliest at temperature 0."""
+    """Next token of each row of logits (B, V), given one uniform number in [0, 1) per row; the most likely at
+    temperature 0.
+    """
     if options.temperature == 0:
         return logits.argmax(-1).tolist()
     weights = probabilities(logits, options).cpu().numpy()
@@ -20,8 +22,9 @@ def choose(logits: Tensor, options: schema.Generation, uniform: Sequence[float])
 
 
 def penalised(scores: Tensor, held: Sequence[Sequence[int]], penalty: float) -> Tensor:
-    """Scores (B, V) with those of the tokens that a row holds made less likely: divided by ``penalty`` where above 0, else
-    multiplied by it (Keskar et al. 2019, section 4.1); below 1 it makes them likelier.
+    """Scores (B, V) with a repetition penalty on the tokens that a row already holds.
+
+    Divided by ``penalty`` where positive, else multiplied by it (Keskar et al. 2019, section 4.1); below 1 it rewards.
     """
     if penalty == 1:
         return scores
@@ -32,11 +35,11 @@ def penalised(scores: Tensor, held: Sequence[Sequence[int]], penalty: float) -> 
 
 
 def probabilities(logits: Tensor, options: schema.Generation) -> Tensor:
-    """What a row of logits (B, V) is drawn from, float64: temperature, then what is kept of it, in this order.
+    """Distribution that a row of logits (B, V) is sampled from, float64: temperature, then truncation in this order.
 
-    ``top_k``: the k likeliest (and those that are just as likely as the last of them). ``top_p``: the likeliest until their sum
-    reaches p, at least one (Holtzman et al. 2020). ``min_p``: those at least min_p times as likely as the likeliest (Nguyen et al.
-    2024). What is kept is scaled to a sum of 1 again, between the cuts too.
+    ``top_k``: the k most likely (and ties with the last of them). ``top_p``: the most likely until their sum reaches p,
+    at least one (Holtzman et al. 2020). ``min_p``: those at least min_p times as likely as the most likely (Nguyen et
+    al. 2024). What is kept is renormalised, between the cuts too.
     """
     logits = logits.double() / options.temperature
     if 0 < options.top_k < logits.shape[-1]:
@@ -54,7 +57,7 @@ def probabilities(logits: Tensor, options: schema.Generation) -> Tensor:
 
 
 def _draw(weights: np.ndarray, uniform: float) -> int:
-    """The index whose share of the cumulated weights holds ``uniform``; never one of weight 0."""
+    """Index whose share of the cumulative weights holds ``uniform``; never one of weight 0."""
     edges = weights.cumsum()
     last = int(np.searchsorted(edges, edges[-1]))  # rounding may put the draw at the very end
     return min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), last)

@@ -1,4 +1,4 @@
-"""Text by text: prompts to tokens, the sampler or the beam search over them, and tokens back to text as they come."""
+"""Encodes prompts, runs the sampler or beam search, and decodes tokens to text as they come."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from train.models.generation_api import Generative
 Show = Callable[[int, str], None]
 
 CONTEXT = 8
-"""Tokens that a text is decoded with before its newest: some tokenizers write a word otherwise at the start of a text."""
+"""Tokens that a text is decoded with before its newest: some tokenizers write a word otherwise at the start of a text.
+"""
 SPLIT = 3
-"""Replacement characters at the end of a text that tokens to come may still change: a character has up to four bytes."""
+"""Replacement characters at the end of a text that tokens to come may still change: a character has up to four bytes.
+"""
 
 
 class TextStreamer:
-    """One text as its tokens come.
+    """Decodes one text incrementally, holding back incomplete characters and possible stop strings.
 
-    A character whose bytes come in several tokens is shown when it is whole. Nothing is shown of what may turn out to be a stop
-    string, wherever the borders of tokens fall in it; the text ends before the first one.
+    A character whose bytes come in several tokens is shown when it is complete. Text that may turn out to be a stop
+    string is held back, wherever token borders fall in it; the text ends before the first stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: Sequence[str]) -> None:
-        """``before`` are the tokens that the text goes on from."""
+        """``before`` are the tokens that the text continues."""
         self.decode, self.stop = tokenizer.decode, stop
         self.window = list(before)[-CONTEXT:]
         self.at = len(self.decode(self.window))
@@ -37,7 +39,7 @@ class TextStreamer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What may be shown now and could not before; ``stopped`` says whether a stop string has come."""
+        """Text that can be shown now and could not before; ``stopped`` says whether a stop string has come."""
         self.window.append(token)
         decoded = self.decode(self.window)
         whole = len(decoded) - min(SPLIT, len(decoded) - len(decoded.rstrip("\ufffd")))
@@ -50,7 +52,7 @@ class TextStreamer:
         return self._show(0 if self.stopped else max(begun, default=0))
 
     def end(self) -> str:
-        """What is left to be shown of a text that has ended; bytes that are no whole character as the replacement character."""
+        """Remaining text of a finished continuation; bytes of an incomplete character become U+FFFD."""
         if not self.stopped:
             self._take(self.decode(self.window)[self.at :])
         return self._show(0)
@@ -70,7 +72,7 @@ class TextStreamer:
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """A text, why it ended, and a beam's score."""
+    """A generated text, the reason it ended, and its beam score if there is one."""
 
     text: str
     reason: Reason
@@ -84,10 +86,10 @@ def generate_text(
     options: schema.Generation,
     show: Show = lambda row, piece: None,
 ) -> Iterator[list[GeneratedText]]:
-    """``options.n`` texts after each prompt, the best first where beams are searched for; ``options.batch`` prompts run at a time.
+    """``options.n`` texts after each prompt, ``options.batch`` prompts at a time; with beams the best first.
 
-    ``show(row, piece)`` is called as text comes, row being prompt * n + text: the pieces of a row are its text. Raises UserError
-    for a prompt that is too long, before the first text is written.
+    ``show(row, piece)`` is called as text comes, row being prompt * n + text: the pieces of a row are its text. Raises
+    UserError for a prompt that is too long, before the first text is written.
     """
     tokens = encode_prompts(model, tokenizer, prompts, options)
 
@@ -102,7 +104,7 @@ def generate_text(
 def encode_prompts(
     model: Generative, tokenizer: Tokenizer, prompts: Sequence[str], options: schema.Generation
 ) -> list[list[int]]:
-    """The tokens of prompts: each the start of a document where the text goes on from it, else a whole document.
+    """Token ids of each prompt: the start of a document where the text continues it, else a whole document.
 
     Raises UserError for one that is too long, or has characters that the tokenizer does not know.
     """

@@ -1,14 +1,16 @@
-"""Backbones, one file a family. A new one is its file here, its keys in ``train/sections/`` and its name in ``schema.Model``.
+"""Backbones, one file per model family; ``backbone`` is their contract.
 
-File and class have the names that they have there.
+A new family is its file here, its keys in ``train/config/keys/`` (file and class of the same names) and its name in
+``schema.Model``.
 
-A backbone is a module over ``embed`` (an Embedding) with
-
-    forward(batch, isolate)       hidden states (B, T, D), to be read by a head; no token sees another segment with ``isolate``
-    pooled(batch, isolate)        one vector a row, (B, D)
-    flops_per_token(seq_len, causal), max_len
-
-and, where it can write, ``prefill`` and ``decode``: see ``train.generation.generate``.
+backbone        what an objective may ask of any family, as protocols
+decoder         GPT-2, Llama
+encoder         BERT
+encdec          T5, the original Transformer
+recurrent       RNN, LSTM, GRU
+layers          attention, MLPs, norms and initialisation shared by the families
+carried_state   hidden states that a recurrent model carries from step to step
+generation_api  what a family offers so that text can be sampled from it
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from train.errors import UserError
 
 
 def build_backbone(model: schema.Model, vocab_size: int) -> Any:
-    """The backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError where they do not fit."""
+    """Build the backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError where they do not fit."""
     if problems := model.problems(0):
         raise UserError("; ".join(problems))
     backbone = getattr(import_module(f"train.models.{model.family}"), type(model).__name__)
@@ -29,7 +31,7 @@ def build_backbone(model: schema.Model, vocab_size: int) -> Any:
 
 
 def padded_vocab(model: schema.Model, vocab_size: int) -> int:
-    """Rows of the embedding: ``model.vocab_size``, or the tokenizer's rounded up to a multiple of 64."""
+    """Rows of the embedding: ``model.vocab_size``, or the tokenizer's size rounded up to a multiple of 64."""
     if model.vocab_size is None:
         return -(-vocab_size // 64) * 64
     if model.vocab_size < vocab_size:

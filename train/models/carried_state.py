@@ -1,7 +1,7 @@
-"""What a model carries from step to step beside its weights: one vector for every row of the global batch.
+"""Hidden states that a recurrent model carries from step to step: one vector for every row of the global batch.
 
-A row's memory belongs to its stream: whichever rank has the row has its memory too, so a checkpoint of one world serves any other.
-A step reads the memories that the step before left, and what it leaves becomes theirs when its update is made, and only then.
+A row's vector belongs to its stream: the rank that has the row has its vector, so a checkpoint of one world size serves
+any other. A step reads the vectors that the step before wrote; what it writes counts only once its update is applied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 
 class CarriedState(nn.Module):
-    """Float32 vectors (rows, size), all 0 at first, in any precision of the model; those of other ranks' rows mean nothing."""
+    """Float32 vectors (rows, size), zeros at first, whatever the model's precision; rows of other ranks hold no
+    meaning.
+    """
 
     rows: Tensor
 
@@ -24,29 +26,31 @@ class CarriedState(nn.Module):
         self.left: list[tuple[Tensor, Tensor]] = []
 
     def read(self, numbers: Tensor) -> Tensor:
-        """(B, size): what rows (B,) go on from; zeros where a number is not above 0. Numbers are those of a Batch."""
+        """Vectors (B, size) that rows (B,) start from; zeros where a row number is not positive (numbers as in a
+        Batch).
+        """
         return self.rows[(numbers.abs() - 1).clamp(min=0)] * (numbers > 0)[:, None]
 
     def leave(self, numbers: Tensor, vectors: Tensor) -> None:
-        """What rows (B,) end with, (B, size), in training."""
+        """Note the vectors (B, size) that rows end with, in training; ``commit`` makes them the new state."""
         if self.training:
             self.left.append((numbers, vectors.detach().float()))
 
     @torch.no_grad()
     def commit(self, keep: bool) -> None:
-        """The step is over: what it left is kept, or forgotten."""
+        """End the step: make the noted vectors the state if ``keep``, else drop them."""
         for numbers, vectors in self.left if keep else []:
             real = numbers != 0
             self.rows[numbers[real].abs() - 1] = vectors[real]
         self.left = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """To another device, but never to another precision."""
+        """Move to another device, but keep float32."""
         super()._apply(fn, recurse)
         self.rows = self.rows.float()
         return self
 
 
 def carried_states(module: nn.Module) -> list[CarriedState]:
-    """Those of a model."""
+    """All ``CarriedState`` modules of a model; empty for families that carry none."""
     return [part for part in module.modules() if isinstance(part, CarriedState)]

@@ -28,10 +28,10 @@ from train.models.layers import (
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each normalised before and added after.
+    """Pre-norm Transformer block: attention and an MLP, each normalised before and added to the residual stream after.
 
-    Dropout and the add are left to the next norm, which does all in one pass: a block takes and returns the residual
-    stream and what is still to be dropped out and added to it.
+    Dropout and the residual add are left to the next norm, which fuses all three: a block takes and returns the
+    residual stream and the output (delta) that is still to be dropped out and added to it.
     """
 
     def __init__(self, model: keys.Decoder) -> None:
@@ -44,7 +44,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, delta: Tensor | None, context: AttentionContext, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x, delta) -> (x, delta), each (B, T, D)."""
+        """(x, delta) -> (x, delta), each (B, T, D): the residual stream and the output not yet added to it."""
         h, x = self.attention_norm(x, delta)
         h, x = self.mlp_norm(x, self.attention(h, context, cache))
         return x, self.mlp(h)
@@ -52,10 +52,10 @@ class Block(nn.Module):
 
 @dataclass
 class DecoderState:
-    """What decoding carries from token to token; nobody else looks inside.
+    """Decoding state: the KV caches and how many tokens each row holds. Only the decoder reads its fields.
 
-    ``ends`` (B,) int64 is the number of tokens each row holds; ``longest`` the largest of them, known without asking
-    the device. A row that is full keeps overwriting its last place: its logits mean nothing from then on.
+    ``ends`` (B,) int64 is the number of tokens of each row; ``longest`` the largest of them, known without a device
+    synchronisation. A row that is full keeps overwriting its last position: its logits are meaningless from then on.
     """
 
     caches: list[KVCache]
@@ -64,15 +64,15 @@ class DecoderState:
     capacity: int
 
     def rows(self, index: Tensor) -> DecoderState:
-        """The state of which row i is row index[i] of this one."""
+        """State whose row i is row index[i] of this one."""
         return DecoderState([cache.rows(index) for cache in self.caches], self.ends[index], self.longest, self.capacity)
 
 
 class Decoder(nn.Module):
-    """Token embedding, blocks, final norm."""
+    """Token embedding, Transformer blocks and a final norm, without a head."""
 
     def __init__(self, model: keys.Decoder, vocab_size: int) -> None:
-        """``vocab_size`` is the number of rows of the embedding."""
+        """``vocab_size`` is the number of rows of the embedding, padding included."""
         super().__init__()
         self.model = model
         self.max_len = model.max_len
@@ -85,7 +85,7 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
         """Hidden states (B, T, D). With ``isolate`` no token sees another segment of its row.
 
-        Without it attention is plainly causal: padding stands at the end of a row, where no trained token sees it.
+        Without it attention is plainly causal: padding is at the end of a row, where no trained token sees it.
         """
         if isolate:
             positions = batch["positions"]
@@ -96,13 +96,13 @@ class Decoder(nn.Module):
         return self._run(batch["tokens"], positions, context)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """The hidden state (B, D) of each row's last token."""
+        """Hidden state (B, D) of each row's last token."""
         return last_token(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, DecoderState]:
-        """Reads prompts (B, T), row b holding lengths[b] tokens and then anything; room for ``capacity`` tokens a row.
+        """Read prompts (B, T), row b holding lengths[b] tokens and then padding; room for ``capacity`` tokens per row.
 
-        Returns the hidden state of each row's last token, (B, D), and the state to go on from.
+        Returns the hidden state of each row's last token, (B, D), and the decoding state.
         """
         rows, longest = tokens.shape
         positions = torch.arange(longest, device=tokens.device)[None]
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         return hidden[torch.arange(rows, device=tokens.device), lengths - 1], state
 
     def decode(self, token: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """One more token (B,) for every row: its hidden state (B, D), and the state after it."""
+        """Read one more token (B,) per row: its hidden state (B, D), and the state after it."""
         ends, longest = state.ends.clamp(max=state.capacity - 1), min(state.longest, state.capacity - 1)
         keys = torch.arange(longest + 1, device=token.device)
         seen = kernels.Segments(torch.ones_like(token)[:, None], (keys <= ends[:, None]).long())
@@ -125,7 +125,7 @@ class Decoder(nn.Module):
         A product of (m, k) by (k, n) is 2mkn; the backward pass makes two products for each of the forward's (Kaplan
         et al. 2020; PaLM, appendix B). So 6 per weight of the linear layers, and 12 * heads * head_dim per layer and
         visible key. With ``causal`` a token sees (seq_len + 1) / 2 keys on average, the work that has to be done;
-        without, seq_len, as PaLM and nanoGPT count. What recomputation adds is not counted.
+        without, seq_len, as PaLM and nanoGPT count. Recomputation is not counted.
         """
         model, block = self.model, self.blocks[0]
         assert isinstance(block, Block)

@@ -1,6 +1,7 @@
 """The encoder-decoder: T5 (Raffel et al. 2020) and the original Transformer (Vaswani et al. 2017) are settings of it.
 
-Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens of the source, U of the target, D width, H heads.
+Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens of the source, U of the target, D width,
+H heads.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from train.models.layers import (
 
 
 class CrossAttention(nn.Module):
-    """Attention of the target to the source."""
+    """Attention of the target's tokens to the encoder's output."""
 
     def __init__(self, model: keys.EncDec) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class CrossAttention(nn.Module):
         return self.kv(source).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, source: Tensor, context: AttentionContext) -> Tensor:
-        """X (B, U, D) and the encoder's output (B, T, D), or what was read of it already, -> (B, U, D)."""
+        """X (B, U, D) and the encoder's output (B, T, D), or its keys and values (B, T, 2H, Dh), -> (B, U, D)."""
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
         k, v = (self.read(source) if source.ndim == 3 else source).chunk(2, 2)
         return self.out(
@@ -58,7 +59,7 @@ class CrossAttention(nn.Module):
 
 
 class ResidualLayer(nn.Module):
-    """x + layer(norm(x)), or norm(x + layer(x)); what the layer adds is dropped out."""
+    """Residual connection around a layer, pre-norm x + layer(norm(x)) or post-norm norm(x + layer(x)), with dropout."""
 
     def __init__(self, model: keys.EncDec, layer: nn.Module) -> None:
         super().__init__()
@@ -74,7 +75,7 @@ class ResidualLayer(nn.Module):
 
 
 class EncDecEncoderBlock(nn.Module):
-    """Attention and an MLP."""
+    """Encoder block: bidirectional attention and an MLP."""
 
     def __init__(self, model: keys.EncDec) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class EncDecEncoderBlock(nn.Module):
 
 
 class EncDecDecoderBlock(nn.Module):
-    """Causal attention, attention to the source and an MLP."""
+    """Decoder block: causal attention, cross-attention to the source and an MLP."""
 
     def __init__(self, model: keys.EncDec) -> None:
         super().__init__()
@@ -103,27 +104,28 @@ class EncDecDecoderBlock(nn.Module):
         across: AttentionContext,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """X (B, U, D), with the encoder's output (B, T, D) and what is seen of it -> (B, U, D)."""
+        """X (B, U, D), the encoder's output (B, T, D) and what of it is visible (``across``) -> (B, U, D)."""
         return self.mlp(self.cross(self.attention(x, context, cache), source, across))
 
 
 class RelativeBias(Embedding):
-    """What is added to a score for the distance from query to key: a number for each of ``buckets`` and each head."""
+    """T5's relative position bias: a number per bucket of distances and head, added to the attention scores."""
 
     def __init__(self, model: keys.EncDec, both_ways: bool) -> None:
         super().__init__(model.buckets, model.heads, model.deviation(model.width))
         self.both_ways, self.furthest = both_ways, model.max_distance
 
     def forward(self, distance: Tensor) -> Tensor:
-        """(1, H, Tq, Tk) for distances (Tq, Tk), key minus query."""
+        """Bias (1, H, Tq, Tk) for distances (Tq, Tk), key position minus query position."""
         bucket = buckets(distance, self.num_embeddings, self.furthest, self.both_ways)
         return super().forward(bucket).permute(2, 0, 1)[None]
 
 
 def buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Tensor:
-    """The bucket of each distance, key minus query: one each up to half of them, then ever wider ones, as in T5.
+    """Bucket of each distance (key minus query): exact for near keys, logarithmically wider up to ``furthest``, as in
+    T5.
 
-    With ``both_ways`` half of the buckets are for keys after the query; else such keys are as near as the query itself.
+    With ``both_ways`` half of the buckets are for keys after the query; else such keys count as distance 0.
     """
     after = torch.zeros_like(distance)
     if both_ways:
@@ -139,7 +141,7 @@ def buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Ten
 
 
 class Stack(nn.Module):
-    """The blocks of one side, what it knows of places, and a last norm where each sublayer's input is normalised."""
+    """The blocks of the encoder or of the decoder, their relative position bias, and a final norm in pre-norm models."""
 
     def __init__(self, model: keys.EncDec, block: Any, both_ways: bool) -> None:
         super().__init__()
@@ -165,9 +167,10 @@ class Stack(nn.Module):
 
 @dataclass
 class EncDecState:
-    """What decoding carries from token to token: of each block what it has read of the source and of its own tokens.
+    """Decoding state: per block the keys and values of the source, and the KV cache of the target's own tokens.
 
-    ``seen`` (B, T) int64 is 1 where the source is no padding. All rows have written the same number of tokens, ``length``.
+    ``seen`` (B, T) int64 is 1 where the source is not padding. All rows hold the same number of target tokens,
+    ``length``.
     """
 
     source: list[Tensor]
@@ -176,16 +179,16 @@ class EncDecState:
     length: int
 
     def rows(self, index: Tensor) -> EncDecState:
-        """The state of which row i is row index[i] of this one."""
+        """State whose row i is row index[i] of this one."""
         caches = [cache.rows(index) for cache in self.caches]
         return EncDecState([kv[index] for kv in self.source], caches, self.seen[index], self.length)
 
 
 class EncDec(nn.Module):
-    """One token embedding, an encoder of the source, a decoder of the target."""
+    """Encoder-decoder with one shared token embedding, without a head."""
 
     def __init__(self, model: keys.EncDec, vocab_size: int) -> None:
-        """``vocab_size`` is the number of rows of the embedding."""
+        """``vocab_size`` is the number of rows of the embedding, padding included."""
         super().__init__()
         self.model = model
         self.max_len = sys.maxsize
@@ -208,15 +211,18 @@ class EncDec(nn.Module):
         return self.decoder(x, kernels.Segments(target, target), hidden, across)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """One vector (B, D) a row: the decoder's hidden state of a first token, which has read the whole source."""
+        """One vector per row (B, D): the decoder's hidden state of a first target token, which has read the whole
+        source.
+        """
         first = torch.zeros_like(batch["tokens"][:, :1])
         asked = {"target_tokens": first, "target_segments": batch["segments"][:, :1]}
         return self({**batch, **asked}, isolate)[:, 0]
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, EncDecState]:
-        """Reads sources (B, T), row b holding lengths[b] tokens, of which the last is what its target begins with.
+        """Read sources (B, T), row b holding lengths[b] tokens, the last of which is the first token of its target.
 
-        Returns the hidden state (B, D) of that token, and the state to go on from; a target has room for ``capacity`` tokens.
+        Returns the hidden state (B, D) of that token, and the decoding state; a target has room for ``capacity``
+        tokens.
         """
         rows, places = (
             torch.arange(len(tokens), device=tokens.device),
@@ -230,7 +236,7 @@ class EncDec(nn.Module):
         return self.decode(tokens[rows, lengths - 1], state)
 
     def decode(self, token: Tensor, state: EncDecState) -> tuple[Tensor, EncDecState]:
-        """One more token (B,) of every target: its hidden state (B, D), and the state after it."""
+        """Read one more target token (B,) per row: its hidden state (B, D), and the state after it."""
         place, relative = torch.full_like(token, state.length), self.decoder.relative
         distance = torch.arange(-state.length, 1, device=token.device)[None]
         bias = None if relative is None else relative(distance)
@@ -243,7 +249,7 @@ class EncDec(nn.Module):
         return x[:, 0], EncDecState(state.source, state.caches, state.seen, state.length + 1)
 
     def flops_per_token(self, seq_len: int, causal: bool = True, targets: float = 0.0) -> float:
-        """FLOPs per token of the source, with ``targets`` tokens of the target to each: see ``Decoder.flops_per_token``."""
+        """FLOPs per token of the source, with ``targets`` target tokens for each: see ``Decoder.flops_per_token``."""
         model, inner = self.model, self.model.heads * (self.model.head_dim or self.model.width // self.model.heads)
         length = targets * seq_len
         own = (length + 1) / 2 if causal else length
@@ -260,7 +266,9 @@ class EncDec(nn.Module):
 
 
 def sinusoids(places: Tensor, width: int) -> Tensor:
-    """(B, T, D) float32: sine and cosine of place / 10000^(2i/D) in turn (Vaswani et al. 2017, section 3.5)."""
+    """Sinusoidal positions (B, T, D) float32: sin and cos of position / 10000^(2i/D) (Vaswani et al. 2017, section
+    3.5).
+    """
     rates = 10000.0 ** (-torch.arange(0, width, 2, device=places.device, dtype=torch.float32) / width)
     angles = places[..., None].float() * rates
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)

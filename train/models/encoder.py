@@ -16,7 +16,7 @@ from train.models.layers import Attention, AttentionContext, Embedding, Linear, 
 
 
 class EncoderLayer(nn.Module):
-    """Attention and an MLP, each added to its input, the sum normalised."""
+    """Post-norm Transformer block: attention and an MLP, each added to its input and the sum normalised."""
 
     def __init__(self, model: keys.Encoder) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class EncoderLayer(nn.Module):
 
 
 class Pooler(Linear):
-    """What stands for a whole row: a linear layer and tanh over its first token."""
+    """One vector per row from its first token: a linear layer and tanh."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden (B, T, D) -> (B, D)."""
@@ -40,7 +40,7 @@ class Pooler(Linear):
 
 
 class Encoder(nn.Module):
-    """Embeddings of tokens, places and types, blocks, a pooler."""
+    """Embeddings of tokens, positions and segment types, Transformer blocks and a pooler."""
 
     def __init__(self, model: keys.Encoder, vocab_size: int) -> None:
         """``vocab_size`` is the number of rows of the token embedding."""
@@ -69,11 +69,11 @@ class Encoder(nn.Module):
         return x
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """One vector (B, D) a row."""
+        """One vector per row (B, D), by the pooler."""
         assert self.pooler is not None
         return self.pooler(self(batch, isolate))
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """As ``Decoder.flops_per_token``, every token seeing all ``seq_len``."""
+        """As ``Decoder.flops_per_token``, every token seeing all ``seq_len`` keys."""
         model = self.model
         return model.layers * (6 * linear_weights(self.blocks[0]) + 12 * model.width * seq_len)

@@ -1,7 +1,7 @@
-"""What a family must offer to be sampled from: the contract between models and the sampler, and all of it.
+"""The contract between models and the sampler: what a family must offer so that text can be generated with it.
 
-``prefill`` reads the prompts, ``decode`` one more token of every row. Between them a model carries a state, its own affair:
-caches of keys and values, the encoder's output, hidden states. Sampler and beam search only choose rows of it.
+``prefill`` reads the prompts, ``decode`` one more token per row. Between them a model carries an opaque state: KV
+caches, the encoder's output, hidden states. Sampler and beam search only select rows of it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 class DecodingState(Protocol):
-    """What a model carries from token to token, for B rows."""
+    """State of B rows that a model carries from token to token."""
 
     def rows(self, index: Tensor) -> Self:
-        """The state of which row i is row index[i] of this one: rows may be left out, moved and repeated. index (N,) int64.
+        """State whose row i is row index[i] of this one, index (N,) int64: rows may be dropped, reordered and repeated.
 
         Shares no memory that ``decode`` writes, neither with this state nor between its rows.
         """
@@ -24,26 +24,28 @@ class DecodingState(Protocol):
 
 @runtime_checkable
 class Generative(Protocol):
-    """A module that writes; those that do not have no ``prefill``."""
+    """A module that can generate text; modules that cannot have no ``prefill``."""
 
     @property
     def max_len(self) -> int:
-        """The longest sequence, in tokens: prompt and text together, or either where the text does not go on from the prompt."""
+        """The longest sequence in tokens: prompt and text together, or each alone where the text does not continue the
+        prompt.
+        """
 
     @property
     def continues(self) -> bool:
-        """Whether the text goes on from the prompt (a decoder, a recurrent model) or answers it (an encoder-decoder)."""
+        """Whether the text continues the prompt (decoder, recurrent) or answers it (encoder-decoder)."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """As of ``nn.Module``."""
+        """Parameters of the module, as ``nn.Module.parameters``."""
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
-        """Reads prompts (B, T), row b holding lengths[b] >= 1 tokens and then anything. Where it answers them, the last token of a
-        prompt is none of the question: it is what the answer begins with.
+        """Read prompts (B, T), row b holding lengths[b] >= 1 tokens and then padding.
 
-        ``capacity`` is how many tokens a row may hold in the end: prompt and text, or the text alone where it answers the prompt.
-        Returns the logits (B, V) of each row's next token, and the state to go on from.
+        An encoder-decoder takes the last token of a prompt as the first token of its target. ``capacity`` is how many
+        tokens a row may hold in the end: prompt and text, or the text alone where it answers the prompt. Returns the
+        logits (B, V) of each row's next token, and the decoding state.
         """
 
     def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One more token (B,) for each row: the logits (B, V) of the next, and the state after it. The state given is used up."""
+        """Read one more token (B,) per row: the next logits (B, V), and the state after it. The given state is used up."""

@@ -1,6 +1,6 @@
-"""Leaves that the model families share: parameters with their initialisation, norms, attention and MLPs.
+"""Layers shared by the Transformer families: initialised linear layers, norms, attention, MLPs, dropout.
 
-Every parameter is read inside the forward of the module that owns it, and nowhere else: ZeRO-3 holds it whole only
+Every parameter is read inside the forward of the module that owns it, and nowhere else: under ZeRO-3 it is whole only
 there.
 """
 
@@ -27,29 +27,31 @@ Sizes = Decoder | Encoder | EncDec
 
 
 class Linear(nn.Linear):
-    """A linear layer; ``init_std`` is the deviation its weight starts with, one or (outputs, 1). Filled by ``init_weights``."""
+    """Linear layer whose weight starts as normal(0, init_std); ``init_std`` is one number, or one per output (outputs,
+    1).
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, init_std: float | Tensor) -> None:
         self.init_std = init_std
         super().__init__(inputs, outputs, bias)
 
     def reset_parameters(self) -> None:
-        """Nothing: ``init_weights`` fills them, and drawing twice would double the start-up of a large model."""
+        """Do nothing: ``init_weights`` fills the weights, and drawing twice would double the start-up of a large model."""
 
 
 class Embedding(nn.Embedding):
-    """A table of rows; ``init_std`` is the deviation its weight starts with. Filled by ``init_weights``."""
+    """Lookup table (rows, width) whose weight starts as normal(0, init_std)."""
 
     def __init__(self, rows: int, width: int, init_std: float) -> None:
         self.init_std = init_std
         super().__init__(rows, width)
 
     def reset_parameters(self) -> None:
-        """Nothing: ``init_weights`` fills it."""
+        """Do nothing, as ``Linear.reset_parameters``."""
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with dropout and the residual add before it."""
+    """LayerNorm or RMSNorm, fused with the dropout and residual add before it."""
 
     def __init__(self, model: Sizes) -> None:
         super().__init__()
@@ -60,7 +62,9 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(model.width)) if model.bias and model.norm == "layer_norm" else None
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(sum), sum) where sum = x + dropout(delta): the residual stream x (B, T, D) and what the last layer adds to it."""
+        """(norm(s), s) where s = x + dropout(delta): the residual stream x (B, T, D) and the last layer's output delta
+        (B, T, D).
+        """
         if self.kind == "rms_norm":
             if delta is None:
                 return kernels.rms_norm(x, self.weight, self.eps), x
@@ -72,7 +76,7 @@ class Norm(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every attention layer of one forward pass needs to know, made once.
+    """Inputs that all attention layers of one forward pass share, computed once.
 
     ``ends`` (B,) is set when decoding: how many keys each row's cache already holds; ``longest`` is the largest of
     them.
@@ -86,7 +90,7 @@ class AttentionContext:
 
 
 class KVCache:
-    """Keys and values (B, capacity, Hkv, Dh) that one attention layer has seen, allocated at the first write."""
+    """Keys and values (B, capacity, Hkv, Dh) of one attention layer, allocated at the first write."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -94,14 +98,16 @@ class KVCache:
         self.values: Tensor
 
     def start(self, k: Tensor, v: Tensor) -> None:
-        """Keeps the prompt's keys and values, (B, T, Hkv, Dh) with T <= capacity."""
+        """Store the prompt's keys and values, (B, T, Hkv, Dh) with T <= capacity."""
         shape = k.shape[0], self.capacity, *k.shape[2:]
         self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         self.keys[:, : k.shape[1]] = k
         self.values[:, : v.shape[1]] = v
 
     def append(self, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Writes one key and value (B, 1, Hkv, Dh) at the end of each row; returns views up to the longest row."""
+        """Write one key and value (B, 1, Hkv, Dh) at the end of each row; return views up to the end of the longest
+        row.
+        """
         assert context.ends is not None
         rows = torch.arange(k.shape[0], device=k.device)
         self.keys[rows, context.ends] = k[:, 0]
@@ -109,14 +115,14 @@ class KVCache:
         return self.keys[:, : context.longest + 1], self.values[:, : context.longest + 1]
 
     def rows(self, index: Tensor) -> KVCache:
-        """The cache of which row i is row index[i] of this one, in memory of its own."""
+        """A copy of the cache whose row i is row index[i] of this one."""
         chosen = KVCache(self.capacity)
         chosen.keys, chosen.values = self.keys[index], self.values[index]
         return chosen
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped heads. Attention weights themselves have no dropout."""
+    """Multi-head self-attention with grouped key-value heads; no dropout on the attention weights."""
 
     def __init__(self, model: Sizes, causal: bool = True) -> None:
         super().__init__()
@@ -130,7 +136,7 @@ class Attention(nn.Module):
         self.out = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
     def forward(self, x: Tensor, context: AttentionContext, cache: KVCache | None = None) -> Tensor:
-        """X (B, T, D) -> (B, T, D); with a cache, prompts fill it and later tokens (T = 1) read and extend it."""
+        """X (B, T, D) -> (B, T, D). With a cache, a prompt fills it, and later tokens (T = 1) read and extend it."""
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         rope, decoding = context.rope, context.ends is not None
@@ -146,7 +152,7 @@ class Attention(nn.Module):
 
 
 class ActivatedLinear(Linear):
-    """A linear layer and what follows it: sigmoid, tanh, ReLU, or GELU, with the bias in one pass; of a gated model GELU."""
+    """Linear layer with its activation: GELU (fused with the bias; also for gated models), sigmoid, tanh or ReLU."""
 
     def __init__(self, model: Sizes, outputs: int) -> None:
         super().__init__(model.width, outputs, model.bias, model.deviation(model.width))
@@ -164,7 +170,7 @@ GATES: dict[str, Literal["silu", "gelu"]] = {"swiglu": "silu", "geglu": "gelu"}
 
 
 class MLP(nn.Module):
-    """Up, an activation, down."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, model: Sizes) -> None:
         super().__init__()
@@ -178,7 +184,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """Gate and up in one projection, their product, down: SwiGLU and GeGLU (Shazeer 2020)."""
+    """MLP with a multiplicative gate, gate and up in one projection: SwiGLU and GeGLU (Shazeer 2020)."""
 
     def __init__(self, model: Sizes) -> None:
         super().__init__()
@@ -194,39 +200,41 @@ class GatedMLP(nn.Module):
 
 
 def build_mlp(model: Sizes) -> MLP | GatedMLP:
-    """The MLP of ``model.activation``."""
+    """The MLP that the configuration's activation asks for, gated or plain."""
     return GatedMLP(model) if model.activation in GATES else MLP(model)
 
 
 def linear_weights(module: nn.Module) -> int:
-    """Weights of all linear layers inside a module: each takes part in one product a token."""
+    """Number of weights in all linear layers of a module; each takes part in one multiply-add per token."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def last_token(hidden: Tensor, batch: Batch) -> Tensor:
-    """The hidden state (B, D) of each row's last token that is no padding; of an empty row the first."""
+    """Hidden state (B, D) of each row's last token that is not padding; of an empty row, the first position."""
     ends = (batch["segments"] > 0).sum(1).clamp(min=1) - 1
     return hidden[torch.arange(len(hidden), device=hidden.device), ends]
 
 
 def residual_std(model: Sizes, inputs: int) -> float:
-    """Deviation of a projection that adds to the residual stream: init_std / sqrt(2 * layers), as GPT-2 (section 2.3).
+    """Initial deviation of a projection into the residual stream: init_std / sqrt(2 * layers), as GPT-2 (section 2.3).
 
-    Megatron-LM starts Llama the same way (``scaled_init_method_normal``). Where each sum is normalised, as in BERT: init_std. T5's
-    is that of any layer.
+    Megatron-LM starts Llama the same way (``scaled_init_method_normal``). Post-norm models (BERT) use init_std, and T5
+    uses the deviation of any other layer.
     """
     std = model.deviation(inputs)
     return std / math.sqrt(2 * model.layers) if model.norm_first and model.init_std is not None else std
 
 
 def query_std(model: Sizes, head_dim: int) -> float:
-    """Deviation of the queries' weights: T5's are smaller by sqrt(head_dim), by which it does not divide its scores."""
+    """Initial deviation of query weights; T5, which does not scale its scores, starts them smaller by sqrt(head_dim)."""
     std = model.deviation(model.width)
     return std if model.scaled or model.init_std is not None else std * head_dim**-0.5
 
 
 def qkv_std(model: Sizes, inner: int, projected: int) -> float | Tensor:
-    """Deviation of the weights of queries, the first ``inner`` of ``projected`` outputs, and of keys and values."""
+    """Initial deviation of the fused projection: the first ``inner`` of ``projected`` outputs are queries, then keys,
+    values.
+    """
     std, query = model.deviation(model.width), query_std(model, inner // model.heads)
     if query == std:
         return std
@@ -236,25 +244,24 @@ def qkv_std(model: Sizes, inner: int, projected: int) -> float | Tensor:
 def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:
     """Dropout with a new mask, or None where nothing is dropped.
 
-    The mask's name is drawn from torch's CPU generator: the loop seeds it each step, checkpointing replays it, and no
-    device is asked.
+    The mask's seed is drawn from torch's CPU generator: the loop seeds it at each step, activation checkpointing
+    replays it, and no device is synchronised.
     """
     return kernels.Dropout(p, int(torch.randint(2**63 - 1, ()))) if p and training else None
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout while training."""
+    """Dropout of x while training; x itself otherwise."""
     how = draw_dropout(p, training)
     return x if how is None else kernels.dropout(x, how)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int) -> None:
-    """Fills every parameter: weights normal(0, init_std) of their module, biases 0, norms 1.
+    """Fill every parameter: weights normal(0, init_std) of their module, biases 0, norms 1.
 
-    Each is drawn by a generator of its own, seeded by (seed, name), in float32 on the CPU: what it holds depends
-    neither on the order of construction nor on devices, world size or ZeRO stage. Parameters on ``meta`` are left
-    alone.
+    Each is drawn by its own generator, seeded by (seed, name), in float32 on the CPU: its values depend neither on the
+    order of construction nor on device, world size or ZeRO stage. Parameters on ``meta`` are left alone.
     """
     done: set[int] = set()
     for path, owner in module.named_modules():

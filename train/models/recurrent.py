@@ -1,4 +1,4 @@
-"""Recurrent networks: RNN (Elman 1990), LSTM (Hochreiter and Schmidhuber 1997), GRU (Cho et al. 2014), by torch's own layers.
+"""Recurrent networks on torch's layers: RNN (Elman 1990), LSTM (Hochreiter, Schmidhuber 1997), GRU (Cho et al. 2014).
 
 Shapes: B rows, T tokens, D width, L layers.
 """
@@ -21,40 +21,41 @@ from train.models.layers import Embedding, dropout, last_token
 
 @dataclass
 class RecurrentState:
-    """What decoding carries from token to token: the hidden state, and for an LSTM its cell state, (L, B, D) each."""
+    """Decoding state: the hidden state (L, B, D), and for an LSTM its cell state, (L, B, D) each."""
 
     hidden: Any
 
     def rows(self, index: Tensor) -> RecurrentState:
-        """The state of which row i is row index[i] of this one."""
+        """State whose row i is row index[i] of this one."""
         kinds = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
         chosen = tuple(kind[:, index] for kind in kinds)
         return RecurrentState(chosen if len(chosen) > 1 else chosen[0])
 
 
 class SyncGradOrder(torch.autograd.Function):
-    """Its arguments, unchanged; in the backward pass it waits for all their gradients and passes them on at once.
+    """Identity whose backward pass waits for the gradients of all its arguments, then passes them on in one fixed
+    order.
 
-    The graph of recurrent layers depends on the documents that a rank has, and with it the order in which their weights are
-    ready. ZeRO 2 sums its buckets over the ranks as they were filled: it would add one weight's gradient to another's.
+    The graph of recurrent layers depends on the documents of a rank, and with it the order in which their gradients are
+    ready. ZeRO-2 reduces its buckets as they fill: it would add one weight's gradient to another's.
     """
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        """The weights themselves."""
+        """The weights, unchanged."""
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        """Their gradients, in their order."""
+        """The gradients, in the order of the weights."""
         return grads
 
 
 class OrderedGradRNN(nn.RNNBase):
-    """Recurrent layers whose weights are ready in one order on every rank."""
+    """Recurrent layers whose gradients are ready in the same order on every rank."""
 
     def forward(self, *arguments: Any) -> Any:
-        """As torch's."""
+        """Forward pass of torch's layer, with gradients ordered by ``SyncGradOrder``."""
         own = self._flat_weights
         self._flat_weights = list(SyncGradOrder.apply(*own))
         try:
@@ -64,22 +65,22 @@ class OrderedGradRNN(nn.RNNBase):
 
 
 class RNN(OrderedGradRNN, nn.RNN):
-    """torch's."""
+    """nn.RNN with a rank-independent gradient order."""
 
 
 class LSTM(OrderedGradRNN, nn.LSTM):
-    """torch's."""
+    """nn.LSTM with a rank-independent gradient order."""
 
 
 class GRU(OrderedGradRNN, nn.GRU):
-    """torch's."""
+    """nn.GRU with a rank-independent gradient order."""
 
 
 class Recurrent(nn.Module):
-    """Token embedding and recurrent layers."""
+    """Token embedding and recurrent layers, without a head."""
 
     def __init__(self, model: keys.Recurrent, vocab_size: int) -> None:
-        """``vocab_size`` is the number of rows of the embedding."""
+        """``vocab_size`` is the number of rows of the embedding, padding included."""
         super().__init__()
         self.model = model
         self.max_len = sys.maxsize
@@ -93,13 +94,13 @@ class Recurrent(nn.Module):
         self.memory: CarriedState | None = None
 
     def remember(self, rows: int) -> None:
-        """From now on each of the ``rows`` of a step goes on from what that row of the step before ended with."""
+        """Start each of the ``rows`` of a step from the hidden state that the same row of the step before ended with."""
         self.memory = CarriedState(rows, self.parts * self.model.layers * self.model.width)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """Hidden states (B, T, D). With ``isolate`` every segment begins with an empty memory.
+        """Hidden states (B, T, D). With ``isolate`` every segment starts from a zero hidden state.
 
-        But for the first of a row that goes on from the row before it in its stream, where rows remember.
+        Except the first segment of a row that goes on from the row before it in its stream, where rows carry state.
         """
         x = dropout(self._embedded(batch["tokens"]), self.model.dropout, self.training)
         memory = self.memory if "memory" in batch else None
@@ -114,11 +115,13 @@ class Recurrent(nn.Module):
         return dropout(hidden, self.model.dropout, self.training)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """The hidden state (B, D) of each row's last token."""
+        """Hidden state (B, D) of each row's last token."""
         return last_token(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, RecurrentState]:
-        """Reads prompts (B, T), row b holding lengths[b] tokens and then anything: the last hidden state (B, D), and all of it."""
+        """Read prompts (B, T) of ``lengths`` (B,) tokens, padded: the last layer's last hidden state (B, D), and the
+        full state.
+        """
         packed = nn.utils.rnn.pack_padded_sequence(
             self._embedded(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -126,26 +129,27 @@ class Recurrent(nn.Module):
         return (hidden[0] if self.parts == 2 else hidden)[-1], RecurrentState(hidden)
 
     def decode(self, token: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
-        """One more token (B,) for every row: its hidden state (B, D), and the state after it."""
+        """Read one more token (B,) per row: its hidden state (B, D), and the state after it."""
         out, hidden = self.rnn(self._embedded(token[:, None]), state.hidden)
         return out[:, 0], RecurrentState(hidden)
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """FLOPs of matrix products, forward and backward, per token; the head is not included. The same for any ``seq_len``."""
+        """FLOPs of matrix products, forward and backward, per token, without the head; independent of ``seq_len``."""
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[self.model.cell]
         return 6.0 * self.model.layers * gates * 2 * self.model.width**2
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """What layers read of tokens (B, T): (B, T, D) of unit deviation, since nothing normalises it on its way.
+        """Embeddings (B, T, D) of tokens (B, T), scaled to unit deviation, since no norm follows them.
 
-        Of a table that is tied to the head the scale of both is that of the Transformer (Vaswani et al. 2017, section 3.4).
+        Where the table is tied to the head, that is the scale of the Transformer (Vaswani et al. 2017, section 3.4).
         """
         return self.embed(tokens) * self.model.width**0.5
 
     def _apart(self, x: Tensor, segments: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Every segment of every row as a sequence of its own, all at once: hidden states (B, T, D), and where each row ended.
+        """Run every segment of every row as its own sequence, all in one call: hidden states (B, T, D), and each row's
+        end state.
 
-        torch reads sequences that are packed: all first tokens, all second tokens, ..., the longest sequence first.
+        torch reads packed sequences: all first tokens, all second tokens, ..., the longest sequence first.
         """
         rows, length = segments.shape
         begins = torch.ones_like(segments, dtype=torch.bool)
@@ -168,12 +172,12 @@ class Recurrent(nn.Module):
         return hidden, self._fold(state)[rank[number.view(rows, length)[:, -1]]]
 
     def _fold(self, state: Any) -> Tensor:
-        """The layers' states (L, B, D), one kind or two, as one vector a row (B, parts * L * D)."""
+        """The layers' states (L, B, D), hidden and for an LSTM cell, as one vector per row (B, parts * L * D)."""
         kinds = torch.cat(state) if self.parts == 2 else state
         return kinds.transpose(0, 1).flatten(1)
 
     def _unfold(self, vectors: Tensor | None) -> Any:
-        """What ``_fold`` made one of."""
+        """Inverse of ``_fold``: vectors (B, parts * L * D) to the layers' states."""
         if vectors is None:
             return None
         kinds = vectors.unflatten(1, (-1, self.model.width)).transpose(0, 1).contiguous()

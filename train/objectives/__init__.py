@@ -1,4 +1,12 @@
-"""What is trained: a backbone, its head and its loss, one file an objective."""
+"""Objectives: a backbone, its head and its loss; the module that DeepSpeed trains. One file per objective.
+
+causal      next-token prediction
+masked      masked language modelling and next-sentence prediction
+seq2seq     encoder-decoder: a target given a source
+classify    classes or scores of documents
+generative  shared base of the objectives that generate text
+lm_head     output matrix over the vocabulary and its loss
+"""
 
 from __future__ import annotations
 
@@ -24,9 +32,9 @@ OBJECTIVES: dict[str, Any] = {
 
 
 def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
-    """The module that is trained, its weights drawn from ``config.seed``; raises UserError where its parts do not fit.
+    """Build the module to train, with weights drawn from ``config.seed``. Raises UserError where its parts do not fit.
 
-    ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated and nothing drawn.
+    ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated or drawn.
     """
     if problems := [*mismatch(config), *config.model.problems(config.batch.seq_len)]:
         raise UserError("; ".join(problems))

@@ -1,35 +1,36 @@
-"""Causal language modelling: each token is predicted from those before it."""
+"""Causal language modelling: predict each token from those before it."""
 
 from __future__ import annotations
 
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import CarryingBackbone
 from train.objectives.generative import GenerativeObjective
 from train.objectives.lm_head import LMHead
 
 
 class CausalLM(GenerativeObjective):
-    """Every token of a text from those before it."""
+    """Next-token prediction with a decoder or recurrent backbone."""
 
     whole_text = True
     """Every token of the text is predicted, so that bits a byte can be told."""
 
     @property
     def continues(self) -> bool:
-        """Text goes on from its prompt."""
+        """Always true: generated text continues its prompt."""
         return True
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """FLOPs of a training step per token of rows of ``seq_len``: see ``Decoder.flops_per_token``."""
+        """FLOPs of a training step per token of rows of ``seq_len``, head included: see ``Decoder.flops_per_token``."""
         rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
         return self.backbone.flops_per_token(seq_len, causal) + 6 * rows * width
 
 
 def build_causal(config: schema.Config, vocab_size: int) -> CausalLM:
-    """The causal objective of a run for a tokenizer of ``vocab_size`` tokens."""
+    """Build the causal objective of a run for a tokenizer of ``vocab_size`` tokens."""
     model = config.model
-    backbone = build_backbone(model, vocab_size)
-    if getattr(model, "carry", False):
+    backbone: CarryingBackbone = build_backbone(model, vocab_size)
+    if model.carries_state:
         backbone.remember(config.batch.global_)
     assert isinstance(config.objective, schema.Causal)
     head = LMHead(backbone.embed, model.tied, config.objective)

@@ -1,8 +1,6 @@
-"""Classes and scores of whole documents: a linear layer over what a backbone makes of a row."""
+"""Classification and regression of documents: a linear layer over a backbone's pooled rows."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +9,21 @@ import kernels
 from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import Backbone
 from train.models.layers import Linear, dropout
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear layer over its pooled rows: ``classes`` logits, or one score where there are none.
+    """A backbone with a linear layer over one vector per row: ``classes`` logits, or one score where there are no
+    classes.
 
-    ``forward`` gives {"loss": cross-entropy, or the squared error}; in evaluation also "confusion", rows being what is true and
-    columns what is said, or "scores", the pairs of what is said and what is true.
+    ``forward`` gives {"loss": cross-entropy or squared error}; in evaluation also "confusion" (rows: targets, columns:
+    predictions) or "scores" (pairs of prediction and target).
     """
 
     whole_text = False
 
-    def __init__(self, backbone: Any, objective: schema.Classify, isolate: bool) -> None:
+    def __init__(self, backbone: Backbone, objective: schema.Classify, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.isolate = backbone, isolate
         self.classes, self.mean = len(objective.classes), objective.pool == "mean"
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Losses:
-        """The loss of a batch: in nats, or the squared error; and in evaluation what is said."""
+        """Loss of a batch, in nats or as squared error; in evaluation also the predictions beside their targets."""
         said, targets = self.logits(batch), batch["targets"]
         known = trained_mask(targets)
         if self.classes:
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         return found
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, classes), or (B, 1) scores."""
+        """Logits (B, classes), or scores (B, 1)."""
         if self.mean:
             pooled = mean_of(self.backbone(batch, self.isolate), batch["segments"] > 0)
         else:
@@ -58,24 +58,26 @@ class Classifier(nn.Module):
         return self.head(dropout(pooled, self.backbone.model.dropout, self.training))
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """FLOPs of a training step per token of rows of ``seq_len``."""
+        """FLOPs of a training step per token of rows of ``seq_len``; the head's are negligible and left out."""
         return self.backbone.flops_per_token(seq_len, causal)
 
 
 def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
-    """The mean (B, D) of the hidden states (B, T, D) of the tokens that are ``real`` (B, T); of an empty row nothing, zeros."""
+    """Mean (B, D) of the hidden states (B, T, D) where ``real`` (B, T) is true; zeros for an empty row."""
     shares = real / real.sum(1, keepdim=True).clamp(min=1)
     return (shares.to(hidden.dtype)[:, None] @ hidden)[:, 0]
 
 
 def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor:
-    """(classes, classes) int64: how often class i, at rows (B,) that are ``known``, was said to be j."""
+    """Confusion matrix (classes, classes) int64 over the rows (B,) that are ``known``: [i, j] counts target i predicted
+    as j.
+    """
     table = torch.zeros(classes * classes, dtype=torch.int64, device=said.device)
     return table.scatter_add_(0, true * classes + said, known.long()).view(classes, classes)
 
 
 def build_classify(config: schema.Config, vocab_size: int) -> Classifier:
-    """The classifier of a run for a tokenizer of ``vocab_size`` tokens."""
+    """Build the classifier of a run for a tokenizer of ``vocab_size`` tokens."""
     assert isinstance(config.objective, schema.Classify)
     backbone = build_backbone(config.model, vocab_size)
     if config.objective.pool == "mean" and hasattr(backbone, "pooler"):

@@ -1,4 +1,4 @@
-"""What objectives that write have in common: a backbone, and a head over the vocabulary."""
+"""Base of the objectives that generate text: a backbone and a head over the vocabulary."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Any
 from torch import Tensor, nn
 
 from train.batch import Batch, Losses
+from train.models.backbone import GenerativeBackbone
 from train.objectives.lm_head import LMHead
 
 
 class GenerativeObjective(nn.Module):
-    """``forward`` gives {"loss": (sum, count)}; ``prefill`` and ``decode`` are those of ``train.models.generation_api.Generative``.
+    """``forward`` gives {"loss": (sum, count)}; ``prefill`` and ``decode`` are those of ``generation_api.Generative``.
 
-    ``vocab_size`` is the tokenizer's: the rows that the embedding is rounded up by are never trained on as targets, and
-    logits are cut to it.
+    ``vocab_size`` is the tokenizer's: the padding rows of the embedding are never targets, and logits are cut to it.
     """
 
-    def __init__(self, backbone: Any, head: LMHead, vocab_size: int, isolate: bool) -> None:
+    def __init__(self, backbone: GenerativeBackbone, head: LMHead, vocab_size: int, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.vocab_size, self.isolate = vocab_size, isolate
 
     def forward(self, batch: Batch) -> Losses:
-        """The loss of a batch, in nats."""
+        """Loss of a batch, in nats, as (sum, count)."""
         return {"loss": self.head(self.backbone(batch, self.isolate), batch["targets"])}
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, T, vocab_size), T places that write."""
+        """Logits (B, T, vocab_size) of every position that predicts."""
         return self.head(self.backbone(batch, self.isolate))[..., : self.vocab_size]
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
-        """Reads prompts (B, T), row b holding lengths[b] tokens; room for ``capacity`` tokens a row.
+        """Read prompts (B, T), row b holding lengths[b] tokens; room for ``capacity`` tokens per row.
 
-        Returns the logits (B, vocab_size) of each row's next token, and the state to go on from.
+        Returns the logits (B, vocab_size) of each row's next token, and the decoding state.
         """
         hidden, state = self.backbone.prefill(tokens, lengths, capacity)
         return self.head(hidden)[:, : self.vocab_size], state
 
     def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """One more token (B,) for each row: the logits (B, vocab_size) of the next, and the state after it."""
+        """Read one more token (B,) per row: the next logits (B, vocab_size), and the state after it."""
         hidden, state = self.backbone.decode(token, state)
         return self.head(hidden)[:, : self.vocab_size], state
 
     @property
     def max_len(self) -> int:
-        """The longest sequence, in tokens; see ``Generative.max_len``."""
+        """The longest sequence in tokens: see ``Generative.max_len``."""
         return self.backbone.max_len

@@ -1,4 +1,4 @@
-"""The output matrix over the vocabulary, and its loss."""
+"""Language-model head: the output matrix over the vocabulary, and its loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from train.models.layers import Embedding
 
 
 class LMHead(nn.Module):
-    """The output matrix (V, D): its own, or the token embedding's very parameter where the model is tied.
+    """Output matrix (V, D): its own, or the token embedding's parameter where the model is tied.
 
     A tied parameter is registered here too, so that ZeRO-3 gathers it for this module's forward as for the embedding's.
-    ``named_parameters`` knows it by the embedding's name alone; in ``state_dict`` both names lead to the same storage.
+    ``named_parameters`` lists it under the embedding's name alone; in ``state_dict`` both names share one storage.
     """
 
     def __init__(
         self, embed: Embedding, tied: bool, objective: Smoothed, scale: float = 1.0, init_std: float | None = None
     ) -> None:
-        """Hidden states are multiplied by ``scale`` first. ``init_std``: of a matrix of its own, by default the embedding's."""
+        """Hidden states are multiplied by ``scale`` first. ``init_std`` of an untied matrix defaults to the
+        embedding's.
+        """
         super().__init__()
         self.regularisers = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
         self.init_std, self.scale = init_std or embed.init_std, scale
@@ -32,7 +34,7 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
         """Logits (..., V) of hidden (..., D); or, given targets of its leading shape, their loss as (sum, count).
 
-        In training the loss has the objective's label smoothing and z-loss, in evaluation it is the bare cross-entropy.
+        In training the loss has the objective's label smoothing and z-loss; in evaluation it is the bare cross-entropy.
         """
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if targets is None:

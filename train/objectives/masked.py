@@ -1,8 +1,6 @@
-"""Masked language modelling and next-sentence prediction (Devlin et al. 2019): what is hidden is told from all the rest."""
+"""Masked language modelling and next-sentence prediction (Devlin et al. 2019)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +10,14 @@ import kernels
 from train.batch import IGNORE, Batch, Losses, trained_mask
 from train.config import schema
 from train.models import build_backbone
+from train.models.backbone import BidirectionalBackbone
 from train.models.layers import ActivatedLinear, Linear, Norm
 
 
 class MaskedHead(nn.Module):
-    """A linear layer, an activation, a norm, and the token embedding's own matrix with a bias: logits over the vocabulary."""
+    """BERT's head: a linear layer, activation and norm, then the token embedding's matrix with a bias."""
 
-    def __init__(self, backbone: Any) -> None:
+    def __init__(self, backbone: BidirectionalBackbone) -> None:
         super().__init__()
         model, embed = backbone.model, backbone.embed
         self.transform = ActivatedLinear(model, model.width)
@@ -33,15 +32,20 @@ class MaskedHead(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """A bidirectional backbone with a head for hidden tokens and, for pairs, one for whether they belong together.
+    """A bidirectional backbone with a head for masked tokens and, for sentence pairs, one for next-sentence prediction.
 
-    ``forward`` gives {"loss": that of hidden tokens, "next_loss": that of pairs}, and in evaluation both accuracies.
+    ``forward`` gives {"loss": masked tokens, "next_loss": pairs}, and in evaluation both accuracies.
     """
 
     whole_text = False
 
     def __init__(
-        self, backbone: Any, head: nn.ModuleDict, vocab_size: int, objective: schema.Masked, isolate: bool
+        self,
+        backbone: BidirectionalBackbone,
+        head: nn.ModuleDict,
+        vocab_size: int,
+        objective: schema.Masked,
+        isolate: bool,
     ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -50,7 +54,7 @@ class MaskedLM(nn.Module):
         self.next_sentence = objective.next_sentence
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses of a batch, in nats. Logits are made where something is hidden, and nowhere else."""
+        """Losses of a batch, in nats. Logits are computed for masked tokens only."""
         hidden = self.backbone(batch, self.isolate)
         chosen = trained_mask(batch["targets"])
         found = self._measured("", self.head["tokens"](hidden[chosen]), batch["targets"][chosen])
@@ -59,11 +63,13 @@ class MaskedLM(nn.Module):
         return found
 
     def logits(self, batch: Batch) -> Tensor:
-        """(B, T, vocab_size), of every token."""
+        """Logits (B, T, vocab_size) of every token."""
         return self.head["tokens"](self.backbone(batch, self.isolate))[..., : self.vocab_size]
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """FLOPs of a training step per token of rows of ``seq_len``, logits of every token counted as BERT makes them."""
+        """FLOPs of a training step per token of rows of ``seq_len``, with logits counted for every token, as BERT makes
+        them.
+        """
         rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
         return self.backbone.flops_per_token(seq_len, causal) + 6 * (rows * width + width**2)
 
@@ -77,10 +83,10 @@ class MaskedLM(nn.Module):
 
 
 def build_masked(config: schema.Config, vocab_size: int) -> MaskedLM:
-    """The masked objective of a run for a tokenizer of ``vocab_size`` tokens."""
+    """Build the masked objective of a run for a tokenizer of ``vocab_size`` tokens."""
     objective = config.objective
     assert isinstance(objective, schema.Masked)
-    backbone = build_backbone(config.model, vocab_size)
+    backbone: BidirectionalBackbone = build_backbone(config.model, vocab_size)
     heads: dict[str, nn.Module] = {"tokens": MaskedHead(backbone)}
     if objective.next_sentence:
         heads["next"] = Linear(config.model.width, 2, True, config.model.deviation(config.model.width))

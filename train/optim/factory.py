@@ -1,4 +1,4 @@
-"""The optimizer of a run and the groups of parameters it treats apart."""
+"""Builds the optimizer of a run and its parameter groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ Group = dict[str, Any]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
-    """Trainable parameters in at most two groups, {"name", "names", "params", "weight_decay"}: matrices, and the rest.
+    """Trainable parameters in at most two groups, {"name", "names", "params", "weight_decay"}: decayed matrices, and
+    the rest.
 
     Decided by the module that owns a parameter, never by its shape: under ZeRO-3 a parameter at rest has none.
     """
@@ -38,10 +39,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
 
 
 def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.optim.Optimizer:
-    """The update rule over ``groups``, starting at its peak rate; the loop sets ``lr`` every step.
+    """The optimizer over ``groups`` at its peak learning rate; the loop sets ``lr`` every step.
 
-    Decay of weights is added to the gradient (L2) by all but ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and ``muon``, which
-    decay the weights themselves. torch's fused kernels where there are any: one pass over memory, on CPU and GPU.
+    Weight decay is decoupled for ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and ``muon``, and added to the
+    gradient (L2) by all others. torch's fused implementations are used where there are any, on CPU and GPU.
     """
     o = optimizer
     match o.name:
@@ -63,9 +64,9 @@ def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.o
 
 
 def with_matrices(groups: list[Group], momentum: float) -> list[Group]:
-    """The groups with the matrices of the backbone in groups of their own, which have a ``momentum``: those that Muon turns.
+    """Split off the backbone's matrices into groups with a ``momentum``, which Muon orthogonalises.
 
-    Embeddings are not among them, nor are heads: their rows are of tokens, and each is trained by few.
+    Embeddings and heads stay with AdamW: their rows belong to tokens, and few rows get a gradient in a step.
     """
     found = []
     for group in groups:

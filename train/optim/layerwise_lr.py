@@ -1,4 +1,4 @@
-"""Learning rates that fall with the distance from the loss: the deeper a layer lies, the less fine-tuning changes it."""
+"""Layer-wise learning-rate decay for fine-tuning: layers nearer the input change less."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ BLOCK = re.compile(r".*?\.\d+\.")
 
 
 def depths(names: Sequence[str]) -> dict[str, int]:
-    """How far from the input each parameter lies, in the order of construction: 0 before the first block, 1 in it, and so on.
+    """Depth of each parameter in the order of construction: 0 before the first block, 1 in it, and so on.
 
-    What comes after the last block (a norm, a pooler, a head) is one above it; between two stacks, as the block before.
+    What follows the last block (a norm, a pooler, a head) is one deeper; between two stacks, as the block before.
     """
     blocks: dict[str, int] = {}
     found = {}
@@ -26,10 +26,10 @@ def depths(names: Sequence[str]) -> dict[str, int]:
 
 
 def by_depth(groups: Sequence[dict[str, Any]], names: Sequence[str], decay: float) -> list[dict[str, Any]]:
-    """The optimizer's ``groups``, split so that a parameter's rate is ``decay`` ** (its distance from the top) of the whole.
+    """Split the optimizer's ``groups`` so that each parameter's rate is ``decay`` ** (its distance from the top).
 
-    As ELECTRA (Clark et al. 2020) and BEiT do it: the head has the whole rate, the last block ``decay`` of it, and so on down
-    to the embedding. ``names`` are those of all parameters. The factor of a group is its ``lr_scale``.
+    As in ELECTRA (Clark et al. 2020) and BEiT: the head has the full rate, the last block ``decay`` times it, and so on
+    down to the embedding. ``names`` are those of all parameters. The factor of a group is its ``lr_scale``.
     """
     depth = depths(names)
     top = max(depth.values())

@@ -1,9 +1,9 @@
-"""Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal before it is applied; AdamW for all else.
+"""Muon (Jordan et al. 2024): orthogonalised momentum for matrices, AdamW for everything else, at every ZeRO stage.
 
-Momentum is a matter of elements, so ZeRO's flat shards keep it. To orthogonalise takes a whole matrix: in rounds of as many
-matrices as there are ranks, each rank is sent the shards of one, works on it, and sends what comes of it to all. So clipping comes
-first, then momentum, then the orthogonal update, as on one device, at every stage. (DeepSpeed's own Muon orthogonalises first, and
-clips the update.)
+Momentum is elementwise, so ZeRO's flat shards hold it. Orthogonalisation needs a whole matrix: in rounds of
+``world_size`` matrices each rank receives the shards of one, orthogonalises it and broadcasts the result. Clipping
+comes first, then momentum, then the orthogonal update, as on one device. (DeepSpeed's own Muon orthogonalises first,
+and clips the update.)
 """
 
 from __future__ import annotations
@@ -20,24 +20,30 @@ from train.distributed.param_shard import ParamShard
 
 STEPS = 5
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients whose slope at 0 is steep: after STEPS, singular values of nearly any size lie between about 0.7 and 1.2."""
+"""Coefficients whose slope at 0 is steep: after STEPS, singular values of nearly any size lie between about 0.7 and
+1.2.
+"""
 RMS = 0.2
-"""Root mean square of an update, which is about AdamW's, so that both go by one learning rate (Liu et al. 2025, section 2.2)."""
+"""Root mean square of an update, which is about AdamW's, so that both go by one learning rate (Liu et al. 2025, section
+2.2).
+"""
 
 
 class Muon(torch.optim.AdamW):
-    """Groups with ``momentum`` are matrices and Muon's; the others AdamW's. Weights themselves decay, in both.
+    """Groups with ``momentum`` hold matrices and use Muon; the others use AdamW. Weight decay is decoupled in both.
 
-    m = momentum m + (1 - momentum) g;   u = orthogonal(momentum m + (1 - momentum) g);   w -= lr (0.2 sqrt(max(shape)) u + decay w)
+    m = momentum m + (1 - momentum) g;   u = orthogonal(momentum m + (1 - momentum) g);   w -= lr (0.2 sqrt(max(shape))
+    u + decay w)
     """
 
     shards: Mapping[Tensor, Sequence[tuple[torch.Size, ParamShard]]] | None = None
-    """Where ZeRO has flattened the matrices: the parameters of each flat tensor in an order that is the same on all ranks, with
-    their whole shapes and this rank's piece, which may be empty."""
+    """Where ZeRO has flattened the matrices: the parameters of each flat tensor in an order that is the same on all
+    ranks, with their whole shapes and this rank's piece, which may be empty.
+    """
     world: process_group.DistContext
 
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient. Under ZeRO a collective."""
+        """Update every parameter that has a gradient. A collective under ZeRO."""
         groups = self.param_groups
         for group in groups:
             if "momentum" in group:
@@ -79,12 +85,16 @@ class Muon(torch.optim.AdamW):
 
 
 def update(ahead: Tensor) -> Tensor:
-    """What is subtracted of a matrix (R, C), times the learning rate: its momentum made orthogonal, as large as AdamW's updates."""
+    """Update of a matrix (R, C) before the learning rate: orthogonalised momentum, scaled to the size of AdamW's
+    updates.
+    """
     return orthogonal(ahead) * (RMS * math.sqrt(max(ahead.shape)))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of a matrix (R, C) = U S V^T, by Newton-Schulz iterations: bf16 on a GPU, else in the matrix's own format."""
+    """Approximate U V^T of a matrix (R, C) = U S V^T by Newton-Schulz iterations, in bf16 on a GPU, else in its own
+    dtype.
+    """
     a, b, c = QUINTIC
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide.bfloat16() if wide.is_cuda else wide

@@ -1,6 +1,6 @@
-"""Update rules that torch lacks, or builds in a way that ZeRO cannot take: plain, by the formulas of their papers.
+"""Optimizers that torch lacks, or builds in a way that ZeRO cannot shard, by the formulas of their papers.
 
-Under ZeRO a "parameter" is a flat run of many: what is done here is done element by element.
+Under ZeRO a "parameter" is a flat tensor of many: every operation here is elementwise.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 
 class Lion(Optimizer):
-    """Chen et al. 2023, algorithm 2: the sign of a mean of gradient and momentum, and decay of the weights themselves.
+    """Lion (Chen et al. 2023, algorithm 2): sign of an average of gradient and momentum, with decoupled weight decay.
 
     update = sign(beta1 m + (1 - beta1) g);   w -= lr (update + decay w);   m = beta2 m + (1 - beta2) g
     """
@@ -23,7 +23,7 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params, grads, means = _with_state(self, group["params"], "exp_avg")
             if params:
@@ -35,12 +35,12 @@ class Lion(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """Duchi et al. 2011: each element's rate falls with the sum of its squared gradients. Decay is added to the gradient.
+    """Adagrad (Duchi et al. 2011): rates that shrink with the sum of squared gradients; L2 weight decay.
 
         s += g^2;   w -= lr g / (sqrt(s) + eps)
 
-    torch's makes its sums when it is built, of parameters that ZeRO then replaces; DeepSpeed builds another in its place, which has
-    lost the groups.
+    torch's allocates its sums when built, for parameters that ZeRO then replaces; DeepSpeed builds another in its
+    place, which has lost the groups.
     """
 
     def __init__(self, groups: Any, lr: float, eps: float) -> None:
@@ -48,7 +48,7 @@ class Adagrad(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params, grads, sums = _with_state(self, group["params"], "sum")
             if params:
@@ -61,7 +61,7 @@ class Adagrad(Optimizer):
 
 
 def _with_state(rule: Optimizer, params: list[Tensor], kind: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The parameters that have a gradient, their gradients, and their states of one kind, which begin as zeros."""
+    """The parameters that have a gradient, their gradients, and their states of one kind (zeros at first)."""
     mine = [p for p in params if p.grad is not None]
     for p in mine:
         if kind not in rule.state[p]:

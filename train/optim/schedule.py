@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: there is no state to save, and resuming cannot bend it."""
+"""Learning rate as a pure function of the step: nothing to save, so a resume cannot bend the schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.config import schema
 
 
 def learning_rate(schedule: schema.Schedule, peak: float, step: int, steps: int) -> float:
-    """The rate of the update that step ``step`` makes, counted from 0, in a run of ``steps``.
+    """Learning rate of the update made at ``step``, counted from 0, in a run of ``steps``.
 
     Warm-up is linear, peak/warmup at step 0 and ``peak`` at its last step. Then, until the last step (steps - 1):
 
@@ -35,5 +35,5 @@ def learning_rate(schedule: schema.Schedule, peak: float, step: int, steps: int)
 
 
 def warmup_steps(schedule: schema.Schedule, steps: int) -> int:
-    """Steps of warm-up in a run of ``steps``: as given, or the fraction of them that a float is."""
+    """Steps of warm-up in a run of ``steps``: as given, or a fraction of ``steps`` where it is a float."""
     return schedule.warmup if isinstance(schedule.warmup, int) else round(schedule.warmup * steps)

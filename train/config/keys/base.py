@@ -1,4 +1,4 @@
-"""What every section of the configuration is, and what every model family has."""
+"""Base classes of configuration sections and model families, and their shared types."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
 
 
 class Section(BaseModel):
-    """A group of keys: unknown ones are refused, types are not guessed at, values do not change."""
+    """A group of keys: unknown keys are refused, types are not coerced, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
 class Family(Section):
-    """What every model family has. A family's class is the list of its keys; its backbone is ``train/models/<family>.py``."""
+    """Keys that every model family has. A subclass lists a family's keys; its backbone is ``train/models/<family>.py``."""
 
     objectives: ClassVar[tuple[str, ...]]
     """Those that make sense for it."""
     special: ClassVar[tuple[str, ...]] = ()
-    """Tokens that it knows beside the text's: they stand behind the vocabulary where the tokenizer has none of that name."""
+    """Tokens that it knows beside the text's: they stand behind the vocabulary where the tokenizer has none of that
+    name.
+    """
 
     averaged: ClassVar[bool] = True
     """Whether the mean of a row's hidden states can stand for it."""
@@ -46,16 +48,23 @@ class Family(Section):
     init_std: InitStd = 0.02
 
     def deviation(self, inputs: int) -> float:
-        """What the weights of a layer that sums ``inputs`` features start with."""
+        """Initial standard deviation of the weights of a layer that sums ``inputs`` features."""
         return inputs**-0.5 if self.init_std is None else self.init_std
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether a row of a step goes on from the hidden state that the row before it in its stream ended with."""
+        return False
+
     def problems(self, seq_len: int) -> list[str]:
-        """Values that are right one by one and wrong together, or too small for rows of ``seq_len`` tokens."""
+        """Combinations of values that make no sense, or are too small for rows of ``seq_len`` tokens, each with its
+        cure.
+        """
         return []
 
 
 class Transformer(Family):
-    """What the transformers share."""
+    """Keys that all Transformer families have."""
 
     heads: Positive
     mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
@@ -64,12 +73,12 @@ class Transformer(Family):
 
 
 def too_long(seq_len: int, max_len: int) -> list[str]:
-    """The problem of rows that are longer than a model's positions."""
+    """The problem of rows longer than the model's positions, as a list of at most one."""
     if seq_len <= max_len:
         return []
     return [f"batch.seq_len={seq_len} is longer than model.max_len={max_len}: lower the one or raise the other"]
 
 
 def not_divided(width: int, heads: int) -> list[str]:
-    """The problem of a width that its heads do not divide."""
+    """The problem of a width that is not divisible by the number of heads, as a list of at most one."""
     return [f"model.heads={heads} does not divide model.width={width}"] if width % heads else []

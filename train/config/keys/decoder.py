@@ -29,7 +29,7 @@ class Decoder(Transformer):
     rope_theta: Above0 = 10000.0
 
     def problems(self, seq_len: int) -> list[str]:
-        """As ``Family.problems``."""
+        """See ``Family.problems``: head size, positions, grouped heads."""
         found = [*too_long(seq_len, self.max_len), *not_divided(self.width, self.heads)]
         if self.position == "rope" and not self.width % self.heads and self.width // self.heads % 2:
             found.append(f"rope turns pairs, but model.width/model.heads is {self.width // self.heads}, which is odd")

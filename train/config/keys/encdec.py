@@ -34,7 +34,7 @@ class EncDec(Transformer):
     bias: bool = Field(description="biases in linear layers and layer norms")
 
     def problems(self, seq_len: int) -> list[str]:
-        """As ``Family.problems``."""
+        """See ``Family.problems``: head size and position buckets."""
         found = [] if self.head_dim else not_divided(self.width, self.heads)
         if self.position == "relative" and (self.buckets % 4 or self.max_distance <= self.buckets // 2):
             found.append(

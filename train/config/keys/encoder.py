@@ -32,5 +32,5 @@ class Encoder(Transformer):
     norm_eps: Above0 = 1e-12
 
     def problems(self, seq_len: int) -> list[str]:
-        """As ``Family.problems``."""
+        """See ``Family.problems``: head size, positions, types."""
         return [*too_long(seq_len, self.max_len), *not_divided(self.width, self.heads)]

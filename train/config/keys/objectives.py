@@ -1,4 +1,4 @@
-"""The keys of the objectives."""
+"""Keys of the objectives: causal, masked, seq2seq and classify."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.config.keys.base import Above0, Fraction, Section
 
 
 class Smoothed(Section):
-    """What an objective over the vocabulary may add to the cross-entropy it trains with."""
+    """Regularisers of a cross-entropy over the vocabulary: label smoothing and z-loss."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="of a target, spread over the vocabulary"
@@ -21,13 +21,13 @@ class Smoothed(Section):
 
 
 class Causal(Smoothed):
-    """Each token is predicted from those before it."""
+    """Next-token prediction: each token from those before it."""
 
     name: Literal["causal"]
 
 
 class Masked(Smoothed):
-    """Hidden tokens are predicted from all others; and whether a row's two halves belong together."""
+    """Masked language modelling, optionally with next-sentence prediction."""
 
     name: Literal["masked"]
     rate: Fraction = Field(
@@ -40,7 +40,7 @@ class Masked(Smoothed):
 
 
 class Seq2seq(Smoothed):
-    """A target is written after a source has been read."""
+    """Encoder-decoder training: a target is predicted given its source."""
 
     name: Literal["seq2seq"]
     task: Literal["spans", "pairs"] = Field(
@@ -54,7 +54,7 @@ class Seq2seq(Smoothed):
 
 
 class Classify(Section):
-    """A document's class, or its score."""
+    """Classification of documents, or regression where no classes are given."""
 
     name: Literal["classify"]
     classes: list[str] = Field(
@@ -66,7 +66,7 @@ class Classify(Section):
     )
 
     def wrong(self, label: str) -> str | None:
-        """What is wrong with a label of the data, and the cure."""
+        """The problem of a label that is not one of the classes (or not a number), with its cure; empty if it is fine."""
         if self.classes:
             if label in self.classes:
                 return None

@@ -21,8 +21,13 @@ class Recurrent(Family):
         True, description="a row goes on from the memory that the row before it in its stream ended with"
     )
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether rows carry state: the key ``carry``."""
+        return self.carry
+
     def problems(self, seq_len: int) -> list[str]:
-        """As ``Family.problems``."""
+        """See ``Family.problems``: activation and cell."""
         if self.cell == "rnn" or self.activation == "tanh":
             return []
         return [f"model.activation={self.activation} is for model.cell=rnn: a {self.cell} has activations of its own"]

@@ -17,7 +17,7 @@ def build_examples(config: schema.Config, tokenizer: Tokenizer) -> ExampleBuilde
     """How the rows of a run are made."""
     seq_len, isolate, objective = config.batch.seq_len, config.data.isolate, config.objective
     if isinstance(objective, schema.Causal):
-        return CausalExamples(seq_len, isolate, getattr(config.model, "carry", False))
+        return CausalExamples(seq_len, isolate, config.model.carries_state)
     if isinstance(objective, schema.Classify):
         return ClassifyExamples(seq_len, objective, tokenizer)
     kinds: dict[str, Any] = {"masked": MaskedExamples, "seq2seq": Seq2seqExamples}
