@@ -16,6 +16,7 @@ from train.data.loader import Loader
 from train.distributed import heartbeat, process_group
 from train.engine.engine import Engine
 from train.errors import NotFinite, Stopped
+from train.events import Emit, NoteEvent, PhaseEvent, StepEvent, StopAgreedEvent
 from train.optim.schedule import learning_rate
 from train.reporting.goodput import TimeByCause
 from train.reporting.throughput import tokens_per_second
@@ -63,7 +64,7 @@ class Training:
     engine: Engine
     loader: Loader
     aside: Aside
-    emit: Callable[[Record], None]
+    emit: Emit
     should_stop: Callable[[], bool]
     guard: Guard
     times: TimeByCause
@@ -153,11 +154,6 @@ def report(run: Training, before: TrainState, progress: TrainState, measured: Re
     }
 
 
-def phase(name: str) -> Record:
-    """The event that a rank has come to another part of its work; ``t`` is seconds since 1970."""
-    return {"event": "phase", "name": name, "t": time.time()}
-
-
 def finish_pending(run: Training, record: Record) -> None:
     """Make the evaluation that a stop cut short, so that ``metrics.jsonl`` is what it would have been."""
     run.progress = _aside(run, run.progress, record)
@@ -177,7 +173,7 @@ def _aside(run: Training, progress: TrainState, record: Record) -> TrainState:
         run.aside.log(record)
     over = should_stop(run.config.stop, progress)
     if over:
-        run.emit({"event": "note", "text": reason(run.config.stop, progress)})
+        run.emit(NoteEvent(reason(run.config.stop, progress)))
     best = run.config.keep_best > 0 and progress.best_step == progress.step
     if (over or best or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
         run.aside.save(progress, val_loss, None)
@@ -187,7 +183,7 @@ def _aside(run: Training, progress: TrainState, record: Record) -> TrainState:
 
 
 def _stop(run: Training, progress: TrainState, pending: Record | None = None) -> NoReturn:
-    run.emit({"event": "stop_agreed"})
+    run.emit(StopAgreedEvent())
     if progress.step not in (0, run.saved_step):
         run.aside.save(progress, None, pending)
     run.aside.wait_for_save()
@@ -199,7 +195,7 @@ def _refuse_divergence(run: Training, result: StepResult, progress: TrainState) 
     if result.update_applied:
         return
     limit = run.config.optimizer.max_skipped
-    run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
+    run.emit(NoteEvent(f"step {progress.step}: the gradient is not finite, the update is skipped"))
     if progress.skipped_in_row >= limit:
         run.aside.wait_for_save()
         raise NotFinite(
@@ -232,7 +228,7 @@ class Pace:
         """Say where the run is; with the numbers of a logged step when there are any."""
         now = time.monotonic()
         if self.shown < 0:
-            run.emit(phase("train"))
+            run.emit(PhaseEvent.now("train"))
         if record or now - self.shown > EMIT_EVERY_S:
             self.shown = now
-            run.emit({"event": "step", "steps": run.config.steps, "step": progress.step} | record)
+            run.emit(StepEvent(run.config.steps, progress.step, record))

@@ -26,9 +26,10 @@ from train.distributed import heartbeat, process_group
 from train.engine.engine import Engine
 from train.errors import Stopped, UserError
 from train.evaluate import Evaluation, evaluate
+from train.events import DoneEvent, Emit, EvalEvent, NoteEvent, PhaseEvent, PlanEvent, SampleEvent, SaveEvent
 from train.generation.text_streamer import encode_prompts, generate_text
 from train.kernel_setup import choose_kernels
-from train.loop import Record, Training, finish_pending, phase, train
+from train.loop import Record, Training, finish_pending, train
 from train.models.generation_api import Generative
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
@@ -44,7 +45,6 @@ from train.state.train_state import TrainState
 from train.util.io import write_whole
 from train.util.redact import redact_tree
 
-Emit = Callable[[Record], None]
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
 """How long the end of a run, and a stop, wait for the last copy to be complete elsewhere."""
 
@@ -58,7 +58,7 @@ def train_rank(
     UserError for what the user can mend.
     """
     folder, times = Path(config.run.dir or ""), TimeByCause()
-    emit(phase("data"))
+    emit(PhaseEvent.now("data"))
     process_group.assert_equal_across_ranks("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder, config.model.special)
     process_group.assert_equal_across_ranks("corpus", corpus.fingerprint)
@@ -68,20 +68,20 @@ def train_rank(
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
     found = _newest(folder, corpus, world, note, mirror)
-    emit(phase("engine"))
+    emit(PhaseEvent.now("engine"))
     chosen = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     start = partial(_begin_from, config, corpus, world, note) if config.init.from_ and not found else None
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
     _check_prompts(objective, corpus, config)
     progress, pending = restore(found, engine, loader)
     saver = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
-    emit({"event": "plan", "kernels": chosen} | outline(config, world, corpus, objective, progress))
+    emit(PlanEvent(chosen, **outline(config, world, corpus, objective, progress)))
     tracker = Tracker(config, progress.step - (pending is not None), times, note) if world.is_rank0 else None
     work = RunServices(config, world, corpus, engine, held_out, saver, tracker, emit, should_stop)
     guard = Guard(config, world, corpus, engine, loader, work.wait_for_save, work.on_rollback)
     saved = progress.step if found else None
     training = Training(config, world, engine, loader, work, emit, should_stop, guard, times, progress, saved)
-    emit(phase("first_step"))
+    emit(PhaseEvent.now("first_step"))
     try:
         if pending is not None:
             finish_pending(training, pending)
@@ -167,16 +167,16 @@ class RunServices:
         if not self.held_out.groups:
             return {}
         began = time.monotonic()
-        self.emit(phase("eval"))
+        self.emit(PhaseEvent.now("eval"))
         heartbeat.enter_phase("eval")
         part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
         held_out = self.held_out if part is None else self.held_out.first(part)
         sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
         self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
         found = self.last.numbers()
-        self.emit({"event": "eval", "step": progress.step, "seconds": time.monotonic() - began} | found)
+        self.emit(EvalEvent(progress.step, time.monotonic() - began, found))
         self._sample(progress)
-        self.emit(phase("train"))
+        self.emit(PhaseEvent.now("train"))
         return found
 
     def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
@@ -199,9 +199,7 @@ class RunServices:
         save = self.saver.pop_finished()
         if save and not save.error:
             path = str(self.saver.folder / f"step_{save.step}")
-            self.emit(
-                {"event": "save", "step": save.step, "path": path, "seconds": save.seconds, "stall_s": self.stall_s}
-            )
+            self.emit(SaveEvent(save.step, path, save.seconds, self.stall_s))
         return self.saver.failed
 
     def wait_for_save(self) -> None:
@@ -209,11 +207,11 @@ class RunServices:
         waits = self.saver.busy
         if waits:
             heartbeat.enter_phase("save")
-            self.emit(phase("save"))
+            self.emit(PhaseEvent.now("save"))
         self.saver.wait_for_save()
         self.poll_save()
         if waits:
-            self.emit(phase("train"))
+            self.emit(PhaseEvent.now("train"))
 
     @property
     def stall_s(self) -> float:
@@ -256,7 +254,7 @@ class RunServices:
         if self.last:
             summary |= self.last.details(getattr(self.config.objective, "classes", []))
         self.tracker.finish(summary)
-        self.emit({"event": "done", "summary": summary})
+        self.emit(DoneEvent(summary))
 
     def _sample(self, progress: TrainState) -> None:
         """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
@@ -272,7 +270,7 @@ class RunServices:
         texts = generate_text(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
         rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
-            self.emit({"event": "sample", "step": progress.step, "prompt": prompt, "text": text})
+            self.emit(SampleEvent(progress.step, prompt, text))
         if self.tracker:
             self.tracker.samples(progress.step, rows)
 
@@ -302,7 +300,7 @@ def _open_folder(
         mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
     if changes:
-        emit({"event": "note", "text": "changed since the last start: " + "; ".join(changes)})
+        emit(NoteEvent("changed since the last start: " + "; ".join(changes)))
     folder.mkdir(parents=True, exist_ok=True)
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(folder / "config.yaml", content.encode())
@@ -314,4 +312,4 @@ def _open_folder(
 
 def _note(world: process_group.DistContext, emit: Emit, text: str) -> None:
     if world.is_rank0:
-        emit({"event": "note", "text": text})
+        emit(NoteEvent(text))

@@ -18,6 +18,7 @@ from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import HEAR_S, NOTICE_S, Attempt
 from cluster.supervision.job import Job
 from cluster.supervision.slots import JobSlots, Slot, lives
+from train.events import FailureEvent, NoteEvent, RecoveredEvent
 
 
 class Supervisor:
@@ -101,9 +102,7 @@ class Supervisor:
         self.row = restart_policy.in_a_row(self.row, failure)
         decision = restart_policy.decide(self.row, self.job.config.cluster.max_failures)
         again = decision.again and self.job.signals.heard is None
-        self.job.show(
-            {"event": "failure", "lines": failure_report.explain(verdict), "next": decision.words, "again": again}
-        )
+        self.job.show(FailureEvent(failure_report.explain(verdict), decision.words, again).to_json())
         until = time.monotonic() + decision.wait_s
         while again and time.monotonic() < until:
             time.sleep(HEAR_S)
@@ -159,7 +158,7 @@ class Supervisor:
         if len(self.slots.up()) != world.size:
             text = f"going on with {len(self.slots.up())} of {workers} workers"
             text += "" if len(self.slots.up()) >= workers else "; more will join when there is room"
-            self.job.show({"event": "note", "text": text})
+            self.job.show(NoteEvent(text).to_json())
 
     def _rebuild(self, slots: list[Slot]) -> None:
         """A new private cluster, and all places taken anew on it."""
@@ -187,11 +186,12 @@ class Supervisor:
     def _show(self, event: dict[str, Any]) -> None:
         """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
         if event["event"] == "world" and self.down:
-            record = {"generation": self.attempts, "workers": event["size"], **event["marks"], **self.down}
+            recovered = RecoveredEvent(self.attempts, event["size"], {**event["marks"], **self.down})
+            event = recovered.to_json()
+            record = {key: value for key, value in event.items() if key != "event"}
             with (self.job.run_dir / "restarts.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.down = {}
-            event = {"event": "recovered", **record}
         self.console(event)
 
     def release(self) -> None:

@@ -20,6 +20,7 @@ from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.config.sweep_space import Params
 from train.errors import UserError
+from train.events import JobEndedEvent
 from train.reporting.tracking import read_records
 
 Event = dict[str, Any]
@@ -127,7 +128,7 @@ class TrialJob:
     """A trial's job, followed in a thread of its own until all its processes have ended."""
 
     def __init__(self, job: Job, device: str, gang: Sequence[Slot], tell: Callable[[Event], None]) -> None:
-        """``tell`` gets what the job says, and last {"event": "ended", "verdict", "why", "lost"}."""
+        """``tell`` gets what the job says, and last a ``JobEndedEvent``."""
         self.job, self.tell = job, tell
         self.why = ""
         """The first line of the newest failure."""
@@ -154,7 +155,7 @@ class TrialJob:
         lost = self.job.private is not None and self.job.private.lost()
         if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
             self.left = self.supervisor.slots.hand_over()
-        self.tell({"event": "ended", "verdict": verdict, "why": why, "lost": lost})
+        self.tell(JobEndedEvent(verdict, why, lost).to_json())
         if not lost:  # Ray would not answer
             self.supervisor.release()
 
