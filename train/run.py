@@ -42,6 +42,7 @@ from train.stability.guard import Guard
 from train.state.train_state import TrainState
 from train.util.io import write_whole
 from train.util.redact import redact_tree
+from train.util.run_layout import RunDir
 
 MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
 """How long the end of a run, and a stop, wait for the last checkpoint to be complete in its mirror."""
@@ -55,24 +56,24 @@ def train_rank(
     Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
     UserError for bad input. The default target of every worker.
     """
-    folder, activity = Path(config.run.dir or ""), RankActivity(emit)
+    run_dir, activity = RunDir(Path(config.run.dir or "")), RankActivity(emit)
     activity.enter("open corpus")
     process_group.assert_equal_across_ranks("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder, config.model.special)
     process_group.assert_equal_across_ranks("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
-    mirror = Mirror(config.save_mirror, folder, config, world, note) if config.save_mirror else None
+    mirror = Mirror(config.save_mirror, run_dir.path, config, world, note) if config.save_mirror else None
     if error := process_group.run_on_rank0(lambda: _open_folder(config, corpus, world, emit, mirror)):
         raise UserError(error)
     loader, held_out = loaders(corpus, config, world)
-    checkpoint = _find_checkpoint(folder, corpus, world, note, mirror)
+    checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
     kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
     start = partial(_load_initial, config, corpus, world, note) if config.init.from_ and not checkpoint else None
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
     _check_prompts(objective, corpus, config)
     state, pending = restore(checkpoint, engine, loader)
-    saver = CheckpointWriter(folder / "checkpoints", config.keep_last, config.keep_best, world, mirror)
+    saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
     emit(PlanEvent(kernels, **outline(config, world, corpus, objective, state)))
     last_logged = state.step - (pending is not None)
     tracker = Tracker(config, last_logged, activity.times, note) if world.is_rank0 else None
@@ -129,18 +130,22 @@ def _load_initial(
     """Fill a new run's objective from ``init.from``, note it, and write where its weights come from to ``init.json``."""
     report = init_from.load_weights(objective, config, corpus.tokenizer, world)
     note(report.words())
-    file = Path(config.run.dir or "") / "init.json"
+    file = RunDir(Path(config.run.dir or "")).init
     if error := process_group.run_on_rank0(lambda: write_whole(file, json.dumps(asdict(report), indent=1).encode())):
         raise UserError(error)
 
 
 def _find_checkpoint(
-    folder: Path, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], mirror: Mirror | None
+    run_dir: RunDir,
+    corpus: Corpus,
+    world: process_group.DistContext,
+    note: Callable[[str], None],
+    mirror: Mirror | None,
 ) -> Checkpoint | None:
     """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A collective."""
-    checkpoint = reader.find_newest(folder / "checkpoints", world, note, mirror)
+    checkpoint = reader.find_newest(run_dir.checkpoints, world, note, mirror)
     if checkpoint:
-        resume.same_corpus(folder, checkpoint.manifest["corpus"], corpus.fingerprint)
+        resume.same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)
     return checkpoint
 
 
@@ -154,19 +159,19 @@ def _open_folder(
     config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit, mirror: Mirror | None
 ) -> None:
     """Rank 0: refuse a folder of another run, note what changed, and write what evaluating and exporting the run needs."""
-    folder = Path(config.run.dir or "")
-    if mirror and not (folder / "config.yaml").exists():
+    run_dir = RunDir(Path(config.run.dir or ""))
+    if mirror and not run_dir.config.exists():
         mirror.fetch_run()
     changes = resume.check(config, corpus.fingerprint)
     if changes:
         emit(NoteEvent("changed since the last start: " + "; ".join(changes)))
-    folder.mkdir(parents=True, exist_ok=True)
+    run_dir.path.mkdir(parents=True, exist_ok=True)
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
-    write_whole(folder / "config.yaml", content.encode())
-    write_whole(folder / "tokenizer.json", corpus.tokenizer.content.encode())
+    write_whole(run_dir.config, content.encode())
+    write_whole(run_dir.tokenizer, corpus.tokenizer.content.encode())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
-    write_whole(folder / "corpus.json", json.dumps(about).encode())
-    write_whole(folder / "environment.json", json.dumps(lineage(world.device, world.size), indent=1).encode())
+    write_whole(run_dir.corpus, json.dumps(about).encode())
+    write_whole(run_dir.environment, json.dumps(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: process_group.DistContext, emit: Emit, text: str) -> None:

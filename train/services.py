@@ -23,6 +23,7 @@ from train.reporting.activity import RankActivity
 from train.reporting.goodput import goodput
 from train.reporting.tracking import Record, Tracker
 from train.state.train_state import TrainState
+from train.util.run_layout import checkpoint_name
 
 
 @dataclass
@@ -95,7 +96,7 @@ class RunServices:
         """Whether the last save is known to have failed. Emits an event once a save is complete."""
         save = self.saver.pop_finished()
         if save and not save.error:
-            path = str(self.saver.folder / f"step_{save.step}")
+            path = str(self.saver.folder / checkpoint_name(save.step))
             self.emit(SaveEvent(save.step, path, save.seconds, self.stall_s))
         return self.saver.failed
 

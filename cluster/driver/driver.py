@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
@@ -27,6 +27,7 @@ from train.errors import NO_ROOM, ExitCode, UserError, no_room
 from train.events import JobEvent, NoteEvent, PhaseEvent
 from train.reporting.console import RunConsole
 from train.util.format import plural
+from train.util.io import FileLock
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class TrainDriver:
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
-        self.held: IO[str] | None = None
+        self.held: FileLock | None = None
         self.private: LocalRayCluster | None = None
         self.others: remote_hosts.RemoteNodes | None = None
 

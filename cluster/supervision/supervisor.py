@@ -18,7 +18,9 @@ from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import HEAR_S, NOTICE_S, Attempt
 from cluster.supervision.job import Job
 from cluster.supervision.slots import JobSlots, Slot, lives
+from train.checkpoint import manifest
 from train.events import FailureEvent, NoteEvent, RecoveredEvent
+from train.util.run_layout import RunDir
 
 
 class Supervisor:
@@ -90,7 +92,7 @@ class Supervisor:
         ]
         aside = self.job.run_dir / ".world.json"
         aside.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
-        aside.replace(self.job.run_dir / "world.json")
+        aside.replace(RunDir(self.job.run_dir).world)
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
@@ -111,8 +113,7 @@ class Supervisor:
 
     def _newest(self) -> int:
         """The step of the newest checkpoint; a folder of that name is complete."""
-        found = self.job.run_dir.glob("checkpoints/step_*")
-        return max((int(path.name[5:]) for path in found if path.name[5:].isdecimal()), default=0)
+        return manifest.newest_step(RunDir(self.job.run_dir).checkpoints)
 
     def _after_stop(self, world: Attempt, verdict: outcome.Verdict) -> bool:
         """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
@@ -189,7 +190,7 @@ class Supervisor:
             recovered = RecoveredEvent(self.attempts, event["size"], {**event["marks"], **self.down})
             event = recovered.to_json()
             record = {key: value for key, value in event.items() if key != "event"}
-            with (self.job.run_dir / "restarts.jsonl").open("a") as file:
+            with RunDir(self.job.run_dir).restarts.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.down = {}
         self.console(event)
@@ -221,7 +222,7 @@ class Supervisor:
                     "config": text,
                     "corpus": self.job.corpus,
                     "cwd": str(Path.cwd()),
-                    "log": str(self.job.run_dir / "logs" / f"rank_{rank}.log"),
+                    "log": str(RunDir(self.job.run_dir).log(rank)),
                     "threads": config.cluster.cpus_per_worker,
                     "env": {},
                 }

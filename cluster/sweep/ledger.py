@@ -21,8 +21,7 @@ from typing import Any
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
 from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
-from train.reporting.tracking import read_records
-from train.util.io import append_line
+from train.util.io import append_line, read_records
 from train.util.redact import redact_tree
 
 FILE = "ledger.jsonl"

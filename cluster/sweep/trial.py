@@ -21,7 +21,8 @@ from train.config.schema import Config
 from train.config.sweep_space import Params
 from train.errors import UserError
 from train.events import JobEndedEvent
-from train.reporting.tracking import read_records
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 Event = dict[str, Any]
 SHORT = 8
@@ -88,7 +89,7 @@ def short(value: str) -> str:
 
 def history(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric, as far as the run has come."""
-    rows = read_records(folder / "metrics.jsonl")
+    rows = read_records(RunDir(folder).metrics)
     return [(row["step"], float(row[metric])) for row in rows if isinstance(row.get(metric), int | float)]
 
 
@@ -96,7 +97,7 @@ def final(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     """The metrics of a finished run: of its summary, or of the last step that has them. None where one was not measured."""
     summary: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(RunDir(folder).summary.read_text())
     found = []
     for metric in metrics:
         known = [value for _, value in history(folder, metric)[-1:]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import importlib
 import json
 import os
@@ -28,6 +27,7 @@ from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
 from train.events import ErrorEvent, Event, NoteEvent, PhaseEvent, StopAskedEvent
+from train.util.io import FileLock
 
 
 class EventPipe:
@@ -174,10 +174,6 @@ def _only_writer(request: dict[str, Any], events: EventPipe) -> Any:
     if request["rank"]:
         yield
         return
-    with Path(request["log"]).with_name("writer.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            events(NoteEvent("waiting for the last start's rank 0 to be gone"))
-            fcntl.flock(file, fcntl.LOCK_EX)
+    note = NoteEvent("waiting for the last start's rank 0 to be gone")
+    with FileLock(Path(request["log"]).with_name("writer.lock"), on_wait=lambda: events(note)):
         yield

@@ -37,6 +37,7 @@ from train.stability.skipped_rows import Entry, How, SkippedRows
 from train.state import loss_history
 from train.state.train_state import TrainState
 from train.util.format import plural
+from train.util.run_layout import RunDir
 
 LOOK_BACK = 8
 """Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
@@ -65,7 +66,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         """The rows that the run's ledger leaves out are left out from here on. A collective."""
-        self.ledger = SkippedRows(Path(self.config.run.dir or ""))
+        self.ledger = SkippedRows(RunDir(Path(self.config.run.dir or "")))
         self.loader.skip(self.ledger.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
@@ -128,7 +129,7 @@ class Guard:
         Newer ones are removed: the next start must not go on from them.
         """
         self.wait_for_save()  # what is being saved must be copied first, and may be newer than what is gone back to
-        found = complete(self.ledger.file.with_name("checkpoints"))
+        found = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
             raise NotFinite(
