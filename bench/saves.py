@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from bench.step import Nothing, numbers, processor, training
+from bench.step import NoServices, numbers, processor, training
 from train.checkpoint.writer import CheckpointWriter
 from train.config import load as configuration
 from train.config.schema import Config
@@ -41,9 +41,10 @@ from train.data.loader import loaders
 from train.data.prepare import prepare
 from train.distributed import process_group
 from train.engine.engine import Engine
-from train.loop import Record, train
+from train.loop import train
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
+from train.reporting.tracking import Record
 from train.run import build_engine
 from train.state.train_state import TrainState
 
@@ -190,41 +191,49 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     corpus = Corpus(options.corpus)
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
-    aside = Saving(CheckpointWriter(Path(folder), 2, 0, world), engine)
-    run = training(config, world, corpus, engine, loader, aside)
+    services = SaveService(CheckpointWriter(Path(folder), 2, 0, world), engine)
+    run = training(config, world, corpus, engine, loader, services)
     found: Times = {"without": [], "with": [], "stall": []}
 
     def block(steps: int, save_every: int) -> float:
         run.config = config.model_copy(
-            update={"steps": run.progress.step + steps, "save_every": save_every, "eval_every": 0}
+            update={"steps": run.state.step + steps, "save_every": save_every, "eval_every": 0}
         )
         began = time.perf_counter()
-        run.progress = train(run)
+        run.state = train(run)
         return time.perf_counter() - began
 
     block(EVERY + EVERY // 2, EVERY)  # so that a block's last save has half of EVERY steps to be written behind
     for number in range(2 * options.rounds):
-        held, on = aside.stall_s, (number + number // 2) % 2 == 1
+        held, on = services.stall_s, (number + number // 2) % 2 == 1
         seconds = block(STEPS, EVERY if on else 0)
         found["with" if on else "without"].append(seconds)
         if on:
-            found["stall"].append(aside.stall_s - held)
+            found["stall"].append(services.stall_s - held)
     loader.close()
-    aside.saver.close()
+    services.saver.close()
     return found
 
 
-class Saving(Nothing):
+class SaveService(NoServices):
     """What a run does beside its steps, left out but for the saves that come due every EVERY steps."""
 
     def __init__(self, saver: CheckpointWriter, engine: Engine) -> None:
-        self.saver, self.engine, self.hold, self.settle = saver, engine, saver.wait_for_staging, saver.wait_for_save
+        self.saver, self.engine = saver, engine
 
-    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Begin a checkpoint; not at the end of a block."""
-        if progress.step % EVERY == 0:
+        if state.step % EVERY == 0:
             self.saver.wait_for_save()
-            self.saver.save(self.engine, progress, None, {}, lambda: None)
+            self.saver.save(self.engine, state, None, {}, lambda: None)
+
+    def wait_for_staging(self) -> None:
+        """Wait until the weights and moments are copied."""
+        self.saver.wait_for_staging()
+
+    def wait_for_save(self) -> None:
+        """Wait for the save in flight."""
+        self.saver.wait_for_save()
 
     @property
     def stall_s(self) -> float:

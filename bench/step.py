@@ -39,9 +39,11 @@ from train.data.loader import Loader, loaders
 from train.data.prepare import prepare
 from train.distributed import process_group
 from train.engine.engine import Engine
-from train.loop import Record, Training, train
-from train.reporting.goodput import TimeByCause
+from train.loop import Training, train
+from train.reporting.activity import RankActivity
+from train.reporting.tracking import Record
 from train.run import build_engine
+from train.services import RunServices
 from train.stability.guard import Guard
 from train.state.train_state import TrainState
 
@@ -54,39 +56,62 @@ Turn = Callable[[int], None]
 """Trains so many steps more."""
 
 
-class Nothing:
-    """What a run does beside its steps, left out; the records of logged steps are made and dropped."""
+class NoServices(RunServices):
+    """Services left out: the records of logged steps are made and dropped."""
+
+    def __init__(self) -> None:
+        """None of what the real ones need."""
 
     def log(self, record: Record) -> None:
         """Nothing is kept."""
 
-    def evaluate(self, progress: TrainState) -> Record:
+    def evaluate(self, state: TrainState, whole: bool = False) -> Record:
         """Nothing is evaluated."""
         return {}
 
-    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
+    def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
         """Nothing is saved."""
 
-    def hold(self) -> None:
+    def wait_for_staging(self) -> None:
         """Nothing is waited for."""
 
-    def save_failed(self) -> bool:
-        """Nothing can."""
+    def poll_save(self) -> bool:
+        """No save can fail."""
         return False
 
-    def settle(self) -> None:
+    def wait_for_save(self) -> None:
         """Nothing is in flight."""
 
-    stall_s = 0.0
+    @property
+    def stall_s(self) -> float:
+        """No step waits."""
+        return 0.0
 
 
 def training(
-    config: Config, world: process_group.DistContext, corpus: Corpus, engine: Engine, loader: Loader, aside: Nothing
+    config: Config,
+    world: process_group.DistContext,
+    corpus: Corpus,
+    engine: Engine,
+    loader: Loader,
+    services: NoServices,
 ) -> Training:
-    """The loop's rank from its beginning, guarded as any run is, without anybody who listens."""
-    guard = Guard(config, world, corpus, engine, loader, aside.settle, lambda progress, why: None)
+    """The loop's rank from its beginning, guarded as any run is; its events are dropped."""
+    guard = Guard(
+        config, world, corpus, engine, loader, services.wait_for_save, lambda state, why: None, lambda text: None
+    )
+    activity = RankActivity(lambda event: None)
     return Training(
-        config, world, engine, loader, aside, lambda event: None, lambda: False, guard, TimeByCause(), TrainState()
+        config,
+        world,
+        engine,
+        loader,
+        services,
+        lambda event: None,
+        lambda: False,
+        guard,
+        activity,
+        TrainState(),
     )
 
 
@@ -95,11 +120,11 @@ def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tu
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
-    run = training(config, world, corpus, engine, loader, Nothing())
+    run = training(config, world, corpus, engine, loader, NoServices())
 
     def turn(steps: int) -> None:
-        run.config = config.model_copy(update={"steps": run.progress.step + steps})
-        run.progress = train(run)
+        run.config = config.model_copy(update={"steps": run.state.step + steps})
+        run.state = train(run)
 
     return turn, parameters
 

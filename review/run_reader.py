@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from review.lenient_io import held, json_lines, json_object, number
 from review.sweep_reader import FINAL, LEDGER, LOSS, Goal, Sweep, Trial, read_sweep, sweeps_in
 from train.util.format import plural
+from train.util.run_layout import RunDir
 
 Floats = NDArray[np.float64]
 
 COLUMNS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_s", "grad_norm", "lr")
-MARKS = ("config.yaml", "metrics.jsonl", "run.json", "summary.json", "lock")
+_FILES = RunDir(Path())
+MARKS = tuple(file.name for file in (_FILES.config, _FILES.metrics, _FILES.starts, _FILES.summary, _FILES.lock))
 """What only a run's folder holds."""
 MOST_VALUES, MOST_BYTES = 5_000, 1 << 20
 """Of a configuration: more is no configuration of ours, and may be made to exhaust the reader."""
@@ -198,16 +200,17 @@ def _files(run: Run) -> None:
     run.name = str(run.config.get("run.name") or run.name)
     for name in ("summary", "startup", "environment"):
         setattr(run, name, json_object(run.folder / f"{name}.json", run.notes))
-    run.kept = json_object(run.folder / "run.json", run.notes)
-    run.corpus = str(json_object(run.folder / "corpus.json", run.notes).get("fingerprint") or "")
+    run.kept = json_object(RunDir(run.folder).starts, run.notes)
+    run.corpus = str(json_object(RunDir(run.folder).corpus, run.notes).get("fingerprint") or "")
     _metrics(run)
-    run.samples = [s for s in json_lines(run.folder / "samples.jsonl", run.notes) if isinstance(s.get("step"), int)]
-    if bad := json_lines(run.folder / "skipped.jsonl", run.notes):
+    run.samples = [s for s in json_lines(RunDir(run.folder).samples, run.notes) if isinstance(s.get("step"), int)]
+    if bad := json_lines(RunDir(run.folder).skipped, run.notes):
         run.notes.append(f"{plural(len(bad), 'step')} made again without rows that made its numbers bad")
 
 
 def _state(run: Run) -> str:
-    if held(run.folder / "lock", [run.folder / "run.json", run.folder / "metrics.jsonl"]):
+    files = RunDir(run.folder)
+    if held(files.lock, [files.starts, files.metrics]):
         return "running"
     patience = number(run.config.get("stop.patience")) or math.inf  # a run may also end since nothing gets better
     if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1) or (
@@ -230,7 +233,7 @@ def _judged(run: Run, sweep: Sweep, trial: Trial) -> None:
 def _ends(folder: Path) -> list[str]:
     """How the ranks of the last start ended, where they could still say it."""
     words = []
-    for file in sorted((folder / "logs").glob("*.end")):
+    for file in sorted(RunDir(folder).logs.glob("*.end")):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             end = json.loads(file.read_text())
             if end.get("error"):
@@ -239,7 +242,7 @@ def _ends(folder: Path) -> list[str]:
 
 
 def _config(run: Run) -> dict[str, Any]:
-    file = run.folder / "config.yaml"
+    file = RunDir(run.folder).config
     try:
         if not file.exists():
             return {}
@@ -279,7 +282,7 @@ def _listed(value: list[Any]) -> str:
 def _metrics(run: Run) -> None:
     by_step = {
         r["step"]: r
-        for r in json_lines(run.folder / "metrics.jsonl", run.notes)
+        for r in json_lines(RunDir(run.folder).metrics, run.notes)
         if type(r.get("step")) is int and 0 <= r["step"] < 1 << 53
     }
     run.steps = np.array(sorted(by_step), np.int64)

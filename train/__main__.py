@@ -14,6 +14,7 @@ from rich.table import Table
 from train.config import load as configuration
 from train.config import schema
 from train.errors import ExitCode, Stopped, UserError
+from train.events import Event
 from train.util import redact
 from train.util.format import plural
 
@@ -103,9 +104,9 @@ def worker(argv: Sequence[str]) -> int:
     config = configuration.read(Path(options["config"]))
     world = process_group.init_from_env()
 
-    def emit(event: dict[str, object]) -> None:
+    def emit(event: Event) -> None:
         if world.is_rank0:
-            OUT.print_json(data=event, indent=None, default=float)
+            OUT.print_json(data=event.to_json(), indent=None, default=float)
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
     process_group.destroy_group()

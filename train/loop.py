@@ -1,4 +1,4 @@
-"""The loop of one rank, in the order in which things happen."""
+"""The training loop of one rank, in the order in which things happen."""
 
 from __future__ import annotations
 
@@ -6,52 +6,30 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn, Protocol
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from train.batch import SKIPPED_STEP, Batch, StepResult, count_targets, count_tokens, to_device
 from train.config.schema import Config
 from train.data.loader import Loader
-from train.distributed import heartbeat, process_group
+from train.data.sampling.batch_plan import Cursor
+from train.distributed import process_group
 from train.engine.engine import Engine
-from train.errors import NotFinite, Stopped
+from train.errors import Stopped
+from train.events import Emit, NoteEvent, StepEvent, StopAgreedEvent
 from train.optim.schedule import learning_rate
-from train.reporting.goodput import TimeByCause
+from train.reporting.activity import RankActivity
 from train.reporting.throughput import tokens_per_second
-from train.stability.early_stopping import reason, should_stop, update
+from train.reporting.tracking import Record
+from train.services import RunServices
+from train.stability import early_stopping
 from train.stability.guard import Guard
 from train.state.train_state import TrainState
 from train.util.seeding import seed_of
 
-Record = dict[str, Any]
 EMIT_EVERY_S = 0.1
-
-
-class Aside(Protocol):
-    """What a run does beside its steps. ``evaluate``, ``save`` and ``settle`` are collectives."""
-
-    def log(self, record: Record) -> None:
-        """Keep the numbers of a step."""
-
-    def evaluate(self, progress: TrainState) -> Record:
-        """The held-out loss of the model as it is now."""
-
-    def save(self, progress: TrainState, val_loss: float | None, pending: Record | None) -> None:
-        """Begin a checkpoint of this moment; ``pending`` is a record that still lacks its evaluation."""
-
-    def wait_for_staging(self) -> None:
-        """Called before each update: returns when no save still needs the weights and moments as they are."""
-
-    def poll_save(self) -> bool:
-        """Whether the save that was begun last is known to have failed."""
-
-    def wait_for_save(self) -> None:
-        """Return when what was begun is saved; raise UserError on every rank if it could not be."""
-
-    @property
-    def stall_s(self) -> float:
-        """Seconds, since the start, that steps have waited for saves."""
+"""Least time between two step events of steps that are not logged."""
 
 
 @dataclass
@@ -62,177 +40,183 @@ class Training:
     world: process_group.DistContext
     engine: Engine
     loader: Loader
-    aside: Aside
-    emit: Callable[[Record], None]
+    services: RunServices
+    emit: Emit
     should_stop: Callable[[], bool]
     guard: Guard
-    times: TimeByCause
-    progress: TrainState
+    activity: RankActivity
+    state: TrainState
     saved_step: int | None = None
     """The step of the newest checkpoint."""
+    pending: Record | None = None
+    """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every so many steps happens at this one; all of it happens at the last."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 
+class StepSync(NamedTuple):
+    """What the ranks agree on before each step."""
+
+    counts: dict[str, int]
+    """Trained targets of the global batch, by loss."""
+    tokens: int
+    """Tokens of the global batch; 0 where nothing of it is trained on."""
+    stop: bool
+    """Any rank was asked to stop."""
+    save_failed: bool
+    """The last save is known to have failed on any rank."""
+
+
 def train(run: Training) -> TrainState:
-    """Train to the last step. Raises Stopped, saved, when any rank was asked to stop."""
-    config, progress, pace = run.config, run.progress, Pace(run)
-    run.times.lap("start")
-    while progress.step < config.steps and not should_stop(config.stop, progress):
-        heartbeat.set_step(progress.step + 1)
-        heartbeat.enter_phase("data")
-        torch.manual_seed(seed_of(config.seed, progress.step, run.world.rank))
-        micro_batches, cursor = next(run.loader)
-        counts, tokens, stop, failed = agree(micro_batches, run.should_stop(), run.aside.poll_save())
-        run.times.lap("data")
-        if failed:
-            run.aside.wait_for_save()  # raises what is wrong
-        if stop:
-            _stop(run, progress)
-        batches = [to_device(batch, run.world.device) for batch in micro_batches]
-        lr = learning_rate(config.schedule, config.optimizer.lr, progress.step, config.steps)
-        stalled = run.aside.stall_s
-        result = run.engine.train_step(batches, counts, lr, run.aside.wait_for_staging) if tokens else SKIPPED_STEP
-        losses = mean_losses(result)
-        loss = losses["loss"]
-        seconds = run.times.lap("train", save=run.aside.stall_s - stalled)
-        before, progress = progress, progress.after(cursor, tokens, result.update_applied, seconds)
-        if tokens and (back := run.guard.check(before, loss, result.update_applied)):
-            progress, run.saved_step = back, min(run.saved_step or 0, back.step)
-            pace.go_on_from(back)
-            run.times.lap("redo")
-            continue
-        if tokens:
-            progress = replace(progress, recent=before.recent.after(loss, before.cursor, config.spikes))
-            _refuse_divergence(run, result, progress)
+    """Train to the last step. Raises Stopped, with a checkpoint saved, when any rank was asked to stop."""
+    config, state, record, pace = run.config, run.state, run.pending or {}, Pace(run)
+    run.activity.charge("start")
+    while record or (state.step < config.steps and not early_stopping.should_stop(config.stop, state)):
+        if not record:  # else an earlier start made the step, and was stopped before its evaluation
+            before, (state, record) = state, make_step(run, state, pace)
+            if state.step <= before.step:
+                continue  # the guard rejected the step
+        if run.due(config.eval_every, state.step):
+            state = evaluate(run, state, record)
+        if record:
+            run.services.log(record)
+        if end_early := early_stopping.should_stop(config.stop, state):
+            run.emit(NoteEvent(early_stopping.reason(config.stop, state)))
+        if (
+            end_early or is_best(run, state) or run.due(config.save_every, state.step)
+        ) and state.step != run.saved_step:
+            run.services.save(state, record.get("val_loss"), pending=None)
+            run.saved_step = state.step
         record = {}
-        if run.due(config.log_every, progress.step) or run.due(config.eval_every, progress.step):
-            record = report(run, before, progress, losses | {"lr": lr, "grad_norm": result.grad_norm})
-            record |= pace.since_last(progress)
-        pace.show(run, progress, record)
-        run.times.lap("other")
-        progress = _aside(run, progress, record)
-    run.aside.wait_for_save()
-    run.times.lap("save")
-    return progress
+    run.services.wait_for_save()
+    run.activity.charge("save")
+    return state
 
 
-def agree(micro_batches: Sequence[Batch], stop: bool, failed: bool) -> tuple[dict[str, int], int, bool, bool]:
-    """What the global batch holds, and what the ranks want.
+def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState, Record]:
+    """Make one optimizer step: the state after it, and its record, empty where the step is not logged.
 
-    (places that each loss is trained on, tokens (0 where nothing is), whether any rank is asked to stop, whether a save failed).
-    One sum over the ranks, before the first backward pass, since every gradient is divided by the count of the whole batch.
+    Where the guard rejects the step, the state is the one to go on from, at ``before.step`` or earlier.
     """
-    counted = [count_targets(batch) for batch in micro_batches]
-    places = [float(sum(counts[name] for counts in counted)) for name in counted[0]]
+    config, activity, services = run.config, run.activity, run.services
+    activity.begin_step(before.step + 1)
+    with activity.phase("load batch"):
+        torch.manual_seed(seed_of(config.seed, before.step, run.world.rank))
+        micro_batches, cursor = next(run.loader)
+        sync = sync_step(micro_batches, run.should_stop(), services.poll_save())
+    if sync.save_failed:
+        services.wait_for_save()  # raises what is wrong
+    if sync.stop:
+        stop(run, before)
+    stalled = services.stall_s
+    lr = learning_rate(config.schedule, config.optimizer.lr, before.step, config.steps)
+    result = SKIPPED_STEP
+    if sync.tokens:
+        batches = [to_device(batch, run.world.device) for batch in micro_batches]
+        result = run.engine.train_step(batches, sync.counts, lr, services.wait_for_staging)
+    losses = mean_losses(result)
+    seconds = activity.charge("train", save=services.stall_s - stalled)
+    state = before.after(cursor, sync.tokens, result.update_applied, seconds)
+    if sync.tokens:
+        if target := run.guard.check(before, losses["loss"], result.update_applied):
+            run.saved_step = min(run.saved_step or 0, target.step)
+            pace.restart(target)
+            activity.charge("redo")
+            return target, {}
+        state = replace(state, recent=before.recent.after(losses["loss"], before.cursor, config.spikes))
+    record: Record = {}
+    if run.due(config.log_every, state.step) or run.due(config.eval_every, state.step):
+        measured = losses | {"lr": lr, "grad_norm": result.grad_norm}
+        record = step_record(run, state, before.cursor, measured) | pace.since_last(state)
+    pace.show(run, state, record)
+    activity.charge("other")
+    return state, record
+
+
+def sync_step(micro_batches: Sequence[Batch], stop: bool, save_failed: bool) -> StepSync:
+    """Sum over the ranks what the global batch holds, and what any rank wants.
+
+    One all-reduce, before the first backward pass, since every gradient is divided by the count of the whole batch.
+    """
+    by_batch = [count_targets(batch) for batch in micro_batches]
+    names = list(by_batch[0])
+    targets = [float(sum(counts[name] for counts in by_batch)) for name in names]
     tokens = float(sum(count_tokens(batch) for batch in micro_batches))
-    *whole, tokens, stops, fails = process_group.all_reduce_sum([*places, tokens, float(stop), float(failed)])
-    counts = dict(zip(counted[0], map(int, whole), strict=True))
-    return counts, int(tokens) if counts["loss"] else 0, stops > 0, fails > 0
+    *sums, tokens, stops, fails = process_group.all_reduce_sum([*targets, tokens, float(stop), float(save_failed)])
+    counts = dict(zip(names, map(int, sums), strict=True))
+    return StepSync(counts, int(tokens) if counts["loss"] else 0, stops > 0, fails > 0)
 
 
 def mean_losses(result: StepResult) -> dict[str, float]:
-    """The losses of the global batch; not a number where no place of it was trained on. A small sum over the ranks."""
+    """The losses of the global batch, each per trained target; NaN where it has no target. One small all-reduce."""
     sums = process_group.all_reduce_sum([float(value) for pair in result.losses.values() for value in pair])
-    pairs = zip(sums[::2], sums[1::2], strict=True)
-    return {
-        name: total / places if places else math.nan for name, (total, places) in zip(result.losses, pairs, strict=True)
-    }
+    totals, counts = sums[::2], sums[1::2]
+    means = [total / count if count else math.nan for total, count in zip(totals, counts, strict=True)]
+    return dict(zip(result.losses, means, strict=True))
 
 
-def report(run: Training, before: TrainState, progress: TrainState, measured: Record) -> Record:
-    """The line of ``metrics.jsonl`` of this step, without its times."""
+def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Record) -> Record:
+    """The line of ``metrics.jsonl`` of the step whose data begin at ``cursor``, without its speed and its evaluation."""
     return {
-        "step": progress.step,
+        "step": state.step,
         **measured,
-        "tokens": progress.tokens,
-        "epoch": before.cursor.epoch,
-        "data_hash": run.loader.data_hash(before.cursor),
+        "tokens": state.tokens,
+        "epoch": cursor.epoch,
+        "data_hash": run.loader.data_hash(cursor),
     }
 
 
-def phase(name: str) -> Record:
-    """The event that a rank has come to another part of its work; ``t`` is seconds since 1970."""
-    return {"event": "phase", "name": name, "t": time.time()}
+def evaluate(run: Training, state: TrainState, record: Record) -> TrainState:
+    """Evaluate the model and add its metrics to ``record``; the state then knows whether the model is the best so far."""
+    try:
+        metrics = run.services.evaluate(state)
+    except Stopped:
+        stop(run, state, pending=record)
+    record |= metrics
+    return early_stopping.update(run.config.stop, state, metrics)
 
 
-def finish_pending(run: Training, record: Record) -> None:
-    """Make the evaluation that a stop cut short, so that ``metrics.jsonl`` is what it would have been."""
-    run.progress = _aside(run, run.progress, record)
+def is_best(run: Training, state: TrainState) -> bool:
+    """Whether the model of this very step is the best so far, and the best are kept."""
+    return run.config.keep_best > 0 and state.best_step == state.step
 
 
-def _aside(run: Training, progress: TrainState, record: Record) -> TrainState:
-    val_loss = None
-    if run.due(run.config.eval_every, progress.step):
-        try:
-            evaluated = run.aside.evaluate(progress)
-        except Stopped:
-            _stop(run, progress, record)
-        run.times.lap("eval")
-        record, val_loss = record | evaluated, evaluated.get("val_loss")
-        progress = update(run.config.stop, progress, evaluated)
-    if record:
-        run.aside.log(record)
-    over = should_stop(run.config.stop, progress)
-    if over:
-        run.emit({"event": "note", "text": reason(run.config.stop, progress)})
-    best = run.config.keep_best > 0 and progress.best_step == progress.step
-    if (over or best or run.due(run.config.save_every, progress.step)) and progress.step != run.saved_step:
-        run.aside.save(progress, val_loss, None)
-        run.times.lap("save")
-        run.saved_step = progress.step
-    return progress
-
-
-def _stop(run: Training, progress: TrainState, pending: Record | None = None) -> NoReturn:
-    run.emit({"event": "stop_agreed"})
-    if progress.step not in (0, run.saved_step):
-        run.aside.save(progress, None, pending)
-    run.aside.wait_for_save()
-    heartbeat.enter_phase("end")
+def stop(run: Training, state: TrainState, pending: Record | None = None) -> NoReturn:
+    """All ranks have seen the request to stop: save, unless this step is saved already, and raise Stopped."""
+    run.emit(StopAgreedEvent())
+    if state.step not in (0, run.saved_step):
+        run.services.save(state, None, pending)
+    run.services.wait_for_save()
+    run.activity.enter("end")
     raise Stopped
 
 
-def _refuse_divergence(run: Training, result: StepResult, progress: TrainState) -> None:
-    if result.update_applied:
-        return
-    limit = run.config.optimizer.max_skipped
-    run.emit({"event": "note", "text": f"step {progress.step}: the gradient is not finite, the update is skipped"})
-    if progress.skipped_in_row >= limit:
-        run.aside.wait_for_save()
-        raise NotFinite(
-            f"{limit} updates in a row had a gradient that is not finite, the last at step {progress.step} "
-            f"(optimizer.max_skipped={limit}). The weights of step {progress.step - limit} are intact and the newest checkpoint "
-            "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
-        )
-
-
 class Pace:
-    """Times for people to look at: the speed since the last line, and a progress event now and then."""
+    """Times for people to look at: the speed since the last record, and a step event now and then."""
 
     def __init__(self, run: Training) -> None:
-        self.spent, self.shown = run.times.spent, -math.inf
-        self.go_on_from(run.progress)
+        self.spent, self.shown = run.activity.times.spent, -math.inf
+        self.restart(run.state)
 
-    def go_on_from(self, progress: TrainState) -> None:
+    def restart(self, state: TrainState) -> None:
         """Count from here."""
-        self.tokens, self.seconds = progress.tokens, self.spent["data"] + self.spent["train"]
+        self.tokens, self.seconds = state.tokens, self.spent["data"] + self.spent["train"]
         self.stalled = self.spent["save"]
 
-    def since_last(self, progress: TrainState) -> Record:
-        """Tokens per second, waiting for data included, and the seconds waited for saves, since this was last asked."""
+    def since_last(self, state: TrainState) -> Record:
+        """Tokens per second, waiting for data included, and the seconds waited for saves, since the last record."""
         tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
-        self.go_on_from(progress)
+        self.restart(state)
         speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
         return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
 
-    def show(self, run: Training, progress: TrainState, record: Record) -> None:
-        """Say where the run is; with the numbers of a logged step when there are any."""
+    def show(self, run: Training, state: TrainState, record: Record) -> None:
+        """Emit where the run is, with the numbers of a logged step; other steps at most every EMIT_EVERY_S."""
         now = time.monotonic()
         if self.shown < 0:
-            run.emit(phase("train"))
+            run.activity.enter("train")
         if record or now - self.shown > EMIT_EVERY_S:
             self.shown = now
-            run.emit({"event": "step", "steps": run.config.steps, "step": progress.step} | record)
+            run.emit(StepEvent(run.config.steps, state.step, record))

@@ -22,9 +22,10 @@ from cluster.host import run_lock
 from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import ExitCode, UserError
-from train.reporting.tracking import read_records
 from train.run_dir.compare import compare_lines
 from train.util.format import duration, plural
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 EVERY = 5
 """Steps between checkpoints."""
@@ -197,6 +198,4 @@ class Drill:
 
 
 def _losses(folder: Path, step: int) -> drill.Losses:
-    return {
-        record["step"]: record["loss"] for record in read_records(folder / "metrics.jsonl") if record["step"] <= step
-    }
+    return {record["step"]: record["loss"] for record in read_records(RunDir(folder).metrics) if record["step"] <= step}

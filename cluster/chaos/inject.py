@@ -22,6 +22,7 @@ from train.checkpoint import manifest
 from train.config.load import Config
 from train.data.corpus.shards import read_index
 from train.errors import ExitCode, UserError
+from train.util.run_layout import RunDir, checkpoint_steps, shard_name
 
 FULL_S = 90.0
 """How long a run that has lost workers is waited for to have all again, before the next fault."""
@@ -90,7 +91,7 @@ class DisturbedRun:
         self.hands.wait_for_hosts()
         if run.over:
             self._start(run)
-        run.until(lambda: len(list(run.folder.glob("checkpoints/step_*"))) > 1, "its second checkpoint")
+        run.until(lambda: len(checkpoint_steps(RunDir(run.folder).checkpoints)) > 1, "its second checkpoint")
         saved, workers, give_up = run.saved, self.config.cluster.workers, time.monotonic() + FULL_S
         run.until(lambda: run.step >= saved + every // 2, "the next steps")
         run.until(lambda: run.size == workers or (run.size and time.monotonic() > give_up), "have all its workers")
@@ -165,7 +166,7 @@ class DisturbedRun:
         first = run.places[0]
 
         def torn() -> bool:
-            aside = list(run.folder.glob("checkpoints/.step_*.saving"))
+            aside = list(RunDir(run.folder).checkpoints.glob(".step_*.saving"))
             if not aside:
                 return False
             self.hands.signal(first, signal.SIGSTOP)
@@ -187,7 +188,7 @@ class DisturbedRun:
         first = run.places[0]
         self.hands.signal(first, signal.SIGSTOP)
         time.sleep(10 * CATCH_S)
-        file = run.folder / "checkpoints" / f"step_{run.saved}" / f"rank_{len(run.places) - 1}.safetensors"
+        file = RunDir(run.folder).checkpoint(run.saved) / shard_name(len(run.places) - 1)
         flip(file)
         where = {"step": file.parent.name, "file": file.name}
         return self._in_life(fault, self._hit(self.hands.signal, first, signal.SIGKILL), where)
@@ -196,8 +197,8 @@ class DisturbedRun:
         """Half of the last rank's file of a checkpoint goes onto the disk, and not a byte more."""
         run = self._living()
         last = run.places[-1]
-        files = manifest.read(run.folder / "checkpoints" / f"step_{run.saved}")["files"]
-        size = max(1, files[f"rank_{last.rank}.safetensors"]["size"] // 2)
+        files = manifest.read(RunDir(run.folder).checkpoint(run.saved))["files"]
+        size = max(1, files[shard_name(last.rank)]["size"] // 2)
         return self._again(fault, self._hit(self.hands.limit_files, last, size), vars(last), ExitCode.BAD_INPUT)
 
     def _term(self, fault: Fault) -> Observation:
@@ -208,7 +209,7 @@ class DisturbedRun:
         """The command is given on a copy of the corpus in which bytes of one shard are flipped; then the shard is put right."""
         run = self._living()
         self.pause()
-        corpus = Path(json.loads((run.folder / "corpus.json").read_text())["folder"])
+        corpus = Path(json.loads(RunDir(run.folder).corpus.read_text())["folder"])
         shard, copy = poisoned(corpus, self.folder / "corpus")
         hit = self._hit(run.start, f"data.dir={copy}")
         words = self._named(fault, hit, {"file": shard}, lambda: False)

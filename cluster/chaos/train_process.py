@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker import ipc
-from train.checkpoint.manifest import FOLDER
+from train.checkpoint import manifest
 from train.errors import UserError
-from train.reporting.tracking import read_records
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 TIMEOUT_S = 1800.0
 END_S = 120.0
@@ -138,18 +139,17 @@ class TrainProcess:
     @property
     def step(self) -> int:
         """The last step that metrics.jsonl has."""
-        return max((record["step"] for record in read_records(self.folder / "metrics.jsonl")), default=0)
+        return max((record["step"] for record in read_records(RunDir(self.folder).metrics)), default=0)
 
     @property
     def saved(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
-        names = (FOLDER.fullmatch(path.name) for path in self.folder.glob("checkpoints/step_*"))
-        return max((int(found[1]) for found in names if found), default=0)
+        return manifest.newest_step(RunDir(self.folder).checkpoints)
 
     @property
     def restarts(self) -> list[dict]:
         """The lines of restarts.jsonl: a world that trains after another had ended."""
-        return read_records(self.folder / "restarts.jsonl")
+        return read_records(RunDir(self.folder).restarts)
 
     @property
     def places(self) -> list[RankLocation]:
@@ -167,4 +167,4 @@ class TrainProcess:
 
     @property
     def _world(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "world.json").read_text()))
+        return dict(json.loads(RunDir(self.folder).world.read_text()))

@@ -19,7 +19,7 @@ from cluster.raycluster import node_daemon, ray_auth, ray_node
 from cluster.raycluster import status as view
 from train.errors import ExitCode, UserError
 from train.util.format import duration, plural
-from train.util.io import locked
+from train.util.io import FileLock
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 PORT = 6379
@@ -202,14 +202,14 @@ VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
 }
 
 
-def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[None]:
+def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[object]:
     """Two commands that change this user's node on this host follow each other; one job's node (see ``join``) is held by none."""
     if name == "status" or "job" in given:
         return contextlib.nullcontext()
     folder = Path(ray_auth.PLACE).expanduser().parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     wait = partial(ERR.print, f"waiting for another `cluster` command on {socket.gethostname()}")
-    return locked(folder / f"trireme-{socket.gethostname()}.lock", wait)
+    return FileLock(folder / f"trireme-{socket.gethostname()}.lock", on_wait=wait)
 
 
 def run(arguments: Sequence[str]) -> int:

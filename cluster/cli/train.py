@@ -12,6 +12,7 @@ from train.config.schema import Config
 from train.data.corpus import shards
 from train.data.prepare import prepare
 from train.errors import ExitCode
+from train.events import PrepareEvent
 from train.pretrained import inspect_source
 from train.run_dir import resume
 
@@ -39,7 +40,7 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     ready = prepare.resolve(config.data)
     if ready is None:
         ready = prepare.prepare(
-            config.data, lambda progress: report({"event": "prepare", **progress}), config.objective
+            config.data, lambda progress: report(PrepareEvent(progress["phase"], progress).to_json()), config.objective
         )
     resume.check(config, shards.fingerprint(shards.read_index(ready)))
     return str(ready.absolute())

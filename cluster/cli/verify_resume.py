@@ -19,6 +19,7 @@ from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
 from train.config import load as configuration
 from train.errors import ExitCode, UserError
 from train.run_dir.compare import Comparison, compare
+from train.util.run_layout import RunDir
 
 HALF = 10
 """Steps before the stop, and after it."""
@@ -79,7 +80,7 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
 def _make(run: TrainProcess, step: int) -> None:
     """Has it go on until it has the checkpoint of a step, and ends it."""
     run.start()
-    run.until((run.folder / "checkpoints" / f"step_{step}").is_dir, f"the checkpoint of step {step}")
+    run.until(RunDir(run.folder).checkpoint(step).is_dir, f"the checkpoint of step {step}")
     run.end(signal.SIGTERM)
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from cluster.driver.early_start import EarlyStart
 from cluster.host import run_lock
@@ -24,8 +24,10 @@ from cluster.supervision.job import Clock, Job
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.errors import NO_ROOM, ExitCode, UserError, no_room
+from train.events import JobEvent, NoteEvent, PhaseEvent
 from train.reporting.console import RunConsole
 from train.util.format import plural
+from train.util.io import FileLock
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class TrainDriver:
         self.signals = begun.signals
         self.clock = Clock(begun.since)
         self.run_dir = Path()
-        self.held: IO[str] | None = None
+        self.held: FileLock | None = None
         self.private: LocalRayCluster | None = None
         self.others: remote_hosts.RemoteNodes | None = None
 
@@ -145,12 +147,10 @@ class TrainDriver:
         if placement.waiting:
             held = "; ".join(map(str, status.holders()))
             self.console.show(
-                {"event": "note", "text": f"waiting: no room yet for {plural(placement.waiting, 'worker')}: {held}"}
+                NoteEvent(f"waiting: no room yet for {plural(placement.waiting, 'worker')}: {held}").to_json()
             )
-        self.console.show(
-            {"event": "job", "config": config.model_dump(by_alias=True), "device": device, "hosts": len(known)}
-        )
-        self.console.show({"event": "phase", "name": "workers"})
+        self.console.show(JobEvent(config.model_dump(by_alias=True), device, len(known)).to_json())
+        self.console.show(PhaseEvent("workers").to_json())
         job = Job(
             config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private
         )
@@ -159,7 +159,7 @@ class TrainDriver:
 
     def _cluster(self, config: Config) -> None:
         """Has the driver on the cluster that the configuration names, or on one of the job's own."""
-        self.console.show({"event": "phase", "name": "ray"})
+        self.console.show(PhaseEvent("ray").to_json())
         self.private, self.others = connect.connect(
             config.cluster, config.run.name or "", self.begun.folder, self.begun.target
         )

@@ -7,7 +7,6 @@ starts it and owns it: the driver on its own machine, while Ray is still coming 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from train.errors import UserError
+from train.util.io import FileLock
 
 PREFIX = "trireme-"
 MARK = "TRIREME_JOB"
@@ -41,6 +41,10 @@ QUIET = {
 """The warm process's environment: no thread pools and no CUDA before the fork. A trainer's threads are set after it."""
 
 
+_held: list[FileLock] = []
+"""The locks of this process's job folders, kept as long as it lives."""
+
+
 def temp_root() -> Path:
     """The directory that job folders are in."""
     root = tempfile.gettempdir()
@@ -57,8 +61,9 @@ def make_folder() -> Path:
 
 def hold(folder: Path) -> None:
     """Marks ``folder`` as in use for as long as this process lives."""
-    fd = os.open(folder / "held", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_SH)
+    lock = FileLock(folder / "held")
+    lock.acquire(shared=True)
+    _held.append(lock)
 
 
 def sweep(patience_s: float = 0.0) -> None:
@@ -73,12 +78,11 @@ def _sweep() -> bool:
     held = False
     for folder in temp_root().glob(f"{PREFIX}*"):
         try:
-            with (folder / "held").open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if folder.stat().st_uid == os.getuid():
+            with contextlib.closing(FileLock(folder / "held", create=False)) as lock:
+                if not lock.acquire(wait=False):
+                    held = True
+                elif folder.stat().st_uid == os.getuid():
                     shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            held = True
         except OSError:
             continue  # another user's, or gone by now
     return held
@@ -161,8 +165,7 @@ def connect_fork_server(folder: Path) -> socket.socket | None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keeps the host's stewards from starting two warm processes."""
-    with (folder / "starting").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "starting"):
         yield
 
 

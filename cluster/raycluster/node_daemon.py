@@ -10,7 +10,6 @@ that ends. All that Ray keeps is in one folder of this user's, which goes with t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -20,12 +19,13 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from cluster.host import job_dir
 from cluster.raycluster import ray_auth as token
 from cluster.raycluster import ray_node, versions
 from train.errors import ExitCode, UserError
+from train.util.io import FileLock
 
 LOOK_S = 0.5
 SAVE_S = 70.0
@@ -60,13 +60,14 @@ def lasting_folder() -> Path:
 
 def living(folder: Path) -> dict[str, Any] | None:
     """What the node in ``folder`` says of itself: {"pid", "address", "ip", "head", "node", "since"}; None where none lives."""
-    with contextlib.suppress(OSError, ValueError), (folder / "node.json").open("r+") as file:
+    with (
+        contextlib.suppress(OSError, ValueError),
+        contextlib.closing(FileLock(folder / "node.json", create=False)) as lock,
+    ):
         if folder.lstat().st_uid != os.getuid():
             return None  # anybody can make a folder of that name in /tmp, and be sent our token
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # its keeper holds it as long as it lives, so the pid is right
-            return dict(json.loads(file.read()))
+        if not lock.acquire(wait=False):  # its keeper holds it as long as it lives, so the pid is right
+            return dict(json.loads(lock.file.read()))
     return None
 
 
@@ -94,7 +95,7 @@ class NodeDaemon:
         self.folder = Path(order.folder)
         self.lifeline = lifeline
         self.told = False
-        self.file: IO[str] | None = None
+        self.lock: FileLock | None = None
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._tell)
 
@@ -121,10 +122,9 @@ class NodeDaemon:
             "node": self.node.node_id,
         }
         about |= {"since": time.time(), "host": socket.gethostname(), "cpus": order.cpus, "gpus": order.gpus}
-        self.file = (self.folder / "node.json").open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        json.dump(about, self.file)
-        self.file.flush()
+        self.lock = FileLock(self.folder / "node.json")
+        self.lock.acquire()
+        self.lock.write(json.dumps(about))
         return about
 
     def keep(self) -> None:
@@ -144,8 +144,8 @@ class NodeDaemon:
         one whose host answers, but which does not, is gone.
         """
         self.node.end()
-        if self.file is not None:
-            self.file.close()
+        if self.lock is not None:
+            self.lock.close()
         deadline = time.monotonic() + BACK_S
         while not self.told and time.monotonic() < deadline and not job_dir.refuses(address):
             with contextlib.suppress(UserError):

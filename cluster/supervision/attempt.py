@@ -15,6 +15,7 @@ from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot, lives
 from cluster.worker import exit_record
 from train.errors import ExitCode, UserError
+from train.events import NoteEvent, StartedEvent, StoppingEvent, WorldEvent
 
 POLL_S = 1.0
 """How long a steward holds a question for news open; then it answers with its trainer's pulse alone."""
@@ -91,7 +92,7 @@ class Attempt:
                 )
         self.job.clock.mark("imports", answers[0]["ready"])
         self.pids = [answer["pid"] for answer in answers]
-        self.job.show({"event": "started", "pids": self.pids, "generation": self.number})
+        self.job.show(StartedEvent(self.pids, self.number).to_json())
         return self.pids
 
     def _ask(self, questions: Sequence[Any]) -> list[Any]:
@@ -161,7 +162,7 @@ class Attempt:
 
     def _pass_on_stop(self) -> None:
         if self.job.signals.heard is not None and not self.leaving:
-            self.job.show({"event": "stopping", "signal": self.job.signals.heard})
+            self.job.show(StoppingEvent(self.job.signals.heard).to_json())
             self._leave()
 
     def _leave(self) -> None:
@@ -240,7 +241,7 @@ class Attempt:
             self.asked[rank] = record["signal"]
             if not self.leaving:
                 where = self.places[rank]["host"]
-                self.job.show({"event": "note", "text": f"rank {rank} on {where} was told to end: saving"})
+                self.job.show(NoteEvent(f"rank {rank} on {where} was told to end: saving").to_json())
         elif event == "stop_agreed":
             self.agreed = True
         elif event == "phase":
@@ -260,7 +261,7 @@ class Attempt:
             self._first_steps.add(rank)
             if len(self._first_steps) == self.size:
                 self.marks["train"] = max(record["t"], self.marks.get("train", 0.0))
-                self.job.show({"event": "world", "generation": self.number, "size": self.size, "marks": self.marks})
+                self.job.show(WorldEvent(self.number, self.size, self.marks).to_json())
 
     def _ended(self, rank: int, record: dict[str, Any]) -> None:
         orphaned = record.get("orphaned")

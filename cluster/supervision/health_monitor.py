@@ -11,6 +11,7 @@ import ray
 
 from cluster.supervision import hang_detector, outcome
 from cluster.supervision.job import Job
+from train.events import NoteEvent
 
 INSPECT_S = 3.0
 OWN_PAUSE_S = 3.0
@@ -48,9 +49,7 @@ class HealthMonitor:
             return replace(found, evidence=(*found.evidence, *self._inspect(living, found.rank)))
         for rank, ratio in self.stragglers.look(known, now):
             where = f"rank {rank} on {self.places[rank]['host']}"
-            self.job.show(
-                {"event": "note", "text": f"{where} is slow: it works {ratio:.1f} times as long as the others"}
-            )
+            self.job.show(NoteEvent(f"{where} is slow: it works {ratio:.1f} times as long as the others").to_json())
         return None
 
     def _inspect(self, living: Collection[int], culprit: int | None) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.host.stop_request import Signals
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Config
+from train.util.run_layout import RunDir
 
 Show = Callable[[dict[str, Any]], None]
 
@@ -32,7 +33,7 @@ class Clock:
         first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
         if first:
             self.mark("first_step_done", event["t"])
-            (run_dir / "startup.json").write_text(json.dumps(self.marks, indent=1) + "\n")
+            RunDir(run_dir).startup.write_text(json.dumps(self.marks, indent=1) + "\n")
         return first
 
 

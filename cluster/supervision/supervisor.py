@@ -18,6 +18,9 @@ from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import HEAR_S, NOTICE_S, Attempt
 from cluster.supervision.job import Job
 from cluster.supervision.slots import JobSlots, Slot, lives
+from train.checkpoint import manifest
+from train.events import FailureEvent, NoteEvent, RecoveredEvent
+from train.util.run_layout import RunDir
 
 
 class Supervisor:
@@ -89,7 +92,7 @@ class Supervisor:
         ]
         aside = self.job.run_dir / ".world.json"
         aside.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
-        aside.replace(self.job.run_dir / "world.json")
+        aside.replace(RunDir(self.job.run_dir).world)
 
     # ------------------------------------------------------------------------------------------------------ what follows
 
@@ -101,9 +104,7 @@ class Supervisor:
         self.row = restart_policy.in_a_row(self.row, failure)
         decision = restart_policy.decide(self.row, self.job.config.cluster.max_failures)
         again = decision.again and self.job.signals.heard is None
-        self.job.show(
-            {"event": "failure", "lines": failure_report.explain(verdict), "next": decision.words, "again": again}
-        )
+        self.job.show(FailureEvent(failure_report.explain(verdict), decision.words, again).to_json())
         until = time.monotonic() + decision.wait_s
         while again and time.monotonic() < until:
             time.sleep(HEAR_S)
@@ -112,8 +113,7 @@ class Supervisor:
 
     def _newest(self) -> int:
         """The step of the newest checkpoint; a folder of that name is complete."""
-        found = self.job.run_dir.glob("checkpoints/step_*")
-        return max((int(path.name[5:]) for path in found if path.name[5:].isdecimal()), default=0)
+        return manifest.newest_step(RunDir(self.job.run_dir).checkpoints)
 
     def _after_stop(self, world: Attempt, verdict: outcome.Verdict) -> bool:
         """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
@@ -159,7 +159,7 @@ class Supervisor:
         if len(self.slots.up()) != world.size:
             text = f"going on with {len(self.slots.up())} of {workers} workers"
             text += "" if len(self.slots.up()) >= workers else "; more will join when there is room"
-            self.job.show({"event": "note", "text": text})
+            self.job.show(NoteEvent(text).to_json())
 
     def _rebuild(self, slots: list[Slot]) -> None:
         """A new private cluster, and all places taken anew on it."""
@@ -187,11 +187,12 @@ class Supervisor:
     def _show(self, event: dict[str, Any]) -> None:
         """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
         if event["event"] == "world" and self.down:
-            record = {"generation": self.attempts, "workers": event["size"], **event["marks"], **self.down}
-            with (self.job.run_dir / "restarts.jsonl").open("a") as file:
+            recovered = RecoveredEvent(self.attempts, event["size"], {**event["marks"], **self.down})
+            event = recovered.to_json()
+            record = {key: value for key, value in event.items() if key != "event"}
+            with RunDir(self.job.run_dir).restarts.open("a") as file:
                 file.write(json.dumps(record) + "\n")
             self.down = {}
-            event = {"event": "recovered", **record}
         self.console(event)
 
     def release(self) -> None:
@@ -221,7 +222,7 @@ class Supervisor:
                     "config": text,
                     "corpus": self.job.corpus,
                     "cwd": str(Path.cwd()),
-                    "log": str(self.job.run_dir / "logs" / f"rank_{rank}.log"),
+                    "log": str(RunDir(self.job.run_dir).log(rank)),
                     "threads": config.cluster.cpus_per_worker,
                     "env": {},
                 }

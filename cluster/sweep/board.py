@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.sweep.trial import ENDED, Trial, short
+from train.events import FailureEvent
 from train.reporting import failure_block
 from train.util.format import PREPARING, duration, finite, plural
 
@@ -93,10 +94,8 @@ class Board:
             f"{trial.words}: {event['lines'][0]}" if event.get("lines") else trial.words,
             *event.get("lines", [])[1:],
         ]
-        run_dir = trial.config.run.dir
-        self._out().print(
-            failure_block.block({**event, "lines": lines, "again": True}, run_dir, self.errors.is_terminal)
-        )
+        failure = FailureEvent(lines, event.get("next"), again=True)
+        self._out().print(failure_block.block(failure, trial.config.run.dir, self.errors.is_terminal))
 
     def ended(self, trial: Trial) -> None:
         """A trial has ended."""

@@ -8,7 +8,6 @@ import io
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 from cluster.driver import driver
 from cluster.driver.early_start import EarlyStart
@@ -23,7 +22,7 @@ from train.config import sweep_space
 from train.config.sweep_space import Sweeping
 from train.errors import ExitCode
 from train.util.format import plural
-from train.util.io import write_whole
+from train.util.io import FileLock, write_whole
 
 LOCK, RESULTS = "sweep.lock", "results.csv"
 BAD = ("failed", "diverged")
@@ -41,7 +40,7 @@ class SweepDriver:
         self.overrides, self.find_corpus, self.begun = overrides, find_corpus, begun
         self.console = Board()
         self.others: remote_hosts.RemoteNodes | None = None
-        self.held: IO[str] | None = None
+        self.held: FileLock | None = None
         self.folder = Path()
 
     def remove_empty_run_dir(self) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
-from train.reporting.tracking import read_records
-from train.util.io import append_line
+from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
+from train.util.io import append_line, read_records
 from train.util.redact import redact_tree
 
 FILE = "ledger.jsonl"
@@ -55,7 +55,7 @@ class SweepLedger:
         self.trials: dict[int, TrialRecord] = {}
         """As it was when it was opened."""
         records = read_records(self.file)
-        head = {"event": "sweep", **identity(sweep), "grid": grid}
+        head = SweepBegunRecord(identity(sweep), grid).to_json()
         self.head = None if records else head
         """Still to be written, before the first other line."""
         if records:
@@ -85,15 +85,15 @@ class SweepLedger:
 
     def add(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
         """A search has decided on a trial."""
-        self._write({"event": "trial", "trial": number, "params": params, "attrs": attrs})
+        self._write(TrialAddedRecord(number, params, attrs).to_json())
 
     def start(self, number: int, workers: int, hosts: Sequence[str]) -> None:
         """A trial's places are taken."""
-        self._write({"event": "start", "trial": number, "workers": workers, "hosts": list(hosts)})
+        self._write(TrialStartedRecord(number, workers, list(hosts)).to_json())
 
     def end(self, number: int, facts: dict[str, Any]) -> None:
         """A trial has ended, all its processes are gone; ``facts``: its state, step, values, and why."""
-        self._write({"event": "end", "trial": number, **facts})
+        self._write(TrialEndedRecord(number, **facts).to_json())
 
 
 def identity(sweep: Sweeping) -> dict[str, Any]:

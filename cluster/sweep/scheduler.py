@@ -11,7 +11,7 @@ import queue
 import signal
 import time
 from collections.abc import Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from cluster.host import run_lock
 from cluster.host.stop_request import Signals
@@ -27,6 +27,7 @@ from train.config import load as configuration
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
 from train.run_dir import resume
+from train.util.io import FileLock
 
 HEAR_S = 0.2
 
@@ -56,7 +57,7 @@ class SweepScheduler:
         self.trials = [self._known(number, entry) for number, entry in sorted(ledger.trials.items())]
         self.waiting = collections.deque(trial for trial in self.trials if trial.state == "queued")
         self.running: dict[int, TrialJob] = {}
-        self.locks: dict[int, IO[str]] = {}
+        self.locks: dict[int, FileLock] = {}
         self.news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
         self.stopping = False
         self.pruning: set[int] = set()

@@ -20,7 +20,9 @@ from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.config.sweep_space import Params
 from train.errors import UserError
-from train.reporting.tracking import read_records
+from train.events import JobEndedEvent
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 Event = dict[str, Any]
 SHORT = 8
@@ -87,7 +89,7 @@ def short(value: str) -> str:
 
 def history(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric, as far as the run has come."""
-    rows = read_records(folder / "metrics.jsonl")
+    rows = read_records(RunDir(folder).metrics)
     return [(row["step"], float(row[metric])) for row in rows if isinstance(row.get(metric), int | float)]
 
 
@@ -95,7 +97,7 @@ def final(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     """The metrics of a finished run: of its summary, or of the last step that has them. None where one was not measured."""
     summary: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(RunDir(folder).summary.read_text())
     found = []
     for metric in metrics:
         known = [value for _, value in history(folder, metric)[-1:]]
@@ -127,7 +129,7 @@ class TrialJob:
     """A trial's job, followed in a thread of its own until all its processes have ended."""
 
     def __init__(self, job: Job, device: str, gang: Sequence[Slot], tell: Callable[[Event], None]) -> None:
-        """``tell`` gets what the job says, and last {"event": "ended", "verdict", "why", "lost"}."""
+        """``tell`` gets what the job says, and last a ``JobEndedEvent``."""
         self.job, self.tell = job, tell
         self.why = ""
         """The first line of the newest failure."""
@@ -154,7 +156,7 @@ class TrialJob:
         lost = self.job.private is not None and self.job.private.lost()
         if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
             self.left = self.supervisor.slots.hand_over()
-        self.tell({"event": "ended", "verdict": verdict, "why": why, "lost": lost})
+        self.tell(JobEndedEvent(verdict, why, lost).to_json())
         if not lost:  # Ray would not answer
             self.supervisor.release()
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from cluster.worker import ipc
 from cluster.worker.worker_handle import WorkerHandle, tail
 from train.distributed import heartbeat
 from train.errors import ExitCode
+from train.events import ExitEvent
 
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """What ranks other than 0 say that anybody needs to hear."""
@@ -178,15 +180,18 @@ class WorkerAgent:
         os.close(read_fd)
         connection.close()
         code = ended["exit"] if ended else -signal.SIGKILL
-        record: dict[str, Any] = {"event": "exit", "code": code, "pid": trainer.pid, "t": time.time(), **trainer.world}
+        event = ExitEvent(code, trainer.pid, time.time(), **trainer.world)
         if code not in (ExitCode.OK, ExitCode.STOPPED):
-            record["host"] = socket.gethostname()
-            record["tail"] = tail(trainer.log, trainer.offset)
-            record["peak_mib"] = ended["peak_kib"] // 1024 if ended else None
-            record["memory_mib"] = psutil.virtual_memory().total >> 20
-            record["oom"] = job_dir.oom_kills() - kills_before
-            record["orphaned"] = ended is None
-        record["at"] = trainer.heartbeat()
+            event = replace(
+                event,
+                host=socket.gethostname(),
+                tail=tail(trainer.log, trainer.offset),
+                peak_mib=ended["peak_kib"] // 1024 if ended else None,
+                memory_mib=psutil.virtual_memory().total >> 20,
+                oom=job_dir.oom_kills() - kills_before,
+                orphaned=ended is None,
+            )
+        record = replace(event, at=trainer.heartbeat()).to_json()
         if self.trainer is trainer:
             self.trainer = None
         trainer.close()

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.worker import procfs
 from train.distributed import heartbeat
+from train.events import BeatEvent
 
 TAIL_LINES = 20
 TAIL_BYTES = 64 << 10
@@ -58,8 +59,8 @@ class WorkerHandle:
 
     def heartbeat(self) -> dict[str, Any]:
         """Its pulse, and what the kernel says of it."""
-        kernel = {"state": procfs.state(self.pid), "rss_mib": procfs.rss_mib(self.pid)}
-        return {"event": "beat", **heartbeat.read(self.memory), **kernel, **self.world}
+        kernel: dict[str, Any] = {"state": procfs.state(self.pid), "rss_mib": procfs.rss_mib(self.pid)}
+        return BeatEvent(**heartbeat.read(self.memory), **kernel, **self.world).to_json()
 
     def inspect(self) -> dict[str, Any]:
         """See ``Steward.inspect``."""

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import fcntl
 import importlib
 import json
 import os
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -28,18 +26,20 @@ from cluster.worker import exit_record
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
+from train.events import ErrorEvent, Event, NoteEvent, PhaseEvent, StopAskedEvent
+from train.util.io import FileLock
 
 
 class EventPipe:
-    """The way out for what a rank has to say: ``events({...})`` writes one line, whole, from any thread."""
+    """The way out for what a rank has to say: ``events(event)`` writes one line, whole, from any thread."""
 
     def __init__(self, fd: int) -> None:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         """Sends ``event``; numbers of foreign types become floats. A steward that is gone hears nothing."""
-        line = json.dumps(event, default=float).encode() + b"\n"
+        line = json.dumps(event.to_json(), default=float).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             while line:
                 line = line[self._file.write(line) :]
@@ -58,9 +58,7 @@ class StopFlag:
         if not self._asked:
             self._asked = True
             # From another thread: the main one may hold the lock of the event pipe at this very moment.
-            threading.Thread(
-                target=self._events, args=({"event": "stop_asked", "signal": number},), daemon=True
-            ).start()
+            threading.Thread(target=self._events, args=(StopAskedEvent(number),), daemon=True).start()
 
     def __call__(self) -> bool:
         """Whether the run was asked to stop."""
@@ -96,7 +94,7 @@ def _run_target(
     request: dict[str, Any], events: EventPipe, stop: StopFlag, listen_fd: int | None = None
 ) -> tuple[int, str | None]:
     """The exit status, and the error that was sent if there was one."""
-    events({"event": "phase", "name": "start", "t": time.time()})
+    events(PhaseEvent.now("start"))
     try:
         config = Config.model_validate_json(request["config"])
         _check_device(request["device"])
@@ -111,20 +109,19 @@ def _run_target(
             world = process_group.init_group(
                 request["rank"], request["size"], request["local_rank"], request["device"], meeting
             )
-            events({"event": "phase", "name": "connected", "t": time.time()})
+            events(PhaseEvent.now("connected"))
             load_target(request["target"])(config, request["corpus"], world, events, stop)
             process_group.destroy_group()
     except Stopped:
         return ExitCode.STOPPED, None
     except UserError as error:
-        kind = "not_finite" if isinstance(error, NotFinite) else "user"
-        events({"event": "error", "kind": kind, "text": str(error)})
+        events(ErrorEvent("not_finite" if isinstance(error, NotFinite) else "user", str(error)))
         return ExitCode.BAD_INPUT, str(error)
     except OSError as error:
         if error.errno not in NO_ROOM:
             return ExitCode.FAILURE, _traceback(events)
         text = no_room(error)
-        events({"event": "error", "kind": "user", "text": text})
+        events(ErrorEvent("user", text))
         return ExitCode.BAD_INPUT, text
     except BaseException:
         # Whatever it is, an interpreter's exit included: a rank that ends early has to say why.
@@ -135,7 +132,7 @@ def _run_target(
 def _traceback(events: EventPipe) -> str:
     text = traceback.format_exc()
     print(text, file=sys.stderr)
-    events({"event": "error", "kind": "exception", "text": text})
+    events(ErrorEvent("exception", text))
     return text
 
 
@@ -177,10 +174,6 @@ def _only_writer(request: dict[str, Any], events: EventPipe) -> Any:
     if request["rank"]:
         yield
         return
-    with Path(request["log"]).with_name("writer.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            events({"event": "note", "text": "waiting for the last start's rank 0 to be gone"})
-            fcntl.flock(file, fcntl.LOCK_EX)
+    note = NoteEvent("waiting for the last start's rank 0 to be gone")
+    with FileLock(Path(request["log"]).with_name("writer.lock"), on_wait=lambda: events(note)):
         yield

@@ -15,6 +15,7 @@ from review.scaling.scaling_law import Floats, Law, bootstrap, fit, interval, pa
 from train.config import load as configuration
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
+from train.util.run_layout import RunDir
 
 LEAST_SIZES, LEAST_RUNS = 3, 7
 """To fit five numbers."""
@@ -80,7 +81,7 @@ def points(runs: Sequence[Run]) -> list[Point]:
         if run.state != "done" or not loss or not tokens:
             continue
         with contextlib.suppress(UserError, RuntimeError, ValueError, ArithmeticError, OSError):
-            config = configuration.read(run.folder / "config.yaml")
+            config = configuration.read(RunDir(run.folder).config)
             n, flops = cost(config, config.model.vocab_size or load_tokenizer(run.folder).vocab_size)
             found.append(Point(run.name, n, int(tokens), flops * tokens, loss))
     return found

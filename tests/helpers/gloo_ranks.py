@@ -19,6 +19,7 @@ from typing import Any
 
 from train.config import load as configuration
 from train.config.schema import Config
+from train.events import Event
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the server of forks
@@ -154,10 +155,11 @@ def train(world: Any, emit: Any, config: dict[str, Any], corpus: str, stop_when:
 
     asked = False
 
-    def watch(event: dict[str, Any]) -> None:
+    def watch(event: Event) -> None:
         nonlocal asked
-        asked = asked or (stop_when is not None and stop_when.items() <= event.items())
-        emit(event)
+        record = event.to_json()
+        asked = asked or (stop_when is not None and stop_when.items() <= record.items())
+        emit(record)
 
     try:
         train_rank(configuration.parse(config), corpus, world, watch, lambda: asked)

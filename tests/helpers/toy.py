@@ -15,6 +15,7 @@ import torch
 
 from train.distributed import heartbeat, process_group
 from train.errors import Stopped, UserError
+from train.events import DoneEvent, PhaseEvent, PlanEvent, SaveEvent, StepEvent
 
 
 def train_rank(config, corpus, world, emit, should_stop):
@@ -23,9 +24,9 @@ def train_rank(config, corpus, world, emit, should_stop):
     fault = json.loads(corpus)
     progress = Path(config.run.dir) / "progress"
     start = int(progress.read_text()) if progress.exists() else 0
-    emit({"event": "phase", "name": "engine", "t": time.time()})
-    emit({"event": "plan", "params": 1234, "tokens": 1000, "steps": config.steps, "start_step": start})
-    emit({"event": "phase", "name": "first_step", "t": time.time()})
+    emit(PhaseEvent.now("engine"))
+    emit(PlanEvent(params=1234, tokens=1000, steps=config.steps, start_step=start))
+    emit(PhaseEvent.now("first_step"))
     for step in range(start + 1, config.steps + 1):
         heartbeat.set_step(step)
         heartbeat.enter_phase("data")
@@ -33,15 +34,15 @@ def train_rank(config, corpus, world, emit, should_stop):
         heartbeat.enter_phase("step")
         assert process_group.all_reduce_sum([1.0]) == [world.size]
         if step == start + 1:
-            emit({"event": "phase", "name": "train", "t": time.time()})
-        emit({"event": "step", "step": step, "steps": config.steps, "loss": 1.0 / step, "tokens_per_s": 10.0})
+            emit(PhaseEvent.now("train"))
+        emit(StepEvent(config.steps, step, {"loss": 1.0 / step, "tokens_per_s": 10.0}))
         if world.is_rank0:
             progress.write_text(str(step))
-            emit({"event": "save", "step": step})
+            emit(SaveEvent(step))
         if process_group.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
         time.sleep(fault.get("sleep", 0.0))
-    emit({"event": "done", "summary": {"step": config.steps}})
+    emit(DoneEvent({"step": config.steps}))
 
 
 def _fail(fault, world, step, run_dir):

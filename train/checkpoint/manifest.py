@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.util.run_layout import checkpoint_name, checkpoint_steps
 
 MANIFEST = "checkpoint.json"
 VERSION = 2
 FILE = re.compile(r"rank_\d+\.safetensors")
-FOLDER = re.compile(r"step_(\d+)")
 
 _BEFORE, _AFTER = b'{"sha256": "', b'", '
 _HEAD = len(_BEFORE) + 64 + len(_AFTER)
@@ -45,7 +45,7 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{MANIFEST} is not one of a checkpoint") from error
     if version != VERSION:
         raise DamagedCheckpoint(f"{MANIFEST} has version {version}, and {VERSION} is read")
-    if folder != f"step_{step}":
+    if folder != checkpoint_name(step):
         raise DamagedCheckpoint(f"{MANIFEST} is that of step {step}")
     if strange := [name for name in files if not FILE.fullmatch(name)]:
         raise DamagedCheckpoint(f"{MANIFEST} names a file {strange[0]!r}")
@@ -55,13 +55,17 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
 def read_manifests(folder: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
     """The manifests of a folder's checkpoints, oldest first; and by step what is wrong with those that are not whole."""
     whole, damaged = [], {}
-    for path in folder.glob("step_*"):
-        if step := FOLDER.fullmatch(path.name):
-            try:
-                whole.append(read(path))
-            except DamagedCheckpoint as damage:
-                damaged[int(step[1])] = str(damage)
+    for step in checkpoint_steps(folder):
+        try:
+            whole.append(read(folder / checkpoint_name(step)))
+        except DamagedCheckpoint as damage:
+            damaged[step] = str(damage)
     return sorted(whole, key=lambda m: m["progress"]["step"]), damaged
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint in ``folder``, damaged or not; 0 where there is none."""
+    return max(checkpoint_steps(folder), default=0)
 
 
 def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:

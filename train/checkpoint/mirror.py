@@ -22,8 +22,10 @@ from train.config.schema import Config
 from train.distributed import process_group
 from train.errors import UserError
 from train.util.io import write_whole
+from train.util.run_layout import RunDir, checkpoint_name, checkpoint_step
 
-RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "init.json")
+_RUN = RunDir(Path())
+RUN_FILES = tuple(file.name for file in (_RUN.config, _RUN.starts, _RUN.metrics, _RUN.init))
 """What a resume reads of a run's folder, beside its checkpoints, and where its first weights came from."""
 PAUSES_S = (0.5, 4.0)
 """Between the attempts at what fails."""
@@ -67,10 +69,10 @@ class Mirror:
         with self.lock:
             known = [name for name in (self.offered, self.working) if name]
             self.offered = None
-        error = self._attempt(lambda: known.extend(f"step_{n}" for n in self._steps()))
-        self.void |= {name for name in known if int(name[5:]) > step}
+        error = self._attempt(lambda: known.extend(checkpoint_name(n) for n in self._steps()))
+        self.void |= {name for name in known if (checkpoint_step(name) or 0) > step}
         for name in sorted(self.void):
-            error = error or self._attempt(partial(self._remove, int(name[5:])))
+            error = error or self._attempt(partial(self._remove, checkpoint_step(name) or 0))
         if error:
             self.note(f"what lies at {self.url} of steps after {step} could not be taken away: {error}. Do it by hand")
 
@@ -114,7 +116,7 @@ class Mirror:
         raise process_group.WaitCancelled
 
     def _put_share(self, name: str) -> None:
-        local, there = self.run / "checkpoints" / name, f"{self.root}/{name}"
+        local, there = RunDir(self.run).checkpoints / name, f"{self.root}/{name}"
         with contextlib.suppress(FileNotFoundError):
             if self.fs.cat_file(f"{there}/{manifest.MANIFEST}") == (local / manifest.MANIFEST).read_bytes():
                 return  # it is there already
@@ -141,13 +143,15 @@ class Mirror:
             if (self.run / file).exists():
                 self.fs.put_file(str(self.run / file), f"{self.root}/{name}/{file}")
         self.fs.put_file(
-            str(self.run / "checkpoints" / name / manifest.MANIFEST), f"{self.root}/{name}/{manifest.MANIFEST}"
+            str(RunDir(self.run).checkpoints / name / manifest.MANIFEST), f"{self.root}/{name}/{manifest.MANIFEST}"
         )
 
     def _prune(self) -> None:
-        whole = {step: values for step, values in self._whole().items() if f"step_{step}" not in self.void}
+        whole = {step: values for step, values in self._whole().items() if checkpoint_name(step) not in self.void}
         torn = [
-            step for step in self._steps() if f"step_{step}" in self.void or not self.fs.exists(self._manifest(step))
+            step
+            for step in self._steps()
+            if checkpoint_name(step) in self.void or not self.fs.exists(self._manifest(step))
         ]
         for step in [*manifest.superfluous(list(whole.values()), self.keep_last, self.keep_best), *torn]:
             self._remove(step)
@@ -156,7 +160,7 @@ class Mirror:
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self._manifest(step))
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(f"{self.root}/step_{step}", recursive=True)
+            self.fs.rm(f"{self.root}/{checkpoint_name(step)}", recursive=True)
 
     def _attempt(self, act: Callable[[], None]) -> str | None:
         """What is wrong with it, after some attempts, or None."""
@@ -180,8 +184,10 @@ class Mirror:
     def fetch_run(self) -> None:
         """Rank 0: what the newest copy holds of the run's folder, into one that is new. Raises OSError."""
         newest = max(self.manifests(), default=None)
-        for file in RUN_FILES if newest is not None else ():
-            there = f"{self.root}/step_{newest}/{file}"
+        if newest is None:
+            return
+        for file in RUN_FILES:
+            there = f"{self.root}/{checkpoint_name(newest)}/{file}"
             if self._reading(partial(self.fs.exists, there)):
                 content = self._reading(partial(self.fs.cat_file, there))
                 self.run.mkdir(parents=True, exist_ok=True)
@@ -208,18 +214,18 @@ class Mirror:
             names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
         except FileNotFoundError:
             return []
-        return [int(found[1]) for name in names if (found := manifest.FOLDER.fullmatch(name))]
+        return [step for name in names if (step := checkpoint_step(name)) is not None]
 
     def _whole(self) -> dict[int, Manifest]:
         found = {}
         for step in self._steps():
             with contextlib.suppress(FileNotFoundError, manifest.DamagedCheckpoint):
                 content = self.fs.cat_file(self._manifest(step))
-                found[step] = manifest.from_bytes(content, f"step_{step}")
+                found[step] = manifest.from_bytes(content, checkpoint_name(step))
         return found
 
     def _manifest(self, step: int) -> str:
-        return f"{self.root}/step_{step}/{manifest.MANIFEST}"
+        return f"{self.root}/{checkpoint_name(step)}/{manifest.MANIFEST}"
 
 
 def _share(files: Sequence[str], world: process_group.DistContext) -> list[str]:

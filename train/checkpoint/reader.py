@@ -32,6 +32,7 @@ from train.distributed.param_shard import ShardedState
 from train.errors import UserError
 from train.state.train_state import TrainState
 from train.util.io import sha256_of, write_whole
+from train.util.run_layout import checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class CheckpointReader:
 def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
     """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
     whole, damaged = manifest.read_manifests(folder)
-    return [Checkpoint(folder / f"step_{values['progress']['step']}", values) for values in whole], damaged
+    return [Checkpoint(folder / checkpoint_name(values["progress"]["step"]), values) for values in whole], damaged
 
 
 def complete(folder: Path) -> list[Checkpoint]:
@@ -165,10 +166,10 @@ def _candidates(
     """Rank 0: the name, the manifest and whether it is in the mirror, of all that may be used, the best first."""
     whole, damaged = list_checkpoints(folder)
     for step, damage in damaged.items():
-        note(f"step_{step} is damaged and is not used: {damage}")
+        note(f"{checkpoint_name(step)} is damaged and is not used: {damage}")
     here, there = [(c.path.name, c.manifest, False) for c in whole], []
     try:
-        there = [(f"step_{step}", values, True) for step, values in mirror.manifests().items()] if mirror else []
+        there = [(checkpoint_name(step), values, True) for step, values in mirror.manifests().items()] if mirror else []
     except OSError as error:
         note(str(error))
         lost.append(str(error))

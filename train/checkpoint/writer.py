@@ -26,6 +26,7 @@ from train.distributed.param_shard import ParamShard, ShardedState
 from train.errors import UserError
 from train.state.train_state import TrainState
 from train.util.io import write_whole
+from train.util.run_layout import checkpoint_name, shard_name
 
 LOOK_S = 0.01
 CLOSE_S = 10.0
@@ -183,7 +184,7 @@ class CheckpointWriter:
         try:
             self.snapshot.copy()
             aside.mkdir(parents=True, exist_ok=True)
-            entry = self.snapshot.write(aside / f"rank_{self.world.rank}.safetensors", self.given_up.is_set)
+            entry = self.snapshot.write(aside / shard_name(self.world.rank), self.given_up.is_set)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             return {
                 "error": f"rank {self.world.rank}: {error if isinstance(error, OSError) else traceback.format_exc()}"
@@ -206,11 +207,11 @@ class CheckpointWriter:
 
     def _complete(self, save: Save, reports: Sequence[dict[str, Any]]) -> str | None:
         """Rank 0: turn the folder written aside into a checkpoint, or remove it and say why."""
-        aside, final = self._aside(save), self.folder / f"step_{save.step}"
+        aside, final = self._aside(save), self.folder / checkpoint_name(save.step)
         try:
             if errors := [r["error"] for r in reports if "error" in r]:
                 raise OSError("; ".join(errors))
-            entries = {f"rank_{rank}.safetensors": report["entry"] for rank, report in enumerate(reports)}
+            entries = {shard_name(rank): report["entry"] for rank, report in enumerate(reports)}
             save.first()
             write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "files": entries}))
             if final.exists():  # written by an earlier start, and by then found damaged
@@ -227,11 +228,13 @@ class CheckpointWriter:
 
     def _prune(self) -> None:
         for step in manifest.superfluous([c.manifest for c in complete(self.folder)], self.keep_last, self.keep_best):
-            if self.mirror is None or self.mirror.working != f"step_{step}":  # else it is dropped after the next save
-                self._remove(self.folder / f"step_{step}")
+            if self.mirror is None or self.mirror.working != checkpoint_name(
+                step
+            ):  # else it is dropped after the next save
+                self._remove(self.folder / checkpoint_name(step))
 
     def _aside(self, save: Save) -> Path:
-        return self.folder / f".step_{save.step}.{self.start}.saving"
+        return self.folder / f".{checkpoint_name(save.step)}.{self.start}.saving"
 
     def _remove(self, path: Path) -> None:
         """Take its name away first: a folder of that name is whole."""

@@ -17,6 +17,7 @@ from train.distributed import process_group
 from train.errors import UserError
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
 from train.run_dir.open_run import open_run
+from train.util.run_layout import RunDir
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Measured:
 def measure(folder: Path, which: str, split: str) -> Measured:
     """What checkpoint ``which`` of the run in ``folder`` says of the whole ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
-    about = json.loads((folder / "corpus.json").read_text())
+    about = json.loads(RunDir(folder).corpus.read_text())
     corpus = Corpus(about["folder"], run.config.model.special)
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")

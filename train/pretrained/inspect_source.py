@@ -17,6 +17,7 @@ from train.errors import UserError
 from train.pretrained.hf import family_named
 from train.pretrained.hf.family import Facts, HFFamily, facts_of, word
 from train.pretrained.hf.listing import CONFIG, read_json, weight_files
+from train.util.run_layout import RunDir
 
 ONLY_SHAPES = ("vocab_size", "max_len")
 """Facts that change nothing but the shapes of parameters."""
@@ -41,9 +42,10 @@ def describe(folder: Path, which: str) -> SourceDescription:
 
     Raises UserError for a folder that holds neither a run nor safetensors, or a model that is not one of ours.
     """
-    if (folder / "config.yaml").exists():
-        config = configuration.read(folder / "config.yaml")
-        found = manifest.read_manifests(folder / "checkpoints")[0]
+    run_dir = RunDir(folder)
+    if run_dir.config.exists():
+        config = configuration.read(run_dir.config)
+        found = manifest.read_manifests(run_dir.checkpoints)[0]
         chosen = found[manifest.select(found, which, folder)]
         facts = facts_of(config.model, chosen["shapes"]["backbone.embed.weight"][0])
         return SourceDescription(
@@ -90,7 +92,8 @@ def check(config: Config) -> None:
 
     A run that has checkpoints does not look there again; nor can it be told here whether a mirror has some.
     """
-    if not config.init.from_ or config.save_mirror or any(Path(config.run.dir or "").glob("checkpoints/step_*")):
+    begun = manifest.newest_step(RunDir(Path(config.run.dir or "")).checkpoints) > 0
+    if not config.init.from_ or config.save_mirror or begun:
         return
     there = describe(Path(config.init.from_), str(config.init.checkpoint))
     if problems := other_facts(there, config, rows=0, shapes_differ=False):

@@ -17,6 +17,7 @@ from train.errors import UserError
 from train.pretrained.hf.family import Shape
 from train.pretrained.hf.folder import HFFolder, HFWeights
 from train.pretrained.inspect_source import SourceDescription, describe
+from train.util.run_layout import RunDir
 
 
 class WeightReader(Protocol):
@@ -55,7 +56,7 @@ def open_origin(folder: Path, which: str, world: process_group.DistContext) -> W
         process_group.assert_equal_across_ranks("content of init.from", there.digest)
         return WeightOrigin(model, there.digest, there.tokenizer, HFWeights(there, model.family))
     assert model.manifest is not None
-    checkpoint = Checkpoint(folder / "checkpoints" / f"step_{model.manifest['progress']['step']}", model.manifest)
+    checkpoint = Checkpoint(RunDir(folder).checkpoint(model.manifest["progress"]["step"]), model.manifest)
     process_group.assert_equal_across_ranks("checkpoint that init.from names", checkpoint.digest)
     mine = checkpoint.damage(slice(world.rank, None, world.size))
     if damage := next((d for d in process_group.gather_objects(mine) if d), None):

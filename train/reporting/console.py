@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console as Terminal
@@ -20,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from train import events
 from train.reporting import failure_block
 from train.util.format import PREPARING, count, duration, finite, plural, shares
 
@@ -27,8 +27,16 @@ PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
 """What is done sooner is not worth an estimate: starting takes longer."""
 BAR_WIDTH = 28
-
-Event = dict[str, Any]
+PHASES = {
+    "ray": "starting Ray",
+    "workers": "starting the workers",
+    "engine": "building the model",
+    "first_step": "first step",
+    "eval": "evaluating",
+    "save": "saving",
+    "sample": "sampling",
+}
+"""The phases that are shown while they last, in words."""
 
 
 class RunConsole:
@@ -41,30 +49,42 @@ class RunConsole:
         self._config: dict[str, Any] = {}
         self._first_step: tuple[int, float] | None = None
         self._last_plain = -math.inf
-        self._last: Event = {}
+        self._last: dict[str, Any] = {}
         self._best: float | None = None
         self._preparing: str | None = None
-        self._verbs: dict[str, Callable[[Event], None]] = {
-            "job": self._job,
-            "plan": self._plan,
-            "phase": self._phase,
-            "prepare": self._prepare,
-            "step": self._step,
-            "eval": self._eval,
-            "save": self._save,
-            "sample": self._sample,
-            "note": self._note,
-            "done": self._done,
-            "failure": self._failure,
-            "recovered": self._recovered,
-            "stopping": self._stopping,
-        }
 
-    def show(self, event: Event) -> None:
-        """Shows one event; kinds that it does not know are not shown."""
-        verb = self._verbs.get(event.get("event", ""))
-        if verb is not None:
-            verb(event)
+    def show(self, record: dict[str, Any]) -> None:
+        """Shows one event, as JSON has it; kinds that are not for people are not shown."""
+        match events.from_json(record):
+            case events.JobEvent() as event:
+                self._job(event)
+            case events.PlanEvent() as event:
+                self._plan(event)
+            case events.PhaseEvent(name=name) if name in PHASES:
+                self._status(Text(f"  {PHASES[name]} ...", style="dim"))
+            case events.PrepareEvent() as event:
+                self._prepare(event)
+            case events.StepEvent() as event:
+                self._step(event)
+            case events.EvalEvent() as event:
+                self._eval(event)
+            case events.SaveEvent() as event:
+                self._save(event)
+            case events.SampleEvent() as event:
+                self._sample(event)
+            case events.NoteEvent(text=text):
+                self._line(Text(f"  {text}", style="yellow"))
+            case events.DoneEvent(summary=summary):
+                self._done(summary)
+            case events.FailureEvent() as event:
+                self.close()
+                block = failure_block.block(event, self._config.get("run", {}).get("dir"), self.errors.is_terminal)
+                self.errors.print(block)
+            case events.RecoveredEvent() as event:
+                self._line(failure_block.recovered(event))
+            case events.StoppingEvent():
+                text = "  stopping: finishing the step and saving (once more to end at once)"
+                self._line(Text(text, style="yellow"))
 
     def close(self) -> None:
         """Takes the live line away and gives the cursor back."""
@@ -74,13 +94,13 @@ class RunConsole:
 
     # what the run is
 
-    def _job(self, event: Event) -> None:
-        self._config = event.get("config") or {}
+    def _job(self, event: events.JobEvent) -> None:
+        self._config = event.config
         cluster, run = self._config.get("cluster", {}), self._config.get("run", {})
         workers = cluster.get("workers")
-        hosts = event.get("hosts", 1)
+        hosts = event.hosts
         device = {"gpu": "a GPU each", "cpu": f"{plural(cluster.get('cpus_per_worker', 1), 'core')} each"}.get(
-            event.get("device", ""), ""
+            event.device, ""
         )
         places = f"{plural(workers, 'worker')}, {device}" + (
             f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
@@ -92,48 +112,31 @@ class RunConsole:
         )
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 
-    def _plan(self, event: Event) -> None:
+    def _plan(self, event: events.PlanEvent) -> None:
         model, batch = self._config.get("model", {}), self._config.get("batch", {})
         shape = [
             f"{model[key]} {word}"
             for key, word in (("layers", "layers"), ("width", "wide"), ("heads", "heads"))
             if key in model
         ]
-        trained = event.get("trained", event.get("params"))
-        part = "" if trained == event.get("params") else f", {count(trained)} of them trained"
-        self._fact(
-            "model", f"{count(event.get('params'))} parameters" + part + (f": {', '.join(shape)}" if shape else "")
-        )
-        tokens = event.get("tokens")
-        what = plural(count(event.get("steps")), "step")
+        part = "" if event.trained in (event.params, None) else f", {count(event.trained)} of them trained"
+        self._fact("model", f"{count(event.params)} parameters" + part + (f": {', '.join(shape)}" if shape else ""))
+        what = plural(count(event.steps), "step")
         if batch:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
-        about = f", about {duration(event['estimate_s'])}" if event.get("estimate_s", 0) >= LEAST_ESTIMATE_S else ""
-        self._fact("kernels", str(event.get("kernels", "")))
-        self._fact("work", what + (f": {count(tokens)} tokens" if tokens else "") + about)
-        if event.get("start_step"):
-            self._fact("resumes", f"at step {event['start_step']:,}, from its newest checkpoint")
+        estimate = event.estimate_s or 0.0
+        about = f", about {duration(estimate)}" if estimate >= LEAST_ESTIMATE_S else ""
+        self._fact("kernels", event.kernels or "")
+        self._fact("work", what + (f": {count(event.tokens)} tokens" if event.tokens else "") + about)
+        if event.start_step:
+            self._fact("resumes", f"at step {event.start_step:,}, from its newest checkpoint")
 
-    def _phase(self, event: Event) -> None:
-        words = {
-            "ray": "starting Ray",
-            "workers": "starting the workers",
-            "engine": "building the model",
-            "first_step": "first step",
-            "eval": "evaluating",
-            "save": "saving",
-            "sample": "sampling",
-        }
-        word = words.get(event.get("name", ""))
-        if word:
-            self._status(Text(f"  {word} ...", style="dim"))
-
-    def _prepare(self, event: Event) -> None:
-        words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.get("phase", ""))
+    def _prepare(self, event: events.PrepareEvent) -> None:
+        words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.phase)
         if words is None:
             self.close()
             return
-        text, done, total = f"  preparing the corpus: {words}", event.get("done"), event.get("total")
+        text, done, total = f"  preparing the corpus: {words}", event.progress.get("done"), event.progress.get("total")
         if words != self._preparing and not self.terminal.is_terminal:
             self._line(Text(text))
         self._preparing = words
@@ -141,14 +144,16 @@ class RunConsole:
 
     # how it goes
 
-    def _step(self, event: Event) -> None:
+    def _step(self, event: events.StepEvent) -> None:
         now = time.monotonic()
-        step, steps = event.get("step", 0), event.get("steps") or self._config.get("steps")
+        step, steps = event.step, event.steps or self._config.get("steps")
         if self._first_step is None:
             self._first_step = (step, now)
         eta = self._eta(step, steps, now)
-        measured = finite(event.get("loss"))
-        self._last = event if measured else self._last  # between logged steps the line keeps the last one's numbers
+        measured = finite(event.metrics.get("loss"))
+        self._last = (
+            event.metrics if measured else self._last
+        )  # between logged steps the line keeps the last one's numbers
         facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
         facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
         facts += [f"{count(self._last['tokens_per_s'])} tokens/s"] if self._last.get("tokens_per_s") else []
@@ -170,8 +175,8 @@ class RunConsole:
             return ""
         return duration((now - since) / (step - first) * (steps - step))
 
-    def _eval(self, event: Event) -> None:
-        loss = event.get("val_loss")
+    def _eval(self, event: events.EvalEvent) -> None:
+        loss = event.metrics.get("val_loss")
         if loss is None or not finite(loss):
             return
         better = self._best is None or loss < self._best
@@ -179,45 +184,31 @@ class RunConsole:
         self._best = loss if better else self._best
         text = Text.assemble(
             ("  step ", "dim"),
-            (f"{event.get('step', 0):,}".rjust(7), "dim"),
+            (f"{event.step:,}".rjust(7), "dim"),
             "  validation loss ",
             (f"{loss:.4f}", "bold"),
         )
-        if finite(event.get("bits_per_byte")):
-            text.append(f"  {event['bits_per_byte']:.4f} bits per byte")
+        if finite(event.metrics.get("bits_per_byte")):
+            text.append(f"  {event.metrics['bits_per_byte']:.4f} bits per byte")
         text.append(fall, style="green" if better else "yellow")
         self._line(text)
 
-    def _save(self, event: Event) -> None:
-        seconds = f" in {event['seconds']:.1f} s" if finite(event.get("seconds")) else ""
-        seconds += f", the steps waited {event['stall_s']:.2f} s" if finite(event.get("stall_s")) else ""
-        self._line(Text(f"  step {event.get('step', 0):,}".ljust(15) + f" saved{seconds}", style="dim"))
+    def _save(self, event: events.SaveEvent) -> None:
+        seconds = f" in {event.seconds:.1f} s" if finite(event.seconds) else ""
+        seconds += f", the steps waited {event.stall_s:.2f} s" if finite(event.stall_s) else ""
+        self._line(Text(f"  step {event.step:,}".ljust(15) + f" saved{seconds}", style="dim"))
 
-    def _sample(self, event: Event) -> None:
-        if event.get("step", 0) < self._config.get("steps", 0):
+    def _sample(self, event: events.SampleEvent) -> None:
+        if event.step < self._config.get("steps", 0):
             return  # samples.jsonl has those of earlier evaluations; here they would bury the losses
-        body = Text.assemble((str(event.get("prompt", "")), "cyan"), str(event.get("text", "")))
+        body = Text.assemble((event.prompt, "cyan"), event.text)
         if self.terminal.is_terminal:
             self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
         else:
             self._line(Text("  a sample:"))
             self._line(Text("\n".join("  | " + line for line in body.plain.splitlines())))
 
-    def _note(self, event: Event) -> None:
-        self._line(Text(f"  {event.get('text', '')}", style="yellow"))
-
-    def _stopping(self, event: Event) -> None:
-        self._line(Text("  stopping: finishing the step and saving (once more to end at once)", style="yellow"))
-
-    def _failure(self, event: Event) -> None:
-        self.close()
-        self.errors.print(failure_block.block(event, self._config.get("run", {}).get("dir"), self.errors.is_terminal))
-
-    def _recovered(self, event: Event) -> None:
-        self._line(failure_block.recovered(event))
-
-    def _done(self, event: Event) -> None:
-        summary = event.get("summary") or {}
+    def _done(self, summary: dict[str, Any]) -> None:
         names = {
             "step": "steps",
             "val_loss": "validation loss",
@@ -267,9 +258,9 @@ class RunConsole:
         for word, line in zip(("next", ""), [*verbs, f"./launch.sh evaluate run.dir={where}"], strict=False):
             self._fact(word, line)
 
-    def complete(self, config: Any, summary: Event) -> None:
+    def complete(self, config: Any, summary: dict[str, Any]) -> None:
         """What an earlier start has come to, and how to go further."""
-        self._done({"summary": summary})
+        self._done(summary)
         self._line(
             Text(
                 f"  {config.run.dir} is complete already: nothing to do. Train it further with steps=..., "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
+
+from train.events import FailureEvent, RecoveredEvent
 
 PHASES = {
     "ended": "noticed and ended",
@@ -19,12 +19,12 @@ PHASES = {
 """The marks of a recovery, in order, and what was done by then."""
 
 
-def block(event: dict[str, Any], run_dir: str | None, terminal: bool) -> RenderableType:
+def block(event: FailureEvent, run_dir: str | None, terminal: bool) -> RenderableType:
     """The block of a failure: its lines, where the logs are, and what comes next."""
-    lines = [str(line) for line in event.get("lines", [])] or ["the job failed"]
+    lines = event.lines or ["the job failed"]
     title, body = lines[0], "\n".join(lines[1:])
-    same = "" if event.get("again") else "run the same command again to go on from the newest checkpoint"
-    then = "; ".join(words for words in (event.get("next"), same) if words)
+    same = "" if event.again else "run the same command again to go on from the newest checkpoint"
+    then = "; ".join(words for words in (event.next, same) if words)
     if terminal:
         text = Text.assemble((title, "bold red"), *(["\n", body] if body else []))
         shown: list[RenderableType] = [Panel(text, title="failed", title_align="left", border_style="red")]
@@ -35,12 +35,11 @@ def block(event: dict[str, Any], run_dir: str | None, terminal: bool) -> Rendera
     return Group(*shown, Text(f"The ranks' logs: {logs}"), Text(f"Next: {then}"))
 
 
-def recovered(event: dict[str, Any]) -> Text:
+def recovered(event: RecoveredEvent) -> Text:
     """One line: the seconds from the failure to the next step of all ranks, and when each phase was done."""
-    since = event.get("failed")
-    if since is None or "train" not in event:
+    marks = event.marks
+    since = marks.get("failed")
+    if since is None or "train" not in marks:
         return Text("  recovered")
-    facts = [f"{word} {event[key] - since:.1f}" for key, word in PHASES.items() if key in event]
-    return Text(
-        f"  recovered in {event['train'] - since:.1f} s with {event.get('workers')} workers: " + " · ".join(facts)
-    )
+    facts = [f"{word} {marks[key] - since:.1f}" for key, word in PHASES.items() if key in marks]
+    return Text(f"  recovered in {marks['train'] - since:.1f} s with {event.workers} workers: " + " · ".join(facts))

@@ -21,8 +21,9 @@ from typing import Any, Literal
 
 from train.config.schema import Config, Tracking
 from train.reporting.goodput import TimeByCause
-from train.util.io import write_whole
+from train.util.io import read_records, write_whole
 from train.util.redact import redact_tree
+from train.util.run_layout import RunDir
 
 FINISH_TIMEOUT_S = 60.0
 KEEP_EVERY_S = 5.0
@@ -50,22 +51,12 @@ class MetricsFile:
         os.fsync(self.out.fileno())
 
 
-def read_records(file: Path) -> list[Record]:
-    """The whole lines of a metrics file, in order; a last line cut short by a crash is left out."""
-    records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
-
-
 class RunFile:
     """``run.json``: what the run keeps over its starts: the W&B id, and where the seconds went until it was last ``seen``."""
 
     def __init__(self, folder: Path, times: TimeByCause) -> None:
         """``times`` is this start's; what earlier ones spent is added to it."""
-        self.file, self.times = folder / "run.json", times
+        self.file, self.times = RunDir(folder).starts, times
         self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
         with contextlib.suppress(FileNotFoundError, ValueError):
             self.values |= json.loads(self.file.read_text())
@@ -93,7 +84,7 @@ class WandbRun:
     def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
         """``history`` is what metrics.jsonl holds already: an offline run is written anew, from its first step on."""
         self.config, self.run_id, self.history, self.note = config, run_id, history, note
-        self.folder = Path(config.run.dir or "")
+        self.run_dir = RunDir(Path(config.run.dir or ""))
         self.mode = _mode(config.tracking)
         self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -129,21 +120,21 @@ class WandbRun:
     def _lineage(self) -> dict[str, Any]:
         """What made the run, beside its configuration, as ``environment.json`` has it."""
         with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((self.folder / "environment.json").read_text()))
+            return dict(json.loads(self.run_dir.environment.read_text()))
         return {}
 
     def _feed(self) -> None:
         import wandb  # not at the top: its import takes a second, which the first step need not wait for
 
         if self.mode == "offline":
-            for stale in (self.folder / "wandb").glob(f"offline-run-*-{self.run_id}"):
+            for stale in self.run_dir.wandb.glob(f"offline-run-*-{self.run_id}"):
                 shutil.rmtree(stale)
         tracking = self.config.tracking
         run = wandb.init(
             mode=self.mode,
             id=self.run_id,
             resume="allow" if self.mode == "online" else None,
-            dir=str(self.folder),
+            dir=str(self.run_dir.path),
             name=self.config.run.name,
             project=tracking.project,
             entity=tracking.entity,
@@ -174,12 +165,12 @@ class Tracker:
 
     def __init__(self, config: Config, last_step: int, times: TimeByCause, note: Callable[[str], None]) -> None:
         self.config, self.note = config, note
-        self.folder = Path(config.run.dir or "")
-        self.run = RunFile(self.folder, times)
+        self.run_dir = RunDir(Path(config.run.dir or ""))
+        self.run = RunFile(self.run_dir.path, times)
         self._open(last_step)
 
     def _open(self, last_step: int) -> None:
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", last_step)
+        self.metrics = MetricsFile(self.run_dir.metrics, last_step)
         off = self.config.tracking.wandb == "off"
         self.wandb = None if off else WandbRun(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
 
@@ -204,14 +195,14 @@ class Tracker:
 
     def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         """(prompt, text) pairs: to ``samples.jsonl``, then to W&B."""
-        with (self.folder / "samples.jsonl").open("a") as out:
+        with self.run_dir.samples.open("a") as out:
             out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
         if self.wandb:
             self.wandb.samples(step, rows)
 
     def finish(self, summary: Record) -> None:
         """The run's last word: ``summary.json``, and W&B closed."""
-        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_whole(self.run_dir.summary, (json.dumps(summary, indent=1) + "\n").encode())
         self.close(summary)
 
     def close(self, summary: Record) -> None:

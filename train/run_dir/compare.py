@@ -9,7 +9,8 @@ import torch
 
 from train.checkpoint.reader import Checkpoint, complete
 from train.errors import UserError
-from train.reporting.tracking import read_records
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
 
@@ -31,14 +32,14 @@ def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
 def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
     """The lines of two runs' metrics up to ``step``, number by number: one that only one of them has is a difference, too."""
     lines = [
-        {r["step"]: r for r in read_records(folder / "metrics.jsonl") if r["step"] <= step} for folder in (ours, theirs)
+        {r["step"]: r for r in read_records(RunDir(folder).metrics) if r["step"] <= step} for folder in (ours, theirs)
     ]
     return [_of_lines(key, *lines) for key in COMPARED]
 
 
 def checkpoint_of(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step. Raises UserError where there is none."""
-    for checkpoint in complete(folder / "checkpoints"):
+    for checkpoint in complete(RunDir(folder).checkpoints):
         if checkpoint.progress.step == step:
             return checkpoint
     raise UserError(f"{folder} has no complete checkpoint of step {step}")

@@ -19,6 +19,7 @@ from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed.param_shard import MASTER
 from train.errors import UserError
 from train.objectives import build_objective
+from train.util.run_layout import RunDir
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def open_run(folder: Path, which: str = "latest") -> SavedRun:
 
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
     """
-    config = configuration.read(folder / "config.yaml")
+    config = configuration.read(RunDir(folder).config)
     checkpoint, reader = _opened(folder, which)
     return SavedRun(config, load_tokenizer(folder), checkpoint, reader)
 
@@ -58,10 +59,10 @@ def load_objective(run: SavedRun) -> Any:
 def _opened(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
     """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
     while True:
-        whole, damaged = list_checkpoints(folder / "checkpoints")
+        whole, damaged = list_checkpoints(RunDir(folder).checkpoints)
         newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
-        if which == "latest" and newest in damaged:
-            path, damage = folder / "checkpoints" / f"step_{newest}", damaged[newest]
+        if which == "latest" and newest is not None and newest in damaged:
+            path, damage = RunDir(folder).checkpoint(newest), damaged[newest]
         else:
             checkpoint = whole[manifest.select([c.manifest for c in whole], which, folder)]
             path, damage = checkpoint.path, checkpoint.damage() or ""

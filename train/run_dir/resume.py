@@ -17,6 +17,7 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import UserError
 from train.util.redact import redact_tree
+from train.util.run_layout import RunDir, checkpoint_steps
 
 IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
 """Keys that make a run what it is; a run with other values is another run."""
@@ -34,7 +35,8 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
     Raises UserError where going on would train something else under the same name.
     """
     folder = Path(config.run.dir or "")
-    saved = folder / "config.yaml"
+    run_dir = RunDir(folder)
+    saved = run_dir.config
     if not saved.exists():
         return []
     try:
@@ -42,7 +44,7 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
     except yaml.YAMLError as error:
         raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
     changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
-    begun = any(folder.glob("checkpoints/step_*")) or (folder / "metrics.jsonl").exists()
+    begun = manifest.newest_step(run_dir.checkpoints) > 0 or run_dir.metrics.exists()
     kept = IDENTITY + BEGINNING if begun else IDENTITY
     refused = [c for c in changes if c[0].startswith(kept) and c[0] not in INCIDENTAL]
     if refused:
@@ -51,9 +53,9 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
             f"{folder} holds a run of another kind:\n{lines}\n"
             "Give the old values to go on with it, or another run.name to start anew"
         )
-    for checkpoint in folder.glob("checkpoints/step_*"):
+    for step in checkpoint_steps(run_dir.checkpoints):
         with contextlib.suppress(manifest.DamagedCheckpoint):
-            was = manifest.read(checkpoint)["corpus"]
+            was = manifest.read(run_dir.checkpoint(step))["corpus"]
             if corpus_fingerprint is not None:
                 same_corpus(folder, was, corpus_fingerprint)
     return [f"{key}: {was} -> {now}" for key, was, now in changes]
@@ -71,7 +73,7 @@ def same_corpus(folder: Path, was: str, now: str) -> None:
 def finished(config: Config) -> dict[str, Any] | None:
     """The summary of the run in ``run.dir`` if it has made all its steps, or enough of them."""
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads((Path(config.run.dir or "") / "summary.json").read_text())
+        summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())
         if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):
             return dict(summary)
     return None

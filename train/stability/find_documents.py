@@ -13,8 +13,9 @@ from train.data.corpus.shards import Corpus
 from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import BatchPlan, Cursor
 from train.errors import UserError
-from train.reporting.tracking import read_records
-from train.stability.skipped_rows import FILE, rows_of
+from train.stability.skipped_rows import rows_of
+from train.util.io import read_records
+from train.util.run_layout import RunDir
 
 WORDS_SHOWN = 24
 """Tokens of a part that its first words are decoded from."""
@@ -59,14 +60,15 @@ def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
 
     Raises UserError for a step that the run does not have, and a corpus that is not the run's.
     """
-    config = configuration.read(folder / "config.yaml")
+    run_dir = RunDir(folder)
+    config = configuration.read(run_dir.config)
     if not 1 <= step <= config.steps:
         raise UserError(f"step={step}: {folder} has the steps 1 to {config.steps}")
-    about = json.loads((folder / "corpus.json").read_text())
+    about = json.loads(run_dir.corpus.read_text())
     corpus = Corpus(about["folder"])
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
     plan = training_loader(corpus, config, RankShare(0, 1, 1)).plan
     cursor = plan.after(Cursor(), step - 1)
-    skipped = rows_of(read_records(folder / FILE)).get(cursor, frozenset())
+    skipped = rows_of(read_records(run_dir.skipped)).get(cursor, frozenset())
     return plan.data_hash(cursor, skipped), parts(corpus, plan, cursor, skipped)

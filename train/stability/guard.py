@@ -37,6 +37,7 @@ from train.stability.skipped_rows import Entry, How, SkippedRows
 from train.state import loss_history
 from train.state.train_state import TrainState
 from train.util.format import plural
+from train.util.run_layout import RunDir
 
 LOOK_BACK = 8
 """Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
@@ -59,11 +60,13 @@ class Guard:
     wait_for_save: Callable[[], None]
     """Waits for the save in flight."""
     on_rollback: Callable[[TrainState, str], None]
-    """Told the progress that the run goes on from, and why."""
+    """Called with the state that the run goes on from, and why."""
+    note: Callable[[str], None]
+    """Shows the user a line."""
 
     def __post_init__(self) -> None:
         """The rows that the run's ledger leaves out are left out from here on. A collective."""
-        self.ledger = SkippedRows(Path(self.config.run.dir or ""))
+        self.ledger = SkippedRows(RunDir(Path(self.config.run.dir or "")))
         self.loader.skip(self.ledger.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
@@ -77,6 +80,8 @@ class Guard:
         trouble = loss_history.diagnose_step(loss, applied, limit)
         searching = self.config.precision.name == "fp16" and math.isfinite(loss) and not applied  # for the loss scale
         if watched.watch == "off" or trouble is None or searching:
+            if not applied:
+                self._accept_skipped_update(before)
             return None
         sound = self._loss_is_normal(before.recent.reference or self.loader.plan.after(before.cursor), limit)
         if trouble == "spike" and sound:
@@ -98,6 +103,18 @@ class Guard:
         self.on_rollback(target, words(entry))
         return target
 
+    def _accept_skipped_update(self, before: TrainState) -> None:
+        """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row. A collective then."""
+        step, limit = before.step + 1, self.config.optimizer.max_skipped
+        self.note(f"step {step}: the gradient is not finite, the update is skipped")
+        if before.skipped_in_row + 1 >= limit:
+            self.wait_for_save()
+            raise NotFinite(
+                f"{limit} updates in a row had a gradient that is not finite, the last at step {step} "
+                f"(optimizer.max_skipped={limit}). The weights of step {step - limit} are intact and the newest checkpoint "
+                "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
+            )
+
     def _loss_is_normal(self, reference: Cursor, limit: float) -> bool:
         """Whether the loss at ``reference`` is not high under the weights of now."""
         losses = [self.engine.evaluate(to_device(b, self.world.device))["loss"] for b in self.loader.peek(reference)]
@@ -112,7 +129,7 @@ class Guard:
         Newer ones are removed: the next start must not go on from them.
         """
         self.wait_for_save()  # what is being saved must be copied first, and may be newer than what is gone back to
-        found = complete(self.ledger.file.with_name("checkpoints"))
+        found = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
         good = next((c for c in reversed(found) if self._restored(c)), None)
         if found and good is None:
             raise NotFinite(

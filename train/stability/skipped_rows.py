@@ -10,16 +10,14 @@ that has no row left makes no update. A run that has these lines from its first 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
 from train.errors import UserError
-from train.reporting.tracking import read_records
-from train.util.io import append_line
+from train.util.io import append_line, read_records
+from train.util.run_layout import RunDir
 
-FILE = "skipped.jsonl"
 Entry = dict[str, Any]
 How = Literal["in place", "rolled back"]
 Rows = dict[Cursor, frozenset[int]]
@@ -28,9 +26,9 @@ Rows = dict[Cursor, frozenset[int]]
 class SkippedRows:
     """A run's ledger, equal on every rank: rank 0 reads and writes it, the others are told."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, run_dir: RunDir) -> None:
         """A collective."""
-        self.file = folder / FILE
+        self.file = run_dir.skipped
         self.entries: list[Entry] = process_group.broadcast_object(read_records(self.file))
 
     def append(self, entry: Entry) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ASIDE = ".aside-"
 """How the name of a file that is still being written begins; one found later is what a kill left."""
@@ -53,16 +55,56 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of ``path`` (made if absent); calls ``on_wait`` once before waiting for another holder.
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file, in order; a line cut short by a crash is left out. Empty where there is no file."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
 
-    The lock belongs to the open file, so the kernel frees it when its holder dies in any way.
+
+class FileLock:
+    """An flock on a file: held until ``close``, and freed by the kernel when its holder ends in any way.
+
+    As a context manager it waits for the lock, and is closed at the end.
     """
-    with path.open("ab") as file:
+
+    def __init__(self, path: Path, *, create: bool = True, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Opens the file, and makes it where that is allowed; ``on_wait`` is called before another holder is waited for.
+
+        Raises OSError where it cannot be opened.
+        """
+        self.file, self.on_wait = path.open("a+" if create else "r+"), on_wait
+
+    def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
+        """Take the lock, ``shared`` with others that share it; False where another holds it and ``wait`` is false."""
+        how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.file, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            if not wait:
+                return False
+            self.on_wait()
+            fcntl.flock(self.file, how)
+        return True
+
+    def write(self, content: str) -> None:
+        """Make ``content`` all that the file holds: who has the lock."""
+        self.file.truncate(0)
+        self.file.write(content)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Free the lock."""
+        self.file.close()
+
+    def __enter__(self) -> FileLock:
+        """Wait for the lock."""
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Free it."""
+        self.close()

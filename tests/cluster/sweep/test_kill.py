@@ -12,8 +12,8 @@ import psutil
 import pytest
 from helpers import gloo_ranks
 
-from train.reporting.tracking import read_records
 from train.run_dir.compare import compare
+from train.util.io import read_records
 
 STEPS = "steps=8,9,250,7,10,6"
 """The third trial takes long enough to be found in its middle."""

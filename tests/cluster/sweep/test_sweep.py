@@ -20,8 +20,8 @@ from review import __main__ as review
 from review.run_differences import best
 from review.run_reader import read_all
 from train.config import load as configuration
-from train.reporting.tracking import read_records
 from train.run_dir.compare import compare
+from train.util.io import read_records
 
 pytestmark = pytest.mark.timeout(900)  # on a loaded machine
 

@@ -76,7 +76,7 @@ def pulses(world, emit, config, corpus):
     heartbeat.attach(fd)
 
     def watch(event):
-        seen.append((event, heartbeat.read(memory)))
+        seen.append((event.to_json(), heartbeat.read(memory)))
 
     import deepspeed
     import torch

@@ -8,7 +8,8 @@ from pathlib import Path
 from helpers import gloo_ranks, wandb_files
 
 from train.reporting.goodput import TimeByCause
-from train.reporting.tracking import MetricsFile, RunFile, read_records
+from train.reporting.tracking import MetricsFile, RunFile
+from train.util.io import read_records
 
 
 def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_path: Path):

@@ -12,7 +12,7 @@ from helpers import gloo_ranks
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.prepare.prepare import prepare
-from train.reporting.tracking import read_records
+from train.util.io import read_records
 
 GARBAGE = random.Random(1).choices("!$%&()*+-/:;<=>?@[]^_{|}0123456789", k=240)
 POISON = "".join("~" if n % 8 == 0 else sign for n, sign in enumerate(GARBAGE)) + "~"

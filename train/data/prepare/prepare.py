@@ -51,7 +51,7 @@ def prepare(data: schema.Data, report: Report, objective: schema.Objective | Non
             recipe = build_spec(data, sources, reading(data, objective), run, report)
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{recipe.digest[:12]}"
             enter(folder, recipe)
-            with io.locked(folder / ".lock", lambda: report({"phase": "wait", "folder": str(folder)})):
+            with io.FileLock(folder / ".lock", on_wait=lambda: report({"phase": "wait", "folder": str(folder)})):
                 make(Making(data, sources, recipe, folder, run, report))
                 io.write_whole(folder / _SOURCES, _stamp(data, sources).encode())
     except OSError as error:
