@@ -117,7 +117,7 @@ class TrainDriver:
     def remove_empty_run_dir(self) -> None:
         """After bad input: leaves no empty folder behind."""
         if self.held is not None:
-            run_lock.take_back(self.run_dir)
+            run_lock.remove_empty_run_dir(self.run_dir)
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -126,8 +126,8 @@ class TrainDriver:
         config = self.what.compose()
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
-        self.held = run_lock.take(self.run_dir)
-        self.signals.on_end.append(lambda: run_lock.take_back(self.run_dir))
+        self.held = run_lock.lock_run_dir(self.run_dir)
+        self.signals.on_end.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
         if summary := self.what.finished(config):
             self.console.complete(config, summary)
             return ExitCode.OK

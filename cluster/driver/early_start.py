@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.host import job_dir
 from cluster.host.stop_request import Signals
+from cluster.worker import fork_server_client
 
 TARGET = "train.run:train_rank"
 
@@ -19,7 +20,7 @@ class EarlyStart:
     """What is under way: the job's private folder, its warm process, and the moment the command was given."""
 
     folder: Path
-    fork_server: job_dir.ForkServerProcess
+    fork_server: fork_server_client.ForkServerProcess
     target: str
     since: float
     signals: Signals
@@ -35,7 +36,7 @@ def start_early(signals: Signals, target: str = TARGET) -> EarlyStart:
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
-    os.environ[job_dir.MARK] = str(folder)
-    begun = EarlyStart(folder, job_dir.ForkServerProcess(folder, target), target, since, signals)
+    os.environ[job_dir.JOB_ENV] = str(folder)
+    begun = EarlyStart(folder, fork_server_client.ForkServerProcess(folder, target), target, since, signals)
     signals.on_end.append(begun.clear)
     return begun

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from cluster.host import job_dir
+from cluster.host import job_dir, network, resources
 from cluster.raycluster import ray_auth as token
 from cluster.raycluster import ray_node, versions
+from cluster.worker import fork_server_client
 from train.errors import ExitCode, UserError
 
 LOOK_S = 0.5
@@ -104,7 +105,7 @@ class NodeDaemon:
     def start(self) -> dict[str, Any]:
         """Starts the node, and returns what it is (see ``living``). UserError where the cluster does not take it."""
         order = self.order
-        job_dir.hold(self.folder)
+        job_dir.mark_in_use(self.folder)
         start = ray_node.NodeSpec(order.ip, self.folder, Path(order.token), order.cpus, order.gpus, order.port)
         if order.address is None:
             self.node = ray_node.start_head(start)
@@ -147,7 +148,7 @@ class NodeDaemon:
         if self.file is not None:
             self.file.close()
         deadline = time.monotonic() + BACK_S
-        while not self.told and time.monotonic() < deadline and not job_dir.refuses(address):
+        while not self.told and time.monotonic() < deadline and not network.refuses_connections(address):
             with contextlib.suppress(UserError):
                 if ray_node.published(address).get("down"):
                     return False
@@ -169,7 +170,7 @@ class NodeDaemon:
         if hasattr(self, "node"):
             self.node.end()
         job_dir.end_job(str(self.folder))
-        job_dir.sweep(SWEEP_S)  # of the jobs that were here
+        job_dir.remove_unused_folders(SWEEP_S)  # of the jobs that were here
 
 
 def main() -> int:
@@ -206,11 +207,17 @@ def serve_job(address: str, job: str, device: str, target: str) -> int:
     try:
         job_dir.own_folder(job)
         token.write(folder / "token", sys.stdin.readline().strip())
-        gpus = job_dir.count_gpus()
-        warm = job_dir.ForkServerProcess(folder, target)
+        gpus = resources.count_gpus()
+        warm = fork_server_client.ForkServerProcess(folder, target)
         warm.set_device(("gpu" if gpus else "cpu") if device == "auto" else device)
         order = NodeOrder(
-            str(folder), str(folder / "token"), job_dir.address_towards(address), 0, job_dir.count_cpus(), gpus, address
+            str(folder),
+            str(folder / "token"),
+            network.address_towards(address),
+            0,
+            resources.count_cpus(),
+            gpus,
+            address,
         )
         keeper = NodeDaemon(order, lifeline=True)
         say(keeper.start())

@@ -55,7 +55,7 @@ class SweepDriver:
         """Everything up to the verdict."""
         sweep = configuration.load_sweep(self.overrides)
         self.folder = Path(sweep.settings.dir or ".").absolute()
-        self.held = run_lock.hold(self.folder / LOCK, "sweep.dir")
+        self.held = run_lock.lock_file(self.folder / LOCK, "sweep.dir")
         queue = open_sweep(sweep, self.folder, self.console)
         self.console.say(f"Trireme sweep {sweep.settings.name}", "bold")
         self.console.say(f"  sweep    {sweep.settings.dir}: {_what(queue)}")

@@ -154,7 +154,7 @@ class SweepScheduler:
             self.places.leave(gang)
             return
         try:
-            self.locks[trial.number] = run_lock.take(trial.folder)
+            self.locks[trial.number] = run_lock.lock_run_dir(trial.folder)
             corpus = self.ground.find_corpus(trial.config, self.board.prepare)
         except UserError as error:
             self._settle(trial, "failed", str(error))

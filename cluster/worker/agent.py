@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.host import job_dir
-from cluster.worker import ipc
+from cluster.host import job_dir, network, resources
+from cluster.worker import fork_server_client, ipc
 from cluster.worker.worker_handle import WorkerHandle, tail
 from train.distributed import heartbeat
 from train.errors import ExitCode
@@ -37,10 +37,10 @@ class WorkerAgent:
     def __init__(self, job: str, target: str, device: str) -> None:
         self.folder = job_dir.own_folder(job)
         # A warm process that we start ends with us, and must not take for its own what is the driver's.
-        os.environ.pop(job_dir.MARK, None)
+        os.environ.pop(job_dir.JOB_ENV, None)
         self.target = target
         self.device = device
-        self.warm: job_dir.ForkServerProcess | None = None
+        self.warm: fork_server_client.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
         self.trainer: WorkerHandle | None = None
         self.news: collections.deque[dict[str, Any]] = collections.deque()
@@ -112,21 +112,21 @@ class WorkerAgent:
         """What only this host knows: the rank's device, and the network interface that the node's address is on."""
         where = self.where()
         env = {"CUDA_VISIBLE_DEVICES": ",".join(where["gpus"]) if self.device == "gpu" else ""}
-        interface = job_dir.interface_of(where["ip"])
+        interface = network.interface_of(where["ip"])
         if interface is not None:
             env |= {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         return env
 
     def _connect(self) -> socket.socket:
         """A connection to the host's warm process, started here if nobody has."""
-        with job_dir.alone(self.folder):
-            connection = job_dir.connect_fork_server(self.folder)
+        with fork_server_client.start_lock(self.folder):
+            connection = fork_server_client.connect_fork_server(self.folder)
             if connection is None:
                 if self.warm is not None:
                     self.warm.close()
-                self.warm = job_dir.ForkServerProcess(self.folder, self.target)
+                self.warm = fork_server_client.ForkServerProcess(self.folder, self.target)
                 self.warm.set_device(self.device)
-                connection = job_dir.connect_fork_server(self.folder)
+                connection = fork_server_client.connect_fork_server(self.folder)
         if connection is None:
             raise RuntimeError(f"the warm process does not answer; its log is {self.folder / 'warm.log'}")
         return connection
@@ -164,7 +164,7 @@ class WorkerAgent:
 
     def _watch(self, connection: socket.socket, read_fd: int, trainer: WorkerHandle) -> None:
         """Passes on what the trainer says until it ends, then how it ended. Runs in a thread of its own."""
-        kills_before = job_dir.oom_kills()
+        kills_before = resources.oom_kills()
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -184,7 +184,7 @@ class WorkerAgent:
             record["tail"] = tail(trainer.log, trainer.offset)
             record["peak_mib"] = ended["peak_kib"] // 1024 if ended else None
             record["memory_mib"] = psutil.virtual_memory().total >> 20
-            record["oom"] = job_dir.oom_kills() - kills_before
+            record["oom"] = resources.oom_kills() - kills_before
             record["orphaned"] = ended is None
         record["at"] = trainer.heartbeat()
         if self.trainer is trainer:

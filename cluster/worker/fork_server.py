@@ -183,8 +183,8 @@ def main() -> None:
         os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
         warm.load()
         warm.serve()
-    if job_dir.MARK in os.environ:
-        job_dir.end_job(os.environ[job_dir.MARK])
+    if job_dir.JOB_ENV in os.environ:
+        job_dir.end_job(os.environ[job_dir.JOB_ENV])
 
 
 if __name__ == "__main__":

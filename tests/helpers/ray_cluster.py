@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster.host import job_dir
 from cluster.raycluster import ray_auth, ray_node
 from cluster.raycluster.local_cluster import LocalRayCluster
+from cluster.worker import fork_server_client
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def private(cores: int, target: str, *places: Path) -> Iterator[LocalRayCluster]
         ends.callback(os.environ.update, before)
         ends.callback(os.environ.clear)
         folder = job_dir.make_folder()
-        warm = job_dir.ForkServerProcess(folder, target)
+        warm = fork_server_client.ForkServerProcess(folder, target)
         ends.callback(warm.close)
         warm.set_device("cpu")
         ray_auth.make(folder / "token")

@@ -49,15 +49,15 @@ def test_another_corpus_is_refused(corpus, started):
 
 
 def test_a_folder_that_only_the_refused_start_made_is_taken_back(tmp_path):
-    with run_lock.take(tmp_path / "new"):
-        run_lock.take_back(tmp_path / "new")
+    with run_lock.lock_run_dir(tmp_path / "new"):
+        run_lock.remove_empty_run_dir(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_holds_anything_else_stays_whole(tmp_path):
-    with run_lock.take(tmp_path / "run"):
+    with run_lock.lock_run_dir(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").write_text("steps: 1")
-        run_lock.take_back(tmp_path / "run")
+        run_lock.remove_empty_run_dir(tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "lock", "logs"]
 
 
