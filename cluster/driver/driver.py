@@ -73,7 +73,7 @@ def run(what: Plan, begun: EarlyStart) -> int:
 def carry_out(command: Command, begun: EarlyStart) -> int:
     """Runs a command to its exit code, and ends this process with it and all that it has started."""
     console = command.console
-    begun.signals.on_end.insert(0, console.close)
+    begun.signals.on_exit.insert(0, console.close)
     try:
         code = command.go()
     except UserError as error:
@@ -127,7 +127,7 @@ class TrainDriver:
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
         self.held = run_lock.lock_run_dir(self.run_dir)
-        self.signals.on_end.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
+        self.signals.on_exit.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
         if summary := self.what.finished(config):
             self.console.complete(config, summary)
             return ExitCode.OK
@@ -152,7 +152,15 @@ class TrainDriver:
         )
         self.console.show({"event": "phase", "name": "workers"})
         job = Job(
-            config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private
+            config,
+            corpus,
+            self.begun.target,
+            self.begun.folder.name,
+            self._show,
+            self.signals.stop,
+            clock,
+            self.private,
+            self.signals,
         )
         verdict = Supervisor(job, device, plan.initial_workers(placement, request)).run()
         return self._finish(verdict, config)
@@ -163,7 +171,7 @@ class TrainDriver:
         self.private, self.others = connect.connect(
             config.cluster, config.run.name or "", self.begun.folder, self.begun.target
         )
-        self.signals.listen()
+        self.signals.install()
         self.clock.mark("ray")
 
     def _show(self, event: dict) -> None:

@@ -160,8 +160,8 @@ class Attempt:
                 polls[self.stewards[rank].poll.remote(POLL_S)] = rank
 
     def _pass_on_stop(self) -> None:
-        if self.job.signals.heard is not None and not self.leaving:
-            self.job.show({"event": "stopping", "signal": self.job.signals.heard})
+        if self.job.stop.requested and not self.leaving:
+            self.job.show({"event": "stopping", "signal": self.job.stop.signal})
             self._leave()
 
     def _leave(self) -> None:
@@ -189,7 +189,7 @@ class Attempt:
 
     def _hear_orphans(self) -> None:
         """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
-        told = self.job.signals.heard is not None or self.asked or self.agreed
+        told = self.job.stop.requested or self.asked or self.agreed
         now, mute = time.monotonic(), ray.exceptions.RayError("its steward does not answer")
         for rank in set(range(self.size)) - self.ends.keys() if told else ():
             if now > self.lookout.heard.get(rank, now) + MUTE_S:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest, StopSignals
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Config
 
@@ -47,10 +47,12 @@ class Job:
     folder: str
     """Name of the job's private folder on every host."""
     show: Show
-    signals: Signals
+    stop: StopRequest
     clock: Clock
     private: LocalRayCluster | None = None
     """The job's own Ray cluster, where it has one."""
+    signals: StopSignals | None = None
+    """The signal handlers of the driver, where it runs this job alone; a sweep's driver keeps its own."""
 
     @property
     def run_dir(self) -> Path:

@@ -138,7 +138,7 @@ class JobSlots:
     def wait(self, least: int, wished: int, seconds: float) -> None:
         """Waits until ``wished`` slots are up, or at least ``least`` once ``REJOIN_S`` are over. UserError after ``seconds``."""
         began, private = time.monotonic(), self.job.private
-        while len(self.up()) < wished and self.job.signals.heard is None:
+        while len(self.up()) < wished and not self.job.stop.requested:
             if private is not None:
                 private.check()
             waited = time.monotonic() - began

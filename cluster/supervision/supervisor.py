@@ -41,7 +41,7 @@ class Supervisor:
         """Starts worlds until one is done, is stopped on request, or has failed so that another would not help."""
         self.slots.take(self.size, self.gang)
         while True:
-            if self.job.signals.heard is not None:
+            if self.job.stop.requested:
                 return outcome.Verdict("stopped")
             slots = self.slots.up()[: self.job.config.cluster.workers]
             world = Attempt(self.job, slots, self.attempts)
@@ -71,7 +71,8 @@ class Supervisor:
                 fault,
                 finding=outcome.Diagnosis(fault, None, words, tuple(rest[-failure_report.MOST_LINES :])),
             )
-        self.job.signals.running()
+        if self.job.signals is not None:
+            self.job.signals.training_began()
         return world.follow(self._more_than(len(slots)))
 
     def _note_places(self, world: Attempt, pids: list[int]) -> None:
@@ -100,14 +101,14 @@ class Supervisor:
         failure = restart_policy.Failure(verdict.fault or "", failure_report.signature(verdict), step, self._newest())
         self.row = restart_policy.in_a_row(self.row, failure)
         decision = restart_policy.decide(self.row, self.job.config.cluster.max_failures)
-        again = decision.again and self.job.signals.heard is None
+        again = decision.again and not self.job.stop.requested
         self.job.show(
             {"event": "failure", "lines": failure_report.explain(verdict), "next": decision.words, "again": again}
         )
         until = time.monotonic() + decision.wait_s
         while again and time.monotonic() < until:
             time.sleep(HEAR_S)
-            again = self.job.signals.heard is None
+            again = not self.job.stop.requested
         return again
 
     def _newest(self) -> int:
@@ -119,16 +120,16 @@ class Supervisor:
         """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
         end while the job was not, or a larger one, that it was stopped for.
         """
-        if verdict.kind != "stopped" or self.job.signals.heard is not None:
+        if verdict.kind != "stopped" or self.job.stop.requested:
             return False
         if world.leaving:
             return True
         if verdict.fault != "preempted" or world.size - len(world.asked) < self.slots.least:
             return False
         until = time.monotonic() + NOTICE_S  # the signal may have come to everybody, and to us last
-        while self.job.signals.heard is None and time.monotonic() < until:
+        while not self.job.stop.requested and time.monotonic() < until:
             time.sleep(HEAR_S / 4)
-        return self.job.signals.heard is None
+        return not self.job.stop.requested
 
     def _prepare(self, world: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
         """Has the workers up for the next world; on a new private cluster where the old one is gone."""
@@ -169,7 +170,8 @@ class Supervisor:
                 with contextlib.suppress(OSError):
                     os.kill(slot.info["pid"], signal.SIGKILL)
         self.job.private.again()
-        self.job.signals.listen()
+        if self.job.signals is not None:
+            self.job.signals.install()
         self.slots = JobSlots(self.job, self.device)
         self.slots.take(self.size)
 

@@ -64,7 +64,7 @@ class SweepDriver:
             private, self.others = connect.connect(
                 base, f"sweep {sweep.settings.name}", self.begun.folder, self.begun.target
             )
-            self.begun.signals.listen()
+            self.begun.signals.install()
             device = placement.choose_device(base.device, ray_node.inventory())
             self.begun.fork_server.set_device(device)
             self.console.open()

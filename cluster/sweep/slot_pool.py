@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from cluster.raycluster import status
 from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import slots
@@ -34,7 +34,7 @@ class SweepResources:
     target: str
     folder: str
     """Name of the private folder, with its warm process, on every host."""
-    signals: Signals
+    signals: StopSignals
     find_corpus: FindCorpus
     private: LocalRayCluster | None
 
@@ -94,7 +94,7 @@ class SlotPool:
             )
         self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
         self.ground.private.again()
-        self.ground.signals.listen()
+        self.ground.signals.install()
         self.gangs = []
 
     def _say_who_holds(self, workers: int, running: int) -> None:

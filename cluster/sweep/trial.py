@@ -139,7 +139,7 @@ class TrialJob:
 
     def stop(self, number: int) -> None:
         """Has it save and end."""
-        self.job.signals.heard = self.job.signals.heard or number
+        self.job.stop.request(number)
 
     def _run(self) -> None:
         verdict, why = outcome.Verdict("failed"), ""

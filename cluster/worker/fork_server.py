@@ -63,11 +63,9 @@ class ForkServer:
         self.ready = 0.0
 
     def load(self) -> None:
-        """Imports the target, and whatever its module wants loaded before the fork (its ``preload``, if it has one)."""
+        """Imports the target and all that its module imports; an error is kept, for the first who asks for a worker."""
         try:
-            module = sys.modules[worker_main.load_target(self.target).__module__]
-            if hasattr(module, "preload"):
-                module.preload()
+            worker_main.load_target(self.target)
         except Exception:
             self.failure = traceback.format_exc()
         # What is loaded now lives as long as the process: out of the collector's sight, its pages stay shared.

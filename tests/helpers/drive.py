@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.driver.early_start import start_early
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from train.util import redact
 
 
@@ -17,8 +17,8 @@ def broken(*_):
 
 if __name__ == "__main__":
     redact.cover()
-    signals = Signals()
-    signals.listen()
+    signals = StopSignals()
+    signals.install()
     begun = start_early(signals, "helpers.toy:train_rank")
 
     from cluster.driver import driver

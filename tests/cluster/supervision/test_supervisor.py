@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers.ray_cluster import private
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
@@ -38,10 +38,10 @@ class Run:
         values = {**base, "steps": steps, "cluster": {**base["cluster"], "max_failures": 0, **cluster}}
         (tmp_path / "run" / "logs").mkdir(parents=True)
         self.events = []
-        self.signals = Signals()
+        self.stop = StopRequest()
         config = configuration.parse(values)
         job = Job(
-            config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.signals, Clock(time.time())
+            config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.stop, Clock(time.time())
         )
         self.clock = job.clock
         self.supervisor = Supervisor(job, "cpu")
@@ -191,7 +191,7 @@ def test_a_job_grows_again_after_a_checkpoint_when_the_worker_is_back(job_folder
         when(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
         when(lambda: len(run.of("recovered")) == 2, 120)
-        run.signals.heard = signal.SIGTERM
+        run.stop.request(signal.SIGTERM)
 
     other = meanwhile(play)
     assert run.go().kind == "stopped"
@@ -209,7 +209,7 @@ def test_a_job_that_was_told_to_end_itself_ends_even_if_it_could_go_on_smaller(j
         when(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
         time.sleep(0.5)  # a batch system's signal reaches the driver last
-        run.signals.heard = signal.SIGTERM
+        run.stop.request(signal.SIGTERM)
 
     other = meanwhile(terminate)
     assert run.go().kind == "stopped"

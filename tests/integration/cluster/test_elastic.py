@@ -11,7 +11,7 @@ import pytest
 from helpers import gloo_ranks
 from helpers.ray_cluster import private
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest
 from cluster.raycluster import ray_node
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.supervisor import Supervisor
@@ -48,10 +48,10 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two,
     base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
     values = {**base, "steps": 100_000, "cluster": {**base["cluster"], "min_workers": 1, "grow_after": 0}}
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    events, signals = [], Signals()
+    events, stop = [], StopRequest()
     target = "helpers.toy:train_rank"
     job = Job(
-        configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, signals, Clock(time.time())
+        configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, stop, Clock(time.time())
     )
 
     def of(kind):
@@ -65,7 +65,7 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two,
         until(lambda: len(of("recovered")) == 1)
         another_node(head, folder)
         until(lambda: len(of("recovered")) == 2)
-        signals.heard = signal.SIGTERM
+        stop.request(signal.SIGTERM)
 
     script = threading.Thread(target=play)
     script.start()
@@ -94,7 +94,7 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
     elastic = ["cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1"]
     config = make(*settings, *elastic, "steps=100000", name="elastic")
     (Path(config.run.dir) / "logs").mkdir(parents=True)
-    events, signals = [], Signals()
+    events, stop = [], StopRequest()
 
     def of(kind):
         return [event for event in events if event["event"] == kind]
@@ -105,9 +105,9 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
         until(lambda: len(of("recovered")) == 2)
         grown = len(of("step"))
         until(lambda: len(of("step")) > grown + 10)
-        signals.heard = signal.SIGTERM
+        stop.request(signal.SIGTERM)
 
-    job = Job(config, str(corpus), TARGET, three.name, events.append, signals, Clock(time.time()))
+    job = Job(config, str(corpus), TARGET, three.name, events.append, stop, Clock(time.time()))
     script = threading.Thread(target=play)
     script.start()
     supervisor = Supervisor(job, "cpu")
