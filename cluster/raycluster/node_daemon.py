@@ -28,8 +28,8 @@ from cluster.raycluster import ray_node, versions
 from cluster.worker import fork_server_client
 from train.errors import ExitCode, UserError
 
-LOOK_S = 0.5
-SAVE_S = 70.0
+LIFELINE_CHECK_S = 0.5
+NODE_SAVE_S = 70.0
 """How long a job's node that was told to end (a batch system tells everybody) leaves its trainers to save."""
 BACK_S = 1800.0
 """How long a lost head is asked whether it is back."""
@@ -136,7 +136,7 @@ class NodeDaemon:
                 return
             if self.lifeline and give_up is None and (self.told or self.node.lost()):
                 # The trainers are held by the warm process, not by Ray: what they were told, they do.
-                give_up = time.monotonic() + (SAVE_S if self.told else 0.0)
+                give_up = time.monotonic() + (NODE_SAVE_S if self.told else 0.0)
             if give_up is not None and time.monotonic() > give_up:
                 return
 
@@ -160,9 +160,9 @@ class NodeDaemon:
     def _forsaken(self) -> bool:
         """Whether the driver that this node is for has gone. Waits a moment for that."""
         if not self.lifeline:
-            time.sleep(LOOK_S)
+            time.sleep(LIFELINE_CHECK_S)
             return False
-        ready, _, _ = select.select([LIFELINE], [], [], LOOK_S)
+        ready, _, _ = select.select([LIFELINE], [], [], LIFELINE_CHECK_S)
         return bool(ready) and not os.read(LIFELINE, 4096)
 
     def end(self) -> None:

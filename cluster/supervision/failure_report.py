@@ -1,4 +1,4 @@
-"""From a verdict to the block that a person reads: the first cause first, its evidence, then the others in one line. Pure."""
+"""The block of lines that explains a failure: the first cause, its evidence, then the other ranks in one line; pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.supervision.hang_detector import format_ranks
 from cluster.supervision.outcome import Verdict, WorkerExit
 
 MOST_LINES = 24
-"""Of a traceback: the innermost; the rank's log has all."""
+"""Lines of a traceback that are shown at most, the innermost ones; the rank's log has all."""
 
 CURES = {
     "out of host memory": "use a smaller batch.micro, fewer workers on this host, or zero=3",
@@ -18,11 +18,11 @@ CURES = {
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """The lines of a failure's block: the first names rank, host, process and cause."""
-    if verdict.finding is not None:
-        lines = [_title(verdict.cause, verdict.finding.words), *verdict.finding.evidence]
+    """The lines of a failure's block, of which the first names rank, host, process and cause; none without a failure."""
+    if verdict.diagnosis is not None:
+        lines = [_title(verdict.cause, verdict.diagnosis.description), *verdict.diagnosis.evidence]
     elif verdict.cause is not None:
-        lines = [_title(verdict.cause, how(verdict.cause)), *_evidence(verdict.cause, verdict.fault or "")]
+        lines = [_title(verdict.cause, describe_exit(verdict.cause)), *_evidence(verdict.cause, verdict.fault or "")]
     else:
         return []
     if verdict.fault in CURES:
@@ -37,11 +37,11 @@ def explain(verdict: Verdict) -> list[str]:
     return lines
 
 
-def how(end: WorkerExit) -> str:
-    """In a few words, how a rank ended."""
+def describe_exit(end: WorkerExit) -> str:
+    """How a rank ended, continuing "rank N ...": killed by which signal, raised what, and where."""
     at = f" {end.at.where}" if end.at else ""
-    if end.words:
-        return end.words + at
+    if end.description:
+        return end.description + at
     if end.code < 0:
         memory = ": the kernel was out of memory" if end.code == -signal.SIGKILL and end.oom else ""
         return f"killed by {signal.Signals(-end.code).name}{at}{memory}"
@@ -51,8 +51,8 @@ def how(end: WorkerExit) -> str:
 
 
 def signature(verdict: Verdict) -> str:
-    """What makes two failures the same: the words, without what differs from start to start."""
-    words = verdict.finding.words if verdict.finding else ""
+    """A text that is equal for two failures of the same kind: pids, addresses and counts are blanked out."""
+    words = verdict.diagnosis.description if verdict.diagnosis else ""
     if verdict.cause and not words:
         words = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
     return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)

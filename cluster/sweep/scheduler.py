@@ -167,7 +167,7 @@ class SweepScheduler:
         def show(event: dict[str, Any]) -> None:
             self.news.put((trial.number, event))
 
-        hosts = slots.hosts(gang)
+        hosts = slots.gang_hosts(gang)
         self.ledger.start(trial.number, len(hosts), hosts)
         self.board.started(trial, len(hosts), hosts)
         job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, stop, clock, private)

@@ -59,13 +59,13 @@ class SlotPool:
         """
         fitting: list[list[Slot]] = []
         for gang in self.gangs:
-            if slots.fits(gang, cluster, self.ground.device):
+            if slots.gang_fits(gang, cluster, self.ground.device):
                 fitting.append(gang)
             else:
-                slots.give_up(gang)
-        self.gangs = fitting or [slots.gang(cluster, self.ground.device, cluster.workers)]
+                slots.release_gang(gang)
+        self.gangs = fitting or [slots.request_gang(cluster, self.ground.device, cluster.workers)]
         for n, gang in enumerate(self.gangs):
-            if slots.placed(gang):
+            if slots.gang_is_placed(gang):
                 self.board.foot = ""
                 return self.gangs.pop(n)
         if time.monotonic() > self.looked + HOLDERS_S:
@@ -81,7 +81,7 @@ class SlotPool:
     def give_up(self) -> None:
         """No trial needs any more."""
         for gang in self.gangs if not self.ground.lost() else ():
-            slots.give_up(gang)
+            slots.release_gang(gang)
         self.gangs = []
 
     def rebuild(self) -> None:

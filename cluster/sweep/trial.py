@@ -153,10 +153,10 @@ class TrialJob:
             why = traceback.format_exc()
         lost = self.job.private is not None and self.job.private.lost()
         if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
-            self.left = self.supervisor.slots.hand_over()
+            self.left = self.supervisor.slots.hand_over_slots()
         self.tell({"event": "ended", "verdict": verdict, "why": why, "lost": lost})
         if not lost:  # Ray would not answer
-            self.supervisor.release()
+            self.supervisor.release_slots()
 
 
 def from_outside(verdict: outcome.Verdict) -> bool:

@@ -26,6 +26,13 @@ BEFORE_FORK_ENV = {
 }
 """The fork server's environment: no thread pools and no CUDA before the fork. A worker's threads are set after it."""
 
+ORPHAN_S = 1.0
+"""How long a worker outlives its agent: a signal to everybody reaches the fork server soon after it has ended the agent."""
+ORPHAN_SAVE_S = 60.0
+"""How long after such a signal, when the workers are saving what they have."""
+ORPHAN_CHECK_S = 0.1
+"""Between the fork server's looks at workers without an agent."""
+
 
 class ForkServerProcess:
     """Owner of a fork server, which lives until ``close``, or until this process ends in any way."""

@@ -66,7 +66,7 @@ def test_who_may_still_take_his_time_does_not_hang(beats):
 
 def test_a_stopped_process_is_found_even_while_others_move():
     found = diagnose_hang([beat(0, still_s=0.1), beat(1, "backward", state="T", still_s=11)], LIMITS)
-    assert (found.rank, found.words) == (1, "hung: nothing moved for 11 s in backward of step 5")
+    assert (found.rank, found.description) == (1, "hung: nothing moved for 11 s in backward of step 5")
     assert found.evidence == ("it is stopped by a signal (SIGSTOP, or a debugger)", "rank 0 is in data of step 5")
 
 
@@ -74,7 +74,10 @@ def test_the_words_say_where_the_others_wait():
     found = diagnose_hang([waits(0), waits(2), beat(3, count=6), waits(1)], LIMITS)
     assert found.evidence == ("ranks 0, 1, 2 wait in all_reduce_sum #7",)
     unclear = diagnose_hang([waits(0), waits(1)], LIMITS)
-    assert unclear.words == "no rank has moved for 20 s, and none can be blamed: ranks 0, 1 wait in all_reduce_sum #7"
+    assert (
+        unclear.description
+        == "no rank has moved for 20 s, and none can be blamed: ranks 0, 1 wait in all_reduce_sum #7"
+    )
 
 
 def play(works, steps, start=0.0, finder=None, per_beat=10):
@@ -86,7 +89,7 @@ def play(works, steps, start=0.0, finder=None, per_beat=10):
         now += max(took)
         if step % per_beat == 0:
             beats = [Heartbeat(rank, step, "data", busy_s=busy[rank]) for rank in range(4)]
-            found += [(step, *slow) for slow in finder.look(beats, now)]
+            found += [(step, *slow) for slow in finder.find_slow(beats, now)]
     return found
 
 

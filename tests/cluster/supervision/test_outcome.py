@@ -97,7 +97,7 @@ def test_a_lost_host_is_told_as_lost():
             "rank": 1,
             "code": -9,
             "fault": "host lost",
-            "words": "was lost with its host",
+            "description": "was lost with its host",
             "at": Heartbeat(1, 7, "backward", 2),
         }
     )

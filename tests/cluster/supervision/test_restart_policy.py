@@ -42,4 +42,4 @@ RAISE = ("raised", "ValueError: the oar broke", 12, 10)
 def test_what_follows_a_row_of_failures(failures, allowed, again, wait, words):
     decision = decide(row_of(*failures), allowed)
     assert (decision.again, decision.wait_s) == (again, wait)
-    assert words in decision.words
+    assert words in decision.message

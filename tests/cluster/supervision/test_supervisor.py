@@ -50,7 +50,7 @@ class Run:
         try:
             return self.supervisor.run()
         finally:
-            self.supervisor.release()
+            self.supervisor.release_slots()
 
     def of(self, kind):
         return [event for event in self.events if event["event"] == kind]
@@ -275,7 +275,7 @@ def test_a_dead_steward_is_replaced_for_the_next_start(job_folder, tmp_path):
 
     def kill_steward():
         when(lambda: len(run.of("step")) > 2)
-        os.kill(run.supervisor.slots.up()[1].info["pid"], signal.SIGKILL)
+        os.kill(run.supervisor.slots.up_slots()[1].info.pid, signal.SIGKILL)
 
     other = meanwhile(kill_steward)
     assert run.go().kind == "done"

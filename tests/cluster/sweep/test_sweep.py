@@ -44,7 +44,7 @@ def alone(config, ground):
     try:
         assert supervisor.run().kind == "done"
     finally:
-        supervisor.release()
+        supervisor.release_slots()
 
 
 def look_at_page(folder, out, runs):

@@ -113,7 +113,7 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
     supervisor = Supervisor(job, "cpu")
     assert supervisor.run().kind == "stopped"
     script.join()
-    supervisor.release()
+    supervisor.release_slots()
     assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], [
         e for e in events if e["event"] in ("note", "failure")
     ]
