@@ -20,7 +20,7 @@ from cluster.raycluster import connect, ray_node, remote_hosts, status
 from cluster.raycluster import placement as plan
 from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.errors import NO_ROOM, ExitCode, UserError, no_room
@@ -108,7 +108,7 @@ class TrainDriver:
         self.begun = begun
         self.console = RunConsole()
         self.signals = begun.signals
-        self.clock = Clock(begun.since)
+        self.clock = StartupClock(begun.since)
         self.run_dir = Path()
         self.held: IO[str] | None = None
         self.private: LocalRayCluster | None = None

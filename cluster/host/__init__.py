@@ -1,4 +1,4 @@
-"""This machine: its folders, locks, resources, addresses and signals. Imports nothing of the other rooms.
+"""This host: folders, locks, resources, addresses and signals. Imports no other room of the cluster.
 
 job_dir        a job's private folder on a host, and the clean-up after jobs that are gone
 network        addresses, interfaces and ports of this host

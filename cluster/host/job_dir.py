@@ -1,7 +1,7 @@
 """A job's private folder on a host: made, marked as in use, and removed with what is left of the job.
 
-The folder (mode 700, in the temporary directory) has the job's name on every host. It holds the fork server's socket and log,
-Ray's token and all that Ray keeps.
+The folder (mode 700, in the temporary directory) has the job's name on every host. It holds the fork server's socket
+and log, Ray's token and all that Ray keeps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def mark_in_use(folder: Path) -> None:
 
 
 def remove_unused_folders(patience_s: float = 0.0) -> None:
-    """Removes the folders of this user's jobs that no process uses; waits up to ``patience_s`` for processes that are ending."""
+    """Removes the folders of this user's jobs that no process uses.
+
+    Waits up to ``patience_s`` for processes that are ending.
+    """
     deadline = time.monotonic() + patience_s
     while _remove_unused_folders() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -70,8 +73,8 @@ def _remove_unused_folders() -> bool:
 def end_job(folder: str) -> None:
     """Kills what is left on this host of a job whose driver is gone, and removes its folder.
 
-    The processes are found by ``JOB_ENV`` in their environment or by their open files. The kernel has ended Ray's main processes
-    and the workers already; Ray's agents would look around for some seconds.
+    The processes are found by ``JOB_ENV`` in their environment or by their open files. The kernel has ended Ray's main
+    processes and the workers already; Ray's agents would look around for some seconds.
     """
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -81,14 +84,17 @@ def end_job(folder: str) -> None:
 
 
 def _belongs_to_job(process: Path, folder: str) -> bool:
-    """Whether the process of a /proc folder is of the job. One that renames itself, as Ray's do, may overwrite its environment."""
+    """Whether the process of a /proc folder is of the job.
+
+    By environment or open files: one that renames itself, as Ray's do, may overwrite its environment.
+    """
     if f"{JOB_ENV}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
         return True
     return any(str(file.readlink()).startswith(f"{folder}/") for file in (process / "fd").iterdir())
 
 
 def own_folder(name: str) -> Path:
-    """The job folder ``name`` on this host, made where it is missing. UserError where it is not private to this user."""
+    """The job folder ``name`` on this host, made where missing. UserError where it is not private to this user."""
     folder = temp_root() / name
     folder.mkdir(mode=0o700, exist_ok=True)
     info = folder.lstat()

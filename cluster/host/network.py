@@ -10,7 +10,7 @@ from train.errors import UserError
 
 
 def address_towards(address: str) -> str:
-    """The address of this host that packets to ``address`` (HOST:PORT) leave from. UserError where no route leads there."""
+    """The address of this host that packets to ``address`` (HOST:PORT) leave from. UserError without a route."""
     name, _, port = address.rpartition(":")
     try:
         family, _, _, _, peer = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]

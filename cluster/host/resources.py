@@ -35,7 +35,7 @@ def count_cpus() -> int:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel's out-of-memory killer has ended so far: the sum of the host's and the cgroup's counters."""
+    """Out-of-memory kills by the kernel so far: the sum of the host's and the cgroup's counters."""
     total = 0
     counters = [Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")]
     with contextlib.suppress(OSError):

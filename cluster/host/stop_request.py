@@ -1,6 +1,7 @@
-"""SIGINT, SIGTERM and SIGHUP to a driver: the first asks the job to save and stop, the second ends everything at once.
+"""Signals to a driver: the first asks the job to save and stop, the second ends everything at once.
 
-Until training has begun there is nothing to save, and the first one ends everything too: what a start builds is made to be killed.
+Until training has begun there is nothing to save, and the first one ends everything too: what a start builds is made to
+be killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The supervision of a job from its driver: placing workers, starting attempts, telling failures, restarting.
+"""A job's supervision by its driver: places workers, starts attempts, explains failures, restarts.
 
 attempt          one start of all ranks, followed from the forks to the last exit
 attempt_state    phases of an attempt and the transitions between them, pure

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from cluster.supervision import outcome
-from cluster.supervision.attempt_state import Action, AttemptState, Observation, Phase, next_state
+from cluster.supervision.attempt_state import Action, AttemptFacts, AttemptState, Phase, next_state
 from cluster.supervision.health_monitor import HealthMonitor, RankStatus, heartbeat_of
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot, node_lives
@@ -122,7 +122,8 @@ class Attempt:
     def follow(self, can_grow: Callable[[], bool] = lambda: False) -> outcome.Verdict:
         """Shows the ranks' events until all have ended. When one has failed or all hang, the others are killed.
 
-        Where ``can_grow()`` says that a larger attempt is possible, the ranks are told to save and end after their next checkpoint.
+        Where ``can_grow()`` says that a larger attempt is possible, the ranks are told to save and end after their next
+        checkpoint.
         """
         self._grow_checked = time.monotonic()
         polls = {status.agent.poll_events.remote(POLL_S): status.rank for status in self.ranks}
@@ -134,22 +135,22 @@ class Attempt:
             self._receive_events(polls)
         return self._verdict()
 
-    def _observe(self, can_grow: Callable[[], bool]) -> Observation:
+    def _observe(self, can_grow: Callable[[], bool]) -> AttemptFacts:
         """The facts that decide on the next state; what costs time is asked only while every rank is well."""
         stop_requested = self.job.stop.requested
         if self.state.phase is Phase.KILLED:
-            return Observation(time.monotonic(), stop_requested)
+            return AttemptFacts(time.monotonic(), stop_requested)
         if self._verdict().cause is not None:
             known = outcome.first_cause_known(self.exits)
-            return Observation(time.monotonic(), stop_requested, failed=True, cause_known=known)
+            return AttemptFacts(time.monotonic(), stop_requested, failed=True, cause_known=known)
         self.diagnosis = self._diagnose()
         if self.diagnosis is not None:
-            return Observation(time.monotonic(), stop_requested, stuck=True)
+            return AttemptFacts(time.monotonic(), stop_requested, stuck=True)
         grow = False
         if time.monotonic() > self._grow_checked + GROW_CHECK_S:
             self._grow_checked = time.monotonic()
             grow = can_grow() and self.at_boundary and not self.stopped_ranks
-        return Observation(time.monotonic(), stop_requested, should_grow=grow)
+        return AttemptFacts(time.monotonic(), stop_requested, should_grow=grow)
 
     def _act(self, action: Action) -> None:
         if action is Action.STOP_RANKS:
@@ -167,7 +168,7 @@ class Attempt:
 
     @property
     def _stop_signalled(self) -> bool:
-        """Whether a signal to stop has been seen anywhere, which may have been sent to everybody, Ray and agents included."""
+        """Whether a stop signal was seen anywhere. It may have been sent to everybody, Ray and agents included."""
         return self.job.stop.requested or bool(self.stopped_ranks) or self.stop_agreed
 
     def _diagnose(self) -> outcome.Diagnosis | None:
@@ -183,7 +184,7 @@ class Attempt:
         return outcome.Diagnosis("worker lost", None, "processes of Ray's own have ended on the driver's host")
 
     def _check_unreachable(self) -> None:
-        """Reads the exit records of workers whose agents were lost to a signal to everybody; gives up the others in time."""
+        """Reads the exit records of workers whose agents do not answer; in time counts those without one as lost."""
         signalled, now = self._stop_signalled, time.monotonic()
         for status in self.ranks if signalled else ():
             mute = status.answered is not None and now > status.answered + MUTE_S

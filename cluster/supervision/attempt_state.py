@@ -37,11 +37,11 @@ class AttemptState:
     since: float = 0.0
     """When the phase began (monotonic)."""
     stopping: bool = False
-    """The driver has told all ranks to save and end, for whatever reason. They may fail on the way, so it is no phase."""
+    """The driver has told all ranks to save and end. They may fail on the way, so it is no phase."""
 
 
 @dataclass(frozen=True)
-class Observation:
+class AttemptFacts:
     """The facts that decide on an attempt's next state."""
 
     now: float
@@ -58,18 +58,18 @@ class Observation:
     """A larger attempt is ready, and nothing would be lost by ending this one."""
 
 
-def next_state(state: AttemptState, seen: Observation) -> tuple[AttemptState, list[Action]]:
+def next_state(state: AttemptState, facts: AttemptFacts) -> tuple[AttemptState, list[Action]]:
     """The state that follows, and the actions that lead to it, in order."""
     actions = []
-    if not state.stopping and (seen.stop_requested or (seen.should_grow and state.phase is Phase.RUNNING)):
+    if not state.stopping and (facts.stop_requested or (facts.should_grow and state.phase is Phase.RUNNING)):
         state = replace(state, stopping=True)
         actions.append(Action.STOP_RANKS)
     if state.phase is Phase.KILLED:
         return state, [*actions, Action.GIVE_UP_SILENT]
-    if seen.failed and state.phase is Phase.RUNNING:
-        state = replace(state, phase=Phase.SETTLING, since=seen.now)
-    settled = state.phase is Phase.SETTLING and (seen.cause_known or seen.now > state.since + SETTLE_S)
-    if settled or seen.stuck:
-        state = replace(state, phase=Phase.KILLED, since=seen.now)
+    if facts.failed and state.phase is Phase.RUNNING:
+        state = replace(state, phase=Phase.SETTLING, since=facts.now)
+    settled = state.phase is Phase.SETTLING and (facts.cause_known or facts.now > state.since + SETTLE_S)
+    if settled or facts.stuck:
+        state = replace(state, phase=Phase.KILLED, since=facts.now)
         actions.append(Action.KILL_RANKS)
     return state, actions

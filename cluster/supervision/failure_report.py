@@ -1,4 +1,4 @@
-"""The block of lines that explains a failure: the first cause, its evidence, then the other ranks in one line; pure."""
+"""The lines that explain a failure: first cause, its evidence, the other ranks in one line; pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CURES = {
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """The lines of a failure's block, of which the first names rank, host, process and cause; none without a failure."""
+    """The lines of a failure's block; the first names rank, host, process and cause. None without a failure."""
     if verdict.diagnosis is not None:
         lines = [_title(verdict.cause, verdict.diagnosis.description), *verdict.diagnosis.evidence]
     elif verdict.cause is not None:
@@ -29,25 +29,23 @@ def explain(verdict: Verdict) -> list[str]:
         lines += ["", f"cure: {CURES[verdict.fault]}"]
     if verdict.collateral:
         why = "their errors follow" if len(verdict.collateral) > 1 else "its error follows"
-        killed = all(end.killed_by_driver for end in verdict.collateral)
-        lines += [
-            "",
-            f"{format_ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})",
-        ]
+        killed = all(exited.killed_by_driver for exited in verdict.collateral)
+        reason = "ended by the driver" if killed else f"{why} from this one"
+        lines += ["", f"{format_ranks(verdict.collateral)} fell with it ({reason})"]
     return lines
 
 
-def describe_exit(end: WorkerExit) -> str:
+def describe_exit(exited: WorkerExit) -> str:
     """How a rank ended, continuing "rank N ...": killed by which signal, raised what, and where."""
-    at = f" {end.at.where}" if end.at else ""
-    if end.description:
-        return end.description + at
-    if end.code < 0:
-        memory = ": the kernel was out of memory" if end.code == -signal.SIGKILL and end.oom else ""
-        return f"killed by {signal.Signals(-end.code).name}{at}{memory}"
-    if end.error:
-        return f"raised {_last_line(end.error).split(':')[0]}{at}"
-    return f"exited with code {end.code} without a word{at}"
+    at = f" {exited.at.where}" if exited.at else ""
+    if exited.description:
+        return exited.description + at
+    if exited.code < 0:
+        memory = ": the kernel was out of memory" if exited.code == -signal.SIGKILL and exited.oom else ""
+        return f"killed by {signal.Signals(-exited.code).name}{at}{memory}"
+    if exited.error:
+        return f"raised {_last_line(exited.error).split(':')[0]}{at}"
+    return f"exited with code {exited.code} without a word{at}"
 
 
 def signature(verdict: Verdict) -> str:
@@ -58,27 +56,29 @@ def signature(verdict: Verdict) -> str:
     return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)
 
 
-def _title(end: WorkerExit | None, words: str) -> str:
-    if end is None:
+def _title(exited: WorkerExit | None, words: str) -> str:
+    if exited is None:
         return words
-    host, pid = f" on {end.host}" if end.host else "", f" (pid {end.pid})" if end.pid else ""
-    return f"rank {end.rank}{host}{pid} {words}"
+    host, pid = f" on {exited.host}" if exited.host else "", f" (pid {exited.pid})" if exited.pid else ""
+    return f"rank {exited.rank}{host}{pid} {words}"
 
 
-def _evidence(end: WorkerExit, fault: str) -> list[str]:
+def _evidence(exited: WorkerExit, fault: str) -> list[str]:
     lines = []
-    if end.peak_mib and (end.code == -signal.SIGKILL or fault == "out of host memory"):
-        oom = "the kernel's out-of-memory killer was at work" if end.oom else "the kernel reports no lack of memory"
-        who = "" if end.oom or end.code > 0 else ": somebody, or a resource manager, killed it"
-        lines.append(f"it held at most {end.peak_mib:,} MiB of the host's {end.memory_mib or 0:,} MiB; {oom}{who}")
-    if end.code == -signal.SIGBUS:
+    if exited.peak_mib and (exited.code == -signal.SIGKILL or fault == "out of host memory"):
+        oom = "the kernel's out-of-memory killer was at work" if exited.oom else "the kernel reports no lack of memory"
+        who = "" if exited.oom or exited.code > 0 else ": somebody, or a resource manager, killed it"
+        lines.append(
+            f"it held at most {exited.peak_mib:,} MiB of the host's {exited.memory_mib or 0:,} MiB; {oom}{who}"
+        )
+    if exited.code == -signal.SIGBUS:
         lines.append("a file that it read as memory was cut short: a shard of the corpus, or /dev/shm is full")
-    if end.error and end.code > 0:
-        shown = end.error.rstrip().splitlines()
+    if exited.error and exited.code > 0:
+        shown = exited.error.rstrip().splitlines()
         cut = [f"  ... ({len(shown) - MOST_LINES} lines more in its log)"] if len(shown) > MOST_LINES else []
         lines += ["", *cut, *shown[-MOST_LINES:]]
-    elif end.tail:
-        lines += ["", "the last lines of its log:", *(f"  {line}" for line in end.tail)]
+    elif exited.tail:
+        lines += ["", "the last lines of its log:", *(f"  {line}" for line in exited.tail)]
     return lines
 
 

@@ -1,7 +1,8 @@
 """Finds hung and slow ranks from their heartbeats; pure.
 
-Ranks work in step, so when one stands still the others soon wait for it, in the next collective. An attempt hangs when none of its
-ranks moves: not to another phase, micro-batch or collective. Whose fault it is shows in how many collectives each has begun.
+Ranks work in step, so when one stands still the others soon wait for it, in the next collective. An attempt hangs when
+none of its ranks moves: not to another phase, micro-batch or collective. Whose fault it is shows in how many
+collectives each has begun.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def diagnose_hang(heartbeats: Sequence[Heartbeat], limits: HangLimits) -> Diagno
 def _culprits(heartbeats: Sequence[Heartbeat]) -> list[Heartbeat]:
     """The ranks that the others wait for; none where they cannot be told.
 
-    These are the ranks that have begun fewer collectives than the others; else those that are in none; else those that are in another
-    than most.
+    These are the ranks that have begun fewer collectives than the others; else those that are in none; else those that
+    are in another than most.
     """
     fewest = min(b.count for b in heartbeats)
     usual, many = Counter(b.collective for b in heartbeats).most_common(1)[0]
@@ -100,7 +101,7 @@ def format_ranks(heartbeats: Sequence[Any], most: int = 8) -> str:
 
 @dataclass
 class StragglerDetector:
-    """Finds ranks that are slower than the others, window by window. Time in which they wait for each other is not counted."""
+    """Finds ranks that are slower than the others, window by window; waits for each other are not counted."""
 
     window_start: dict[int, Heartbeat] = field(default_factory=dict)
     since: float = 0.0

@@ -1,4 +1,4 @@
-"""Watches the living ranks of an attempt: which are silent, hang or lag, and the evidence of their stacks."""
+"""Watches the living ranks of an attempt: which are silent, hang or lag, with their stacks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class HealthMonitor:
         """When the ranks were last checked (monotonic)."""
 
     def diagnose(self) -> outcome.Diagnosis | None:
-        """Why the living ranks cannot go on, if they cannot: one is cut off, or they hang. Reports slow ranks on the way."""
+        """Why the living ranks cannot go on, if they cannot: one is cut off, or they hang. Also reports slow ranks."""
         now = time.monotonic()
         if now > self.checked + DRIVER_PAUSE_S:  # the driver itself was stopped, and heard nobody
             for status in self.ranks:

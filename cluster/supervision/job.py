@@ -17,7 +17,7 @@ Show = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Clock:
+class StartupClock:
     """Times of the phases of a job's start, in seconds since its command was given."""
 
     start: float
@@ -28,7 +28,7 @@ class Clock:
         self.marks.setdefault(name, (time.time() if at is None else at) - self.start)
 
     def first_step(self, event: dict[str, Any], run_dir: Path) -> bool:
-        """Whether ``event`` is the first step's; then, once, writes all times to ``startup.json`` in the run's folder."""
+        """Whether ``event`` is the first step's; if so, writes all times to the run's ``startup.json``, once."""
         first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
         if first:
             self.mark("first_step_done", event["t"])
@@ -48,7 +48,7 @@ class Job:
     """Name of the job's private folder on every host."""
     show: Show
     stop: StopRequest
-    clock: Clock
+    clock: StartupClock
     private: LocalRayCluster | None = None
     """The job's own Ray cluster, where it has one."""
     signals: StopSignals | None = None

@@ -1,7 +1,7 @@
-"""Decides the outcome of an attempt from the exits of its ranks: done, stopped, bad input, or a failure and its first cause.
+"""Decides the outcome of an attempt, and the first cause of a failure, from the exits of its ranks.
 
-When one rank dies, the others fail within moments because it is gone. Their errors are collateral: counted, not shown. All functions
-are pure.
+When one rank dies, the others fail within moments because it is gone. Their errors are collateral: counted, not shown.
+All functions are pure.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ HOST_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's progress at one moment: its heartbeat record (``train.distributed.heartbeat``) and its process's state."""
+    """A rank's progress at one moment: its record (``train.distributed.heartbeat``) and its process's state."""
 
     rank: int
     step: int
@@ -82,7 +82,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How the worker of one rank ended. ``order`` counts the exits of an attempt as the driver learned of them, from 0."""
+    """How the worker of one rank ended. ``order`` counts an attempt's exits as the driver learned of them, from 0."""
 
     rank: int
     order: int
@@ -110,7 +110,10 @@ class WorkerExit:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why living ranks cannot go on. ``rank``: whose fault it is, if that is clear; ``description`` continues "rank N ..."."""
+    """Why living ranks cannot go on.
+
+    ``rank``: whose fault it is, if that is clear; ``description`` continues "rank N ...".
+    """
 
     fault: Fault
     rank: int | None
@@ -120,7 +123,7 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of an attempt: ``kind``, and for a failure its fault, its first cause and the ranks that fell with it."""
+    """The outcome of an attempt; for a failure also its fault, its first cause and the ranks that fell with it."""
 
     kind: Literal["running", "done", "stopped", "bad_input", "failed"]
     fault: Fault | None = None
@@ -132,9 +135,10 @@ class Verdict:
 def decide_outcome(
     exits: Sequence[WorkerExit], size: int, diagnosis: Diagnosis | None = None, told_to_stop: Collection[int] = ()
 ) -> Verdict:
-    """The verdict on an attempt of ``size`` ranks, given the ``exits`` so far and the ``diagnosis`` it was ended for, if any.
+    """The verdict on an attempt of ``size`` ranks, given its ``exits`` and the ``diagnosis`` it was ended for.
 
-    ``told_to_stop``: ranks that were told to end by a signal of their own. Where these are not all, they were preempted.
+    ``told_to_stop``: ranks that were told to end by a signal of their own. Where these are not all, they were
+    preempted.
     """
     preempted = 0 < len(told_to_stop) < size
     bad = [exited for exited in exits if exited.code not in (ExitCode.OK, ExitCode.STOPPED)]

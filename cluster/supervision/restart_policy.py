@@ -1,7 +1,7 @@
 """Decides whether and when a failed job starts again, from its failures so far; pure.
 
-Failures are counted in a row: progress past the last one resets the count. A failure of the run itself that comes twice with the same
-signature at the same step would come a third time, so there is no restart.
+Failures are counted in a row: progress past the last one resets the count. A failure of the run itself that comes twice
+with the same signature at the same step would come a third time, so there is no restart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The slots of a job's workers on the Ray cluster: reserved all at once, kept over restarts, asked for again where lost.
+"""The slots of a job's workers on the Ray cluster, which are kept over restarts and refilled when lost.
 
-A slot is a bundle of a placement group with an agent in it. Ray itself gives a bundle another node when its own is gone and another
-has room, so a slot that was lost is only asked for a new agent: it answers as soon as there is room again.
+A slot is a bundle of a placement group with an agent in it. Ray itself gives a bundle another node when its own is gone
+and another has room, so a slot that was lost is only asked for a new agent: it answers as soon as there is room again.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class JobSlots:
         return given
 
     def wait_for_slots(self, least: int, wished: int, seconds: float) -> None:
-        """Waits until ``wished`` slots are up, or at least ``least`` once ``REJOIN_S`` are over. UserError after ``seconds``."""
+        """Waits until ``wished`` slots are up, or ``least`` once ``REJOIN_S`` are over. UserError after ``seconds``."""
         began, private = time.monotonic(), self.job.private
         while len(self.up_slots()) < wished and not self.job.stop.requested:
             if private is not None:
@@ -158,7 +158,7 @@ class JobSlots:
             self.update_slots(SLOT_CHECK_S)
 
     def update_slots(self, seconds: float = 0.0) -> None:
-        """Notes which agents have come up, waiting up to ``seconds`` for one, and starts agents in slots left empty long enough."""
+        """Notes which agents have come up, waiting up to ``seconds`` for one; starts agents in slots due for one."""
         for slot in self.all:
             if slot.agent is None and time.monotonic() > slot.empty_until:
                 self._start_agent(slot)

@@ -1,4 +1,4 @@
-"""Supervises a job: reserves slots, starts an attempt, follows it to its end, and starts another where that may help."""
+"""Supervises a job: reserves its slots, runs an attempt, and runs another where that may help."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Supervisor:
         partial.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
         partial.replace(self.job.run_dir / "world.json")
 
-    # ---------------------------------------------------------------------------------------------------------- restarts
+    # --------------------------------------------------------------------------------------------------------- restarts
 
     def _restart_after_failure(self, attempt: Attempt, verdict: outcome.Verdict) -> bool:
         """Shows the failure and what follows from it; whether to start again, after the wait that this may take."""
@@ -121,7 +121,8 @@ class Supervisor:
     def _restart_after_stop(self, attempt: Attempt, verdict: outcome.Verdict) -> bool:
         """Whether an attempt that was stopped and saved is followed by another.
 
-        By a smaller one, where some workers were told to end and the job was not; by a larger one, where it was stopped for that.
+        By a smaller one, where some workers were told to end and the job was not; by a larger one, where it was stopped
+        for that.
         """
         if verdict.kind != "stopped" or self.job.stop.requested:
             return False
@@ -193,7 +194,7 @@ class Supervisor:
         return can_grow
 
     def _show(self, event: dict[str, Any]) -> None:
-        """Passes an event on. When an attempt trains after an interruption, also writes a line of ``restarts.jsonl``."""
+        """Passes an event on; once an attempt trains after an interruption, adds a line to ``restarts.jsonl``."""
         if event["event"] == "world" and self.interruption:
             record = {"generation": self.attempts, "workers": event["size"], **event["marks"], **self.interruption}
             with (self.job.run_dir / "restarts.jsonl").open("a") as file:
@@ -206,7 +207,7 @@ class Supervisor:
         """Ends the agents and gives their slots back to Ray."""
         self.slots.release_slots()
 
-    # ------------------------------------------------------------------------------------------------------------ orders
+    # ----------------------------------------------------------------------------------------------------------- orders
 
     def make_orders(self, slots: list[Slot], rendezvous: RendezvousAddress) -> list[StartOrder]:
         """The order that starts the worker of each slot, by rank."""

@@ -1,4 +1,4 @@
-"""Time limits of a job's supervision that depend on one another, and the inequalities that hold between them.
+"""Time limits of supervision that depend on one another, with the inequalities between them.
 
 All are seconds. Limits that depend on none of these stay where they are used.
 """
@@ -14,13 +14,13 @@ TICK_S = 0.2
 POLL_S = 1.0
 """How long an agent holds a poll for events open; then it answers with its worker's heartbeat alone."""
 SETTLE_S = 1.0
-"""After a failure that may be another's consequence, how long the other ranks may take to end by themselves and say why."""
+"""After a failure that may be another's consequence, how long the other ranks may take to end and say why."""
 KILL_REPORT_S = 5.0
 """How long an agent may take to report the exit of the worker that the driver has killed."""
 SIGNAL_GRACE_S = 1.5
-"""How long a lost agent is taken for one that a signal to everybody has ended, and the signal to the driver is waited for."""
+"""How long a lost agent is taken for the victim of a signal to everybody, which the driver is then to receive."""
 MUTE_S = 3.0
-"""After such a signal, how long an agent may not answer before its worker's exit record is read: Ray may end agents slowly."""
+"""After such a signal, how long an agent may be silent before its worker's exit record is looked for."""
 EXIT_RECORD_S = 65.0
 """After such a signal, how long a worker may take to save and write its exit record."""
 GROW_CHECK_S = 0.5
@@ -32,7 +32,7 @@ DRIVER_PAUSE_S = 3.0
 """Where so much time lies between two health checks, the driver itself was stopped, and no agent is called silent."""
 
 REJOIN_S = 8.0
-"""How long the slot of a lost worker, on a host that lives, may take to be filled before the others go on without it."""
+"""How long a lost worker's slot on a living host may take to be filled before the others go on without it."""
 SLOT_CHECK_S = 0.2
 """Between checks for whether slots have been filled."""
 

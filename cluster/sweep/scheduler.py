@@ -17,7 +17,7 @@ from cluster.host import run_lock
 from cluster.host.stop_request import StopRequest
 from cluster.raycluster import placement, ray_node
 from cluster.supervision import slots
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
 from cluster.sweep.ledger import FINAL, SweepLedger, TrialRecord
@@ -161,7 +161,7 @@ class SweepScheduler:
             self.places.leave(gang)
             return
         private = Shared(self.ground.private) if self.ground.private is not None else None
-        stop, clock = StopRequest(), Clock(time.time())
+        stop, clock = StopRequest(), StartupClock(time.time())
         trial.state, trial.pace = "starting", None
 
         def show(event: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a rank on its host: the agent that watches, the fork server that starts, the worker that trains.
+"""A rank's processes on its host: the agent watches, the fork server starts, the worker trains.
 
 agent                Ray actor that starts, watches and signals its rank's worker
 exit_record          a worker's last word in the run's folder, for when its agent is gone

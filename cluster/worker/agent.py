@@ -1,7 +1,8 @@
-"""The agent of a rank: a Ray actor that starts, watches and signals the rank's worker, and never trains itself.
+"""The agent of a rank: a Ray actor that starts, watches and signals the rank's worker.
 
-It stays responsive whatever its worker does, so it sees a death at once, reports what the worker left in its log, and starts the
-next one from the host's fork server in a fraction of a second. It outlives every attempt of the job.
+It never trains itself, and so stays responsive whatever its worker does: it sees a death at once, reports what the
+worker left in its log, and starts the next one from the host's fork server in a fraction of a second. It outlives every
+attempt of the job.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class WorkerAgent:
         self._connect_fork_server().close()
 
     def bind_rendezvous(self, ip: str, port: int) -> BindResult:
-        """Binds the socket where the workers of the next attempt meet; called on rank 0's agent. Port 0: any free one."""
+        """Binds the socket where the next attempt's workers meet; asked of rank 0's agent. Port 0: any free one."""
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
@@ -131,7 +132,7 @@ class WorkerAgent:
         return connection
 
     def poll_events(self, wait_s: float) -> list[dict[str, Any]]:
-        """The events since the last call, in order, and last the worker's heartbeat; waits up to ``wait_s`` for an event."""
+        """The events since the last call, and last the worker's heartbeat; waits up to ``wait_s`` for an event."""
         with self.events_added:
             self.events_added.wait_for(lambda: bool(self.events), wait_s)
             events = list(self.events)
@@ -146,7 +147,8 @@ class WorkerAgent:
     def inspect_worker(self) -> dict[str, Any]:
         """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames]}.
 
-        Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its stack takes.
+        Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
+        stack takes.
         """
         return self.worker.inspect() if self.worker else {"kernel": [], "stack": []}
 

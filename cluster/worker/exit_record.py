@@ -1,7 +1,7 @@
-"""A worker's last word: a file in the run's folder, read when its agent was lost before the worker ended.
+"""Exit records: how a worker ended, in a file that the driver reads when the worker's agent is lost.
 
-Whoever ends a whole job at once (a batch system, a service manager) signals Ray's processes and the agents too. The workers
-save none the less, and the driver reads here how they ended.
+Whoever ends a whole job at once (a batch system, a service manager) signals Ray's processes and the agents too. The
+workers save none the less, and the driver reads here how they ended.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""The fork server of a host: imports torch, DeepSpeed and our code once, and forks the workers of the host's ranks.
+"""The fork server of a host: imports torch, DeepSpeed and our code once, and forks the workers.
 
     python -m cluster.worker.fork_server TARGET LISTENING_FD       (started by ``fork_server_client.ForkServerProcess``)
 
-A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on every start, for
-every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its children's deaths at once and
-reports them with their signal and peak memory.
+A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on
+every start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its
+children's deaths at once and reports them with their signal and peak memory.
 
-Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the kernel
-kills its workers with it. When the agent that asked for a worker is gone, that worker is killed: at once, or, where everybody was
-told to end (as a batch system does), when it has had time to save.
+Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the
+kernel kills its workers with it. When the agent that asked for a worker is gone, that worker is killed: at once, or,
+where everybody was told to end (as a batch system does), when it has had time to save.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ForkServer:
         self.stop_signalled = True
 
     def _kill_orphans(self) -> float | None:
-        """Kills workers that have been without an agent for too long; the seconds until the next check, None for no need."""
+        """Kills workers that have been without an agent for too long; the seconds to the next check, if any."""
         orphans = [(worker, worker.orphaned) for worker in self.workers.values() if worker.orphaned is not None]
         for worker, since in orphans:
             if time.monotonic() > since + (ORPHAN_SAVE_S if self.stop_signalled else ORPHAN_S):
@@ -136,7 +136,7 @@ class ForkServer:
         ipc.send(agent, {"pid": pid, "ready": self.ready})
 
     def _become_worker(self, parent: int, order: StartOrder, fds: list[int]) -> None:
-        """In the child: closes what is the fork server's, runs the rank, and ends without the parent's exit handlers."""
+        """In the child: closes the fork server's files, runs the rank, ends without the parent's exit handlers."""
         code: int = ExitCode.FAILURE
         try:
             ipc.die_with_parent(parent)

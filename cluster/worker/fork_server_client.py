@@ -1,7 +1,7 @@
-"""Starts a host's fork server, owns it, and connects to it; light to import, for a driver imports this first.
+"""Starts a host's fork server, owns it, and connects to it; light, for a driver imports this first.
 
-Whoever needs the fork server first starts it and owns it: the driver on its own machine, while Ray is still coming up; a worker
-agent on another host.
+Whoever needs the fork server first starts it and owns it: the driver on its own machine, while Ray is still coming up;
+a worker agent on another host.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BEFORE_FORK_ENV = {
 """The fork server's environment: no thread pools and no CUDA before the fork. A worker's threads are set after it."""
 
 ORPHAN_S = 1.0
-"""How long a worker outlives its agent: a signal to everybody reaches the fork server soon after it has ended the agent."""
+"""How long a worker outlives its agent: a signal to everybody may reach the fork server after the agent."""
 ORPHAN_SAVE_S = 60.0
 """How long after such a signal, when the workers are saving what they have."""
 ORPHAN_CHECK_S = 0.1

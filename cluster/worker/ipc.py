@@ -1,4 +1,4 @@
-"""JSON messages over Unix sockets between the processes of a host, with open file descriptors beside them."""
+"""JSON messages and open file descriptors over Unix sockets between the processes of a host."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def rss_mib(pid: int) -> int:
 
 
 def describe_kernel_wait(pid: int) -> list[str]:
-    """Lines that say where the kernel has the process: state and system call; kernel frames where it waits for a device."""
+    """Lines with the process's state and system call, and its kernel frames where it waits for a device."""
     letter = process_state(pid)
     if not letter:
         return ["gone"]

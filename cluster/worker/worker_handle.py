@@ -89,8 +89,8 @@ class WorkerHandle:
 def main_thread_stack(dump: str) -> list[str]:
     """The main thread's frames in a dump of faulthandler, innermost first: "train/loop.py:12 in train".
 
-    faulthandler writes the main thread last. Of libraries' frames only the innermost are kept: the line of our code that called
-    them says more.
+    faulthandler writes the main thread last. Of libraries' frames only the innermost are kept: the line of our code
+    that called them says more.
     """
     frames, last = [], re.split(r"^(?:Current thread|Thread) 0x.*\n", dump, flags=re.MULTILINE)[-1]
     for number, (file, line, function) in enumerate(FRAME.findall(last)):
@@ -101,7 +101,7 @@ def main_thread_stack(dump: str) -> list[str]:
 
 
 def log_tail(log: Path, offset: int) -> list[str]:
-    """The last ``TAIL_LINES`` lines that were written to ``log`` after byte ``offset``; none where it cannot be read."""
+    """The last ``TAIL_LINES`` lines of ``log`` after byte ``offset``; none where it cannot be read."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,7 +1,7 @@
-"""Entry point of a worker process: forked from the host's fork server, it joins the process group and runs the target.
+"""Entry point of a forked worker process: joins the process group and runs the target.
 
-Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed). Its events go through
-the event pipe, one JSON line each; everything printed goes to the rank's own log.
+Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed). Its events go
+through the event pipe, one JSON line each; everything printed goes to the rank's own log.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ def _check_device(device: str) -> None:
 def _only_writer(order: StartOrder, events: EventPipe) -> Any:
     """Locks the run's folder against a second rank 0, on rank 0.
 
-    The driver's lock goes when the driver dies; its rank 0 on another host may live some seconds longer, and the next rank 0 waits
-    for it here.
+    The driver's lock goes when the driver dies; its rank 0 on another host may live some seconds longer, and the next
+    rank 0 waits for it here.
     """
     if order.rank:
         yield

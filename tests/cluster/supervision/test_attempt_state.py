@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.supervision.attempt_state import Action, AttemptState, Observation, Phase, next_state
+from cluster.supervision.attempt_state import Action, AttemptFacts, AttemptState, Phase, next_state
 from cluster.supervision.timeouts import SETTLE_S
 
 RUNNING = AttemptState()
@@ -41,6 +41,6 @@ STOP, KILL, GIVE_UP = Action.STOP_RANKS, Action.KILL_RANKS, Action.GIVE_UP_SILEN
     ],
 )
 def test_next_state_by_phase_and_observation(state, seen, phase, stopping, actions):
-    after, done = next_state(state, Observation(**{"now": SOON, **seen}))
+    after, done = next_state(state, AttemptFacts(**{"now": SOON, **seen}))
     assert (after.phase, after.stopping, done) == (phase, stopping, actions)
     assert after.since == (state.since if phase is state.phase else seen.get("now", SOON))

@@ -81,7 +81,7 @@ def test_the_words_say_where_the_others_wait():
 
 
 def play(works, steps, start=0.0, finder=None, per_beat=10):
-    """Feeds a finder with beats of ranks whose steps take ``works(rank, step)`` seconds; what it found, with the step."""
+    """The slow ranks that a detector finds, with the step, where steps take ``works(rank, step)`` seconds."""
     finder, found, busy, now = finder or StragglerDetector(), [], [0.0] * 4, start
     for step in range(steps):
         took = [works(rank, step) for rank in range(4)]

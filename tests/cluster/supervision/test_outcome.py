@@ -117,8 +117,14 @@ def test_many_fallen_ranks_take_one_line():
     assert "SIGABRT" in lines[0]
 
 
-CUDA = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
-HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+CUDA = (
+    "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. "
+    "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+)
+HOST = (
+    "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . "
+    "DefaultCPUAllocator: can't allocate memory: you tried ..."
+)
 
 
 @pytest.mark.parametrize(

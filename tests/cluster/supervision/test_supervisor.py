@@ -13,7 +13,7 @@ import pytest
 from helpers.ray_cluster import private
 
 from cluster.host.stop_request import StopRequest
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
 from train.errors import UserError
@@ -41,7 +41,13 @@ class Run:
         self.stop = StopRequest()
         config = configuration.parse(values)
         job = Job(
-            config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.stop, Clock(time.time())
+            config,
+            json.dumps(fault or {}),
+            TARGET,
+            folder.name,
+            self.events.append,
+            self.stop,
+            StartupClock(time.time()),
         )
         self.clock = job.clock
         self.supervisor = Supervisor(job, "cpu")

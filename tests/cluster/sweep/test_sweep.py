@@ -13,7 +13,7 @@ from helpers import wandb_files
 from helpers.chromium import CHROMIUM, Browser
 
 from cluster.host.stop_request import StopRequest
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from cluster.sweep.cli import verdict
 from review import __main__ as review
@@ -37,7 +37,7 @@ def alone(config, ground):
         ground.folder,
         lambda event: None,
         StopRequest(),
-        Clock(time.time()),
+        StartupClock(time.time()),
         ground.private,
     )
     supervisor = Supervisor(job, "cpu")

@@ -13,7 +13,7 @@ from helpers.ray_cluster import private
 
 from cluster.host.stop_request import StopRequest
 from cluster.raycluster import ray_node
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
 
@@ -51,7 +51,13 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two,
     events, stop = [], StopRequest()
     target = "helpers.toy:train_rank"
     job = Job(
-        configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, stop, Clock(time.time())
+        configuration.parse(values),
+        '{"sleep": 0.05}',
+        target,
+        folder.name,
+        events.append,
+        stop,
+        StartupClock(time.time()),
     )
 
     def of(kind):
@@ -107,7 +113,7 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
         until(lambda: len(of("step")) > grown + 10)
         stop.request(signal.SIGTERM)
 
-    job = Job(config, str(corpus), TARGET, three.name, events.append, stop, Clock(time.time()))
+    job = Job(config, str(corpus), TARGET, three.name, events.append, stop, StartupClock(time.time()))
     script = threading.Thread(target=play)
     script.start()
     supervisor = Supervisor(job, "cpu")
