@@ -72,8 +72,9 @@ class Attempt:
     @property
     def furthest_step(self) -> int:
         """The furthest step that any rank is known to have been at."""
-        last = [ended.at for ended in self.exits] + [status.heartbeat for status in self.ranks]
-        return max((heartbeat.step for heartbeat in last if heartbeat is not None), default=0)
+        heartbeats = [status.heartbeat for status in self.ranks]
+        heartbeats += [exited.at for exited in self.exits]
+        return max((heartbeat.step for heartbeat in heartbeats if heartbeat is not None), default=0)
 
     # -------------------------------------------------------------------------------------------------------- starting
 

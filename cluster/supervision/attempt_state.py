@@ -20,7 +20,7 @@ class Phase(Enum):
 
 
 class Action(Enum):
-    """What the driver does when an attempt's state changes."""
+    """Steps that the driver takes towards an attempt's next state."""
 
     STOP_RANKS = "stop ranks"
     """Signal the living ranks to save and end."""
@@ -31,7 +31,7 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class AttemptState:
-    """Where an attempt stands."""
+    """An attempt's phase, and whether it is being stopped."""
 
     phase: Phase = Phase.RUNNING
     since: float = 0.0

@@ -74,7 +74,8 @@ def _culprits(heartbeats: Sequence[Heartbeat]) -> list[Heartbeat]:
     """
     fewest = min(b.count for b in heartbeats)
     usual, many = Counter(b.collective for b in heartbeats).most_common(1)[0]
-    behind, outside = [b for b in heartbeats if b.count == fewest], [b for b in heartbeats if not b.inside]
+    behind = [b for b in heartbeats if b.count == fewest]
+    outside = [b for b in heartbeats if not b.inside]
     astray = [b for b in heartbeats if b.collective != usual] if many > len(heartbeats) / 2 else []
     for suspects in (behind, outside, astray):
         if 0 < len(suspects) < len(heartbeats):

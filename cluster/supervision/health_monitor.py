@@ -20,7 +20,7 @@ MOST_RANKS = 6
 
 @dataclass
 class RankStatus:
-    """What the driver knows of one rank of an attempt."""
+    """One rank of an attempt, as far as the driver knows."""
 
     rank: int
     agent: Any
@@ -101,7 +101,8 @@ class HealthMonitor:
                 lines += [f"rank {rank}:", *(f"  {frame}" for frame in answer["stack"][:3])]
             return lines
         answer = answers.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
-        kernel, stack = [f"kernel: {line}" for line in answer["kernel"]], [f"  {frame}" for frame in answer["stack"]]
+        kernel = [f"kernel: {line}" for line in answer["kernel"]]
+        stack = [f"  {frame}" for frame in answer["stack"]]
         return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 
 

@@ -38,7 +38,7 @@ class StartupClock:
 
 @dataclass(frozen=True)
 class Job:
-    """What a job runs, where its events go, and what may stop it."""
+    """A job: its configuration, what each rank runs, where its events go, and what may stop it."""
 
     config: Config
     corpus: str

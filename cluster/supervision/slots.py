@@ -1,4 +1,4 @@
-"""The slots of a job's workers on the Ray cluster, which are kept over restarts and refilled when lost.
+"""The slots of a job's workers on the Ray cluster: kept over restarts, refilled when lost.
 
 A slot is a bundle of a placement group with an agent in it. Ray itself gives a bundle another node when its own is gone
 and another has room, so a slot that was lost is only asked for a new agent: it answers as soon as there is room again.

@@ -1,4 +1,4 @@
-"""What the driver, the agents and the workers tell each other, as dataclasses; light to import."""
+"""Messages between driver, agents and workers, as dataclasses; light to import."""
 
 from __future__ import annotations
 

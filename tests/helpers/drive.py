@@ -11,7 +11,7 @@ from cluster.host.stop_request import StopSignals
 from train.util import redact
 
 
-def broken(*_):
+def raise_error(*_):
     raise RuntimeError("the oar broke")
 
 
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
     more = json.loads(settings[0]) if settings else {}
     if more.pop("bug", False):
-        driver.TrainDriver._finish = broken
+        driver.TrainDriver._finish = raise_error
     values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
     what = driver.Plan(lambda: configuration.parse(values), lambda config, report: fault)
     sys.exit(driver.run(what, begun))

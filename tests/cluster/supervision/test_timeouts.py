@@ -13,5 +13,5 @@ def test_each_limit_is_longer_than_the_ones_that_it_must_cover(shorter, longer, 
     assert shorter < longer, why
 
 
-def test_upload_of_a_stopped_run_ends_before_the_fork_server_kills_the_worker():
+def test_upload_of_a_stopped_run_ends_before_its_worker_is_killed():
     assert run.MIRROR_WAIT_STOPPED_S < timeouts.ORPHAN_SAVE_S
