@@ -50,17 +50,17 @@ def describe_exit(exited: WorkerExit) -> str:
 
 def signature(verdict: Verdict) -> str:
     """A text that is equal for two failures of the same kind: pids, addresses and counts are blanked out."""
-    words = verdict.diagnosis.description if verdict.diagnosis else ""
-    if verdict.cause and not words:
-        words = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
-    return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)
+    text = verdict.diagnosis.description if verdict.diagnosis else ""
+    if verdict.cause and not text:
+        text = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
+    return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in text)
 
 
-def _title(exited: WorkerExit | None, words: str) -> str:
+def _title(exited: WorkerExit | None, text: str) -> str:
     if exited is None:
-        return words
+        return text
     host, pid = f" on {exited.host}" if exited.host else "", f" (pid {exited.pid})" if exited.pid else ""
-    return f"rank {exited.rank}{host}{pid} {words}"
+    return f"rank {exited.rank}{host}{pid} {text}"
 
 
 def _evidence(exited: WorkerExit, fault: str) -> list[str]:

@@ -73,8 +73,8 @@ class HealthMonitor:
         silent_s = {status.rank: now - status.answered for status in living if status.answered is not None}
         silent = [rank for rank, seconds in silent_s.items() if seconds > self.limits.hang_s]
         if silent:
-            words = f"was cut off: its host has not answered for {silent_s[silent[0]]:.0f} s"
-            return outcome.Diagnosis("network lost", silent[0], words)
+            description = f"was cut off: its host has not answered for {silent_s[silent[0]]:.0f} s"
+            return outcome.Diagnosis("network lost", silent[0], description)
         heartbeats = [status.heartbeat for status in living if status.heartbeat is not None]
         complete = len(heartbeats) == len(living)
         diagnosis = hang_detector.diagnose_hang(heartbeats, self.limits) if complete else None
