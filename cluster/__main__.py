@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from train.errors import ExitCode
 from train.util import redact
 
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
         from cluster.cli import cluster
 
         return cluster.run(rest)
-    signals = Signals()
-    signals.listen()  # before the other imports: Ctrl-C is meant from the first moment on
+    signals = StopSignals()
+    signals.install()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.driver.early_start import start_early
 
     begun = None if {"-h", "--help"} & set(rest) else start_early(signals)

@@ -81,7 +81,7 @@ def _drill(out: Console, faults: Sequence[Fault], overrides: Sequence[str]) -> i
     if config.steps < 20 * EVERY:
         raise UserError(f"steps={config.steps} is too short for a drill: it makes {20 * EVERY} at least")
     folder = Path(f"{Path(users.run.dir or '.').absolute()}-drill")
-    with run_lock.take(folder):
+    with run_lock.lock_run_dir(folder):
         for old in [folder / "corpus", *folder.glob("*disturbed*")]:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         show = Drill(out, folder, settings, config)

@@ -26,7 +26,7 @@ DELAY_S = 0.5
 ANSWER_S = 60.0
 BACK_S = 90.0
 """How long hosts may take to join again."""
-LOOK_S = 0.2
+HOSTS_CHECK_S = 0.2
 
 
 class FaultInjector:
@@ -46,7 +46,7 @@ class FaultInjector:
         time.sleep(max(0.0, self.silent_until - time.monotonic()))
         give_up = time.monotonic() + BACK_S
         while self._living() < self.hosts and time.monotonic() < give_up:
-            time.sleep(LOOK_S)
+            time.sleep(HOSTS_CHECK_S)
 
     def _living(self) -> int:
         return sum(node["Alive"] for node in ray.nodes()) if self.here else 0
@@ -74,7 +74,7 @@ class FaultInjector:
     def cut_off(self, places: Sequence[RankLocation], seconds: float) -> float:
         """Silence the host of these ranks: its processes of the job and of Ray stand still for so many seconds."""
         now = self._on(places[0], of_host, places, f"kill -STOP {{0}}; sleep {seconds}; kill -CONT {{0}}") + DELAY_S
-        self.silent_until = now + seconds + LOOK_S
+        self.silent_until = now + seconds + HOSTS_CHECK_S
         return now
 
     def end_host(self, places: Sequence[RankLocation]) -> float:

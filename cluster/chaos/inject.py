@@ -18,6 +18,7 @@ from typing import Any
 from cluster.chaos.fault_injector import FaultInjector
 from cluster.chaos.faults import Fault, Observation
 from cluster.chaos.train_process import RankLocation, TrainProcess
+from cluster.supervision.timeouts import HOST_CUT_S
 from train.checkpoint import manifest
 from train.config.load import Config
 from train.data.corpus.shards import read_index
@@ -28,8 +29,6 @@ FULL_S = 90.0
 """How long a run that has lost workers is waited for to have all again, before the next fault."""
 CATCH_S = 0.001
 """Between looks whether a save is under way."""
-CUT_S = 20.0
-"""How long a host is cut off, beyond the time that it takes to be missed."""
 ENOUGH = 10
 """Times the steps between two checkpoints that a fault may take."""
 STARTED = "seconds to the first step"
@@ -231,7 +230,7 @@ class DisturbedRun:
 
     def _cut(self, fault: Fault) -> Observation:
         there = self._elsewhere()
-        seconds = CUT_S + self.config.cluster.hang_timeout
+        seconds = HOST_CUT_S + self.config.cluster.hang_timeout
         return self._in_life(fault, self._hit(self.hands.cut_off, there, seconds), vars(there[0]))
 
     def _elsewhere(self) -> list[RankLocation]:

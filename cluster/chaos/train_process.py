@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.supervision.timeouts import DRIVER_STOP_S
 from cluster.worker import ipc
 from train.checkpoint import manifest
 from train.errors import UserError
@@ -19,8 +20,7 @@ from train.util.io import read_records
 from train.util.run_layout import RunDir
 
 TIMEOUT_S = 1800.0
-END_S = 120.0
-LOOK_S = 0.02
+PROGRESS_CHECK_S = 0.02
 LAST_LINES = 15
 
 BESIDE = [
@@ -88,7 +88,7 @@ class TrainProcess:
                 preexec_fn=lambda: ipc.die_with_parent(parent),
             )
 
-    def until(self, reached: Callable[[], object], what: str, look_s: float = LOOK_S) -> None:
+    def until(self, reached: Callable[[], object], what: str, look_s: float = PROGRESS_CHECK_S) -> None:
         """Wait until something is reached. UserError, with the run's last words, where it ends before or takes too long."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
@@ -107,7 +107,7 @@ class TrainProcess:
         if self.process is not None and not self.over:
             self.process.send_signal(number)
             try:
-                self.process.wait(END_S)
+                self.process.wait(DRIVER_STOP_S)
             except subprocess.TimeoutExpired:
                 self.kill()
         return self.code

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.host import job_dir
+from cluster.host import network, resources
 from cluster.raycluster import node_daemon, ray_auth, ray_node
 from cluster.raycluster import status as view
 from train.errors import ExitCode, UserError
@@ -89,7 +89,7 @@ def join(options: Options, words: Sequence[str]) -> int:
         OUT.print(f"This host is a node of the cluster at {address} already.")
         return ExitCode.OK
     ray_auth.check(ray_auth.place())
-    ip = options.get("bind") or job_dir.address_towards(address)
+    ip = options.get("bind") or network.address_towards(address)
     found = _background(_order(folder, ip, options, address=address))
     OUT.print(
         f"This host ({found['host']}, {found['ip']}) has joined the cluster at [bold]{address}[/], with {_offer(found)}."
@@ -144,7 +144,7 @@ def down(options: Options, words: Sequence[str]) -> int:
 
 
 def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.NodeOrder:
-    cpus, gpus = _number(options, "cpus", job_dir.count_cpus()), _number(options, "gpus", job_dir.count_gpus())
+    cpus, gpus = _number(options, "cpus", resources.count_cpus()), _number(options, "gpus", resources.count_gpus())
     return node_daemon.NodeOrder(str(node_daemon.fresh(folder)), str(ray_auth.place()), ip, port, cpus, gpus, address)
 
 

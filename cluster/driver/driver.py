@@ -20,7 +20,7 @@ from cluster.raycluster import connect, ray_node, remote_hosts, status
 from cluster.raycluster import placement as plan
 from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
 from train.errors import NO_ROOM, ExitCode, UserError, no_room
@@ -75,7 +75,7 @@ def run(what: Plan, begun: EarlyStart) -> int:
 def carry_out(command: Command, begun: EarlyStart) -> int:
     """Runs a command to its exit code, and ends this process with it and all that it has started."""
     console = command.console
-    begun.signals.on_end.insert(0, console.close)
+    begun.signals.on_exit.insert(0, console.close)
     try:
         code = command.go()
     except UserError as error:
@@ -110,7 +110,7 @@ class TrainDriver:
         self.begun = begun
         self.console = RunConsole()
         self.signals = begun.signals
-        self.clock = Clock(begun.since)
+        self.clock = StartupClock(begun.since)
         self.run_dir = Path()
         self.held: FileLock | None = None
         self.private: LocalRayCluster | None = None
@@ -119,7 +119,7 @@ class TrainDriver:
     def remove_empty_run_dir(self) -> None:
         """After bad input: leaves no empty folder behind."""
         if self.held is not None:
-            run_lock.take_back(self.run_dir)
+            run_lock.remove_empty_run_dir(self.run_dir)
 
     def go(self) -> int:
         """Everything up to the verdict."""
@@ -128,8 +128,8 @@ class TrainDriver:
         config = self.what.compose()
         clock.mark("config")
         self.run_dir = Path(config.run.dir or ".").absolute()
-        self.held = run_lock.take(self.run_dir)
-        self.signals.on_end.append(lambda: run_lock.take_back(self.run_dir))
+        self.held = run_lock.lock_run_dir(self.run_dir)
+        self.signals.on_exit.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
         if summary := self.what.finished(config):
             self.console.complete(config, summary)
             return ExitCode.OK
@@ -152,7 +152,15 @@ class TrainDriver:
         self.console.show(JobEvent(config.model_dump(by_alias=True), device, len(known)).to_json())
         self.console.show(PhaseEvent("workers").to_json())
         job = Job(
-            config, corpus, self.begun.target, self.begun.folder.name, self._show, self.signals, clock, self.private
+            config,
+            corpus,
+            self.begun.target,
+            self.begun.folder.name,
+            self._show,
+            self.signals.stop,
+            clock,
+            self.private,
+            self.signals,
         )
         verdict = Supervisor(job, device, plan.initial_workers(placement, request)).run()
         return self._finish(verdict, config)
@@ -163,7 +171,7 @@ class TrainDriver:
         self.private, self.others = connect.connect(
             config.cluster, config.run.name or "", self.begun.folder, self.begun.target
         )
-        self.signals.listen()
+        self.signals.install()
         self.clock.mark("ray")
 
     def _show(self, event: dict) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.host import job_dir
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
+from cluster.worker import fork_server_client
 
 TARGET = "train.run:train_rank"
 
@@ -19,23 +20,23 @@ class EarlyStart:
     """What is under way: the job's private folder, its warm process, and the moment the command was given."""
 
     folder: Path
-    fork_server: job_dir.ForkServerProcess
+    fork_server: fork_server_client.ForkServerProcess
     target: str
     since: float
-    signals: Signals
+    signals: StopSignals
 
     def clear(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def start_early(signals: Signals, target: str = TARGET) -> EarlyStart:
+def start_early(signals: StopSignals, target: str = TARGET) -> EarlyStart:
     """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
-    rank. ``signals`` listens already.
+    rank. ``signals`` is installed already.
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
-    os.environ[job_dir.MARK] = str(folder)
-    begun = EarlyStart(folder, job_dir.ForkServerProcess(folder, target), target, since, signals)
-    signals.on_end.append(begun.clear)
+    os.environ[job_dir.JOB_ENV] = str(folder)
+    begun = EarlyStart(folder, fork_server_client.ForkServerProcess(folder, target), target, since, signals)
+    signals.on_exit.append(begun.clear)
     return begun

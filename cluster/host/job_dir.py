@@ -1,7 +1,7 @@
-"""What a job keeps on one host: a private folder with the socket of its warm process, and the evidence of a killing.
+"""A job's private folder on a host: made, marked as in use, and removed with what is left of the job.
 
-The folder (mode 700, in the temporary directory) has the job's name on every host. Whoever needs the warm process first
-starts it and owns it: the driver on its own machine, while Ray is still coming up; a steward elsewhere.
+The folder (mode 700, in the temporary directory) has the job's name on every host. It holds the fork server's socket
+and log, Ray's token and all that Ray keeps.
 """
 
 from __future__ import annotations
@@ -10,35 +10,18 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-
-import psutil
 
 from train.errors import UserError
 from train.util.io import FileLock
 
 PREFIX = "trireme-"
-MARK = "TRIREME_JOB"
-"""The environment variable that everything a driver starts on its own host inherits: the job's folder."""
+JOB_ENV = "TRIREME_JOB"
+"""Environment variable with the job's folder; every process that a driver starts on its own host inherits it."""
 LONGEST_TEMP = 40
 """Characters: Ray puts sockets some 60 characters deeper, and a Unix socket's path ends at 107."""
-
-QUIET = {
-    "DS_BUILD_OPS": "0",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    "PYTHONUNBUFFERED": "1",
-}
-"""The warm process's environment: no thread pools and no CUDA before the fork. A trainer's threads are set after it."""
 
 
 _held: list[FileLock] = []
@@ -46,195 +29,80 @@ _held: list[FileLock] = []
 
 
 def temp_root() -> Path:
-    """The directory that job folders are in."""
+    """The directory that job folders are made in."""
     root = tempfile.gettempdir()
     return Path(root if len(root) <= LONGEST_TEMP else "/tmp")
 
 
 def make_folder() -> Path:
-    """A new job folder of the driver's, after what dead jobs of this user left behind is swept away."""
-    sweep()
+    """Makes a new job folder for a driver, after removing the folders of this user's dead jobs."""
+    remove_unused_folders()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temp_root()))
-    hold(folder)
+    mark_in_use(folder)
     return folder
 
 
-def hold(folder: Path) -> None:
-    """Marks ``folder`` as in use for as long as this process lives."""
+def mark_in_use(folder: Path) -> None:
+    """Marks ``folder`` as in use for as long as this process lives, by a shared lock on a file in it."""
     lock = FileLock(folder / "held")
     lock.acquire(shared=True)
     _held.append(lock)
 
 
-def sweep(patience_s: float = 0.0) -> None:
-    """Removes the folders of this user's jobs that nobody holds any more; ``patience_s`` for those whose processes are ending."""
+def remove_unused_folders(patience_s: float = 0.0) -> None:
+    """Removes the folders of this user's jobs that no process uses.
+
+    Waits up to ``patience_s`` for processes that are ending.
+    """
     deadline = time.monotonic() + patience_s
-    while _sweep() and time.monotonic() < deadline:
+    while _remove_unused_folders() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def _sweep() -> bool:
-    """Whether a folder is left that somebody holds."""
-    held = False
+def _remove_unused_folders() -> bool:
+    """Whether a folder is left because a process uses it."""
+    in_use = False
     for folder in temp_root().glob(f"{PREFIX}*"):
         try:
             with contextlib.closing(FileLock(folder / "held", create=False)) as lock:
                 if not lock.acquire(wait=False):
-                    held = True
+                    in_use = True
                 elif folder.stat().st_uid == os.getuid():
                     shutil.rmtree(folder, ignore_errors=True)
         except OSError:
             continue  # another user's, or gone by now
-    return held
+    return in_use
 
 
 def end_job(folder: str) -> None:
-    """Kills what a driver that is gone left on its host, found by the mark in its environment or by its open files.
+    """Kills what is left on this host of a job whose driver is gone, and removes its folder.
 
-    The kernel has ended Ray's main processes and the trainers with it; Ray's agents would look around for some seconds.
+    The processes are found by ``JOB_ENV`` in their environment or by their open files. The kernel has ended Ray's main
+    processes and the workers already; Ray's agents would look around for some seconds.
     """
-    for place in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if int(place.name) != os.getpid() and _belongs(place, folder):
-                os.kill(int(place.name), signal.SIGKILL)
+            if int(process.name) != os.getpid() and _belongs_to_job(process, folder):
+                os.kill(int(process.name), signal.SIGKILL)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _belongs(place: Path, folder: str) -> bool:
-    """Whether a process of /proc is of the job. One that renames itself, as Ray's do, may write over its environment."""
-    if f"{MARK}={folder}".encode() in (place / "environ").read_bytes().split(b"\0"):
+def _belongs_to_job(process: Path, folder: str) -> bool:
+    """Whether the process of a /proc folder is of the job.
+
+    By environment or open files: one that renames itself, as Ray's do, may overwrite its environment.
+    """
+    if f"{JOB_ENV}={folder}".encode() in (process / "environ").read_bytes().split(b"\0"):
         return True
-    return any(str(file.readlink()).startswith(f"{folder}/") for file in (place / "fd").iterdir())
+    return any(str(file.readlink()).startswith(f"{folder}/") for file in (process / "fd").iterdir())
 
 
 def own_folder(name: str) -> Path:
-    """The job folder ``name`` on this host, made where it is missing; refuses one that somebody else made."""
+    """The job folder ``name`` on this host, made where missing. UserError where it is not private to this user."""
     folder = temp_root() / name
     folder.mkdir(mode=0o700, exist_ok=True)
     info = folder.lstat()
     if info.st_uid != os.getuid() or info.st_mode & 0o077:
         raise UserError(f"{folder} is not private to this user: remove it")
-    hold(folder)
+    mark_in_use(folder)
     return folder
-
-
-class ForkServerProcess:
-    """Owns a warm process: it lives until ``close``, or until this process ends in any way."""
-
-    def __init__(self, folder: Path, target: str) -> None:
-        path = folder / "warm.sock"
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(path))
-        listener.listen(128)
-        with listener, (folder / "warm.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.worker.fork_server", target, str(listener.fileno())],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=[listener.fileno()],
-                env={**os.environ, **QUIET},
-                start_new_session=True,  # Ctrl-C on the terminal is the driver's to handle
-            )
-
-    def set_device(self, device: str) -> None:
-        """Says what the trainers will run on, "cpu" or "gpu"; the warm process waits for it between two imports."""
-        if self.process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self.process.stdin.write(f"{device}\n".encode())
-                self.process.stdin.flush()
-
-    def close(self) -> None:
-        """Ends it, and with it every trainer it forked."""
-        self.process.kill()
-        self.process.wait()
-
-
-def connect_fork_server(folder: Path) -> socket.socket | None:
-    """A connection to the host's warm process, or None where none lives."""
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        sock.connect(str(folder / "warm.sock"))
-    except OSError:
-        sock.close()
-        return None
-    return sock
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Keeps the host's stewards from starting two warm processes."""
-    with FileLock(folder / "starting"):
-        yield
-
-
-def count_gpus() -> int:
-    """NVIDIA devices of this machine that this process may use; asked of the kernel, so that CUDA stays untouched."""
-    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return (
-        devices
-        if visible is None
-        else min(devices, len([d for d in visible.split(",") if d.strip() not in ("", "-1")]))
-    )
-
-
-def count_cpus() -> int:
-    """Cores this process may use: its affinity, the quota of its cgroup (rounded down, at least 1), its share of a SLURM node."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    with contextlib.suppress(OSError, ValueError):
-        microseconds = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
-        if microseconds > 0:
-            cores = min(cores, max(1, microseconds // int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())))
-    with contextlib.suppress(KeyError, ValueError):
-        cores = min(cores, int(os.environ["SLURM_CPUS_ON_NODE"]))
-    return cores
-
-
-def oom_kills() -> int:
-    """How often the kernel has killed for want of memory, on this host and in this cgroup."""
-    total = 0
-    places = [Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            places.append(Path("/sys/fs/cgroup" + line.split(":", 2)[2]) / "memory.events")
-    for path in places:
-        with contextlib.suppress(OSError):
-            total += sum(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
-    return total
-
-
-def address_towards(address: str) -> str:
-    """The address of this host that packets to ``address``, HOST:PORT, leave from. UserError where none leads there."""
-    name, _, port = address.rpartition(":")
-    try:
-        family, _, _, _, there = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)  # sends nothing
-            return str(probe.getsockname()[0])
-    except (OSError, ValueError) as error:
-        raise UserError(f"no way leads from this host to {address}: {error}") from error
-
-
-def refuses(address: str, patience_s: float = 5.0) -> bool:
-    """Whether the host of ``address``, HOST:PORT, answers that nobody listens there."""
-    name, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((name.strip("[]"), int(port)), patience_s).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def interface_of(ip: str) -> str | None:
-    """The network interface that has address ``ip``."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == ip for address in addresses):
-            return name
-    return None

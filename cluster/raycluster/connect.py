@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.host import job_dir
+from cluster.host import network, resources
 from cluster.raycluster import node_daemon, ray_auth, ray_node, remote_hosts, versions
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Cluster
@@ -27,10 +27,10 @@ def connect(
     ip = ray_node.LOOPBACK
     if names:
         seen = [remote_hosts.ssh_address(name) for name in names] if kind == "ssh" else names
-        ip = cluster.bind or job_dir.address_towards(f"{seen[0]}:22")
+        ip = cluster.bind or network.address_towards(f"{seen[0]}:22")
     secret = folder / "token"
     ray_auth.make(secret)
-    start = ray_node.NodeSpec(ip, folder, secret, job_dir.count_cpus(), job_dir.count_gpus())
+    start = ray_node.NodeSpec(ip, folder, secret, resources.count_cpus(), resources.count_gpus())
     if not names:
         return LocalRayCluster(start, name), None
     node = ray_node.start_head(start)

@@ -21,14 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.host import job_dir
+from cluster.host import job_dir, network, resources
 from cluster.raycluster import ray_auth as token
 from cluster.raycluster import ray_node, versions
+from cluster.worker import fork_server_client
 from train.errors import ExitCode, UserError
 from train.util.io import FileLock
 
-LOOK_S = 0.5
-SAVE_S = 70.0
+LIFELINE_CHECK_S = 0.5
+NODE_SAVE_S = 70.0
 """How long a job's node that was told to end (a batch system tells everybody) leaves its trainers to save."""
 BACK_S = 1800.0
 """How long a lost head is asked whether it is back."""
@@ -105,7 +106,7 @@ class NodeDaemon:
     def start(self) -> dict[str, Any]:
         """Starts the node, and returns what it is (see ``living``). UserError where the cluster does not take it."""
         order = self.order
-        job_dir.hold(self.folder)
+        job_dir.mark_in_use(self.folder)
         start = ray_node.NodeSpec(order.ip, self.folder, Path(order.token), order.cpus, order.gpus, order.port)
         if order.address is None:
             self.node = ray_node.start_head(start)
@@ -135,7 +136,7 @@ class NodeDaemon:
                 return
             if self.lifeline and give_up is None and (self.told or self.node.lost()):
                 # The trainers are held by the warm process, not by Ray: what they were told, they do.
-                give_up = time.monotonic() + (SAVE_S if self.told else 0.0)
+                give_up = time.monotonic() + (NODE_SAVE_S if self.told else 0.0)
             if give_up is not None and time.monotonic() > give_up:
                 return
 
@@ -147,7 +148,7 @@ class NodeDaemon:
         if self.lock is not None:
             self.lock.close()
         deadline = time.monotonic() + BACK_S
-        while not self.told and time.monotonic() < deadline and not job_dir.refuses(address):
+        while not self.told and time.monotonic() < deadline and not network.refuses_connections(address):
             with contextlib.suppress(UserError):
                 if ray_node.published(address).get("down"):
                     return False
@@ -159,9 +160,9 @@ class NodeDaemon:
     def _forsaken(self) -> bool:
         """Whether the driver that this node is for has gone. Waits a moment for that."""
         if not self.lifeline:
-            time.sleep(LOOK_S)
+            time.sleep(LIFELINE_CHECK_S)
             return False
-        ready, _, _ = select.select([LIFELINE], [], [], LOOK_S)
+        ready, _, _ = select.select([LIFELINE], [], [], LIFELINE_CHECK_S)
         return bool(ready) and not os.read(LIFELINE, 4096)
 
     def end(self) -> None:
@@ -169,7 +170,7 @@ class NodeDaemon:
         if hasattr(self, "node"):
             self.node.end()
         job_dir.end_job(str(self.folder))
-        job_dir.sweep(SWEEP_S)  # of the jobs that were here
+        job_dir.remove_unused_folders(SWEEP_S)  # of the jobs that were here
 
 
 def main() -> int:
@@ -206,11 +207,17 @@ def serve_job(address: str, job: str, device: str, target: str) -> int:
     try:
         job_dir.own_folder(job)
         token.write(folder / "token", sys.stdin.readline().strip())
-        gpus = job_dir.count_gpus()
-        warm = job_dir.ForkServerProcess(folder, target)
+        gpus = resources.count_gpus()
+        warm = fork_server_client.ForkServerProcess(folder, target)
         warm.set_device(("gpu" if gpus else "cpu") if device == "auto" else device)
         order = NodeOrder(
-            str(folder), str(folder / "token"), job_dir.address_towards(address), 0, job_dir.count_cpus(), gpus, address
+            str(folder),
+            str(folder / "token"),
+            network.address_towards(address),
+            0,
+            resources.count_cpus(),
+            gpus,
+            address,
         )
         keeper = NodeDaemon(order, lifeline=True)
         say(keeper.start())

@@ -142,7 +142,7 @@ class RemoteNodes:
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.said: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self.closing = False
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != job_dir.MARK}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != job_dir.JOB_ENV}
         for command in commands:
             threading.Thread(target=self._keep, args=(command, kept), daemon=True).start()
 

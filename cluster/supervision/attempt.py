@@ -1,4 +1,4 @@
-"""One start of all ranks, from the forks to the last end."""
+"""One start of all ranks of a job, from the forks of the workers to the exit of the last."""
 
 from __future__ import annotations
 
@@ -10,97 +10,109 @@ from typing import Any
 import ray
 
 from cluster.supervision import outcome
-from cluster.supervision.health_monitor import HealthMonitor, beat_of
+from cluster.supervision.attempt_state import Action, AttemptFacts, AttemptState, Phase, next_state
+from cluster.supervision.health_monitor import HealthMonitor, RankStatus, heartbeat_of
 from cluster.supervision.job import Job
-from cluster.supervision.slots import Slot, lives
+from cluster.supervision.slots import Slot, node_lives
+from cluster.supervision.timeouts import (
+    EXIT_RECORD_S,
+    GROW_CHECK_S,
+    KILL_REPORT_S,
+    MUTE_S,
+    POLL_S,
+    SIGNAL_GRACE_S,
+    TICK_S,
+)
 from cluster.worker import exit_record
+from cluster.worker.messages import RendezvousAddress, SlotInfo, StartOrder
 from train.errors import ExitCode, UserError
 from train.events import NoteEvent, StartedEvent, StoppingEvent, WorldEvent
 
-POLL_S = 1.0
-"""How long a steward holds a question for news open; then it answers with its trainer's pulse alone."""
-HEAR_S = 0.2
-"""How long a signal to the driver may wait to be seen."""
-SETTLE_S = 1.0
-"""After a bad end that may be another's consequence, how long the others may take to end by themselves and say why."""
-LOST_S = 5.0
-"""How long a steward may take to say that the trainer it was told to kill has ended."""
-NOTICE_S = 1.5
-"""How long a lost steward is taken for one that a signal to everybody has ended, and the signal to us is waited for."""
-MUTE_S = 3.0
-"""After such a signal, how long a steward may not answer before its trainer's last word is looked for: Ray may end them slowly."""
-WORD_S = 65.0
-"""After such a signal, how long a trainer may take to save and leave its last word."""
-LOOK_S = 0.5
-"""Between questions whether there is room for more workers."""
-
 
 class Attempt:
-    """One start of all ranks."""
+    """One start of all ranks of a job: ``start`` forks their workers, ``follow`` waits for the verdict."""
 
-    def __init__(self, job: Job, slots: Sequence[Slot], generation: int) -> None:
+    def __init__(self, job: Job, slots: Sequence[Slot], number: int) -> None:
+        """``number`` counts the attempts of the job from 0."""
         self.job = job
-        self.stewards = [slot.agent for slot in slots]
-        self.places: list[dict[str, Any]] = [slot.info or {} for slot in slots]
-        self.number = generation
-        self.size = len(slots)
-        self.ends: dict[int, outcome.WorkerExit] = {}
-        self.errors: dict[int, dict[str, Any]] = {}
-        self.orders: list[dict[str, Any]] = []
-        self.pids: list[int] = []  # of the trainers, by rank
-        self.orphans: dict[int, tuple[float, Exception]] = {}
-        self.lookout = HealthMonitor(job, self.stewards, self.places)
-        self.lost: set[int] = set()
-        """Ranks whose stewards are gone."""
-        self.asked: dict[int, int] = {}
-        """Ranks that were told to end by a signal of their own, and the signal."""
-        self.agreed = False
-        """The ranks are saving, to end."""
-        self.marks: dict[str, float] = {}
-        """When this start came to each of its phases, seconds since 1970; "train": when all ranks had made a step."""
+        self.number = number
+        self.ranks: list[RankStatus] = []
+        for rank, slot in enumerate(slots):
+            assert slot.info is not None
+            self.ranks.append(RankStatus(rank, slot.agent, slot.info))
+        self.size = len(self.ranks)
+        self.state = AttemptState()
+        self.monitor = HealthMonitor(job, self.ranks)
+        self.diagnosis: outcome.Diagnosis | None = None
+        """Why the living ranks could not go on, where they were killed for that."""
+        self.stop_agreed = False
+        """All ranks have seen a stop signal and are saving."""
         self.at_boundary = job.config.save_every == 0
         """A checkpoint was just written; or none will be before the end."""
-        self.leaving = False
-        """Told to save and end, by the driver, for any reason."""
-        self.finding: outcome.Diagnosis | None = None
-        self._killed: float | None = None
+        self.marks: dict[str, float] = {}
+        """When the attempt came to each of its phases, seconds since 1970; "train": when all ranks had made a step."""
         self._ray_lost: float | None = None
-        self._first_steps: set[int] = set()
+        """Since when Ray's own processes on the driver's host have been gone (monotonic)."""
+        self._grow_checked = 0.0
+
+    @property
+    def exits(self) -> list[outcome.WorkerExit]:
+        """The exits so far, in the order of ranks."""
+        return [status.exit for status in self.ranks if status.exit is not None]
+
+    @property
+    def stopped_ranks(self) -> set[int]:
+        """Ranks whose workers were told to end by a signal of their own."""
+        return {status.rank for status in self.ranks if status.stop_signal is not None}
+
+    @property
+    def lost_ranks(self) -> set[int]:
+        """Ranks whose agents are gone."""
+        return {status.rank for status in self.ranks if status.agent_lost}
+
+    @property
+    def furthest_step(self) -> int:
+        """The furthest step that any rank is known to have been at."""
+        heartbeats = [status.heartbeat for status in self.ranks]
+        heartbeats += [exited.at for exited in self.exits]
+        return max((heartbeat.step for heartbeat in heartbeats if heartbeat is not None), default=0)
 
     # -------------------------------------------------------------------------------------------------------- starting
 
-    def start(self, orders: Sequence[dict[str, Any]]) -> list[int]:
-        """Has every steward fork its trainer: their pids, by rank. UserError when the port is taken, RuntimeError when the imports
-        fail, RayError when a steward is gone.
+    def start(self, make_orders: Callable[[RendezvousAddress], Sequence[StartOrder]]) -> list[int]:
+        """Has every agent fork its worker by its order: their pids, by rank.
+
+        UserError when the port is taken, RuntimeError when the imports fail, RayError when an agent is gone.
         """
-        cluster = self.job.config.cluster
-        place = self.places[0]
-        [met] = self._ask([self.stewards[0].listen.remote(place["ip"], cluster.port)])
-        if "error" in met:
+        orders = make_orders(self._bind_rendezvous())
+        results = self._ask_agents(
+            [status.agent.start_worker.remote(order) for status, order in zip(self.ranks, orders, strict=True)]
+        )
+        for status, order, result in zip(self.ranks, orders, results, strict=True):
+            if result.failed is not None:
+                raise RuntimeError(f"rank {status.rank} could not be started on {status.info.host}:\n{result.failed}")
+            status.order, status.pid = order, result.pid
+        self.job.clock.mark("imports", results[0].ready)
+        pids = [status.pid for status in self.ranks]
+        self.job.show(StartedEvent(pids, self.number).to_json())
+        return pids
+
+    def _bind_rendezvous(self) -> RendezvousAddress:
+        cluster, info = self.job.config.cluster, self.ranks[0].info
+        [bound] = self._ask_agents([self.ranks[0].agent.bind_rendezvous.remote(info.ip, cluster.port)])
+        if bound.error is not None:
             raise UserError(
-                f"cluster.port={cluster.port} on {place['host']} ({place['ip']}): {met['error']}. "
+                f"cluster.port={cluster.port} on {info.host} ({info.ip}): {bound.error}. "
                 "Choose another, or cluster.port=0 for any free one"
             )
-        meeting = {**met, "generation": self.number}
-        self.orders = [{**order, "meeting": meeting} for order in orders]
-        starts = [s.start.remote(order) for s, order in zip(self.stewards, self.orders, strict=True)]
-        answers = self._ask(starts)
-        for rank, answer in enumerate(answers):
-            if "failed" in answer:
-                raise RuntimeError(
-                    f"rank {rank} could not be started on {self.places[rank]['host']}:\n{answer['failed']}"
-                )
-        self.job.clock.mark("imports", answers[0]["ready"])
-        self.pids = [answer["pid"] for answer in answers]
-        self.job.show(StartedEvent(self.pids, self.number).to_json())
-        return self.pids
+        return RendezvousAddress(info.ip, bound.port, self.number)
 
-    def _ask(self, questions: Sequence[Any]) -> list[Any]:
-        """The stewards' answers, with an ear for signals in between."""
+    def _ask_agents(self, questions: Sequence[Any]) -> list[Any]:
+        """The agents' answers, waited for in ticks so that signals and the loss of Ray are seen in between."""
         timeout, waiting = self.job.config.cluster.start_timeout, list(questions)
         deadline = time.monotonic() + timeout
         while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=HEAR_S)
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=TICK_S)
             if waiting and self.job.private is not None:
                 self.job.private.check()
             if waiting and time.monotonic() > deadline:
@@ -109,171 +121,174 @@ class Attempt:
 
     # ------------------------------------------------------------------------------------------------------- following
 
-    def follow(self, more: Callable[[], bool] = lambda: False) -> outcome.Verdict:
-        """Shows what the ranks say until all have ended. When one has failed or all hang, the others are killed.
+    def follow(self, can_grow: Callable[[], bool] = lambda: False) -> outcome.Verdict:
+        """Shows the ranks' events until all have ended. When one has failed or all hang, the others are killed.
 
-        Where ``more()`` says that a larger world is ready, the ranks are asked to save and end after their next checkpoint.
+        Where ``can_grow()`` says that a larger attempt is possible, the ranks are told to save and end after their next
+        checkpoint.
         """
-        polls = {s.poll.remote(POLL_S): rank for rank, s in enumerate(self.stewards)}
-        uncertain, looked = None, time.monotonic()
-        while len(self.ends) < self.size:
-            self._pass_on_stop()
-            self._hear_orphans()
-            self._hear(polls)
-            if self._killed is not None:
-                self._give_up_silent()
-            elif self._verdict().cause is not None:
-                uncertain = uncertain or time.monotonic()
-                if outcome.first_cause_known(list(self.ends.values())) or time.monotonic() > uncertain + SETTLE_S:
-                    self._kill_rest()
-            else:
-                self._look_after()
-                if time.monotonic() > looked + LOOK_S:
-                    looked = time.monotonic()
-                    if more() and self.at_boundary and not (self.leaving or self.asked):
-                        self._leave()
+        self._grow_checked = time.monotonic()
+        polls = {status.agent.poll_events.remote(POLL_S): status.rank for status in self.ranks}
+        while len(self.exits) < self.size:
+            self.state, actions = next_state(self.state, self._observe(can_grow))
+            for action in actions:
+                self._act(action)
+            self._check_unreachable()
+            self._receive_events(polls)
         return self._verdict()
 
+    def _observe(self, can_grow: Callable[[], bool]) -> AttemptFacts:
+        """The facts that decide on the next state; what costs time is asked only while every rank is well."""
+        stop_requested = self.job.stop.requested
+        if self.state.phase is Phase.KILLED:
+            return AttemptFacts(time.monotonic(), stop_requested)
+        if self._verdict().cause is not None:
+            known = outcome.first_cause_known(self.exits)
+            return AttemptFacts(time.monotonic(), stop_requested, failed=True, cause_known=known)
+        self.diagnosis = self._diagnose()
+        if self.diagnosis is not None:
+            return AttemptFacts(time.monotonic(), stop_requested, stuck=True)
+        grow = False
+        if time.monotonic() > self._grow_checked + GROW_CHECK_S:
+            self._grow_checked = time.monotonic()
+            grow = can_grow() and self.at_boundary and not self.stopped_ranks
+        return AttemptFacts(time.monotonic(), stop_requested, should_grow=grow)
+
+    def _act(self, action: Action) -> None:
+        if action is Action.STOP_RANKS:
+            if self.job.stop.signal is not None:
+                self.job.show(StoppingEvent(self.job.stop.signal).to_json())
+            self._signal_living(signal.SIGTERM)
+        elif action is Action.KILL_RANKS:
+            self._signal_living(signal.SIGKILL)
+        elif action is Action.GIVE_UP_SILENT:
+            self._give_up_silent()
+
     def _verdict(self) -> outcome.Verdict:
-        return outcome.decide_outcome(
-            list(self.ends.values()), self.size, self.finding, self.asked if not self.leaving else ()
-        )
+        preempted = self.stopped_ranks if not self.state.stopping else ()
+        return outcome.decide_outcome(self.exits, self.size, self.diagnosis, preempted)
 
-    def _hear(self, polls: dict[Any, int]) -> None:
-        """Takes what the stewards have answered by now, after a moment's wait, and asks them again."""
-        if not polls:
-            time.sleep(HEAR_S)
-            return
-        for poll in ray.wait(list(polls), num_returns=1, timeout=HEAR_S, fetch_local=True)[0]:
-            rank = polls.pop(poll)
-            if rank in self.ends:
-                continue
-            try:
-                news = ray.get(poll)
-            except ray.exceptions.RayError as error:
-                self.orphans[rank] = time.monotonic(), error
-                continue
-            self.lookout.heard[rank] = time.monotonic()
-            self.orphans.pop(rank, None)
-            for record in news:
-                self._take(rank, record)
-            if rank not in self.ends:
-                polls[self.stewards[rank].poll.remote(POLL_S)] = rank
+    @property
+    def _stop_signalled(self) -> bool:
+        """Whether a stop signal was seen anywhere. It may have been sent to everybody, Ray and agents included."""
+        return self.job.stop.requested or bool(self.stopped_ranks) or self.stop_agreed
 
-    def _pass_on_stop(self) -> None:
-        if self.job.signals.heard is not None and not self.leaving:
-            self.job.show(StoppingEvent(self.job.signals.heard).to_json())
-            self._leave()
-
-    def _leave(self) -> None:
-        """Has all ranks save and end."""
-        self.leaving = True
-        self._to_all(signal.SIGTERM)
-
-    def _look_after(self) -> None:
-        """Looks for what the living ranks cannot say themselves, and ends the world where it cannot go on."""
-        living = [rank for rank in range(self.size) if rank not in self.ends and rank not in self.orphans]
-        told = (
-            self.leaving or self.asked or self.agreed
-        )  # a signal to everybody ends Ray's processes too, and trainers save
-        if self.job.private is None or told or not self.job.private.lost():
+    def _diagnose(self) -> outcome.Diagnosis | None:
+        """Why the living ranks cannot go on, if they cannot: in ways that they cannot tell themselves."""
+        # A signal to everybody ends Ray's processes too, while the workers save.
+        saving = self.state.stopping or self._stop_signalled
+        if self.job.private is None or saving or not self.job.private.lost():
             self._ray_lost = None
-            self.finding = self.lookout.find(living)
-        else:
-            self._ray_lost = self._ray_lost or time.monotonic()
-            if time.monotonic() > self._ray_lost + NOTICE_S:
-                self.finding = outcome.Diagnosis(
-                    "worker lost", None, "processes of Ray's own have ended on the driver's host"
-                )
-        if self.finding is not None:
-            self._kill_rest()
+            return self.monitor.diagnose()
+        self._ray_lost = self._ray_lost or time.monotonic()
+        if time.monotonic() <= self._ray_lost + SIGNAL_GRACE_S:
+            return None
+        return outcome.Diagnosis("worker lost", None, "processes of Ray's own have ended on the driver's host")
 
-    def _hear_orphans(self) -> None:
-        """Takes the last words of trainers whose stewards were lost to a signal to everybody; gives up the others."""
-        told = self.job.signals.heard is not None or self.asked or self.agreed
-        now, mute = time.monotonic(), ray.exceptions.RayError("its steward does not answer")
-        for rank in set(range(self.size)) - self.ends.keys() if told else ():
-            if now > self.lookout.heard.get(rank, now) + MUTE_S:
-                self.orphans.setdefault(rank, (now, mute))
-        for rank, (since, error) in list(self.orphans.items()):
-            found = exit_record.read(self.orders[rank])
-            if found is not None:
-                self.lost.add(rank)
-                self.asked.setdefault(rank, signal.SIGTERM)
-                self.errors.setdefault(rank, {"text": found["error"] or ""})
-                self._ended(rank, {"code": found["code"], "pid": self.places[rank]["pid"]})
-            elif self._killed is not None or time.monotonic() > since + (WORD_S if told else NOTICE_S):
-                self._lost(rank, error)
+    def _check_unreachable(self) -> None:
+        """Reads the exit records of workers whose agents do not answer; in time counts those without one as lost."""
+        signalled, now = self._stop_signalled, time.monotonic()
+        for status in self.ranks if signalled else ():
+            mute = status.answered is not None and now > status.answered + MUTE_S
+            if status.living and mute:
+                status.unreachable = now, ray.exceptions.RayError("its steward does not answer")
+        unreachable = [(*status.unreachable, status) for status in self.ranks if status.unreachable is not None]
+        for since, error, status in sorted(unreachable, key=lambda row: row[0]):
+            assert status.order is not None
+            record = exit_record.read(status.order)
+            if record is not None:
+                status.agent_lost = True
+                status.stop_signal = status.stop_signal or signal.SIGTERM
+                status.error = status.error or {"text": record["error"] or ""}
+                self._add_exit(status, {"code": record["code"], "pid": status.info.pid})
+            elif self.state.phase is Phase.KILLED or now > since + (EXIT_RECORD_S if signalled else SIGNAL_GRACE_S):
+                self._add_lost_agent(status, error)
             else:
                 continue
-            del self.orphans[rank]
+            status.unreachable = None
 
-    def _to_all(self, number: int) -> None:
-        for rank, steward in enumerate(self.stewards):
-            if rank not in self.ends and rank not in self.orphans:
-                steward.signal.remote(number, self.pids[rank])
-
-    def _kill_rest(self) -> None:
-        self._killed = time.monotonic()
-        self._to_all(signal.SIGKILL)
+    def _signal_living(self, number: int) -> None:
+        for status in self.ranks:
+            if status.living:
+                status.agent.signal_worker.remote(number, status.pid)
 
     def _give_up_silent(self) -> None:
-        """After the kill, takes those for lost whose stewards do not say that they have ended."""
-        assert self._killed is not None
-        patience = 0.0 if self.job.private is not None and self.job.private.lost() else LOST_S
-        for rank in range(self.size):
-            if rank not in self.ends and rank not in self.orphans and time.monotonic() > self._killed + patience:
-                self._lost(rank, None)
+        """Counts killed ranks as lost whose agents have not reported their exit in time."""
+        patience = 0.0 if self.job.private is not None and self.job.private.lost() else KILL_REPORT_S
+        for status in self.ranks:
+            if status.living and time.monotonic() > self.state.since + patience:
+                self._add_lost_agent(status, None)
 
-    # --------------------------------------------------------------------------------------------------------- hearing
+    # --------------------------------------------------------------------------------------------------------- events
 
-    def _take(self, rank: int, record: dict[str, Any]) -> None:
+    def _receive_events(self, polls: dict[Any, int]) -> None:
+        """Handles the agents' answers to ``polls``, after at most a tick's wait, and polls those agents again."""
+        if not polls:
+            time.sleep(TICK_S)
+            return
+        for poll in ray.wait(list(polls), num_returns=1, timeout=TICK_S, fetch_local=True)[0]:
+            status = self.ranks[polls.pop(poll)]
+            if status.exit is not None:
+                continue
+            try:
+                events = ray.get(poll)
+            except ray.exceptions.RayError as error:
+                status.unreachable = time.monotonic(), error
+                continue
+            status.answered = time.monotonic()
+            status.unreachable = None
+            for record in events:
+                self._handle_event(status, record)
+            if status.exit is None:
+                polls[status.agent.poll_events.remote(POLL_S)] = status.rank
+
+    def _handle_event(self, status: RankStatus, record: dict[str, Any]) -> None:
         if record.get("generation") != self.number:
             return
         event = record["event"]
         if event == "beat":
-            self.lookout.beats[rank] = beat_of(record)
+            status.heartbeat = heartbeat_of(record)
         elif event == "exit":
-            self._ended(rank, record)
+            self._add_exit(status, record)
         elif event == "error":
-            self.errors.setdefault(rank, record)
+            status.error = status.error or record
         elif event == "stop_asked":
-            self.asked[rank] = record["signal"]
-            if not self.leaving:
-                where = self.places[rank]["host"]
-                self.job.show(NoteEvent(f"rank {rank} on {where} was told to end: saving").to_json())
+            status.stop_signal = record["signal"]
+            if not self.state.stopping:
+                where = status.info.host
+                self.job.show(NoteEvent(f"rank {status.rank} on {where} was told to end: saving").to_json())
         elif event == "stop_agreed":
-            self.agreed = True
+            self.stop_agreed = True
         elif event == "phase":
-            self._phase(rank, record)
+            self._handle_phase(status, record)
         else:
             if self.job.config.save_every:
                 self.at_boundary = event == "save" or (self.at_boundary and event != "step")
             self.job.show(record)
 
-    def _phase(self, rank: int, record: dict[str, Any]) -> None:
-        if rank == 0:
+    def _handle_phase(self, status: RankStatus, record: dict[str, Any]) -> None:
+        if status.rank == 0:
             self.job.clock.mark(record["name"], record["t"])
             if record["name"] != "train":
                 self.marks.setdefault(record["name"], record["t"])
             self.job.show(record)
-        if record["name"] == "train" and rank not in self._first_steps:
-            self._first_steps.add(rank)
-            if len(self._first_steps) == self.size:
+        if record["name"] == "train" and not status.trains:
+            status.trains = True
+            if all(other.trains for other in self.ranks):
                 self.marks["train"] = max(record["t"], self.marks.get("train", 0.0))
                 self.job.show(WorldEvent(self.number, self.size, self.marks).to_json())
 
-    def _ended(self, rank: int, record: dict[str, Any]) -> None:
+    def _add_exit(self, status: RankStatus, record: dict[str, Any]) -> None:
         orphaned = record.get("orphaned")
-        error = self.errors.get(rank, {})
+        error = status.error or {}
         self.marks.setdefault(
             "failed" if record["code"] not in (ExitCode.OK, ExitCode.STOPPED) else "ended", record.get("t", time.time())
         )
-        self.ends[rank] = outcome.WorkerExit(
-            rank=rank,
-            order=len(self.ends),
+        status.exit = outcome.WorkerExit(
+            rank=status.rank,
+            order=len(self.exits),
             code=record["code"],
-            host=record.get("host", self.places[rank]["host"]),
+            host=record.get("host", status.info.host),
             pid=record["pid"],
             error=error.get("text") or None,
             kind=error.get("kind", "exception"),
@@ -281,32 +296,33 @@ class Attempt:
             peak_mib=record.get("peak_mib"),
             memory_mib=record.get("memory_mib"),
             oom=record.get("oom", 0),
-            killed_by_driver=self._killed is not None,
+            killed_by_driver=self.state.phase is Phase.KILLED,
             fault="worker lost" if orphaned else None,
-            words="was lost: the warm process that it was forked from ended" if orphaned else "",
-            at=beat_of(record["at"]) if "at" in record else self.lookout.beats.get(rank),
+            description="was lost: the warm process that it was forked from ended" if orphaned else "",
+            at=heartbeat_of(record["at"]) if "at" in record else status.heartbeat,
         )
 
-    def _lost(self, rank: int, error: Exception | None) -> None:
-        """A steward that does not answer took its trainer with it."""
-        self.lost.add(rank)
-        place = self.places[rank]
-        if self.job.private is not None and self.job.private.lost():
-            fault, words = "worker lost", "was lost: processes of Ray's own have ended"
-        elif error is None:
-            fault, words = "network lost", f"was lost: its host has not answered for {LOST_S:.0f} s"
-        elif not lives(place["node"]):
-            fault, words = "host lost", "was lost with its host"
-        else:
-            fault, words = "worker lost", "was lost with its steward, the process that watched over it"
+    def _add_lost_agent(self, status: RankStatus, error: Exception | None) -> None:
+        """Counts a rank as ended whose agent does not answer: the fork server kills a worker without its agent."""
+        status.agent_lost = True
+        fault, description = self._explain_loss(status.info, error)
         self.marks.setdefault("failed", time.time())
-        self.ends[rank] = outcome.WorkerExit(
-            rank=rank,
-            order=len(self.ends),
+        status.exit = outcome.WorkerExit(
+            rank=status.rank,
+            order=len(self.exits),
             code=-signal.SIGKILL,
-            host=place["host"],
-            pid=place["pid"],
-            fault=fault,  # type: ignore[arg-type]
-            words=words,
-            at=self.lookout.beats.get(rank),
+            host=status.info.host,
+            pid=status.info.pid,
+            fault=fault,
+            description=description,
+            at=status.heartbeat,
         )
+
+    def _explain_loss(self, info: SlotInfo, error: Exception | None) -> tuple[outcome.Fault, str]:
+        if self.job.private is not None and self.job.private.lost():
+            return "worker lost", "was lost: processes of Ray's own have ended"
+        if error is None:
+            return "network lost", f"was lost: its host has not answered for {KILL_REPORT_S:.0f} s"
+        if not node_lives(info.node):
+            return "host lost", "was lost with its host"
+        return "worker lost", "was lost with its steward, the process that watched over it"

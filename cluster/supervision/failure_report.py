@@ -1,4 +1,4 @@
-"""From a verdict to the block that a person reads: the first cause first, its evidence, then the others in one line. Pure."""
+"""The lines that explain a failure: first cause, its evidence, the other ranks in one line; pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cluster.supervision.hang_detector import format_ranks
 from cluster.supervision.outcome import Verdict, WorkerExit
 
 MOST_LINES = 24
-"""Of a traceback: the innermost; the rank's log has all."""
+"""Lines of a traceback that are shown at most, the innermost ones; the rank's log has all."""
 
 CURES = {
     "out of host memory": "use a smaller batch.micro, fewer workers on this host, or zero=3",
@@ -18,67 +18,67 @@ CURES = {
 
 
 def explain(verdict: Verdict) -> list[str]:
-    """The lines of a failure's block: the first names rank, host, process and cause."""
-    if verdict.finding is not None:
-        lines = [_title(verdict.cause, verdict.finding.words), *verdict.finding.evidence]
+    """The lines of a failure's block; the first names rank, host, process and cause. None without a failure."""
+    if verdict.diagnosis is not None:
+        lines = [_title(verdict.cause, verdict.diagnosis.description), *verdict.diagnosis.evidence]
     elif verdict.cause is not None:
-        lines = [_title(verdict.cause, how(verdict.cause)), *_evidence(verdict.cause, verdict.fault or "")]
+        lines = [_title(verdict.cause, describe_exit(verdict.cause)), *_evidence(verdict.cause, verdict.fault or "")]
     else:
         return []
     if verdict.fault in CURES:
         lines += ["", f"cure: {CURES[verdict.fault]}"]
     if verdict.collateral:
         why = "their errors follow" if len(verdict.collateral) > 1 else "its error follows"
-        killed = all(end.killed_by_driver for end in verdict.collateral)
-        lines += [
-            "",
-            f"{format_ranks(verdict.collateral)} fell with it ({'ended by the driver' if killed else f'{why} from this one'})",
-        ]
+        killed = all(exited.killed_by_driver for exited in verdict.collateral)
+        reason = "ended by the driver" if killed else f"{why} from this one"
+        lines += ["", f"{format_ranks(verdict.collateral)} fell with it ({reason})"]
     return lines
 
 
-def how(end: WorkerExit) -> str:
-    """In a few words, how a rank ended."""
-    at = f" {end.at.where}" if end.at else ""
-    if end.words:
-        return end.words + at
-    if end.code < 0:
-        memory = ": the kernel was out of memory" if end.code == -signal.SIGKILL and end.oom else ""
-        return f"killed by {signal.Signals(-end.code).name}{at}{memory}"
-    if end.error:
-        return f"raised {_last_line(end.error).split(':')[0]}{at}"
-    return f"exited with code {end.code} without a word{at}"
+def describe_exit(exited: WorkerExit) -> str:
+    """How a rank ended, continuing "rank N ...": killed by which signal, raised what, and where."""
+    at = f" {exited.at.where}" if exited.at else ""
+    if exited.description:
+        return exited.description + at
+    if exited.code < 0:
+        memory = ": the kernel was out of memory" if exited.code == -signal.SIGKILL and exited.oom else ""
+        return f"killed by {signal.Signals(-exited.code).name}{at}{memory}"
+    if exited.error:
+        return f"raised {_last_line(exited.error).split(':')[0]}{at}"
+    return f"exited with code {exited.code} without a word{at}"
 
 
 def signature(verdict: Verdict) -> str:
-    """What makes two failures the same: the words, without what differs from start to start."""
-    words = verdict.finding.words if verdict.finding else ""
-    if verdict.cause and not words:
-        words = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
-    return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in words)
+    """A text that is equal for two failures of the same kind: pids, addresses and counts are blanked out."""
+    text = verdict.diagnosis.description if verdict.diagnosis else ""
+    if verdict.cause and not text:
+        text = _last_line(verdict.cause.error) if verdict.cause.error else f"code {verdict.cause.code}"
+    return f"{verdict.fault}: " + "".join("#" if letter.isdigit() else letter for letter in text)
 
 
-def _title(end: WorkerExit | None, words: str) -> str:
-    if end is None:
-        return words
-    host, pid = f" on {end.host}" if end.host else "", f" (pid {end.pid})" if end.pid else ""
-    return f"rank {end.rank}{host}{pid} {words}"
+def _title(exited: WorkerExit | None, text: str) -> str:
+    if exited is None:
+        return text
+    host, pid = f" on {exited.host}" if exited.host else "", f" (pid {exited.pid})" if exited.pid else ""
+    return f"rank {exited.rank}{host}{pid} {text}"
 
 
-def _evidence(end: WorkerExit, fault: str) -> list[str]:
+def _evidence(exited: WorkerExit, fault: str) -> list[str]:
     lines = []
-    if end.peak_mib and (end.code == -signal.SIGKILL or fault == "out of host memory"):
-        oom = "the kernel's out-of-memory killer was at work" if end.oom else "the kernel reports no lack of memory"
-        who = "" if end.oom or end.code > 0 else ": somebody, or a resource manager, killed it"
-        lines.append(f"it held at most {end.peak_mib:,} MiB of the host's {end.memory_mib or 0:,} MiB; {oom}{who}")
-    if end.code == -signal.SIGBUS:
+    if exited.peak_mib and (exited.code == -signal.SIGKILL or fault == "out of host memory"):
+        oom = "the kernel's out-of-memory killer was at work" if exited.oom else "the kernel reports no lack of memory"
+        who = "" if exited.oom or exited.code > 0 else ": somebody, or a resource manager, killed it"
+        lines.append(
+            f"it held at most {exited.peak_mib:,} MiB of the host's {exited.memory_mib or 0:,} MiB; {oom}{who}"
+        )
+    if exited.code == -signal.SIGBUS:
         lines.append("a file that it read as memory was cut short: a shard of the corpus, or /dev/shm is full")
-    if end.error and end.code > 0:
-        shown = end.error.rstrip().splitlines()
+    if exited.error and exited.code > 0:
+        shown = exited.error.rstrip().splitlines()
         cut = [f"  ... ({len(shown) - MOST_LINES} lines more in its log)"] if len(shown) > MOST_LINES else []
         lines += ["", *cut, *shown[-MOST_LINES:]]
-    elif end.tail:
-        lines += ["", "the last lines of its log:", *(f"  {line}" for line in end.tail)]
+    elif exited.tail:
+        lines += ["", "the last lines of its log:", *(f"  {line}" for line in exited.tail)]
     return lines
 
 

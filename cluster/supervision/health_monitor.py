@@ -1,71 +1,111 @@
-"""Watches a world while it runs: gathers the ranks' pulses, and where they show that it cannot go on, the evidence."""
+"""Watches the living ranks of an attempt: which are silent, hang or lag, with their stacks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
 from cluster.supervision import hang_detector, outcome
 from cluster.supervision.job import Job
+from cluster.supervision.timeouts import DRIVER_PAUSE_S, INSPECT_S
+from cluster.worker.messages import SlotInfo, StartOrder
 from train.events import NoteEvent
 
-INSPECT_S = 3.0
-OWN_PAUSE_S = 3.0
-"""Between two looks: where the driver itself was stopped for so long, nobody else is called silent."""
 MOST_RANKS = 6
-"""Whose stacks are shown in short where none can be blamed."""
+"""Ranks whose stacks are shown in short where none can be blamed."""
+
+
+@dataclass
+class RankStatus:
+    """One rank of an attempt, as far as the driver knows."""
+
+    rank: int
+    agent: Any
+    """Handle of its Ray actor."""
+    info: SlotInfo
+    order: StartOrder | None = None
+    """What its worker was started by."""
+    pid: int = 0
+    """Its worker's process."""
+    heartbeat: outcome.Heartbeat | None = None
+    answered: float | None = None
+    """When its agent last answered a poll (monotonic)."""
+    trains: bool = False
+    """It has made its first step."""
+    error: dict[str, Any] | None = None
+    """The error event that its worker sent before it ended."""
+    stop_signal: int | None = None
+    """The signal of its own that told its worker to end."""
+    unreachable: tuple[float, Exception] | None = None
+    """Since when its agent has not answered (monotonic), and how Ray says so."""
+    agent_lost: bool = False
+    """Its agent is gone, so its slot needs another."""
+    exit: outcome.WorkerExit | None = None
+
+    @property
+    def living(self) -> bool:
+        """Whether the worker has not ended, as far as is known, and its agent answers."""
+        return self.exit is None and self.unreachable is None
 
 
 class HealthMonitor:
-    """What is known of the ranks of one world while they live."""
+    """Judges the ranks of one attempt while they live."""
 
-    def __init__(self, job: Job, stewards: Sequence[Any], places: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, job: Job, ranks: Sequence[RankStatus]) -> None:
         cluster = job.config.cluster
-        self.job, self.stewards, self.places = job, stewards, places
+        self.job, self.ranks = job, ranks
         self.limits = hang_detector.HangLimits(cluster.hang_timeout, cluster.start_timeout)
         self.stragglers = hang_detector.StragglerDetector()
-        self.beats: dict[int, outcome.Heartbeat] = {}
-        self.heard: dict[int, float] = {}
-        """When each steward last answered (monotonic)."""
-        self.looked = 0.0
+        self.checked = 0.0
+        """When the ranks were last checked (monotonic)."""
 
-    def find(self, living: Collection[int]) -> outcome.Diagnosis | None:
-        """Why the ranks ``living`` cannot go on, if they cannot: one is cut off, or they hang. Says which are slow."""
+    def diagnose(self) -> outcome.Diagnosis | None:
+        """Why the living ranks cannot go on, if they cannot: one is cut off, or they hang. Also reports slow ranks."""
         now = time.monotonic()
-        if now > self.looked + OWN_PAUSE_S:  # it was us who did not listen
-            self.heard = dict.fromkeys(range(len(self.stewards)), now)
-        self.looked = now
-        silent = [rank for rank in living if now - self.heard[rank] > self.limits.hang_s]
+        if now > self.checked + DRIVER_PAUSE_S:  # the driver itself was stopped, and heard nobody
+            for status in self.ranks:
+                status.answered = now
+        self.checked = now
+        living = [status for status in self.ranks if status.living]
+        silent_s = {status.rank: now - status.answered for status in living if status.answered is not None}
+        silent = [rank for rank, seconds in silent_s.items() if seconds > self.limits.hang_s]
         if silent:
-            words = f"was cut off: its host has not answered for {now - self.heard[silent[0]]:.0f} s"
-            return outcome.Diagnosis("network lost", silent[0], words)
-        known = [self.beats[rank] for rank in living if rank in self.beats]
-        found = hang_detector.diagnose_hang(known, self.limits) if len(known) == len(living) else None
-        if found is not None:
-            return replace(found, evidence=(*found.evidence, *self._inspect(living, found.rank)))
-        for rank, ratio in self.stragglers.look(known, now):
-            where = f"rank {rank} on {self.places[rank]['host']}"
+            description = f"was cut off: its host has not answered for {silent_s[silent[0]]:.0f} s"
+            return outcome.Diagnosis("network lost", silent[0], description)
+        heartbeats = [status.heartbeat for status in living if status.heartbeat is not None]
+        complete = len(heartbeats) == len(living)
+        diagnosis = hang_detector.diagnose_hang(heartbeats, self.limits) if complete else None
+        if diagnosis is not None:
+            return replace(diagnosis, evidence=(*diagnosis.evidence, *self._inspect(living, diagnosis.rank)))
+        for rank, ratio in self.stragglers.find_slow(heartbeats, now):
+            where = f"rank {rank} on {self.ranks[rank].info.host}"
             self.job.show(NoteEvent(f"{where} is slow: it works {ratio:.1f} times as long as the others").to_json())
         return None
 
-    def _inspect(self, living: Collection[int], culprit: int | None) -> list[str]:
-        """The ranks write their stacks to their logs; the culprit's as lines, or, where none can be blamed, some of each."""
-        questions = {self.stewards[rank].inspect.remote(): rank for rank in living}
+    def _inspect(self, living: Sequence[RankStatus], culprit: int | None) -> list[str]:
+        """Has the ranks write their stacks to their logs; lines with the culprit's stack, or with the top of each.
+
+        The latter where no rank can be blamed.
+        """
+        questions = {status.agent.inspect_worker.remote(): status.rank for status in living}
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=INSPECT_S)
-        found = {questions[question]: ray.get(question) for question in answered}
+        answers = {questions[question]: ray.get(question) for question in answered}
         if culprit is None:
-            shown = sorted(found.items())[:MOST_RANKS]
-            return [line for rank, seen in shown for line in (f"rank {rank}:", *(f"  {f}" for f in seen["stack"][:3]))]
-        seen = found.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
-        kernel, stack = [f"kernel: {line}" for line in seen["kernel"]], [f"  {frame}" for frame in seen["stack"]]
+            lines = []
+            for rank, answer in sorted(answers.items())[:MOST_RANKS]:
+                lines += [f"rank {rank}:", *(f"  {frame}" for frame in answer["stack"][:3])]
+            return lines
+        answer = answers.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
+        kernel = [f"kernel: {line}" for line in answer["kernel"]]
+        stack = [f"  {frame}" for frame in answer["stack"]]
         return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 
 
-def beat_of(record: dict[str, Any]) -> outcome.Heartbeat:
-    """A steward's record of its trainer's pulse, typed."""
+def heartbeat_of(record: dict[str, Any]) -> outcome.Heartbeat:
+    """The heartbeat in an agent's record of its worker, typed."""
     fields = outcome.Heartbeat.__dataclass_fields__
     return outcome.Heartbeat(**{key: value for key, value in record.items() if key in fields})

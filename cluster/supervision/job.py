@@ -1,4 +1,4 @@
-"""What the parts of the driver share about the job that they run."""
+"""A job as the parts of its driver share it: configuration, connections and the clock of its start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest, StopSignals
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import Config
 from train.util.run_layout import RunDir
@@ -18,18 +18,18 @@ Show = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class Clock:
-    """When each phase of the start was reached, in seconds since the command was given."""
+class StartupClock:
+    """Times of the phases of a job's start, in seconds since its command was given."""
 
     start: float
     marks: dict[str, float] = field(default_factory=dict)
 
     def mark(self, name: str, at: float | None = None) -> None:
-        """Notes that ``name`` was reached, the first time it is."""
+        """Records the time at which ``name`` was reached, the first time it is. ``at``: seconds since 1970."""
         self.marks.setdefault(name, (time.time() if at is None else at) - self.start)
 
     def first_step(self, event: dict[str, Any], run_dir: Path) -> bool:
-        """Whether ``event`` says that the first step was made; then all phases are written to ``startup.json``, once."""
+        """Whether ``event`` is the first step's; if so, writes all times to the run's ``startup.json``, once."""
         first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
         if first:
             self.mark("first_step_done", event["t"])
@@ -39,21 +39,23 @@ class Clock:
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and who is told."""
+    """A job: its configuration, what each rank runs, where its events go, and what may stop it."""
 
     config: Config
     corpus: str
     target: str
-    """What each rank runs, ``module:function``."""
+    """Function that each rank runs, ``module:function``."""
     folder: str
     """Name of the job's private folder on every host."""
     show: Show
-    signals: Signals
-    clock: Clock
+    stop: StopRequest
+    clock: StartupClock
     private: LocalRayCluster | None = None
     """The job's own Ray cluster, where it has one."""
+    signals: StopSignals | None = None
+    """The signal handlers of the driver, where it runs this job alone; a sweep's driver keeps its own."""
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder, absolute."""
+        """Absolute path of the run's folder."""
         return Path(self.config.run.dir or ".").absolute()

@@ -1,6 +1,7 @@
-"""From what was seen of the ranks to a verdict: done, stopped, bad input, or the failure that came first, and of what kind. Pure.
+"""Decides the outcome of an attempt, and the first cause of a failure, from the exits of its ranks.
 
 When one rank dies, the others fail within moments because it is gone. Their errors are collateral: counted, not shown.
+All functions are pure.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ Fault = Literal[
     "out of device memory",
     "not finite",
 ]
-"""What can befall a rank. "worker lost": its steward or its host's warm process ended, and it with them."""
+"""Kinds of failure. "worker lost": the rank's agent or its host's fork server ended, and the worker with them."""
 
 COLLATERAL = re.compile(
     r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused"
     r"|DistBackendError|DistNetworkError|DistStoreError"
     r"|ProcessGroup|NCCL error|Gloo|gloo/transport|[Tt]imed out waiting|Socket [Tt]imeout|recvValue failed"
 )
-"""What torch says of a peer that went away. A rank whose last error matches is believed to be a victim."""
+"""Errors that torch raises when a peer has gone. A rank whose last error matches is taken for a victim."""
 DEVICE_MEMORY = re.compile(
     r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CU\w+_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
@@ -43,23 +44,26 @@ HOST_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank was doing when it was last looked at: its pulse (``train.distributed.heartbeat``) and its process's state."""
+    """A rank's progress at one moment: its record (``train.distributed.heartbeat``) and its process's state."""
 
     rank: int
     step: int
     phase: str
     micro: int = 0
     collective: str = ""
-    """The last one begun, and how many were; ``inside``: not yet ended."""
+    """Name of the last collective that the rank has begun."""
     count: int = 0
+    """Collectives that it has begun so far."""
     inside: bool = False
+    """Whether the last one has not yet ended."""
     still_s: float = 0.0
-    """Seconds since anything of this changed."""
+    """Seconds since any field of the record changed."""
     longest_s: float = 0.0
     """The longest time that this phase has taken so far; 0: the rank has not yet been through it."""
     busy_s: float = 0.0
-    """Seconds that the rank has worked on steps, waiting for others left out."""
+    """Seconds that the rank has worked on steps, without its waits for others."""
     state: str = "S"
+    """Letter of the process's state, see proc(5)."""
     rss_mib: int = 0
 
     @property
@@ -69,7 +73,7 @@ class Heartbeat:
 
     @property
     def where(self) -> str:
-        """In words: "in backward of step 12"."""
+        """The phase and step in words: "in backward of step 12"."""
         if self.phase in ("start", "end"):
             return {"start": "while starting", "end": "while finishing"}[self.phase]
         part = f", micro-batch {self.micro + 1}" if self.micro else ""
@@ -78,7 +82,7 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How one rank ended. ``order``: place among the ends, as the driver heard of them."""
+    """How the worker of one rank ended. ``order`` counts an attempt's exits as the driver learned of them, from 0."""
 
     rank: int
     order: int
@@ -88,95 +92,100 @@ class WorkerExit:
     error: str | None = None
     """The traceback, or the message of bad input, that the rank sent before it ended."""
     kind: str = "exception"
-    """Of the error: "exception", "user" for bad input, "not_finite"."""
+    """Kind of the error: "exception", "user" for bad input, "not_finite"."""
     tail: tuple[str, ...] = ()
+    """Last lines of its log."""
     peak_mib: int | None = None
     memory_mib: int | None = None
     oom: int = 0
+    """Out-of-memory kills on its host while it ran."""
     killed_by_driver: bool = False
     """Whether the driver killed it, for another rank's sake."""
     fault: Fault | None = None
-    """Set, with ``words``, where not the trainer but what held it ended: the warm process, the steward or the host."""
-    words: str = ""
+    """Set, with ``description``, where not the worker ended first but its fork server, its agent or its host."""
+    description: str = ""
     at: Heartbeat | None = None
+    """Its last heartbeat."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was seen of a world that still ran and cannot go on. ``rank``: whose fault it is, if that is clear; ``words`` go on
-    from its name.
+    """Why living ranks cannot go on.
+
+    ``rank``: whose fault it is, if that is clear; ``description`` continues "rank N ...".
     """
 
     fault: Fault
     rank: int | None
-    words: str
+    description: str
     evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a world: ``kind``, and for a failure its fault, its first cause and the ranks that fell with it."""
+    """The outcome of an attempt; for a failure also its fault, its first cause and the ranks that fell with it."""
 
     kind: Literal["running", "done", "stopped", "bad_input", "failed"]
     fault: Fault | None = None
     cause: WorkerExit | None = None
     collateral: tuple[WorkerExit, ...] = ()
-    finding: Diagnosis | None = None
+    diagnosis: Diagnosis | None = None
 
 
 def decide_outcome(
-    ends: Sequence[WorkerExit], size: int, finding: Diagnosis | None = None, asked: Collection[int] = ()
+    exits: Sequence[WorkerExit], size: int, diagnosis: Diagnosis | None = None, told_to_stop: Collection[int] = ()
 ) -> Verdict:
-    """The verdict over a world of ``size`` ranks of which ``ends`` have ended, after ``finding`` if there was one.
+    """The verdict on an attempt of ``size`` ranks, given its ``exits`` and the ``diagnosis`` it was ended for.
 
-    ``asked``: ranks that were told to end by a signal of their own. Where these are not all, they were preempted.
+    ``told_to_stop``: ranks that were told to end by a signal of their own. Where these are not all, they were
+    preempted.
     """
-    preempted = 0 < len(asked) < size
-    bad = [end for end in ends if end.code not in (ExitCode.OK, ExitCode.STOPPED)]
-    if finding is not None:
-        cause = next((end for end in ends if end.rank == finding.rank), None)
-        return Verdict("failed", finding.fault, cause, _rest(bad, cause), finding)
+    preempted = 0 < len(told_to_stop) < size
+    bad = [exited for exited in exits if exited.code not in (ExitCode.OK, ExitCode.STOPPED)]
+    if diagnosis is not None:
+        cause = next((exited for exited in exits if exited.rank == diagnosis.rank), None)
+        return Verdict("failed", diagnosis.fault, cause, _rest(bad, cause), diagnosis)
     if bad:
-        first = min(bad, key=lambda end: (_weight(end), end.order))
-        fault = "preempted" if preempted and first.rank in asked else fault_of(first)
+        first = min(bad, key=lambda exited: (_weight(exited), exited.order))
+        fault = "preempted" if preempted and first.rank in told_to_stop else fault_of(first)
         refused = first.code == ExitCode.BAD_INPUT and first.error
         return Verdict("bad_input" if refused else "failed", fault, first, _rest(bad, first))
-    if len(ends) < size:
+    if len(exits) < size:
         return Verdict("running")
-    if any(end.code == ExitCode.STOPPED for end in ends):
+    if any(exited.code == ExitCode.STOPPED for exited in exits):
         return Verdict("stopped", "preempted" if preempted else None)
     return Verdict("done")
 
 
-def first_cause_known(ends: Sequence[WorkerExit]) -> bool:
-    """Whether the first cause is among the ends already, so that nobody need be waited for."""
-    return any(end.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(end) == 0 for end in ends)
+def first_cause_known(exits: Sequence[WorkerExit]) -> bool:
+    """Whether an exit is certainly no consequence of another, so that no other rank need be waited for."""
+    return any(exited.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(exited) == 0 for exited in exits)
 
 
-def fault_of(end: WorkerExit) -> Fault:
-    """The kind of a bad end that was not the driver's doing."""
-    if end.fault:
-        return end.fault
-    if end.code < 0:
-        return "out of host memory" if end.code == -signal.SIGKILL and end.oom else "killed"
-    error = end.error or ""
-    if end.kind == "not_finite":
+def fault_of(exited: WorkerExit) -> Fault:
+    """The kind of failure that a bad exit shows, where the driver did not kill the worker."""
+    if exited.fault:
+        return exited.fault
+    if exited.code < 0:
+        return "out of host memory" if exited.code == -signal.SIGKILL and exited.oom else "killed"
+    error = exited.error or ""
+    if exited.kind == "not_finite":
         return "not finite"
     if DEVICE_MEMORY.search(error):
         return "out of device memory"
     if HOST_MEMORY.search(error):
         return "out of host memory"
-    return "network lost" if _weight(end) == 2 else "raised"
+    return "network lost" if _weight(exited) == 2 else "raised"
 
 
 def _rest(bad: Sequence[WorkerExit], cause: WorkerExit | None) -> tuple[WorkerExit, ...]:
-    return tuple(sorted((end for end in bad if end is not cause), key=lambda end: end.rank))
+    return tuple(sorted((exited for exited in bad if exited is not cause), key=lambda exited: exited.rank))
 
 
-def _weight(end: WorkerExit) -> int:
-    """How likely an end is another's consequence; the least likely is the cause."""
-    if end.killed_by_driver:
+def _weight(exited: WorkerExit) -> int:
+    """How likely an exit is the consequence of another, from 0 to 3; the least likely is the cause."""
+    if exited.killed_by_driver:
         return 3
-    if end.code > 0 and end.error and COLLATERAL.search(end.error.strip().splitlines()[-1]):
+    if exited.code > 0 and exited.error and COLLATERAL.search(exited.error.strip().splitlines()[-1]):
         return 2
-    return int(end.code == -signal.SIGABRT)  # NCCL's watchdog aborts a rank whose peer is gone
+    return int(exited.code == -signal.SIGABRT)  # NCCL's watchdog aborts a rank whose peer is gone

@@ -1,7 +1,7 @@
-"""Whether to start again after a failure, and when: pure rules over what failed before.
+"""Decides whether and when a failed job starts again, from its failures so far; pure.
 
-Failures are counted in a row: progress past the last one wipes the slate. What fails twice in the same words at the same step,
-and not from outside, will fail a third time.
+Failures are counted in a row: progress past the last one resets the count. A failure of the run itself that comes twice
+with the same signature at the same step would come a third time, so there is no restart.
 """
 
 from __future__ import annotations
@@ -12,37 +12,41 @@ from dataclasses import dataclass
 FROM_OUTSIDE = ("killed", "host lost", "network lost", "worker lost", "preempted")
 """Faults that say nothing of the run itself, so they may come twice."""
 LONGEST_WAIT_S = 60.0
+"""Limit of the exponential back-off between restarts."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed start: its fault, the words that tell it from others, the step that was being made, the newest one saved."""
+    """One failed attempt of a job."""
 
     fault: str
-    words: str
+    signature: str
+    """Text that is equal for failures of the same kind, see ``failure_report.signature``."""
     step: int
+    """The furthest step that a rank was at."""
     saved: int
+    """Step of the newest checkpoint; 0 without one."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows: ``again`` after ``wait_s`` seconds, or not; ``words`` say so."""
+    """Whether the job starts again, and after how many seconds; ``message`` says so to the user."""
 
     again: bool
-    words: str
+    message: str
     wait_s: float = 0.0
 
 
 def in_a_row(past: Sequence[Failure], new: Failure) -> list[Failure]:
-    """The failures since there was progress, the new one last."""
+    """The failures since there was progress, of which ``new`` is the last."""
     progress = past and (new.step > past[-1].step or new.saved > past[-1].saved)
     return [new] if progress else [*past, new]
 
 
 def decide(row: Sequence[Failure], allowed: int) -> Decision:
-    """What follows the last failure of a ``row``, of which ``allowed`` are answered by a restart."""
+    """The decision after the last failure of ``row``, of which the first ``allowed`` are answered by a restart."""
     new, tries = row[-1], len(row)
-    if new.fault not in FROM_OUTSIDE and row[:-1] and (row[-2].words, row[-2].step) == (new.words, new.step):
+    if new.fault not in FROM_OUTSIDE and row[:-1] and (row[-2].signature, row[-2].step) == (new.signature, new.step):
         return Decision(
             False, "giving up: it failed twice in the same way at the same step, so a restart does not help"
         )

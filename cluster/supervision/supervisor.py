@@ -1,4 +1,4 @@
-"""The life of a job: workers are placed, a world is started and followed to its end; then, if there is more to do, another."""
+"""Supervises a job: reserves its slots, runs an attempt, and runs another where that may help."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,230 +16,234 @@ from typing import Any
 import ray
 
 from cluster.supervision import failure_report, outcome, restart_policy
-from cluster.supervision.attempt import HEAR_S, NOTICE_S, Attempt
+from cluster.supervision.attempt import Attempt
 from cluster.supervision.job import Job
-from cluster.supervision.slots import JobSlots, Slot, lives
+from cluster.supervision.slots import JobSlots, Slot, node_lives
+from cluster.supervision.timeouts import SIGNAL_GRACE_S, TICK_S
+from cluster.worker.messages import RendezvousAddress, StartOrder
 from train.checkpoint import manifest
 from train.events import FailureEvent, NoteEvent, RecoveredEvent
 from train.util.run_layout import RunDir
 
 
 class Supervisor:
-    """Runs a job on the joined Ray cluster, beginning with ``size`` workers (default: all it asks for); in the places of ``gang``,
-    where they were taken already, by the stewards that are in them.
-    """
+    """Runs a job on the Ray cluster that the driver has joined."""
 
     def __init__(self, job: Job, device: str, size: int | None = None, gang: Sequence[Slot] = ()) -> None:
+        """``size``: workers to begin with, by default all. ``gang``: slots reserved already, with or without agents."""
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
         self.size, self.gang = size or job.config.cluster.workers, gang
         self.attempts = 0
         self.slots = JobSlots(self.job, device)
-        self.row: list[restart_policy.Failure] = []
+        self.failures: list[restart_policy.Failure] = []
         """The failures since there was progress."""
-        self.down: dict[str, Any] = {}
-        """When and of what the last world failed, until the next one trains."""
+        self.interruption: dict[str, Any] = {}
+        """When and why the job stopped training, until the next attempt trains."""
 
     def run(self) -> outcome.Verdict:
-        """Starts worlds until one is done, is stopped on request, or has failed so that another would not help."""
-        self.slots.take(self.size, self.gang)
+        """Starts attempts until one is done, is stopped on request, or has failed so that another would not help."""
+        self.slots.reserve_slots(self.size, self.gang)
         while True:
-            if self.job.signals.heard is not None:
+            if self.job.stop.requested:
                 return outcome.Verdict("stopped")
-            slots = self.slots.up()[: self.job.config.cluster.workers]
-            world = Attempt(self.job, slots, self.attempts)
-            verdict = self._live(world, slots)
-            again = (
-                self._after_failure(world, verdict) if verdict.kind == "failed" else self._after_stop(world, verdict)
-            )
+            slots = self.slots.up_slots()[: self.job.config.cluster.workers]
+            attempt = Attempt(self.job, slots, self.attempts)
+            verdict = self._run_attempt(attempt, slots)
+            if verdict.kind == "failed":
+                again = self._restart_after_failure(attempt, verdict)
+            else:
+                again = self._restart_after_stop(attempt, verdict)
             if not again:
                 return verdict
-            failed = world.marks.get("failed", world.marks.get("ended"))
-            self.down = {"fault": verdict.fault or "more workers", "failed": failed, "ended": time.time(), **self.down}
+            failed = attempt.marks.get("failed", attempt.marks.get("ended"))
+            fault = verdict.fault or "more workers"
+            self.interruption = {"fault": fault, "failed": failed, "ended": time.time(), **self.interruption}
             self.attempts += 1
-            self._prepare(world, slots, verdict)
+            self._prepare_slots(attempt, slots, verdict)
 
-    def _live(self, world: Attempt, slots: list[Slot]) -> outcome.Verdict:
-        """Starts a world and follows it to its end."""
+    def _run_attempt(self, attempt: Attempt, slots: list[Slot]) -> outcome.Verdict:
+        """Starts an attempt and follows it to its end."""
         try:
-            self._note_places(world, world.start(self.orders(slots)))
+            pids = attempt.start(lambda rendezvous: self.make_orders(slots, rendezvous))
+            self._write_locations(attempt, pids)
         except (RuntimeError, ray.exceptions.RayError) as error:
             if self.job.private is None or not self.job.private.lost():
-                world.lost |= self.slots.silent(slots)
+                for rank in self.slots.find_silent(slots):
+                    attempt.ranks[rank].agent_lost = True
             fault: outcome.Fault = "worker lost" if isinstance(error, ray.exceptions.RayError) else "raised"
             first, *rest = str(error).strip().splitlines()
-            words = f"the workers could not be started: {first}"
-            return outcome.Verdict(
-                "failed",
-                fault,
-                finding=outcome.Diagnosis(fault, None, words, tuple(rest[-failure_report.MOST_LINES :])),
-            )
-        self.job.signals.running()
-        return world.follow(self._more_than(len(slots)))
+            description = f"the workers could not be started: {first}"
+            evidence = tuple(rest[-failure_report.MOST_LINES :])
+            return outcome.Verdict("failed", fault, diagnosis=outcome.Diagnosis(fault, None, description, evidence))
+        if self.job.signals is not None:
+            self.job.signals.training_began()
+        return attempt.follow(self._can_grow_from(len(slots)))
 
-    def _note_places(self, world: Attempt, pids: list[int]) -> None:
+    def _write_locations(self, attempt: Attempt, pids: list[int]) -> None:
         """Writes ``world.json``: where each rank runs, for people and tools."""
         ranks = [
             {
-                "rank": rank,
+                "rank": status.rank,
                 "pid": pid,
-                "steward": place["pid"],
-                "host": place["host"],
-                "ip": place["ip"],
-                "node": place["node"],
+                "steward": status.info.pid,
+                "host": status.info.host,
+                "ip": status.info.ip,
+                "node": status.info.node,
             }
-            for rank, (pid, place) in enumerate(zip(pids, world.places, strict=True))
+            for status, pid in zip(attempt.ranks, pids, strict=True)
         ]
-        aside = self.job.run_dir / ".world.json"
-        aside.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
-        aside.replace(RunDir(self.job.run_dir).world)
+        partial = self.job.run_dir / ".world.json"
+        partial.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
+        partial.replace(RunDir(self.job.run_dir).world)
 
-    # ------------------------------------------------------------------------------------------------------ what follows
+    # --------------------------------------------------------------------------------------------------------- restarts
 
-    def _after_failure(self, world: Attempt, verdict: outcome.Verdict) -> bool:
-        """Says what failed and what follows; whether to start again, after the wait that this may take."""
-        last = [*world.lookout.beats.values(), *(end.at for end in world.ends.values() if end.at)]
-        step = max((beat.step for beat in last), default=0)
-        failure = restart_policy.Failure(verdict.fault or "", failure_report.signature(verdict), step, self._newest())
-        self.row = restart_policy.in_a_row(self.row, failure)
-        decision = restart_policy.decide(self.row, self.job.config.cluster.max_failures)
-        again = decision.again and self.job.signals.heard is None
-        self.job.show(FailureEvent(failure_report.explain(verdict), decision.words, again).to_json())
+    def _restart_after_failure(self, attempt: Attempt, verdict: outcome.Verdict) -> bool:
+        """Shows the failure and what follows from it; whether to start again, after the wait that this may take."""
+        failure = restart_policy.Failure(
+            verdict.fault or "", failure_report.signature(verdict), attempt.furthest_step, self._newest_checkpoint()
+        )
+        self.failures = restart_policy.in_a_row(self.failures, failure)
+        decision = restart_policy.decide(self.failures, self.job.config.cluster.max_failures)
+        again = decision.again and not self.job.stop.requested
+        self.job.show(FailureEvent(failure_report.explain(verdict), decision.message, again).to_json())
         until = time.monotonic() + decision.wait_s
         while again and time.monotonic() < until:
-            time.sleep(HEAR_S)
-            again = self.job.signals.heard is None
+            time.sleep(TICK_S)
+            again = not self.job.stop.requested
         return again
 
-    def _newest(self) -> int:
-        """The step of the newest checkpoint; a folder of that name is complete."""
+    def _newest_checkpoint(self) -> int:
+        """The step of the newest checkpoint, 0 without one; a folder that has its final name is complete."""
         return manifest.newest_step(RunDir(self.job.run_dir).checkpoints)
 
-    def _after_stop(self, world: Attempt, verdict: outcome.Verdict) -> bool:
-        """Whether a world that was stopped and saved is followed by another: a smaller one, without the workers that were told to
-        end while the job was not, or a larger one, that it was stopped for.
-        """
-        if verdict.kind != "stopped" or self.job.signals.heard is not None:
-            return False
-        if world.leaving:
-            return True
-        if verdict.fault != "preempted" or world.size - len(world.asked) < self.slots.least:
-            return False
-        until = time.monotonic() + NOTICE_S  # the signal may have come to everybody, and to us last
-        while self.job.signals.heard is None and time.monotonic() < until:
-            time.sleep(HEAR_S / 4)
-        return self.job.signals.heard is None
+    def _restart_after_stop(self, attempt: Attempt, verdict: outcome.Verdict) -> bool:
+        """Whether an attempt that was stopped and saved is followed by another.
 
-    def _prepare(self, world: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
-        """Has the workers up for the next world; on a new private cluster where the old one is gone."""
+        By a smaller one, where some workers were told to end and the job was not; by a larger one, where it was stopped
+        for that.
+        """
+        if verdict.kind != "stopped" or self.job.stop.requested:
+            return False
+        if attempt.state.stopping:
+            return True
+        if verdict.fault != "preempted" or attempt.size - len(attempt.stopped_ranks) < self.slots.min_workers:
+            return False
+        until = time.monotonic() + SIGNAL_GRACE_S  # the signal may have come to everybody, and to us last
+        while not self.job.stop.requested and time.monotonic() < until:
+            time.sleep(TICK_S / 4)
+        return not self.job.stop.requested
+
+    def _prepare_slots(self, attempt: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
+        """Has the slots up for the next attempt; on a new private cluster where the old one is gone."""
         private = self.job.private
         if private is None or not private.lost():
             try:
-                self._fill(world, slots, verdict)
+                self._refill_slots(attempt, slots, verdict)
             except ray.exceptions.RayError:
                 if private is None or not private.lost():
                     raise
         while private is not None and private.lost():
             with contextlib.suppress(ray.exceptions.RayError):
-                self._rebuild(slots)
+                self._rebuild_cluster(slots)
 
-    def _fill(self, world: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
-        """Empties the places that were lost or are to be left, and waits for as many workers as there can be now."""
+    def _refill_slots(self, attempt: Attempt, slots: list[Slot], verdict: outcome.Verdict) -> None:
+        """Vacates the slots of lost and preempted workers, and waits for as many workers as there can be now."""
         preempted = verdict.fault == "preempted"
+        lost = attempt.lost_ranks
         for rank, slot in enumerate(slots):
-            if preempted and rank in world.asked:
-                slot.empty(self.job.config.cluster.stay_away)
-            elif rank in world.lost:
-                slot.empty()
-        self.slots.look()
-        alive = {node for node in {world.places[rank]["node"] for rank in world.lost} if lives(node)}
-        back = sum(world.places[rank]["node"] in alive for rank in world.lost if not preempted)
-        self.slots.wait(self.slots.least, len(self.slots.up()) + back, self.job.config.cluster.start_timeout)
+            if preempted and rank in attempt.stopped_ranks:
+                slot.vacate(self.job.config.cluster.stay_away)
+            elif rank in lost:
+                slot.vacate()
+        self.slots.update_slots()
+        nodes = {attempt.ranks[rank].info.node for rank in lost}
+        alive = {node for node in nodes if node_lives(node)}
+        back = sum(attempt.ranks[rank].info.node in alive for rank in lost if not preempted)
+        wished = len(self.slots.up_slots()) + back
+        self.slots.wait_for_slots(self.slots.min_workers, wished, self.job.config.cluster.start_timeout)
         workers = self.job.config.cluster.workers
-        if len(self.slots.up()) != world.size:
-            text = f"going on with {len(self.slots.up())} of {workers} workers"
-            text += "" if len(self.slots.up()) >= workers else "; more will join when there is room"
+        if len(self.slots.up_slots()) != attempt.size:
+            text = f"going on with {len(self.slots.up_slots())} of {workers} workers"
+            text += "" if len(self.slots.up_slots()) >= workers else "; more will join when there is room"
             self.job.show(NoteEvent(text).to_json())
 
-    def _rebuild(self, slots: list[Slot]) -> None:
-        """A new private cluster, and all places taken anew on it."""
+    def _rebuild_cluster(self, slots: list[Slot]) -> None:
+        """Starts a new private cluster, and reserves all slots anew on it."""
         assert self.job.private is not None
-        for slot in slots:  # Ray can no longer be asked to end them
-            if slot.info is not None and slot.info["ip"] == self.job.private.start.ip:
+        for slot in slots:  # Ray can no longer be asked to end their agents
+            if slot.info is not None and slot.info.ip == self.job.private.start.ip:
                 with contextlib.suppress(OSError):
-                    os.kill(slot.info["pid"], signal.SIGKILL)
+                    os.kill(slot.info.pid, signal.SIGKILL)
         self.job.private.again()
-        self.job.signals.listen()
+        if self.job.signals is not None:
+            self.job.signals.install()
         self.slots = JobSlots(self.job, self.device)
-        self.slots.take(self.size)
+        self.slots.reserve_slots(self.size)
 
-    def _more_than(self, size: int) -> Any:
-        """Asks whether more than ``size`` workers have been up for long enough to be worth a restart."""
+    def _can_grow_from(self, size: int) -> Callable[[], bool]:
+        """A check for whether more than ``size`` workers have been up for long enough to be worth a restart."""
 
-        def more() -> bool:
+        def can_grow() -> bool:
             if size >= self.job.config.cluster.workers:
                 return False
-            self.slots.look()
-            return self.slots.settled(self.job.config.cluster.grow_after) > size
+            self.slots.update_slots()
+            return self.slots.count_settled(self.job.config.cluster.grow_after) > size
 
-        return more
+        return can_grow
 
     def _show(self, event: dict[str, Any]) -> None:
-        """Passes an event on; that a world trains is also noted in ``restarts.jsonl`` where another had failed before it."""
-        if event["event"] == "world" and self.down:
-            recovered = RecoveredEvent(self.attempts, event["size"], {**event["marks"], **self.down})
-            event = recovered.to_json()
+        """Passes an event on; once an attempt trains after an interruption, adds a line to ``restarts.jsonl``."""
+        if event["event"] == "world" and self.interruption:
+            marks = {**event["marks"], **self.interruption}
+            event = RecoveredEvent(self.attempts, event["size"], marks).to_json()
             record = {key: value for key, value in event.items() if key != "event"}
             with RunDir(self.job.run_dir).restarts.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            self.down = {}
+            self.interruption = {}
         self.console(event)
 
-    def release(self) -> None:
-        """Ends the stewards and gives their places back."""
-        self.slots.release()
+    def release_slots(self) -> None:
+        """Ends the agents and gives their slots back to Ray."""
+        self.slots.release_slots()
 
-    # ------------------------------------------------------------------------------------------------------------ orders
+    # ----------------------------------------------------------------------------------------------------------- orders
 
-    def orders(self, slots: list[Slot]) -> list[dict[str, Any]]:
-        """What each rank's steward needs to start its trainer, but where they meet."""
+    def make_orders(self, slots: list[Slot], rendezvous: RendezvousAddress) -> list[StartOrder]:
+        """The order that starts the worker of each slot, by rank."""
         config = self.job.config
-        text = config.model_dump_json(by_alias=True)
-        seen: dict[str, int] = {}
+        config_json = config.model_dump_json(by_alias=True)
+        nodes = [slot.info.node for slot in slots if slot.info is not None]
+        local_sizes = Counter(nodes)
         orders = []
-        for rank, slot in enumerate(slots):
-            assert slot.info is not None
-            node = slot.info["node"]
-            local = seen.setdefault(node, 0)
-            seen[node] += 1
-            orders.append(
-                {
-                    "job": self.job.folder,
-                    "rank": rank,
-                    "size": len(slots),
-                    "local_rank": local,
-                    "node": node,
-                    "config": text,
-                    "corpus": self.job.corpus,
-                    "cwd": str(Path.cwd()),
-                    "log": str(RunDir(self.job.run_dir).log(rank)),
-                    "threads": config.cluster.cpus_per_worker,
-                    "env": {},
-                }
+        for rank, node in enumerate(nodes):
+            order = StartOrder(
+                job=self.job.folder,
+                rank=rank,
+                size=len(slots),
+                local_rank=nodes[:rank].count(node),
+                rendezvous=rendezvous,
+                target=self.job.target,
+                device=self.device,
+                config=config_json,
+                corpus=self.job.corpus,
+                cwd=str(Path.cwd()),
+                log=str(RunDir(self.job.run_dir).log(rank)),
+                threads=config.cluster.cpus_per_worker,
             )
-        for order in orders:
-            order["env"] = self._environment(order, seen[order["node"]])
+            orders.append(replace(order, env=self._environment(order, local_sizes[node])))
         return orders
 
-    def _environment(self, order: dict[str, Any], local_size: int) -> dict[str, str]:
-        """What torch, DeepSpeed, gloo and NCCL read. A GPU rank sees one device, so its LOCAL_RANK is 0."""
+    def _environment(self, order: StartOrder, local_size: int) -> dict[str, str]:
+        """Variables that torch, DeepSpeed, gloo and NCCL read. A GPU rank sees one device, so its LOCAL_RANK is 0."""
         return {
-            "RANK": str(order["rank"]),
-            "WORLD_SIZE": str(order["size"]),
-            "LOCAL_RANK": "0" if self.device == "gpu" else str(order["local_rank"]),
+            "RANK": str(order.rank),
+            "WORLD_SIZE": str(order.size),
+            "LOCAL_RANK": "0" if self.device == "gpu" else str(order.local_rank),
             "LOCAL_WORLD_SIZE": str(local_size),
             "LOCAL_SIZE": str(local_size),
-            "OMP_NUM_THREADS": str(order["threads"]),
+            "OMP_NUM_THREADS": str(order.threads),
             "TRIREME_T0": str(self.job.clock.start),
         }

@@ -54,7 +54,7 @@ class SweepDriver:
         """Everything up to the verdict."""
         sweep = configuration.load_sweep(self.overrides)
         self.folder = Path(sweep.settings.dir or ".").absolute()
-        self.held = run_lock.hold(self.folder / LOCK, "sweep.dir")
+        self.held = run_lock.lock_file(self.folder / LOCK, "sweep.dir")
         queue = open_sweep(sweep, self.folder, self.console)
         self.console.say(f"Trireme sweep {sweep.settings.name}", "bold")
         self.console.say(f"  sweep    {sweep.settings.dir}: {_what(queue)}")
@@ -63,7 +63,7 @@ class SweepDriver:
             private, self.others = connect.connect(
                 base, f"sweep {sweep.settings.name}", self.begun.folder, self.begun.target
             )
-            self.begun.signals.listen()
+            self.begun.signals.install()
             device = placement.choose_device(base.device, ray_node.inventory())
             self.begun.fork_server.set_device(device)
             self.console.open()

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from cluster.host import run_lock
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest
 from cluster.raycluster import placement, ray_node
 from cluster.supervision import slots
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
 from cluster.sweep.ledger import FINAL, SweepLedger, TrialRecord
@@ -102,10 +102,10 @@ class SweepScheduler:
             placement.place_workers(
                 known, placement.WorkerRequest(cluster.workers, cluster.cpus_per_worker, int(ground.device == "gpu"))
             )
-        ground.signals.running()
+        ground.signals.training_began()
         while self.running or (self.more() and not self.stopping):
-            if ground.signals.heard is not None and not self.stopping:
-                self._stop(ground.signals.heard)
+            if ground.signals.stop.signal is not None and not self.stopping:
+                self._stop(ground.signals.stop.signal)
             if not self.stopping:
                 self._admit()
             self._hear()
@@ -155,23 +155,23 @@ class SweepScheduler:
             self.places.leave(gang)
             return
         try:
-            self.locks[trial.number] = run_lock.take(trial.folder)
+            self.locks[trial.number] = run_lock.lock_run_dir(trial.folder)
             corpus = self.ground.find_corpus(trial.config, self.board.prepare)
         except UserError as error:
             self._settle(trial, "failed", str(error))
             self.places.leave(gang)
             return
         private = Shared(self.ground.private) if self.ground.private is not None else None
-        signals, clock = Signals(), Clock(time.time())
+        stop, clock = StopRequest(), StartupClock(time.time())
         trial.state, trial.pace = "starting", None
 
         def show(event: dict[str, Any]) -> None:
             self.news.put((trial.number, event))
 
-        hosts = slots.hosts(gang)
+        hosts = slots.gang_hosts(gang)
         self.ledger.start(trial.number, len(hosts), hosts)
         self.board.started(trial, len(hosts), hosts)
-        job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, signals, clock, private)
+        job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, stop, clock, private)
         self.running[trial.number] = TrialJob(job, self.ground.device, gang, show)
 
     # ---------------------------------------------------------------------------------------------------------- hearing

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from cluster.raycluster import status
 from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import slots
@@ -34,7 +34,7 @@ class SweepResources:
     target: str
     folder: str
     """Name of the private folder, with its warm process, on every host."""
-    signals: Signals
+    signals: StopSignals
     find_corpus: FindCorpus
     private: LocalRayCluster | None
 
@@ -59,13 +59,13 @@ class SlotPool:
         """
         fitting: list[list[Slot]] = []
         for gang in self.gangs:
-            if slots.fits(gang, cluster, self.ground.device):
+            if slots.gang_fits(gang, cluster, self.ground.device):
                 fitting.append(gang)
             else:
-                slots.give_up(gang)
-        self.gangs = fitting or [slots.gang(cluster, self.ground.device, cluster.workers)]
+                slots.release_gang(gang)
+        self.gangs = fitting or [slots.request_gang(cluster, self.ground.device, cluster.workers)]
         for n, gang in enumerate(self.gangs):
-            if slots.placed(gang):
+            if slots.gang_is_placed(gang):
                 self.board.foot = ""
                 return self.gangs.pop(n)
         if time.monotonic() > self.looked + HOLDERS_S:
@@ -81,7 +81,7 @@ class SlotPool:
     def give_up(self) -> None:
         """No trial needs any more."""
         for gang in self.gangs if not self.ground.lost() else ():
-            slots.give_up(gang)
+            slots.release_gang(gang)
         self.gangs = []
 
     def rebuild(self) -> None:
@@ -94,7 +94,7 @@ class SlotPool:
             )
         self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
         self.ground.private.again()
-        self.ground.signals.listen()
+        self.ground.signals.install()
         self.gangs = []
 
     def _say_who_holds(self, workers: int, running: int) -> None:

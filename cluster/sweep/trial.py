@@ -141,7 +141,7 @@ class TrialJob:
 
     def stop(self, number: int) -> None:
         """Has it save and end."""
-        self.job.signals.heard = self.job.signals.heard or number
+        self.job.stop.request(number)
 
     def _run(self) -> None:
         verdict, why = outcome.Verdict("failed"), ""
@@ -155,10 +155,10 @@ class TrialJob:
             why = traceback.format_exc()
         lost = self.job.private is not None and self.job.private.lost()
         if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
-            self.left = self.supervisor.slots.hand_over()
+            self.left = self.supervisor.slots.hand_over_slots()
         self.tell(JobEndedEvent(verdict, why, lost).to_json())
         if not lost:  # Ray would not answer
-            self.supervisor.release()
+            self.supervisor.release_slots()
 
 
 def from_outside(verdict: outcome.Verdict) -> bool:

@@ -1,7 +1,8 @@
-"""The steward of a rank: a Ray actor that starts, watches and signals the rank's trainer, and never trains itself.
+"""The agent of a rank: a Ray actor that starts, watches and signals the rank's worker.
 
-It stays awake whatever its trainer does, so it sees a death at once, says what the trainer left in its log, and starts
-the next one from the host's warm process in a fraction of a second. It outlives every start of a world.
+It never trains itself, and so stays responsive whatever its worker does: it sees a death at once, reports what the
+worker left in its log, and starts the next one from the host's fork server in a fraction of a second. It outlives every
+attempt of the job.
 """
 
 from __future__ import annotations
@@ -22,49 +23,50 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.host import job_dir
-from cluster.worker import ipc
-from cluster.worker.worker_handle import WorkerHandle, tail
+from cluster.host import job_dir, network, resources
+from cluster.worker import fork_server_client, ipc
+from cluster.worker.messages import BindResult, SlotInfo, StartOrder, StartResult
+from cluster.worker.worker_handle import WorkerHandle, log_tail
 from train.distributed import heartbeat
 from train.errors import ExitCode
 from train.events import ExitEvent
 
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
-"""What ranks other than 0 say that anybody needs to hear."""
+"""Events that are passed on from ranks other than 0 too."""
 
 
 class WorkerAgent:
-    """One rank's steward. Every method returns at once, but ``poll``, which waits for news."""
+    """One rank's agent. Every method returns at once, except ``poll_events``, which waits for some."""
 
     def __init__(self, job: str, target: str, device: str) -> None:
         self.folder = job_dir.own_folder(job)
-        # A warm process that we start ends with us, and must not take for its own what is the driver's.
-        os.environ.pop(job_dir.MARK, None)
+        # A fork server that we start ends with us, and must not clean up what is the driver's.
+        os.environ.pop(job_dir.JOB_ENV, None)
         self.target = target
         self.device = device
-        self.warm: job_dir.ForkServerProcess | None = None
+        self.fork_server: fork_server_client.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
-        self.trainer: WorkerHandle | None = None
-        self.news: collections.deque[dict[str, Any]] = collections.deque()
-        self.changed = threading.Condition()
+        self.worker: WorkerHandle | None = None
+        self.events: collections.deque[dict[str, Any]] = collections.deque()
+        self.events_added = threading.Condition()
 
-    def where(self) -> dict[str, Any]:
+    def describe_slot(self) -> SlotInfo:
         """The node, host name, address and GPUs that Ray gave this rank."""
         context = ray.get_runtime_context()
-        return {
-            "node": context.get_node_id(),
-            "host": socket.gethostname(),
-            "ip": ray.util.get_node_ip_address(),
-            "pid": os.getpid(),
-            "gpus": context.get_accelerator_ids().get("GPU", []),
-        }
+        return SlotInfo(
+            node=context.get_node_id(),
+            host=socket.gethostname(),
+            ip=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            gpus=tuple(context.get_accelerator_ids().get("GPU", [])),
+        )
 
-    def warm_up(self) -> None:
-        """Has the host's warm process begin its imports, before anybody needs it."""
-        self._connect().close()
+    def start_fork_server(self) -> None:
+        """Has the host's fork server begin its imports, before any worker is asked for."""
+        self._connect_fork_server().close()
 
-    def listen(self, ip: str, port: int) -> dict[str, Any]:
-        """Binds the socket where the next world meets (rank 0's steward): {"host", "port"}, or {"error"}."""
+    def bind_rendezvous(self, ip: str, port: int) -> BindResult:
+        """Binds the socket where the next attempt's workers meet; asked of rank 0's agent. Port 0: any free one."""
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
@@ -74,27 +76,23 @@ class WorkerAgent:
         except OSError as error:
             self.listener.close()
             self.listener = None
-            return {"error": error.strerror or str(error)}
+            return BindResult(error=error.strerror or str(error))
         self.listener.listen(1024)
-        return {"host": ip, "port": self.listener.getsockname()[1]}
+        return BindResult(port=self.listener.getsockname()[1])
 
-    def start(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Starts the trainer that ``order`` describes: {"pid", "ready"}, or {"failed": why the imports failed}.
-
-        order: job, rank, size, local_rank, meeting {host, port, generation}, config (JSON), corpus, log, env, threads.
-        """
-        self.kill()
-        log = Path(order["log"])
-        offset = log.stat().st_size if log.exists() else 0
-        connection = self._connect()
+    def start_worker(self, order: StartOrder) -> StartResult:
+        """Starts the worker that ``order`` describes, and watches it from then on."""
+        self.kill_worker()
+        log = Path(order.log)
+        log_offset = log.stat().st_size if log.exists() else 0
+        connection = self._connect_fork_server()
         read_fd, write_fd = os.pipe()
-        memory = os.memfd_create("pulse")
+        memory = os.memfd_create("heartbeat")
         os.ftruncate(memory, heartbeat.SIZE)
         fds = [write_fd, memory]
         if self.listener is not None:
             fds.append(self.listener.fileno())
-        request = {**order, "env": {**order["env"], **self._own_env()}, "target": self.target, "device": self.device}
-        ipc.send(connection, request, fds)
+        ipc.send(connection, replace(order, env={**order.env, **self._host_env()}).to_json(), fds)
         os.close(write_fd)
         shared = mmap.mmap(memory, heartbeat.SIZE, prot=mmap.PROT_READ)
         os.close(memory)
@@ -105,68 +103,69 @@ class WorkerAgent:
         if answer is None or "failed" in answer:
             connection.close()
             os.close(read_fd)
-            return answer or {"failed": f"the warm process ended; its log is {self.folder / 'warm.log'}"}
-        self.trainer = WorkerHandle(answer["pid"], order, shared, offset)
-        threading.Thread(target=self._watch, args=(connection, read_fd, self.trainer), daemon=True).start()
-        return answer
+            lost = f"the warm process ended; its log is {self.folder / 'warm.log'}"
+            return StartResult(failed=answer["failed"] if answer else lost)
+        self.worker = WorkerHandle(answer["pid"], order, shared, log_offset)
+        threading.Thread(target=self._watch_worker, args=(connection, read_fd, self.worker), daemon=True).start()
+        return StartResult(answer["pid"], answer["ready"])
 
-    def _own_env(self) -> dict[str, str]:
-        """What only this host knows: the rank's device, and the network interface that the node's address is on."""
-        where = self.where()
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(where["gpus"]) if self.device == "gpu" else ""}
-        interface = job_dir.interface_of(where["ip"])
+    def _host_env(self) -> dict[str, str]:
+        """Environment that only this host knows: the rank's device, and the interface that the node's address is on."""
+        slot = self.describe_slot()
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus) if self.device == "gpu" else ""}
+        interface = network.interface_of(slot.ip)
         if interface is not None:
             env |= {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
         return env
 
-    def _connect(self) -> socket.socket:
-        """A connection to the host's warm process, started here if nobody has."""
-        with job_dir.alone(self.folder):
-            connection = job_dir.connect_fork_server(self.folder)
+    def _connect_fork_server(self) -> socket.socket:
+        """A connection to the host's fork server, which is started here if there is none."""
+        with fork_server_client.start_lock(self.folder):
+            connection = fork_server_client.connect_fork_server(self.folder)
             if connection is None:
-                if self.warm is not None:
-                    self.warm.close()
-                self.warm = job_dir.ForkServerProcess(self.folder, self.target)
-                self.warm.set_device(self.device)
-                connection = job_dir.connect_fork_server(self.folder)
+                if self.fork_server is not None:
+                    self.fork_server.close()
+                self.fork_server = fork_server_client.ForkServerProcess(self.folder, self.target)
+                self.fork_server.set_device(self.device)
+                connection = fork_server_client.connect_fork_server(self.folder)
         if connection is None:
             raise RuntimeError(f"the warm process does not answer; its log is {self.folder / 'warm.log'}")
         return connection
 
-    def poll(self, wait_s: float) -> list[dict[str, Any]]:
-        """What happened since the last call, in order, and last how the trainer is now; waits up to ``wait_s`` for
-        something to happen.
+    def poll_events(self, wait_s: float) -> list[dict[str, Any]]:
+        """The events since the last call, and last the worker's heartbeat; waits up to ``wait_s`` for an event."""
+        with self.events_added:
+            self.events_added.wait_for(lambda: bool(self.events), wait_s)
+            events = list(self.events)
+            self.events.clear()
+        return [*events, self.worker.heartbeat()] if self.worker else events
+
+    def signal_worker(self, number: int, pid: int) -> None:
+        """Sends the worker of that pid a signal, if it lives. One that comes late is not for the next worker."""
+        if self.worker and self.worker.pid == pid:
+            self.worker.signal(number)
+
+    def inspect_worker(self) -> dict[str, Any]:
+        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames]}.
+
+        Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
+        stack takes.
         """
-        with self.changed:
-            self.changed.wait_for(lambda: bool(self.news), wait_s)
-            news = list(self.news)
-            self.news.clear()
-        return [*news, self.trainer.heartbeat()] if self.trainer else news
+        return self.worker.inspect() if self.worker else {"kernel": [], "stack": []}
 
-    def signal(self, number: int, pid: int) -> None:
-        """Sends the trainer of that pid a signal, if it lives. One that comes late is not for the next trainer."""
-        if self.trainer and self.trainer.pid == pid:
-            self.trainer.signal(number)
+    def kill_worker(self) -> None:
+        """Ends the worker at once, if there is one."""
+        if self.worker:
+            self.worker.signal(signal.SIGKILL)
 
-    def inspect(self) -> dict[str, Any]:
-        """Where the trainer is: {"kernel": [what /proc says], "stack": [its Python frames]}. The trainer is not asked, so it
-        answers for one that hangs; one that is stopped runs on for the moment that its stack takes.
-        """
-        return self.trainer.inspect() if self.trainer else {"kernel": [], "stack": []}
+    def _add_event(self, record: dict[str, Any]) -> None:
+        with self.events_added:
+            self.events.append(record)
+            self.events_added.notify_all()
 
-    def kill(self) -> None:
-        """Ends the trainer now."""
-        if self.trainer:
-            self.trainer.signal(signal.SIGKILL)
-
-    def _tell(self, record: dict[str, Any]) -> None:
-        with self.changed:
-            self.news.append(record)
-            self.changed.notify_all()
-
-    def _watch(self, connection: socket.socket, read_fd: int, trainer: WorkerHandle) -> None:
-        """Passes on what the trainer says until it ends, then how it ended. Runs in a thread of its own."""
-        kills_before = job_dir.oom_kills()
+    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle) -> None:
+        """Collects a worker's events until it ends, then how it ended. Runs in a thread of its own."""
+        kills_before = resources.oom_kills()
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -176,38 +175,39 @@ class WorkerAgent:
                 ended, _ = ipc.receive(connection)
                 alive = False
             if read_fd in ready or not alive:
-                pending = self._pass_on(pending + _available(read_fd), trainer.world)
+                pending = self._add_worker_events(pending + _read_available(read_fd), worker.identity)
         os.close(read_fd)
         connection.close()
         code = ended["exit"] if ended else -signal.SIGKILL
-        event = ExitEvent(code, trainer.pid, time.time(), **trainer.world)
+        event = ExitEvent(code, worker.pid, time.time(), **worker.identity)
         if code not in (ExitCode.OK, ExitCode.STOPPED):
             event = replace(
                 event,
                 host=socket.gethostname(),
-                tail=tail(trainer.log, trainer.offset),
+                tail=log_tail(worker.log, worker.log_offset),
                 peak_mib=ended["peak_kib"] // 1024 if ended else None,
                 memory_mib=psutil.virtual_memory().total >> 20,
-                oom=job_dir.oom_kills() - kills_before,
+                oom=resources.oom_kills() - kills_before,
                 orphaned=ended is None,
             )
-        record = replace(event, at=trainer.heartbeat()).to_json()
-        if self.trainer is trainer:
-            self.trainer = None
-        trainer.close()
-        self._tell(record)
+        record = replace(event, at=worker.heartbeat()).to_json()
+        if self.worker is worker:
+            self.worker = None
+        worker.close()
+        self._add_event(record)
 
-    def _pass_on(self, data: bytes, world: dict[str, Any]) -> bytes:
+    def _add_worker_events(self, data: bytes, identity: dict[str, Any]) -> bytes:
+        """Adds the events of the whole lines in ``data``; returns the incomplete line at its end."""
         *lines, rest = data.split(b"\n")
         for line in lines:
             event = json.loads(line)
-            if world["rank"] == 0 or event["event"] in QUIET_EVENTS:
-                self._tell({"t": time.time(), **event, **world})
+            if identity["rank"] == 0 or event["event"] in QUIET_EVENTS:
+                self._add_event({"t": time.time(), **event, **identity})
         return rest
 
 
-def _available(fd: int) -> bytes:
-    """All that can be read from a pipe now. A trainer's own children may keep it open, so its end is not waited for."""
+def _read_available(fd: int) -> bytes:
+    """All that can be read from a pipe now. A worker's own children may keep it open, so its end is not waited for."""
     data = b""
     while select.select([fd], [], [], 0)[0]:
         part = os.read(fd, 1 << 16)

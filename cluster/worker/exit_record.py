@@ -1,7 +1,7 @@
-"""The last word of a rank that was told to end: a file in the run's folder, for when its steward is gone before it.
+"""Exit records: how a worker ended, in a file that the driver reads when the worker's agent is lost.
 
-Whoever ends a whole job at once (a batch system, a service manager) signals Ray's processes and the stewards too. The
-trainers save none the less, and the driver reads here how they ended.
+Whoever ends a whole job at once (a batch system, a service manager) signals Ray's processes and the agents too. The
+workers save none the less, and the driver reads here how they ended.
 """
 
 from __future__ import annotations
@@ -11,28 +11,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cluster.worker.messages import StartOrder
 from train.util.io import write_whole
 from train.util.redact import redact
 
 
-def leave(order: dict[str, Any], code: int, error: str | None) -> None:
-    """Notes how the trainer that was started by ``order`` ends: its exit code, and its error if it had one."""
+def write(order: StartOrder, code: int, error: str | None) -> None:
+    """Records how the worker that ``order`` started ends: its exit code, and its error if it had one."""
+    record = {**_identity(order), "code": code, "error": error and redact(error)}
     with contextlib.suppress(OSError):
-        write_whole(_place(order), json.dumps({**_who(order), "code": code, "error": error and redact(error)}).encode())
+        write_whole(_path(order), json.dumps(record).encode())
 
 
-def read(order: dict[str, Any]) -> dict[str, Any] | None:
-    """What the trainer that was started by ``order`` left: {"code", "error"}; None while it has not."""
+def read(order: StartOrder) -> dict[str, Any] | None:
+    """The record {"code", "error"} of the worker that ``order`` started; None while there is none."""
     with contextlib.suppress(OSError, ValueError):
-        word = json.loads(_place(order).read_text())
-        if {**word, **_who(order)} == word:
-            return dict(word)
+        record = json.loads(_path(order).read_text())
+        if {**record, **_identity(order)} == record:
+            return dict(record)
     return None
 
 
-def _place(order: dict[str, Any]) -> Path:
-    return Path(order["log"]).with_suffix(".end")
+def _path(order: StartOrder) -> Path:
+    return Path(order.log).with_suffix(".end")
 
 
-def _who(order: dict[str, Any]) -> dict[str, Any]:
-    return {"job": order["job"], "generation": order["meeting"]["generation"]}
+def _identity(order: StartOrder) -> dict[str, Any]:
+    """Tells this start's record from one that an earlier job or attempt left in the same folder."""
+    return {"job": order.job, "generation": order.rendezvous.attempt}

@@ -1,14 +1,13 @@
-"""The warm process of a host: it imports torch, DeepSpeed and our code once, and forks the trainers of the host's
-ranks.
+"""The fork server of a host: imports torch, DeepSpeed and our code once, and forks the workers.
 
-    python -m cluster.worker.fork_server TARGET LISTENING_FD       (started by ``cluster.host.WarmProcess``)
+    python -m cluster.worker.fork_server TARGET LISTENING_FD       (started by ``fork_server_client.ForkServerProcess``)
 
 A fork of it reaches its first step in a fraction of a second, where a fresh interpreter pays seconds of imports on
 every start, for every rank. It never touches CUDA and starts no thread, for neither survives a fork. It sees its
 children's deaths at once and reports them with their signal and peak memory.
 
 Lifetime: its standard input is a pipe that its owner holds open. When the owner is gone, by any means, it ends, and the
-kernel kills its trainers with it. When the steward that asked for a trainer is gone, that trainer is killed: at once, or,
+kernel kills its workers with it. When the agent that asked for a worker is gone, that worker is killed: at once, or,
 where everybody was told to end (as a batch system does), when it has had time to save.
 """
 
@@ -29,119 +28,115 @@ import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that b
 
 from cluster.host import job_dir
 from cluster.worker import ipc, worker_main
+from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
+from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
 from train.util import redact
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
-ORPHAN_S = 1.0
-"""How long a trainer outlives its steward: a signal to everybody reaches us soon after it has ended the steward."""
-SAVE_S = 60.0
-"""How long after such a signal, when the trainers are saving what they have."""
 
 
 @dataclass
 class ForkedWorker:
-    """A forked trainer and the steward that hears of it."""
+    """A forked worker and the connection to the agent that asked for it."""
 
     pid: int
     agent: socket.socket
     orphaned: float | None = None
-    """When its steward was lost (monotonic)."""
+    """When its agent was lost (monotonic)."""
 
 
 class ForkServer:
-    """Serves stewards until its owner is gone."""
+    """Forks workers for agents until its owner is gone."""
 
     def __init__(self, listener: socket.socket, target: str) -> None:
         self.target = target
         self.listener = listener
         self.selector = selectors.DefaultSelector()
-        self.children: dict[int, ForkedWorker] = {}
+        self.workers: dict[int, ForkedWorker] = {}
         self.failure: str | None = None
-        self.told_to_stop = False
+        """Why the imports failed; sent to each agent that asks for a worker."""
+        self.stop_signalled = False
         self.ready = 0.0
+        """When the imports were done, in seconds since 1970."""
 
-    def load(self) -> None:
-        """Imports the target, and whatever its module wants loaded before the fork (its ``preload``, if it has one)."""
+    def import_target(self) -> None:
+        """Imports the target and all that its module imports; keeps an error for the agents that will ask."""
         try:
-            module = sys.modules[worker_main.load_target(self.target).__module__]
-            if hasattr(module, "preload"):
-                module.preload()
+            worker_main.load_target(self.target)
         except Exception:
             self.failure = traceback.format_exc()
-        # What is loaded now lives as long as the process: out of the collector's sight, its pages stay shared.
+        # The imports live as long as the process: out of the collector's sight, their pages stay shared.
         gc.collect()
         gc.freeze()
         self.ready = time.time()
 
     def serve(self) -> None:
-        """Answers stewards and reports deaths until the owner closes standard input."""
+        """Answers agents and reports workers' deaths until the owner closes standard input."""
         awake, wake = socket.socketpair()
         awake.setblocking(False)
         wake.setblocking(False)
         signal.set_wakeup_fd(wake.fileno())
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        # Ending is the owner's business: after a signal to everybody the trainers still have to save.
+        # Ending is the owner's business: after a signal to everybody the workers still have to save.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._told)
+            signal.signal(number, self._note_stop_signal)
         for source in (self.listener, awake, LIFELINE):
             self.selector.register(source, selectors.EVENT_READ)
         while True:
             for key, _ in self.selector.select(self._kill_orphans()):
                 if key.fileobj is self.listener:
-                    self._accept()
+                    self._accept_agent()
                 elif key.fileobj is awake:
                     awake.recv(4096)
-                    self._reap()
+                    self._reap_workers()
                 elif key.fileobj == LIFELINE:
                     return
                 else:
-                    self._hear(key.fileobj)  # type: ignore[arg-type]
+                    self._serve_agent(key.fileobj)  # type: ignore[arg-type]
 
-    def _told(self, number: int, frame: object) -> None:
-        self.told_to_stop = True
+    def _note_stop_signal(self, number: int, frame: object) -> None:
+        self.stop_signalled = True
 
     def _kill_orphans(self) -> float | None:
-        """Kills the trainers whose time without a steward is over; the seconds until this is to be asked again."""
-        orphans = [(child, child.orphaned) for child in self.children.values() if child.orphaned is not None]
-        for child, since in orphans:
-            if time.monotonic() > since + (SAVE_S if self.told_to_stop else ORPHAN_S):
-                os.kill(child.pid, signal.SIGKILL)
-        return 0.1 if orphans else None
+        """Kills workers that have been without an agent for too long; the seconds to the next check, if any."""
+        orphans = [(worker, worker.orphaned) for worker in self.workers.values() if worker.orphaned is not None]
+        for worker, since in orphans:
+            if time.monotonic() > since + (ORPHAN_SAVE_S if self.stop_signalled else ORPHAN_S):
+                os.kill(worker.pid, signal.SIGKILL)
+        return ORPHAN_CHECK_S if orphans else None
 
-    def _accept(self) -> None:
-        steward, _ = self.listener.accept()
-        self.selector.register(steward, selectors.EVENT_READ)
+    def _accept_agent(self) -> None:
+        agent, _ = self.listener.accept()
+        self.selector.register(agent, selectors.EVENT_READ)
 
-    def _hear(self, steward: socket.socket) -> None:
-        """One message of a steward: the request for a trainer; or its end."""
-        message, fds = ipc.receive(steward, max_fds=3)
+    def _serve_agent(self, agent: socket.socket) -> None:
+        """Handles one message of an agent, which is an order to start a worker, or the end of its connection."""
+        message, fds = ipc.receive(agent, max_fds=3)
         if message is None:
-            self.selector.unregister(steward)
-            steward.close()
-            for child in self.children.values():
-                if child.agent is steward:
-                    child.orphaned = time.monotonic()
+            self.selector.unregister(agent)
+            agent.close()
+            for worker in self.workers.values():
+                if worker.agent is agent:
+                    worker.orphaned = time.monotonic()
         elif self.failure:
-            ipc.send(steward, {"failed": self.failure})
+            ipc.send(agent, {"failed": self.failure})
         else:
-            self._fork(steward, message, fds)
+            self._fork_worker(agent, StartOrder.from_json(message), fds)
 
-    def _fork(self, steward: socket.socket, request: ipc.Message, fds: list[int]) -> None:
+    def _fork_worker(self, agent: socket.socket, order: StartOrder, fds: list[int]) -> None:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_trainer(parent, request, fds)
+            self._become_worker(parent, order, fds)
         for fd in fds:
             os.close(fd)
-        self.children[pid] = ForkedWorker(pid, steward)
-        ipc.send(steward, {"pid": pid, "ready": self.ready})
+        self.workers[pid] = ForkedWorker(pid, agent)
+        ipc.send(agent, {"pid": pid, "ready": self.ready})
 
-    def _become_trainer(self, parent: int, request: ipc.Message, fds: list[int]) -> None:
-        """In the child: lets go of what is the warm process's, runs the rank, and ends without the parent's exit
-        handlers.
-        """
+    def _become_worker(self, parent: int, order: StartOrder, fds: list[int]) -> None:
+        """In the child: closes the fork server's files, runs the rank, ends without the parent's exit handlers."""
         code: int = ExitCode.FAILURE
         try:
             ipc.die_with_parent(parent)
@@ -151,14 +146,14 @@ class ForkServer:
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
             self.selector.close()
-            code = worker_main.worker_main(request, fds)
+            code = worker_main.worker_main(order, fds)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(code)
 
-    def _reap(self) -> None:
-        """Reports every trainer that ended: exit code or signal, and the most memory it held."""
+    def _reap_workers(self) -> None:
+        """Reports every worker that ended to its agent: exit code or signal, and its peak memory."""
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
@@ -166,25 +161,25 @@ class ForkServer:
                 return
             if pid == 0:
                 return
-            child = self.children.pop(pid, None)
-            if child is not None and child.agent.fileno() >= 0:
+            worker = self.workers.pop(pid, None)
+            if worker is not None and worker.agent.fileno() >= 0:
                 code = os.waitstatus_to_exitcode(status)
-                with contextlib.suppress(OSError):  # the steward is gone too; its own end is reported by Ray
-                    ipc.send(child.agent, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
+                with contextlib.suppress(OSError):  # the agent is gone too; its own end is reported by Ray
+                    ipc.send(worker.agent, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
 
 
 def main() -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
-    warm = ForkServer(socket.socket(fileno=fd), target)
+    server = ForkServer(socket.socket(fileno=fd), target)
     device = sys.stdin.readline().strip()
     if device:
         # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
         os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
-        warm.load()
-        warm.serve()
-    if job_dir.MARK in os.environ:
-        job_dir.end_job(os.environ[job_dir.MARK])
+        server.import_target()
+        server.serve()
+    if job_dir.JOB_ENV in os.environ:
+        job_dir.end_job(os.environ[job_dir.JOB_ENV])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the processes of a job say to each other on one host: JSON messages over Unix sockets, file descriptors beside
-them.
-"""
+"""JSON messages and open file descriptors over Unix sockets between the processes of a host."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ import struct
 from typing import Any
 
 HEADER = struct.Struct("!I")
+"""Length of the message that follows, in bytes."""
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -30,15 +29,15 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
 def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message | None, list[int]]:
     """The next message and the files that came with it; None when the other side is gone."""
     head, fds, _, _ = socket.recv_fds(sock, HEADER.size, max_fds)
-    head += _exactly(sock, HEADER.size - len(head)) if head else b""
+    head += _receive_exactly(sock, HEADER.size - len(head)) if head else b""
     if len(head) < HEADER.size:
         return None, fds
     size = HEADER.unpack(head)[0]
-    body = _exactly(sock, size)
+    body = _receive_exactly(sock, size)
     return (json.loads(body) if len(body) == size else None), fds
 
 
-def _exactly(sock: socket.socket, size: int) -> bytes:
+def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     """``size`` bytes, or fewer when the other side went away."""
     data = b""
     while len(data) < size:

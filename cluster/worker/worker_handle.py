@@ -1,4 +1,4 @@
-"""A running trainer as its steward holds it: its pulse, its signals, its stack and the end of its log."""
+"""An agent's view of its running worker: heartbeat, signals, stack and the end of its log."""
 
 from __future__ import annotations
 
@@ -14,87 +14,95 @@ from pathlib import Path
 from typing import Any
 
 from cluster.worker import procfs
+from cluster.worker.messages import StartOrder
 from train.distributed import heartbeat
 from train.events import BeatEvent
 
 TAIL_LINES = 20
 TAIL_BYTES = 64 << 10
-DUMP_S, DUMP_LOOK_S = 2.0, 0.2
-"""How long a trainer may take to write its stacks, and between looks whether it goes on writing."""
-FRAMES, INNERMOST = 14, 3
-"""So many frames of a stack are shown at most, and so many of libraries'."""
+STACK_DUMP_S = 2.0
+"""How long a worker may take to write its stacks into its log."""
+STACK_DUMP_CHECK_S = 0.2
+"""Between looks at the log for whether it goes on writing."""
+MAX_FRAMES, MAX_LIBRARY_FRAMES = 14, 3
+"""Frames of a stack that are shown at most, and of these the innermost ones that may be libraries'."""
 FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)
 LIBC = ctypes.CDLL(None)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class WorkerHandle:
-    """Held by a handle that never comes to mean another process."""
+    """Observes and signals one worker through a pidfd, which never comes to mean another process."""
 
-    def __init__(self, pid: int, order: dict[str, Any], memory: mmap.mmap, offset: int) -> None:
-        """``offset``: where what it writes begins in its log."""
-        self.pid, self.memory, self.offset = pid, memory, offset
-        self.log = Path(order["log"])
-        self.world = {"rank": order["rank"], "generation": order["meeting"]["generation"]}
-        self.handle: int | None = None
+    def __init__(self, pid: int, order: StartOrder, memory: mmap.mmap, log_offset: int) -> None:
+        """``memory``: the worker's heartbeat record. ``log_offset``: size of its log when it was started."""
+        self.pid, self.memory, self.log_offset = pid, memory, log_offset
+        self.log = Path(order.log)
+        self.identity: dict[str, Any] = {"rank": order.rank, "generation": order.rendezvous.attempt}
+        self.pidfd: int | None = None
         with contextlib.suppress(ProcessLookupError):
-            self.handle = os.pidfd_open(pid)
+            self.pidfd = os.pidfd_open(pid)
 
     def close(self) -> None:
-        """Lets go of it."""
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            os.close(handle)
+        """Closes the pidfd; from then on signals are not sent."""
+        pidfd, self.pidfd = self.pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
 
     def signal(self, number: int) -> None:
-        """Sends it a signal, if it lives."""
-        if self.handle is not None:
+        """Sends the worker a signal, if it lives."""
+        if self.pidfd is not None:
             with contextlib.suppress(ProcessLookupError, OSError):
-                signal.pidfd_send_signal(self.handle, number)
+                signal.pidfd_send_signal(self.pidfd, number)
 
     def _signal_main_thread(self, number: int) -> None:
-        """So that one that was stopped handles it before it goes on; another thread would leave it the time to walk away."""
-        if self.handle is not None and not select.select([self.handle], [], [], 0)[0]:
+        """Signals the main thread, so that a stopped one handles it before it runs on.
+
+        Were another thread to handle it, the main one would have left the frame in which it was stopped.
+        """
+        if self.pidfd is not None and not select.select([self.pidfd], [], [], 0)[0]:
             LIBC.tgkill(self.pid, self.pid, number)
 
     def heartbeat(self) -> dict[str, Any]:
-        """Its pulse, and what the kernel says of it."""
-        kernel: dict[str, Any] = {"state": procfs.state(self.pid), "rss_mib": procfs.rss_mib(self.pid)}
-        return BeatEvent(**heartbeat.read(self.memory), **kernel, **self.world).to_json()
+        """The worker's heartbeat record, and what the kernel says of its process."""
+        kernel: dict[str, Any] = {"state": procfs.process_state(self.pid), "rss_mib": procfs.rss_mib(self.pid)}
+        return BeatEvent(**heartbeat.read(self.memory), **kernel, **self.identity).to_json()
 
     def inspect(self) -> dict[str, Any]:
-        """See ``Steward.inspect``."""
-        kernel = procfs.wait_of(self.pid)
+        """Where the worker is, see ``WorkerAgent.inspect_worker``."""
+        kernel = procfs.describe_kernel_wait(self.pid)
         if not self.log.exists():
             return {"kernel": kernel, "stack": []}
         start = size = self.log.stat().st_size
         self._signal_main_thread(signal.SIGUSR1)  # faulthandler's, in C: it needs not the interpreter's lock
         self.signal(signal.SIGCONT)
         began = time.monotonic()
-        while time.monotonic() < began + DUMP_S and (size == start or size != self.log.stat().st_size):
+        while time.monotonic() < began + STACK_DUMP_S and (size == start or size != self.log.stat().st_size):
             size = self.log.stat().st_size
-            time.sleep(DUMP_LOOK_S)
-            if size == start and time.monotonic() > began + DUMP_S / 2:
+            time.sleep(STACK_DUMP_CHECK_S)
+            if size == start and time.monotonic() > began + STACK_DUMP_S / 2:
                 self.signal(signal.SIGUSR1)  # the main thread is in the kernel and cannot answer: any other may
         with self.log.open("rb") as file:
             file.seek(start)
-            return {"kernel": kernel, "stack": main_stack(file.read().decode(errors="replace"))}
+            return {"kernel": kernel, "stack": main_thread_stack(file.read().decode(errors="replace"))}
 
 
-def main_stack(dump: str) -> list[str]:
-    """The main thread's frames, innermost first, from what faulthandler wrote, where it comes last: "train/loop.py:12 in train".
-    Of libraries', only the innermost: where our code called them is what tells.
+def main_thread_stack(dump: str) -> list[str]:
+    """The main thread's frames in a dump of faulthandler, innermost first: "train/loop.py:12 in train".
+
+    faulthandler writes the main thread last. Of libraries' frames only the innermost are kept: the line of our code
+    that called them says more.
     """
     frames, last = [], re.split(r"^(?:Current thread|Thread) 0x.*\n", dump, flags=re.MULTILINE)[-1]
     for number, (file, line, function) in enumerate(FRAME.findall(last)):
         library = file.partition("site-packages/")[2]
-        if number < INNERMOST or not (library or "/lib/python" in file or file.startswith("<")):
+        if number < MAX_LIBRARY_FRAMES or not (library or "/lib/python" in file or file.startswith("<")):
             frames.append(f"{library or file.removeprefix(f'{REPOSITORY}/')}:{line} in {function}")
-    return frames[:FRAMES]
+    return frames[:MAX_FRAMES]
 
 
-def tail(log: Path, offset: int) -> list[str]:
-    """The last lines that were written to ``log`` after byte ``offset``."""
+def log_tail(log: Path, offset: int) -> list[str]:
+    """The last ``TAIL_LINES`` lines of ``log`` after byte ``offset``; none where it cannot be read."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -1,7 +1,7 @@
-"""The process of one rank: forked from the host's warm process, it joins the world and runs the target to its end.
+"""Entry point of a forked worker process: joins the process group and runs the target.
 
-Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed), and what it
-has to say goes through the event pipe, one JSON line an event. Everything printed goes to the rank's own log.
+Its exit status is its verdict (0 done, 75 stopped and saved, 2 bad input, 1 a failure, a signal: killed). Its events go
+through the event pipe, one JSON line each; everything printed goes to the rank's own log.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cluster.worker import exit_record
+from cluster.worker.messages import StartOrder
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
@@ -31,14 +32,14 @@ from train.util.io import FileLock
 
 
 class EventPipe:
-    """The way out for what a rank has to say: ``events(event)`` writes one line, whole, from any thread."""
+    """Sends a rank's events to its agent: ``events(event)`` writes one whole line, from any thread."""
 
     def __init__(self, fd: int) -> None:
         self._file = os.fdopen(fd, "wb", buffering=0)
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        """Sends ``event``; numbers of foreign types become floats. A steward that is gone hears nothing."""
+        """Sends ``event``; numbers of foreign types become floats. Does nothing when the agent is gone."""
         line = json.dumps(event.to_json(), default=float).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             while line:
@@ -46,71 +47,70 @@ class EventPipe:
 
 
 class StopFlag:
-    """True from the first SIGTERM or SIGINT on. The signal only sets the flag: the loop looks where it can save."""
+    """True from the first SIGTERM or SIGINT on; the training loop reads it at points where it can save."""
 
     def __init__(self, events: EventPipe) -> None:
-        self._asked = False
+        self._requested = False
         self._events = events
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._heard)
+            signal.signal(number, self._handle)
 
-    def _heard(self, number: int, frame: object) -> None:
-        if not self._asked:
-            self._asked = True
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._requested:
+            self._requested = True
             # From another thread: the main one may hold the lock of the event pipe at this very moment.
             threading.Thread(target=self._events, args=(StopAskedEvent(number),), daemon=True).start()
 
     def __call__(self) -> bool:
-        """Whether the run was asked to stop."""
-        return self._asked
+        """Whether a signal has asked the run to stop."""
+        return self._requested
 
 
 def load_target(name: str) -> Callable[..., None]:
-    """The function that ``module:function`` names."""
+    """Imports and returns the function that ``module:function`` names."""
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
-def worker_main(request: dict[str, Any], fds: list[int]) -> int:
-    """Runs one rank to its end and returns its exit status. ``request`` is what the steward sent (see
-    ``Steward.start``), ``fds`` the event pipe, the memory of the pulse, and on rank 0 the socket where the ranks meet.
+def worker_main(order: StartOrder, fds: list[int]) -> int:
+    """Runs one rank to its end and returns its exit status.
+
+    ``fds``: the event pipe, the memory of the heartbeat, and on rank 0 the listening socket where the ranks meet.
     """
-    events_fd, pulse_fd, *listen_fd = fds
-    heartbeat.attach(pulse_fd)
-    os.close(pulse_fd)
-    _take_over_output(request["log"])
-    os.chdir(request["cwd"])
-    os.environ.update(request["env"])
-    torch.set_num_threads(request["threads"])
+    events_fd, heartbeat_fd, *listen_fd = fds
+    heartbeat.attach(heartbeat_fd)
+    os.close(heartbeat_fd)
+    _redirect_output(order.log)
+    os.chdir(order.cwd)
+    os.environ.update(order.env)
+    torch.set_num_threads(order.threads)
     events = EventPipe(events_fd)
     stop = StopFlag(events)
-    code, error = _run_target(request, events, stop, *listen_fd)
+    code, error = _run_target(order, events, stop, *listen_fd)
     if stop():
-        exit_record.leave(request, code, error)
+        exit_record.write(order, code, error)
     return code
 
 
 def _run_target(
-    request: dict[str, Any], events: EventPipe, stop: StopFlag, listen_fd: int | None = None
+    order: StartOrder, events: EventPipe, stop: StopFlag, listen_fd: int | None = None
 ) -> tuple[int, str | None]:
-    """The exit status, and the error that was sent if there was one."""
+    """Joins the process group and calls the target: the exit status, and the error that was sent if there was one."""
     events(PhaseEvent.now("start"))
     try:
-        config = Config.model_validate_json(request["config"])
-        _check_device(request["device"])
-        with _only_writer(request, events):
-            meeting = process_group.Rendezvous(
-                request["meeting"]["host"],
-                request["meeting"]["port"],
-                request["meeting"]["generation"],
+        config = Config.model_validate_json(order.config)
+        _check_device(order.device)
+        with _only_writer(order, events):
+            rendezvous = process_group.Rendezvous(
+                order.rendezvous.host,
+                order.rendezvous.port,
+                order.rendezvous.attempt,
                 listen_fd=listen_fd,
                 timeout_s=config.cluster.start_timeout,
             )
-            world = process_group.init_group(
-                request["rank"], request["size"], request["local_rank"], request["device"], meeting
-            )
+            context = process_group.init_group(order.rank, order.size, order.local_rank, order.device, rendezvous)
             events(PhaseEvent.now("connected"))
-            load_target(request["target"])(config, request["corpus"], world, events, stop)
+            load_target(order.target)(config, order.corpus, context, events, stop)
             process_group.destroy_group()
     except Stopped:
         return ExitCode.STOPPED, None
@@ -136,7 +136,7 @@ def _traceback(events: EventPipe) -> str:
     return text
 
 
-def _take_over_output(log: str) -> None:
+def _redirect_output(log: str) -> None:
     """Sends stdout and stderr, those of libraries in C included, to the rank's log."""
     path = Path(log)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _take_over_output(log: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    # What libraries will change one day is not news, and would stand among the last lines of a rank that was killed.
+    # Libraries' warnings of future changes would stand among the last lines of a rank that was killed.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     faulthandler.enable(2)
@@ -165,15 +165,15 @@ def _check_device(device: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(request: dict[str, Any], events: EventPipe) -> Any:
-    """Holds the right to write into the run's folder, on rank 0.
+def _only_writer(order: StartOrder, events: EventPipe) -> Any:
+    """Locks the run's folder against a second rank 0, on rank 0.
 
-    The driver's lock goes when the driver dies; a rank 0 on another host may live some seconds longer. The next one
-    waits here.
+    The driver's lock goes when the driver dies; its rank 0 on another host may live some seconds longer, and the next
+    rank 0 waits for it here.
     """
-    if request["rank"]:
+    if order.rank:
         yield
         return
     note = NoteEvent("waiting for the last start's rank 0 to be gone")
-    with FileLock(Path(request["log"]).with_name("writer.lock"), on_wait=lambda: events(note)):
+    with FileLock(Path(order.log).with_name("writer.lock"), on_wait=lambda: events(note)):
         yield

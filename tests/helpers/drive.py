@@ -7,18 +7,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.driver.early_start import start_early
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from train.util import redact
 
 
-def broken(*_):
+def raise_error(*_):
     raise RuntimeError("the oar broke")
 
 
 if __name__ == "__main__":
     redact.cover()
-    signals = Signals()
-    signals.listen()
+    signals = StopSignals()
+    signals.install()
     begun = start_early(signals, "helpers.toy:train_rank")
 
     from cluster.driver import driver
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
     more = json.loads(settings[0]) if settings else {}
     if more.pop("bug", False):
-        driver.TrainDriver._finish = broken
+        driver.TrainDriver._finish = raise_error
     values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
     what = driver.Plan(lambda: configuration.parse(values), lambda config, report: fault)
     sys.exit(driver.run(what, begun))

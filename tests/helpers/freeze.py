@@ -1,6 +1,7 @@
-"""The last that the server of forks imports: what it holds lives as long as it does, and no rank's collector need look through it.
+"""Freezes the garbage collector's objects; imported last by the tests' fork server.
 
-Else each rank copies every page of it at its first collection: a third of what a small world costs.
+Its modules live as long as it does. Were they not frozen, each forked rank would copy all their pages at its first
+collection, which takes a third of a small job's time.
 """
 
 import gc

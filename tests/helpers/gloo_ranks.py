@@ -1,4 +1,4 @@
-"""Real worlds for tests: gloo ranks, each a process forked from one that has imported everything already."""
+"""Process groups for tests: gloo ranks, each forked from a process that has imported everything already."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from train.config.schema import Config
 from train.events import Event
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the server of forks
-os.environ.pop("TRIREME_T0", None)  # when the tests were begun; a world's command is given when it starts
+os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])  # for the fork server
+os.environ.pop("TRIREME_T0", None)  # the start of the tests; each job's clock starts with the job
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train.run", "helpers.gloo_ranks", "helpers.freeze"])
 
@@ -41,7 +41,7 @@ TEXT = [
 
 @dataclass
 class Rank:
-    """What one rank of a finished world left: its exit code, its result or traceback, the events it emitted."""
+    """How one rank ended: its exit code, its result or traceback, and the events it emitted."""
 
     code: int | None
     result: Any = None
@@ -51,18 +51,18 @@ class Rank:
 
 @dataclass
 class Running:
-    """A world that runs: its processes, by rank, and the pipes that they answer through."""
+    """A running group: its processes by rank, and the pipes that they answer through."""
 
     processes: list[Any]
     pipes: list[Any]
 
     def kill(self, rank: int | None = None) -> None:
-        """SIGKILL one rank, or all of them at once."""
+        """Kills one rank with SIGKILL, or all of them at once."""
         for process in self.processes if rank is None else [self.processes[rank]]:
             os.kill(process.pid, signal.SIGKILL)
 
     def wait(self, timeout: float = 120) -> list[Rank]:
-        """What every rank left. Fails loudly when one does not end."""
+        """Waits for all ranks and returns how each ended. AssertionError when one does not end in time."""
         deadline, ranks = time.monotonic() + timeout, [Rank(None) for _ in self.processes]
         open_pipes = dict(zip(self.pipes, ranks, strict=True))
         while open_pipes and time.monotonic() < deadline:
@@ -82,14 +82,14 @@ class Running:
 
 
 def start(size: int, function: Callable[..., Any], *arguments: Any) -> Running:
-    """Start ``function(world, emit, *arguments)`` on ``size`` ranks; its result must be picklable."""
+    """Starts ``function(context, emit, *arguments)`` on ``size`` ranks; its result must be picklable."""
     processes, pipes = [], []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         for rank in range(size):
             ours, theirs = FORKS.Pipe()
-            meeting = port, listener if rank == 0 else None
-            process = FORKS.Process(target=_enter, args=(rank, size, meeting, theirs, function, arguments))
+            rendezvous = port, listener if rank == 0 else None
+            process = FORKS.Process(target=_run_rank, args=(rank, size, rendezvous, theirs, function, arguments))
             process.start()
             theirs.close()
             processes.append(process)
@@ -98,17 +98,17 @@ def start(size: int, function: Callable[..., Any], *arguments: Any) -> Running:
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
-    """The results of all ranks; a rank's exception is this process's AssertionError."""
+    """Runs a function as ``start`` does and returns all ranks' results; AssertionError where a rank failed."""
     ranks = start(size, function, *arguments).wait(timeout)
     failed = [f"rank {n} (exit {r.code}): {r.error}" for n, r in enumerate(ranks) if r.code != 0]
     assert not failed, "\n".join(failed)
     return [rank.result for rank in ranks]
 
 
-def _enter(
+def _run_rank(
     rank: int,
     size: int,
-    meeting: tuple[int, socket.socket | None],
+    rendezvous: tuple[int, socket.socket | None],
     pipe: Any,
     function: Callable[..., Any],
     arguments: Any,
@@ -119,19 +119,19 @@ def _enter(
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # DeepSpeed's calls, at every step
-    alone = threading.Lock()  # what is done behind the steps has its word too
+    lock = threading.Lock()  # background threads emit events too
 
     def emit(event: dict[str, Any]) -> None:
-        with alone:
+        with lock:
             pipe.send(("event", event))
 
     try:
-        port, listener = meeting
+        port, listener = rendezvous
         fd = listener and listener.detach()
-        world = process_group.init_group(
+        context = process_group.init_group(
             rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port, listen_fd=fd, timeout_s=60)
         )
-        pipe.send(("result", function(world, emit, *arguments)))
+        pipe.send(("result", function(context, emit, *arguments)))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
         os._exit(1)
@@ -139,7 +139,7 @@ def _enter(
 
 
 def compose(*overrides: str) -> Config:
-    """The tiny test configuration with overrides."""
+    """The tiny test configuration, changed by ``overrides``."""
     return configuration.load([*TINY, *overrides])
 
 
@@ -148,21 +148,24 @@ def on_corpus(corpus: Path, run: Path, *overrides: str) -> Config:
     return compose(*TEXT, "data.paths=[x]", f"data.dir={corpus}", f"run.dir={run}", *overrides)
 
 
-def train(world: Any, emit: Any, config: dict[str, Any], corpus: str, stop_when: dict[str, Any] | None = None) -> str:
-    """Train as one rank; stop when an event holds ``stop_when``'s values. "done", "stopped" or the UserError's text."""
+def train(context: Any, emit: Any, config: dict[str, Any], corpus: str, stop_when: dict[str, Any] | None = None) -> str:
+    """Trains as one rank, and stops after an event with ``stop_when``'s values.
+
+    Returns "done", "stopped" or the text of a UserError.
+    """
     from train.errors import Stopped, UserError
     from train.run import train_rank
 
-    asked = False
+    stop = False
 
     def watch(event: Event) -> None:
-        nonlocal asked
+        nonlocal stop
         record = event.to_json()
-        asked = asked or (stop_when is not None and stop_when.items() <= record.items())
+        stop = stop or (stop_when is not None and stop_when.items() <= record.items())
         emit(record)
 
     try:
-        train_rank(configuration.parse(config), corpus, world, watch, lambda: asked)
+        train_rank(configuration.parse(config), corpus, context, watch, lambda: stop)
     except Stopped:
         return "stopped"
     except UserError as error:
@@ -173,7 +176,7 @@ def train(world: Any, emit: Any, config: dict[str, Any], corpus: str, stop_when:
 def train_world(
     config: Config, corpus: Path, stop_when: dict[str, Any] | None = None, timeout: float = 120
 ) -> list[str]:
-    """Run a world of ``cluster.workers`` ranks to its end."""
+    """Trains on ``cluster.workers`` ranks to the end; each rank's result, see ``train``."""
     size = config.cluster.workers
     return run(size, train, configuration.to_dict(config), str(corpus), stop_when, timeout=timeout)
 
@@ -184,17 +187,22 @@ TIMES = ("tokens_per_s", "save_stall_s")
 def metrics(config: Config) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without the times."""
     lines = (Path(config.run.dir or "") / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        for key in TIMES:
+            record.pop(key, None)
+    return records
 
 
 def state(config: Config, step: int) -> dict[str, Any]:
-    """Every parameter's weights and moments in a checkpoint, whole."""
+    """Each parameter's weights and moments in the checkpoint of ``step``, assembled from all ranks."""
     from train.checkpoint.reader import complete
 
     folder = Path(config.run.dir or "") / "checkpoints"
-    found = next(c for c in complete(folder) if c.progress.step == step)
-    reader, shapes = found.reader(), found.manifest["shapes"]
+    checkpoint = next(c for c in complete(folder) if c.progress.step == step)
+    reader, shapes = checkpoint.reader(), checkpoint.manifest["shapes"]
     whole = {}
-    for (name, kind), places in reader.where.items():
-        whole[f"{kind}/{name}"] = reader.read(name, kind, 0, sum(p[1] for p in places)).view(shapes[name])
+    for (name, kind), shards in reader.where.items():
+        elements = sum(shard[1] for shard in shards)
+        whole[f"{kind}/{name}"] = reader.read(name, kind, 0, elements).view(shapes[name])
     return whole

@@ -10,25 +10,27 @@ from pathlib import Path
 from cluster.host import job_dir
 from cluster.raycluster import ray_auth, ray_node
 from cluster.raycluster.local_cluster import LocalRayCluster
+from cluster.worker import fork_server_client
 
 
 @contextlib.contextmanager
-def private(cores: int, target: str, *places: Path) -> Iterator[LocalRayCluster]:
-    """A cluster of this host, which Ray takes for one of so many cores, and the warm process of ``target`` in its folder
-    (``.start.folder``). ``places`` are where its processes look for modules.
+def private(cores: int, target: str, *module_folders: Path) -> Iterator[LocalRayCluster]:
+    """A private Ray cluster of this host with a job folder (``.start.folder``) and a fork server that runs ``target``.
+
+    Ray takes the host for one of ``cores`` cores. ``module_folders`` become the processes' PYTHONPATH.
     """
     before = dict(os.environ)
-    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, places))
-    with contextlib.ExitStack() as ends:
-        ends.callback(os.environ.update, before)
-        ends.callback(os.environ.clear)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, module_folders))
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.environ.update, before)
+        cleanup.callback(os.environ.clear)
         folder = job_dir.make_folder()
-        warm = job_dir.ForkServerProcess(folder, target)
-        ends.callback(warm.close)
-        warm.set_device("cpu")
+        fork_server = fork_server_client.ForkServerProcess(folder, target)
+        cleanup.callback(fork_server.close)
+        fork_server.set_device("cpu")
         ray_auth.make(folder / "token")
         cluster = LocalRayCluster(
             ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
         )
-        ends.callback(cluster.end)
+        cleanup.callback(cluster.end)
         yield cluster

@@ -1,6 +1,4 @@
-"""A real rank to run in tests: a loop of gloo all-reduces that says what it does, and fails in the ways that it is
-told.
-"""
+"""A real rank to run in tests: a loop of gloo all-reduces that emits events, and fails in a given way."""
 
 from __future__ import annotations
 
@@ -18,9 +16,12 @@ from train.errors import Stopped, UserError
 from train.events import DoneEvent, PhaseEvent, PlanEvent, SaveEvent, StepEvent
 
 
-def train_rank(config, corpus, world, emit, should_stop):
-    """Counts to ``config.steps`` with the others. ``corpus`` is JSON: {"rank": r, "step": n, "do": what, "times": k,
-    "sleep": s}."""
+def train_rank(config, corpus, context, emit, should_stop):
+    """Counts to ``config.steps`` with the other ranks.
+
+    ``corpus`` is JSON, {"rank": r, "step": n, "do": fault, "times": k, "sleep": s}: which rank fails at which
+    step in which of the ways below, how often, and the seconds that a step takes.
+    """
     fault = json.loads(corpus)
     progress = Path(config.run.dir) / "progress"
     start = int(progress.read_text()) if progress.exists() else 0
@@ -30,13 +31,13 @@ def train_rank(config, corpus, world, emit, should_stop):
     for step in range(start + 1, config.steps + 1):
         heartbeat.set_step(step)
         heartbeat.enter_phase("data")
-        _fail(fault, world, step, Path(config.run.dir))
+        _fail(fault, context, step, Path(config.run.dir))
         heartbeat.enter_phase("step")
-        assert process_group.all_reduce_sum([1.0]) == [world.size]
+        assert process_group.all_reduce_sum([1.0]) == [context.size]
         if step == start + 1:
             emit(PhaseEvent.now("train"))
         emit(StepEvent(config.steps, step, {"loss": 1.0 / step, "tokens_per_s": 10.0}))
-        if world.is_rank0:
+        if context.is_rank0:
             progress.write_text(str(step))
             emit(SaveEvent(step))
         if process_group.all_reduce_sum([float(should_stop())])[0]:
@@ -45,15 +46,15 @@ def train_rank(config, corpus, world, emit, should_stop):
     emit(DoneEvent({"step": config.steps}))
 
 
-def _fail(fault, world, step, run_dir):
-    if fault.get("rank") not in (world.rank, "all") or fault.get("step") not in (step, "all"):
+def _fail(fault, context, step, run_dir):
+    if fault.get("rank") not in (context.rank, "all") or fault.get("step") not in (step, "all"):
         return
-    marks = run_dir / f"failed_{world.rank}"
+    marks = run_dir / f"failed_{context.rank}"
     times = int(marks.read_text()) if marks.exists() else 0
     if times >= fault.get("times", 1000):
         return
     marks.write_text(str(times + 1))
-    print(f"rank {world.rank} is about to {fault['do']}")
+    print(f"rank {context.rank} is about to {fault['do']}")
     if fault["do"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault["do"] == "raise":

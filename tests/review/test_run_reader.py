@@ -33,7 +33,7 @@ def test_the_states_of_a_folder(tmp_path: Path):
 
 def test_a_run_whose_driver_holds_its_lock_is_running_and_its_lock_stays_untouched(tmp_path: Path):
     folder = run_dirs.write(tmp_path / "now", finished=False)
-    held = run_lock.take(folder)
+    held = run_lock.lock_run_dir(folder)
     assert read(folder).state == "running"
     held.close()
     assert read(folder).state == "stopped"

@@ -94,7 +94,7 @@ def test_a_trial_that_is_complete_is_done_though_its_driver_did_not_note_it(tmp_
     )
     assert [run.state for run in read_all([folder])] == ["cut off"]
     run_dirs.write(folder / "000")
-    held = run_lock.hold(folder / "sweep.lock", "sweep.dir")
+    held = run_lock.lock_file(folder / "sweep.lock", "sweep.dir")
     [run] = read_all([folder])
     assert (run.state, run.why) == ("done", "")
     assert run.sweep

@@ -7,7 +7,6 @@ import yaml
 
 from cluster.cli.train import find_corpus
 from cluster.host import run_lock
-from cluster.worker import exit_record
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
@@ -49,23 +48,13 @@ def test_another_corpus_is_refused(corpus, started):
 
 
 def test_a_folder_that_only_the_refused_start_made_is_taken_back(tmp_path):
-    with run_lock.take(tmp_path / "new"):
-        run_lock.take_back(tmp_path / "new")
+    with run_lock.lock_run_dir(tmp_path / "new"):
+        run_lock.remove_empty_run_dir(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_holds_anything_else_stays_whole(tmp_path):
-    with run_lock.take(tmp_path / "run"):
+    with run_lock.lock_run_dir(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").write_text("steps: 1")
-        run_lock.take_back(tmp_path / "run")
+        run_lock.remove_empty_run_dir(tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "lock", "logs"]
-
-
-def test_a_last_word_is_heard_by_the_start_that_it_is_meant_for(tmp_path):
-    order = {"log": str(tmp_path / "rank_0.log"), "job": "a", "meeting": {"generation": 0}}
-    assert exit_record.read(order) is None
-    exit_record.leave(order, 75, None)
-    found = exit_record.read(order)
-    assert (found["code"], found["error"]) == (75, None)
-    assert exit_record.read({**order, "job": "b"}) is None
-    assert exit_record.read({**order, "meeting": {"generation": 1}}) is None

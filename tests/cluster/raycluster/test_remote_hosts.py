@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cluster.host import job_dir
+from cluster.host import network
 from cluster.raycluster import node_daemon, ray_auth, remote_hosts, versions
 from train.config.schema import Cluster
 from train.errors import UserError
@@ -165,9 +165,9 @@ def test_a_node_is_alive_as_long_as_its_keeper_holds_its_file(tmp_path):
 
 
 def test_where_a_host_is_reached_from_and_whether_it_refuses():
-    assert job_dir.address_towards("127.0.0.1:1") == "127.0.0.1"
+    assert network.address_towards("127.0.0.1:1") == "127.0.0.1"
     with pytest.raises(UserError, match="no way leads"):
-        job_dir.address_towards("no.such.host.invalid:1")
+        network.address_towards("no.such.host.invalid:1")
     began = time.monotonic()
-    assert job_dir.refuses("127.0.0.1:1")
+    assert network.refuses_connections("127.0.0.1:1")
     assert time.monotonic() - began < 5

@@ -1,4 +1,4 @@
-"""From the ends of ranks to the verdict and its block. Tables of pure cases."""
+"""The verdict on an attempt from its ranks' exits, and the lines that explain it. Tables of pure cases."""
 
 import pytest
 
@@ -9,8 +9,8 @@ GLOO = "Traceback (most recent call last):\nRuntimeError: [gloo/transport/tcp/pa
 OOPS = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\nValueError: the oar broke'
 
 
-def ends(*given):
-    return [WorkerExit(order=order, **end) for order, end in enumerate(given)]
+def exits_of(*given):
+    return [WorkerExit(order=order, **fields) for order, fields in enumerate(given)]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def ends(*given):
             1,
         ),
         ([{"rank": 0, "code": 1, "error": GLOO}, {"rank": 1, "code": 1, "error": OOPS}], 2, "failed", 1),
-        # a rank that the driver killed is nobody's cause
+        # a rank that the driver killed is never the cause
         ([{"rank": 0, "code": -9, "killed_by_driver": True}, {"rank": 1, "code": 1, "error": GLOO}], 2, "failed", 1),
         # only connection errors: the first heard of is as good as it gets
         ([{"rank": 1, "code": 1, "error": GLOO}, {"rank": 0, "code": 1, "error": GLOO}], 2, "failed", 1),
@@ -46,17 +46,17 @@ def ends(*given):
         ([{"rank": 0, "code": 75}, {"rank": 1, "code": -11}], 2, "failed", 1),
     ],
 )
-def test_the_verdict_and_its_first_cause(given, size, kind, cause):
-    verdict = decide_outcome(ends(*given), size)
+def test_verdict_and_first_cause_by_exits(given, size, kind, cause):
+    verdict = decide_outcome(exits_of(*given), size)
     assert verdict.kind == kind
     assert (verdict.cause.rank if verdict.cause else None) == cause
 
 
 def block(*given, size=4):
-    return "\n".join(explain(decide_outcome(ends(*given), size)))
+    return "\n".join(explain(decide_outcome(exits_of(*given), size)))
 
 
-def test_a_killed_rank_is_named_with_host_pid_signal_and_its_last_words():
+def test_killed_rank_is_reported_with_host_pid_signal_and_log_tail():
     text = block(
         {"rank": 0, "code": 1, "error": GLOO},
         {
@@ -77,13 +77,13 @@ def test_a_killed_rank_is_named_with_host_pid_signal_and_its_last_words():
     assert "gloo" not in text
 
 
-def test_a_kill_for_want_of_memory_says_so():
+def test_out_of_memory_kill_is_reported_as_such():
     text = block({"rank": 0, "code": -9, "oom": 1, "peak_mib": 7900, "memory_mib": 8000})
     assert "out of memory" in text
     assert "7,900 MiB" in text
 
 
-def test_an_exception_shows_its_traceback_and_not_the_log_too():
+def test_exception_is_reported_by_traceback_without_log_tail():
     text = block({"rank": 2, "code": 1, "error": OOPS, "tail": ("noise",)}, {"rank": 0, "code": 1, "error": GLOO})
     assert text.splitlines()[0] == "rank 2 raised ValueError"
     assert "ValueError: the oar broke" in text
@@ -91,38 +91,44 @@ def test_an_exception_shows_its_traceback_and_not_the_log_too():
     assert "rank 0 fell with it" in text
 
 
-def test_a_lost_host_is_told_as_lost():
+def test_lost_host_is_reported_with_its_last_heartbeat():
     text = block(
         {
             "rank": 1,
             "code": -9,
             "fault": "host lost",
-            "words": "was lost with its host",
+            "description": "was lost with its host",
             "at": Heartbeat(1, 7, "backward", 2),
         }
     )
     assert text == "rank 1 was lost with its host in backward of step 7, micro-batch 3"
 
 
-def test_an_exit_without_a_word_shows_the_log():
+def test_exit_without_error_is_reported_with_log_tail():
     text = block({"rank": 1, "code": 7, "tail": ("about to exit",)})
     assert "exited with code 7 without a word" in text
     assert "about to exit" in text
 
 
-def test_many_fallen_ranks_take_one_line():
+def test_many_collateral_ranks_take_one_line():
     given = [{"rank": r, "code": 1, "error": GLOO} for r in range(1, 40)] + [{"rank": 0, "code": -6}]
-    lines = explain(decide_outcome(ends(*given), 40))
+    lines = explain(decide_outcome(exits_of(*given), 40))
     assert len([line for line in lines if "fell with it" in line]) == 1
     assert "SIGABRT" in lines[0]
 
 
-CUDA = "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
-HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+CUDA = (
+    "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. "
+    "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+)
+HOST = (
+    "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . "
+    "DefaultCPUAllocator: can't allocate memory: you tried ..."
+)
 
 
 @pytest.mark.parametrize(
-    ("end", "fault"),
+    ("exited", "fault"),
     [
         ({"code": -9}, "killed"),
         ({"code": -11}, "killed"),
@@ -141,12 +147,12 @@ HOST = "Traceback\nRuntimeError: [enforce fail at alloc_cpu.cpp:124] . DefaultCP
         ({"code": -9, "fault": "worker lost"}, "worker lost"),
     ],
 )
-def test_the_kind_of_an_end(end, fault):
-    assert fault_of(WorkerExit(rank=0, order=0, **end)) == fault
+def test_fault_by_exit(exited, fault):
+    assert fault_of(WorkerExit(rank=0, order=0, **exited)) == fault
 
 
 @pytest.mark.parametrize(
-    ("given", "asked", "kind", "fault"),
+    ("given", "told_to_stop", "kind", "fault"),
     [
         ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [1], "stopped", "preempted"),
         ([{"rank": 0, "code": 75}, {"rank": 1, "code": 75}], [0, 1], "stopped", None),
@@ -156,22 +162,22 @@ def test_the_kind_of_an_end(end, fault):
         ([{"rank": 0, "code": -9}, {"rank": 1, "code": 1, "error": GLOO}], [1], "failed", "killed"),
     ],
 )
-def test_a_part_of_the_ranks_told_to_end_is_a_preemption(given, asked, kind, fault):
-    verdict = decide_outcome(ends(*given), 2, None, asked)
+def test_stop_signal_to_some_ranks_is_a_preemption(given, told_to_stop, kind, fault):
+    verdict = decide_outcome(exits_of(*given), 2, None, told_to_stop)
     assert (verdict.kind, verdict.fault) == (kind, fault)
 
 
-def test_a_finding_comes_before_the_ends_that_it_led_to():
-    finding = Diagnosis(
+def test_diagnosis_takes_precedence_over_the_exits_it_led_to():
+    diagnosis = Diagnosis(
         "hung",
         2,
         "hung: nothing moved for 31 s in data of step 9",
         ("ranks 0, 1 wait in all_reduce_sum #40", "", "  File x"),
     )
-    found = ends(
+    exits = exits_of(
         *({"rank": rank, "code": -9, "killed_by_driver": True, "host": "oar", "pid": 10 + rank} for rank in (1, 0, 2))
     )
-    verdict = decide_outcome(found, 3, finding)
+    verdict = decide_outcome(exits, 3, diagnosis)
     assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "hung", 2)
     lines = explain(verdict)
     assert lines[:2] == [
@@ -181,30 +187,30 @@ def test_a_finding_comes_before_the_ends_that_it_led_to():
     assert lines[-1] == "ranks 0, 1 fell with it (ended by the driver)"
 
 
-def test_a_world_in_which_nobody_can_be_blamed_is_told_without_a_rank():
+def test_hang_without_culprit_is_reported_without_a_rank():
     assert explain(
         decide_outcome(
-            ends({"rank": 0, "code": -9, "killed_by_driver": True}),
+            exits_of({"rank": 0, "code": -9, "killed_by_driver": True}),
             1,
             Diagnosis("hung", None, "no rank has moved for 61 s"),
         )
     )[0] == ("no rank has moved for 61 s")
 
 
-def test_a_long_traceback_is_cut_to_a_screen_and_keeps_its_end():
+def test_long_traceback_is_cut_to_its_end():
     error = "\n".join(["Traceback", *(f'  File "x.py", line {n}' for n in range(100)), "ValueError: the oar broke"])
-    lines = explain(decide_outcome(ends({"rank": 1, "code": 1, "error": error}), 2))
+    lines = explain(decide_outcome(exits_of({"rank": 1, "code": 1, "error": error}), 2))
     assert len(lines) < 30
     assert "... (78 lines more in its log)" in lines[2]
     assert lines[-1] == "ValueError: the oar broke"
 
 
-def test_memory_names_its_cure():
+def test_out_of_memory_report_names_a_cure():
     assert "zero=2 or zero=3" in block({"rank": 0, "code": 1, "error": CUDA})
     assert "fewer workers on this host" in block({"rank": 0, "code": -9, "oom": 1, "peak_mib": 9, "memory_mib": 10})
 
 
-def test_the_signature_of_a_failure_is_the_same_for_another_process_and_other_for_another_error():
+def test_signature_is_equal_across_processes_and_differs_by_error():
     def of(**end):
         return signature(decide_outcome([WorkerExit(rank=0, order=0, **end)], 1))
 

@@ -7,8 +7,8 @@ from cluster.supervision.restart_policy import Failure, decide, in_a_row
 
 def row_of(*failures):
     row = []
-    for fault, words, step, saved in failures:
-        row = in_a_row(row, Failure(fault, words, step, saved))
+    for fault, signature, step, saved in failures:
+        row = in_a_row(row, Failure(fault, signature, step, saved))
     return row
 
 
@@ -27,19 +27,19 @@ RAISE = ("raised", "ValueError: the oar broke", 12, 10)
         ([KILL] * 9, 99, True, 60, "in 60 s"),
         ([KILL], 0, False, 0, "cluster.max_failures=0 allows no restart"),
         ([RAISE], 3, True, 0, "starting again"),
-        # what is in the run itself, at the same step in the same words, will come again
+        # a failure of the run itself with the same signature at the same step will come again
         ([RAISE, RAISE], 3, False, 0, "failed twice in the same way at the same step"),
         ([RAISE, KILL], 3, True, 1, "starting again"),
         ([RAISE, ("raised", "ValueError: another", 12, 10)], 3, True, 1, "starting again"),
         ([("out of host memory", "code -9", 5, 0)] * 2, 3, False, 0, "failed twice"),
         ([("hung", "nothing moved", 5, 0)] * 2, 3, False, 0, "failed twice"),
         ([("network lost", "cut off", 5, 0)] * 2, 3, True, 1, "starting again"),
-        # progress wipes the slate: a later step, or a newer checkpoint
+        # progress resets the count: a later step, or a newer checkpoint
         ([KILL, KILL, KILL, ("killed", "code -9", 13, 10)], 3, True, 0, "restart 1 of 3"),
         ([RAISE, ("raised", RAISE[1], 12, 11)], 3, True, 0, "from the checkpoint of step 11 (restart 1 of 3"),
     ],
 )
-def test_what_follows_a_row_of_failures(failures, allowed, again, wait, words):
+def test_decision_by_row_of_failures(failures, allowed, again, wait, words):
     decision = decide(row_of(*failures), allowed)
     assert (decision.again, decision.wait_s) == (again, wait)
-    assert words in decision.words
+    assert words in decision.message

@@ -1,4 +1,4 @@
-"""Worlds of real trainers, forked by real stewards on a real private Ray cluster that the cases share."""
+"""Jobs of real workers, forked for real agents on a real private Ray cluster that the cases share."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import psutil
 import pytest
 from helpers.ray_cluster import private
 
-from cluster.host.stop_request import Signals
-from cluster.supervision.job import Clock, Job
+from cluster.host.stop_request import StopRequest
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
 from train.errors import UserError
@@ -25,32 +25,31 @@ TARGET = "helpers.toy:train_rank"
 
 @pytest.fixture(scope="module")
 def job_folder():
-    """A private cluster of two cores, and the folder with the warm process of its host."""
+    """Job folder of a private cluster of two cores, with its host's fork server."""
     with private(2, TARGET, REPOSITORY, TESTS) as cluster:
         yield cluster.start.folder
 
 
-class Run:
-    """A job on the shared cluster: what it showed and how it ended."""
+class JobRun:
+    """A job on the shared cluster, with the events that it showed."""
 
     def __init__(self, folder, tmp_path, fault=None, steps=5, **cluster):
         base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
         values = {**base, "steps": steps, "cluster": {**base["cluster"], "max_failures": 0, **cluster}}
         (tmp_path / "run" / "logs").mkdir(parents=True)
         self.events = []
-        self.signals = Signals()
+        self.stop = StopRequest()
         config = configuration.parse(values)
-        job = Job(
-            config, json.dumps(fault or {}), TARGET, folder.name, self.events.append, self.signals, Clock(time.time())
-        )
-        self.clock = job.clock
+        self.clock = StartupClock(time.time())
+        corpus = json.dumps(fault or {})
+        job = Job(config, corpus, TARGET, folder.name, self.events.append, self.stop, self.clock)
         self.supervisor = Supervisor(job, "cpu")
 
     def go(self):
         try:
             return self.supervisor.run()
         finally:
-            self.supervisor.release()
+            self.supervisor.release_slots()
 
     def of(self, kind):
         return [event for event in self.events if event["event"] == kind]
@@ -59,23 +58,23 @@ class Run:
         return self.of("started")[-1]["pids"]
 
 
-def when(condition, seconds=30):
-    """Waits for ``condition`` in this thread."""
+def wait_until(condition, seconds=30):
+    """Waits in this thread until ``condition()`` holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
 
 
-def meanwhile(action):
-    """Does ``action`` in another thread; pytest reports what it raises."""
+def in_thread(action):
+    """Runs ``action`` in another thread; pytest reports its exceptions."""
     thread = threading.Thread(target=action)
     thread.start()
     return thread
 
 
-def test_a_world_runs_to_its_end_and_its_start_is_timed_by_phase(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path)
+def test_job_runs_to_its_end_and_its_start_is_timed_by_phase(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path)
     assert run.go().kind == "done"
     assert [event["step"] for event in run.of("step")] == [1, 2, 3, 4, 5]
     assert run.of("done")[0]["summary"] == {"step": 5}
@@ -88,11 +87,11 @@ def test_a_world_runs_to_its_end_and_its_start_is_timed_by_phase(job_folder, tmp
         <= marks["first_step"]
         <= marks["train"]
     )
-    when(lambda: not any(psutil.pid_exists(pid) for pid in run.pids()), 5)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in run.pids()), 5)
 
 
-def test_a_killed_rank_is_named_first_and_the_others_are_folded(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill"})
+def test_killed_rank_is_named_first_and_the_others_are_folded(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill"})
     began = time.monotonic()
     assert run.go().kind == "failed"
     assert time.monotonic() - began < 30  # gloo alone would wait half an hour; on a quiet machine it is 2 s
@@ -106,8 +105,8 @@ def test_a_killed_rank_is_named_first_and_the_others_are_folded(job_folder, tmp_
     assert failure["next"] == "giving up: cluster.max_failures=0 allows no restart"
 
 
-def test_a_raising_rank_shows_its_traceback_first(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": 2, "do": "raise"})
+def test_raising_rank_is_reported_with_its_traceback_first(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 2, "do": "raise"})
     assert run.go().kind == "failed"
     lines = run.of("failure")[0]["lines"]
     assert "rank 1" in lines[0]
@@ -116,16 +115,16 @@ def test_a_raising_rank_shows_its_traceback_first(job_folder, tmp_path):
     assert lines[-1].startswith("rank 0 fell with it")
 
 
-def test_bad_input_found_by_every_rank_is_one_message(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": "all", "step": 1, "do": "refuse"}, max_failures=3)
+def test_bad_input_on_every_rank_is_one_message(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": "all", "step": 1, "do": "refuse"}, max_failures=3)
     verdict = run.go()
     assert verdict.kind == "bad_input"
     assert verdict.cause.error == "the corpus is not the one that this run began with"
     assert not run.of("failure")
 
 
-def test_a_failed_world_starts_again_and_goes_on_where_it_was(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill", "times": 2}, max_failures=2)
+def test_failed_attempt_is_followed_by_one_that_resumes(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill", "times": 2}, max_failures=2)
     assert run.go().kind == "done"
     assert [event["start_step"] for event in run.of("plan")] == [0, 2, 2]
     assert [event["step"] for event in run.of("step")] == [1, 2, 3, 4, 5]
@@ -137,29 +136,29 @@ def test_a_failed_world_starts_again_and_goes_on_where_it_was(job_folder, tmp_pa
     assert recovered["failed"] < recovered["ended"] < recovered["start"] < recovered["first_step"] < recovered["train"]
 
 
-def test_no_more_restarts_than_allowed(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 0, "step": 2, "do": "kill"}, max_failures=1)
+def test_restarts_end_at_max_failures(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 0, "step": 2, "do": "kill"}, max_failures=1)
     assert run.go().kind == "failed"
     assert [failure["again"] for failure in run.of("failure")] == [True, False]
     assert "cluster.max_failures=1" in run.of("failure")[1]["next"]
 
 
-def test_what_fails_twice_in_the_same_way_is_not_tried_a_third_time(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 0, "step": 2, "do": "exit"}, max_failures=5)
+def test_same_failure_twice_is_not_tried_a_third_time(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 0, "step": 2, "do": "exit"}, max_failures=5)
     assert run.go().kind == "failed"
     assert [failure["again"] for failure in run.of("failure")] == [True, False]
     assert "failed twice in the same way" in run.of("failure")[1]["next"]
     assert "exited with code 7 without a word" in run.of("failure")[0]["lines"][0]
 
 
-def test_a_sigterm_to_one_trainer_stops_the_job_after_saving(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=1000)
+def test_sigterm_to_one_worker_stops_the_job_after_saving(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=1000)
 
     def terminate():
-        when(lambda: len(run.of("step")) > 2)
+        wait_until(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
 
-    other = meanwhile(terminate)
+    other = in_thread(terminate)
     verdict = run.go()
     other.join()
     assert (verdict.kind, verdict.fault) == ("stopped", "preempted")
@@ -167,14 +166,14 @@ def test_a_sigterm_to_one_trainer_stops_the_job_after_saving(job_folder, tmp_pat
     assert "was told to end: saving" in run.of("note")[0]["text"]
 
 
-def test_with_fewer_workers_allowed_a_job_goes_on_without_the_one_that_was_told_to_end(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, min_workers=1)
+def test_preempted_worker_leaves_a_job_that_goes_on_with_fewer(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=60, min_workers=1)
 
     def terminate():
-        when(lambda: len(run.of("step")) > 2)
+        wait_until(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
 
-    other = meanwhile(terminate)
+    other = in_thread(terminate)
     assert run.go().kind == "done"
     other.join()
     assert [len(event["pids"]) for event in run.of("started")] == [2, 1]
@@ -184,16 +183,16 @@ def test_with_fewer_workers_allowed_a_job_goes_on_without_the_one_that_was_told_
     assert not run.of("failure")
 
 
-def test_a_job_grows_again_after_a_checkpoint_when_the_worker_is_back(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=100_000, min_workers=1, grow_after=1, stay_away=1)
+def test_job_grows_after_a_checkpoint_when_the_worker_is_back(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=100_000, min_workers=1, grow_after=1, stay_away=1)
 
     def play():
-        when(lambda: len(run.of("step")) > 2)
+        wait_until(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
-        when(lambda: len(run.of("recovered")) == 2, 120)
-        run.signals.heard = signal.SIGTERM
+        wait_until(lambda: len(run.of("recovered")) == 2, 120)
+        run.stop.request(signal.SIGTERM)
 
-    other = meanwhile(play)
+    other = in_thread(play)
     assert run.go().kind == "stopped"
     other.join()
     assert [len(event["pids"]) for event in run.of("started")] == [2, 1, 2]
@@ -202,28 +201,28 @@ def test_a_job_grows_again_after_a_checkpoint_when_the_worker_is_back(job_folder
     assert [event["fault"] for event in run.of("recovered")] == ["preempted", "more workers"]
 
 
-def test_a_job_that_was_told_to_end_itself_ends_even_if_it_could_go_on_smaller(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=1000, min_workers=1)
+def test_job_told_to_stop_ends_though_it_could_go_on_smaller(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=1000, min_workers=1)
 
     def terminate():
-        when(lambda: len(run.of("step")) > 2)
+        wait_until(lambda: len(run.of("step")) > 2)
         os.kill(run.pids()[1], signal.SIGTERM)
         time.sleep(0.5)  # a batch system's signal reaches the driver last
-        run.signals.heard = signal.SIGTERM
+        run.stop.request(signal.SIGTERM)
 
-    other = meanwhile(terminate)
+    other = in_thread(terminate)
     assert run.go().kind == "stopped"
     other.join()
     assert len(run.of("started")) == 1
 
 
 @pytest.mark.parametrize("fault", ["hang", "stop"])
-def test_a_hung_rank_is_named_with_its_stack_and_where_the_others_wait(job_folder, tmp_path, fault):
+def test_hung_rank_is_named_with_its_stack_and_where_others_wait(job_folder, tmp_path, fault):
     broken = {"rank": 1, "step": 3, "do": fault, "times": 1, "sleep": 0.05}
-    run = Run(job_folder, tmp_path, broken, steps=30, max_failures=1, hang_timeout=2)
+    run = JobRun(job_folder, tmp_path, broken, steps=30, max_failures=1, hang_timeout=2)
     seen = []
-    keep = run.supervisor.console
-    run.supervisor.console = lambda event: (seen.append((time.time(), event["event"])), keep(event))
+    show = run.supervisor.console
+    run.supervisor.console = lambda event: (seen.append((time.time(), event["event"])), show(event))
     assert run.go().kind == "done"
     [failure] = run.of("failure")
     title, *lines = failure["lines"]
@@ -243,8 +242,8 @@ def test_a_hung_rank_is_named_with_its_stack_and_where_the_others_wait(job_folde
     assert run.of("plan")[1]["start_step"] >= 2  # one that was stopped makes some steps more while it writes its stack
 
 
-def test_where_no_rank_can_be_blamed_each_says_where_it_is(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
+def test_hang_without_culprit_shows_where_each_rank_is(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
     verdict = run.go()
     assert (verdict.kind, verdict.fault, verdict.cause) == ("failed", "hung", None)
     title, *lines = run.of("failure")[0]["lines"]
@@ -254,15 +253,15 @@ def test_where_no_rank_can_be_blamed_each_says_where_it_is(job_folder, tmp_path)
     assert "in _fail" in "".join(lines[lines.index("rank 1:") :])
 
 
-def test_a_slow_rank_is_named_and_the_job_goes_on(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": "all", "do": "dawdle"}, steps=100)
+def test_slow_rank_is_named_and_the_job_goes_on(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": "all", "do": "dawdle"}, steps=100)
     assert run.go().kind == "done"
     [note] = run.of("note")
     assert f"rank 1 on {socket.gethostname()} is slow: it works " in note["text"]
 
 
-def test_lack_of_memory_is_named_as_such(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"rank": 1, "step": 2, "do": "devour"})
+def test_out_of_memory_is_named_with_a_cure(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 2, "do": "devour"})
     verdict = run.go()
     assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "out of host memory", 1)
     lines = run.of("failure")[0]["lines"]
@@ -270,28 +269,28 @@ def test_lack_of_memory_is_named_as_such(job_folder, tmp_path):
     assert any(line.startswith("cure: use a smaller batch.micro") for line in lines)
 
 
-def test_a_dead_steward_is_replaced_for_the_next_start(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
+def test_dead_agent_is_replaced_for_the_next_attempt(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
 
-    def kill_steward():
-        when(lambda: len(run.of("step")) > 2)
-        os.kill(run.supervisor.slots.up()[1].info["pid"], signal.SIGKILL)
+    def kill_agent():
+        wait_until(lambda: len(run.of("step")) > 2)
+        os.kill(run.supervisor.slots.up_slots()[1].info.pid, signal.SIGKILL)
 
-    other = meanwhile(kill_steward)
+    other = in_thread(kill_agent)
     assert run.go().kind == "done"
     other.join()
     assert "rank 1" in run.of("failure")[0]["lines"][0]
     assert "lost with its steward" in run.of("failure")[0]["lines"][0]
 
 
-def test_a_taken_port_is_named_with_the_cure(job_folder, tmp_path):
+def test_taken_port_is_refused_with_the_cure(job_folder, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cluster.port={port} .*in use.*[\s\S]*cluster.port=0"):
-            Run(job_folder, tmp_path, port=port).go()
+            JobRun(job_folder, tmp_path, port=port).go()
 
 
-def test_nothing_of_a_private_cluster_listens_off_the_loopback(job_folder):
+def test_private_cluster_listens_on_the_loopback_only(job_folder):
     ours = {p.pid for p in psutil.Process().children(recursive=True)} | {os.getpid()}
     listening = [c for c in psutil.net_connections("tcp") if c.pid in ours and c.status == psutil.CONN_LISTEN]
     assert listening
@@ -300,14 +299,14 @@ def test_nothing_of_a_private_cluster_listens_off_the_loopback(job_folder):
     assert job_folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_death_of_the_warm_process_fails_the_world_and_the_next_start_has_another(job_folder, tmp_path):
-    run = Run(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
+def test_death_of_the_fork_server_fails_one_attempt_only(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"sleep": 0.05}, steps=60, max_failures=1)
 
-    def kill_warm():
-        when(lambda: len(run.of("step")) > 2)
+    def kill_fork_server():
+        wait_until(lambda: len(run.of("step")) > 2)
         psutil.Process(run.pids()[0]).parent().kill()
 
-    other = meanwhile(kill_warm)
+    other = in_thread(kill_fork_server)
     assert run.go().kind == "done"
     other.join()
     assert "the warm process that it was forked from ended" in run.of("failure")[0]["lines"][0]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.cli.train import find_corpus
 from cluster.driver import early_start
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopSignals
 from cluster.sweep.board import Board
 from cluster.sweep.cli import RESULTS, open_sweep, results
 from cluster.sweep.scheduler import SweepScheduler
@@ -28,7 +28,7 @@ def made():
 
 @pytest.fixture
 def ground(private) -> SweepResources:
-    return SweepResources("cpu", early_start.TARGET, private.start.folder.name, Signals(), find_corpus, private)
+    return SweepResources("cpu", early_start.TARGET, private.start.folder.name, StopSignals(), find_corpus, private)
 
 
 @pytest.fixture

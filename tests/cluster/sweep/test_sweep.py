@@ -12,8 +12,8 @@ import pytest
 from helpers import wandb_files
 from helpers.chromium import CHROMIUM, Browser
 
-from cluster.host.stop_request import Signals
-from cluster.supervision.job import Clock, Job
+from cluster.host.stop_request import StopRequest
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from cluster.sweep.cli import verdict
 from review import __main__ as review
@@ -31,13 +31,20 @@ def alone(config, ground):
     (configuration.Path(config.run.dir) / "logs").mkdir(parents=True)
     corpus = ground.find_corpus(config, lambda event: None)
     job = Job(
-        config, corpus, ground.target, ground.folder, lambda event: None, Signals(), Clock(time.time()), ground.private
+        config,
+        corpus,
+        ground.target,
+        ground.folder,
+        lambda event: None,
+        StopRequest(),
+        StartupClock(time.time()),
+        ground.private,
     )
     supervisor = Supervisor(job, "cpu")
     try:
         assert supervisor.run().kind == "done"
     finally:
-        supervisor.release()
+        supervisor.release_slots()
 
 
 def look_at_page(folder, out, runs):
@@ -206,14 +213,14 @@ def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, gi
         "eval_every=0",
         f"sweep.dir={tmp_path}/s",
     ]
-    heard = ground.signals
+    stop = ground.signals.stop
     from cluster.sweep import scheduler
 
     class Stopping(scheduler.SweepScheduler):
         def _tell(self, trial, running, event):
             super()._tell(trial, running, event)
-            if event["event"] == "save" and heard.heard is None:
-                heard.heard = 15
+            if event["event"] == "save" and not stop.requested:
+                stop.request(15)
 
     monkeypatch.setattr("cluster.sweep.cli.SweepScheduler", Stopping)
     found = swept(*words)
@@ -221,7 +228,7 @@ def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, gi
     assert set(found.states) <= {"stopped", "done", "queued"}
     assert "stopped" in found.states
     monkeypatch.undo()
-    heard.heard = None
+    stop.signal = None
     again = swept(*words)
     assert again.states == ["done"] * 3
     assert "goes on from its checkpoint of step" in again.said.getvalue()

@@ -1,10 +1,11 @@
-"""A trainer's stack, asked of a real process that is stopped among many threads."""
+"""A worker's stack, asked of a real process that is stopped among many threads."""
 
 import mmap
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -38,17 +39,17 @@ def busy_machine():
 
 
 @pytest.mark.parametrize("attempt", range(5))
-def test_one_that_was_stopped_shows_where_and_not_where_it_went_then(tmp_path, busy_machine, attempt):
+def test_stack_of_a_stopped_process_is_where_it_stopped(tmp_path, busy_machine, order, attempt):
     log = tmp_path / "log"
     with log.open("wb") as file, subprocess.Popen([sys.executable, "-c", STOPPED], stderr=file) as process:
         try:
             end = time.monotonic() + 30
-            while procfs.state(process.pid) != "T":
+            while procfs.process_state(process.pid) != "T":
                 assert time.monotonic() < end
                 time.sleep(0.01)
-            order = {"log": str(log), "rank": 0, "meeting": {"generation": 1}}
-            found = WorkerHandle(process.pid, order, mmap.mmap(-1, heartbeat.SIZE), 0).inspect()
+            memory = mmap.mmap(-1, heartbeat.SIZE)
+            answer = WorkerHandle(process.pid, replace(order, log=str(log)), memory, 0).inspect()
         finally:
             process.send_signal(signal.SIGKILL)
-    assert found["kernel"][0].startswith("state T: stopped by a signal")
-    assert any("in stops_here" in frame for frame in found["stack"]), found["stack"]
+    assert answer["kernel"][0].startswith("state T: stopped by a signal")
+    assert any("in stops_here" in frame for frame in answer["stack"]), answer["stack"]

@@ -1,4 +1,4 @@
-"""A whole job as its user sees it: a driver process, its exit code, its words, and what it leaves behind."""
+"""A whole job as its user sees it: a driver process, its exit code, its output, and what it leaves behind."""
 
 import json
 import os
@@ -33,7 +33,7 @@ class Driver:
                 stderr=file,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=hear_signals,
+                preexec_fn=restore_signals,
             )
 
     def text(self):
@@ -56,14 +56,14 @@ class Driver:
 
     def alive(self):
         """Every living process of this job, the driver included."""
-        found = []
+        living = []
         for process in psutil.process_iter(["pid", "name"]):
             try:
                 if process.status() != psutil.STATUS_ZOMBIE and self.mark in process_environment(process):
-                    found.append(process)
+                    living.append(process)
             except (psutil.Error, OSError):
                 continue
-        return found
+        return living
 
     def expect_nothing_left(self, seconds=5):
         end = time.monotonic() + seconds
@@ -72,8 +72,8 @@ class Driver:
             time.sleep(0.05)
 
 
-def hear_signals():
-    """In the driver to be: tests that run under nohup or in the background have handed down that these are ignored."""
+def restore_signals():
+    """Runs in the driver's process: tests under nohup or in the background pass on that signals are ignored."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -97,7 +97,7 @@ def start(tmp_path):
         driver.process.wait()
 
 
-def test_a_run_says_what_it_does_and_what_to_type_next(start):
+def test_run_shows_its_progress_and_the_next_command(start):
     driver = start(steps=5)
     assert driver.wait() == 0
     text = driver.text()
@@ -116,7 +116,7 @@ def test_a_run_says_what_it_does_and_what_to_type_next(start):
     driver.expect_nothing_left()
 
 
-def test_sigterm_saves_and_exits_75_with_how_to_go_on_and_one_job_a_folder(start):
+def test_sigterm_saves_and_exits_75_and_a_second_job_is_refused(start):
     driver = start(SLOW, **ENDLESS)
     driver.until_training()
     other = start(SLOW, **ENDLESS)
@@ -128,7 +128,7 @@ def test_sigterm_saves_and_exits_75_with_how_to_go_on_and_one_job_a_folder(start
     driver.expect_nothing_left()
 
 
-def test_a_signal_to_every_process_saves_and_exits_75(start):
+def test_signal_to_every_process_saves_and_exits_75(start):
     driver = start(SLOW, **ENDLESS)
     driver.until_training()
     for process in driver.alive():
@@ -138,7 +138,7 @@ def test_a_signal_to_every_process_saves_and_exits_75(start):
     driver.expect_nothing_left()
 
 
-def test_a_second_signal_ends_everything_now(start):
+def test_second_signal_ends_everything_now(start):
     # rank 1 never comes back from its step, so the first signal can not be heeded
     driver = start(json.dumps({"rank": 1, "step": 5, "do": "hang"}), **ENDLESS)
     driver.until_training()
@@ -150,7 +150,7 @@ def test_a_second_signal_ends_everything_now(start):
     driver.expect_nothing_left()
 
 
-def test_a_killed_driver_leaves_nothing_running(start):
+def test_killed_driver_leaves_nothing_running(start):
     driver = start(SLOW, **ENDLESS)
     driver.until_training()
     assert len(driver.alive()) > 6
@@ -160,7 +160,7 @@ def test_a_killed_driver_leaves_nothing_running(start):
 
 
 @pytest.mark.parametrize("delay", [0.5, 1.5])
-def test_a_signal_during_the_start_exits_75_at_once(start, delay):
+def test_signal_during_the_start_exits_75_at_once(start, delay):
     driver = start(**ENDLESS)
     time.sleep(delay)
     driver.process.terminate()
@@ -180,32 +180,33 @@ def test_more_workers_than_cores_fail_in_seconds_with_the_cure(start):
     assert "short of another" in driver.text()
 
 
-def test_a_run_folder_that_cannot_be_made_is_refused(start, tmp_path):
+def test_run_folder_that_cannot_be_made_is_refused(start, tmp_path):
     (tmp_path / "run").write_text("a file is in the way")
     driver = start()
     assert driver.wait() == 2
     assert "cannot be written" in driver.text()
 
 
-def test_a_cluster_that_does_not_answer_is_refused(start):
+def test_cluster_that_does_not_answer_is_refused(start):
     driver = start(address="127.0.0.1:1")
     assert driver.wait() == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in driver.text()
 
 
-def warm_processes(driver):
-    """The warm processes of a job; the trainers that they forked look the same, and are their children."""
-    found = [process for process in driver.alive() if "cluster.worker.fork_server" in process.cmdline()]
-    return [process for process in found if process.ppid() not in {other.pid for other in found}]
+def fork_servers(driver):
+    """The fork servers of a job; the workers that they forked have the same command line, and are their children."""
+    processes = [process for process in driver.alive() if "cluster.worker.fork_server" in process.cmdline()]
+    pids = {process.pid for process in processes}
+    return [process for process in processes if process.ppid() not in pids]
 
 
-def test_a_warm_process_that_a_steward_has_started_ends_without_its_driver(start):
+def test_fork_server_that_an_agent_started_ends_with_the_job(start):
     driver = start(SLOW, **ENDLESS)
     driver.until_training()
-    [first] = warm_processes(driver)
+    [first] = fork_servers(driver)
     first.kill()
     driver.until(lambda: "recovered" in driver.text())
-    [second] = warm_processes(driver)
+    [second] = fork_servers(driver)
     assert second.ppid() != driver.process.pid
     second.parent().kill()
     driver.until(lambda: driver.text().count("recovered") == 2)
@@ -214,7 +215,7 @@ def test_a_warm_process_that_a_steward_has_started_ends_without_its_driver(start
     driver.expect_nothing_left(seconds=30)
 
 
-def test_an_error_in_the_driver_itself_is_shown_and_exits_1(start):
+def test_error_in_the_driver_is_shown_and_exits_1(start):
     driver = start(bug=True)
     assert driver.wait() == 1, driver.text()
     assert "RuntimeError: the oar broke" in driver.text()

@@ -11,9 +11,9 @@ import pytest
 from helpers import gloo_ranks
 from helpers.ray_cluster import private
 
-from cluster.host.stop_request import Signals
+from cluster.host.stop_request import StopRequest
 from cluster.raycluster import ray_node
-from cluster.supervision.job import Clock, Job
+from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
 
@@ -43,16 +43,15 @@ def two():
         yield cluster.start.folder, cluster.node, another_node(cluster.node, cluster.start.folder)
 
 
-def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two, tmp_path):
+def test_killed_host_is_named_and_a_new_host_is_taken_in(two, tmp_path):
     folder, head, member = two
     base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
     values = {**base, "steps": 100_000, "cluster": {**base["cluster"], "min_workers": 1, "grow_after": 0}}
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    events, signals = [], Signals()
+    events, stop = [], StopRequest()
     target = "helpers.toy:train_rank"
-    job = Job(
-        configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, signals, Clock(time.time())
-    )
+    clock = StartupClock(time.time())
+    job = Job(configuration.parse(values), '{"sleep": 0.05}', target, folder.name, events.append, stop, clock)
 
     def of(kind):
         return [event for event in events if event["event"] == kind]
@@ -65,7 +64,7 @@ def test_a_killed_host_is_named_the_others_go_on_and_a_new_host_is_taken_in(two,
         until(lambda: len(of("recovered")) == 1)
         another_node(head, folder)
         until(lambda: len(of("recovered")) == 2)
-        signals.heard = signal.SIGTERM
+        stop.request(signal.SIGTERM)
 
     script = threading.Thread(target=play)
     script.start()
@@ -86,15 +85,13 @@ def three():
 
 
 @pytest.mark.timeout(600)
-def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of_an_undisturbed_run(
-    three, make, corpus
-):
+def test_job_of_3_2_3_workers_has_the_losses_of_an_unbroken_run(three, make, corpus):
     often = ["save_every=10", "eval_every=0", "schedule.warmup=0"]
     settings = [*often, "cluster.workers=3", "batch.global=6", "zero=2", "optimizer.lr=1e-3"]
     elastic = ["cluster.min_workers=2", "cluster.grow_after=0", "cluster.stay_away=1"]
     config = make(*settings, *elastic, "steps=100000", name="elastic")
     (Path(config.run.dir) / "logs").mkdir(parents=True)
-    events, signals = [], Signals()
+    events, stop = [], StopRequest()
 
     def of(kind):
         return [event for event in events if event["event"] == kind]
@@ -105,15 +102,15 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
         until(lambda: len(of("recovered")) == 2)
         grown = len(of("step"))
         until(lambda: len(of("step")) > grown + 10)
-        signals.heard = signal.SIGTERM
+        stop.request(signal.SIGTERM)
 
-    job = Job(config, str(corpus), TARGET, three.name, events.append, signals, Clock(time.time()))
+    job = Job(config, str(corpus), TARGET, three.name, events.append, stop, StartupClock(time.time()))
     script = threading.Thread(target=play)
     script.start()
     supervisor = Supervisor(job, "cpu")
     assert supervisor.run().kind == "stopped"
     script.join()
-    supervisor.release()
+    supervisor.release_slots()
     assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], [
         e for e in events if e["event"] in ("note", "failure")
     ]
@@ -121,5 +118,6 @@ def test_from_three_workers_to_two_to_three_the_data_and_the_losses_are_those_of
     whole = make(*settings, f"steps={ours[-1]['step']}", name="whole")
     assert gloo_ranks.train_world(whole, corpus, timeout=250) == ["done"] * 3
     theirs = gloo_ranks.metrics(whole)
-    assert [line["data_hash"] for line in ours] == [line["data_hash"] for line in theirs]
-    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
+    hashes, losses = [line["data_hash"] for line in theirs], [line["loss"] for line in theirs]
+    assert [line["data_hash"] for line in ours] == hashes
+    assert [line["loss"] for line in ours] == pytest.approx(losses, rel=1e-4)

@@ -24,18 +24,18 @@ KILLS = 5
 
 def processes_of(mark):
     """Every living process that inherited ``mark`` in its environment."""
-    found = []
+    living = []
     for process in psutil.process_iter():
         try:
             if mark in Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace").split("\0"):
-                found.append(process)
+                living.append(process)
         except OSError:
             continue
-    return found
+    return living
 
 
 def run(overrides, folder, mark, kill_when=None, seconds=240):
-    """Give the command; SIGKILL it and all that it started once ``kill_when()`` holds. Its exit code and output."""
+    """Runs the command, and SIGKILLs it with all its processes once ``kill_when()`` holds: exit code and output."""
     name, _, value = mark.partition("=")
     out = folder / "out"
     with out.open("w") as file:
@@ -60,7 +60,7 @@ def run(overrides, folder, mark, kill_when=None, seconds=240):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_equals_one_that_was_not(as_typed, tmp_path):
+def test_run_killed_at_random_moments_equals_an_unbroken_run(as_typed, tmp_path):
     draw = random.Random(os.environ.get("TRIREME_KILL_SEED", "7"))
     settings = [f"steps={STEPS}", "save_every=3", "eval_every=15", "keep_last=2", "cluster.workers=2", "zero=2"]
     undisturbed, config = (configuration.load(as_typed(*settings, name=name)) for name in ("whole", "killed"))
@@ -91,7 +91,7 @@ def test_a_run_killed_at_random_moments_equals_one_that_was_not(as_typed, tmp_pa
     ours, theirs = gloo_ranks.state(config, STEPS), gloo_ranks.state(undisturbed, STEPS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert not list(folder.glob(".step_*")), "what a kill left aside is swept away"
+    assert not list(folder.glob(".step_*")), "what a kill left aside is removed"
 
 
 LONG, SINGLE_KILLS = 300, 20
@@ -99,8 +99,8 @@ LONG, SINGLE_KILLS = 300, 20
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_whose_processes_are_killed_one_by_one_equals_one_that_was_not(as_typed, tmp_path):
-    """Any of them: trainers, stewards, the warm process, Ray's, the driver; after the driver's death the command is given again."""
+def test_run_whose_processes_die_one_by_one_equals_an_unbroken_run(as_typed, tmp_path):
+    """Victims are workers, agents, the fork server, Ray's processes and the driver, whose command is then given again."""
     draw = random.Random(os.environ.get("TRIREME_KILL_SEED", "11"))
     settings = [f"steps={LONG}", "save_every=5", "eval_every=50", "keep_last=2", "cluster.workers=2", "zero=2"]
     undisturbed, config = (configuration.load(as_typed(*settings, name=name)) for name in ("whole", "killed"))
@@ -113,9 +113,9 @@ def test_a_run_whose_processes_are_killed_one_by_one_equals_one_that_was_not(as_
 
     def strike():
         """Once the next point is passed, and some random moment later, SIGKILL any one process of the job."""
-        if len(hit) < SINGLE_KILLS and reached(metrics) >= points[len(hit)] and (found := processes_of(mark)):
+        if len(hit) < SINGLE_KILLS and reached(metrics) >= points[len(hit)] and (living := processes_of(mark)):
             time.sleep(draw.uniform(0, 0.2))
-            victim = draw.choice(found)
+            victim = draw.choice(living)
             try:
                 name = victim.name()
                 victim.kill()
@@ -137,7 +137,7 @@ def test_a_run_whose_processes_are_killed_one_by_one_equals_one_that_was_not(as_
 
 
 def reached(metrics):
-    """The last step of which a whole line was written."""
-    found = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    whole = [line for line in found if line.endswith("\n")]
+    """The last step whose whole line is in the metrics; 0 without one."""
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
     return json.loads(whole[-1])["step"] if whole else 0

@@ -1,4 +1,4 @@
-"""A canary in the environment, in an override and in a URL: no file that a job writes, and nothing that it says, has it."""
+"""Secrets in the environment, in overrides and in URLs are in no file that a job writes and in none of its output."""
 
 import json
 import os
@@ -17,8 +17,8 @@ TESTS = REPOSITORY / "tests"
 SECRETS = {"WANDB_API_KEY": "CANARY" + "0" * 34, "DB_PASSWORD": "CANARY-IN-THE-ENVIRONMENT"}
 
 
-def say(tmp_path, *words, **env):
-    """A command's exit code, and what it says, kept in a file beside what it writes."""
+def run_command(tmp_path, *words, **env):
+    """Runs a command: its exit code and its output, which is also kept in a file for the search."""
     done = subprocess.run(
         [*map(str, words)],
         env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{TESTS}", "OMP_NUM_THREADS": "1", **SECRETS, **env},
@@ -34,12 +34,12 @@ def say(tmp_path, *words, **env):
     return done.returncode, done.stdout
 
 
-def hits(folder):
-    """The files that hold a canary; what is compressed is not looked into, and nothing here is."""
+def files_with_secrets(folder):
+    """The files that hold a secret. Compressed files are not searched, and there are none here."""
     return [str(path) for path in folder.rglob("*") if path.is_file() and b"CANARY" in path.read_bytes()]
 
 
-def test_a_canary_is_found_in_nothing_that_jobs_write_or_say(corpus, as_typed, tmp_path):
+def test_secrets_are_in_nothing_that_jobs_write_or_say(corpus, as_typed, tmp_path):
     url = "s3://key:CANARY-IN-A-URL@bucket"
     shutil.copytree(corpus.parent / "text", tmp_path / url)  # as a path: s3:/key:...@bucket
     train = [sys.executable, "-m", "cluster", "train"]
@@ -50,36 +50,42 @@ def test_a_canary_is_found_in_nothing_that_jobs_write_or_say(corpus, as_typed, t
         "data.dir=null",
         "generation.prompts=[a]",
     ]
-    code, said = say(tmp_path, *train, *as_typed(*settings, "steps=4"))
+    code, said = run_command(tmp_path, *train, *as_typed(*settings, "steps=4"))
     assert code == 0, said
     assert list((tmp_path / "run" / "wandb").rglob("*.wandb"))
     assert "s3://[hidden]@bucket" in (tmp_path / "run" / "config.yaml").read_text()
     assert resume.check(configuration.load(as_typed(*settings, "steps=4")), None) == []
 
-    code, said = say(tmp_path, *train, *as_typed(*settings, "tracking.key=CANARY-IN-AN-OVERRIDE", name="b"))
+    code, said = run_command(tmp_path, *train, *as_typed(*settings, "tracking.key=CANARY-IN-AN-OVERRIDE", name="b"))
     assert (code, "unknown key 'tracking.key'" in said) == (2, True)
-    code, said = say(tmp_path, *train, *as_typed(*settings, "data.paths=['s3://k:CANARY@nowhere']", name="c"))
+    code, said = run_command(tmp_path, *train, *as_typed(*settings, "data.paths=['s3://k:CANARY@nowhere']", name="c"))
     assert (code, "s3:/[hidden]@nowhere: there is no such file" in said) == (2, True)
 
     fault = {"rank": 1, "step": 2, "do": "raise", "say": f"cannot read {url} with {SECRETS['DB_PASSWORD']}"}
-    code, said = say(tmp_path, sys.executable, TESTS / "helpers/drive.py", tmp_path / "crashed", json.dumps(fault))
+    code, said = run_command(
+        tmp_path, sys.executable, TESTS / "helpers/drive.py", tmp_path / "crashed", json.dumps(fault)
+    )
     assert code == 1
     assert "cannot read s3://[hidden]@bucket with [hidden]" in said
     assert "[hidden]" in (tmp_path / "crashed" / "logs" / "rank_1.log").read_text()
 
     shutil.rmtree(tmp_path / "s3:")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) > 50
-    assert hits(tmp_path) == []
+    assert files_with_secrets(tmp_path) == []
 
 
 def test_launch_sh_shows_its_command_without_secrets():
     environment = {**os.environ, "TRIREME_VENV": sys.prefix}
     script = (gloo_ranks.REPOSITORY / "launch.sh").read_text()
     hide = script[script.index("hide() {") : script.index("# Shows the command")]
-    given = "wandb.key=CANARY data.text_key=body data.paths=[s3://k:CAN/ARY@b,s3://CANARY@c] x.token=CANARY u=http://h?sig=CANARY&y=1"
+    given = (
+        "wandb.key=CANARY data.text_key=body data.paths=[s3://k:CAN/ARY@b,s3://CANARY@c] "
+        "x.token=CANARY u=http://h?sig=CANARY&y=1"
+    )
     done = subprocess.run(
         ["bash", "-c", f"{hide}\nhide"], input=given, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == (
-        "wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,s3://[hidden]@c] x.token=[hidden] u=http://h?sig=[hidden]&y=1"
+        "wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,s3://[hidden]@c] "
+        "x.token=[hidden] u=http://h?sig=[hidden]&y=1"
     )
