@@ -11,8 +11,10 @@ the checkpoint before it is taken instead, and that is said.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -66,10 +68,10 @@ class Checkpoint:
                     return f"{name} has {size} bytes, not {entry['size']}"
                 if sha256_of(file) != entry["sha256"]:
                     return f"{name} does not have the hash it was written with"
-                if strange := _strange(file, entry["pieces"]):
-                    return f"{name} {strange}"
+                if mismatch := _content_mismatch(file, entry["pieces"]):
+                    return f"{name} {mismatch}"
             except OSError as error:
-                return f"{name} cannot be read: {error.strerror}"
+                return f"{name} cannot be read: {error.strerror or error}"
         return None
 
     def reader(self) -> CheckpointReader:
@@ -77,13 +79,22 @@ class Checkpoint:
         return CheckpointReader(self)
 
 
-def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
-    """How a file of the right hash is not what its manifest says: both may come from elsewhere. Nothing is ever unpickled."""
+def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
+    """How the tensors of a file differ from its manifest's ``pieces``, or None. Raises OSError if it cannot be read.
+
+    A matching hash is not enough: file and manifest may both come from somebody else. Nothing is ever unpickled.
+    """
     try:
         with safe_open(file, framework="pt") as held:
             shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict
     except SafetensorError as error:
         return f"is no safetensors file ({error})"
+    except (FileNotFoundError, RuntimeError) as error:
+        # The run may drop the checkpoint meanwhile. safetensors opens the file first, and its FileNotFoundError has no
+        # errno; torch then maps it and raises RuntimeError.
+        if file.exists():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
     wrong = (
         key(kind, name, start) for kind, name, start, numel in pieces if shapes.get(key(kind, name, start)) != [numel]
     )
