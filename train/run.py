@@ -170,7 +170,7 @@ class RunServices:
         self.emit(phase("eval"))
         heartbeat.enter_phase("eval")
         part = None if whole or progress.step == self.config.steps else self.config.eval_tokens
-        held_out = self.held_out if part is None else self.held_out.first(part)
+        held_out = self.held_out if part is None else self.held_out.first_groups(part)
         sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
         self.last = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
         found = self.last.numbers()

@@ -193,6 +193,6 @@ def state(config: Config, step: int) -> dict[str, Any]:
     found = next(c for c in complete(folder) if c.progress.step == step)
     reader, shapes = found.reader(), found.manifest["shapes"]
     whole = {}
-    for (name, kind), places in reader.where.items():
+    for (name, kind), places in reader.pieces.items():
         whole[f"{kind}/{name}"] = reader.read(name, kind, 0, sum(p[1] for p in places)).view(shapes[name])
     return whole

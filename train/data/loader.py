@@ -16,7 +16,7 @@ from train.batch import Batch, mask_rows
 from train.config import schema
 from train.data.corpus.shards import Corpus, CorpusSplit
 from train.data.examples import build_examples
-from train.data.examples.example_builder import Columns, ExampleBuilder, Rows
+from train.data.examples.example_builder import Columns, ExampleBuilder, ReadRows
 from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
 from train.distributed.process_group import DistContext
@@ -25,10 +25,10 @@ from train.errors import UserError
 Step = tuple[list[Batch], Cursor]
 """The micro-batches of one rank for one optimizer step, and where the data stands after it."""
 
-_Read = tuple[Rows, int, Cursor]
+_ReadStep = tuple[ReadRows, int, Cursor]
 """A step that is read but not yet written to tensors: its rows, which step of them it is, and the cursor after it."""
 
-_AHEAD = 2
+_CHUNKS_AHEAD = 2
 """Chunks that wait for the model."""
 EVAL_TOKENS_PER_GROUP = 8192
 """Held-out tokens of one forward pass where batch.micro leaves it open: no function of the world, so sums are the same in any."""
@@ -39,13 +39,13 @@ class RankShare:
     """Whose rows: those of the streams s with s mod ``world`` = ``rank``, in micro-batches of ``micro`` rows."""
 
     rank: int
-    world: int
+    world_size: int
     micro: int
 
 
 def split_sizes(shards: CorpusSplit) -> SplitSizes:
     """What the order must know of a split."""
-    return SplitSizes(shards.shard_samples, shards.shard_tokens, shards.sizes)
+    return SplitSizes(shards.shard_samples, shards.shard_tokens, shards.sample_tokens)
 
 
 class Loader:
@@ -59,24 +59,24 @@ class Loader:
     def __init__(
         self, shards: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
     ) -> None:
-        if share.world > plan.shape.streams:
+        if share.world_size > plan.shape.streams:
             raise UserError(
-                f"{share.world} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
+                f"{share.world_size} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
                 f"{plan.shape.streams} workers, or a larger batch.global"
             )
         self.plan = plan
-        self._shards, self._share, self._examples, self._pin = shards, share, examples, pin
-        self._streams = range(share.rank, plan.shape.streams, share.world)
-        most = plan.rows_per_stream * -(-plan.shape.streams // share.world)
+        self._split, self._share, self._examples, self._pin = shards, share, examples, pin
+        self._streams = range(share.rank, plan.shape.streams, share.world_size)
+        most = plan.rows_per_stream * -(-plan.shape.streams // share.world_size)
         self.micro = share.micro
         self.micro_batches = -(-most // share.micro)
-        self._chunk = max(1, examples.chunk // (self.micro_batches * share.micro * plan.shape.seq_len))
+        self._chunk = max(1, examples.chunk_tokens // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
         self._skipped: Mapping[Cursor, frozenset[int]] = {}
-        self._ready: deque[_Read] = deque()
+        self._ready: deque[_ReadStep] = deque()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._queue: queue.Queue[list[_Read] | BaseException] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[list[_ReadStep] | BaseException] = queue.Queue(_CHUNKS_AHEAD)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -84,16 +84,16 @@ class Loader:
     def __next__(self) -> Step:
         """This rank's share of the next step, and the cursor after it."""
         if not self._ready:
-            self._ready.extend(self._start() if self._thread is None else self._wait())
+            self._ready.extend(self._start_thread() if self._thread is None else self._next_chunk())
         at = self._cursor
         rows, step, self._cursor = self._ready.popleft()
         return self._micro_batches(rows, step, at), self._cursor
 
     def peek(self, cursor: Cursor) -> list[Batch]:
         """This rank's share of the step at a cursor, read here and now; the loader stays where it is."""
-        return self._micro_batches(*self._read(cursor, 1)[0][:2], cursor)
+        return self._micro_batches(*self._read_steps(cursor, 1)[0][:2], cursor)
 
-    def skip(self, rows: Mapping[Cursor, frozenset[int]]) -> None:
+    def skip_rows(self, rows: Mapping[Cursor, frozenset[int]]) -> None:
         """From now on these rows of the steps at these cursors weigh nothing, and no others do."""
         self._skipped = rows
 
@@ -105,7 +105,7 @@ class Loader:
 
     def seek(self, cursor: Cursor) -> None:
         """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
-        self.plan.check(cursor)
+        self.plan.check_cursor(cursor)
         self.close()
         self._cursor = cursor
 
@@ -124,30 +124,32 @@ class Loader:
                 self._thread = self._thread if self._thread.is_alive() else None
         self._ready.clear()
 
-    def _start(self) -> list[_Read]:
+    def _start_thread(self) -> list[_ReadStep]:
         """Read one step here and now, so that the first batch waits for nobody, and begin the thread behind it."""
-        first = self._read(self._cursor, 1)
+        first = self._read_steps(self._cursor, 1)
         self._stop = threading.Event()
-        self._queue = queue.Queue(_AHEAD)
+        self._queue = queue.Queue(_CHUNKS_AHEAD)
         arguments = (first[-1][2], self._stop, self._queue)
-        self._thread = threading.Thread(target=self._prepare, args=arguments, name="loader", daemon=True)
+        self._thread = threading.Thread(target=self._prepare_ahead, args=arguments, name="loader", daemon=True)
         self._thread.start()
         return first
 
-    def _wait(self) -> list[_Read]:
+    def _next_chunk(self) -> list[_ReadStep]:
         chunk = self._queue.get()
         if isinstance(chunk, BaseException):
             self.close()
             raise chunk
         return chunk
 
-    def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_Read] | BaseException]) -> None:
+    def _prepare_ahead(
+        self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_ReadStep] | BaseException]
+    ) -> None:
         """The thread: one step at first, so that the second batch is there soon, then twice as many each time."""
         steps = 1
         while not stop.is_set():
             try:
                 steps = min(steps, self._chunk, self.plan.steps_left(cursor))
-                chunk = self._read(cursor, steps)
+                chunk = self._read_steps(cursor, steps)
             except BaseException as error:
                 out.put(error)
                 return
@@ -159,20 +161,20 @@ class Loader:
                 except queue.Full:
                     continue
 
-    def _read(self, cursor: Cursor, steps: int) -> list[_Read]:
+    def _read_steps(self, cursor: Cursor, steps: int) -> list[_ReadStep]:
         """This rank's next ``steps`` steps from a cursor, all in one epoch."""
         own, rows_each = len(self._streams), steps * self.plan.rows_per_stream
-        pieces = self.plan.rows(self._streams, cursor, steps)
+        pieces = self.plan.row_spans(self._streams, cursor, steps)
         if own > 1:
             # From stream after stream to step after step, and in a step to the rows' order j = i * S + s.
             stream, row = np.divmod((np.cumsum(pieces.length) - 1) // self.plan.shape.seq_len, rows_each)
             pieces = take_spans(pieces, np.argsort(row * own + stream, kind="stable"))
-        rows = self._examples.read(self._shards, pieces, cursor.epoch)
+        rows = self._examples.read_rows(self._split, pieces, cursor.epoch)
         return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
 
-    def _micro_batches(self, rows: Rows, step: int, at: Cursor) -> list[Batch]:
+    def _micro_batches(self, rows: ReadRows, step: int, at: Cursor) -> list[Batch]:
         micro, used = self._share.micro, self.plan.rows_per_stream * len(self._streams)
-        batch = empty_batch(self._examples.layout, self.micro_batches * micro, self._pin)
+        batch = empty_batch(self._examples.columns, self.micro_batches * micro, self._pin)
         rows.write(step * used, {key: value[:used].numpy() for key, value in batch.items()})
         if "memory" in batch:  # of the row in the whole step, and none at an epoch's start
             numbers = torch.tensor(self.row_numbers()) + 1
@@ -202,7 +204,7 @@ class EvalLoader:
         examples: ExampleBuilder,
         tokens: int | None = None,
     ) -> None:
-        self._shards, self._share, self._examples = shards, share, examples
+        self._split, self._share, self._examples = shards, share, examples
         self._shape = StepShape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
         if shards.samples:
@@ -211,18 +213,18 @@ class EvalLoader:
             if tokens is not None:
                 self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
 
-    def first(self, tokens: int) -> EvalLoader:
+    def first_groups(self, tokens: int) -> EvalLoader:
         """The first groups, as many as hold ``tokens`` places."""
         part = copy(self)
         part.groups = min(self.groups, -(-tokens // (self._shape.rows * self._shape.seq_len)))
         return part
 
     def __len__(self) -> int:
-        return -(-self.groups // self._share.world)
+        return -(-self.groups // self._share.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for group in range(self._share.rank, len(self) * self._share.world, self._share.world):
-            yield self._group(group)
+        for group in range(self._share.rank, len(self) * self._share.world_size, self._share.world_size):
+            yield self._read_group(group)
 
     @property
     def bytes(self) -> float:
@@ -232,18 +234,20 @@ class EvalLoader:
         unit = self._shape.seq_len if self._shape.pack else 1
         end = min(self.groups * self._share.micro * unit, self._plan.order.units)
         places = (
-            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
+            end
+            if self._shape.pack
+            else int(np.minimum(self._split.sample_tokens[:end], unit and self._shape.seq_len).sum())
         )
-        return self._shards.bytes * places / self._shards.tokens
+        return self._split.bytes * places / self._split.tokens
 
-    def _group(self, group: int) -> Batch:
-        batch = empty_batch(self._examples.layout, self._shape.rows, pin=False)
+    def _read_group(self, group: int) -> Batch:
+        batch = empty_batch(self._examples.columns, self._shape.rows, pin=False)
         if group >= self.groups:
             mask_rows(batch)
             return batch
         unit = self._shape.seq_len if self._shape.pack else 1
-        pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
-        rows = self._examples.read(self._shards, pieces, 0)
+        pieces = self._plan.row_spans([0], Cursor(0, group * self._shape.rows * unit), 1)
+        rows = self._examples.read_rows(self._split, pieces, 0)
         rows.write(0, {key: value.numpy() for key, value in batch.items()})
         if "memory" in batch:
             batch["memory"].zero_()  # a held-out row begins with nothing, so that groups are the same in any world
@@ -260,7 +264,7 @@ def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin
     data, shards = config.data, corpus.split("train")
     order = EpochOrder(split_sizes(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(config.batch.global_, examples.places, data.streams or config.batch.global_, data.pack)
+    shape = StepShape(config.batch.global_, examples.row_tokens, data.streams or config.batch.global_, data.pack)
     return Loader(shards, BatchPlan(order, shape), share, examples, pin)
 
 
@@ -268,7 +272,7 @@ def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, s
     """The rank's part of a held-out split, in groups that are the same for any world."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(group, examples.places, 1, config.data.pack)
+    shape = StepShape(group, examples.row_tokens, 1, config.data.pack)
     return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
 
 

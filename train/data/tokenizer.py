@@ -49,7 +49,7 @@ class Tokenizer:
         self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
         # A text equals the sum of its pieces only where the tokenizer puts nothing before or between words.
         whole = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
-        self._piece = _LONG if whole and self._fast.normalizer is None else None
+        self._chunk = _LONG if whole and self._fast.normalizer is None else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without ``eot``. Raises UserError for a character that a character vocabulary lacks."""
@@ -57,7 +57,7 @@ class Tokenizer:
             listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
             raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
         ids: list[int] = []
-        for piece in _pieces(text, self._piece or len(text)):
+        for piece in _split_text(text, self._chunk or len(text)):
             ids.extend(self._fast.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
         return ids
 
@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
+def _split_text(text: str, size: int) -> Iterator[str]:
     """Pieces of about ``size`` characters or less, cut before a line where there is one: they join to the text."""
     start = 0
     while len(text) - start > size:

@@ -33,7 +33,7 @@ def build_corpus(tmp_path):
                 tables.append(table)
                 first += len(sizes)
             table_entry = shards.write_table(folder, split, np.concatenate(tables, axis=1), stamps)
-            splits[split] = shards.index_split(entries, table_entry)
+            splits[split] = shards.split_entry(entries, table_entry)
         shards.write_index(folder, {"recipe": "made by hand", "settings": {}}, made, "uint16", splits)
         return shards.Corpus(folder)
 

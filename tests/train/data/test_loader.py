@@ -95,7 +95,7 @@ def test_rows_hold_what_the_contract_says(build_corpus, pack, isolate):
     cursor = Cursor()
     for micro_batches, after in steps_of(corpus, shape, RankShare(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
         rows, room = [[]], T
-        for piece in zip(*(column.tolist() for column in plan.rows(range(2), cursor, 1)), strict=True):
+        for piece in zip(*(column.tolist() for column in plan.row_spans(range(2), cursor, 1)), strict=True):
             if not room:
                 rows.append([])
                 room = T

@@ -81,7 +81,7 @@ def test_an_unknown_character_is_named():
 def test_long_texts_are_cut_without_loss(made, monkeypatch):
     text = "".join(TEXTS)
     whole = made.encode(text)
-    monkeypatch.setattr(made, "_piece", 100)
+    monkeypatch.setattr(made, "_chunk", 100)
     assert made.decode(made.encode(text)) == text
     if made is not BPE:
         assert made.encode(text) == whole

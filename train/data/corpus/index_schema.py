@@ -27,17 +27,17 @@ Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _Table(_Strict):
+class _IndexedTable(_StrictModel):
     name: Annotated[str, Field(pattern=r"^(train|val|test)\.table\.npy$")]
     size: Count
     sha256: Digest
 
 
-class _Shard(_Strict):
+class _IndexedShard(_StrictModel):
     name: Annotated[str, Field(pattern=r"^(train|val|test)-\d{6,}\.tar$")]
     samples: Count
     tokens: Count
@@ -46,33 +46,33 @@ class _Shard(_Strict):
     sha256: Digest
 
 
-class _Split(_Strict):
+class _IndexedSplit(_StrictModel):
     samples: Count
     tokens: Count
     bytes: Count
-    table: _Table
-    shards: list[_Shard]
+    table: _IndexedTable
+    shards: list[_IndexedShard]
 
 
-class _Tokenizer(_Strict):
+class _IndexedTokenizer(_StrictModel):
     sha256: Digest
     vocab_size: Count
     eot: Count
 
 
-class _Index(BaseModel):
+class _CorpusIndex(BaseModel):
     """Its origin, the other keys, is for people."""
 
     model_config = ConfigDict(strict=True)
-    tokenizer: _Tokenizer
+    tokenizer: _IndexedTokenizer
     dtype: Literal["uint16", "uint32"]
-    splits: dict[Literal["train", "val", "test"], _Split]
+    splits: dict[Literal["train", "val", "test"], _IndexedSplit]
 
 
 def check_index(path: Path, index: Any) -> None:
     """Raise UserError, naming the entry, unless an index has the form that prepare gives it."""
     try:
-        _Index.model_validate(index)
+        _CorpusIndex.model_validate(index)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

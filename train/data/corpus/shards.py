@@ -62,7 +62,7 @@ class ShardEntry:
     sha256: str
 
 
-class _Hashing:
+class _HashingFile:
     """A file that hashes what passes through it, so that a shard is read by nobody to be proved."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -85,7 +85,7 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     rows: list[tuple[int, int, int]] = []
     temporary = files.aside(path)
     with temporary.open("wb") as file:
-        hashing = _Hashing(file)
+        hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0) as writer:
             for number, (source, text_bytes, ids) in enumerate(documents, first):
                 meta = json.dumps({"source": source, "bytes": text_bytes}, ensure_ascii=False).encode()
@@ -104,7 +104,7 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
 
 
 @dataclass
-class _Shard:
+class _OpenShard:
     """An open shard: its file, how many pieces were read from it, and its bytes in memory once that pays."""
 
     file: io.FileIO
@@ -123,32 +123,32 @@ class CorpusSplit:
         self.bytes = sum(entry.bytes for entry in self.entries)
         self.shard_samples: Ids = np.array([entry.samples for entry in self.entries], np.int64)
         self.shard_tokens: Ids = np.array([entry.tokens for entry in self.entries], np.int64)
-        self.first: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
+        self.first_samples: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
         self.dtype = np.dtype(dtype)
-        self._stamps = stamps
-        self._open: dict[int, _Shard] = {}
+        self._verified = stamps
+        self._open: dict[int, _OpenShard] = {}
         for entry in self.entries:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
         stamps.check(folder, table["name"], table["size"], table["sha256"], self._check_table)
         self._table = _open_table(folder / table["name"])
-        self.sizes: Ids = self._table[1]  # places of every sample
+        self.sample_tokens: Ids = self._table[1]  # places of every sample
         self.text_bytes: Ids = self._table[2]
 
     def _check_table(self, path: Path) -> None:
         check_table(path, _open_table(path), self.entries, self.dtype.itemsize)
 
-    def read(self, pieces: DocSpans, out: NDArray[Any]) -> None:
+    def read_spans(self, pieces: DocSpans, out: NDArray[Any]) -> None:
         """Read ``length`` stored ids of each piece from its place ``start`` on, one after the other, into ``out`` (flat).
 
         A sample -1 gives zeros. Raises UserError for a shard that is damaged; each is hashed when it is first opened.
         """
         width = self.dtype.itemsize
-        shards = np.searchsorted(self.first, pieces.sample, side="right") - 1
+        shards = np.searchsorted(self.first_samples, pieces.sample, side="right") - 1
         begins = self._table[0][pieces.sample] + pieces.start * width
         numbers, counts = np.unique(shards, return_counts=True)
         used = zip(numbers.tolist(), counts.tolist(), strict=True)
-        opened = {shard: self._shard(shard, count) for shard, count in used if shard >= 0}
+        opened = {shard: self._open_shard(shard, count) for shard, count in used if shard >= 0}
         place = memoryview(out.data).cast("B")
         at = 0
         for shard, begin, size in zip(shards.tolist(), begins.tolist(), (pieces.length * width).tolist(), strict=True):
@@ -165,28 +165,28 @@ class CorpusSplit:
 
     def document(self, sample: int) -> NDArray[Any]:
         """The ids of one document, without the EOT around it."""
-        ids = np.empty(int(self.sizes[sample]) - 1, self.dtype)
-        self.read(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+        ids = np.empty(int(self.sample_tokens[sample]) - 1, self.dtype)
+        self.read_spans(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
         return ids
 
     def source(self, sample: int) -> str:
         """The name of the file that a document came from, as its shard has it."""
-        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         begin = 0
-        if sample > self.first[shard]:
-            end = int(self._table[0][sample - 1]) + (int(self.sizes[sample - 1]) + 1) * self.dtype.itemsize
+        if sample > self.first_samples[shard]:
+            end = int(self._table[0][sample - 1]) + (int(self.sample_tokens[sample - 1]) + 1) * self.dtype.itemsize
             begin = -(-end // _BLOCK) * _BLOCK
-        file = self._shard(shard, 0).file
+        file = self._open_shard(shard, 0).file
         size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
         return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
 
-    def _shard(self, shard: int, uses: int) -> _Shard:
+    def _open_shard(self, shard: int, uses: int) -> _OpenShard:
         """An open shard, checked the first time, mapped when it has been used much. It closes when nobody holds it."""
         found = self._open.get(shard)
         if found is None:
             entry = self.entries[shard]
-            self._stamps.check(self.folder, entry.name, entry.size, entry.sha256, check_members)
-            found = _Shard(io.FileIO(self.folder / entry.name))
+            self._verified.check(self.folder, entry.name, entry.size, entry.sha256, check_members)
+            found = _OpenShard(io.FileIO(self.folder / entry.name))
             if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open)), None)
             self._open[shard] = found
@@ -213,7 +213,7 @@ class Corpus:
         """The tokenizer gets the ``special`` tokens of a model: shards hold none, so that one corpus serves every objective."""
         self.folder = Path(folder)
         self.index = read_index(self.folder)
-        self.stamps = VerifiedFiles(self.folder)
+        self.verified = VerifiedFiles(self.folder)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
             raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {CURE}")
@@ -232,7 +232,9 @@ class Corpus:
                 f"{self.folder} has no split {name!r}: it has {', '.join(self.index['splits'])} (data.test_fraction)"
             )
         if name not in self._splits:
-            self._splits[name] = CorpusSplit(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
+            self._splits[name] = CorpusSplit(
+                self.folder, self.index["splits"][name], self.index["dtype"], self.verified
+            )
         return self._splits[name]
 
 
@@ -257,7 +259,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def index_split(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:
+def split_entry(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:
     """What the index says about one split."""
     sums = {key: sum(getattr(entry, key) for entry in entries) for key in ("samples", "tokens", "bytes")}
     return {**sums, "table": table, "shards": [asdict(entry) for entry in entries]}
@@ -293,7 +295,7 @@ def write_table(folder: Path, split: str, table: Ids, stamps: VerifiedFiles) -> 
     return {"name": path.name, "size": len(content), "sha256": digest}
 
 
-def describe(corpus: Corpus) -> dict[str, Any]:
+def describe_corpus(corpus: Corpus) -> dict[str, Any]:
     """What a corpus holds, for showing: folder, vocabulary, and per split its documents, tokens (places), bytes, shards."""
     keys = ("samples", "tokens", "bytes")
     splits = {

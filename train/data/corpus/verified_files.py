@@ -8,7 +8,7 @@ from pathlib import Path
 from train.errors import UserError
 from train.util import io
 
-_STAMPS = "verified.txt"
+_FILE = "verified.txt"
 CURE = "Run `./launch.sh prepare` again with the same settings: it makes anew what is damaged and keeps the rest."
 
 
@@ -19,7 +19,7 @@ class VerifiedFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / _STAMPS
+        self._path = folder / _FILE
         try:
             lines = self._path.read_text("utf-8").splitlines()
         except OSError:
@@ -31,7 +31,7 @@ class VerifiedFiles:
         stat = path.stat()
         return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino} {digest}"
 
-    def holds(self, path: Path, digest: str) -> bool:
+    def is_verified(self, path: Path, digest: str) -> bool:
         """Whether the file is the one that was found to have this sha256."""
         return self._line(path, digest) in self._known
 
@@ -54,7 +54,7 @@ class VerifiedFiles:
         """
         path = folder / name
         check_size(folder, name, size)
-        if self.holds(path, digest):
+        if self.is_verified(path, digest):
             return
         if (found := io.sha256_of(path)) != digest:
             raise UserError(f"{path}: damaged: its sha256 is {found}, the index says {digest}. {CURE}")

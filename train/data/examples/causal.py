@@ -14,19 +14,19 @@ from train.data.sampling.epoch_order import DocSpans
 class CausalExamples:
     """Rows of ``seq_len`` inputs, each with the token after it; with ``memory``, what each row goes on from."""
 
-    chunk = 1 << 22
+    chunk_tokens = 1 << 22
     """8 MB of them."""
 
     def __init__(self, seq_len: int, isolate: bool, memory: bool = False) -> None:
-        self.places, self.isolate = seq_len, isolate
-        self.layout: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
-        self.layout["segments"] = (seq_len,), torch.int32
+        self.row_tokens, self.isolate = seq_len, isolate
+        self.columns: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
+        self.columns["segments"] = (seq_len,), torch.int32
         if memory:
-            self.layout["memory"] = (), torch.int64
+            self.columns["memory"] = (), torch.int64
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> CausalRows:
+    def read_rows(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> CausalRows:
         """As ``Examples.read``."""
-        return CausalRows(shards, pieces, self.places, self.isolate)
+        return CausalRows(shards, pieces, self.row_tokens, self.isolate)
 
 
 class CausalRows:
@@ -61,7 +61,7 @@ class CausalRows:
             more = np.where(padding, first & last, last | np.append(padding[1:], False))
         heads = np.flatnonzero(first)
         self._lines = np.empty((len(heads), seq_len + 1), shards.dtype)
-        shards.read(pieces._replace(length=pieces.length + more), self._lines.reshape(-1))
+        shards.read_spans(pieces._replace(length=pieces.length + more), self._lines.reshape(-1))
         self._goes_on = np.where((pieces.start[heads] > 0) | (not isolate), 1, -1)
         self._row_starts: list[int] = [*heads.tolist(), len(row)]
         self._numbers = (np.arange(1, len(row) + 1) - np.repeat(heads, np.diff(self._row_starts))).astype(np.int32)

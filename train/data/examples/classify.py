@@ -11,7 +11,7 @@ from train.batch import IGNORE
 from train.config.keys import objectives
 from train.data.corpus.shards import CorpusSplit
 from train.data.examples.example_builder import BuiltRows, Columns
-from train.data.examples.labelled import texts_of
+from train.data.examples.labelled import read_labelled
 from train.data.sampling.epoch_order import DocSpans
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
@@ -20,23 +20,23 @@ from train.errors import UserError
 class ClassifyExamples:
     """[CLS] text [SEP], or the same with the token that ends documents where the model has neither; and its label."""
 
-    chunk = 1 << 16
+    chunk_tokens = 1 << 16
 
     def __init__(self, seq_len: int, objective: objectives.Classify, tokenizer: Tokenizer) -> None:
-        self.places = self.seq_len = seq_len
+        self.row_tokens = self.seq_len = seq_len
         self.objective = objective
         self.classes = {name: number for number, name in enumerate(objective.classes)}
         self.tokenizer = tokenizer
         self.first, self.last = (tokenizer.find(name, tokenizer.eot) for name in ("[CLS]", "[SEP]"))
-        self.layout: Columns = dict.fromkeys(("tokens", "positions"), ((seq_len,), torch.int64))
-        self.layout |= {
+        self.columns: Columns = dict.fromkeys(("tokens", "positions"), ((seq_len,), torch.int64))
+        self.columns |= {
             "segments": ((seq_len,), torch.int32),
             "targets": ((), torch.int64 if self.classes else torch.float32),
         }
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
+    def read_rows(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``. Raises UserError for a label that is none of the classes, or no number."""
-        texts = list(texts_of(shards, pieces, self.places, self.tokenizer.eot))
+        texts = list(read_labelled(shards, pieces, self.row_tokens, self.tokenizer.eot))
         tokens, segments = (
             np.zeros((len(texts), self.seq_len), np.int64),
             np.zeros((len(texts), self.seq_len), np.int32),

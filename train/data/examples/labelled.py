@@ -13,7 +13,7 @@ from train.errors import UserError
 _NONE = np.zeros(0, np.int64)
 
 
-def texts_of(shards: CorpusSplit, pieces: DocSpans, places: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
+def read_labelled(shards: CorpusSplit, pieces: DocSpans, places: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
     """(sample, ids of the text, ids of its label) of each row that pieces tile, one document a row; of an empty row nothing."""
     begins = np.cumsum(pieces.length) - pieces.length
     for sample in pieces.sample[begins % places == 0].tolist():

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from train.batch import IGNORE
 from train.config.keys import objectives
 from train.data.corpus.shards import CorpusSplit
-from train.data.examples.example_builder import BuiltRows, Columns, Lines, read_lines, uniform
-from train.data.sampling.epoch_order import DocSpans, Ints, key_of
+from train.data.examples.example_builder import BuiltRows, Columns, TokenRows, hashed_uniform, read_token_rows
+from train.data.sampling.epoch_order import DocSpans, Ints, hash_key
 from train.data.tokenizer import Tokenizer
 
 _CHOOSE, _HOW, _OTHER, _CUT, _NEXT, _FROM, _AT = range(10, 17)
@@ -27,7 +27,7 @@ HIDDEN, OTHER = 0.8, 0.1
 class MaskedExamples:
     """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], with some tokens hidden."""
 
-    chunk = 1 << 16
+    chunk_tokens = 1 << 16
 
     def __init__(
         self, seq_len: int, isolate: bool, objective: objectives.Masked, tokenizer: Tokenizer, seed: int
@@ -36,16 +36,16 @@ class MaskedExamples:
         self.eot = tokenizer.eot
         self.cls, self.sep, self.mask = (tokenizer.id_of(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special)
-        self.inside = _inside_words(tokenizer) if objective.whole_words else None
-        self.places = seq_len - (3 if objective.next_sentence else 2)
-        self.layout: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
-        self.layout["segments"] = (seq_len,), torch.int32
+        self.inside = _word_continuations(tokenizer) if objective.whole_words else None
+        self.row_tokens = seq_len - (3 if objective.next_sentence else 2)
+        self.columns: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
+        self.columns["segments"] = (seq_len,), torch.int32
         if objective.next_sentence:
-            self.layout |= {"types": ((seq_len,), torch.int64), "next_targets": ((), torch.int64)}
+            self.columns |= {"types": ((seq_len,), torch.int64), "next_targets": ((), torch.int64)}
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
+    def read_rows(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``."""
-        lines = read_lines(shards, pieces, self.places)
+        lines = read_token_rows(shards, pieces, self.row_tokens)
         arrays = self._pairs(shards, lines, epoch) if self.objective.next_sentence else self._singles(lines)
         sample, place = arrays.pop("sample"), arrays.pop("place")
         chosen = self._chosen(arrays["tokens"], sample, place, epoch)
@@ -53,7 +53,7 @@ class MaskedExamples:
         arrays["tokens"] = self._hide(arrays["tokens"], chosen, (sample, place), epoch)
         return BuiltRows(arrays)
 
-    def _singles(self, lines: Lines) -> dict[str, NDArray[Any]]:
+    def _singles(self, lines: TokenRows) -> dict[str, NDArray[Any]]:
         """[CLS] text [SEP]; both belong to the document beside them."""
         arrays = self._empty(len(lines.ids))
         arrays["tokens"][:, 1:-1], arrays["segments"][:, 1:-1] = lines.ids, lines.segments
@@ -64,12 +64,12 @@ class MaskedExamples:
         arrays["segments"][rows, 0] = 1
         arrays["segments"][rows, real[rows] + 1] = arrays["segments"][rows, real[rows]]
         if self.isolate:
-            arrays["positions"] = within(arrays["segments"])
+            arrays["positions"] = positions_in_segments(arrays["segments"])
         else:
             arrays["segments"] = np.minimum(arrays["segments"], 1)
         return arrays
 
-    def _pairs(self, shards: CorpusSplit, lines: Lines, epoch: int) -> dict[str, NDArray[Any]]:
+    def _pairs(self, shards: CorpusSplit, lines: TokenRows, epoch: int) -> dict[str, NDArray[Any]]:
         """[CLS] first [SEP] second [SEP]: the row cut inside its longest piece, the second part half the time from elsewhere."""
         arrays = self._empty(len(lines.ids))
         arrays["types"] = np.zeros_like(arrays["tokens"])
@@ -79,7 +79,9 @@ class MaskedExamples:
             piece, length = int(sizes.argmax()), int(sizes.sum())
             begin = int(sizes[:piece].sum())
             identity = lines.sample[row, begin : begin + 1], lines.place[row, begin : begin + 1]
-            draw = {n: float(uniform(key_of(self.seed, epoch, n), *identity)[0]) for n in (_CUT, _NEXT, _FROM, _AT)}
+            draw = {
+                n: float(hashed_uniform(hash_key(self.seed, epoch, n), *identity)[0]) for n in (_CUT, _NEXT, _FROM, _AT)
+            }
             cut = begin + 1 + int(draw[_CUT] * (sizes[piece] - 1))
             first, second = lines.row(row).part(0, cut), lines.row(row).part(cut, length)
             told = sizes[piece] > 1  # else both parts would be of other documents
@@ -90,7 +92,7 @@ class MaskedExamples:
             self._lay(arrays, row, first, second)
         return arrays
 
-    def _lay(self, arrays: dict[str, NDArray[Any]], row: int, first: Lines, second: Lines) -> None:
+    def _lay(self, arrays: dict[str, NDArray[Any]], row: int, first: TokenRows, second: TokenRows) -> None:
         middle, end = len(first.ids) + 1, len(first.ids) + len(second.ids) + 2
         for part, at in ((first, 1), (second, middle + 1)):
             place = slice(at, at + len(part.ids))
@@ -118,27 +120,27 @@ class MaskedExamples:
             word[goes_on] = 0
             word = np.maximum.accumulate(word, axis=1)
         of_word = (np.take_along_axis(values, word, axis=1) for values in (sample, place))
-        drawn = uniform(key_of(self.seed, epoch, _CHOOSE), *of_word) < self.objective.rate
+        drawn = hashed_uniform(hash_key(self.seed, epoch, _CHOOSE), *of_word) < self.objective.rate
         return drawn & (sample >= 0) & (tokens != self.eot)
 
     def _hide(self, tokens: Ints, chosen: NDArray[np.bool_], where: tuple[Ints, Ints], epoch: int) -> Ints:
-        how, other = (uniform(key_of(self.seed, epoch, purpose), *where) for purpose in (_HOW, _OTHER))
+        how, other = (hashed_uniform(hash_key(self.seed, epoch, purpose), *where) for purpose in (_HOW, _OTHER))
         others = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
         shown = np.where(how < HIDDEN, self.mask, np.where(how < HIDDEN + OTHER, others, tokens))
         return np.where(chosen, shown, tokens)
 
 
-def _foreign(shards: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> Lines:
+def _foreign(shards: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> TokenRows:
     """At most ``length`` tokens from somewhere in another document."""
     sample = int(draws[0] * (shards.samples - 1))
     sample += sample >= own
-    size = int(shards.sizes[sample])
+    size = int(shards.sample_tokens[sample])
     start = min(1 + int(draws[1] * max(1, size - length)), size - 1)
     length = min(length, size - start)
-    return read_lines(shards, DocSpans(*(np.array([n]) for n in (sample, start, length))), length).row(0)
+    return read_token_rows(shards, DocSpans(*(np.array([n]) for n in (sample, start, length))), length).row(0)
 
 
-def within(segments: Ints) -> Ints:
+def positions_in_segments(segments: Ints) -> Ints:
     """The place of each token within its segment, (rows, T)."""
     index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
     first = np.ones(segments.shape, bool)
@@ -146,7 +148,7 @@ def within(segments: Ints) -> Ints:
     return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
 
 
-def _inside_words(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _word_continuations(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Of each id: may it go on with a word that the token before began; may a word go on after it.
 
     A word is a run of letters and digits; a Chinese, Japanese or Korean sign is one by itself. Parts of a character are its word's.

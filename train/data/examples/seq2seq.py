@@ -19,10 +19,10 @@ from train.batch import IGNORE
 from train.config.keys import objectives
 from train.config.keys.base import ENCDEC_TOKENS
 from train.data.corpus.shards import CorpusSplit
-from train.data.examples.example_builder import BuiltRows, Columns, read_lines, uniform
-from train.data.examples.labelled import texts_of
-from train.data.examples.masked import within
-from train.data.sampling.epoch_order import DocSpans, Ints, key_of
+from train.data.examples.example_builder import BuiltRows, Columns, hashed_uniform, read_token_rows
+from train.data.examples.labelled import read_labelled
+from train.data.examples.masked import positions_in_segments
+from train.data.sampling.epoch_order import DocSpans, Ints, hash_key
 from train.data.tokenizer import Tokenizer
 
 _CUT, _KEPT = 20, 21
@@ -30,13 +30,13 @@ _CUT, _KEPT = 20, 21
 SENTINELS = len(ENCDEC_TOKENS) - 1
 
 
-def cuts(length: int, objective: objectives.Seq2seq) -> tuple[int, int]:
+def span_counts(length: int, objective: objectives.Seq2seq) -> tuple[int, int]:
     """(tokens cut out, cuts) of a text of so many tokens, two at least: T5's counts."""
     out = min(max(round(length * objective.rate), 1), length - 1)
     return out, min(max(round(out / objective.span), 1), out, length - out, SENTINELS)
 
 
-def lengths(seq_len: int, objective: objectives.Seq2seq) -> tuple[int, int]:
+def row_lengths(seq_len: int, objective: objectives.Seq2seq) -> tuple[int, int]:
     """(tokens of text behind a source of ``seq_len`` tokens, tokens of its target), the end tokens of both included."""
     if objective.task == "pairs":
         return seq_len, objective.target_len
@@ -48,14 +48,14 @@ def lengths(seq_len: int, objective: objectives.Seq2seq) -> tuple[int, int]:
 
 def _of(length: int, objective: objectives.Seq2seq) -> tuple[int, int]:
     """Tokens of source and target of a text, the end tokens included."""
-    out, count = cuts(length, objective)
+    out, count = span_counts(length, objective)
     return length - out + count + 1, out + count + 1
 
 
 class Seq2seqExamples:
     """Sources and targets of fixed length, padded at their ends."""
 
-    chunk = 1 << 16
+    chunk_tokens = 1 << 16
 
     def __init__(
         self, seq_len: int, isolate: bool, objective: objectives.Seq2seq, tokenizer: Tokenizer, seed: int
@@ -63,24 +63,25 @@ class Seq2seqExamples:
         self.seq_len, self.isolate, self.objective, self.seed = seq_len, isolate, objective, seed
         self.eot, self.start = tokenizer.eot, tokenizer.id_of("<pad>")
         self.sentinels = np.array([tokenizer.id_of(name) for name in ENCDEC_TOKENS[1:]])
-        self.places, self.target_len = lengths(seq_len, objective)
+        self.row_tokens, self.target_len = row_lengths(seq_len, objective)
         source, target = (seq_len,), (self.target_len,)
-        self.layout: Columns = {
+        self.columns: Columns = {
             "tokens": (source, torch.int64),
             "targets": (target, torch.int64),
             "positions": (source, torch.int64),
         }
-        self.layout |= {"segments": (source, torch.int32), "target_tokens": (target, torch.int64)}
-        self.layout["target_segments"] = target, torch.int32
+        self.columns |= {"segments": (source, torch.int32), "target_tokens": (target, torch.int64)}
+        self.columns["target_segments"] = target, torch.int32
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
+    def read_rows(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
         """As ``Examples.read``."""
         if self.objective.task == "pairs":
             rows = [
-                self._pair(source, target) for _, source, target in texts_of(shards, pieces, self.seq_len, self.eot)
+                self._pair(source, target)
+                for _, source, target in read_labelled(shards, pieces, self.seq_len, self.eot)
             ]
         else:
-            lines = read_lines(shards, pieces, self.places)
+            lines = read_token_rows(shards, pieces, self.row_tokens)
             rows = []
             for ids, segments, sample, place in zip(lines.ids, lines.segments, lines.sample, lines.place, strict=True):
                 real = int((segments > 0).sum())
@@ -92,9 +93,9 @@ class Seq2seqExamples:
         """The source and the target of a text, each (ids, the documents that they belong to)."""
         if len(ids) < 2:
             return _NOTHING
-        out, count = cuts(len(ids), self.objective)
-        cut = self._parts(out, count, identity, key_of(self.seed, epoch, _CUT))
-        kept = self._parts(len(ids) - out, count, identity, key_of(self.seed, epoch, _KEPT))
+        out, count = span_counts(len(ids), self.objective)
+        cut = self._parts(out, count, identity, hash_key(self.seed, epoch, _CUT))
+        kept = self._parts(len(ids) - out, count, identity, hash_key(self.seed, epoch, _KEPT))
         borders = np.cumsum(np.stack([kept, cut], 1).ravel())  # the text begins with what is kept
         source, target, at = [], [], 0
         for number, (middle, end) in enumerate(borders.reshape(-1, 2).tolist()):
@@ -107,7 +108,9 @@ class Seq2seqExamples:
 
     def _parts(self, total: int, count: int, identity: tuple[int, int], key: int) -> Ints:
         """The sizes of ``count`` parts of ``total``, none empty, every choice as likely as any other."""
-        order = uniform(key, *(np.full(total - 1, n) for n in identity), np.arange(total - 1)).argsort(kind="stable")
+        order = hashed_uniform(key, *(np.full(total - 1, n) for n in identity), np.arange(total - 1)).argsort(
+            kind="stable"
+        )
         borders = np.sort(order[: count - 1]) + 1
         return np.diff(borders, prepend=0, append=total)
 
@@ -121,7 +124,7 @@ class Seq2seqExamples:
     def _lay(self, rows: list[_Row]) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {
             key: np.zeros((len(rows), *shape), np.int32 if kind == torch.int32 else np.int64)
-            for key, (shape, kind) in self.layout.items()
+            for key, (shape, kind) in self.columns.items()
         }
         arrays["targets"][:] = IGNORE
         for row, ((source, of_source), (target, of_target)) in enumerate(rows):
@@ -133,7 +136,7 @@ class Seq2seqExamples:
                 before = np.append(self.start, target[:-1])
                 before[np.append(False, of_target[1:] != of_target[:-1])] = self.start
                 arrays["target_tokens"][row, : len(target)] = before
-        arrays["positions"] = within(arrays["segments"])
+        arrays["positions"] = positions_in_segments(arrays["segments"])
         return arrays
 
 

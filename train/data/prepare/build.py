@@ -19,8 +19,8 @@ from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
-from train.data.prepare.corpus_spec import CorpusSpec, Report
-from train.data.prepare.sources import LABEL, SourceFile, reading
+from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
+from train.data.prepare.sources import LABEL, SourceFile, read_options
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.util import io
@@ -35,23 +35,23 @@ _PROBE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Making:
+class CorpusBuild:
     """All that the making of one corpus needs."""
 
     data: schema.Data
     sources: list[SourceFile]
-    recipe: CorpusSpec
+    spec: CorpusSpec
     folder: Path
-    run: workers.Run
-    report: Report
+    run_tasks: workers.TaskRunner
+    report: ReportProgress
 
     def texts(self, documents: workers.Documents) -> Iterator[str]:
         """The cleaned texts of some documents."""
-        named, how = dict(enumerate(self.sources)), reading(self.data)
-        return (workers.text_of(named, document, how).replace(LABEL, "") for document in documents)
+        named, how = dict(enumerate(self.sources)), read_options(self.data)
+        return (workers.document_text(named, document, how).replace(LABEL, "") for document in documents)
 
 
-def enter(folder: Path, recipe: CorpusSpec) -> None:
+def claim_folder(folder: Path, recipe: CorpusSpec) -> None:
     """Make the folder this recipe's. Raises UserError if it is another's: nothing of it is touched then."""
     (folder / _RECEIPTS).mkdir(parents=True, exist_ok=True)
     path = folder / _RECIPE
@@ -68,25 +68,25 @@ def enter(folder: Path, recipe: CorpusSpec) -> None:
         io.write_whole(path, json.dumps({"recipe": recipe.digest, "settings": recipe.settings}).encode())
 
 
-def make(making: Making) -> None:
+def build_corpus(making: CorpusBuild) -> None:
     """Write tokenizer, shards, tables and index, each unless it is there and right."""
-    folder, recipe = making.folder, making.recipe
+    folder, recipe = making.folder, making.spec
     for left in [*folder.glob(f"{io.ASIDE}*"), *(folder / _RECEIPTS).glob(f"{io.ASIDE}*")]:
         left.unlink()  # of a prepare that was killed: we hold the lock
     stamps = VerifiedFiles(folder)
     made = _tokenizer(making, stamps)
     dtype = "uint16" if made.vocab_size <= 1 << 16 else "uint32"
-    jobs = {name: _plan(making, made, name, dtype) for name in recipe.splits}
-    receipts = _encode(making, [job for name in recipe.splits for job in jobs[name]], stamps)
+    jobs = {name: _plan_shards(making, made, name, dtype) for name in recipe.splits}
+    receipts = _write_shards(making, [job for name in recipe.splits for job in jobs[name]], stamps)
     splits = {}
     for name in recipe.splits:
         done = [receipts[job.path.name] for job in jobs[name]]
         table = np.concatenate([np.zeros((3, 0), np.int64), *(table for _, table in done)], axis=1)
-        splits[name] = shards.index_split([entry for entry, _ in done], shards.write_table(folder, name, table, stamps))
+        splits[name] = shards.split_entry([entry for entry, _ in done], shards.write_table(folder, name, table, stamps))
     shards.write_index(folder, {"recipe": recipe.digest, "settings": recipe.settings}, made, dtype, splits)
 
 
-def _tokenizer(making: Making, stamps: VerifiedFiles) -> Tokenizer:
+def _tokenizer(making: CorpusBuild, stamps: VerifiedFiles) -> Tokenizer:
     """The tokenizer of the corpus, made unless it is there and the one that was made."""
     path, receipt = making.folder / tokenizer.FILE, making.folder / _RECEIPTS / f"{tokenizer.FILE}.json"
     try:
@@ -96,11 +96,11 @@ def _tokenizer(making: Making, stamps: VerifiedFiles) -> Tokenizer:
             return tokenizer.load_tokenizer(making.folder)
     except (OSError, ValueError):
         pass  # not made yet, or not whole
-    train = making.recipe.splits["train"]
+    train = making.spec.splits["train"]
     share = min(1.0, _LEARN_FROM / max(1, int(train["bytes"].sum())))
     chosen = train[train["hash"][:, 1].astype(np.float64) / 2.0**64 < share] if share < 1 else train
     making.report({"phase": "tokenizer", "done": 0, "total": int(chosen["bytes"].sum())})
-    content = tokenizer.build_tokenizer(making.data.tokenizer, making.texts(chosen), making.recipe.characters)
+    content = tokenizer.build_tokenizer(making.data.tokenizer, making.texts(chosen), making.spec.characters)
     io.write_whole(path, content.encode())
     made = tokenizer.load_tokenizer(making.folder)
     io.write_whole(receipt, json.dumps(made.fingerprint).encode())
@@ -108,9 +108,9 @@ def _tokenizer(making: Making, stamps: VerifiedFiles) -> Tokenizer:
     return made
 
 
-def _plan(making: Making, made: Tokenizer, split: str, dtype: str) -> list[workers.ShardJob]:
+def _plan_shards(making: CorpusBuild, made: Tokenizer, split: str, dtype: str) -> list[workers.ShardJob]:
     """Cut a split, in its order, into shards of about ``data.shard_tokens`` tokens."""
-    documents = making.recipe.splits[split]
+    documents = making.spec.splits[split]
     if not len(documents):
         return []
     per_byte = _tokens_per_byte(making, made)
@@ -122,13 +122,13 @@ def _plan(making: Making, made: Tokenizer, split: str, dtype: str) -> list[worke
         part = documents[first:last]
         named = {int(n): making.sources[int(n)] for n in np.unique(part["file"])}
         path = making.folder / f"{split}-{number:06d}.tar"
-        jobs.append(workers.ShardJob(path, first, part, named, reading(making.data), dtype))
+        jobs.append(workers.ShardJob(path, first, part, named, read_options(making.data), dtype))
     return jobs
 
 
-def _tokens_per_byte(making: Making, made: Tokenizer) -> float:
+def _tokens_per_byte(making: CorpusBuild, made: Tokenizer) -> float:
     """Measured on some documents of the training split, evenly apart."""
-    train = making.recipe.splits["train"]
+    train = making.spec.splits["train"]
     probed = train[np.unique(np.linspace(0, len(train) - 1, _PROBE).astype(np.int64))]
     texts = [text[:_PROBE_CHARACTERS] for text in making.texts(probed)]
     return sum(len(made.encode(text)) for text in texts) / max(1, sum(len(text.encode()) for text in texts))
@@ -137,14 +137,14 @@ def _tokens_per_byte(making: Making, made: Tokenizer) -> float:
 Receipt = tuple[shards.ShardEntry, shards.Ids]
 
 
-def _encode(making: Making, jobs: list[workers.ShardJob], stamps: VerifiedFiles) -> dict[str, Receipt]:
+def _write_shards(making: CorpusBuild, jobs: list[workers.ShardJob], stamps: VerifiedFiles) -> dict[str, Receipt]:
     """Write every shard that has no receipt, or does not agree with it; the receipts by name of shard."""
-    kept = {job.path.name: receipt for job in jobs if (receipt := _kept(making.folder, job.path, stamps))}
+    kept = {job.path.name: receipt for job in jobs if (receipt := _finished_shard(making.folder, job.path, stamps))}
     missing = [job for job in jobs if job.path.name not in kept]
     sizes = {job.path.name: int(job.documents["bytes"].sum()) for job in jobs}
     total, done = sum(sizes.values()), sum(sizes[name] for name in kept)
     making.report({"phase": "tokenize", "done": done, "total": total, "shards": len(jobs), "kept": len(kept)})
-    for number, (entry, table) in making.run(workers.encode_shard, [(job,) for job in missing]):
+    for number, (entry, table) in making.run_tasks(workers.encode_shard, [(job,) for job in missing]):
         _write_receipt(making.folder, entry, table)
         stamps.add(missing[number].path, entry.sha256)
         kept[entry.name] = entry, table
@@ -153,7 +153,7 @@ def _encode(making: Making, jobs: list[workers.ShardJob], stamps: VerifiedFiles)
     return kept
 
 
-def _kept(folder: Path, path: Path, stamps: VerifiedFiles) -> Receipt | None:
+def _finished_shard(folder: Path, path: Path, stamps: VerifiedFiles) -> Receipt | None:
     """The receipt of a shard that is there and whole."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:

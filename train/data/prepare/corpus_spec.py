@@ -14,11 +14,11 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
-from train.data.prepare.sources import ReadOptions, SourceFile, complain
+from train.data.prepare.sources import ReadOptions, SourceFile, raise_problems
 from train.errors import UserError
 from train.util.format import plural
 
-Report = Callable[[dict[str, Any]], None]
+ReportProgress = Callable[[dict[str, Any]], None]
 """Told {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)}.
 
 What it raises ends the work; finished shards are kept.
@@ -37,7 +37,7 @@ class CorpusSpec:
     characters: str
 
 
-def settings(data: schema.Data) -> dict[str, Any]:
+def corpus_settings(data: schema.Data) -> dict[str, Any]:
     """The keys of ``data`` that decide what the shards hold, and of labelled text what is held out by."""
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
     chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
@@ -45,12 +45,12 @@ def settings(data: schema.Data) -> dict[str, Any]:
 
 
 def build_spec(
-    data: schema.Data, sources: list[SourceFile], how: ReadOptions, run: workers.Run, report: Report
+    data: schema.Data, sources: list[SourceFile], how: ReadOptions, run: workers.TaskRunner, report: ReportProgress
 ) -> CorpusSpec:
     """Read all text once, as ``how`` says. Raises UserError with every problem of every file, or if nothing is left."""
     total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
-    tasks = [(spans, how, data.tokenizer.kind == "chars") for spans in _spans(sources)]
+    tasks = [(spans, how, data.tokenizer.kind == "chars") for spans in _group_spans(sources)]
     found: dict[int, workers.FoundDocuments] = {}
     done = 0
     for number, part in run(workers.find_documents, tasks):
@@ -58,7 +58,7 @@ def build_spec(
         done += part.read
         report({"phase": "read", "done": done, "total": total})
     parts = [found[number] for number in range(len(tasks))]
-    complain([problem for part in parts for problem in part.problems])
+    raise_problems([problem for part in parts for problem in part.problems])
     documents = np.concatenate([part.documents for part in parts])
     if not len(documents):
         raise UserError(
@@ -67,20 +67,20 @@ def build_spec(
     if data.dedup:
         documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
-    chosen = settings(data)
+    chosen = corpus_settings(data)
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
     digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
     characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
-    return CorpusSpec(digest, chosen, _split(documents, data, sources, how), characters)
+    return CorpusSpec(digest, chosen, _split_documents(documents, data, sources, how), characters)
 
 
-def _spans(sources: list[SourceFile]) -> Iterator[list[workers.Span]]:
+def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
     """Lists of spans of about _SPAN bytes, in order: small files together, large files of lines in pieces."""
-    group: list[workers.Span] = []
+    group: list[workers.ByteSpan] = []
     for number, file in enumerate(sources):
         step = _SPAN if file.lines else max(file.size, 1)
         for begin in range(0, max(file.size, 1), step):
-            group.append(workers.Span(number, file, begin, min(begin + step, file.size)))
+            group.append(workers.ByteSpan(number, file, begin, min(begin + step, file.size)))
             if sum(span.end - span.begin for span in group) >= _SPAN:
                 yield group
                 group = []
@@ -88,7 +88,7 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[workers.Span]]:
         yield group
 
 
-def _split(
+def _split_documents(
     documents: workers.Documents, data: schema.Data, sources: list[SourceFile], how: ReadOptions
 ) -> dict[str, workers.Documents]:
     """Hold out the documents whose place, the hash of the text as a number in [0, 1), lies below ``data.val_fraction``.
@@ -101,7 +101,7 @@ def _split(
     if not data.val_fraction + data.test_fraction:
         return {"train": documents, "val": documents[:0]}
     if len(documents) == 1:
-        text = workers.text_of(dict(enumerate(sources)), documents[0], how)
+        text = workers.document_text(dict(enumerate(sources)), documents[0], how)
         middle = int(len(text) * (1 - data.val_fraction))
         train, val = documents.copy(), documents.copy()
         train["end"], val["begin"] = middle, middle

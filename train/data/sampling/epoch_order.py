@@ -35,21 +35,21 @@ class DocSpans(NamedTuple):
     length: Ints
 
 
-_NOTHING = DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))
+_NO_SPANS = DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def key_of(*numbers: int) -> int:
+def hash_key(*numbers: int) -> int:
     """One 64-bit key of several numbers, in their order."""
     key = 0
     for number in numbers:
-        key = int(mix(np.array([(key ^ (number & _MASK)) + _GOLDEN & _MASK], np.uint64))[0])
+        key = int(splitmix64(np.array([(key ^ (number & _MASK)) + _GOLDEN & _MASK], np.uint64))[0])
     return key
 
 
@@ -60,7 +60,7 @@ def permutation(ids: Ints, key: int) -> Ints:
     """
     bits = np.uint64(max(len(ids) - 1, 1).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)
-    hashes = mix(ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+    hashes = splitmix64(ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
     return (np.sort((hashes & ~low) | np.arange(len(ids), dtype=np.uint64)) & low).astype(np.int64)
 
 
@@ -70,7 +70,7 @@ class SplitSizes:
 
     shard_samples: Ints
     shard_tokens: Ints
-    sizes: Ints
+    sample_tokens: Ints
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class EpochOrder:
     """The line of units of every epoch, and the pieces of any stretch of it. Several threads may use it."""
 
     def __init__(self, layout: SplitSizes, shuffle: Shuffle, pack: bool) -> None:
-        self._layout = layout
+        self._sizes = layout
         self._shuffle = shuffle
         self._pack = pack
         self._first = np.concatenate([[0], np.cumsum(layout.shard_samples)]).astype(np.int64)
@@ -102,34 +102,34 @@ class EpochOrder:
         A piece of an unpacked order is a whole sample.
         """
         with self._lock:
-            _, borders = self._shards_of(epoch)
+            _, borders = self._shard_order(epoch)
             # Cut the stretches where windows end, then serve all that lie in a window at once.
             first = np.searchsorted(borders, begins, side="right") - 1
             last = np.searchsorted(borders, ends, side="left") - 1
-            which, window = _ranges(first, np.where(begins < ends, last - first + 1, 0))
+            which, window = _expand_ranges(first, np.where(begins < ends, last - first + 1, 0))
             low = np.maximum(begins[which], borders[window]) - borders[window]
             high = np.minimum(ends[which], borders[window + 1]) - borders[window]
-            parts, owners = [_NOTHING], [np.zeros(0, np.int64)]
+            parts, owners = [_NO_SPANS], [np.zeros(0, np.int64)]
             for number in np.unique(window).tolist():
                 inside = np.flatnonzero(window == number)
-                pieces, owner = self._inside(epoch, number, low[inside], high[inside])
+                pieces, owner = self._spans_in_window(epoch, number, low[inside], high[inside])
                 parts.append(pieces)
                 owners.append(inside[owner])
         cut = np.concatenate(owners)
-        pieces = _together(parts)
+        pieces = _concat_spans(parts)
         if len(parts) > 2:
             sort = np.argsort(cut, kind="stable")
             cut, pieces = cut[sort], take_spans(pieces, sort)
         return pieces, which[cut]
 
-    def _inside(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
+    def _spans_in_window(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
         """As ``stretches``, for stretches that lie in one window, counted from its start; none is empty."""
-        samples, sums = self._window(epoch, window)
+        samples, sums = self._samples_of_window(epoch, window)
         first = np.searchsorted(sums, begins, side="right")
         last = np.searchsorted(sums, ends, side="left")
-        owner, at = _ranges(first, last - first + 1)
+        owner, at = _expand_ranges(first, last - first + 1)
         sample = samples[at]
-        length = self._layout.sizes[sample]
+        length = self._sizes.sample_tokens[sample]
         start = np.zeros_like(sample)
         if self._pack:
             stop = np.cumsum(last - first + 1)
@@ -139,31 +139,31 @@ class EpochOrder:
             length[head] -= start[head]
         return DocSpans(sample, start, length), owner
 
-    def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
+    def _shard_order(self, epoch: int) -> tuple[Ints, Ints]:
         """The shards of an epoch in order, and the units before each of its windows (and in all)."""
         if self._epoch is None or self._epoch[0] != epoch:
             numbers = np.arange(len(self._shard_units), dtype=np.int64)
             step = self._shuffle.window or len(numbers)
             if self._shuffle.window:
-                numbers = permutation(numbers, key_of(self._shuffle.seed, epoch, 0))
+                numbers = permutation(numbers, hash_key(self._shuffle.seed, epoch, 0))
             before = np.concatenate([[0], np.cumsum(self._shard_units[numbers])])
             borders = np.append(before[0:-1:step], before[-1]).astype(np.int64)
             self._epoch = epoch, numbers, borders
         return self._epoch[1], self._epoch[2]
 
-    def _window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
+    def _samples_of_window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
         """Of a window: its samples in order, and the units up to the end of each. The least used are forgotten."""
         found = self._windows.get((epoch, window))
         if found is not None:
             self._windows.move_to_end((epoch, window))
             return found
-        shards, _ = self._shards_of(epoch)
+        shards, _ = self._shard_order(epoch)
         step = self._shuffle.window or len(shards)
         chosen = shards[window * step : (window + 1) * step]
         samples = np.concatenate([np.arange(self._first[n], self._first[n + 1]) for n in chosen])
         if self._shuffle.window:
-            samples = samples[permutation(samples, key_of(self._shuffle.seed, epoch, 1))]
-        ends = np.cumsum(self._layout.sizes[samples]) if self._pack else np.arange(1, len(samples) + 1)
+            samples = samples[permutation(samples, hash_key(self._shuffle.seed, epoch, 1))]
+        ends = np.cumsum(self._sizes.sample_tokens[samples]) if self._pack else np.arange(1, len(samples) + 1)
         self._windows[epoch, window] = samples, ends
         self._cached += samples.nbytes + ends.nbytes
         while self._cached > _CACHE_BYTES and len(self._windows) > 1:
@@ -172,7 +172,7 @@ class EpochOrder:
         return samples, ends
 
 
-def _together(parts: list[DocSpans]) -> DocSpans:
+def _concat_spans(parts: list[DocSpans]) -> DocSpans:
     return DocSpans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -181,7 +181,7 @@ def take_spans(pieces: DocSpans, which: Ints) -> DocSpans:
     return DocSpans(*(column[which] for column in pieces))
 
 
-def _ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+def _expand_ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
     """The numbers first[i], first[i] + 1, ... (count[i] of them), one range after the other, and the i of each."""
     owner = np.repeat(np.arange(len(first)), count)
     before = np.cumsum(count) - count

@@ -50,7 +50,7 @@ def test_counts_of_the_index(build_corpus):
     split = build_corpus(UNEVEN).split("train")
     lengths = [length for shard in UNEVEN for length in shard]
     assert (split.samples, split.bytes, split.tokens) == (108, sum(lengths), sum(lengths) + 108)
-    assert split.sizes.tolist() == [length + 1 for length in lengths]
+    assert split.sample_tokens.tolist() == [length + 1 for length in lengths]
 
 
 def damage(path, how):

@@ -26,7 +26,7 @@ def rows_of(corpus, epoch=0, seed=0, world=1, steps=None, seq_len=T, **keys):
     tokenizer = corpus.tokenizer.extended(ENCODER_TOKENS)
     examples = MaskedExamples(seq_len, True, objectives.Masked(name="masked", **keys), tokenizer, seed)
     shards = corpus.split("train")
-    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), True), StepShape(6, examples.places, 6))
+    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), True), StepShape(6, examples.row_tokens, 6))
     found = []
     for rank in range(world):
         loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
@@ -128,9 +128,9 @@ def test_a_document_is_hidden_alike_wherever_it_stands(text):
 
 def test_words_are_found_in_any_script():
     made = Tokenizer(words_tokenizer())
-    from train.data.examples.masked import _inside_words
+    from train.data.examples.masked import _word_continuations
 
-    begins, ends = _inside_words(made)
+    begins, ends = _word_continuations(made)
     ids = {name: made.find(name, -1) for name in ("Ġto", "day", "我", "!", "##s")}
     assert [bool(begins[ids[name]]) for name in ("Ġto", "day", "我", "!", "##s")] == [False, True, False, False, True]
     assert [bool(ends[ids[name]]) for name in ("Ġto", "day", "我", "!")] == [True, True, False, False]

@@ -9,7 +9,7 @@ from train.batch import IGNORE
 from train.config.keys import objectives
 from train.config.keys.base import ENCDEC_TOKENS
 from train.data.corpus.shards import Corpus
-from train.data.examples.seq2seq import Seq2seqExamples, lengths
+from train.data.examples.seq2seq import Seq2seqExamples, row_lengths
 from train.data.loader import Loader, RankShare, split_sizes
 from train.data.prepare.prepare import prepare
 from train.data.sampling.batch_plan import BatchPlan, StepShape
@@ -23,7 +23,9 @@ PAIRS = objectives.Seq2seq(name="seq2seq", task="pairs", target_len=8)
 def rows_of(corpus, objective, seq_len, seed=0, isolate=True, pack=True, world=1):
     tokenizer = corpus.tokenizer.extended(ENCDEC_TOKENS)
     examples, shards = Seq2seqExamples(seq_len, isolate, objective, tokenizer, seed), corpus.split("train")
-    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), pack), StepShape(6, examples.places, 6, pack))
+    plan = BatchPlan(
+        EpochOrder(split_sizes(shards), Shuffle(seed, 4), pack), StepShape(6, examples.row_tokens, 6, pack)
+    )
     found = []
     for rank in range(world):
         loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
@@ -51,7 +53,7 @@ def put_together(source, target, tokenizer):
 def test_source_and_target_together_are_the_text(build_corpus, isolate):
     corpus = build_corpus([[100, 30, 7, 1, 260] * 4])
     rows, tokenizer = rows_of(corpus, SPANS, 48, isolate=isolate)
-    places, longest = lengths(48, SPANS)
+    places, longest = row_lengths(48, SPANS)
     assert rows["targets"].shape[1] == longest
     texts, cut = [], 0
     for tokens, targets, segments in zip(rows["tokens"], rows["targets"], rows["segments"], strict=True):
@@ -74,7 +76,7 @@ def test_source_and_target_together_are_the_text(build_corpus, isolate):
 
 
 def test_published_lengths():
-    assert lengths(512, SPANS) == (568, 114), "as mesh-tensorflow's random_spans_helper has it"
+    assert row_lengths(512, SPANS) == (568, 114), "as mesh-tensorflow's random_spans_helper has it"
 
 
 def test_what_the_decoder_reads_is_what_it_wrote_before_and_begins_anew_with_each_document(build_corpus):

@@ -15,7 +15,7 @@ import pytest
 from train.data.corpus.shards import Corpus
 from train.data.prepare import prepare as module
 from train.data.prepare.clean import clean
-from train.data.prepare.prepare import prepare, resolve
+from train.data.prepare.prepare import find_prepared, prepare
 from train.errors import UserError
 
 ROOT = Path(__file__).parents[4]
@@ -60,9 +60,9 @@ def test_text_comes_back_from_the_shards(tmp_path, text_data):
 
 def test_the_second_time_there_is_nothing_to_do(tmp_path, text_data, monkeypatch):
     data = text_data(write_lines(tmp_path / "a.jsonl", 100))
-    assert resolve(data) is None
+    assert find_prepared(data) is None
     folder = prepare(data, quiet)
-    assert resolve(data) == folder
+    assert find_prepared(data) == folder
     monkeypatch.setattr(module, "build_spec", None)  # reading the text again would fail
     events = []
     assert prepare(data, events.append) == folder
@@ -82,9 +82,9 @@ def test_the_default_folder_is_named_after_the_text(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 50)
     first = prepare(text_data("a.jsonl"), quiet)
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
-    assert resolve(text_data("a.jsonl")) is None
+    assert find_prepared(text_data("a.jsonl")) is None
     assert prepare(text_data("a.jsonl"), quiet) == first  # read again, and found to be the same
-    assert resolve(text_data("a.jsonl")) == first
+    assert find_prepared(text_data("a.jsonl")) == first
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     second = prepare(text_data("a.jsonl"), quiet)
@@ -167,11 +167,11 @@ def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, nam
     kept = (folder / "train-000000.tar").stat().st_ino
     (folder / name).write_bytes((folder / name).read_bytes()[:-600])
     with pytest.raises(UserError, match=r"prepare` again"):
-        resolve(data)
+        find_prepared(data)
     assert prepare(data, quiet) == folder
     assert content(folder) == before
     assert (folder / "train-000000.tar").stat().st_ino == kept
-    assert resolve(data) == folder
+    assert find_prepared(data) == folder
 
 
 PREPARE = """
@@ -299,6 +299,6 @@ def test_a_given_tokenizer_is_part_of_the_corpus(tmp_path, text_data):
     given = text_data("a.jsonl", kind="file", tokenizer_path=str(made / "tokenizer.json"))
     folder = prepare(given, quiet)
     assert Corpus(folder).tokenizer.fingerprint == Corpus(made).tokenizer.fingerprint
-    assert resolve(given) == folder
+    assert find_prepared(given) == folder
     with pytest.raises(UserError, match=r"no\.json"):
         prepare(text_data("a.jsonl", kind="file", tokenizer_path="no.json"), quiet)

@@ -125,7 +125,7 @@ def test_a_label_that_is_none_of_the_classes_is_found_in_preparing_or_at_its_fir
     corpus = Corpus(prepare(data, lambda event: None), config.model.special)  # prepared for something else
     examples = build_examples(config, corpus.tokenizer)
     reader = EvalLoader(
-        corpus.split("train"), StepShape(64, examples.places, 1, pack=False), RankShare(0, 1, 64), examples
+        corpus.split("train"), StepShape(64, examples.row_tokens, 1, pack=False), RankShare(0, 1, 64), examples
     )
     with pytest.raises(UserError, match=r"a\.jsonl: of the document that begins 'odd one', the label 'gut' is none"):
         list(reader)

@@ -5,7 +5,7 @@ import pytest
 from train.config import schema
 from train.data.corpus.shards import Corpus
 from train.data.prepare.prepare import prepare
-from train.data.prepare.sources import list_files, read_span, reading
+from train.data.prepare.sources import list_files, read_options, read_span
 from train.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
     (file,) = list_files(data)
     for step in (1, 7, 64, 10_000):
         spans = [(begin, min(begin + step, file.size)) for begin in range(0, file.size, step)]
-        found = [text for begin, end in spans for _, _, text in read_span(file, begin, end, reading(data))]
+        found = [text for begin, end in spans for _, _, text in read_span(file, begin, end, read_options(data))]
         assert found == texts
 
 

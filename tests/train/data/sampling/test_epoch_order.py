@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
-from train.data.sampling.epoch_order import DocSpans, EpochOrder, Shuffle, SplitSizes, key_of, permutation
+from train.data.sampling.epoch_order import DocSpans, EpochOrder, Shuffle, SplitSizes, hash_key, permutation
 from train.errors import UserError
 
 
@@ -46,7 +46,7 @@ def test_every_place_comes_exactly_once_an_epoch(drawn, epoch):
     cursor, seen = Cursor(epoch, 0), []
     for _ in range(plan.steps_per_epoch):
         assert cursor.epoch == epoch
-        pieces = plan.rows(range(plan.shape.streams), cursor, 1)
+        pieces = plan.row_spans(range(plan.shape.streams), cursor, 1)
         assert pieces.length.sum() == plan.shape.rows * plan.shape.seq_len
         seen += [place for place in places(pieces) if place[0] >= 0]
         cursor = plan.after(cursor)
@@ -69,11 +69,11 @@ def test_rows_do_not_depend_on_who_asks_nor_on_how_many_steps_at_once(drawn, wor
     by_rank = {}
     for rank in range(min(world, plan.shape.streams)):
         own = range(rank, plan.shape.streams, min(world, plan.shape.streams))
-        line = places(plan.rows(own, cursor, steps))
+        line = places(plan.row_spans(own, cursor, steps))
         for n, stream in enumerate(own):
             by_rank[stream] = line[n * steps * depth * T : (n + 1) * steps * depth * T]
     for step in range(steps):
-        whole = places(plan.rows(range(plan.shape.streams), plan.after(cursor, step), 1))
+        whole = places(plan.row_spans(range(plan.shape.streams), plan.after(cursor, step), 1))
         for stream in range(plan.shape.streams):
             mine = by_rank[stream][step * depth * T : (step + 1) * depth * T]
             assert mine == whole[stream * depth * T : (stream + 1) * depth * T]
@@ -88,7 +88,7 @@ def test_a_cursor_reached_by_arithmetic_is_the_one_reached_by_steps(drawn, steps
         cursor = plan.after(cursor)
     assert plan.after(Cursor(), steps) == cursor
     assert Cursor.from_dict(cursor.to_dict()) == cursor
-    plan.check(cursor)
+    plan.check_cursor(cursor)
 
 
 @given(plans())
@@ -97,7 +97,7 @@ def test_streams_are_equal_to_one_unit(drawn):
     shards, plan = drawn
     units = sum(map(sum, shards)) if plan.shape.pack else sum(map(len, shards))
     steps = plan.steps_per_epoch
-    pieces = plan.rows(range(plan.shape.streams), Cursor(), steps)
+    pieces = plan.row_spans(range(plan.shape.streams), Cursor(), steps)
     rows = steps * plan.rows_per_stream * plan.shape.seq_len
     filled = [
         sum(place[0] >= 0 for place in places(pieces)[s * rows : (s + 1) * rows]) for s in range(plan.shape.streams)
@@ -111,7 +111,7 @@ def test_streams_are_ranges_of_the_epochs_line():
     # 10 places in three samples, two streams of five; rows of two places, one row of each stream a step.
     order = EpochOrder(layout_of([[3], [4, 3]]), Shuffle(0, 0), True)
     plan = BatchPlan(order, StepShape(2, 2, 2))
-    steps = [places(plan.rows(range(2), Cursor(0, position), 1)) for position in (0, 2, 4)]
+    steps = [places(plan.row_spans(range(2), Cursor(0, position), 1)) for position in (0, 2, 4)]
     assert steps == [
         [(0, 0), (0, 1), (1, 2), (1, 3)],
         [(0, 2), (1, 0), (2, 0), (2, 1)],
@@ -141,7 +141,7 @@ def test_samples_are_permuted_only_among_the_shards_of_a_window():
 
 def test_the_permutation_never_changes():
     # Worked out once and kept: a resumed run must read what the first would have read, in every later version.
-    assert permutation(np.arange(10), key_of(1, 2, 3)).tolist() == [1, 8, 3, 9, 4, 5, 0, 2, 7, 6]
+    assert permutation(np.arange(10), hash_key(1, 2, 3)).tolist() == [1, 8, 3, 9, 4, 5, 0, 2, 7, 6]
     order = EpochOrder(layout_of([[7], [1], [100], [3, 4]]), Shuffle(5, 2), True)
     assert BatchPlan(order, StepShape(4, 8, 2)).data_hash(Cursor(2, 16)) == "0bd3f070eb39ca9f"
 
@@ -153,7 +153,7 @@ def test_a_permutation_holds_every_index_once(count, key):
 
 
 def test_first_places_of_permutations_are_uniform():
-    counts = np.bincount([permutation(np.arange(8), key_of(seed))[0] for seed in range(4000)], minlength=8)
+    counts = np.bincount([permutation(np.arange(8), hash_key(seed))[0] for seed in range(4000)], minlength=8)
     assert abs(counts - 500).max() < 100  # 4.8 standard deviations
 
 
@@ -185,7 +185,7 @@ def test_a_billion_samples_are_planned_at_once():
     layout = SplitSizes(np.full(shards, each), np.full(shards, 500 * each), sizes)
     plan = BatchPlan(EpochOrder(layout, Shuffle(0, 16), True), StepShape(8, 1024, 8))
     cursor = Cursor(3, 1024 * 40_000_000)
-    assert plan.rows(range(8), cursor, 1).length.sum() == 8 * 1024
+    assert plan.row_spans(range(8), cursor, 1).length.sum() == 8 * 1024
     assert plan.data_hash(cursor) == plan.data_hash(cursor)
 
 
@@ -199,7 +199,7 @@ def test_rows_that_streams_do_not_divide_are_refused_with_the_cure():
 def test_a_cursor_of_another_corpus_is_refused(cursor):
     plan = BatchPlan(EpochOrder(layout_of([[50, 50]]), Shuffle(0, 1), True), StepShape(2, 8, 2))
     with pytest.raises(UserError, match="saved data position"):
-        plan.check(cursor)
+        plan.check_cursor(cursor)
 
 
 def test_an_empty_split_is_refused():
