@@ -126,6 +126,6 @@ def test_few_open_shards_serve_many(build_corpus, monkeypatch):
     split = build_corpus(UNEVEN).split("train")
     pieces = DocSpans(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
     found = np.ones(11, np.uint16)
-    split.read(pieces, found)
+    split.read_spans(pieces, found)
     first, second = split.document(0), split.document(7)
     assert found.tolist() == [256, first[0], 256, second[0], second[1], 256, first[0], 0, 0, 0, 0]
