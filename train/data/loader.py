@@ -166,7 +166,7 @@ class Loader:
         own, rows_each = len(self._streams), steps * self.plan.rows_per_stream
         spans = self.plan.row_spans(self._streams, cursor, steps)
         if own > 1:
-            # From stream after stream to step after step, and inside a step to the order of rows j = i * streams + stream.
+            # From stream after stream to step after step, and in a step to the rows' order j = i * streams + stream.
             stream, row = np.divmod((np.cumsum(spans.length) - 1) // self.plan.shape.seq_len, rows_each)
             spans = take_spans(spans, np.argsort(row * own + stream, kind="stable"))
         rows = self._examples.read_rows(self._split, spans, cursor.epoch)

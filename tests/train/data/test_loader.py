@@ -1,4 +1,4 @@
-"""Loaders: contents of rows, exact partition among ranks, seek to any cursor, errors of the reading thread."""
+"""Loaders: contents of rows, exact partition among ranks, seek to any cursor, errors of the thread."""
 
 import subprocess
 import sys
@@ -36,9 +36,9 @@ def read_steps(
 
 def real_rows(micro_batches) -> list[tuple]:
     """Every row with a target, as (tokens, targets, positions, segments)."""
-    whole = [torch.cat(parts) for parts in zip(*(batch.values() for batch in micro_batches), strict=True)]
-    rows = [tuple(map(tuple, row)) for row in zip(*(column.tolist() for column in whole), strict=True)]
-    return [row for row in rows if any(row[3])]
+    whole = {key: torch.cat([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    rows = zip(*(column.tolist() for column in whole.values()), strict=True)
+    return [tuple(map(tuple, row)) for row in rows if any(row[3])]
 
 
 def count_targets(micro_batches) -> int:
@@ -127,7 +127,8 @@ def test_batches_have_the_keys_and_dtypes_of_the_contract(build_corpus):
     ((batches, _),) = read_steps(build_corpus(UNEVEN), StepShape(4, 16, 2), RankShare(0, 1, 2), 1)
     assert [value.dtype for value in batches[0].values()] == [torch.int64, torch.int64, torch.int64, torch.int32]
     assert list(batches[0]) == ["tokens", "targets", "positions", "segments"]
-    assert all(value.is_contiguous() for value in chain.from_iterable(batch.values() for batch in batches))
+    for batch in batches:
+        assert all(value.is_contiguous() for value in batch.values())
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -181,7 +182,8 @@ def test_close_ends_the_thread_and_next_starts_it_again(build_corpus):
     assert threading.active_count() == before
     steps += [next(loader), next(loader)]
     loader.close()
-    assert [cursor for _, cursor in steps] == [cursor for _, cursor in expected]
+    for (_, cursor), (_, expected_cursor) in zip(steps, expected, strict=True):
+        assert cursor == expected_cursor
 
 
 def test_damaged_shard_is_reported_by_next(build_corpus):

@@ -1,4 +1,4 @@
-"""Preparing a corpus before somebody's eyes: a bar on a terminal, a line a phase elsewhere."""
+"""Preparing a corpus with progress shown: a bar on a terminal, one line a phase elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.util.format import PREPARING, plural
 
 
 def prepare_with_progress(data: schema.Data, console: Console, objective: schema.Objective | None = None) -> Path:
-    """As `prepare`, shown on ``console``; ends with what the corpus holds, or with the word that nothing was to do."""
+    """Call ``prepare`` and show its progress on ``console``, then a summary of the corpus; returns its folder."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:

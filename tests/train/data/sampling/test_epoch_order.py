@@ -1,4 +1,4 @@
-"""Order and plan of training data: every unit once an epoch, independent of world size, reached from any cursor."""
+"""Order and plan of training data: every unit once an epoch, independent of world size."""
 
 from itertools import chain, product
 
