@@ -60,7 +60,7 @@ def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
         tables.append(table)
         first += len(part)
     table_entry = shards.write_table(folder, "train", np.concatenate(tables, axis=1), stamps)
-    splits = {"train": shards.index_split(entries, table_entry)}
+    splits = {"train": shards.split_entry(entries, table_entry)}
     shards.write_index(folder, {"recipe": "random", "settings": {}}, made, "uint16", splits)
 
 

@@ -315,7 +315,7 @@ def main(arguments: list[str]) -> int:
         out.print(f"goal: ours at most {STALL_GOAL} of async_save")
     if options.only != "stall":
         data = configuration.load(["tracking=off"]).data
-        options.corpus = str(prepare.resolve(data) or prepare.prepare(data, lambda progress: None))
+        options.corpus = str(prepare.find_prepared(data) or prepare.prepare(data, lambda progress: None))
         found = world_of(2, every_ten, options)
         shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
         out.print(

@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> int:
     repeats = next((int(a.split("=")[1]) for a in arguments if a.startswith("repeats=")), 5)
     overrides = ["tracking=off", *(a for a in arguments if not a.startswith("repeats="))]
     config = configuration.load(overrides)
-    corpus = prepare.resolve(config.data) or prepare.prepare(config.data, lambda progress: None)
+    corpus = prepare.find_prepared(config.data) or prepare.prepare(config.data, lambda progress: None)
     mine, theirs, peers = [], [], []
     out, peer = Console(), restart.has_ray_train()
     if not peer:

@@ -67,7 +67,7 @@ class RunServices:
         began = time.monotonic()
         with self.activity.phase("evaluate"):
             part = None if whole or state.step == self.config.steps else self.config.eval_tokens
-            held_out = self.held_out if part is None else self.held_out.first(part)
+            held_out = self.held_out if part is None else self.held_out.first_groups(part)
             sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
             self.evaluation = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
             metrics = self.evaluation.numbers()

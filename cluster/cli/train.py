@@ -37,7 +37,7 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     """
     resume.check(config, None)
     inspect_source.check(config)
-    ready = prepare.resolve(config.data)
+    ready = prepare.find_prepared(config.data)
     if ready is None:
         ready = prepare.prepare(
             config.data, lambda progress: report(PrepareEvent(progress["phase"], progress).to_json()), config.objective

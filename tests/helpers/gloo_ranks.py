@@ -202,7 +202,7 @@ def state(config: Config, step: int) -> dict[str, Any]:
     checkpoint = next(c for c in complete(folder) if c.progress.step == step)
     reader, shapes = checkpoint.reader(), checkpoint.manifest["shapes"]
     whole = {}
-    for (name, kind), shards in reader.where.items():
+    for (name, kind), shards in reader.pieces.items():
         elements = sum(shard[1] for shard in shards)
         whole[f"{kind}/{name}"] = reader.read(name, kind, 0, elements).view(shapes[name])
     return whole

@@ -83,7 +83,7 @@ def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int
     raise UserError(f"{folder} has no checkpoint {which!r}. It has the steps {', '.join(steps)}; or say latest or best")
 
 
-def superfluous(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
+def surplus_steps(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
     """The steps of those that are neither among the newest nor among the best."""
     steps = sorted(m["progress"]["step"] for m in manifests)
     best = sorted((s, -m["progress"]["step"]) for m in manifests if (s := score(m)) is not None)

@@ -29,7 +29,7 @@ RUN_FILES = tuple(file.name for file in (_RUN.config, _RUN.starts, _RUN.metrics,
 """What a resume reads of a run's folder, beside its checkpoints, and where its first weights came from."""
 PAUSES_S = (0.5, 4.0)
 """Between the attempts at what fails."""
-LOOK_S = 0.1
+POLL_S = 0.1
 
 Manifest = dict[str, Any]
 
@@ -46,33 +46,33 @@ class Mirror:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except Exception as error:  # each file system has errors of its own
             raise UserError(f"save_mirror={url} cannot be opened: {error}") from error
-        self.post = process_group.StoreMailbox("mirror")
-        self.offered: str | None = None
-        self.working: str | None = None
+        self.mailbox = process_group.StoreMailbox("mirror")
+        self.waiting: str | None = None
+        self.copying: str | None = None
         """Rank 0: the checkpoints, by name, that wait to be copied and that are being copied."""
-        self.void: set[str] = set()
+        self.dropped: set[str] = set()
         """Rank 0: checkpoints that the run has gone back from; copies of them must not stay."""
         self.failing, self.lock = False, threading.Lock()
-        self.given_up = threading.Event()
-        threading.Thread(target=self._work, name="mirror", daemon=True).start()
+        self.closing = threading.Event()
+        threading.Thread(target=self._copy_checkpoints, name="mirror", daemon=True).start()
 
     # ------------------------------------------------------------------------------------------------------- to there
 
     def enqueue(self, checkpoint: str) -> None:
         """Copy this checkpoint next (rank 0's word counts); one that was offered before, and not begun, is left out."""
         with self.lock:
-            self.offered = checkpoint if self.world.is_rank0 else None
-            self.void.discard(checkpoint)  # made anew
+            self.waiting = checkpoint if self.world.is_rank0 else None
+            self.dropped.discard(checkpoint)  # made anew
 
     def drop_after(self, step: int) -> None:
         """Rank 0: take away the copies of checkpoints later than ``step``, or a new machine would go on from them."""
         with self.lock:
-            known = [name for name in (self.offered, self.working) if name]
-            self.offered = None
-        error = self._attempt(lambda: known.extend(checkpoint_name(n) for n in self._steps()))
-        self.void |= {name for name in known if (checkpoint_step(name) or 0) > step}
-        for name in sorted(self.void):
-            error = error or self._attempt(partial(self._remove, checkpoint_step(name) or 0))
+            known = [name for name in (self.waiting, self.copying) if name]
+            self.waiting = None
+        error = self._try_repeatedly(lambda: known.extend(checkpoint_name(n) for n in self._list_steps()))
+        self.dropped |= {name for name in known if (checkpoint_step(name) or 0) > step}
+        for name in sorted(self.dropped):
+            error = error or self._try_repeatedly(partial(self._delete_step, checkpoint_step(name) or 0))
         if error:
             self.note(f"what lies at {self.url} of steps after {step} could not be taken away: {error}. Do it by hand")
 
@@ -80,53 +80,57 @@ class Mirror:
         """Wait, at most so long, until what was offered is copied. A collective."""
         end = time.monotonic() + limit_s
         while process_group.all_reduce_sum([float(self.busy and time.monotonic() < end)])[0]:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
         if self.busy:
             self.note(
-                f"{self.offered or self.working} was not yet copied to {self.url}: the next start of the run does it"
+                f"{self.waiting or self.copying} was not yet copied to {self.url}: the next start of the run does it"
             )
 
     @property
     def busy(self) -> bool:
         """Rank 0: whether there is anything left to copy."""
         with self.lock:
-            return (self.offered or self.working) is not None
+            return (self.waiting or self.copying) is not None
 
-    def _work(self) -> None:
-        rank, given_up = self.world.rank, self.given_up.is_set
+    def _copy_checkpoints(self) -> None:
+        rank, given_up = self.world.rank, self.closing.is_set
         with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may go first, with rank 0
             for turn in itertools.count():
                 if self.world.is_rank0:
-                    self.post.put(f"{turn}/copy", self._next())
-                name = self.post.take(f"{turn}/copy", given_up)
-                self.post.put(f"{turn}/{rank}", self._attempt(partial(self._put_share, name)))
+                    self.mailbox.put(f"{turn}/copy", self._wait_for_checkpoint())
+                name = self.mailbox.take(f"{turn}/copy", given_up)
+                self.mailbox.put(f"{turn}/{rank}", self._try_repeatedly(partial(self._upload_share, name)))
                 if self.world.is_rank0:
-                    errors = [self.post.take(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
-                    self._complete(name, [error for error in errors if error])
+                    errors = [self.mailbox.take(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
+                    self._finish_copy(name, [error for error in errors if error])
                     for key in [f"{turn - 1}/copy", *(f"{turn}/{rank}" for rank in range(self.world.size))]:
-                        self.post.remove(key)
-                    self.working = None
+                        self.mailbox.remove(key)
+                    self.copying = None
 
-    def _next(self) -> str:
-        while not self.given_up.wait(LOOK_S):
+    def _wait_for_checkpoint(self) -> str:
+        while not self.closing.wait(POLL_S):
             with self.lock:
-                if self.offered:
-                    self.working, self.offered = self.offered, None
-                    return self.working
+                if self.waiting:
+                    self.copying, self.waiting = self.waiting, None
+                    return self.copying
         raise process_group.WaitCancelled
 
-    def _put_share(self, name: str) -> None:
+    def _upload_share(self, name: str) -> None:
         local, there = RunDir(self.run).checkpoints / name, f"{self.root}/{name}"
         with contextlib.suppress(FileNotFoundError):
             if self.fs.cat_file(f"{there}/{manifest.MANIFEST}") == (local / manifest.MANIFEST).read_bytes():
                 return  # it is there already
         self.fs.makedirs(there, exist_ok=True)
-        for file in _share(manifest.read(local)["files"], self.world):
+        for file in _rank_share(manifest.read(local)["files"], self.world):
             self.fs.put_file(str(local / file), f"{there}/{file}")
 
-    def _complete(self, name: str, errors: Sequence[str]) -> None:
+    def _finish_copy(self, name: str, errors: Sequence[str]) -> None:
         """Rank 0: what makes the copy a checkpoint, and the end of those that are not kept; or a note of what failed."""
-        error = errors[0] if errors else self._attempt(partial(self._put_last, name)) or self._attempt(self._prune)
+        error = (
+            errors[0]
+            if errors
+            else self._try_repeatedly(partial(self._upload_manifest, name)) or self._try_repeatedly(self._prune)
+        )
         if error:
             with contextlib.suppress(Exception):  # what is torn takes room
                 self._prune()
@@ -138,7 +142,7 @@ class Mirror:
             self.note(f"{name} is copied to {self.url}: it works again")
         self.failing = bool(error)
 
-    def _put_last(self, name: str) -> None:
+    def _upload_manifest(self, name: str) -> None:
         for file in RUN_FILES:
             if (self.run / file).exists():
                 self.fs.put_file(str(self.run / file), f"{self.root}/{name}/{file}")
@@ -147,29 +151,31 @@ class Mirror:
         )
 
     def _prune(self) -> None:
-        whole = {step: values for step, values in self._whole().items() if checkpoint_name(step) not in self.void}
+        whole = {
+            step: values for step, values in self._read_manifests().items() if checkpoint_name(step) not in self.dropped
+        }
         torn = [
             step
-            for step in self._steps()
-            if checkpoint_name(step) in self.void or not self.fs.exists(self._manifest(step))
+            for step in self._list_steps()
+            if checkpoint_name(step) in self.dropped or not self.fs.exists(self._manifest_path(step))
         ]
-        for step in [*manifest.superfluous(list(whole.values()), self.keep_last, self.keep_best), *torn]:
-            self._remove(step)
+        for step in [*manifest.surplus_steps(list(whole.values()), self.keep_last, self.keep_best), *torn]:
+            self._delete_step(step)
 
-    def _remove(self, step: int) -> None:
+    def _delete_step(self, step: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self._manifest(step))
+            self.fs.rm_file(self._manifest_path(step))
         with contextlib.suppress(FileNotFoundError):
             self.fs.rm(f"{self.root}/{checkpoint_name(step)}", recursive=True)
 
-    def _attempt(self, act: Callable[[], None]) -> str | None:
+    def _try_repeatedly(self, act: Callable[[], None]) -> str | None:
         """What is wrong with it, after some attempts, or None."""
         for pause in (*PAUSES_S, None):
             try:
                 act()
             except Exception as failure:  # each file system has errors of its own
                 error = f"{type(failure).__name__}: {failure}"
-                if pause is None or self.given_up.wait(pause):
+                if pause is None or self.closing.wait(pause):
                     return error
             else:
                 return None
@@ -179,7 +185,7 @@ class Mirror:
 
     def manifests(self) -> dict[int, Manifest]:
         """The manifests of the complete copies, by step. Raises OSError where the place cannot be read."""
-        return self._reading(self._whole)
+        return self._reading_remote(self._read_manifests)
 
     def fetch_run(self) -> None:
         """Rank 0: what the newest copy holds of the run's folder, into one that is new. Raises OSError."""
@@ -188,8 +194,8 @@ class Mirror:
             return
         for file in RUN_FILES:
             there = f"{self.root}/{checkpoint_name(newest)}/{file}"
-            if self._reading(partial(self.fs.exists, there)):
-                content = self._reading(partial(self.fs.cat_file, there))
+            if self._reading_remote(partial(self.fs.exists, there)):
+                content = self._reading_remote(partial(self.fs.cat_file, there))
                 self.run.mkdir(parents=True, exist_ok=True)
                 write_whole(self.run / file, content)
 
@@ -197,18 +203,18 @@ class Mirror:
         """Copy this rank's share of a checkpoint's files into the folder ``into``: what is wrong, or None."""
 
         def get() -> None:
-            for file in _share(values["files"], self.world):
+            for file in _rank_share(values["files"], self.world):
                 self.fs.get_file(f"{self.root}/{name}/{file}", str(into / file))
 
-        return self._attempt(get)
+        return self._try_repeatedly(get)
 
-    def _reading(self, act: Callable[[], Any]) -> Any:
+    def _reading_remote(self, act: Callable[[], Any]) -> Any:
         try:
             return act()
         except Exception as error:  # each file system has errors of its own
             raise OSError(f"{self.url} cannot be read: {type(error).__name__}: {error}") from error
 
-    def _steps(self) -> list[int]:
+    def _list_steps(self) -> list[int]:
         self.fs.invalidate_cache()
         try:
             names = [path.rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False)]
@@ -216,17 +222,17 @@ class Mirror:
             return []
         return [step for name in names if (step := checkpoint_step(name)) is not None]
 
-    def _whole(self) -> dict[int, Manifest]:
+    def _read_manifests(self) -> dict[int, Manifest]:
         found = {}
-        for step in self._steps():
+        for step in self._list_steps():
             with contextlib.suppress(FileNotFoundError, manifest.DamagedCheckpoint):
-                content = self.fs.cat_file(self._manifest(step))
+                content = self.fs.cat_file(self._manifest_path(step))
                 found[step] = manifest.from_bytes(content, checkpoint_name(step))
         return found
 
-    def _manifest(self, step: int) -> str:
+    def _manifest_path(self, step: int) -> str:
         return f"{self.root}/{checkpoint_name(step)}/{manifest.MANIFEST}"
 
 
-def _share(files: Sequence[str], world: process_group.DistContext) -> list[str]:
+def _rank_share(files: Sequence[str], world: process_group.DistContext) -> list[str]:
     return sorted(files)[world.rank :: world.size]

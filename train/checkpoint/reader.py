@@ -11,8 +11,10 @@ the checkpoint before it is taken instead, and that is said.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
-from train.checkpoint.staging import key
+from train.checkpoint.staging import tensor_name
 from train.distributed import process_group
 from train.distributed.param_shard import ShardedState
 from train.errors import UserError
@@ -67,10 +69,10 @@ class Checkpoint:
                     return f"{name} has {size} bytes, not {entry['size']}"
                 if sha256_of(file) != entry["sha256"]:
                     return f"{name} does not have the hash it was written with"
-                if strange := _strange(file, entry["pieces"]):
-                    return f"{name} {strange}"
+                if mismatch := _content_mismatch(file, entry["pieces"]):
+                    return f"{name} {mismatch}"
             except OSError as error:
-                return f"{name} cannot be read: {error.strerror}"
+                return f"{name} cannot be read: {error.strerror or error}"
         return None
 
     def reader(self) -> CheckpointReader:
@@ -78,15 +80,26 @@ class Checkpoint:
         return CheckpointReader(self)
 
 
-def _strange(file: Path, pieces: list[list[Any]]) -> str | None:
-    """How a file of the right hash is not what its manifest says: both may come from elsewhere. Nothing is ever unpickled."""
+def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
+    """How the tensors of a file differ from its manifest's ``pieces``, or None. Raises OSError if it cannot be read.
+
+    A matching hash is not enough: file and manifest may both come from somebody else. Nothing is ever unpickled.
+    """
     try:
         with safe_open(file, framework="pt") as held:
             shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict
     except SafetensorError as error:
         return f"is no safetensors file ({error})"
+    except (FileNotFoundError, RuntimeError) as error:
+        # The run may drop the checkpoint meanwhile. safetensors opens the file first, and its FileNotFoundError has no
+        # errno; torch then maps it and raises RuntimeError.
+        if file.exists():
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
     wrong = (
-        key(kind, name, start) for kind, name, start, numel in pieces if shapes.get(key(kind, name, start)) != [numel]
+        tensor_name(kind, name, start)
+        for kind, name, start, numel in pieces
+        if shapes.get(tensor_name(kind, name, start)) != [numel]
     )
     return next((f"does not hold {name} as its manifest says" for name in wrong), None)
 
@@ -96,25 +109,25 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.files = {n: safe_open(checkpoint.path / n, framework="pt") for n in checkpoint.manifest["files"]}
-        self.where: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for file, entry in checkpoint.manifest["files"].items():
             for kind, name, start, numel in entry["pieces"]:
-                self.where.setdefault((name, kind), []).append((start, numel, file))
+                self.pieces.setdefault((name, kind), []).append((start, numel, file))
         self.kinds: dict[str, list[str]] = {}
-        for (name, kind), places in self.where.items():
+        for (name, kind), places in self.pieces.items():
             places.sort()
             self.kinds.setdefault(name, []).append(kind)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
-        places, end, found = self.where[name, kind], start + numel, []
+        places, end, found = self.pieces[name, kind], start + numel, []
         at = max(0, bisect_right([p[0] for p in places], start) - 1)
         for first, length, file in places[at:]:
             if first >= end:
                 break
             low, high = max(start, first), min(end, first + length)
             if low < high:
-                found.append(self.files[file].get_slice(key(kind, name, first))[low - first : high - first])
+                found.append(self.files[file].get_slice(tensor_name(kind, name, first))[low - first : high - first])
         whole = torch.cat(found) if len(found) != 1 else found[0]
         if whole.numel() != numel:
             raise ValueError(f"{name} ({kind}) holds {whole.numel()} of the elements {start} to {end}")
@@ -147,7 +160,7 @@ def find_newest(
         checkpoint = Checkpoint(folder / name, values)
         share = slice(world.rank, None, world.size)
         if remote and mirror:
-            damage = _fetch(checkpoint, world, mirror, lost)
+            damage = _fetch_from_mirror(checkpoint, world, mirror, lost)
         else:
             damage = next((d for d in process_group.gather_objects(checkpoint.damage(share)) if d), None)
         if damage is None:
@@ -180,7 +193,9 @@ def _candidates(
     return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 
-def _fetch(checkpoint: Checkpoint, world: process_group.DistContext, mirror: Mirror, lost: list[str]) -> str | None:
+def _fetch_from_mirror(
+    checkpoint: Checkpoint, world: process_group.DistContext, mirror: Mirror, lost: list[str]
+) -> str | None:
     """Bring a checkpoint here from the mirror, whole or not at all: what is wrong with it, or None. A collective."""
     aside = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
     coming = Checkpoint(aside, checkpoint.manifest)
@@ -209,7 +224,9 @@ def restore(checkpoint: Checkpoint, engine: ShardedState) -> None:
     """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     if ours != checkpoint.manifest["shapes"]:
-        raise UserError(f"{checkpoint.path} holds another model: {_difference(checkpoint.manifest['shapes'], ours)}")
+        raise UserError(
+            f"{checkpoint.path} holds another model: {_first_difference(checkpoint.manifest['shapes'], ours)}"
+        )
     reader = checkpoint.reader()
     engine.load(
         lambda piece, kind: reader.read(piece.name, kind, piece.start, piece.numel),
@@ -219,6 +236,6 @@ def restore(checkpoint: Checkpoint, engine: ShardedState) -> None:
     engine.load_scalars(checkpoint.manifest["scalars"])
 
 
-def _difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:
+def _first_difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:
     name = next(n for n in sorted({*theirs, *ours}) if theirs.get(n) != ours.get(n))
     return f"{name} is {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"

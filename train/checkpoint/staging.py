@@ -28,7 +28,7 @@ from torch import Tensor
 BLOCK = 4096
 """What O_DIRECT's places and sizes are multiples of."""
 CHUNK = 16 << 20
-Key = tuple[str, str, int]
+StateKey = tuple[str, str, int]
 """Kind, parameter, first element."""
 
 
@@ -38,62 +38,62 @@ class StagingBuffer:
     def __init__(self, device: torch.device) -> None:
         self.memory = mmap.mmap(-1, BLOCK)
         self.size = 0
-        self.states: dict[Key, Tensor] = {}
-        self.taken = threading.Event()
+        self.states: dict[StateKey, Tensor] = {}
+        self.copy_issued = threading.Event()
         """Set once it is copied; from a GPU: once its copying is queued, with ``copied`` behind it."""
-        self.taken.set()
+        self.copy_issued.set()
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.ready: Any = torch.cuda.Event() if self.stream else None
-        self.copied: Any = torch.cuda.Event() if self.stream else None
+        self.sources_ready: Any = torch.cuda.Event() if self.stream else None
+        self.copy_done: Any = torch.cuda.Event() if self.stream else None
 
-    def begin(self, states: dict[Key, Tensor]) -> None:
+    def begin_copy(self, states: dict[StateKey, Tensor]) -> None:
         """What is to be taken, as it is now: views, each (numel,) float32."""
         self.states = states
-        self.taken.clear()
-        if self.ready:
-            self.ready.record()
+        self.copy_issued.clear()
+        if self.sources_ready:
+            self.sources_ready.record()
 
     def copy(self) -> None:
         """Copy it, in the writer's thread; the training thread may go on, up to ``hold``."""
         try:
-            header, places = _layout(self.states)
+            header, places = _file_header(self.states)
             self.size = places[-1]
             if len(self.memory) < self.size:
-                self._grow()
+                self._grow_memory()
             self.memory[: len(header)] = header
             with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                 if self.stream:
-                    self.stream.wait_event(self.ready)
+                    self.stream.wait_event(self.sources_ready)
                 for at, source in zip(places, self.states.values(), strict=False):
                     target = np.frombuffer(self.memory, np.float32, source.numel(), at)
                     if source.is_cuda:
                         torch.from_numpy(target).copy_(source, non_blocking=True)
                     else:
                         np.copyto(target, source.numpy())  # torch's own copy would start a second set of threads
-                if self.copied:
-                    self.copied.record()
+                if self.copy_done:
+                    self.copy_done.record()
         finally:
-            self.taken.set()
+            self.copy_issued.set()
 
     def wait_for_copy(self) -> float:
         """Wait until what is taken may change: the training thread, before each update. The seconds it had to wait."""
-        if self.copied and not self.copied.query():
+        if self.copy_done and not self.copy_done.query():
             torch.cuda.current_stream().synchronize()  # the backward pass: it would have been waited for in any case
-        elif self.taken.is_set():
+        elif self.copy_issued.is_set():
             return 0.0  # whatever else has the core between two looks at the clock
         began = time.monotonic()
-        self.taken.wait()
-        if self.copied:
-            self.copied.synchronize()
+        self.copy_issued.wait()
+        if self.copy_done:
+            self.copy_done.synchronize()
         return time.monotonic() - began
 
-    def write(self, file: Path, given_up: Callable[[], bool]) -> dict[str, Any]:
+    def write_file(self, file: Path, given_up: Callable[[], bool]) -> dict[str, Any]:
         """Write what was taken, force it to the disk, and return the manifest's entry: size, sha256 and pieces."""
-        if self.copied:
-            self.copied.synchronize()
+        if self.copy_done:
+            self.copy_done.synchronize()
         view, digest = memoryview(self.memory)[: self.size], hashlib.sha256()
         whole = memoryview(self.memory)[: -(-self.size // BLOCK) * BLOCK]
-        with _opened(file) as fd:
+        with _open_direct(file) as fd:
             for at in range(0, self.size, CHUNK):
                 if given_up():
                     raise InterruptedError(errno.EINTR, "the run ended", str(file))
@@ -104,7 +104,7 @@ class StagingBuffer:
         pieces = [[kind, name, start, view.numel()] for (kind, name, start), view in self.states.items()]
         return {"size": self.size, "sha256": digest.hexdigest(), "pieces": pieces}
 
-    def _grow(self) -> None:
+    def _grow_memory(self) -> None:
         """Memory for what is to be taken, in huge pages where there are any; what was there goes with its last view."""
         if self.stream and len(self.memory) > BLOCK:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(_address(self.memory)))
@@ -115,17 +115,17 @@ class StagingBuffer:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(_address(self.memory), len(self.memory), 0))
 
 
-def key(kind: str, name: str, start: int) -> str:
+def tensor_name(kind: str, name: str, start: int) -> str:
     """The name of a piece in its file."""
     return f"{kind}/{name}@{start}"
 
 
-def _layout(states: dict[Key, Tensor]) -> tuple[bytes, list[int]]:
+def _file_header(states: dict[StateKey, Tensor]) -> tuple[bytes, list[int]]:
     """The head of a safetensors file (https://github.com/huggingface/safetensors#format), and where each piece begins in the
     file, followed by where the last one ends.
     """
     ends = np.cumsum([0, *(4 * view.numel() for view in states.values())]).tolist()
-    names = [key(*which) for which in states]
+    names = [tensor_name(*which) for which in states]
     entries = {
         name: {"dtype": "F32", "shape": [(end - start) // 4], "data_offsets": [start, end]}
         for name, start, end in zip(names, ends, ends[1:], strict=False)
@@ -140,7 +140,7 @@ def _address(memory: mmap.mmap) -> int:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[int]:
+def _open_direct(file: Path) -> Iterator[int]:
     """A descriptor of a new file, past the page cache where that is possible."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:

@@ -28,25 +28,25 @@ from train.state.train_state import TrainState
 from train.util.io import write_whole
 from train.util.run_layout import checkpoint_name, shard_name
 
-LOOK_S = 0.01
+POLL_S = 0.01
 CLOSE_S = 10.0
 
 
 @dataclass
-class Save:
+class PendingSave:
     """One save, from its beginning to its end."""
 
     number: int
     step: int
-    content: dict[str, Any]
+    manifest_values: dict[str, Any]
     """What the manifest will say, but for the files."""
-    first: Callable[[], None]
-    began: float
+    before_publish: Callable[[], None]
+    started_at: float
     thread: threading.Thread = field(init=False)
     seconds: float = 0.0
     error: str | None = None
     """What kept it from being completed: the same on every rank."""
-    told: bool = False
+    reported: bool = False
 
 
 class CheckpointWriter:
@@ -67,16 +67,16 @@ class CheckpointWriter:
             world,
             mirror,
         )
-        self.snapshot, self.post = StagingBuffer(world.device), process_group.StoreMailbox("saves")
+        self.staging, self.mailbox = StagingBuffer(world.device), process_group.StoreMailbox("saves")
         self.stall_s = 0.0
         """Seconds that steps have waited for saves."""
-        self.current: Save | None = None
-        self.number = 0
-        self.given_up = threading.Event()
+        self.current: PendingSave | None = None
+        self.next_number = 0
+        self.closing = threading.Event()
         if world.is_rank0:
             for stale in folder.glob(".step_*"):  # what earlier starts left, as they were killed
                 shutil.rmtree(stale, ignore_errors=True)
-        self.start: str = process_group.broadcast_object(secrets.token_hex(4))
+        self.start_id: str = process_group.broadcast_object(secrets.token_hex(4))
         """Keeps what is written now apart from what a rank of an earlier start, not yet dead, may still write."""
 
     # ---------------------------------------------------------------------------------------- in the training thread
@@ -94,7 +94,9 @@ class CheckpointWriter:
         ``about`` is what a resume must find unchanged; ``first`` is called in rank 0's writer before the checkpoint is one.
         """
         began = time.monotonic()
-        states = {(kind, p.name, p.start): view for p in self._mine(engine) for kind, view in engine.states(p).items()}
+        states = {
+            (kind, p.name, p.start): view for p in self._own_shards(engine) for kind, view in engine.states(p).items()
+        }
         content = {
             "progress": progress.to_dict(),
             "val_loss": val_loss,
@@ -103,28 +105,28 @@ class CheckpointWriter:
             "world_size": self.world.size,
             **about,
         }
-        self.snapshot.begin(states)
-        self.current = save = Save(self.number, progress.step, content, first, began)
-        self.number += 1
-        save.thread = threading.Thread(target=self._behind, args=[save], name="save", daemon=True)
+        self.staging.begin_copy(states)
+        self.current = save = PendingSave(self.next_number, progress.step, content, first, began)
+        self.next_number += 1
+        save.thread = threading.Thread(target=self._run_save, args=[save], name="save", daemon=True)
         save.thread.start()
         self.stall_s += time.monotonic() - began
 
     def wait_for_staging(self) -> None:
         """Wait until the weights and moments are copied: before each update."""
-        self.stall_s += self.snapshot.wait_for_copy()
+        self.stall_s += self.staging.wait_for_copy()
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight on this rank."""
         return self.current is not None and self.current.thread.is_alive()
 
-    def pop_finished(self) -> Save | None:
+    def pop_finished(self) -> PendingSave | None:
         """The last save, once, when it is over."""
         save = self.current
-        if save is None or save.told or self.busy:
+        if save is None or save.reported or self.busy:
             return None
-        save.told = True
+        save.reported = True
         return save
 
     @property
@@ -141,7 +143,7 @@ class CheckpointWriter:
         if save is None:
             return
         while process_group.all_reduce_sum([float(self.busy)])[0]:
-            save.thread.join(LOOK_S)
+            save.thread.join(POLL_S)
         self.stall_s += time.monotonic() - began
         if save.error:
             raise UserError(
@@ -156,66 +158,66 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Give up what is in flight: the run is over, one way or another."""
-        self.given_up.set()
+        self.closing.set()
         if self.mirror:
-            self.mirror.given_up.set()
+            self.mirror.closing.set()
         if self.current:
             self.current.thread.join(CLOSE_S)
 
-    def _mine(self, engine: ShardedState) -> Sequence[ParamShard]:
+    def _own_shards(self, engine: ShardedState) -> Sequence[ParamShard]:
         """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
         mine = engine.param_shards[self.world.rank :: self.world.size] if engine.replicated else engine.param_shards
         return [*mine, *engine.carried]
 
     # ------------------------------------------------------------------------------------------ in the writer's thread
 
-    def _behind(self, save: Save) -> None:
+    def _run_save(self, save: PendingSave) -> None:
         try:
-            save.error = self._tell(save, self._write(save))
+            save.error = self._exchange_reports(save, self._write_rank_file(save))
         except process_group.WaitCancelled:
             save.error = "the run ended first"
         except Exception as error:  # the store is gone with rank 0, most likely
             save.error = f"rank {self.world.rank}: {error}"
-        save.seconds = time.monotonic() - save.began
+        save.seconds = time.monotonic() - save.started_at
 
-    def _write(self, save: Save) -> dict[str, Any]:
+    def _write_rank_file(self, save: PendingSave) -> dict[str, Any]:
         """Write this rank's file: its entry in the manifest, or what went wrong."""
-        aside = self._aside(save)
+        aside = self._temporary_folder(save)
         try:
-            self.snapshot.copy()
+            self.staging.copy()
             aside.mkdir(parents=True, exist_ok=True)
-            entry = self.snapshot.write(aside / shard_name(self.world.rank), self.given_up.is_set)
+            entry = self.staging.write_file(aside / shard_name(self.world.rank), self.closing.is_set)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             return {
                 "error": f"rank {self.world.rank}: {error if isinstance(error, OSError) else traceback.format_exc()}"
             }
         return {"entry": entry}
 
-    def _tell(self, save: Save, report: dict[str, Any]) -> str | None:
+    def _exchange_reports(self, save: PendingSave, report: dict[str, Any]) -> str | None:
         """Tell rank 0, which completes the checkpoint and tells everybody: what is wrong with it, or None."""
-        post, given_up, ranks = self.post, self.given_up.is_set, range(self.world.size)
+        post, given_up, ranks = self.mailbox, self.closing.is_set, range(self.world.size)
         post.put(f"{save.number}/{self.world.rank}", report)
         if not self.world.is_rank0:
             return post.take(f"{save.number}/end", given_up)
         reports = [post.take(f"{save.number}/{rank}", given_up) for rank in ranks]
-        error = self._complete(save, reports)
+        error = self._publish(save, reports)
         post.put(f"{save.number}/end", error)
         for rank in ranks:
             post.remove(f"{save.number}/{rank}")
         post.remove(f"{save.number - 1}/end")  # all have taken it: they have begun another
         return error
 
-    def _complete(self, save: Save, reports: Sequence[dict[str, Any]]) -> str | None:
+    def _publish(self, save: PendingSave, reports: Sequence[dict[str, Any]]) -> str | None:
         """Rank 0: turn the folder written aside into a checkpoint, or remove it and say why."""
-        aside, final = self._aside(save), self.folder / checkpoint_name(save.step)
+        aside, final = self._temporary_folder(save), self.folder / checkpoint_name(save.step)
         try:
             if errors := [r["error"] for r in reports if "error" in r]:
                 raise OSError("; ".join(errors))
             entries = {shard_name(rank): report["entry"] for rank, report in enumerate(reports)}
-            save.first()
-            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.content, "files": entries}))
+            save.before_publish()
+            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.manifest_values, "files": entries}))
             if final.exists():  # written by an earlier start, and by then found damaged
-                self._remove(final)
+                self._delete(final)
             aside.rename(final)
             write_whole(self.folder / "latest", final.name.encode())
             self._prune()
@@ -227,17 +229,16 @@ class CheckpointWriter:
         return None
 
     def _prune(self) -> None:
-        for step in manifest.superfluous([c.manifest for c in complete(self.folder)], self.keep_last, self.keep_best):
-            if self.mirror is None or self.mirror.working != checkpoint_name(
-                step
-            ):  # else it is dropped after the next save
-                self._remove(self.folder / checkpoint_name(step))
+        for step in manifest.surplus_steps([c.manifest for c in complete(self.folder)], self.keep_last, self.keep_best):
+            name = checkpoint_name(step)
+            if self.mirror is None or self.mirror.copying != name:  # else it is dropped after the next save
+                self._delete(self.folder / name)
 
-    def _aside(self, save: Save) -> Path:
-        return self.folder / f".{checkpoint_name(save.step)}.{self.start}.saving"
+    def _temporary_folder(self, save: PendingSave) -> Path:
+        return self.folder / f".{checkpoint_name(save.step)}.{self.start_id}.saving"
 
-    def _remove(self, path: Path) -> None:
+    def _delete(self, path: Path) -> None:
         """Take its name away first: a folder of that name is whole."""
-        gone = self.folder / f".{path.name}.{self.start}.deleting"
+        gone = self.folder / f".{path.name}.{self.start_id}.deleting"
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,1 +1,9 @@
-"""From text to batches: corpora, shards, streams and the loader."""
+"""From text files to batches: corpora, tokenizer, order of training, rows of each objective.
+
+tokenizer   text to token ids and back
+loader      the micro-batches of one rank: training steps and held-out groups
+corpus/     a prepared corpus on disk: shards, index, verification
+sampling/   which tokens make up each step, as pure functions of seed, epoch and position
+examples/   rows of a batch from stored documents, one module an objective
+prepare/    text files to a prepared corpus
+"""

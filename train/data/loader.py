@@ -1,4 +1,4 @@
-"""Batches for one rank: a thread plans and reads the next steps while the model works on this one."""
+"""Micro-batches of one rank; a thread plans and reads the next steps while the model trains."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from train.batch import Batch, mask_rows
 from train.config import schema
 from train.data.corpus.shards import Corpus, CorpusSplit
 from train.data.examples import build_examples
-from train.data.examples.example_builder import Columns, ExampleBuilder, Rows
+from train.data.examples.example_builder import Columns, ExampleBuilder, ReadRows
 from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
 from train.distributed.process_group import DistContext
 from train.errors import UserError
 
 Step = tuple[list[Batch], Cursor]
-"""The micro-batches of one rank for one optimizer step, and where the data stands after it."""
+"""The micro-batches of one rank for one optimizer step, and the cursor after it."""
 
-_Read = tuple[Rows, int, Cursor]
-"""A step that is read but not yet written to tensors: its rows, which step of them it is, and the cursor after it."""
+_ReadStep = tuple[ReadRows, int, Cursor]
+"""A step that is read but not yet written to tensors: rows of several steps, its index in them, the cursor after it."""
 
-_AHEAD = 2
-"""Chunks that wait for the model."""
+_CHUNKS_AHEAD = 2
+"""Chunks of steps that the thread reads ahead of the model."""
 EVAL_TOKENS_PER_GROUP = 8192
-"""Held-out tokens of one forward pass where batch.micro leaves it open: no function of the world, so sums are the same in any."""
+"""Held-out tokens of a forward pass where batch.micro is unset: the same for any world size, as evaluation is."""
 
 
 @dataclass(frozen=True)
 class RankShare:
-    """Whose rows: those of the streams s with s mod ``world`` = ``rank``, in micro-batches of ``micro`` rows."""
+    """A rank's part of each step: the streams s with s mod ``world_size`` = ``rank``, ``micro`` rows a micro-batch."""
 
     rank: int
-    world: int
+    world_size: int
     micro: int
 
 
-def split_sizes(shards: CorpusSplit) -> SplitSizes:
-    """What the order must know of a split."""
-    return SplitSizes(shards.shard_samples, shards.shard_tokens, shards.sizes)
+def split_sizes(split: CorpusSplit) -> SplitSizes:
+    """The sizes of a split's shards and samples, as ``EpochOrder`` needs them."""
+    return SplitSizes(split.shard_samples, split.shard_tokens, split.sample_tokens)
 
 
 class Loader:
-    """Endless steps of training data from a cursor on; every rank gets equally many micro-batches of ``micro`` rows.
+    """Endless iterator over a rank's training steps; every rank gets equally many micro-batches of ``micro`` rows.
 
-    Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) weigh nothing:
-    all their targets are IGNORE. ``next()`` raises what went wrong while preparing, UserError for damaged shards
-    included.
+    Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) are masked: all
+    their targets are IGNORE. ``next()`` raises any error of the thread that reads ahead, such as UserError for a
+    damaged shard.
     """
 
     def __init__(
-        self, shards: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
+        self, split: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
     ) -> None:
-        if share.world > plan.shape.streams:
+        if share.world_size > plan.shape.streams:
             raise UserError(
-                f"{share.world} workers for {plan.shape.streams} streams: a worker would have no data. Take at most "
-                f"{plan.shape.streams} workers, or a larger batch.global"
+                f"{share.world_size} workers for {plan.shape.streams} streams: a worker would have no data. "
+                f"Take at most {plan.shape.streams} workers, or a larger batch.global"
             )
         self.plan = plan
-        self._shards, self._share, self._examples, self._pin = shards, share, examples, pin
-        self._streams = range(share.rank, plan.shape.streams, share.world)
-        most = plan.rows_per_stream * -(-plan.shape.streams // share.world)
+        self._split, self._share, self._examples, self._pin = split, share, examples, pin
+        self._streams = range(share.rank, plan.shape.streams, share.world_size)
+        most_rows = plan.rows_per_stream * -(-plan.shape.streams // share.world_size)
         self.micro = share.micro
-        self.micro_batches = -(-most // share.micro)
-        self._chunk = max(1, examples.chunk // (self.micro_batches * share.micro * plan.shape.seq_len))
+        self.micro_batches = -(-most_rows // share.micro)
+        self._steps_per_chunk = max(1, examples.chunk_tokens // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
         self._skipped: Mapping[Cursor, frozenset[int]] = {}
-        self._ready: deque[_Read] = deque()
+        self._ready: deque[_ReadStep] = deque()
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
-        self._queue: queue.Queue[list[_Read] | BaseException] = queue.Queue(_AHEAD)
+        self._queue: queue.Queue[list[_ReadStep] | BaseException] = queue.Queue(_CHUNKS_AHEAD)
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -84,37 +84,37 @@ class Loader:
     def __next__(self) -> Step:
         """This rank's share of the next step, and the cursor after it."""
         if not self._ready:
-            self._ready.extend(self._start() if self._thread is None else self._wait())
-        at = self._cursor
+            self._ready.extend(self._start_thread() if self._thread is None else self._next_chunk())
+        cursor = self._cursor
         rows, step, self._cursor = self._ready.popleft()
-        return self._micro_batches(rows, step, at), self._cursor
+        return self._micro_batches(rows, step, cursor), self._cursor
 
     def peek(self, cursor: Cursor) -> list[Batch]:
-        """This rank's share of the step at a cursor, read here and now; the loader stays where it is."""
-        return self._micro_batches(*self._read(cursor, 1)[0][:2], cursor)
+        """This rank's share of the step at a cursor, read in the calling thread; the loader's position stays."""
+        rows, step, _ = self._read_steps(cursor, 1)[0]
+        return self._micro_batches(rows, step, cursor)
 
-    def skip(self, rows: Mapping[Cursor, frozenset[int]]) -> None:
-        """From now on these rows of the steps at these cursors weigh nothing, and no others do."""
+    def skip_rows(self, rows: Mapping[Cursor, frozenset[int]]) -> None:
+        """Mask these rows of the global batch at these cursors from now on; replaces what was set before."""
         self._skipped = rows
 
     def row_numbers(self) -> list[int]:
-        """Which rows of the global batch this rank's are, in the order in which its micro-batches hold them."""
-        return [
-            i * self.plan.shape.streams + stream for i in range(self.plan.rows_per_stream) for stream in self._streams
-        ]
+        """The numbers, in the global batch, of this rank's rows in the order in which its micro-batches hold them."""
+        firsts = range(0, self.plan.shape.rows, self.plan.shape.streams)
+        return [int(number) for number in np.add.outer(firsts, self._streams).ravel()]
 
     def seek(self, cursor: Cursor) -> None:
-        """Go on from a cursor; what was prepared ahead is dropped. Raises UserError if it lies in no epoch."""
-        self.plan.check(cursor)
+        """Continue from a cursor and drop what was read ahead. Raises UserError if the cursor lies in no epoch."""
+        self.plan.check_cursor(cursor)
         self.close()
         self._cursor = cursor
 
     def data_hash(self, cursor: Cursor) -> str:
-        """A hash of what the whole world's step at the cursor trains on, the same on every rank of any world."""
+        """A hash of the data of the global batch at the cursor: the same on every rank and for any world size."""
         return self.plan.data_hash(cursor, self._skipped.get(cursor, ()))
 
     def close(self) -> None:
-        """Stop preparing. The loader goes on from its last step if it is asked again."""
+        """Stop the thread. A later ``next()`` starts it again behind the last step that was returned."""
         self._stop.set()
         while self._thread is not None:
             try:
@@ -124,30 +124,32 @@ class Loader:
                 self._thread = self._thread if self._thread.is_alive() else None
         self._ready.clear()
 
-    def _start(self) -> list[_Read]:
-        """Read one step here and now, so that the first batch waits for nobody, and begin the thread behind it."""
-        first = self._read(self._cursor, 1)
+    def _start_thread(self) -> list[_ReadStep]:
+        """Read the first step in the calling thread, which is fastest, and start the thread that reads on behind it."""
+        first = self._read_steps(self._cursor, 1)
         self._stop = threading.Event()
-        self._queue = queue.Queue(_AHEAD)
+        self._queue = queue.Queue(_CHUNKS_AHEAD)
         arguments = (first[-1][2], self._stop, self._queue)
-        self._thread = threading.Thread(target=self._prepare, args=arguments, name="loader", daemon=True)
+        self._thread = threading.Thread(target=self._prepare_ahead, args=arguments, name="loader", daemon=True)
         self._thread.start()
         return first
 
-    def _wait(self) -> list[_Read]:
+    def _next_chunk(self) -> list[_ReadStep]:
         chunk = self._queue.get()
         if isinstance(chunk, BaseException):
             self.close()
             raise chunk
         return chunk
 
-    def _prepare(self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_Read] | BaseException]) -> None:
-        """The thread: one step at first, so that the second batch is there soon, then twice as many each time."""
+    def _prepare_ahead(
+        self, cursor: Cursor, stop: threading.Event, out: queue.Queue[list[_ReadStep] | BaseException]
+    ) -> None:
+        """The thread: reads one step, so that the second batch is there soon, then twice as many steps each time."""
         steps = 1
         while not stop.is_set():
             try:
-                steps = min(steps, self._chunk, self.plan.steps_left(cursor))
-                chunk = self._read(cursor, steps)
+                steps = min(steps, self._steps_per_chunk, self.plan.steps_left(cursor))
+                chunk = self._read_steps(cursor, steps)
             except BaseException as error:
                 out.put(error)
                 return
@@ -159,132 +161,138 @@ class Loader:
                 except queue.Full:
                     continue
 
-    def _read(self, cursor: Cursor, steps: int) -> list[_Read]:
+    def _read_steps(self, cursor: Cursor, steps: int) -> list[_ReadStep]:
         """This rank's next ``steps`` steps from a cursor, all in one epoch."""
         own, rows_each = len(self._streams), steps * self.plan.rows_per_stream
-        pieces = self.plan.rows(self._streams, cursor, steps)
+        spans = self.plan.row_spans(self._streams, cursor, steps)
         if own > 1:
-            # From stream after stream to step after step, and in a step to the rows' order j = i * S + s.
-            stream, row = np.divmod((np.cumsum(pieces.length) - 1) // self.plan.shape.seq_len, rows_each)
-            pieces = take_spans(pieces, np.argsort(row * own + stream, kind="stable"))
-        rows = self._examples.read(self._shards, pieces, cursor.epoch)
+            # From stream after stream to step after step, and in a step to the rows' order j = i * streams + stream.
+            stream, row = np.divmod((np.cumsum(spans.length) - 1) // self.plan.shape.seq_len, rows_each)
+            spans = take_spans(spans, np.argsort(row * own + stream, kind="stable"))
+        rows = self._examples.read_rows(self._split, spans, cursor.epoch)
         return [(rows, step, self.plan.after(cursor, step + 1)) for step in range(steps)]
 
-    def _micro_batches(self, rows: Rows, step: int, at: Cursor) -> list[Batch]:
+    def _micro_batches(self, rows: ReadRows, step: int, cursor: Cursor) -> list[Batch]:
+        """Write one of the steps that were read, the one at ``cursor``, to tensors; mask surplus and skipped rows."""
         micro, used = self._share.micro, self.plan.rows_per_stream * len(self._streams)
-        batch = empty_batch(self._examples.layout, self.micro_batches * micro, self._pin)
+        batch = empty_batch(self._examples.columns, self.micro_batches * micro, self._pin)
         rows.write(step * used, {key: value[:used].numpy() for key, value in batch.items()})
-        if "memory" in batch:  # of the row in the whole step, and none at an epoch's start
+        if "memory" in batch:  # the row's number in the global batch; negative at the start of an epoch
             numbers = torch.tensor(self.row_numbers()) + 1
-            batch["memory"][:used] = batch["memory"][:used] * numbers if at.position else -numbers
+            batch["memory"][:used] = batch["memory"][:used] * numbers if cursor.position else -numbers
         if used < self.micro_batches * micro:
             mask_rows({key: value[used:] for key, value in batch.items()})
-        if skipped := self._skipped.get(at):
-            for place, number in enumerate(self.row_numbers()):
+        if skipped := self._skipped.get(cursor):
+            for index, number in enumerate(self.row_numbers()):
                 if number in skipped:
-                    mask_rows({key: value[place : place + 1] for key, value in batch.items()})
+                    mask_rows({key: value[index : index + 1] for key, value in batch.items()})
         parts = [slice(first, first + micro) for first in range(0, self.micro_batches * micro, micro)]
-        return [{key: value[part] for key, value in batch.items()} for part in parts]
+        return [_slice_batch(batch, part) for part in parts]
 
 
 class EvalLoader:
-    """The rows of a split in the order of storage, in groups of ``micro`` rows that are the same for any world.
+    """The rows of a split in storage order, in groups of ``micro`` rows that are the same for any world size.
 
-    Rank r gives groups r, r + world, ...; those that are missing at the end weigh nothing, so that every rank gives
-    equally many. ``tokens`` limits it to the first groups that hold so many places. An empty split gives no groups.
+    Rank r yields groups r, r + world_size, ...; groups that are missing at the end are masked, so that every rank
+    yields equally many. ``tokens`` limits it to the first groups with so many tokens. An empty split has no groups.
     """
 
     def __init__(
         self,
-        shards: CorpusSplit,
+        split: CorpusSplit,
         shape: StepShape,
         share: RankShare,
         examples: ExampleBuilder,
         tokens: int | None = None,
     ) -> None:
-        self._shards, self._share, self._examples = shards, share, examples
+        self._split, self._share, self._examples = split, share, examples
         self._shape = StepShape(share.micro, shape.seq_len, 1, shape.pack)
         self.groups = 0
-        if shards.samples:
-            self._plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(0, 0), shape.pack), self._shape)
+        if split.samples:
+            self._plan = BatchPlan(EpochOrder(split_sizes(split), Shuffle(0, 0), shape.pack), self._shape)
             self.groups = self._plan.steps_per_epoch
             if tokens is not None:
                 self.groups = min(self.groups, -(-tokens // (share.micro * shape.seq_len)))
 
-    def first(self, tokens: int) -> EvalLoader:
-        """The first groups, as many as hold ``tokens`` places."""
+    def first_groups(self, tokens: int) -> EvalLoader:
+        """A loader of the first groups only, as many as hold ``tokens`` tokens."""
         part = copy(self)
         part.groups = min(self.groups, -(-tokens // (self._shape.rows * self._shape.seq_len)))
         return part
 
     def __len__(self) -> int:
-        return -(-self.groups // self._share.world)
+        return -(-self.groups // self._share.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for group in range(self._share.rank, len(self) * self._share.world, self._share.world):
-            yield self._group(group)
+        for group in range(self._share.rank, len(self) * self._share.world_size, self._share.world_size):
+            yield self._read_group(group)
 
     @property
     def bytes(self) -> float:
-        """Bytes of text that the groups predict: exact for the whole split, in proportion to places for a part."""
+        """Bytes of text that the groups predict: exact for the whole split, in proportion to tokens otherwise."""
         if not self.groups:
             return 0.0
-        unit = self._shape.seq_len if self._shape.pack else 1
-        end = min(self.groups * self._share.micro * unit, self._plan.order.units)
-        places = (
-            end if self._shape.pack else int(np.minimum(self._shards.sizes[:end], unit and self._shape.seq_len).sum())
-        )
-        return self._shards.bytes * places / self._shards.tokens
+        if self._shape.pack:
+            tokens = min(self.groups * self._share.micro * self._shape.seq_len, self._plan.order.units)
+        else:
+            end = min(self.groups * self._share.micro, self._plan.order.units)
+            tokens = int(np.minimum(self._split.sample_tokens[:end], self._shape.seq_len).sum())
+        return self._split.bytes * tokens / self._split.tokens
 
-    def _group(self, group: int) -> Batch:
-        batch = empty_batch(self._examples.layout, self._shape.rows, pin=False)
+    def _read_group(self, group: int) -> Batch:
+        batch = empty_batch(self._examples.columns, self._shape.rows, pin=False)
         if group >= self.groups:
             mask_rows(batch)
             return batch
-        unit = self._shape.seq_len if self._shape.pack else 1
-        pieces = self._plan.rows([0], Cursor(0, group * self._shape.rows * unit), 1)
-        rows = self._examples.read(self._shards, pieces, 0)
+        units_per_row = self._shape.seq_len if self._shape.pack else 1
+        spans = self._plan.row_spans([0], Cursor(0, group * self._shape.rows * units_per_row), 1)
+        rows = self._examples.read_rows(self._split, spans, 0)
         rows.write(0, {key: value.numpy() for key, value in batch.items()})
         if "memory" in batch:
-            batch["memory"].zero_()  # a held-out row begins with nothing, so that groups are the same in any world
+            batch["memory"].zero_()  # no carried state in evaluation, so that groups are the same in any world
         return batch
 
 
-def empty_batch(layout: Columns, rows: int, pin: bool) -> Batch:
-    """Tensors of a Batch, not filled; page-locked with ``pin``, as copies to a GPU need."""
-    return {key: torch.empty((rows, *shape), dtype=dtype, pin_memory=pin) for key, (shape, dtype) in layout.items()}
+def _slice_batch(batch: Batch, rows: slice) -> Batch:
+    return {key: value[rows] for key, value in batch.items()}
+
+
+def empty_batch(columns: Columns, rows: int, pin: bool) -> Batch:
+    """Uninitialised tensors of a Batch; ``pin`` page-locks them, which asynchronous copies to a GPU need."""
+    return {key: torch.empty((rows, *shape), dtype=dtype, pin_memory=pin) for key, (shape, dtype) in columns.items()}
 
 
 def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin: bool = False) -> Loader:
-    """The training split as the configuration orders it. Raises UserError where streams, batch and world do not fit."""
-    data, shards = config.data, corpus.split("train")
-    order = EpochOrder(split_sizes(shards), Shuffle(config.seed, data.shuffle_shards), data.pack)
+    """The loader of the training split. Raises UserError where streams, global batch and world size do not fit."""
+    data, split = config.data, corpus.split("train")
+    order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.pack)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(config.batch.global_, examples.places, data.streams or config.batch.global_, data.pack)
-    return Loader(shards, BatchPlan(order, shape), share, examples, pin)
+    shape = StepShape(config.batch.global_, examples.row_tokens, data.streams or config.batch.global_, data.pack)
+    return Loader(split, BatchPlan(order, shape), share, examples, pin)
 
 
 def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> EvalLoader:
-    """The rank's part of a held-out split, in groups that are the same for any world."""
+    """The loader of this rank's part of a held-out split, in groups that are the same for any world size."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(group, examples.places, 1, config.data.pack)
+    shape = StepShape(group, examples.row_tokens, 1, config.data.pack)
     return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
 
 
 def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, EvalLoader]:
-    """The rank's training data, and what is held out of it."""
+    """This rank's loaders of the training split and of the validation split."""
     streams = config.data.streams or config.batch.global_
-    depth = config.batch.global_ // streams
-    rows, usual = (-(-streams // size) * depth for size in (world.size, config.cluster.workers))
-    # A world that has lost workers takes more micro-batches, not larger ones: memory was measured for the usual share.
-    share = RankShare(world.rank, world.size, config.batch.micro or -(-rows // max(1, -(-rows // usual))))
-    return training_loader(corpus, config, share, pin=world.device.type == "cuda"), held_out_loader(
-        corpus, config, world
-    )
+    rows_per_stream = config.batch.global_ // streams
+    rows, usual = (-(-streams // size) * rows_per_stream for size in (world.size, config.cluster.workers))
+    # A world that lost workers takes more micro-batches, not larger ones: memory was measured for the configured world.
+    micro = config.batch.micro or -(-rows // max(1, -(-rows // usual)))
+    share = RankShare(world.rank, world.size, micro)
+    train = training_loader(corpus, config, share, pin=world.device.type == "cuda")
+    return train, held_out_loader(corpus, config, world)
 
 
 def held_out_text(corpus: Corpus, split: str = "val") -> Iterator[bytes]:
-    """The text of the held-out documents, one by one: what bits per byte are counted over."""
-    shards = corpus.split(split)
-    return (corpus.tokenizer.decode(shards.document(sample).tolist()).encode() for sample in range(shards.samples))
+    """The UTF-8 text of each held-out document: the bytes that bits per byte are counted over."""
+    documents = corpus.split(split)
+    texts = (corpus.tokenizer.decode(documents.document(n).tolist()) for n in range(documents.samples))
+    return (text.encode() for text in texts)

@@ -1,4 +1,4 @@
-"""Text to token ids and back, always by a ``tokenizer.json`` of the ``tokenizers`` library in the corpus folder."""
+"""Text to token ids and back, by a ``tokenizer.json`` of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EOT = "<|endoftext|>"
 _END_TOKENS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 _BYTES = 256
 _LONG = 1 << 20
-"""Characters above which a text is encoded piece by piece: the library holds some 100 bytes a token meanwhile."""
+"""Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
 
 
 class Tokenizer:
-    """Encodes and decodes; ``eot`` is the id that ends (and begins) every document, ``vocab_size`` counts all ids."""
+    """Encodes and decodes text; ``eot`` is the id before and after every document, ``vocab_size`` counts all ids."""
 
     def __init__(self, content: str) -> None:
         try:
@@ -43,13 +43,13 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder()
         self.special = sorted(identity for identity, token in added.items() if token.special)
         self.fingerprint: str = hashlib.sha256(content.encode()).hexdigest()
-        # Only a character vocabulary has no pre-tokenizer and no merges; the library would drop unknown ones in
-        # silence.
+        # Only a character vocabulary has no pre-tokenizer and no merges; the library silently drops characters that
+        # are not in it.
         characters = vocabulary.keys() - {token.content for token in added.values()}
         self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
-        # A text equals the sum of its pieces only where the tokenizer puts nothing before or between words.
-        whole = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
-        self._piece = _LONG if whole and self._fast.normalizer is None else None
+        # Chunks may be encoded apart only where the tokenizer adds nothing before or between words.
+        splittable = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
+        self._chunk = _LONG if splittable and self._fast.normalizer is None else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without ``eot``. Raises UserError for a character that a character vocabulary lacks."""
@@ -57,44 +57,44 @@ class Tokenizer:
             listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
             raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
         ids: list[int] = []
-        for piece in _pieces(text, self._piece or len(text)):
-            ids.extend(self._fast.encode_batch_fast([piece], add_special_tokens=False)[0].ids)
+        for chunk in _split_text(text, self._chunk or len(text)):
+            ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids; bytes that are no whole character become the replacement character."""
+        """The text of some ids; bytes that form no whole character become the replacement character."""
         return self._fast.decode(list(ids), skip_special_tokens=False)
 
     def find(self, name: str, default: int) -> int:
-        """The id of the token of that name, or ``default`` where there is none."""
+        """The id of the token of that name, or ``default`` if the vocabulary has none."""
         identity = self._fast.token_to_id(name)
         return default if identity is None else identity
 
     def id_of(self, name: str) -> int:
-        """The id of a token that is known to be there."""
+        """The id of a token that the vocabulary is known to have."""
         identity = self._fast.token_to_id(name)
         assert identity is not None, name
         return identity
 
     def name_of(self, identity: int) -> str:
-        """How the vocabulary writes a token; nothing for an id that it leaves out."""
+        """The vocabulary's spelling of a token; "" for an id without a token."""
         return self._fast.id_to_token(identity) or ""
 
     def extended(self, names: Sequence[str]) -> Tokenizer:
-        """The same with the special tokens of these names; those that it lacks stand behind all others, in their order."""
+        """This tokenizer with special tokens of these names; missing ones get ids after all others, in order."""
         lacking = [name for name in names if self._fast.token_to_id(name) is None]
         if not lacking:
             return self
         fast = Fast.from_str(self.content)
         fast.add_special_tokens(lacking)
-        made = Tokenizer(fast.to_str())
-        if [made.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
+        extended = Tokenizer(fast.to_str())
+        if [extended.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
             raise UserError(f"the tokenizer numbers its tokens with gaps, so {lacking[0]} cannot stand behind")
-        return made
+        return extended
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """The tokenizer of a prepared corpus or of a run."""
+    """The tokenizer in the folder of a prepared corpus or of a run. Raises UserError if it is missing or damaged."""
     path = Path(folder) / FILE
     try:
         return Tokenizer(path.read_text("utf-8"))
@@ -104,8 +104,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
-    """Pieces of about ``size`` characters or less, cut before a line where there is one: they join to the text."""
+def _split_text(text: str, size: int) -> Iterator[str]:
+    """Chunks of at most ``size`` characters, cut at a line break if there is one; joined they are the text."""
     start = 0
     while len(text) - start > size:
         newline = text.rfind("\n", start + 1, start + size)
@@ -118,7 +118,7 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 def build_tokenizer(settings: schema.Tokenizer, texts: Iterable[str], characters: str) -> str:
     """The content of a new ``tokenizer.json``: a function of the settings and the text alone.
 
-    ``texts`` are what a bpe learns from; ``characters`` those of the whole corpus, for chars. Raises UserError.
+    A bpe learns from ``texts``; chars takes ``characters``, those of the whole corpus. Raises UserError.
     """
     match settings.kind:
         case "bpe":
@@ -169,14 +169,14 @@ def _train_bpe(vocab_size: int | None, texts: Iterable[str]) -> str:
 
 
 def _finish(fast: Fast, decoder: decoders.Decoder) -> str:
-    """Add the end token after all others, and how tokens become text again."""
+    """Add the end-of-text token after all others, and set the decoder."""
     fast.add_special_tokens([EOT])
     fast.decoder = decoder
     return fast.to_str()
 
 
 def _byte_signs() -> list[str]:
-    """The sign that byte-level tokenizers write for each byte, in the order of the bytes.
+    """The character that byte-level tokenizers write for each byte, in the order of the bytes.
 
     Printable bytes stand for themselves; the others, in order, for the characters from 256 up (Radford et al. 2019,
     `bytes_to_unicode` of GPT-2).

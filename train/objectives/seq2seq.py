@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from train.config import schema
-from train.data.examples.seq2seq import lengths
+from train.data.examples.seq2seq import row_lengths
 from train.models import build_backbone
 from train.models.backbone import EncDecBackbone
 from train.objectives.generative import GenerativeObjective
@@ -40,5 +40,5 @@ def build_seq2seq(config: schema.Config, vocab_size: int) -> Seq2seqLM:
     head = LMHead(
         backbone.embed, config.model.tied, objective, backbone.head_scale, config.model.deviation(config.model.width)
     )
-    _, target = lengths(config.batch.seq_len, objective)
+    _, target = row_lengths(config.batch.seq_len, objective)
     return Seq2seqLM(backbone, head, vocab_size, config.data.isolate, target / config.batch.seq_len)

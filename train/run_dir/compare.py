@@ -54,14 +54,14 @@ def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Compa
 
 def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
     readers = [ours.reader(), theirs.reader()]
-    kinds = sorted({kind for reader in readers for _, kind in reader.where}, reverse=True)
+    kinds = sorted({kind for reader in readers for _, kind in reader.pieces}, reverse=True)
     found = []
     for kind in kinds:
-        names = sorted({name for reader in readers for name, k in reader.where if k == kind})
+        names = sorted({name for reader in readers for name, k in reader.pieces if k == kind})
         difference = None
         for name in names:
-            missing = any((name, kind) not in reader.where for reader in readers)
-            whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.where[name, kind])) for r in readers]
+            missing = any((name, kind) not in reader.pieces for reader in readers)
+            whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.pieces[name, kind])) for r in readers]
             if missing or not torch.equal(*whole):
                 difference = difference or f"{name}: {'missing in one' if missing else _apart(*whole)}"
         found.append(Comparison(f"tensors of {kind}", len(names), difference))

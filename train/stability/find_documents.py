@@ -44,7 +44,7 @@ class DocumentPart:
 def parts(corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()) -> list[DocumentPart]:
     """What stands in the step at a cursor, row by row; ``skipped`` are the rows that a ledger leaves out."""
     shards, found = corpus.split("train"), []
-    for row, sample, start, length in plan.table(cursor).tolist():
+    for row, sample, start, length in plan.step_table(cursor).tolist():
         text = shards.document(sample)[start : start + min(length, WORDS_SHOWN)]
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)

@@ -67,7 +67,7 @@ class Guard:
     def __post_init__(self) -> None:
         """The rows that the run's ledger leaves out are left out from here on. A collective."""
         self.ledger = SkippedRows(RunDir(Path(self.config.run.dir or "")))
-        self.loader.skip(self.ledger.rows)
+        self.loader.skip_rows(self.ledger.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
         """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.
@@ -98,7 +98,7 @@ class Guard:
         }
         self.ledger.append(entry)
         self._enforce_limits(entry)
-        self.loader.skip(self.ledger.rows)
+        self.loader.skip_rows(self.ledger.rows)
         self.loader.seek(target.cursor)
         self.on_rollback(target, words(entry))
         return target

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers import gloo_ranks
 
-from train.checkpoint.reader import complete
+from train.checkpoint import reader
+from train.checkpoint.reader import Checkpoint, complete
 from train.config import load as configuration
 
 SAVE = ["steps=4", "save_every=2", "batch.global=12"]
@@ -130,6 +131,31 @@ def corrupt(folder: Path, draw: random.Random) -> tuple[str, str]:
             name[draw.randrange(len(name))] ^= 1 << draw.randrange(8)
             target.write_bytes(name)
     return kind, target.name
+
+
+@pytest.mark.parametrize("moment", ["after its hash is taken", "between two openings"])
+def test_a_checkpoint_dropped_while_it_is_verified_is_damaged(saved, tmp_path: Path, monkeypatch, moment: str):
+    """A run that goes on drops old checkpoints while others read them; safetensors and torch each open the file once."""
+    source = complete(Path(saved.run.dir) / "checkpoints")[-1]
+    checkpoint = Checkpoint(tmp_path / source.path.name, source.manifest)
+    shutil.copytree(source.path, checkpoint.path)
+    assert checkpoint.damage() is None
+    sha256_of, from_file = reader.sha256_of, torch.UntypedStorage.from_file
+
+    def hash_then_drop(file: Path) -> str:
+        digest = sha256_of(file)
+        checkpoint.path.rename(tmp_path / "dropped")
+        return digest
+
+    def drop_then_open(*arguments, **keywords):
+        checkpoint.path.rename(tmp_path / "dropped")
+        return from_file(*arguments, **keywords)
+
+    if moment == "after its hash is taken":
+        monkeypatch.setattr(reader, "sha256_of", hash_then_drop)
+    else:
+        monkeypatch.setattr(torch.UntypedStorage, "from_file", drop_then_open)
+    assert checkpoint.damage() == "rank_0.safetensors cannot be read: No such file or directory"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make, corpus: Path):

@@ -29,21 +29,21 @@ def test_a_snapshot_is_a_safetensors_file_and_its_memory_is_used_again(tmp_path:
     memory = None
     for sizes in ([1, 4096, 5_000_003, 7], [4_000_000], [3]):
         states = {("weight", f"p{n}", 10 * n): torch.randn(size, generator=draw) for n, size in enumerate(sizes)}
-        mine.begin(states)
+        mine.begin_copy(states)
         mine.copy()
         assert memory is None or mine.memory is memory
         memory = mine.memory
-        entry = mine.write(tmp_path / "file", NEVER)
+        entry = mine.write_file(tmp_path / "file", NEVER)
         found = load_file(tmp_path / "file")
-        assert found.keys() == {staging.key(*which) for which in states}
-        assert all(torch.equal(found[staging.key(*which)], view) for which, view in states.items())
+        assert found.keys() == {staging.tensor_name(*which) for which in states}
+        assert all(torch.equal(found[staging.tensor_name(*which)], view) for which, view in states.items())
         assert entry["size"] == (tmp_path / "file").stat().st_size
         assert entry["pieces"] == [[*which, view.numel()] for which, view in states.items()]
 
 
 def test_a_file_system_that_wants_nothing_past_its_cache_is_written_through_it(tmp_path: Path):
     data = memoryview(np.random.default_rng(0).bytes(100_001))[1:]  # of no address and size that O_DIRECT takes
-    with staging._opened(tmp_path / "file") as fd:
+    with staging._open_direct(tmp_path / "file") as fd:
         staging._write_all(fd, data)
     assert (tmp_path / "file").read_bytes() == data
 
@@ -66,7 +66,7 @@ def save_while_a_step_is_made(world, emit, config, corpus: str):
     loader, _ = loaders(Corpus(corpus), config, world)
     engine, _ = build_engine(config, Corpus(corpus).tokenizer.vocab_size, world, loader)
     saver = CheckpointWriter(Path(config.run.dir or "") / "checkpoints", 1, 0, world)
-    passed, take = threading.Event(), saver.snapshot.copy
+    passed, take = threading.Event(), saver.staging.copy
 
     def take_late():
         passed.wait(30)
@@ -78,12 +78,14 @@ def save_while_a_step_is_made(world, emit, config, corpus: str):
         saver.wait_for_staging()
 
     engine.train_step(next(loader)[0], {"loss": 64}, 1e-2, saver.wait_for_staging)
-    pieces = saver._mine(engine)
-    expected = {staging.key(kind, p.name, p.start): v.clone() for p in pieces for kind, v in engine.states(p).items()}
-    saver.snapshot.copy = take_late
+    pieces = saver._own_shards(engine)
+    expected = {
+        staging.tensor_name(kind, p.name, p.start): v.clone() for p in pieces for kind, v in engine.states(p).items()
+    }
+    saver.staging.copy = take_late
     saver.save(engine, TrainState(step=1), None, {}, lambda: None)
     engine.train_step(next(loader)[0], {"loss": 64}, 1e-2, hold)
-    after = {staging.key(kind, p.name, p.start): v for p in pieces for kind, v in engine.states(p).items()}
+    after = {staging.tensor_name(kind, p.name, p.start): v for p in pieces for kind, v in engine.states(p).items()}
     saver.wait_for_save()
     loader.close()
     found = {}

@@ -1,3 +1,5 @@
+"""Fixtures of the data tests: hand-made corpora and data sections."""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,15 @@ from train.util import io
 
 @pytest.fixture
 def build_corpus(tmp_path):
-    """A function that writes a corpus whose training shards hold documents of given lengths, in bytes."""
+    """build_corpus(train, val) writes a corpus whose shards hold documents of the given lengths, in bytes."""
 
     def build(train: list[list[int]], val: list[list[int]] = (), name: str = "corpus") -> shards.Corpus:
         folder = tmp_path / name
         folder.mkdir()
-        stamps = VerifiedFiles(folder)
+        verified = VerifiedFiles(folder)
         content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
         io.write_whole(folder / tokenizer.FILE, content.encode())
-        made = tokenizer.load_tokenizer(folder)
+        loaded = tokenizer.load_tokenizer(folder)
         random = np.random.default_rng(0)
         splits = {}
         for split, lengths in (("train", train), ("val", val)):
@@ -32,9 +34,9 @@ def build_corpus(tmp_path):
                 entries.append(entry)
                 tables.append(table)
                 first += len(sizes)
-            table_entry = shards.write_table(folder, split, np.concatenate(tables, axis=1), stamps)
-            splits[split] = shards.index_split(entries, table_entry)
-        shards.write_index(folder, {"recipe": "made by hand", "settings": {}}, made, "uint16", splits)
+            table_entry = shards.write_table(folder, split, np.concatenate(tables, axis=1), verified)
+            splits[split] = shards.split_entry(entries, table_entry)
+        shards.write_index(folder, {"recipe": "made by hand", "settings": {}}, loaded, "uint16", splits)
         return shards.Corpus(folder)
 
     return build
@@ -42,7 +44,7 @@ def build_corpus(tmp_path):
 
 @pytest.fixture
 def text_data(tmp_path, monkeypatch):
-    """A function that gives the data section for some text files, in an empty current folder."""
+    """text_data(*paths, ...) returns the data section for some text files, in an empty current folder."""
     monkeypatch.chdir(tmp_path)
 
     def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.Data:

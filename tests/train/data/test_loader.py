@@ -1,10 +1,12 @@
-"""Batches: what every row holds, that ranks share exactly, that a loader goes on from anywhere."""
+"""Loaders: contents of rows, exact partition among ranks, seek to any cursor, errors of the thread."""
 
 import subprocess
 import sys
 import threading
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,12 +20,14 @@ from train.errors import UserError
 UNEVEN = [[3, 5, 2, 9, 4, 6, 8], [11], [1 + i % 13 for i in range(100)]]  # shards of 7, 1 and 100 documents
 
 
-def plan_of(corpus, shape: StepShape, seed: int = 0) -> BatchPlan:
+def build_plan(corpus, shape: StepShape, seed: int = 0) -> BatchPlan:
     return BatchPlan(EpochOrder(split_sizes(corpus.split("train")), Shuffle(seed, 2), shape.pack), shape)
 
 
-def steps_of(corpus, shape: StepShape, share: RankShare, count: int, start: Cursor | None = None, isolate: bool = True):
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, CausalExamples(shape.seq_len, isolate))
+def read_steps(
+    corpus, shape: StepShape, share: RankShare, count: int, start: Cursor | None = None, isolate: bool = True
+):
+    loader = Loader(corpus.split("train"), build_plan(corpus, shape), share, CausalExamples(shape.seq_len, isolate))
     loader.seek(start or Cursor())
     steps = [next(loader) for _ in range(count)]
     loader.close()
@@ -31,46 +35,47 @@ def steps_of(corpus, shape: StepShape, share: RankShare, count: int, start: Curs
 
 
 def real_rows(micro_batches) -> list[tuple]:
-    """Every row that is trained on, as (tokens, targets, positions, segments)."""
+    """Every row with a target, as (tokens, targets, positions, segments)."""
     whole = {key: torch.cat([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
-    keep = (whole["segments"] > 0).any(dim=1)
-    return [tuple(tuple(whole[key][row].tolist()) for key in whole) for row in torch.nonzero(keep).flatten().tolist()]
+    rows = zip(*(column.tolist() for column in whole.values()), strict=True)
+    return [tuple(map(tuple, row)) for row in rows if any(row[3])]
 
 
-def trained(micro_batches) -> int:
+def count_targets(micro_batches) -> int:
     return sum(int((batch["targets"] != IGNORE).sum()) for batch in micro_batches)
 
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("micro", [1, 2, 5])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
-def test_uneven_shards_give_an_exact_epoch_to_any_number_of_ranks(build_corpus, pack, micro, world):
+def test_uneven_shards_give_an_exact_epoch_for_any_world_size(build_corpus, pack, micro, world):
     corpus = build_corpus(UNEVEN)
     split = corpus.split("train")
     shape = StepShape(10, 16, 5, pack)
-    plan = plan_of(corpus, shape)
+    plan = build_plan(corpus, shape)
     count = plan.steps_per_epoch
-    alone = steps_of(corpus, shape, RankShare(0, 1, 10), count)
-    ranks = [steps_of(corpus, shape, RankShare(rank, world, micro), count) for rank in range(world)]
-    assert len({len(step[0]) for rank in ranks for step in rank}) == 1
-    assert all(batch["tokens"].shape == (micro, 16) for rank in ranks for step in rank for batch in step[0])
+    alone = read_steps(corpus, shape, RankShare(0, 1, 10), count)
+    ranks = [read_steps(corpus, shape, RankShare(rank, world, micro), count) for rank in range(world)]
+    micro_batches = [step[0] for step in chain.from_iterable(ranks)]
+    assert len({len(batches) for batches in micro_batches}) == 1
+    assert all(batch["tokens"].shape == (micro, 16) for batch in chain.from_iterable(micro_batches))
     for number in range(count):
-        together = [row for rank in ranks for row in real_rows(rank[number][0])]
-        assert sorted(together) == sorted(real_rows(alone[number][0]))
+        union = chain.from_iterable(real_rows(rank[number][0]) for rank in ranks)
+        assert sorted(union) == sorted(real_rows(alone[number][0]))
         assert {rank[number][1] for rank in ranks} == {alone[number][1]}
-    assert sum(trained(step[0]) for step in alone) == split.tokens
+    assert sum(count_targets(step[0]) for step in alone) == split.tokens
     assert alone[-1][1] == Cursor(1, 0)
     if not pack:  # each document is a row, and came once
-        rows = [row for step in alone for row in real_rows(step[0])]
+        rows = list(chain.from_iterable(real_rows(step[0]) for step in alone))
         documents = [tuple(split.document(sample).tolist()) for sample in range(split.samples)]
         assert sorted(row[1][: row[3].count(1) - 1] for row in rows) == sorted(documents)
 
 
-def reference_row(split, pieces, T: int, isolate: bool) -> tuple:
-    """A row built from its pieces token by token, from the definition in the contract."""
+def reference_row(split, spans, T: int, isolate: bool) -> tuple:
+    """A row built from its spans token by token, as ``train.batch`` defines it."""
     tokens, targets, positions, segments = [], [], [], []
     number = 0
-    for sample, start, length in pieces:
+    for sample, start, length in spans:
         if sample < 0:
             tokens += [0] * length
             targets += [IGNORE] * length
@@ -87,105 +92,108 @@ def reference_row(split, pieces, T: int, isolate: bool) -> tuple:
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("pack", [True, False])
-def test_rows_hold_what_the_contract_says(build_corpus, pack, isolate):
+def test_rows_equal_a_token_by_token_reference(build_corpus, pack, isolate):
     corpus = build_corpus(UNEVEN)
     split, T = corpus.split("train"), 16
     shape = StepShape(4, T, 2, pack)
-    plan = plan_of(corpus, shape)
+    plan = build_plan(corpus, shape)
     cursor = Cursor()
-    for micro_batches, after in steps_of(corpus, shape, RankShare(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
+    for micro_batches, after in read_steps(corpus, shape, RankShare(0, 1, 4), plan.steps_per_epoch, isolate=isolate):
         rows, room = [[]], T
-        for piece in zip(*(column.tolist() for column in plan.rows(range(2), cursor, 1)), strict=True):
+        for span in np.stack(plan.row_spans(range(2), cursor, 1), axis=1).tolist():
             if not room:
                 rows.append([])
                 room = T
-            rows[-1].append(piece)
-            room -= piece[2]
+            rows[-1].append(span)
+            room -= span[2]
         for stream in range(2):
             for i in range(2):
                 expected = reference_row(split, rows[stream * 2 + i], T, isolate)
                 row = i * 2 + stream  # row j of a step comes from stream j mod S
-                found = tuple(micro_batches[0][key][row].tolist() for key in micro_batches[0])
-                assert found == tuple(list(column) for column in expected)
+                actual = tuple(value[row].tolist() for value in micro_batches[0].values())
+                assert actual == tuple(list(column) for column in expected)
         cursor = after
 
 
-def test_a_document_longer_than_a_row_goes_on_in_the_next_with_new_positions(build_corpus):
+def test_document_longer_than_a_row_continues_with_new_positions(build_corpus):
     corpus = build_corpus([[40]])
-    (first, _), (second, _) = steps_of(corpus, StepShape(1, 16, 1), RankShare(0, 1, 1), 2)
+    (first, _), (second, _) = read_steps(corpus, StepShape(1, 16, 1), RankShare(0, 1, 1), 2)
     assert first[0]["tokens"][0, 0] == 256
     assert first[0]["targets"][0, -1] == second[0]["tokens"][0, 0]
     assert second[0]["positions"][0].tolist() == list(range(16))
 
 
-def test_batches_have_the_dtypes_of_the_contract(build_corpus):
-    ((batches, _),) = steps_of(build_corpus(UNEVEN), StepShape(4, 16, 2), RankShare(0, 1, 2), 1)
+def test_batches_have_the_keys_and_dtypes_of_the_contract(build_corpus):
+    ((batches, _),) = read_steps(build_corpus(UNEVEN), StepShape(4, 16, 2), RankShare(0, 1, 2), 1)
     assert [value.dtype for value in batches[0].values()] == [torch.int64, torch.int64, torch.int64, torch.int32]
     assert list(batches[0]) == ["tokens", "targets", "positions", "segments"]
-    assert all(value.is_contiguous() for batch in batches for value in batch.values())
+    for batch in batches:
+        assert all(value.is_contiguous() for value in batch.values())
 
 
 @pytest.mark.parametrize("pack", [True, False])
 def test_seek_equals_replay_across_epochs(build_corpus, pack):
     corpus = build_corpus(UNEVEN)
     shape = StepShape(6, 16, 3, pack)
-    count = 3 * plan_of(corpus, shape).steps_per_epoch
-    replay = steps_of(corpus, shape, RankShare(1, 2, 2), count)
+    count = 3 * build_plan(corpus, shape).steps_per_epoch
+    replay = read_steps(corpus, shape, RankShare(1, 2, 2), count)
     for number in range(0, count - 2, 3):
-        for (found, after), (expected, expected_after) in zip(
-            steps_of(corpus, shape, RankShare(1, 2, 2), 2, start=replay[number][1]), replay[number + 1 :], strict=False
-        ):
+        sought = read_steps(corpus, shape, RankShare(1, 2, 2), 2, start=replay[number][1])
+        for (actual, after), (expected, expected_after) in zip(sought, replay[number + 1 :], strict=False):
             assert after == expected_after
-            assert all(torch.equal(a[key], b[key]) for a, b in zip(found, expected, strict=True) for key in a)
+            for a, b in zip(actual, expected, strict=True):
+                assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_stop_at_other_world_sizes_loses_and_repeats_nothing(build_corpus):
+def test_stops_at_other_world_sizes_lose_and_repeat_nothing(build_corpus):
     corpus = build_corpus(UNEVEN)
     shape = StepShape(12, 8, 6)
-    count = 2 * plan_of(corpus, shape).steps_per_epoch
-    unbroken = [sorted(real_rows(step[0])) for step in steps_of(corpus, shape, RankShare(0, 1, 12), count)]
+    count = 2 * build_plan(corpus, shape).steps_per_epoch
+    unbroken = [sorted(real_rows(step[0])) for step in read_steps(corpus, shape, RankShare(0, 1, 12), count)]
     cursor, seen = Cursor(), []
     for world in (4, 2, 6, 1, 5):
         part = count // 5 + 1
-        ranks = [steps_of(corpus, shape, RankShare(rank, world, 2), part, start=cursor) for rank in range(world)]
-        seen += [sorted(row for rank in ranks for row in real_rows(rank[step][0])) for step in range(part)]
+        ranks = [read_steps(corpus, shape, RankShare(rank, world, 2), part, start=cursor) for rank in range(world)]
+        for step in range(part):
+            seen.append(sorted(chain.from_iterable(real_rows(rank[step][0]) for rank in ranks)))
         cursor = ranks[0][-1][1]
     assert seen[:count] == unbroken
 
 
-def test_the_position_handed_out_is_that_of_the_batch_consumed(build_corpus):
+def test_cursor_is_that_of_the_batch_consumed_not_of_the_one_read(build_corpus):
     corpus = build_corpus([[200] * 20])
     loader = Loader(
-        corpus.split("train"), plan_of(corpus, StepShape(2, 8, 2)), RankShare(0, 1, 2), CausalExamples(8, True)
+        corpus.split("train"), build_plan(corpus, StepShape(2, 8, 2)), RankShare(0, 1, 2), CausalExamples(8, True)
     )
     positions = [next(loader)[1].position for _ in range(5)]
     loader.close()
     assert positions == [8, 16, 24, 32, 40]
 
 
-def test_closing_ends_the_thread_and_the_loader_can_go_on(build_corpus):
+def test_close_ends_the_thread_and_next_starts_it_again(build_corpus):
     corpus = build_corpus(UNEVEN)
     shape, share = StepShape(4, 16, 2), RankShare(0, 1, 4)
-    expected = steps_of(corpus, shape, share, 4)
+    expected = read_steps(corpus, shape, share, 4)
     before = threading.active_count()
-    loader = Loader(corpus.split("train"), plan_of(corpus, shape), share, CausalExamples(shape.seq_len, True))
-    found = [next(loader), next(loader)]
+    loader = Loader(corpus.split("train"), build_plan(corpus, shape), share, CausalExamples(shape.seq_len, True))
+    steps = [next(loader), next(loader)]
     loader.close()
     loader.close()
     assert threading.active_count() == before
-    found += [next(loader), next(loader)]
+    steps += [next(loader), next(loader)]
     loader.close()
-    assert [step[1] for step in found] == [step[1] for step in expected]
+    for (_, cursor), (_, expected_cursor) in zip(steps, expected, strict=True):
+        assert cursor == expected_cursor
 
 
-def test_a_damaged_shard_is_reported_by_next(build_corpus):
+def test_damaged_shard_is_reported_by_next(build_corpus):
     corpus = build_corpus([[50] * 4])
     path = corpus.folder / "train-000000.tar"
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
     path.write_bytes(content)
     loader = Loader(
-        corpus.split("train"), plan_of(corpus, StepShape(1, 8, 1)), RankShare(0, 1, 1), CausalExamples(8, True)
+        corpus.split("train"), build_plan(corpus, StepShape(1, 8, 1)), RankShare(0, 1, 1), CausalExamples(8, True)
     )
     with pytest.raises(UserError, match=r"train-000000.tar: damaged.*launch.sh prepare"):
         next(loader)
@@ -195,19 +203,19 @@ def test_more_workers_than_streams_are_refused(build_corpus):
     corpus = build_corpus(UNEVEN)
     with pytest.raises(UserError, match="3 workers for 2 streams"):
         Loader(
-            corpus.split("train"), plan_of(corpus, StepShape(4, 16, 2)), RankShare(0, 3, 1), CausalExamples(16, True)
+            corpus.split("train"), build_plan(corpus, StepShape(4, 16, 2)), RankShare(0, 3, 1), CausalExamples(16, True)
         )
 
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
+def test_held_out_groups_are_the_same_for_any_world_size(build_corpus, pack, world):
     corpus = build_corpus([[5]], UNEVEN)
     split, shape = corpus.split("val"), StepShape(1, 16, 1, pack)
     alone = [
         batch
         for batch in EvalLoader(split, shape, RankShare(0, 1, 4), CausalExamples(shape.seq_len, True))
-        if trained([batch])
+        if count_targets([batch])
     ]
     loaders = [
         EvalLoader(split, shape, RankShare(rank, world, 4), CausalExamples(shape.seq_len, True))
@@ -220,21 +228,21 @@ def test_held_out_groups_are_the_same_for_any_world(build_corpus, pack, world):
         if number < len(alone):
             assert all(torch.equal(batch[key], alone[number][key]) for key in batch)
         else:
-            assert trained([batch]) == 0
+            assert count_targets([batch]) == 0
             assert not batch["segments"].any()
-    assert trained(alone) == split.tokens
+    assert count_targets(alone) == split.tokens
     assert loaders[0].bytes == split.bytes
 
 
-def test_held_out_groups_may_be_limited(build_corpus):
+def test_held_out_tokens_can_be_limited_to_the_first_groups(build_corpus):
     split = build_corpus([[5]], UNEVEN).split("val")
     loader = EvalLoader(split, StepShape(1, 16, 1), RankShare(0, 1, 4), CausalExamples(16, True), tokens=100)
     assert loader.groups == 2
-    assert trained(list(loader)) == 128
+    assert count_targets(list(loader)) == 128
     assert loader.bytes == pytest.approx(split.bytes * 128 / split.tokens)
 
 
-def test_an_empty_held_out_split_gives_no_groups(build_corpus):
+def test_empty_held_out_split_has_no_groups(build_corpus):
     loader = EvalLoader(
         build_corpus([[5]]).split("val"), StepShape(1, 16, 1), RankShare(0, 2, 4), CausalExamples(16, True)
     )
@@ -246,13 +254,14 @@ def test_held_out_text_comes_back_byte_for_byte(build_corpus):
     assert sum(map(len, held_out_text(corpus))) == corpus.split("val").bytes
 
 
-def test_planning_needs_no_torch():
-    code = "import train.data.prepare.prepare, train.data.sampling.batch_plan, sys; raise SystemExit('torch' in sys.modules)"
+def test_preparing_and_planning_do_not_import_torch():
+    modules = "train.data.prepare.prepare, train.data.sampling.batch_plan, sys"
+    code = f"import {modules}; raise SystemExit('torch' in sys.modules)"
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_damage_found_ahead_is_reported_when_its_step_is_due(build_corpus):
+def test_damage_read_ahead_is_reported_when_its_step_is_due(build_corpus):
     corpus = build_corpus([[50] * 4, [50] * 4])
     plan = BatchPlan(EpochOrder(split_sizes(corpus.split("train")), Shuffle(0, 0), True), StepShape(1, 51, 1))
     (corpus.folder / "train-000001.tar").write_bytes(b"\0" * (corpus.folder / "train-000001.tar").stat().st_size)

@@ -1,3 +1,5 @@
+"""Tokenizers: every text comes back, deterministic training, refusals with the cure."""
+
 import json
 import subprocess
 import sys
@@ -28,12 +30,12 @@ BYTES = Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
 
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("床前 \n\t明a"))))
 @settings(deadline=None)
-def test_any_text_comes_back_exactly(text):
+def test_any_text_is_decoded_exactly(text):
     for made in (BPE, BYTES):
         assert made.decode(made.encode(text)) == text
 
 
-def test_bytes_are_their_own_ids():
+def test_byte_tokens_are_their_own_ids():
     assert BYTES.encode("aé中\n") == list("aé中\n".encode())
     assert (BYTES.eot, BYTES.vocab_size) == (256, 257)
 
@@ -45,14 +47,14 @@ def test_bpe_learns_words_of_english_and_chinese():
     assert len(BPE.encode("床前明月光")) < len("床前明月光".encode())
 
 
-def test_a_text_that_spells_the_end_token_is_text():
+def test_text_that_spells_the_end_token_is_text():
     for made in (BPE, BYTES):
         ids = made.encode(f"a{EOT}b")
         assert made.eot not in ids
         assert made.decode(ids) == f"a{EOT}b"
 
 
-def test_a_bpe_is_a_function_of_its_text():
+def test_bpe_is_a_function_of_its_text():
     code = (
         "from train.data.tokenizer import build_tokenizer; from train.config import schema; import hashlib;"
         f"t = build_tokenizer(schema.Tokenizer(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
@@ -63,14 +65,14 @@ def test_a_bpe_is_a_function_of_its_text():
     assert run.stdout.strip() == BPE.fingerprint
 
 
-def test_characters_have_their_sorted_ids_and_come_back():
+def test_characters_have_sorted_ids_and_are_decoded_exactly():
     made = chars("\n 中abc")
     assert made.encode("cab 中\n") == [5, 3, 4, 1, 2, 0]
     assert made.decode([5, 3, 4, 1, 2, 0]) == "cab 中\n"
     assert (made.vocab_size, made.eot) == (7, 6)
 
 
-def test_an_unknown_character_is_named():
+def test_unknown_character_is_named():
     with pytest.raises(UserError, match="'x' 'z'"):
         chars("abc").encode("zaxb")
 
@@ -78,22 +80,22 @@ def test_an_unknown_character_is_named():
 @pytest.mark.parametrize(
     "made", [BPE, BYTES, chars("".join(sorted(set("".join(TEXTS)))))], ids=["bpe", "bytes", "chars"]
 )
-def test_long_texts_are_cut_without_loss(made, monkeypatch):
+def test_long_text_is_encoded_in_chunks_without_loss(made, monkeypatch):
     text = "".join(TEXTS)
     whole = made.encode(text)
-    monkeypatch.setattr(made, "_piece", 100)
+    monkeypatch.setattr(made, "_chunk", 100)
     assert made.decode(made.encode(text)) == text
     if made is not BPE:
         assert made.encode(text) == whole
 
 
 @pytest.mark.parametrize("vocab_size", [None, 256])
-def test_a_bpe_too_small_for_the_bytes_is_refused(vocab_size):
+def test_bpe_too_small_for_all_bytes_is_refused(vocab_size):
     with pytest.raises(UserError, match="vocab_size=4096"):
         bpe(vocab_size)
 
 
-def test_a_given_tokenizer_is_taken_with_its_end_token(tmp_path):
+def test_given_tokenizer_keeps_its_end_token(tmp_path):
     content = json.loads(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
     content["added_tokens"][0]["content"] = "</s>"
     path = tmp_path / "tokenizer.json"
@@ -112,7 +114,7 @@ def test_a_given_tokenizer_is_taken_with_its_end_token(tmp_path):
         ),
     ],
 )
-def test_a_given_tokenizer_that_cannot_serve_is_refused(tmp_path, content, message):
+def test_given_tokenizer_without_an_end_token_is_refused(tmp_path, content, message):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)

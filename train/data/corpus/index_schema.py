@@ -1,8 +1,8 @@
-"""What a corpus that came from elsewhere must be before anything of it is used: an index of known form, tars of samples alone.
+"""Validation of a corpus that may come from somebody else: index, tables and members of tars.
 
-A hash proves that a file is the one that the index means, not that who made both meant well. So names are not followed out of the
-folder, numbers are those of the files, and a tar with a link, a path or a pickle in it is refused, though nothing here would
-unpack it.
+A hash proves that a file is the one in the index, not that their author is trustworthy. So names must not lead out of
+the folder, counts must agree with the files, and a tar with a link, a path or a pickle in it is refused, although
+nothing here would unpack it.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from train.errors import UserError
 
 MEMBER = re.compile(r"\d{9,}\.(meta\.json|tokens\.npy)")
-"""What a shard may hold: the two files of each sample."""
+"""Names of the members a shard may have: the two files of each sample."""
 CURE = "It was not made by `./launch.sh prepare`: prepare the text anew, and do not use this folder"
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class _Table(_Strict):
+class _IndexedTable(_StrictModel):
     name: Annotated[str, Field(pattern=r"^(train|val|test)\.table\.npy$")]
     size: Count
     sha256: Digest
 
 
-class _Shard(_Strict):
+class _IndexedShard(_StrictModel):
     name: Annotated[str, Field(pattern=r"^(train|val|test)-\d{6,}\.tar$")]
     samples: Count
     tokens: Count
@@ -46,33 +46,33 @@ class _Shard(_Strict):
     sha256: Digest
 
 
-class _Split(_Strict):
+class _IndexedSplit(_StrictModel):
     samples: Count
     tokens: Count
     bytes: Count
-    table: _Table
-    shards: list[_Shard]
+    table: _IndexedTable
+    shards: list[_IndexedShard]
 
 
-class _Tokenizer(_Strict):
+class _IndexedTokenizer(_StrictModel):
     sha256: Digest
     vocab_size: Count
     eot: Count
 
 
-class _Index(BaseModel):
-    """Its origin, the other keys, is for people."""
+class _CorpusIndex(BaseModel):
+    """The index; its other keys, which say where the corpus comes from, are for people."""
 
     model_config = ConfigDict(strict=True)
-    tokenizer: _Tokenizer
+    tokenizer: _IndexedTokenizer
     dtype: Literal["uint16", "uint32"]
-    splits: dict[Literal["train", "val", "test"], _Split]
+    splits: dict[Literal["train", "val", "test"], _IndexedSplit]
 
 
 def check_index(path: Path, index: Any) -> None:
-    """Raise UserError, naming the entry, unless an index has the form that prepare gives it."""
+    """Raise UserError, naming the first bad entry, unless an index has the form that prepare writes."""
     try:
-        _Index.model_validate(index)
+        _CorpusIndex.model_validate(index)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -80,7 +80,7 @@ def check_index(path: Path, index: Any) -> None:
 
 
 def check_members(path: Path) -> None:
-    """Raise UserError, naming the member, where a tar holds anything but samples. Only its headers are read."""
+    """Raise UserError, naming the member, if a tar holds anything but samples. Reads the headers only."""
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -92,9 +92,9 @@ def check_members(path: Path) -> None:
 
 
 def check_table(path: Path, table: NDArray[np.int64], shards: Sequence[Any], width: int) -> None:
-    """Raise UserError where the table of a split, (3, samples) int64, and its shards' entries do not tell of the same samples.
+    """Raise UserError unless the table of a split, (3, samples) int64, agrees with the entries of its shards.
 
-    ``width``: bytes of an id. A sample that would lie outside its shard is never read.
+    ``width`` is the bytes of a token id. Every sample must lie inside its shard.
     """
     samples = np.array([shard.samples for shard in shards], np.int64)
     if table.dtype != np.int64 or table.shape != (3, samples.sum()):
@@ -103,16 +103,16 @@ def check_table(path: Path, table: NDArray[np.int64], shards: Sequence[Any], wid
         )
     ends = np.concatenate([[0], np.cumsum(samples)])
     for shard, first, last in zip(shards, ends, ends[1:], strict=False):
-        begin, places, texts = table[:, first:last]
+        begin, tokens, text_bytes = table[:, first:last]
         inside = (
             (begin >= 0)
-            & (places >= 1)
-            & (places <= shard.size // width)
-            & (begin <= shard.size - (places + 1) * width)
+            & (tokens >= 1)
+            & (tokens <= shard.size // width)
+            & (begin <= shard.size - (tokens + 1) * width)
         )
         if not inside.all():
             raise UserError(f"{path}: sample {first + int(np.argmin(inside))} lies outside of {shard.name}. {CURE}")
-        if (places.sum(), texts.sum()) != (shard.tokens, shard.bytes):
+        if (tokens.sum(), text_bytes.sum()) != (shard.tokens, shard.bytes):
             raise UserError(
-                f"{path}: {shard.name} has {places.sum()} tokens, and the index says {shard.tokens}. {CURE}"
+                f"{path}: {shard.name} has {tokens.sum()} tokens, and the index says {shard.tokens}. {CURE}"
             )

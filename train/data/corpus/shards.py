@@ -1,14 +1,13 @@
-"""A prepared corpus on disk: plain WebDataset tar shards, a table of their samples, and an index that proves them.
+"""A prepared corpus on disk: WebDataset tar shards, tables of their samples, and an index.
 
-    <corpus>/index.json            what is here, with sha256 of everything; written last: without it there is no corpus
+    <corpus>/index.json            list of all files with their sha256; written last: without it there is no corpus
     <corpus>/tokenizer.json
     <corpus>/train-000000.tar      samples 000000000.meta.json {"source", "bytes"}, 000000000.tokens.npy
-    <corpus>/train.table.npy       int64 (3, samples): where tokens begin in the tar (bytes), places, bytes of text
-    <corpus>/verified.txt          stamps of files whose sha256 was checked, so that the next open need not
+    <corpus>/train.table.npy       int64 (3, samples): byte offset of the ids in the tar, tokens, bytes of text
+    <corpus>/verified.txt          size, mtime and sha256 of files that were hashed, so that the next open need not
 
-A document of n tokens is stored as [EOT, t1 .. tn, EOT]: it has n + 1 *places*, inputs being the first n + 1 ids and
-targets the last n + 1. All counts of "tokens" here are places. webdataset writes the tars; local ones are read
-at the offsets of the table. Nothing is ever unpickled.
+A document of n ids is stored as [EOT, t1 .. tn, EOT] and counts as n + 1 tokens: inputs are the first n + 1 ids,
+targets the last n + 1. webdataset writes the tars; ids are read at the offsets of the table. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -42,17 +42,17 @@ _MAX_OPEN = 256
 """Shards held open at once, well below the usual limit of 1024 files."""
 _MAP_AFTER = 64
 _MAP_SIZE = 16 << 20
-"""Pieces read from a shard before it is mapped, and the largest that is (bytes). A page's first touch costs more than a
-read, so a resumed run reads at first; a page mapped whole and used again costs a tenth of a read."""
+"""Spans read from a shard before it is mapped, and the largest shard that is mapped (bytes). The first touch of a page
+costs more than a read, so a resumed run reads at first; a mapped page that is used again costs a tenth of a read."""
 _SMALL_TABLE = 64 << 20
-"""Bytes up to which a table is read at once."""
+"""Bytes up to which a table is read into memory; a larger one is mapped."""
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as the index promises it: sums of its samples, places and bytes of text; its size and sha256."""
+    """A shard in the index: number of samples, tokens and bytes of text; size (bytes) and sha256 of its file."""
 
     name: str
     samples: int
@@ -62,8 +62,8 @@ class ShardEntry:
     sha256: str
 
 
-class _Hashing:
-    """A file that hashes what passes through it, so that a shard is read by nobody to be proved."""
+class _HashingFile:
+    """A file that hashes what is written to it, so that a new shard need not be read back."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -75,17 +75,17 @@ class _Hashing:
 
 
 def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDArray[Any]]]) -> tuple[ShardEntry, Ids]:
-    """Write one tar, whole or not at all; returns its entry and its table (3, samples).
+    """Write one tar atomically; returns its index entry and its table (3, samples).
 
-    ``documents`` are (source, bytes of text, stored ids); ``first`` is the number of the first in its split. The bytes
-    written are a function of the arguments.
+    ``documents`` are (source, bytes of text, stored ids); ``first`` is the number of the first document in its split.
+    Equal arguments give equal bytes.
     """
     from webdataset import TarWriter  # 1.3 s, and only writers need it
 
     rows: list[tuple[int, int, int]] = []
     temporary = files.aside(path)
     with temporary.open("wb") as file:
-        hashing = _Hashing(file)
+        hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0) as writer:
             for number, (source, text_bytes, ids) in enumerate(documents, first):
                 meta = json.dumps({"source": source, "bytes": text_bytes}, ensure_ascii=False).encode()
@@ -104,8 +104,8 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
 
 
 @dataclass
-class _Shard:
-    """An open shard: its file, how many pieces were read from it, and its bytes in memory once that pays."""
+class _OpenShard:
+    """An open shard: its file, how many spans were read from it, and its mapped bytes once mapping pays."""
 
     file: io.FileIO
     uses: int = 0
@@ -113,9 +113,9 @@ class _Shard:
 
 
 class CorpusSplit:
-    """One split of a corpus: the table of its samples, and their stored ids. Samples are numbered from 0."""
+    """One split of a corpus: sizes of its samples (documents, numbered from 0), and their stored ids."""
 
-    def __init__(self, folder: Path, split: dict[str, Any], dtype: str, stamps: VerifiedFiles) -> None:
+    def __init__(self, folder: Path, split: dict[str, Any], dtype: str, verified: VerifiedFiles) -> None:
         self.folder = folder
         self.entries = [ShardEntry(**entry) for entry in split["shards"]]
         self.samples = sum(entry.samples for entry in self.entries)
@@ -123,97 +123,97 @@ class CorpusSplit:
         self.bytes = sum(entry.bytes for entry in self.entries)
         self.shard_samples: Ids = np.array([entry.samples for entry in self.entries], np.int64)
         self.shard_tokens: Ids = np.array([entry.tokens for entry in self.entries], np.int64)
-        self.first: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
+        self.first_samples: Ids = np.concatenate([[0], np.cumsum(self.shard_samples)]).astype(np.int64)
         self.dtype = np.dtype(dtype)
-        self._stamps = stamps
-        self._open: dict[int, _Shard] = {}
+        self._verified = verified
+        self._open: dict[int, _OpenShard] = {}
         for entry in self.entries:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
-        stamps.check(folder, table["name"], table["size"], table["sha256"], self._check_table)
+        verified.check(folder, table["name"], table["size"], table["sha256"], self._check_table)
         self._table = _open_table(folder / table["name"])
-        self.sizes: Ids = self._table[1]  # places of every sample
+        self.sample_tokens: Ids = self._table[1]
         self.text_bytes: Ids = self._table[2]
 
     def _check_table(self, path: Path) -> None:
         check_table(path, _open_table(path), self.entries, self.dtype.itemsize)
 
-    def read(self, pieces: DocSpans, out: NDArray[Any]) -> None:
-        """Read ``length`` stored ids of each piece from its place ``start`` on, one after the other, into ``out`` (flat).
+    def read_spans(self, spans: DocSpans, out: NDArray[Any]) -> None:
+        """Read the stored ids of all spans, one after another, into ``out`` (flat); padding reads as zeros.
 
-        A sample -1 gives zeros. Raises UserError for a shard that is damaged; each is hashed when it is first opened.
+        Raises UserError for a damaged shard; each shard is verified when it is first opened.
         """
         width = self.dtype.itemsize
-        shards = np.searchsorted(self.first, pieces.sample, side="right") - 1
-        begins = self._table[0][pieces.sample] + pieces.start * width
+        shards = np.searchsorted(self.first_samples, spans.sample, side="right") - 1
+        begins = self._table[0][spans.sample] + spans.start * width
         numbers, counts = np.unique(shards, return_counts=True)
         used = zip(numbers.tolist(), counts.tolist(), strict=True)
-        opened = {shard: self._shard(shard, count) for shard, count in used if shard >= 0}
-        place = memoryview(out.data).cast("B")
-        at = 0
-        for shard, begin, size in zip(shards.tolist(), begins.tolist(), (pieces.length * width).tolist(), strict=True):
-            end = at + size
+        opened = {shard: self._open_shard(shard, count) for shard, count in used if shard >= 0}
+        buffer = memoryview(out.data).cast("B")
+        position = 0
+        for shard, begin, size in zip(shards.tolist(), begins.tolist(), (spans.length * width).tolist(), strict=True):
+            end = position + size
             if shard < 0:
-                place[at:end] = bytes(size)
+                buffer[position:end] = bytes(size)
             elif (mapped := opened[shard].mapped) is not None:
-                place[at:end] = mapped[begin : begin + size]
-            elif os.preadv(opened[shard].file.fileno(), (place[at:end],), begin) != size:
+                buffer[position:end] = mapped[begin : begin + size]
+            elif os.preadv(opened[shard].file.fileno(), (buffer[position:end],), begin) != size:
                 entry = self.entries[shard]
                 check_size(self.folder, entry.name, entry.size)
                 raise UserError(f"{self.folder / entry.name}: cut short while it was read. {CURE}")
-            at = end
+            position = end
 
     def document(self, sample: int) -> NDArray[Any]:
-        """The ids of one document, without the EOT around it."""
-        ids = np.empty(int(self.sizes[sample]) - 1, self.dtype)
-        self.read(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+        """The ids of one document without the EOT on both sides; an EOT inside separates a label from its text."""
+        ids = np.empty(int(self.sample_tokens[sample]) - 1, self.dtype)
+        self.read_spans(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
         return ids
 
     def source(self, sample: int) -> str:
-        """The name of the file that a document came from, as its shard has it."""
-        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
+        """The name of the file that a document came from, as stored in its shard."""
+        shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         begin = 0
-        if sample > self.first[shard]:
-            end = int(self._table[0][sample - 1]) + (int(self.sizes[sample - 1]) + 1) * self.dtype.itemsize
+        if sample > self.first_samples[shard]:
+            end = int(self._table[0][sample - 1]) + (int(self.sample_tokens[sample - 1]) + 1) * self.dtype.itemsize
             begin = -(-end // _BLOCK) * _BLOCK
-        file = self._shard(shard, 0).file
+        file = self._open_shard(shard, 0).file
         size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
         return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
 
-    def _shard(self, shard: int, uses: int) -> _Shard:
-        """An open shard, checked the first time, mapped when it has been used much. It closes when nobody holds it."""
-        found = self._open.get(shard)
-        if found is None:
+    def _open_shard(self, shard: int, uses: int) -> _OpenShard:
+        """An open shard: verified when first opened, mapped after many uses, closed with its last reference."""
+        opened = self._open.get(shard)
+        if opened is None:
             entry = self.entries[shard]
-            self._stamps.check(self.folder, entry.name, entry.size, entry.sha256, check_members)
-            found = _Shard(io.FileIO(self.folder / entry.name))
+            self._verified.check(self.folder, entry.name, entry.size, entry.sha256, check_members)
+            opened = _OpenShard(io.FileIO(self.folder / entry.name))
             if len(self._open) >= _MAX_OPEN:
                 self._open.pop(next(iter(self._open)), None)
-            self._open[shard] = found
-        found.uses += uses
-        if found.mapped is None and found.uses >= _MAP_AFTER and self.entries[shard].size <= _MAP_SIZE:
+            self._open[shard] = opened
+        opened.uses += uses
+        if opened.mapped is None and opened.uses >= _MAP_AFTER and self.entries[shard].size <= _MAP_SIZE:
             flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            found.mapped = memoryview(mmap.mmap(found.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
-        return found
+            opened.mapped = memoryview(mmap.mmap(opened.file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
+        return opened
 
 
 def _open_table(path: Path) -> Ids:
-    """A table: in memory, or mapped where it is large, since a rank needs parts of it."""
-    how: Literal["r"] | None = "r" if path.stat().st_size > _SMALL_TABLE else None
+    """The array of a table: in memory, or mapped if it is large, since a rank needs only parts of it."""
+    mode: Literal["r"] | None = "r" if path.stat().st_size > _SMALL_TABLE else None
     try:
-        return np.load(path, mmap_mode=how, allow_pickle=False).view(np.ndarray)
+        return np.load(path, mmap_mode=mode, allow_pickle=False).view(np.ndarray)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: {error}. {CURE}") from None
 
 
 class Corpus:
-    """A prepared corpus, opened. Raises UserError, with the cure, for anything missing, cut short or changed."""
+    """A prepared corpus. Raises UserError, with the cure, for any file that is missing, cut short or changed."""
 
     def __init__(self, folder: Path | str, special: Sequence[str] = ()) -> None:
-        """The tokenizer gets the ``special`` tokens of a model: shards hold none, so that one corpus serves every objective."""
+        """Adds the ``special`` tokens of a model to the tokenizer; shards hold none, so one corpus serves all."""
         self.folder = Path(folder)
         self.index = read_index(self.folder)
-        self.stamps = VerifiedFiles(self.folder)
+        self.verified = VerifiedFiles(self.folder)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         if self.tokenizer.fingerprint != self.index["tokenizer"]["sha256"]:
             raise UserError(f"{self.folder / TOKENIZER_FILE}: not the tokenizer that made these shards. {CURE}")
@@ -222,27 +222,29 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest over the index, and so over every byte of shards and tokenizer: equal only for an equal corpus."""
+        """Hex digest over the index, and so over all shards and the tokenizer: equal only for equal corpora."""
         return fingerprint(self.index)
 
     def split(self, name: str) -> CorpusSplit:
-        """The samples of "train", "val" or "test"; the latter may be empty (``samples == 0``). UserError for one not made."""
+        """The split "train", "val" or "test"; the last two may be empty. Raises UserError if it was not made."""
         if name not in self.index["splits"]:
             raise UserError(
                 f"{self.folder} has no split {name!r}: it has {', '.join(self.index['splits'])} (data.test_fraction)"
             )
         if name not in self._splits:
-            self._splits[name] = CorpusSplit(self.folder, self.index["splits"][name], self.index["dtype"], self.stamps)
+            self._splits[name] = CorpusSplit(
+                self.folder, self.index["splits"][name], self.index["dtype"], self.verified
+            )
         return self._splits[name]
 
 
 def fingerprint(index: dict[str, Any]) -> str:
-    """What names a corpus: a hex digest over its index."""
+    """The hex digest over an index that identifies a corpus."""
     return sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a prepared corpus. Raises UserError if there is none, or one of another version."""
+    """The validated index of a prepared corpus. Raises UserError if it is missing, damaged or of another version."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text("utf-8"))
@@ -257,20 +259,21 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def index_split(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:
-    """What the index says about one split."""
-    sums = {key: sum(getattr(entry, key) for entry in entries) for key in ("samples", "tokens", "bytes")}
-    return {**sums, "table": table, "shards": [asdict(entry) for entry in entries]}
+def split_entry(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:
+    """The index's entry of one split, from its shards and its table's entry."""
+    shards = [asdict(entry) for entry in entries]
+    sums = {key: sum(map(itemgetter(key), shards)) for key in ("samples", "tokens", "bytes")}
+    return {**sums, "table": table, "shards": shards}
 
 
 def write_index(
-    folder: Path, origin: dict[str, Any], made: Tokenizer, dtype: str, splits: dict[str, dict[str, Any]]
+    folder: Path, origin: dict[str, Any], tokenizer: Tokenizer, dtype: str, splits: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the index, and with it declare the corpus whole. ``origin`` is its recipe's digest and settings."""
+    """Write the index, which makes the corpus complete. ``origin`` is the digest and the settings of its spec."""
     index = {
         "version": VERSION,
         **origin,
-        "tokenizer": {"sha256": made.fingerprint, "vocab_size": made.vocab_size, "eot": made.eot},
+        "tokenizer": {"sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot},
         "dtype": dtype,
         "splits": splits,
     }
@@ -278,23 +281,23 @@ def write_index(
 
 
 def npy_bytes(array: NDArray[Any]) -> bytes:
-    """The array as a .npy file."""
+    """The bytes of an array's .npy file."""
     stored = io.BytesIO()
     np.lib.format.write_array(stored, array, version=(1, 0), allow_pickle=False)
     return stored.getvalue()
 
 
-def write_table(folder: Path, split: str, table: Ids, stamps: VerifiedFiles) -> dict[str, Any]:
-    """Write a split's table (3, samples); returns its entry for the index."""
+def write_table(folder: Path, split: str, table: Ids, verified: VerifiedFiles) -> dict[str, Any]:
+    """Write the table (3, samples) of a split; returns its entry in the index."""
     content = npy_bytes(table)
     path, digest = folder / f"{split}.table.npy", sha256(content).hexdigest()
     files.write_whole(path, content)
-    stamps.add(path, digest)
+    verified.add(path, digest)
     return {"name": path.name, "size": len(content), "sha256": digest}
 
 
-def describe(corpus: Corpus) -> dict[str, Any]:
-    """What a corpus holds, for showing: folder, vocabulary, and per split its documents, tokens (places), bytes, shards."""
+def describe_corpus(corpus: Corpus) -> dict[str, Any]:
+    """A summary to show: folder, vocabulary size and, per split, documents, tokens, bytes of text and shards."""
     keys = ("samples", "tokens", "bytes")
     splits = {
         name: {**{key: split[key] for key in keys}, "shards": len(split["shards"])}

@@ -1,4 +1,11 @@
-"""How stored documents become the rows of a Batch, one file an objective."""
+"""Rows of a Batch from stored documents, one module an objective.
+
+example_builder   the interface of all builders, and what most of them share
+causal            next-token prediction
+masked            BERT: masked tokens and pairs of texts
+seq2seq           T5: span corruption, or given pairs of texts
+classify          a document and its label
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from train.data.tokenizer import Tokenizer
 
 
 def build_examples(config: schema.Config, tokenizer: Tokenizer) -> ExampleBuilder:
-    """How the rows of a run are made."""
+    """The builder of the rows that a configuration's objective trains on."""
     seq_len, isolate, objective = config.batch.seq_len, config.data.isolate, config.objective
     if isinstance(objective, schema.Causal):
         return CausalExamples(seq_len, isolate, config.model.carries_state)

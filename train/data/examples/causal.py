@@ -1,4 +1,4 @@
-"""Rows for predicting the next token: inputs, targets, positions and segments from pieces of stored documents."""
+"""Rows for next-token prediction: tokens, targets, positions and segments of packed documents."""
 
 from __future__ import annotations
 
@@ -12,57 +12,60 @@ from train.data.sampling.epoch_order import DocSpans
 
 
 class CausalExamples:
-    """Rows of ``seq_len`` inputs, each with the token after it; with ``memory``, what each row goes on from."""
+    """Builds rows of ``seq_len`` tokens, each with the token after it as target.
 
-    chunk = 1 << 22
-    """8 MB of them."""
+    With ``memory`` a row also says whether a recurrent model carries its state over from the row before.
+    """
+
+    chunk_tokens = 1 << 22
+    """8 MB of stored ids, of two bytes each."""
 
     def __init__(self, seq_len: int, isolate: bool, memory: bool = False) -> None:
-        self.places, self.isolate = seq_len, isolate
-        self.layout: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
-        self.layout["segments"] = (seq_len,), torch.int32
+        self.row_tokens, self.isolate = seq_len, isolate
+        self.columns: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
+        self.columns["segments"] = (seq_len,), torch.int32
         if memory:
-            self.layout["memory"] = (), torch.int64
+            self.columns["memory"] = (), torch.int64
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> CausalRows:
-        """As ``Examples.read``."""
-        return CausalRows(shards, pieces, self.places, self.isolate)
+    def read_rows(self, split: CorpusSplit, spans: DocSpans, epoch: int) -> CausalRows:
+        """Implements ``ExampleBuilder.read_rows``; the epoch has no influence."""
+        return CausalRows(split, spans, self.row_tokens, self.isolate)
 
 
 class CausalRows:
-    """The rows that some pieces tile, in their order: read for many rows at once, to be written a few at a time.
+    """Rows read in bulk from the corpus, written to tensors a few at a time.
 
-    Reading is what may wait for a disk, and takes two bytes a token; writing is a copy of some microseconds.
+    Reading may wait for a disk and takes two bytes a token of memory; writing is a copy of some microseconds.
 
-    A piece of n places is read as n + 1 ids of its own document, so a target never comes from another one. Inside a row
-    all pieces but the last end their documents with EOT, which is also what the next begins with; so one line of
-    seq_len + 1 ids holds the inputs and the targets of a row. Padding: token 0, target IGNORE, segment 0.
+    A span of n tokens is read as n + 1 ids of its own document, so no target comes from another document. Inside a row
+    every span but the last ends with EOT, which is also the first id of the next span; so one line of seq_len + 1 ids
+    holds both inputs and targets of a row. Padding: token 0, target IGNORE, segment 0.
 
-    "memory" is 1 where a row goes on in the middle of a document (without ``isolate``: always), else -1.
+    "memory" is 1 where a row begins in the middle of a document (without ``isolate``: always), else -1.
 
-    With ``isolate`` positions count within the piece and segments number the pieces of a row from 1; without, a row
-    is one segment and positions count within it.
+    With ``isolate`` positions count within the span and segments number the spans of a row from 1; without, a row is
+    one segment and positions count within the row.
     """
 
-    def __init__(self, shards: CorpusSplit, pieces: DocSpans, seq_len: int, isolate: bool) -> None:
-        ends = np.cumsum(pieces.length)
-        self._begins = ends - pieces.length
-        self._lengths = pieces.length
+    def __init__(self, split: CorpusSplit, spans: DocSpans, seq_len: int, isolate: bool) -> None:
+        ends = np.cumsum(spans.length)
+        self._begins = ends - spans.length
+        self._lengths = spans.length
         self._seq_len, self._isolate = seq_len, isolate
         row = self._begins // seq_len
         first = np.ones(len(row), bool)
         np.not_equal(row[1:], row[:-1], out=first[1:])
         last = np.append(first[1:], True)
-        padding = pieces.sample < 0
+        padding = spans.sample < 0
         self._padding = padding if padding.any() else None
-        more = last
+        extra = last
         if self._padding is not None:
-            # The one id more is the last real piece's; where a row is all padding, the padding's.
-            more = np.where(padding, first & last, last | np.append(padding[1:], False))
+            # The extra id of a row belongs to its last real span; in a row of padding alone, to the padding.
+            extra = np.where(padding, first & last, last | np.append(padding[1:], False))
         heads = np.flatnonzero(first)
-        self._lines = np.empty((len(heads), seq_len + 1), shards.dtype)
-        shards.read(pieces._replace(length=pieces.length + more), self._lines.reshape(-1))
-        self._goes_on = np.where((pieces.start[heads] > 0) | (not isolate), 1, -1)
+        self._lines = np.empty((len(heads), seq_len + 1), split.dtype)
+        split.read_spans(spans._replace(length=spans.length + extra), self._lines.reshape(-1))
+        self._continues = np.where((spans.start[heads] > 0) | (not isolate), 1, -1)
         self._row_starts: list[int] = [*heads.tolist(), len(row)]
         self._numbers = (np.arange(1, len(row) + 1) - np.repeat(heads, np.diff(self._row_starts))).astype(np.int32)
         self._numbers[padding] = 0
@@ -77,8 +80,8 @@ class CausalRows:
         np.copyto(out["targets"], lines[:, 1:])
         if self._isolate:
             starts = (self._begins[part] - begin * seq_len).astype(np.int32)
-            places = np.arange(count * seq_len, dtype=np.int32)
-            np.copyto(out["positions"].reshape(-1), places - np.repeat(starts, lengths))
+            index = np.arange(count * seq_len, dtype=np.int32)
+            np.copyto(out["positions"].reshape(-1), index - np.repeat(starts, lengths))
             np.copyto(out["segments"].reshape(-1), np.repeat(self._numbers[part], lengths))
         else:
             np.copyto(out["positions"], np.arange(seq_len))
@@ -88,5 +91,5 @@ class CausalRows:
             out["tokens"][empty] = 0
             out["targets"][empty] = IGNORE
             out["segments"][empty] = 0
-        if "memory" in out:  # the loader knows which row it is
-            out["memory"][:] = self._goes_on[begin : begin + count]
+        if "memory" in out:  # the loader multiplies it by the number of the row
+            out["memory"][:] = self._continues[begin : begin + count]

@@ -1,6 +1,7 @@
-"""Rows for BERT: tokens hidden at random, and pairs of neighbouring or foreign text. Devlin et al. 2019, sections 3.1 and A.1.
+"""Rows for BERT: masked tokens, and pairs of texts (Devlin et al. 2019, sections 3.1 and A.1).
 
-Every draw is a hash of (seed, epoch, sample, place): which tokens of a document are hidden depends on nothing else.
+Every random draw is a hash of (seed, epoch, sample, offset), so which tokens of a document are masked does not depend
+on the row, the rank or the world size.
 """
 
 from __future__ import annotations
@@ -14,20 +15,27 @@ from numpy.typing import NDArray
 from train.batch import IGNORE
 from train.config.keys import objectives
 from train.data.corpus.shards import CorpusSplit
-from train.data.examples.example_builder import BuiltRows, Columns, Lines, read_lines, uniform
-from train.data.sampling.epoch_order import DocSpans, Ints, key_of
+from train.data.examples.example_builder import (
+    BuiltRows,
+    Columns,
+    TokenRows,
+    hashed_uniform,
+    positions_in_segments,
+    read_token_rows,
+)
+from train.data.sampling.epoch_order import DocSpans, Ints, hash_key
 from train.data.tokenizer import Tokenizer
 
-_CHOOSE, _HOW, _OTHER, _CUT, _NEXT, _FROM, _AT = range(10, 17)
-"""What a number is drawn for."""
-HIDDEN, OTHER = 0.8, 0.1
-"""Of the tokens that are chosen: replaced by [MASK]; replaced by any token. The rest stay as they are."""
+_CHOOSE, _REPLACEMENT, _RANDOM_TOKEN, _CUT, _NEXT, _OTHER_SAMPLE, _OTHER_START = range(10, 17)
+"""Keys that keep the draws for different purposes independent."""
+MASK_SHARE, RANDOM_SHARE = 0.8, 0.1
+"""Shares of the chosen tokens that become [MASK] or a random token; the rest stay as they are."""
 
 
 class MaskedExamples:
-    """[CLS] text [SEP], or [CLS] first [SEP] second [SEP], with some tokens hidden."""
+    """Builds rows [CLS] text [SEP], or [CLS] first [SEP] second [SEP], with some tokens masked."""
 
-    chunk = 1 << 16
+    chunk_tokens = 1 << 16
 
     def __init__(
         self, seq_len: int, isolate: bool, objective: objectives.Masked, tokenizer: Tokenizer, seed: int
@@ -36,126 +44,127 @@ class MaskedExamples:
         self.eot = tokenizer.eot
         self.cls, self.sep, self.mask = (tokenizer.id_of(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
         self.ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special)
-        self.inside = _inside_words(tokenizer) if objective.whole_words else None
-        self.places = seq_len - (3 if objective.next_sentence else 2)
-        self.layout: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
-        self.layout["segments"] = (seq_len,), torch.int32
+        self.continuations = _word_continuations(tokenizer) if objective.whole_words else None
+        self.row_tokens = seq_len - (3 if objective.next_sentence else 2)
+        self.columns: Columns = dict.fromkeys(("tokens", "targets", "positions"), ((seq_len,), torch.int64))
+        self.columns["segments"] = (seq_len,), torch.int32
         if objective.next_sentence:
-            self.layout |= {"types": ((seq_len,), torch.int64), "next_targets": ((), torch.int64)}
+            self.columns |= {"types": ((seq_len,), torch.int64), "next_targets": ((), torch.int64)}
 
-    def read(self, shards: CorpusSplit, pieces: DocSpans, epoch: int) -> BuiltRows:
-        """As ``Examples.read``."""
-        lines = read_lines(shards, pieces, self.places)
-        arrays = self._pairs(shards, lines, epoch) if self.objective.next_sentence else self._singles(lines)
-        sample, place = arrays.pop("sample"), arrays.pop("place")
-        chosen = self._chosen(arrays["tokens"], sample, place, epoch)
+    def read_rows(self, split: CorpusSplit, spans: DocSpans, epoch: int) -> BuiltRows:
+        """Implements ``ExampleBuilder.read_rows``: another epoch masks other tokens."""
+        rows = read_token_rows(split, spans, self.row_tokens)
+        arrays = self._text_pairs(split, rows, epoch) if self.objective.next_sentence else self._single_texts(rows)
+        sample, offset = arrays.pop("sample"), arrays.pop("offset")
+        chosen = self._choose_tokens(arrays["tokens"], sample, offset, epoch)
         arrays["targets"] = np.where(chosen, arrays["tokens"], IGNORE)
-        arrays["tokens"] = self._hide(arrays["tokens"], chosen, (sample, place), epoch)
+        arrays["tokens"] = self._mask_tokens(arrays["tokens"], chosen, (sample, offset), epoch)
         return BuiltRows(arrays)
 
-    def _singles(self, lines: Lines) -> dict[str, NDArray[Any]]:
-        """[CLS] text [SEP]; both belong to the document beside them."""
-        arrays = self._empty(len(lines.ids))
-        arrays["tokens"][:, 1:-1], arrays["segments"][:, 1:-1] = lines.ids, lines.segments
-        arrays["sample"][:, 1:-1], arrays["place"][:, 1:-1] = lines.sample, lines.place
-        real = (lines.segments > 0).sum(1)
-        rows = np.flatnonzero(real)
-        arrays["tokens"][rows, 0], arrays["tokens"][rows, real[rows] + 1] = self.cls, self.sep
-        arrays["segments"][rows, 0] = 1
-        arrays["segments"][rows, real[rows] + 1] = arrays["segments"][rows, real[rows]]
+    def _single_texts(self, rows: TokenRows) -> dict[str, NDArray[Any]]:
+        """[CLS] text [SEP]; each special token is in the segment of the document next to it."""
+        arrays = self._empty_arrays(len(rows.ids))
+        arrays["tokens"][:, 1:-1], arrays["segments"][:, 1:-1] = rows.ids, rows.segments
+        arrays["sample"][:, 1:-1], arrays["offset"][:, 1:-1] = rows.sample, rows.offset
+        lengths = (rows.segments > 0).sum(1)
+        real = np.flatnonzero(lengths)
+        arrays["tokens"][real, 0], arrays["tokens"][real, lengths[real] + 1] = self.cls, self.sep
+        arrays["segments"][real, 0] = 1
+        arrays["segments"][real, lengths[real] + 1] = arrays["segments"][real, lengths[real]]
         if self.isolate:
-            arrays["positions"] = within(arrays["segments"])
+            arrays["positions"] = positions_in_segments(arrays["segments"])
         else:
             arrays["segments"] = np.minimum(arrays["segments"], 1)
         return arrays
 
-    def _pairs(self, shards: CorpusSplit, lines: Lines, epoch: int) -> dict[str, NDArray[Any]]:
-        """[CLS] first [SEP] second [SEP]: the row cut inside its longest piece, the second part half the time from elsewhere."""
-        arrays = self._empty(len(lines.ids))
+    def _text_pairs(self, split: CorpusSplit, rows: TokenRows, epoch: int) -> dict[str, NDArray[Any]]:
+        """[CLS] first [SEP] second [SEP]: the row cut in two inside its longest span.
+
+        Half of the time the second text is replaced by one from another document (next_targets 1).
+        """
+        arrays = self._empty_arrays(len(rows.ids))
         arrays["types"] = np.zeros_like(arrays["tokens"])
-        arrays["next_targets"] = np.full(len(lines.ids), IGNORE)
-        for row in np.flatnonzero(lines.segments[:, 0]).tolist():
-            sizes = np.bincount(lines.segments[row])[1:]
-            piece, length = int(sizes.argmax()), int(sizes.sum())
-            begin = int(sizes[:piece].sum())
-            identity = lines.sample[row, begin : begin + 1], lines.place[row, begin : begin + 1]
-            draw = {n: float(uniform(key_of(self.seed, epoch, n), *identity)[0]) for n in (_CUT, _NEXT, _FROM, _AT)}
-            cut = begin + 1 + int(draw[_CUT] * (sizes[piece] - 1))
-            first, second = lines.row(row).part(0, cut), lines.row(row).part(cut, length)
-            told = sizes[piece] > 1  # else both parts would be of other documents
-            arrays["next_targets"][row] = 0 if told else IGNORE
-            if told and draw[_NEXT] < 0.5 and shards.samples > 1:
-                second = _foreign(shards, int(identity[0][0]), len(second.ids), (draw[_FROM], draw[_AT]))
+        arrays["next_targets"] = np.full(len(rows.ids), IGNORE)
+        purposes = _CUT, _NEXT, _OTHER_SAMPLE, _OTHER_START
+        for row in np.flatnonzero(rows.segments[:, 0]).tolist():
+            sizes = np.bincount(rows.segments[row])[1:]
+            longest, length = int(sizes.argmax()), int(sizes.sum())
+            begin = int(sizes[:longest].sum())
+            identity = rows.sample[row, begin : begin + 1], rows.offset[row, begin : begin + 1]
+            draw = {n: float(hashed_uniform(hash_key(self.seed, epoch, n), *identity)[0]) for n in purposes}
+            cut = begin + 1 + int(draw[_CUT] * (sizes[longest] - 1))
+            first, second = rows.row(row).part(0, cut), rows.row(row).part(cut, length)
+            has_target = sizes[longest] > 1  # else both parts are of different documents already
+            arrays["next_targets"][row] = 0 if has_target else IGNORE
+            if has_target and draw[_NEXT] < 0.5 and split.samples > 1:
+                draws = draw[_OTHER_SAMPLE], draw[_OTHER_START]
+                second = _text_of_another(split, int(identity[0][0]), len(second.ids), draws)
                 arrays["next_targets"][row] = 1
-            self._lay(arrays, row, first, second)
+            self._write_pair(arrays, row, first, second)
         return arrays
 
-    def _lay(self, arrays: dict[str, NDArray[Any]], row: int, first: Lines, second: Lines) -> None:
+    def _write_pair(self, arrays: dict[str, NDArray[Any]], row: int, first: TokenRows, second: TokenRows) -> None:
         middle, end = len(first.ids) + 1, len(first.ids) + len(second.ids) + 2
-        for part, at in ((first, 1), (second, middle + 1)):
-            place = slice(at, at + len(part.ids))
-            arrays["tokens"][row, place] = part.ids
-            arrays["sample"][row, place], arrays["place"][row, place] = part.sample, part.place
+        for part, begin in ((first, 1), (second, middle + 1)):
+            columns = slice(begin, begin + len(part.ids))
+            arrays["tokens"][row, columns] = part.ids
+            arrays["sample"][row, columns], arrays["offset"][row, columns] = part.sample, part.offset
         arrays["tokens"][row, [0, middle, end]] = self.cls, self.sep, self.sep
         arrays["segments"][row, : end + 1] = 1
         arrays["types"][row, middle + 1 : end + 1] = 1
 
-    def _empty(self, rows: int) -> dict[str, NDArray[Any]]:
+    def _empty_arrays(self, rows: int) -> dict[str, NDArray[Any]]:
         shape = rows, self.seq_len
-        arrays: dict[str, NDArray[Any]] = {key: np.zeros(shape, np.int64) for key in ("tokens", "place")}
+        arrays: dict[str, NDArray[Any]] = {key: np.zeros(shape, np.int64) for key in ("tokens", "offset")}
         arrays["segments"] = np.zeros(shape, np.int32)
         arrays["sample"] = np.full(shape, -1)
         arrays["positions"] = np.broadcast_to(np.arange(self.seq_len), shape)
         return arrays
 
-    def _chosen(self, tokens: Ints, sample: Ints, place: Ints, epoch: int) -> NDArray[np.bool_]:
-        """Which tokens are to be predicted: none of the special ones; the tokens of a word together, drawn by its first."""
+    def _choose_tokens(self, tokens: Ints, sample: Ints, offset: Ints, epoch: int) -> NDArray[np.bool_]:
+        """Which tokens are to be predicted, (rows, T): no special ones; a word shares the draw of its first token."""
         word = np.broadcast_to(np.arange(self.seq_len), tokens.shape).copy()
-        if self.inside is not None:
-            begins, ends = self.inside
-            goes_on = np.zeros(tokens.shape, bool)
-            goes_on[:, 1:] = begins[tokens[:, 1:]] & ends[tokens[:, :-1]] & (sample[:, 1:] == sample[:, :-1])
-            word[goes_on] = 0
+        if self.continuations is not None:
+            may_continue, may_be_continued = self.continuations
+            same_word = np.zeros(tokens.shape, bool)
+            same_word[:, 1:] = may_continue[tokens[:, 1:]] & may_be_continued[tokens[:, :-1]]
+            same_word[:, 1:] &= sample[:, 1:] == sample[:, :-1]
+            word[same_word] = 0
             word = np.maximum.accumulate(word, axis=1)
-        of_word = (np.take_along_axis(values, word, axis=1) for values in (sample, place))
-        drawn = uniform(key_of(self.seed, epoch, _CHOOSE), *of_word) < self.objective.rate
+        of_word = (np.take_along_axis(values, word, axis=1) for values in (sample, offset))
+        drawn = hashed_uniform(hash_key(self.seed, epoch, _CHOOSE), *of_word) < self.objective.rate
         return drawn & (sample >= 0) & (tokens != self.eot)
 
-    def _hide(self, tokens: Ints, chosen: NDArray[np.bool_], where: tuple[Ints, Ints], epoch: int) -> Ints:
-        how, other = (uniform(key_of(self.seed, epoch, purpose), *where) for purpose in (_HOW, _OTHER))
-        others = self.ordinary[(other * len(self.ordinary)).astype(np.int64)]
-        shown = np.where(how < HIDDEN, self.mask, np.where(how < HIDDEN + OTHER, others, tokens))
+    def _mask_tokens(self, tokens: Ints, chosen: NDArray[np.bool_], identity: tuple[Ints, Ints], epoch: int) -> Ints:
+        keys = (hash_key(self.seed, epoch, purpose) for purpose in (_REPLACEMENT, _RANDOM_TOKEN))
+        replacement, choice = (hashed_uniform(key, *identity) for key in keys)
+        random = self.ordinary[(choice * len(self.ordinary)).astype(np.int64)]
+        kept_or_random = np.where(replacement < MASK_SHARE + RANDOM_SHARE, random, tokens)
+        shown = np.where(replacement < MASK_SHARE, self.mask, kept_or_random)
         return np.where(chosen, shown, tokens)
 
 
-def _foreign(shards: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> Lines:
-    """At most ``length`` tokens from somewhere in another document."""
-    sample = int(draws[0] * (shards.samples - 1))
+def _text_of_another(split: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> TokenRows:
+    """At most ``length`` tokens from a random position of a random sample that is not ``own``."""
+    sample = int(draws[0] * (split.samples - 1))
     sample += sample >= own
-    size = int(shards.sizes[sample])
+    size = int(split.sample_tokens[sample])
     start = min(1 + int(draws[1] * max(1, size - length)), size - 1)
     length = min(length, size - start)
-    return read_lines(shards, DocSpans(*(np.array([n]) for n in (sample, start, length))), length).row(0)
+    return read_token_rows(split, DocSpans(*(np.array([n]) for n in (sample, start, length))), length).row(0)
 
 
-def within(segments: Ints) -> Ints:
-    """The place of each token within its segment, (rows, T)."""
-    index = np.broadcast_to(np.arange(segments.shape[1]), segments.shape)
-    first = np.ones(segments.shape, bool)
-    first[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - np.maximum.accumulate(np.where(first, index, 0), axis=1)
+def _word_continuations(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """(vocab_size,) each: may an id continue the word of the token before it; may a word go on after it.
 
-
-def _inside_words(tokenizer: Tokenizer) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of each id: may it go on with a word that the token before began; may a word go on after it.
-
-    A word is a run of letters and digits; a Chinese, Japanese or Korean sign is one by itself. Parts of a character are its word's.
+    A word is a run of letters and digits; a Chinese, Japanese or Korean character is a word of its own. Tokens that
+    are parts of one character belong to the same word.
     """
     texts = [tokenizer.decode([n]) for n in range(tokenizer.vocab_size)]
     names = [tokenizer.name_of(n) for n in range(tokenizer.vocab_size)]
-    begins = [name.startswith("##") or _in_word(text[:1]) for name, text in zip(names, texts, strict=True)]
-    return np.array(begins), np.array([_in_word(text[-1:]) for text in texts])
+    may_continue = [name.startswith("##") or _in_word(text[:1]) for name, text in zip(names, texts, strict=True)]
+    return np.array(may_continue), np.array([_in_word(text[-1:]) for text in texts])
 
 
-def _in_word(sign: str) -> bool:
-    return sign == "\ufffd" or (sign.isalnum() and not "\u2e80" <= sign <= "\uffdc")
+def _in_word(character: str) -> bool:
+    return character == "\ufffd" or (character.isalnum() and not "\u2e80" <= character <= "\uffdc")

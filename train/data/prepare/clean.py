@@ -1,4 +1,4 @@
-"""Cleaning of one document's text. Changing what it does means raising VERSION: prepared corpora carry it."""
+"""Cleaning of one document's text; a change of behaviour must raise VERSION, which corpora record."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import unicodedata
 
 VERSION = 1
 
-# C0 and C1 controls and the byte-order mark, without the newline and the tab.
+# C0 and C1 control characters and the byte-order mark, except newline and tab.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff]")
 _BLANK_RUN = re.compile("\n{4,}")
 
 
 def clean(text: str) -> str:
-    """The text in Unicode NFC, with "\\n" line ends, no control characters, no spaces at line ends and no long gaps.
+    """The text in Unicode NFC, with "\\n" line ends, without control characters, trailing spaces or long gaps.
 
-    At most two blank lines stand in a row, none at the start, and the end has at most one "\\n". Returns "" where
-    nothing but white space is left. Cleaning a cleaned text changes nothing.
+    At most two blank lines follow each other, none at the start, and the text ends with at most one "\\n". Returns ""
+    if nothing but white space is left. Idempotent: cleaning a cleaned text changes nothing.
     """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,4 +1,4 @@
-"""Preparing a corpus before somebody's eyes: a bar on a terminal, a line a phase elsewhere."""
+"""Preparing a corpus with progress shown: a bar on a terminal, one line a phase elsewhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from train.config import schema
-from train.data.corpus.shards import Corpus, describe
+from train.data.corpus.shards import Corpus, describe_corpus
 from train.data.prepare.prepare import prepare
 from train.util.format import PREPARING, plural
 
 
 def prepare_with_progress(data: schema.Data, console: Console, objective: schema.Objective | None = None) -> Path:
-    """As `prepare`, shown on ``console``; ends with what the corpus holds, or with the word that nothing was to do."""
+    """Call ``prepare`` and show its progress on ``console``, then a summary of the corpus; returns its folder."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -39,7 +39,7 @@ def prepare_with_progress(data: schema.Data, console: Console, objective: schema
         folder = prepare(data, show, objective)
     if not last["new"]:
         console.print(f"{folder} is prepared and current: nothing to do")
-    for name, split in describe(Corpus(folder))["splits"].items():
+    for name, split in describe_corpus(Corpus(folder))["splits"].items():
         parts = (f"{split['tokens']:,} tokens", f"{split['bytes']:,} bytes of text", plural(split["shards"], "shard"))
         console.print(f"  {name:5} {plural(split['samples'], 'document')}, {', '.join(parts)}")
     console.print(f"  in {folder}")

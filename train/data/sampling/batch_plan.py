@@ -1,14 +1,14 @@
-"""Streams: which rows a step consists of, the same for any number of ranks.
+"""Streams and steps: which rows make up the global batch of a step, for any number of ranks.
 
-The line of an epoch (`order`) is cut into S ranges of equal units (they differ by one at most): the streams. All
-advance together, so that one number tells where an epoch stands:
+The units of an epoch (``epoch_order``) are cut into S equal ranges, the *streams*; their sizes differ by one unit at
+most. All streams advance together, so one number says how far an epoch has come:
 
     step at Cursor(epoch, p), k = global batch / S, u = seq_len where rows are packed, else 1
     row j (0 <= j < k S) = stream j mod S, its units [p + (j div S) u, p + (j div S + 1) u)
     after it: p + k u; once that is past the longest stream, Cursor(epoch + 1, 0)
 
-What a row has beyond the end of its stream is padding, so every unit comes exactly once an epoch, and any position is
-reached at once.
+A row that reaches beyond the end of its stream is padded. So every unit comes exactly once an epoch, and any cursor is
+reached by arithmetic.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from train.errors import UserError
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where training stands in its data: the epoch, and the units that each stream has given in it."""
+    """Position of training in its data: the epoch, and the units that each stream has given in it."""
 
     epoch: int = 0
     position: int = 0
 
     def to_dict(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """Plain values for a checkpoint's manifest."""
         return asdict(self)
 
     @staticmethod
     def from_dict(state: dict[str, int]) -> Cursor:
-        """What ``to_dict`` gave."""
+        """The cursor that ``to_dict`` was called on."""
         return Cursor(epoch=int(state["epoch"]), position=int(state["position"]))
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Rows of an optimizer step, places of a row, streams of an epoch, and whether rows are packed."""
+    """Rows of an optimizer step (global batch), tokens of a row, streams of an epoch, whether rows are packed."""
 
     rows: int
     seq_len: int
@@ -51,7 +51,7 @@ class StepShape:
 
 
 class BatchPlan:
-    """Which places of which samples stand in which row of which step."""
+    """Maps a cursor to the spans of documents that fill each row of the global batch."""
 
     def __init__(self, order: EpochOrder, shape: StepShape) -> None:
         if shape.rows % shape.streams:
@@ -61,10 +61,10 @@ class BatchPlan:
             )
         self.order = order
         self.shape = shape
-        self.rows_per_stream = shape.rows // shape.streams  # rows of a stream in a step
-        self._unit = shape.seq_len if shape.pack else 1  # units of a row
-        self._stride = self.rows_per_stream * self._unit  # units that a stream gives to a step
-        self._longest = -(-order.units // shape.streams)
+        self.rows_per_stream = shape.rows // shape.streams
+        self._units_per_row = shape.seq_len if shape.pack else 1
+        self._units_per_step = self.rows_per_stream * self._units_per_row  # of one stream
+        self._longest_stream = -(-order.units // shape.streams)
         if not order.units:
             raise UserError("nothing to train on: this split of the corpus holds no documents")
 
@@ -74,71 +74,74 @@ class BatchPlan:
         return self.steps_left(Cursor())
 
     def after(self, cursor: Cursor, steps: int = 1) -> Cursor:
-        """The cursor ``steps`` further, epochs counted."""
+        """The cursor ``steps`` optimizer steps later, in a later epoch if need be."""
         while steps >= (left := self.steps_left(cursor)):
             cursor, steps = Cursor(cursor.epoch + 1, 0), steps - left
-        return Cursor(cursor.epoch, cursor.position + steps * self._stride)
+        return Cursor(cursor.epoch, cursor.position + steps * self._units_per_step)
 
     def steps_left(self, cursor: Cursor) -> int:
         """Steps from the cursor to the end of its epoch, the last of which may be short."""
-        return -(-(self._longest - cursor.position) // self._stride)
+        return -(-(self._longest_stream - cursor.position) // self._units_per_step)
 
-    def check(self, cursor: Cursor) -> None:
+    def check_cursor(self, cursor: Cursor) -> None:
         """Raise UserError unless the cursor lies inside an epoch of this plan."""
-        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest:
+        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest_stream:
             raise UserError(
                 f"the saved data position (epoch {cursor.epoch}, {cursor.position}) does not lie in an epoch of "
-                f"{self.shape.streams} streams of {self._longest} {'tokens' if self.shape.pack else 'documents'}: "
+                f"{self.shape.streams} streams of {self._longest_stream} "
+                f"{'tokens' if self.shape.pack else 'documents'}: "
                 "resume with the data.streams, data.pack and corpus of the run that saved it"
             )
 
-    def rows(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
-        """Stream after stream, its rows in ``steps`` steps from a cursor (all in its epoch): depth * steps rows each.
+    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
+        """Spans of the rows of ``steps`` steps from a cursor, all in its epoch: stream after stream, step after step.
 
-        Pieces are cut where rows of seq_len places end; padding (sample -1) fills what the streams do not.
+        Each stream gives rows_per_stream * steps rows. Spans are cut where rows of seq_len tokens end; padding
+        (sample -1) fills the rest of a row.
         """
         number = np.fromiter(streams, np.int64)
         low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
         begins = np.minimum(low + cursor.position, high)
-        ends = np.minimum(begins + steps * self._stride, high)
-        pieces, owner = self.order.spans(cursor.epoch, begins, ends)
+        ends = np.minimum(begins + steps * self._units_per_step, high)
+        spans, owner = self.order.spans(cursor.epoch, begins, ends)
         rows = steps * self.rows_per_stream
         if not self.shape.pack:
             row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
-            return _one_a_row(pieces, row, rows * len(number), self.shape.seq_len)
-        left = rows * self.shape.seq_len - (ends - begins)
-        short = np.flatnonzero(left)
+            return _one_sample_per_row(spans, row, rows * len(number), self.shape.seq_len)
+        missing = rows * self.shape.seq_len - (ends - begins)
+        short = np.flatnonzero(missing)
         if len(short):
             behind = np.searchsorted(owner, short, side="right")
-            values = (-1, 0, left[short])
-            pieces = DocSpans(*(np.insert(old, behind, value) for old, value in zip(pieces, values, strict=True)))
-        return _cut(pieces, self.shape.seq_len)
+            padding = (-1, 0, missing[short])
+            spans = DocSpans(*(np.insert(column, behind, value) for column, value in zip(spans, padding, strict=True)))
+        return _cut_at_rows(spans, self.shape.seq_len)
 
-    def table(self, cursor: Cursor, without: Collection[int] = ()) -> Ints:
-        """What the step at the cursor trains on, (pieces, 4): row, sample, first place in it, places; by rows, ``without`` some."""
-        pieces = self.rows(range(self.shape.streams), cursor, 1)
-        place = (np.cumsum(pieces.length) - 1) // self.shape.seq_len  # stream * depth + i, of row i * streams + stream
-        row = place % self.rows_per_stream * self.shape.streams + place // self.rows_per_stream
-        real = np.flatnonzero((pieces.sample >= 0) & ~np.isin(row, list(without)))
+    def step_table(self, cursor: Cursor, skipped: Collection[int] = ()) -> Ints:
+        """Spans of the step at the cursor, (spans, 4): row, sample, start, length; by row, without ``skipped`` rows."""
+        spans = self.row_spans(range(self.shape.streams), cursor, 1)
+        # Spans come stream after stream: row ``i`` of ``stream`` is row i * streams + stream of the step.
+        index = (np.cumsum(spans.length) - 1) // self.shape.seq_len
+        row = index % self.rows_per_stream * self.shape.streams + index // self.rows_per_stream
+        real = np.flatnonzero((spans.sample >= 0) & ~np.isin(row, list(skipped)))
         real = real[np.argsort(row[real], kind="stable")]
-        return np.stack([row[real], *(column[real] for column in pieces)], axis=1)
+        return np.stack([row[real], *(column[real] for column in spans)], axis=1)
 
-    def data_hash(self, cursor: Cursor, without: Collection[int] = ()) -> str:
-        """16 hex digits that tell what the step at the cursor trains on ``without`` some rows: of every row its pieces."""
-        return blake2b(self.table(cursor, without).astype("<i8").tobytes(), digest_size=8).hexdigest()
+    def data_hash(self, cursor: Cursor, skipped: Collection[int] = ()) -> str:
+        """16 hex digits over ``step_table``: equal only for steps that train on the same spans in the same rows."""
+        return blake2b(self.step_table(cursor, skipped).astype("<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def _cut(pieces: DocSpans, seq_len: int) -> DocSpans:
-    """Pieces that fill whole rows end to end, cut at every border of rows."""
-    begins = np.cumsum(pieces.length) - pieces.length
-    borders = np.arange(0, int(pieces.length.sum()), seq_len)
-    # Both lists rise; a border at which a piece begins is no cut.
-    piece = np.searchsorted(begins, borders, side="right") - 1
-    cut = begins[piece] != borders
-    points = np.sort(np.concatenate([begins, borders[cut]]))
-    which = np.searchsorted(begins, points, side="right") - 1
-    sample = pieces.sample[which]
-    start = pieces.start[which] + points - begins[which]
+def _cut_at_rows(spans: DocSpans, seq_len: int) -> DocSpans:
+    """Cut spans, which fill whole rows end to end, at every border between rows."""
+    begins = np.cumsum(spans.length) - spans.length
+    borders = np.arange(0, int(spans.length.sum()), seq_len)
+    # Both arrays are ascending; a border where a span begins needs no cut.
+    at_border = np.searchsorted(begins, borders, side="right") - 1
+    needs_cut = begins[at_border] != borders
+    points = np.sort(np.concatenate([begins, borders[needs_cut]]))
+    origin = np.searchsorted(begins, points, side="right") - 1
+    sample = spans.sample[origin]
+    start = spans.start[origin] + points - begins[origin]
     start[sample < 0] = 0
     length = np.empty_like(points)
     length[:-1] = points[1:] - points[:-1]
@@ -146,12 +149,12 @@ def _cut(pieces: DocSpans, seq_len: int) -> DocSpans:
     return DocSpans(sample, start, length)
 
 
-def _one_a_row(pieces: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
-    """Each sample in its row, cut to it; padding behind short ones and in the rows that have none."""
+def _one_sample_per_row(spans: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
+    """Put each sample in its ``row``, truncated to seq_len; pad short rows and rows without a sample."""
     sample = np.full((rows, 2), -1, np.int64)
     length = np.zeros((rows, 2), np.int64)
-    sample[row, 0] = pieces.sample
-    length[row, 0] = np.minimum(pieces.length, seq_len)
+    sample[row, 0] = spans.sample
+    length[row, 0] = np.minimum(spans.length, seq_len)
     length[:, 1] = seq_len - length[:, 0]
     keep = length.ravel() > 0
     return DocSpans(sample.ravel()[keep], np.zeros(int(keep.sum()), np.int64), length.ravel()[keep])

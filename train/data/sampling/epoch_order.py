@@ -1,11 +1,11 @@
-"""The order of an epoch: arithmetic only, the same on every rank and for any number of ranks.
+"""The shuffled order of an epoch: pure arithmetic, the same on every rank and for any number of ranks.
 
-An epoch is one sequence. Its shards come in an order drawn from (seed, epoch); every ``window`` shards in a row form a
-window, and the samples of a window are permuted among themselves. The sequence is a line of *units*: the places of the
-samples where rows are packed, the samples themselves where a row is one document.
+An epoch is one sequence of *units*: tokens of documents where rows are packed, whole documents where a row holds one.
+Shards are permuted by (seed, epoch); every ``window`` consecutive shards form a window, and the samples (documents) of
+a window are permuted among themselves.
 
-Any unit is reached by two binary searches; a window is permuted when it is first touched. Permutations are our own
-(hashes, sorted): no library's generator, which may change with its version, decides what a resumed run reads.
+Two binary searches reach any unit; a window is permuted when it is first needed and cached. Permutations sort hashes of
+our own: a library's generator may change with its version, and then a resumed run would read other data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.ma  # np.unique's, which is better loaded before a warm process forks than by every trainer
+import numpy.ma  # np.unique imports it: load it once, before the fork server forks, not once in every worker
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -24,112 +24,112 @@ Ints = NDArray[np.int64]
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _CACHE_BYTES = 256 << 20
-"""Memory for permuted windows: enough for those of all streams of any usual corpus."""
+"""Memory for permuted windows: enough for the current windows of all streams of a usual corpus."""
 
 
 class DocSpans(NamedTuple):
-    """Consecutive parts of documents: of ``sample``, ``length`` places from place ``start``. A sample -1 is padding."""
+    """Spans of documents, (spans,) each: tokens [start, start + length) of ``sample``; sample -1 is padding."""
 
     sample: Ints
     start: Ints
     length: Ints
 
 
-_NOTHING = DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))
+_NO_SPANS = DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of 64-bit numbers that looks random."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def key_of(*numbers: int) -> int:
-    """One 64-bit key of several numbers, in their order."""
+def hash_key(*numbers: int) -> int:
+    """Hash several integers, in their order, into one 64-bit key."""
     key = 0
     for number in numbers:
-        key = int(mix(np.array([(key ^ (number & _MASK)) + _GOLDEN & _MASK], np.uint64))[0])
+        key = int(splitmix64(np.array([(key ^ (number & _MASK)) + _GOLDEN & _MASK], np.uint64))[0])
     return key
 
 
 def permutation(ids: Ints, key: int) -> Ints:
-    """An order of 0 .. len(ids) - 1, drawn by hashing each id with the key.
+    """A permutation of 0 .. len(ids) - 1: the order of the hashes of ``ids`` under ``key``.
 
-    The low bits of each hash are replaced by the index, so that no two are equal and plain sorting is enough.
+    The low bits of each hash are replaced by the index: no two are equal, so an unstable sort is deterministic.
     """
     bits = np.uint64(max(len(ids) - 1, 1).bit_length())
     low = (np.uint64(1) << bits) - np.uint64(1)
-    hashes = mix(ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+    hashes = splitmix64(ids.astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
     return (np.sort((hashes & ~low) | np.arange(len(ids), dtype=np.uint64)) & low).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """What the order must know of a split: per shard its samples and places, per sample its places."""
+    """Sizes of a split: samples and tokens of each shard (shards,), tokens of each sample (samples,)."""
 
     shard_samples: Ints
     shard_tokens: Ints
-    sizes: Ints
+    sample_tokens: Ints
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How an epoch is permuted; ``window`` in shards. A window of 0 leaves everything in the order of storage."""
+    """How an epoch is permuted: ``window`` is in shards, and 0 keeps the order of storage."""
 
     seed: int
     window: int
 
 
 class EpochOrder:
-    """The line of units of every epoch, and the pieces of any stretch of it. Several threads may use it."""
+    """The order of all units of every epoch, and any range of it as spans of documents. Thread-safe."""
 
-    def __init__(self, layout: SplitSizes, shuffle: Shuffle, pack: bool) -> None:
-        self._layout = layout
+    def __init__(self, sizes: SplitSizes, shuffle: Shuffle, pack: bool) -> None:
+        self._sizes = sizes
         self._shuffle = shuffle
         self._pack = pack
-        self._first = np.concatenate([[0], np.cumsum(layout.shard_samples)]).astype(np.int64)
-        self._shard_units = layout.shard_tokens if pack else layout.shard_samples
+        self._first_samples = np.concatenate([[0], np.cumsum(sizes.shard_samples)]).astype(np.int64)
+        self._shard_units = sizes.shard_tokens if pack else sizes.shard_samples
         self.units = int(self._shard_units.sum())
         self._lock = threading.Lock()
         self._epoch: tuple[int, Ints, Ints] | None = None
         self._windows: OrderedDict[tuple[int, int], tuple[Ints, Ints]] = OrderedDict()
-        self._cached = 0
+        self._cached_bytes = 0
 
     def spans(self, epoch: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
-        """The pieces of units [begins[i], ends[i]) of an epoch, one stretch after the other, and the i of each piece.
+        """The spans of the unit ranges [begins[i], ends[i]) of an epoch, range after range, and the i of each span.
 
-        A piece of an unpacked order is a whole sample.
+        Where rows are not packed, a span is a whole sample.
         """
         with self._lock:
-            _, borders = self._shards_of(epoch)
-            # Cut the stretches where windows end, then serve all that lie in a window at once.
+            _, borders = self._shard_order(epoch)
+            # Cut the ranges where windows end, then serve all cuts of a window together.
             first = np.searchsorted(borders, begins, side="right") - 1
             last = np.searchsorted(borders, ends, side="left") - 1
-            which, window = _ranges(first, np.where(begins < ends, last - first + 1, 0))
-            low = np.maximum(begins[which], borders[window]) - borders[window]
-            high = np.minimum(ends[which], borders[window + 1]) - borders[window]
-            parts, owners = [_NOTHING], [np.zeros(0, np.int64)]
+            range_of_cut, window = _expand_ranges(first, np.where(begins < ends, last - first + 1, 0))
+            low = np.maximum(begins[range_of_cut], borders[window]) - borders[window]
+            high = np.minimum(ends[range_of_cut], borders[window + 1]) - borders[window]
+            parts, owners = [_NO_SPANS], [np.zeros(0, np.int64)]
             for number in np.unique(window).tolist():
-                inside = np.flatnonzero(window == number)
-                pieces, owner = self._inside(epoch, number, low[inside], high[inside])
-                parts.append(pieces)
-                owners.append(inside[owner])
-        cut = np.concatenate(owners)
-        pieces = _together(parts)
+                cuts = np.flatnonzero(window == number)
+                spans, owner = self._spans_in_window(epoch, number, low[cuts], high[cuts])
+                parts.append(spans)
+                owners.append(cuts[owner])
+        cut_of_span = np.concatenate(owners)
+        spans = _concat_spans(parts)
         if len(parts) > 2:
-            sort = np.argsort(cut, kind="stable")
-            cut, pieces = cut[sort], take_spans(pieces, sort)
-        return pieces, which[cut]
+            order = np.argsort(cut_of_span, kind="stable")
+            cut_of_span, spans = cut_of_span[order], take_spans(spans, order)
+        return spans, range_of_cut[cut_of_span]
 
-    def _inside(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
-        """As ``stretches``, for stretches that lie in one window, counted from its start; none is empty."""
-        samples, sums = self._window(epoch, window)
+    def _spans_in_window(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
+        """``spans`` of non-empty ranges inside one window, counted in units from the window's start."""
+        samples, sums = self._samples_of_window(epoch, window)
         first = np.searchsorted(sums, begins, side="right")
         last = np.searchsorted(sums, ends, side="left")
-        owner, at = _ranges(first, last - first + 1)
-        sample = samples[at]
-        length = self._layout.sizes[sample]
+        owner, index = _expand_ranges(first, last - first + 1)
+        sample = samples[index]
+        length = self._sizes.sample_tokens[sample]
         start = np.zeros_like(sample)
         if self._pack:
             stop = np.cumsum(last - first + 1)
@@ -139,50 +139,50 @@ class EpochOrder:
             length[head] -= start[head]
         return DocSpans(sample, start, length), owner
 
-    def _shards_of(self, epoch: int) -> tuple[Ints, Ints]:
-        """The shards of an epoch in order, and the units before each of its windows (and in all)."""
+    def _shard_order(self, epoch: int) -> tuple[Ints, Ints]:
+        """The shards of an epoch in order, and the units before each of its windows, then the total."""
         if self._epoch is None or self._epoch[0] != epoch:
             numbers = np.arange(len(self._shard_units), dtype=np.int64)
             step = self._shuffle.window or len(numbers)
             if self._shuffle.window:
-                numbers = permutation(numbers, key_of(self._shuffle.seed, epoch, 0))
+                numbers = permutation(numbers, hash_key(self._shuffle.seed, epoch, 0))
             before = np.concatenate([[0], np.cumsum(self._shard_units[numbers])])
             borders = np.append(before[0:-1:step], before[-1]).astype(np.int64)
             self._epoch = epoch, numbers, borders
         return self._epoch[1], self._epoch[2]
 
-    def _window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
-        """Of a window: its samples in order, and the units up to the end of each. The least used are forgotten."""
-        found = self._windows.get((epoch, window))
-        if found is not None:
+    def _samples_of_window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
+        """The samples of a window in order, and the units up to the end of each; an LRU cache."""
+        cached = self._windows.get((epoch, window))
+        if cached is not None:
             self._windows.move_to_end((epoch, window))
-            return found
-        shards, _ = self._shards_of(epoch)
+            return cached
+        shards, _ = self._shard_order(epoch)
         step = self._shuffle.window or len(shards)
         chosen = shards[window * step : (window + 1) * step]
-        samples = np.concatenate([np.arange(self._first[n], self._first[n + 1]) for n in chosen])
+        samples = np.concatenate([np.arange(self._first_samples[n], self._first_samples[n + 1]) for n in chosen])
         if self._shuffle.window:
-            samples = samples[permutation(samples, key_of(self._shuffle.seed, epoch, 1))]
-        ends = np.cumsum(self._layout.sizes[samples]) if self._pack else np.arange(1, len(samples) + 1)
+            samples = samples[permutation(samples, hash_key(self._shuffle.seed, epoch, 1))]
+        ends = np.cumsum(self._sizes.sample_tokens[samples]) if self._pack else np.arange(1, len(samples) + 1)
         self._windows[epoch, window] = samples, ends
-        self._cached += samples.nbytes + ends.nbytes
-        while self._cached > _CACHE_BYTES and len(self._windows) > 1:
+        self._cached_bytes += samples.nbytes + ends.nbytes
+        while self._cached_bytes > _CACHE_BYTES and len(self._windows) > 1:
             old = self._windows.popitem(last=False)[1]
-            self._cached -= old[0].nbytes + old[1].nbytes
+            self._cached_bytes -= old[0].nbytes + old[1].nbytes
         return samples, ends
 
 
-def _together(parts: list[DocSpans]) -> DocSpans:
+def _concat_spans(parts: list[DocSpans]) -> DocSpans:
     return DocSpans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
-def take_spans(pieces: DocSpans, which: Ints) -> DocSpans:
-    """Some pieces, in another order."""
-    return DocSpans(*(column[which] for column in pieces))
+def take_spans(spans: DocSpans, which: Ints) -> DocSpans:
+    """The spans at the indices ``which``, in that order."""
+    return DocSpans(*(column[which] for column in spans))
 
 
-def _ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
-    """The numbers first[i], first[i] + 1, ... (count[i] of them), one range after the other, and the i of each."""
+def _expand_ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+    """(i of each number, numbers): first[i], first[i] + 1, ..., count[i] of them, range after range."""
     owner = np.repeat(np.arange(len(first)), count)
     before = np.cumsum(count) - count
     return owner, np.arange(len(owner)) + (first - before)[owner]

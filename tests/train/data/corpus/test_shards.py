@@ -1,6 +1,9 @@
+"""Corpora on disk: plain WebDataset, deterministic bytes, damage refused with the cure."""
+
 import json
 import os
 import shutil
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ def test_webdataset_reads_the_same_samples(build_corpus):
         assert sample["meta.json"]["bytes"] == split.text_bytes[number] == len(split.document(number))
 
 
-def test_bytes_of_a_shard_are_a_function_of_its_documents(tmp_path):
+def test_shard_bytes_depend_on_its_documents_alone(tmp_path):
     documents = [("a", 3, np.array([9, 1, 9], np.uint16)), ("中文" * 300, 5, np.array([9, 70000, 9], np.uint32))]
     (tmp_path / "other").mkdir()
     first = shards.write_shard(tmp_path / "a.tar", 5, documents)
@@ -36,7 +39,7 @@ def test_bytes_of_a_shard_are_a_function_of_its_documents(tmp_path):
     assert first[0].size == (tmp_path / "a.tar").stat().st_size
 
 
-def test_tables_lead_to_the_ids_even_behind_long_names(tmp_path):
+def test_table_offsets_are_right_behind_long_names(tmp_path):
     ids = np.arange(50, dtype=np.uint32)
     _, table = shards.write_shard(tmp_path / "a.tar", 0, [("中" * 900, 7, ids), ("b", 8, ids + 1)])
     content = np.frombuffer((tmp_path / "a.tar").read_bytes(), np.uint32)
@@ -46,11 +49,11 @@ def test_tables_lead_to_the_ids_even_behind_long_names(tmp_path):
     assert table[1:].tolist() == [[49, 49], [7, 8]]
 
 
-def test_counts_of_the_index(build_corpus):
+def test_split_counts_samples_tokens_and_bytes(build_corpus):
     split = build_corpus(UNEVEN).split("train")
-    lengths = [length for shard in UNEVEN for length in shard]
+    lengths = list(chain.from_iterable(UNEVEN))
     assert (split.samples, split.bytes, split.tokens) == (108, sum(lengths), sum(lengths) + 108)
-    assert split.sizes.tolist() == [length + 1 for length in lengths]
+    assert split.sample_tokens.tolist() == [length + 1 for length in lengths]
 
 
 def damage(path, how):
@@ -84,7 +87,7 @@ def read_all(folder):
         ("index.json", "truncated", "index.json cannot be read"),
     ],
 )
-def test_damage_is_named_with_the_cure(build_corpus, name, how, message):
+def test_damaged_file_is_named_with_the_cure(build_corpus, name, how, message):
     folder = build_corpus(UNEVEN).folder
     damage(folder / name, how)
     with pytest.raises(UserError, match=message) as caught:
@@ -92,7 +95,7 @@ def test_damage_is_named_with_the_cure(build_corpus, name, how, message):
     assert "launch.sh prepare" in str(caught.value)
 
 
-def test_a_shard_is_hashed_once_and_again_after_it_changed(build_corpus, monkeypatch):
+def test_shard_is_hashed_once_and_again_after_it_changed(build_corpus, monkeypatch):
     folder = build_corpus(UNEVEN).folder
     hashed = []
     real = io.sha256_of
@@ -106,7 +109,7 @@ def test_a_shard_is_hashed_once_and_again_after_it_changed(build_corpus, monkeyp
     assert hashed == ["train-000000.tar"] * 2
 
 
-def test_another_version_is_refused(build_corpus):
+def test_index_of_another_version_is_refused(build_corpus):
     folder = build_corpus(UNEVEN).folder
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "version": 99}))
@@ -114,18 +117,18 @@ def test_another_version_is_refused(build_corpus):
         Corpus(folder)
 
 
-def test_a_fingerprint_follows_the_bytes_and_not_the_place(build_corpus, tmp_path):
+def test_fingerprint_depends_on_the_bytes_not_on_the_folder(build_corpus, tmp_path):
     corpus = build_corpus(UNEVEN)
     shutil.copytree(corpus.folder, tmp_path / "copy")
     assert Corpus(tmp_path / "copy").fingerprint == corpus.fingerprint
     assert build_corpus([[3]], name="other").fingerprint != corpus.fingerprint
 
 
-def test_few_open_shards_serve_many(build_corpus, monkeypatch):
+def test_spans_of_many_shards_are_read_with_one_open_shard(build_corpus, monkeypatch):
     monkeypatch.setattr(shards, "_MAX_OPEN", 1)
     split = build_corpus(UNEVEN).split("train")
-    pieces = DocSpans(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
-    found = np.ones(11, np.uint16)
-    split.read(pieces, found)
+    spans = DocSpans(np.array([0, 7, 8, 0, -1]), np.array([0, 0, 0, 1, 0]), np.array([2, 3, 1, 1, 4]))
+    ids = np.ones(11, np.uint16)
+    split.read_spans(spans, ids)
     first, second = split.document(0), split.document(7)
-    assert found.tolist() == [256, first[0], 256, second[0], second[1], 256, first[0], 0, 0, 0, 0]
+    assert ids.tolist() == [256, first[0], 256, second[0], second[1], 256, first[0], 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""Rows for BERT: the published rates, and draws that depend on (seed, epoch, sample) alone."""
+"""Rows for BERT: the published rates, and draws that depend on (seed, epoch, sample, offset) alone."""
 
 import numpy as np
 import pytest
@@ -17,32 +17,35 @@ T = 64
 
 @pytest.fixture
 def text(build_corpus):
-    """Some 60,000 tokens of random letters, in documents of a few hundred."""
+    """A corpus of some 50,000 random letters in documents of a few hundred."""
     return build_corpus([[300] * 100, [211] * 100])
 
 
-def rows_of(corpus, epoch=0, seed=0, world=1, steps=None, seq_len=T, **keys):
-    """All rows of an epoch, stream by stream, as arrays; and the tokenizer."""
+def read_epoch(corpus, epoch=0, seed=0, world=1, steps=None, seq_len=T, **keys):
+    """All rows of an epoch, stream after stream, as arrays; and the tokenizer."""
     tokenizer = corpus.tokenizer.extended(ENCODER_TOKENS)
     examples = MaskedExamples(seq_len, True, objectives.Masked(name="masked", **keys), tokenizer, seed)
     shards = corpus.split("train")
-    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), True), StepShape(6, examples.places, 6))
-    found = []
+    plan = BatchPlan(EpochOrder(split_sizes(shards), Shuffle(seed, 4), True), StepShape(6, examples.row_tokens, 6))
+    rows = []
     for rank in range(world):
         loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
         loader.seek(Cursor(epoch, 0))
         for step in range(steps or plan.steps_per_epoch):
             numbers, batches = loader.row_numbers(), next(loader)[0]
-            found += [(step, number, batch) for number, batch in zip(numbers, batches, strict=False)]
+            rows += [(step, number, batch) for number, batch in zip(numbers, batches, strict=False)]
         loader.close()
-    found.sort(key=lambda row: (row[1], row[0]))  # stream by stream
-    return {key: np.concatenate([row[2][key].numpy() for row in found]) for key in found[0][2]}, tokenizer
+    rows.sort(key=lambda row: (row[1], row[0]))  # stream after stream
+    columns = zip(*(batch.values() for _, _, batch in rows), strict=True)
+    return dict(zip(rows[0][2], map(np.concatenate, columns), strict=True)), tokenizer
 
 
 @pytest.mark.parametrize("whole_words", [True, False])
-def test_rates_of_masking_are_the_published_ones(text, whole_words):
+def test_masking_rates_are_the_published_ones(text, whole_words):
     rows, tokenizer = (
-        rows_of(text, next_sentence=False, whole_words=False) if not whole_words else rows_of(text, next_sentence=False)
+        read_epoch(text, next_sentence=False, whole_words=False)
+        if not whole_words
+        else read_epoch(text, next_sentence=False)
     )
     tokens, targets = rows["tokens"], rows["targets"]
     chosen = targets != IGNORE
@@ -51,7 +54,7 @@ def test_rates_of_masking_are_the_published_ones(text, whole_words):
         & (tokens != tokenizer.eot)
         & ~np.isin(tokens, [tokenizer.id_of(n) for n in ("[CLS]", "[SEP]")])
     )
-    if whole_words:  # the letters of a document are one word: documents are hidden whole, or not at all
+    if whole_words:  # the letters of a document are one word, masked whole or not at all
         assert 0.05 < chosen.sum() / ordinary.sum() < 0.3
         runs = chosen[:, 2:-1] == chosen[:, 1:-2]
         assert runs[
@@ -67,8 +70,8 @@ def test_rates_of_masking_are_the_published_ones(text, whole_words):
     assert tokens[chosen].max() == tokenizer.id_of("[MASK]") == tokenizer.vocab_size - 1
 
 
-def test_half_of_the_pairs_are_neighbours(text):
-    rows, tokenizer = rows_of(text, whole_words=False)
+def test_half_of_the_text_pairs_are_neighbours(text):
+    rows, tokenizer = read_epoch(text, whole_words=False)
     sep, cls = tokenizer.id_of("[SEP]"), tokenizer.id_of("[CLS]")
     answers = rows["next_targets"][rows["segments"].any(1)]
     n = len(answers)
@@ -85,52 +88,56 @@ def test_half_of_the_pairs_are_neighbours(text):
         assert rows["types"][row, middle + 1 : real].min() == 1
         first, second = whole[row, 1:middle], whole[row, middle + 1 : end]
         border = bytes(b for b in (*first[-8:], *second[:8]) if b != tokenizer.eot)
-        together = tokenizer.eot not in (*first[-8:], *second[:8]) and any(border in document for document in documents)
+        neighbours = tokenizer.eot not in (*first[-8:], *second[:8]) and any(
+            border in document for document in documents
+        )
         if tokenizer.eot not in (*first[-8:], *second[:8]):
-            assert together == (rows["next_targets"][row] == 0)
+            assert neighbours == (rows["next_targets"][row] == 0)
 
 
-def test_every_token_comes_once_an_epoch_where_rows_are_no_pairs(text):
-    rows, tokenizer = rows_of(text, next_sentence=False)
+def test_every_token_comes_once_an_epoch_without_pairs(text):
+    rows, tokenizer = read_epoch(text, next_sentence=False)
     whole = np.where(rows["targets"] == IGNORE, rows["tokens"], rows["targets"])[rows["segments"] > 0]
     assert (whole < 256).sum() == 100 * 300 + 100 * 211
     assert (whole == tokenizer.eot).sum() == 200
 
 
 @pytest.mark.parametrize("pairs", [True, False])
-def test_masks_are_a_function_of_seed_epoch_and_sample_on_any_world(text, pairs):
-    once, _ = rows_of(text, steps=20, next_sentence=pairs)
+def test_masks_depend_on_seed_epoch_and_sample_not_on_world_size(text, pairs):
+    once, _ = read_epoch(text, steps=20, next_sentence=pairs)
     for world in (2, 4):
-        again, _ = rows_of(text, steps=20, next_sentence=pairs, world=world)
+        again, _ = read_epoch(text, steps=20, next_sentence=pairs, world=world)
         assert all(np.array_equal(once[key], again[key]) for key in once)
     for other in ({"epoch": 1}, {"seed": 1}):
-        assert not np.array_equal(once["targets"], rows_of(text, steps=20, next_sentence=pairs, **other)[0]["targets"])
+        assert not np.array_equal(
+            once["targets"], read_epoch(text, steps=20, next_sentence=pairs, **other)[0]["targets"]
+        )
 
 
-def test_a_document_is_hidden_alike_wherever_it_stands(text):
-    """Of one epoch and seed, in rows of another length: each token's fate is its own."""
+def test_tokens_of_a_document_are_masked_alike_at_any_row_length(text):
+    """Within one epoch and seed, whether a token is masked does not depend on the row that it is in."""
 
-    def fates(seq_len):
-        rows, tokenizer = rows_of(text, seq_len=seq_len, next_sentence=False, whole_words=False)
+    def shown_texts(seq_len):
+        rows, tokenizer = read_epoch(text, seq_len=seq_len, next_sentence=False, whole_words=False)
         real = (rows["segments"] > 0) & ~np.isin(rows["tokens"], [tokenizer.id_of(n) for n in ("[CLS]", "[SEP]")])
         whole = np.where(rows["targets"] == IGNORE, rows["tokens"], rows["targets"])[real]
-        shown, found, start = rows["tokens"][real], {}, 0
+        shown, texts, start = rows["tokens"][real], {}, 0
         for end in [*np.flatnonzero(whole == tokenizer.eot)[1:], len(whole)]:
-            found[bytes(whole[start + 1 : end].tolist())] = shown[start + 1 : end].tolist()
+            texts[bytes(whole[start + 1 : end].tolist())] = shown[start + 1 : end].tolist()
             start = end
-        return found
+        return texts
 
-    here, there = fates(40), fates(T)
+    here, there = shown_texts(40), shown_texts(T)
     common = [key for key in here.keys() & there.keys() if len(key) > 200]
     assert len(common) > 100, "six streams cut a few documents, and the others stand whole in both"
     assert all(here[key] == there[key] for key in common)
 
 
-def test_words_are_found_in_any_script():
+def test_word_borders_are_right_in_any_script():
     made = Tokenizer(words_tokenizer())
-    from train.data.examples.masked import _inside_words
+    from train.data.examples.masked import _word_continuations
 
-    begins, ends = _inside_words(made)
+    begins, ends = _word_continuations(made)
     ids = {name: made.find(name, -1) for name in ("Ġto", "day", "我", "!", "##s")}
     assert [bool(begins[ids[name]]) for name in ("Ġto", "day", "我", "!", "##s")] == [False, True, False, False, True]
     assert [bool(ends[ids[name]]) for name in ("Ġto", "day", "我", "!")] == [True, True, False, False]

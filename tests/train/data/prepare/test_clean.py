@@ -1,3 +1,5 @@
+"""Cleaning of a document: examples of every rule, and idempotence."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,12 +21,12 @@ from train.data.prepare.clean import clean
         ("中文，标点。\r\n第二行", "中文，标点。\n第二行"),
     ],
 )
-def test_cleaning(raw, expected):
+def test_clean_normalises_each_kind_of_character(raw, expected):
     assert clean(raw) == expected
 
 
 @given(
     st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("\n\r \t\ufeff\x00a\u0301\u1100\u1161")))
 )
-def test_a_cleaned_text_is_clean(text):
+def test_cleaning_twice_equals_cleaning_once(text):
     assert clean(clean(text)) == clean(text)

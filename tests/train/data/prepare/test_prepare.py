@@ -1,4 +1,4 @@
-"""Preparing: the same input gives the same bytes whatever happens on the way; nothing is done twice or lost."""
+"""Preparing: equal input gives equal bytes whatever interrupts it; finished work is never lost."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from train.data.corpus.shards import Corpus
 from train.data.prepare import prepare as module
 from train.data.prepare.clean import clean
-from train.data.prepare.prepare import prepare, resolve
+from train.data.prepare.prepare import find_prepared, prepare
 from train.errors import UserError
 
 ROOT = Path(__file__).parents[4]
@@ -26,7 +26,7 @@ def quiet(_event):
 
 
 def write_lines(path: Path, count: int, words: int = 60) -> Path:
-    """A .jsonl of documents of some words each, all different."""
+    """A .jsonl file of ``count`` different documents of ``words`` random words."""
     random = np.random.default_rng(count)
     vocabulary = ["床前", "明月光", "def", "return", "self", "the", "of", "rank", "\n", "x = 1"]
     with path.open("w") as file:
@@ -42,12 +42,12 @@ def texts(corpus: Corpus, split: str) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a corpus that readers see, and its bytes."""
+    """The bytes of every file of a corpus that readers use, by name."""
     shown = [*folder.glob("*.tar"), *folder.glob("*.npy"), folder / "index.json", folder / "tokenizer.json"]
     return {path.name: path.read_bytes() for path in sorted(shown)}
 
 
-def test_text_comes_back_from_the_shards(tmp_path, text_data):
+def test_shards_hold_the_cleaned_text(tmp_path, text_data):
     path = write_lines(tmp_path / "a.jsonl", 200)
     corpus = Corpus(prepare(text_data(path, kind="bpe", vocab_size=400, shard_tokens=2000), quiet))
     expected = {json.loads(line)["text"] for line in path.read_text().splitlines()}
@@ -58,18 +58,18 @@ def test_text_comes_back_from_the_shards(tmp_path, text_data):
     assert corpus.split("val").bytes == sum(len(text.encode()) for text in val)
 
 
-def test_the_second_time_there_is_nothing_to_do(tmp_path, text_data, monkeypatch):
+def test_second_prepare_reads_no_text(tmp_path, text_data, monkeypatch):
     data = text_data(write_lines(tmp_path / "a.jsonl", 100))
-    assert resolve(data) is None
+    assert find_prepared(data) is None
     folder = prepare(data, quiet)
-    assert resolve(data) == folder
+    assert find_prepared(data) == folder
     monkeypatch.setattr(module, "build_spec", None)  # reading the text again would fail
     events = []
     assert prepare(data, events.append) == folder
     assert events == [{"phase": "ready", "folder": str(folder), "new": False}]
 
 
-def test_progress_is_told_by_phase_and_ends_at_its_total(tmp_path, text_data):
+def test_progress_is_reported_by_phase_and_ends_at_its_total(tmp_path, text_data):
     events = []
     prepare(text_data(write_lines(tmp_path / "a.jsonl", 300), shard_tokens=3000), events.append)
     assert list(dict.fromkeys(event["phase"] for event in events)) == ["read", "tokenizer", "tokenize", "ready"]
@@ -78,13 +78,13 @@ def test_progress_is_told_by_phase_and_ends_at_its_total(tmp_path, text_data):
         assert last["done"] == last["total"] > 0
 
 
-def test_the_default_folder_is_named_after_the_text(tmp_path, text_data):
+def test_default_folder_is_named_after_the_text(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 50)
     first = prepare(text_data("a.jsonl"), quiet)
     os.utime(tmp_path / "a.jsonl", ns=(1, 1))
-    assert resolve(text_data("a.jsonl")) is None
-    assert prepare(text_data("a.jsonl"), quiet) == first  # read again, and found to be the same
-    assert resolve(text_data("a.jsonl")) == first
+    assert find_prepared(text_data("a.jsonl")) is None
+    assert prepare(text_data("a.jsonl"), quiet) == first  # the text is read again and is the same
+    assert find_prepared(text_data("a.jsonl")) == first
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     second = prepare(text_data("a.jsonl"), quiet)
@@ -93,7 +93,7 @@ def test_the_default_folder_is_named_after_the_text(tmp_path, text_data):
     assert prepare(text_data("a.jsonl", shard_tokens=999), quiet) not in (first, second)
 
 
-def test_a_folder_of_another_corpus_is_left_alone(tmp_path, text_data):
+def test_folder_of_another_corpus_is_left_alone(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 50)
     folder = prepare(text_data("a.jsonl", dir="here"), quiet)
     before = content(folder)
@@ -105,7 +105,7 @@ def test_a_folder_of_another_corpus_is_left_alone(tmp_path, text_data):
     assert content(folder) == before
 
 
-def test_repeats_are_dropped_wherever_they_stand(tmp_path, text_data):
+def test_duplicates_are_dropped_across_files(tmp_path, text_data):
     for name, text in {"a": "same  \ntext here", "b": "another text", "c": "same\ntext here", "d": "third"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     corpus = Corpus(prepare(text_data("*.txt"), quiet))
@@ -114,7 +114,7 @@ def test_repeats_are_dropped_wherever_they_stand(tmp_path, text_data):
     assert len(texts(corpus, "train") + texts(corpus, "val")) == 4
 
 
-def test_a_document_stays_on_its_side_when_others_come(tmp_path, text_data):
+def test_document_stays_in_its_split_when_others_are_added(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 400)
     before = set(texts(Corpus(prepare(text_data("a.jsonl", val_fraction=0.2), quiet)), "val"))
     write_lines(tmp_path / "b.jsonl", 300)
@@ -123,7 +123,7 @@ def test_a_document_stays_on_its_side_when_others_come(tmp_path, text_data):
     assert 0.12 * 400 < len(before) < 0.28 * 400
 
 
-def test_neither_side_is_empty_where_there_are_two_documents(tmp_path, text_data):
+def test_neither_split_is_empty_with_two_documents(tmp_path, text_data):
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / "b.txt").write_text("second")
     for fraction in (0.001, 0.999):
@@ -131,7 +131,7 @@ def test_neither_side_is_empty_where_there_are_two_documents(tmp_path, text_data
         assert len(texts(corpus, "train")) == len(texts(corpus, "val")) == 1
 
 
-def test_a_single_document_is_cut_at_its_end(tmp_path, text_data):
+def test_single_document_is_cut_and_its_end_held_out(tmp_path, text_data):
     text = "".join(chr(ord("a") + number % 26) for number in range(1000)) + "中"
     (tmp_path / "a.txt").write_text(text)
     corpus = Corpus(prepare(text_data("a.txt", val_fraction=0.1, kind="chars"), quiet))
@@ -141,14 +141,14 @@ def test_a_single_document_is_cut_at_its_end(tmp_path, text_data):
     assert corpus.split("val").bytes == len(text[900:].encode())
 
 
-def test_nothing_is_held_out_where_nothing_is_asked(tmp_path, text_data):
+def test_val_fraction_zero_holds_nothing_out(tmp_path, text_data):
     (tmp_path / "a.txt").write_text("some text")
     corpus = Corpus(prepare(text_data("a.txt", val_fraction=0.0), quiet))
     assert corpus.split("val").samples == 0
     assert texts(corpus, "train") == ["some text"]
 
 
-def test_many_processes_write_what_one_does(tmp_path, text_data, monkeypatch):
+def test_three_processes_write_the_same_bytes_as_one(tmp_path, text_data, monkeypatch):
     monkeypatch.setattr("train.data.prepare.corpus_spec._SPAN", 4000)
     write_lines(tmp_path / "a.jsonl", 300)
     one = prepare(text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=2000, dir="one"), quiet)
@@ -159,7 +159,7 @@ def test_many_processes_write_what_one_does(tmp_path, text_data, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["train-000001.tar", "val-000000.tar", "train.table.npy", "tokenizer.json", "index.json"]
 )
-def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, name):
+def test_damaged_file_is_made_again_and_the_rest_is_kept(tmp_path, text_data, name):
     write_lines(tmp_path / "a.jsonl", 300)
     data = text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=4000)
     folder = prepare(data, quiet)
@@ -167,11 +167,11 @@ def test_what_is_damaged_is_made_anew_and_the_rest_kept(tmp_path, text_data, nam
     kept = (folder / "train-000000.tar").stat().st_ino
     (folder / name).write_bytes((folder / name).read_bytes()[:-600])
     with pytest.raises(UserError, match=r"prepare` again"):
-        resolve(data)
+        find_prepared(data)
     assert prepare(data, quiet) == folder
     assert content(folder) == before
     assert (folder / "train-000000.tar").stat().st_ino == kept
-    assert resolve(data) == folder
+    assert find_prepared(data) == folder
 
 
 PREPARE = """
@@ -181,7 +181,12 @@ from train.data.prepare.prepare import prepare
 if __name__ == "__main__":
     tokenizer = schema.Tokenizer(kind="bpe", vocab_size=300)
     data = schema.Data(
-        source="text", paths=["a.jsonl"], tokenizer=tokenizer, shard_tokens=3000, workers=int(sys.argv[1]), dir=sys.argv[2]
+        source="text",
+        paths=["a.jsonl"],
+        tokenizer=tokenizer,
+        shard_tokens=3000,
+        workers=int(sys.argv[1]),
+        dir=sys.argv[2],
     )
     prepare(data, lambda event: print(event, flush=True))
 """
@@ -196,7 +201,7 @@ def start(folder: Path, workers: int, name: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, text_data, workers):
+def test_prepare_after_sigkill_gives_the_same_bytes(tmp_path, text_data, workers):
     write_lines(tmp_path / "a.jsonl", 400)
     keys = {"kind": "bpe", "vocab_size": 300, "shard_tokens": 3000}
     undisturbed = content(prepare(text_data("a.jsonl", **keys, dir="once"), quiet))
@@ -221,7 +226,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(tmp_path, text_
     assert all((folder / name).stat().st_ino == finished[name] for name in receipts)
 
 
-def test_two_at_once_make_one_corpus(tmp_path, text_data):
+def test_two_prepares_at_once_make_one_corpus(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 400)
     both = [start(tmp_path, 1, "shared") for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in both]
@@ -232,17 +237,17 @@ def test_two_at_once_make_one_corpus(tmp_path, text_data):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_what_report_raises_ends_the_work_and_leaves_what_is_finished(tmp_path, text_data, workers):
-    class Enough(Exception):  # noqa: N818
+def test_exception_of_report_ends_the_work_and_keeps_finished_shards(tmp_path, text_data, workers):
+    class StopPreparing(Exception):  # noqa: N818
         pass
 
     def stop(event):
         if event["phase"] == "tokenize" and event["done"]:
-            raise Enough
+            raise StopPreparing
 
     write_lines(tmp_path / "a.jsonl", 300)
     data = text_data("a.jsonl", shard_tokens=3000, workers=workers)
-    with pytest.raises(Enough):
+    with pytest.raises(StopPreparing):
         prepare(data, stop)
     (folder,) = (tmp_path / "corpora").iterdir()
     assert not (folder / "index.json").exists()
@@ -251,7 +256,7 @@ def test_what_report_raises_ends_the_work_and_leaves_what_is_finished(tmp_path, 
     assert next(event["kept"] for event in events if "kept" in event) >= 1
 
 
-def test_text_that_changes_meanwhile_is_told(tmp_path, text_data):
+def test_text_that_changes_meanwhile_is_reported(tmp_path, text_data):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"one text or another, {name}")
 
@@ -263,7 +268,7 @@ def test_text_that_changes_meanwhile_is_told(tmp_path, text_data):
         prepare(text_data("a.txt", "b.txt"), change)
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path, text_data):
+def test_folder_that_cannot_be_written_is_named(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 20)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match=r"cannot be written.*file.*data.dir"):
@@ -272,7 +277,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, text_data):
         prepare(text_data("a.jsonl", dir="/proc/corpus"), quiet)
 
 
-def test_a_disk_that_takes_no_more_is_named_and_what_is_finished_is_kept(tmp_path, text_data):
+def test_full_disk_is_named_and_finished_shards_are_kept(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 300)
     (tmp_path / "b.txt").write_text("a long document, " * 4000)
     data = text_data("a.jsonl", "b.txt", shard_tokens=3000, val_fraction=0.01, dir="small")
@@ -293,12 +298,12 @@ def test_a_disk_that_takes_no_more_is_named_and_what_is_finished_is_kept(tmp_pat
     assert Corpus("small").split("train").samples + Corpus("small").split("val").samples == 301
 
 
-def test_a_given_tokenizer_is_part_of_the_corpus(tmp_path, text_data):
+def test_given_tokenizer_is_part_of_the_corpus(tmp_path, text_data):
     write_lines(tmp_path / "a.jsonl", 60)
     made = prepare(text_data("a.jsonl", kind="bpe", vocab_size=300), quiet)
     given = text_data("a.jsonl", kind="file", tokenizer_path=str(made / "tokenizer.json"))
     folder = prepare(given, quiet)
     assert Corpus(folder).tokenizer.fingerprint == Corpus(made).tokenizer.fingerprint
-    assert resolve(given) == folder
+    assert find_prepared(given) == folder
     with pytest.raises(UserError, match=r"no\.json"):
         prepare(text_data("a.jsonl", kind="file", tokenizer_path="no.json"), quiet)

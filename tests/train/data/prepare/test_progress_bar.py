@@ -1,3 +1,5 @@
+"""Progress of preparing, on a terminal and elsewhere."""
+
 import io
 
 import pytest
@@ -7,7 +9,7 @@ from train.data.prepare.progress_bar import prepare_with_progress
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_preparing_is_shown_and_the_second_time_says_so(tmp_path, text_data, terminal):
+def test_progress_is_shown_and_a_second_prepare_does_nothing(tmp_path, text_data, terminal):
     (tmp_path / "a.txt").write_text("hello there " * 100)
 
     def shown() -> str:

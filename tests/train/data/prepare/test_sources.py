@@ -1,11 +1,14 @@
+"""Source files: which are read and in what order, documents in spans, all problems reported at once."""
+
 import json
+from itertools import chain
 
 import pytest
 
 from train.config import schema
 from train.data.corpus.shards import Corpus
 from train.data.prepare.prepare import prepare
-from train.data.prepare.sources import list_files, read_span, reading
+from train.data.prepare.sources import list_files, read_options, read_span
 from train.errors import UserError
 
 
@@ -17,7 +20,7 @@ def names(data: schema.Data) -> list[str]:
     return [file.name for file in list_files(data)]
 
 
-def test_folders_globs_and_files_are_taken_once_and_in_order(tmp_path, text_data):
+def test_folders_globs_and_files_are_listed_once_and_in_order(tmp_path, text_data):
     for name in ("b.txt", "a.txt", "deep/er/c.txt", "deep/d.md", ".hidden", ".git/e.txt"):
         path = tmp_path / "text" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,12 +31,12 @@ def test_folders_globs_and_files_are_taken_once_and_in_order(tmp_path, text_data
     assert names(text_data("text/b.txt", "text/a.txt", "text/b.txt")) == ["b.txt", "a.txt"]
 
 
-def test_the_standard_library_is_there_without_its_tests():
+def test_standard_library_is_listed_without_its_tests():
     data = schema.Data(source="stdlib", tokenizer=schema.Tokenizer(kind="bytes"))
-    found = list_files(data)
-    assert "argparse.py" in [file.name for file in found]
-    assert sum(file.size for file in found) > 5_000_000
-    assert not [file.name for file in found if {"test", "site-packages"} & set(file.name.split("/"))]
+    files = list_files(data)
+    assert "argparse.py" in [file.name for file in files]
+    assert sum(file.size for file in files) > 5_000_000
+    assert not [file.name for file in files if {"test", "site-packages"} & set(file.name.split("/"))]
 
 
 def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
@@ -44,8 +47,8 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
     (file,) = list_files(data)
     for step in (1, 7, 64, 10_000):
         spans = [(begin, min(begin + step, file.size)) for begin in range(0, file.size, step)]
-        found = [text for begin, end in spans for _, _, text in read_span(file, begin, end, reading(data))]
-        assert found == texts
+        documents = chain.from_iterable(read_span(file, begin, end, read_options(data)) for begin, end in spans)
+        assert [text for _, _, text in documents] == texts
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
         ("text".encode("utf-16"), r"bad.txt: a binary file.*UTF-16"),
     ],
 )
-def test_bytes_that_are_no_text_are_reported_with_their_place(tmp_path, text_data, content, message):
+def test_bytes_that_are_not_text_are_reported_with_their_offset(tmp_path, text_data, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(text_data(tmp_path / "bad.txt"), quiet)
@@ -75,13 +78,13 @@ def test_bytes_that_are_no_text_are_reported_with_their_place(tmp_path, text_dat
         (b'{"text": "\xc3("}', "byte 0xc3 at offset 27"),
     ],
 )
-def test_a_bad_line_is_reported_with_its_place(tmp_path, text_data, line, message):
+def test_bad_json_line_is_reported_with_its_offset(tmp_path, text_data, line, message):
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(UserError, match=message):
         prepare(text_data(tmp_path / "bad.jsonl"), quiet)
 
 
-def test_all_problems_are_told_at_once_and_counted(tmp_path, text_data):
+def test_all_problems_are_reported_at_once_and_counted(tmp_path, text_data):
     for number in range(25):
         (tmp_path / f"{number:02d}.txt").write_bytes(b"\xff")
     with pytest.raises(UserError) as caught:
@@ -91,14 +94,14 @@ def test_all_problems_are_told_at_once_and_counted(tmp_path, text_data):
     assert lines[-1] == "  - ... and 5 more"
 
 
-def test_undecodable_bytes_may_be_replaced(tmp_path, text_data):
+def test_undecodable_bytes_can_be_replaced(tmp_path, text_data):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 and more text to hold")
     corpus = Corpus(prepare(text_data(tmp_path / "a.txt", encoding_errors="replace", val_fraction=0.0), quiet))
     text = corpus.tokenizer.decode(corpus.split("train").document(0).tolist())
     assert text == "caf\ufffd and more text to hold"
 
 
-def test_paths_that_lead_nowhere_are_all_named(tmp_path, text_data):
+def test_all_missing_paths_are_named(tmp_path, text_data):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "dangling.txt").symlink_to(tmp_path / "gone")
     (tmp_path / "ring").symlink_to(tmp_path / "ring")
@@ -114,13 +117,13 @@ def test_paths_that_lead_nowhere_are_all_named(tmp_path, text_data):
         assert part in message
 
 
-def test_a_file_that_the_system_will_not_read_is_named(text_data):
+def test_file_that_the_system_will_not_read_is_named(text_data):
     with pytest.raises(UserError, match="/proc/self/mem: "):
         prepare(text_data("/proc/self/mem"), quiet)
 
 
 @pytest.mark.parametrize("paths", [[], ["empty"], ["blank.txt"]])
-def test_an_empty_corpus_is_refused(tmp_path, text_data, paths):
+def test_empty_corpus_is_refused(tmp_path, text_data, paths):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text(" \n\t\n\x07")
     with pytest.raises(UserError, match=r"empty"):
