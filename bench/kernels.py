@@ -108,7 +108,7 @@ def run(size: Size, options: argparse.Namespace, roof: measure.Roofline, end: fl
 
 def tune(size: Size, options: argparse.Namespace, end: float) -> None:
     """Measures the tiles of every case that still has time; later runs find them on the disk."""
-    with kernels.measuring():
+    with kernels.measuring_tiles():
         for case in cases(size, options, end, []):
             thunk(case.functions[OURS], case.leaves, BOTH)()
 

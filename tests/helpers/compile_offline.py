@@ -105,7 +105,7 @@ def main(cases: list[str], every_candidate: bool) -> None:
                 known[key] = compile_launch(kernel, *args, **options)
             print(json.dumps({"case": case, **known[key]}), flush=True)
 
-        with launch.recording(record), tuning.every_candidate() if every_candidate else contextlib.nullcontext():
+        with launch.recording_launches(record), tuning.compiling_every_candidate() if every_candidate else contextlib.nullcontext():
             result = eval(case, {"ops": triton_ops, "kernels": kernels, "torch": torch, "rand": rand})
             outs = [y for y in (result if isinstance(result, tuple) else (result,)) if y.requires_grad]
             torch.autograd.backward(outs, [torch.empty_like(y) for y in outs])

@@ -17,7 +17,7 @@ from kernels.triton_ops.attention import backward_kv, backward_q, forward
 
 LAUNCH = {"num_warps": 4, "num_stages": 2}
 KERNELS = ("attention_forward", "attention_backward_q", "attention_backward_kv")
-SMALL = {name: {"BLOCK_M": 32, "BLOCK_N": 32, "BOXES": 0, **LAUNCH} for name in KERNELS}
+SMALL = {name: {"BLOCK_M": 32, "BLOCK_N": 32, "USE_TMA": 0, **LAUNCH} for name in KERNELS}
 SMALL["attention_backward_bias"] = {"BLOCK_M": 32, "BLOCK_N": 32, **LAUNCH}
 """Tiles by which a short row has many, seen whole, in part and not at all."""
 
@@ -83,7 +83,7 @@ def test_attention(backend, dtype, layout, rows, queries, more, heads, head_dim,
         options["segments"] = kernels.Segments(packed[:, -queries:], packed[:, -keys:])
     if rope and queries == keys:
         options["rope"] = kernels.rope_table(torch.arange(queries, device=DEVICE)[None], head_dim, 100.0)
-    with tuning.force(**SMALL):
+    with tuning.force_tiles(**SMALL):
         compare(backend, inputs, dtype, layout, **options)
 
 
@@ -92,7 +92,7 @@ def test_tiles_that_the_copy_engine_fetches(head_dim):
     """The same by tensor descriptors, up to places and columns that lie outside of the tensor."""
     packed = ids("runs", 2, 49)
     rope = kernels.rope_table(torch.arange(49, device=DEVICE)[None], head_dim, 100.0) if head_dim == 16 else None
-    with tuning.force(**{name: SMALL[name] | {"BOXES": 1} for name in KERNELS}):
+    with tuning.force_tiles(**{name: SMALL[name] | {"USE_TMA": 1} for name in KERNELS}):
         inputs = tensors(2, 49, 49, 1, 2, head_dim)
         compare("triton", inputs, causal=True, segments=kernels.Segments(packed, packed), rope=rope)
 
@@ -114,7 +114,7 @@ def test_every_tile_that_the_tuner_may_pick(monkeypatch, head_dim, dtype):
     options = {"causal": True, "segments": kernels.Segments(packed, packed)}
     for number in range(5):
         monkeypatch.setattr(
-            tuning, "best", lambda op, shapes, candidates, run, n=number: candidates[n % len(candidates)]
+            tuning, "best_tiles", lambda op, shapes, candidates, run, n=number: candidates[n % len(candidates)]
         )
         compare(
             "triton", tensors(2, length, length, 1, 2, head_dim), dtype, **options, rope=rope if number % 2 else None
@@ -136,7 +136,7 @@ def test_a_few_queries_over_many_keys(backend, queries):
     held = torch.tensor([[300], [100]], device=DEVICE)
     seen = (torch.arange(300, device=DEVICE) < held).long()
     options = {"causal": queries > 1, "segments": kernels.Segments(torch.ones_like(seen[:, :queries]), seen)}
-    with tuning.force(attention_forward={"BLOCK_M": 16, "BLOCK_N": 32, "BOXES": 0, **LAUNCH}):
+    with tuning.force_tiles(attention_forward={"BLOCK_M": 16, "BLOCK_N": 32, "USE_TMA": 0, **LAUNCH}):
         compare(backend, (q, k, v), **options)
 
 
@@ -157,7 +157,7 @@ def test_a_query_that_sees_no_key_gives_zero_and_takes_no_part(backend):
     hidden = torch.zeros(1, 1, 40, 9, dtype=torch.float64, device=DEVICE)
     hidden[:, :, :30] = -torch.inf
     for first, options in ((31, {"causal": True}), (30, {"segments": strangers}), (30, {"bias": hidden})):
-        with kernels.force(backend), tuning.force(**SMALL):
+        with kernels.force(backend), tuning.force_tiles(**SMALL):
             out = kernels.attention(q, k, v, **{"causal": False} | options)
         grads = torch.autograd.grad(out.sum(), (q, k, v))
         assert out[:, :first].count_nonzero() == 0
@@ -186,7 +186,7 @@ def test_extreme_scores(backend, dtype):
     v = normal(1, 40, 1, 64).to(dtype).requires_grad_()
     for sign in (1, -1):
         q, k = (x.requires_grad_() for x in (sign * one_hot, one_hot.clone()))
-        with kernels.force(backend), tuning.force(**SMALL):
+        with kernels.force(backend), tuning.force_tiles(**SMALL):
             out = kernels.attention(q, k, v, causal=sign == 1, scale=float(sign))
         grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         assert torch.equal(out, v)
@@ -224,7 +224,7 @@ def test_a_document_of_a_pack_attends_as_if_alone(backend):
     q, k, v = tensors(1, 91, 91, 1, 2, 16)
     lengths = [40, 1, 33, 17]
     packed = torch.repeat_interleave(torch.tensor([1, 2, 3, 0]), torch.tensor(lengths))[None].to(DEVICE)
-    with kernels.force(backend), tuning.force(**SMALL):
+    with kernels.force(backend), tuning.force_tiles(**SMALL):
         together = kernels.attention(q, k, v, causal=True, segments=kernels.Segments(packed, packed))
         for part in zip(*(x.split(lengths, dim=1) for x in (q, k, v, together)), strict=True):
             assert torch.allclose(kernels.attention(*part[:3], causal=True), part[3])
@@ -242,7 +242,7 @@ def test_tiles_of_other_documents_are_not_read(causal):
         full = tensors(1, 224, 224, 1, 1, 16)
         spoilt = [torch.full_like(x, torch.nan).index_copy(1, own, x[:, own]).requires_grad_() for x in full]
         alone = [x[:, own].requires_grad_() for x in full]
-        with kernels.force("triton"), tuning.force(**SMALL):
+        with kernels.force("triton"), tuning.force_tiles(**SMALL):
             out = kernels.attention(*spoilt, causal=causal, segments=segments)[:, own]
             right = kernels.attention(*alone, causal=causal)
             grads = torch.autograd.grad(out.sum(), spoilt)
@@ -265,7 +265,7 @@ def test_as_many_tiles_are_computed_as_hold_a_visible_pair(monkeypatch, causal, 
     for module in (forward, backward_q, backward_kv):
         monkeypatch.setattr(module, "dot", counting)
     q, k, v = (x.requires_grad_() for x in tensors(1, 224, 224, 1, 1, 16))
-    with kernels.force("triton"), tuning.force(**SMALL):
+    with kernels.force("triton"), tuning.force_tiles(**SMALL):
         out = kernels.attention(q, k, v, causal=causal, window=window, segments=segments)
         assert len(products) == 2 * visible
         out.sum().backward()
@@ -275,7 +275,7 @@ def test_as_many_tiles_are_computed_as_hold_a_visible_pair(monkeypatch, causal, 
 def test_marks_are_the_intervals_that_ids_leave():
     for kind in ("runs", "token", "random"):
         q, kv = ids(kind, 2, 23), ids(kind, 2, 31)
-        for marks, mine, others in zip(kernels.Segments(q, kv).marks(), (q, kv), (kv, q), strict=True):
+        for marks, mine, others in zip(kernels.Segments(q, kv).bounds(), (q, kv), (kv, q), strict=True):
             for row, places in enumerate(mine.tolist()):
                 for place, own in enumerate(places):
                     same = (others[row] == own).nonzero()[:, 0].tolist()
@@ -288,15 +288,15 @@ def test_what_is_derived_of_segments_is_made_once():
     segments = kernels.Segments(*[torch.tensor([[1, 1, 2]])] * 2)
     assert segments.mask(True, None, torch.float32) is segments.mask(True, None, torch.float32)
     assert segments.mask(True, None, torch.bfloat16).dtype == torch.bfloat16
-    assert segments.marks() is segments.marks()
-    assert segments.repeat(2) is segments.repeat(2)
+    assert segments.bounds() is segments.bounds()
+    assert segments.repeat_queries(2) is segments.repeat_queries(2)
     with pytest.raises(ValueError, match=r"\(1, 3\) and \(2, 3\)"):
         kernels.Segments(segments.q, segments.kv.expand(2, -1))
 
 
 def test_the_registered_ops_keep_torchs_rules():
     q, k, v = (x.requires_grad_() for x in tensors(1, 3, 3, 1, 1, 4))
-    marks = kernels.Segments(*[torch.ones(1, 3, dtype=torch.long, device=DEVICE)] * 2).marks()
+    marks = kernels.Segments(*[torch.ones(1, 3, dtype=torch.long, device=DEVICE)] * 2).bounds()
     bias = normal(1, 1, 3, 3).requires_grad_()
     table = [x.contiguous() for x in kernels.rope_table(torch.arange(3, device=DEVICE)[None], 4, 100.0)]
     arguments = q, k, v, bias, *marks, *table, 9, 0, 0.5

@@ -50,8 +50,8 @@ CASES = {
     ],
     "cross_entropy": [
         "ops.cross_entropy(rand(64, 128256), torch.zeros(64, dtype=torch.int64), label_smoothing=0.1, z_loss=1e-4)",
-        "ops.cross_entropy_step(rand(64, 50304), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
-        "ops.cross_entropy_step(rand(64, 257), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.cross_entropy_with_grad(rand(64, 50304), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.cross_entropy_with_grad(rand(64, 257), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
         "ops.scale_(rand(64, 4096), torch.zeros(())) or rand(1)",
     ],
 }

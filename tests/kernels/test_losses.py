@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from bench.tools.memory import liger_head_bytes, materialised_head_bytes, peak_bytes
-from kernels import linear_cross_entropy, reference, tuning
+from kernels import linear_ce, reference, tuning
 from kernels.triton_ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
 IGNORE = -100
@@ -38,13 +38,13 @@ def total(op, targets: Tensor, **settings):
 
 
 def tiles_of(tiles: dict[str, int]):
-    return tuning.force(**{f"cross_entropy_{part}": tiles for part in ("forward", "backward", "step")})
+    return tuning.force_tiles(**{f"cross_entropy_{part}": tiles for part in ("forward", "backward", "with_grad")})
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch):
     """Chunks of two tokens, were there only five."""
-    monkeypatch.setattr(linear_cross_entropy, "LEAST_ROWS", 2)
+    monkeypatch.setattr(linear_ce, "MIN_CHUNK_TOKENS", 2)
 
 
 @backends
@@ -78,7 +78,7 @@ def test_linear_cross_entropy(backend, dtype, tokens, vocab, ignored, layout, ro
     targets = some_targets(tokens, vocab, ignored)
     inputs = normal(tokens, 12), normal(vocab, 12, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_cross_entropy, "LEAST_ROWS", rows)
+        patch.setattr(linear_ce, "MIN_CHUNK_TOKENS", rows)
         ops = (
             total(op, targets, **regularisers) for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy)
         )
@@ -115,7 +115,7 @@ def test_a_logit_of_minus_infinity_is_a_place_that_never_comes(backend):
     logits[:, :650] = float("-inf")  # whole blocks of them
     short, targets = logits[:, 650:].clone().requires_grad_(), torch.tensor([3, 49, 0], device=DEVICE)
     logits.requires_grad_()
-    tiles = {"ROWS": 2, "COLS": 256, "num_warps": 4}
+    tiles = {"BLOCK_R": 2, "BLOCK_V": 256, "num_warps": 4}
     with kernels.force(backend), tiles_of(tiles):
         (found, _), (want, _) = kernels.cross_entropy(logits, targets + 650), reference.cross_entropy(short, targets)
         (grad,) = torch.autograd.grad(found, logits)
@@ -124,7 +124,9 @@ def test_a_logit_of_minus_infinity_is_a_place_that_never_comes(backend):
     assert not grad[:, :650].any()
 
 
-@pytest.mark.parametrize("tiles", [{"ROWS": 4, "COLS": 128}, {"ROWS": 2, "COLS": 256}, {"ROWS": 8, "COLS": 1024}])
+@pytest.mark.parametrize(
+    "tiles", [{"BLOCK_R": 4, "BLOCK_V": 128}, {"BLOCK_R": 2, "BLOCK_V": 256}, {"BLOCK_R": 8, "BLOCK_V": 1024}]
+)
 def test_any_tiles_give_the_right_gradients(tiles):
     targets = some_targets(13, 601)
     with tiles_of({**tiles, "num_warps": 4}):
@@ -251,12 +253,8 @@ def test_the_registered_ops_pass_opcheck(backend, small_chunks):
     logits, hidden, weight = (normal(*s, seed=s[0]).float().requires_grad_() for s in ((5, 11), (5, 4), (11, 4)))
     settings = IGNORE, 0.1, 0.01
     with kernels.force(backend):
-        torch.library.opcheck(
-            linear_cross_entropy.linear_cross_entropy_forward, (hidden, weight, targets, *settings, True, True)
-        )
-        torch.library.opcheck(
-            linear_cross_entropy.scaled, (torch.ones(3, device=DEVICE), torch.tensor(2.0, device=DEVICE))
-        )
+        torch.library.opcheck(linear_ce.linear_cross_entropy_forward, (hidden, weight, targets, *settings, True, True))
+        torch.library.opcheck(linear_ce.scaled, (torch.ones(3, device=DEVICE), torch.tensor(2.0, device=DEVICE)))
         if backend == "triton":
             torch.library.opcheck(cross_entropy_forward, (logits, targets, *settings))
             lse = logits.detach().logsumexp(-1)
@@ -286,7 +284,7 @@ def test_compiled_they_give_the_same(backend, small_chunks):
 @backends
 def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeypatch):
     tokens, vocab, width = 512, 2048, 128
-    monkeypatch.setattr(linear_cross_entropy, "LEAST_ROWS", 32)
+    monkeypatch.setattr(linear_ce, "MIN_CHUNK_TOKENS", 32)
     hidden, weight = (normal(*s).float().requires_grad_() for s in ((tokens, width), (vocab, width)))
     targets = some_targets(tokens, vocab)
 
@@ -314,6 +312,6 @@ def test_no_more_memory_is_taken_than_the_gradients_and_a_chunk(backend, monkeyp
 )
 def test_at_a_vocabulary_of_128k_the_peak_is_under_ligers_and_an_eighth_of_the_materialised(tokens, width):
     vocab, size = 128256, 2
-    ours = size * (vocab * width + tokens * width + linear_cross_entropy._chunk_rows(tokens) * vocab)
+    ours = size * (vocab * width + tokens * width + linear_ce._chunk_tokens(tokens) * vocab)
     assert ours <= liger_head_bytes(tokens, vocab, width, size)
     assert ours <= materialised_head_bytes(tokens, vocab) / 8

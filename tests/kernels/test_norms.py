@@ -120,7 +120,9 @@ def test_every_choice_of_tiles_is_right(kind):
     _, _, op, right = forms(kind, dropout=kernels.Dropout(0.2, 9))
     inputs = normal(35, width), normal(35, width, seed=1), *parameters(kind, width)
     for forward, backward in itertools.zip_longest(rows.forward_tiles(width), rows.backward_tiles(width)):
-        with tuning.force(**{f"{name}_forward": forward or rows.forward_tiles(width)[0], f"{name}_backward": backward}):
+        with tuning.force_tiles(
+            **{f"{name}_forward": forward or rows.forward_tiles(width)[0], f"{name}_backward": backward}
+        ):
             agree("triton", op, right, inputs, torch.float32)
 
 

@@ -9,8 +9,8 @@ from helpers.kernel_compare import DEVICE
 
 import kernels
 from kernels import philox, reference
-from kernels.triton_ops.dropout import dropped
-from kernels.triton_ops.rows import keep
+from kernels.triton_ops.dropout import dropout_op
+from kernels.triton_ops.rows import dropout_mask
 
 
 def how(p, seed=2**40 + 5):
@@ -31,31 +31,31 @@ def words_kernel(out_ptr, counter_ptr, seed, n, BLOCK: tl.constexpr):
 @triton.jit
 def keep_kernel(out_ptr, seed, n_rows, width, THRESHOLD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row, column = tl.arange(0, BLOCK_R)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    kept = keep(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D)
+    kept = dropout_mask(seed, row, width, THRESHOLD, BLOCK_R, BLOCK_D)
     tl.store(out_ptr + row * width + column, kept, mask=(row < n_rows) & (column < width))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**32, 2**63 - 1])
 def test_the_words_are_tritons(seed):
     counters = torch.tensor([0, 1, 2, 3, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**62], device=DEVICE)
-    ours = philox.words(seed, counters)
+    ours = philox.philox_uint32(seed, counters)
     theirs = torch.empty_like(ours)
     words_kernel[(1,)](theirs, counters, seed, len(counters), BLOCK=16)
-    assert torch.equal(ours, theirs & philox.WORD)
+    assert torch.equal(ours, theirs & philox.UINT32_MAX)
 
 
 def test_the_words_are_those_of_the_authors():
     """The known answer of Random123's kat_vectors for philox4x32 of 10 rounds, counter and key 0."""
-    assert philox.words(0, torch.tensor([0]))[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox.philox_uint32(0, torch.tensor([0]))[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 768)])
 def test_the_mask_in_a_kernel_is_the_mask_in_torch(shape):
     rows, width = shape
-    in_torch = philox.keep(torch.Size(shape), how(0.3), torch.device(DEVICE))
+    in_torch = philox.dropout_mask(torch.Size(shape), how(0.3), torch.device(DEVICE))
     in_kernel = torch.empty_like(in_torch)
     blocks = triton.next_power_of_2(rows), max(16, triton.next_power_of_2(width))
-    keep_kernel[(1,)](in_kernel, 2**40 + 5, rows, width, philox.threshold(0.3), *blocks)
+    keep_kernel[(1,)](in_kernel, 2**40 + 5, rows, width, philox.keep_threshold(0.3), *blocks)
     assert torch.equal(in_torch, in_kernel)
 
 
@@ -88,7 +88,7 @@ def test_dropout_agrees_with_the_reference(backend, layout, dtype):
 
 
 def test_opcheck_of_dropout():
-    torch.library.opcheck(dropped, (kernel_compare.normal(3, 5).requires_grad_(), 0.3, 7))
+    torch.library.opcheck(dropout_op, (kernel_compare.normal(3, 5).requires_grad_(), 0.3, 7))
 
 
 @pytest.mark.parametrize(("p", "share"), [(0.0, 1.0), (1.0, 0.0)])
@@ -99,6 +99,6 @@ def test_the_ends_keep_all_and_nothing(p, share):
 
 def test_a_mask_of_many_chunks_is_the_mask_of_one(monkeypatch):
     shape = torch.Size((9, 30))
-    whole = philox.keep(shape, how(0.5), torch.device(DEVICE))
-    monkeypatch.setattr("kernels.philox.CHUNK", 7)
-    assert torch.equal(whole, philox.keep(shape, how(0.5), torch.device(DEVICE)))
+    whole = philox.dropout_mask(shape, how(0.5), torch.device(DEVICE))
+    monkeypatch.setattr("kernels.philox.COUNTERS_PER_CHUNK", 7)
+    assert torch.equal(whole, philox.dropout_mask(shape, how(0.5), torch.device(DEVICE)))

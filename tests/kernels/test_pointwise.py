@@ -11,7 +11,7 @@ import kernels
 from kernels import reference
 from kernels.triton_ops.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.triton_ops.gated_mlp import gated_mlp_backward, gated_mlp_forward
-from kernels.triton_ops.rope import turned
+from kernels.triton_ops.rope import rope_op
 
 few = settings(kernel_compare.quick, max_examples=8)
 widths = st.sampled_from([1, 3, 96, 1000, 1025])
@@ -139,7 +139,7 @@ def test_opcheck(table):
     x, bias = normal(2, 5, 3, 8).float().requires_grad_(), normal(8, seed=1).float().requires_grad_()
     torch.library.opcheck(bias_gelu_forward, (x, bias))
     torch.library.opcheck(gated_mlp_forward, (x, x.detach() + 1, "silu"))
-    torch.library.opcheck(turned, (x, *table, False))
+    torch.library.opcheck(rope_op, (x, *table, False))
     plain = x.detach()
     torch.library.opcheck(bias_gelu_backward, (plain, plain, None))
     torch.library.opcheck(gated_mlp_backward, (plain, plain, plain, "gelu"))
