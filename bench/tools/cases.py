@@ -7,6 +7,7 @@ CPU small ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -181,4 +182,4 @@ FAMILIES: dict[str, tuple[Callable[[Size], Iterator[Case]], tuple[str, ...]]] = 
     "activations": (activations, ("gated_mlp", "bias_gelu", "rope")),
 }
 """Families of ops by name: the generator of their cases, and the names of their ops."""
-OPS = [op for _, ops in FAMILIES.values() for op in ops]
+OPS = list(itertools.chain.from_iterable(ops for _, ops in FAMILIES.values()))

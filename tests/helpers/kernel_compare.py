@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another memory layout: a slice of a wider tensor, transposed, every other element, or plain."""
+    """The same numbers in another memory layout: slice of a wider tensor, transposed, every other element, or plain."""
     if layout == "slice":
         wider = torch.cat((x, torch.full_like(x, torch.nan)), -1)
         return wider[..., : x.shape[-1]]
@@ -53,7 +53,7 @@ def assert_matches_reference(
     dtype: torch.dtype,
     layout: str = "plain",
 ) -> None:
-    """``op`` on ``dtype`` inputs equals ``reference_op`` on the same numbers in float64, and so do all gradients, twice.
+    """``op`` on ``dtype`` inputs equals ``reference_op`` on the same numbers in float64, and so does every gradient.
 
     ``op`` runs on ``backend``. It must leave its inputs unchanged and give the same gradients when the backward pass
     runs again.

@@ -1,4 +1,4 @@
-"""Attention against the float64 reference: visible keys, every gradient, and that hidden tiles are never read."""
+"""Attention against the float64 reference; and hidden tiles are never read."""
 
 import functools
 
@@ -28,7 +28,7 @@ def qkv(batch_size, n_queries, n_keys, kv_heads, groups, head_dim):
 
 
 def segment_ids(kind, batch_size, length):
-    """Segment ids (B, T): "runs" of documents of uneven length and padding, one document per "token", or "random" ids."""
+    """Segment ids (B, T): "runs" of uneven documents and padding, one document per "token", or "random" ids."""
     draw = torch.Generator().manual_seed(length)
     if kind == "random":
         return torch.randint(0, 3, (batch_size, length), generator=draw).to(DEVICE)

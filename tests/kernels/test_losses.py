@@ -25,19 +25,19 @@ REGULARISERS = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"label_smoothin
 few_examples = settings(kernel_compare.quick, max_examples=12)
 
 
-def some_targets(tokens: int, vocab: int, ignored: float = 0.5) -> Tensor:
+def random_targets(tokens: int, vocab: int, ignored: float = 0.5) -> Tensor:
     generator = torch.Generator().manual_seed(tokens)
     targets = torch.randint(0, vocab, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < ignored] = IGNORE
     return targets.to(DEVICE)
 
 
-def total(op, targets: Tensor, **settings):
+def loss_sum_of(op, targets: Tensor, **settings):
     """The sum of losses alone, as a function of the inputs that have gradients."""
     return lambda *inputs: op(*inputs, targets, **settings)[0]
 
 
-def tiles_of(tiles: dict[str, int]):
+def forced_tiles(tiles: dict[str, int]):
     return tuning.force_tiles(**{f"cross_entropy_{part}": tiles for part in ("forward", "backward", "with_grad")})
 
 
@@ -58,8 +58,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch):
     regularisers=st.sampled_from(REGULARISERS),
 )
 def test_cross_entropy_equals_reference(backend, dtype, tokens, vocab, ignored, layout, regularisers):
-    targets = some_targets(tokens, vocab, ignored)
-    ops = (total(op, targets, **regularisers) for op in (kernels.cross_entropy, reference.cross_entropy))
+    targets = random_targets(tokens, vocab, ignored)
+    ops = (loss_sum_of(op, targets, **regularisers) for op in (kernels.cross_entropy, reference.cross_entropy))
     kernel_compare.assert_matches_reference(backend, *ops, (normal(tokens, vocab) * 5,), dtype, layout)
 
 
@@ -71,16 +71,19 @@ def test_cross_entropy_equals_reference(backend, dtype, tokens, vocab, ignored, 
     vocab=st.sampled_from([2, 17, 101]),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     layout=kernel_compare.layouts,
-    rows=st.sampled_from([4, 1024]),
+    chunk_tokens=st.sampled_from([4, 1024]),
     regularisers=st.sampled_from(REGULARISERS),
 )
-def test_linear_cross_entropy_equals_reference(backend, dtype, tokens, vocab, ignored, layout, rows, regularisers):
-    targets = some_targets(tokens, vocab, ignored)
+def test_linear_cross_entropy_equals_reference(
+    backend, dtype, tokens, vocab, ignored, layout, chunk_tokens, regularisers
+):
+    targets = random_targets(tokens, vocab, ignored)
     inputs = normal(tokens, 12), normal(vocab, 12, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_ce, "MIN_CHUNK_TOKENS", rows)
+        patch.setattr(linear_ce, "MIN_CHUNK_TOKENS", chunk_tokens)
         ops = (
-            total(op, targets, **regularisers) for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy)
+            loss_sum_of(op, targets, **regularisers)
+            for op in (kernels.linear_cross_entropy, reference.linear_cross_entropy)
         )
         kernel_compare.assert_matches_reference(backend, *ops, inputs, dtype, layout)
 
@@ -88,7 +91,7 @@ def test_linear_cross_entropy_equals_reference(backend, dtype, tokens, vocab, ig
 @backends
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_sum_is_float32_or_wider_and_count_int64(backend, dtype):
-    targets = some_targets(7, 5)
+    targets = random_targets(7, 5)
     with kernels.force(backend):
         for op, inputs in ((kernels.cross_entropy, [(7, 5)]), (kernels.linear_cross_entropy, [(7, 3), (5, 3)])):
             loss, count = op(*(normal(*shape).to(dtype) for shape in inputs), targets)
@@ -116,7 +119,7 @@ def test_cross_entropy_ignores_logits_of_minus_infinity(backend):
     short, targets = logits[:, 650:].clone().requires_grad_(), torch.tensor([3, 49, 0], device=DEVICE)
     logits.requires_grad_()
     tiles = {"BLOCK_R": 2, "BLOCK_V": 256, "num_warps": 4}
-    with kernels.force(backend), tiles_of(tiles):
+    with kernels.force(backend), forced_tiles(tiles):
         (loss, _), (expected, _) = kernels.cross_entropy(logits, targets + 650), reference.cross_entropy(short, targets)
         (grad,) = torch.autograd.grad(loss, logits)
     assert torch.allclose(loss, expected)
@@ -128,14 +131,14 @@ def test_cross_entropy_ignores_logits_of_minus_infinity(backend):
     "tiles", [{"BLOCK_R": 4, "BLOCK_V": 128}, {"BLOCK_R": 2, "BLOCK_V": 256}, {"BLOCK_R": 8, "BLOCK_V": 1024}]
 )
 def test_losses_with_any_tiles_equal_reference(tiles):
-    targets = some_targets(13, 601)
-    with tiles_of({**tiles, "num_warps": 4}):
+    targets = random_targets(13, 601)
+    with forced_tiles({**tiles, "num_warps": 4}):
         for op, right, inputs in (
             (kernels.cross_entropy, reference.cross_entropy, (normal(13, 601),)),
             (kernels.linear_cross_entropy, reference.linear_cross_entropy, (normal(13, 8), normal(601, 8, seed=1))),
         ):
             kernel_compare.assert_matches_reference(
-                "triton", *(total(o, targets, label_smoothing=0.1) for o in (op, right)), inputs, torch.float32
+                "triton", *(loss_sum_of(o, targets, label_smoothing=0.1) for o in (op, right)), inputs, torch.float32
             )
 
 
@@ -169,7 +172,7 @@ def test_loss_gradients_pass_gradcheck(backend, regularisers, small_chunks):
 
 @backends
 def test_linear_cross_entropy_rerun_is_bit_identical(backend, small_chunks):
-    targets = some_targets(31, 101)
+    targets = random_targets(31, 101)
     hidden, weight = (normal(*s).bfloat16().requires_grad_() for s in ((31, 16), (101, 16)))
     with kernels.force(backend):
         runs = []
@@ -205,10 +208,12 @@ def test_linear_cross_entropy_without_grad_computes_no_gradient(backend, small_c
         with (
             kernels.force(backend),
             torch.set_grad_enabled(enabled),
-            profile(activities=[ProfilerActivity.CPU]) as seen,
+            profile(activities=[ProfilerActivity.CPU]) as profiled,
         ):
             kernels.linear_cross_entropy(hidden, weight, targets)
-        products.append(sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm")))
+        products.append(
+            sum(event.count for event in profiled.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+        )
     assert products == [9, 3], (
         "each of three chunks has a product for its logits, and two more for its gradients where they are needed"
     )
@@ -218,21 +223,21 @@ def test_linear_cross_entropy_without_grad_computes_no_gradient(backend, small_c
 def test_float16_gradients_are_scaled_by_unrounded_factor(backend):
     """1 + 2^-11 - 2^-15 would be 1 if it were rounded to float16 before the product, as torch does on CUDA."""
     inputs = [normal(64, 8, seed=seed).half().requires_grad_() for seed in (0, 1)]
-    targets, by = some_targets(64, 64), 1 + 2**-11 - 2**-15
+    targets, factor = random_targets(64, 64), 1 + 2**-11 - 2**-15
     with kernels.force(backend):
-        bare, scaled = (
-            torch.autograd.grad(factor * kernels.linear_cross_entropy(*inputs, targets)[0], inputs)
-            for factor in (1.0, by)
+        unscaled, scaled = (
+            torch.autograd.grad(loss_factor * kernels.linear_cross_entropy(*inputs, targets)[0], inputs)
+            for loss_factor in (1.0, factor)
         )
-    for one, more in zip(bare, scaled, strict=True):
-        assert torch.equal((one.float() * by).half(), more)
-        assert not torch.equal(one, more)
+    for grad, scaled_grad in zip(unscaled, scaled, strict=True):
+        assert torch.equal((grad.float() * factor).half(), scaled_grad)
+        assert not torch.equal(grad, scaled_grad)
 
 
 @backends
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_losses_checkpointed_equal_plain(backend, reentrant, small_chunks):
-    targets = some_targets(9, 11, 0.2)
+    targets = random_targets(9, 11, 0.2)
     hidden, weight = normal(9, 4).requires_grad_(), normal(11, 4, seed=1).requires_grad_()
 
     def head(x: Tensor) -> Tensor:
@@ -249,7 +254,7 @@ def test_losses_checkpointed_equal_plain(backend, reentrant, small_chunks):
 
 @backends
 def test_loss_ops_pass_opcheck(backend, small_chunks):
-    targets = some_targets(5, 11)
+    targets = random_targets(5, 11)
     logits, hidden, weight = (normal(*s, seed=s[0]).float().requires_grad_() for s in ((5, 11), (5, 4), (11, 4)))
     settings = IGNORE, 0.1, 0.01
     with kernels.force(backend):
@@ -264,7 +269,7 @@ def test_loss_ops_pass_opcheck(backend, small_chunks):
 
 @backends
 def test_losses_compiled_equal_eager(backend, small_chunks):
-    targets = some_targets(9, 11, 0.2)
+    targets = random_targets(9, 11, 0.2)
     hidden, weight = normal(9, 4).requires_grad_(), normal(11, 4, seed=1).requires_grad_()
 
     def loss(x: Tensor, w: Tensor) -> Tensor:
@@ -286,7 +291,7 @@ def test_linear_cross_entropy_peak_is_gradients_and_one_chunk(backend, monkeypat
     tokens, vocab, width = 512, 2048, 128
     monkeypatch.setattr(linear_ce, "MIN_CHUNK_TOKENS", 32)
     hidden, weight = (normal(*s).float().requires_grad_() for s in ((tokens, width), (vocab, width)))
-    targets = some_targets(tokens, vocab)
+    targets = random_targets(tokens, vocab)
 
     def run(head) -> tuple[Tensor, ...]:
         loss, count = head(hidden, weight, targets)
@@ -297,16 +302,14 @@ def test_linear_cross_entropy_peak_is_gradients_and_one_chunk(backend, monkeypat
 
     device = torch.device(DEVICE)
     with kernels.force(backend):
-        run(
-            kernels.linear_cross_entropy
-        )  # allocates what exists once: operator tables, workspaces of the matrix libraries
+        run(kernels.linear_cross_entropy)  # allocates operator tables and workspaces, which exist once
         peak = peak_bytes(lambda: run(kernels.linear_cross_entropy), device)
     # torch's log-probabilities are a copy; the interpreter works on copies of what it reads and of what it writes.
     copies = {"torch": 2, "triton": 1 if DEVICE == "cuda" else 3}[backend]
     assert peak <= 1.1 * 4 * (vocab * width + tokens * width + copies * 32 * vocab)
-    whole = peak_bytes(lambda: run(materialised), device)
-    assert whole == pytest.approx(materialised_head_bytes(tokens, vocab), rel=0.1)
-    assert peak < whole / 5
+    materialised_peak = peak_bytes(lambda: run(materialised), device)
+    assert materialised_peak == pytest.approx(materialised_head_bytes(tokens, vocab), rel=0.1)
+    assert peak < materialised_peak / 5
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ dropouts = st.sampled_from([None, kernels.Dropout(0.3, 5), kernels.Dropout(0.3, 
 
 def plain_and_residual(kind, eps=1e-5, dropout=None):
     """(plain op, its reference, residual form, its reference), functions of x, [residual,] and the parameters."""
-    name, middle = kind.split()[0], (None,) if "without" in kind else ()
+    name, no_bias = kind.split()[0], (None,) if "without" in kind else ()
 
     def plain(module):
-        return lambda x, *parameters: getattr(module, name)(x, *parameters, *middle, eps)
+        return lambda x, *parameters: getattr(module, name)(x, *parameters, *no_bias, eps)
 
     def residual(module):
-        return lambda x, r, *parameters: getattr(module, f"add_{name}")(x, r, *parameters, *middle, eps, dropout)
+        return lambda x, r, *parameters: getattr(module, f"add_{name}")(x, r, *parameters, *no_bias, eps, dropout)
 
     return plain(kernels), plain(reference), residual(kernels), residual(reference)
 
@@ -51,7 +51,7 @@ def parameters(kind, width):
     dropout=dropouts,
 )
 def test_norms_equal_float64_reference(backend, kind, dtype, layout, n_rows, width, dropout):
-    # A nearly constant row has a gradient near 0, of which only rounding would be left: so eps is large for narrow rows.
+    # A nearly constant row has a gradient near 0, lost in rounding: so eps is large for narrow rows.
     eps = 1e-5 if width > 3 else 1.0
     op, reference_op, add_op, add_reference = plain_and_residual(kind, eps, dropout)
     x, residual = normal(n_rows, 2, width) * 3 + 1, normal(n_rows, 2, width, seed=1)
@@ -64,9 +64,11 @@ def test_norms_equal_float64_reference(backend, kind, dtype, layout, n_rows, wid
 @pytest.mark.parametrize("out", ["normed", "total"])
 def test_residual_norm_with_one_used_output_has_right_gradients(backend, kind, out):
     _, _, op, reference_op = plain_and_residual(kind, dropout=kernels.Dropout(0.2, 9))
-    pick = ["normed", "total"].index(out)
+    index = ["normed", "total"].index(out)
     inputs = normal(5, 24), normal(5, 24, seed=1), *parameters(kind, 24)
-    assert_matches_reference(backend, lambda *x: op(*x)[pick], lambda *x: reference_op(*x)[pick], inputs, torch.float32)
+    assert_matches_reference(
+        backend, lambda *x: op(*x)[index], lambda *x: reference_op(*x)[index], inputs, torch.float32
+    )
 
 
 @backends

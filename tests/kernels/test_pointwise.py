@@ -18,8 +18,8 @@ widths = st.sampled_from([1, 3, 96, 1000, 1025])
 activations = pytest.mark.parametrize("activation", ["silu", "gelu"])
 
 
-def gated(of, activation):
-    return lambda gate, up: of.gated_mlp(gate, up, activation)
+def gated(module, activation):
+    return lambda gate, up: module.gated_mlp(gate, up, activation)
 
 
 @backends
@@ -50,10 +50,10 @@ def test_gated_mlp_equals_reference(backend, activation, dtype, layout, n_rows, 
 @backends
 @activations
 def test_gated_mlp_of_tensor_halves_equals_reference(backend, activation):
-    def of(module):
+    def of_halves(module):
         return lambda both: module.gated_mlp(*both.chunk(2, -1), activation)
 
-    assert_matches_reference(backend, of(kernels), of(reference), (normal(2, 3, 48),), torch.float32)
+    assert_matches_reference(backend, of_halves(kernels), of_halves(reference), (normal(2, 3, 48),), torch.float32)
 
 
 @backends

@@ -144,7 +144,7 @@ def attention(
     tables = (None, None) if rope is None else (x.contiguous() for x in rope)
     groups = q.shape[2] // k.shape[2]
     folds = q.shape[1] == 1 < groups and rope is None and bias is None and window is None
-    if folds:  # a single query stands at the last key, so causality hides nothing from it
+    if folds:  # a single query is aligned with the last key, so causality hides nothing from it
         q, window_right, segments = _fold_group(q, k.shape[2]), UNBOUNDED, segments and segments.repeat_queries(groups)
     bounds = (None, None) if segments is None else segments.bounds()
     out = attention_forward(q, k, v, bias, *bounds, *tables, window_left, window_right, float(scale))[0]

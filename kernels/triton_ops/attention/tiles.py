@@ -41,8 +41,9 @@ def visible_range(
 ):
     """(start, stop, full_stop) of the positions in [low, high) of the other side that each row sees.
 
-    Row r stands at position r + shift of the other side and sees ``window_left`` positions back and ``window_right``
-    ahead. All positions in [start, full_stop) are visible; full_stop is 0 where the interval of a document has holes.
+    Row r is aligned with position r + shift of the other side and sees ``window_left`` positions back and
+    ``window_right`` ahead. All positions in [start, full_stop) are visible; full_stop is 0 where the interval of a
+    document has holes.
     """
     start = tl.maximum(rows + shift - window_left, low)
     stop = tl.minimum(rows + shift + window_right + 1, high)
@@ -91,7 +92,13 @@ def head_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.const
 
 
 @triton.jit
-def load_tile(base_ptr, offsets, column_mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(
+    base_ptr,  # (T, Dh) of one head
+    offsets,
+    column_mask,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Loads a tile (rows, BLOCK_D), with 0 in the columns beyond the head dimension."""
     if HEAD_DIM == BLOCK_D:
         return tl.load(base_ptr + offsets)
@@ -149,7 +156,12 @@ def join_halves(a, b):
 
 
 @triton.jit
-def load_halves(base_ptr, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_halves(
+    base_ptr,  # (T, Dh) of one head
+    offsets,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Loads the two halves, (M, BLOCK_D/2) each, of the rows that start at ``offsets`` (M, 1)."""
     column = tl.arange(0, BLOCK_D // 2)
     mask = (column < HEAD_DIM // 2)[None, :]
@@ -159,7 +171,7 @@ def load_halves(base_ptr, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def load_rotated(
-    base_ptr,
+    base_ptr,  # (T, Dh) of one head
     offsets,
     cos_ptr,  # (T, Dh/2)
     sin_ptr,  # (T, Dh/2)
