@@ -1,12 +1,15 @@
-"""Every op of ``kernels`` beside its peers, in one process, taking turns: time, rate, share of what this machine can do, memory.
+"""Every op of ``kernels`` beside its peers, in one process, taking turns: time, rate, share of
+what this machine can do, memory.
 
-    ./launch.sh bench kernels [--ops attention,rms_norm,...] [--quick] [--tune] [--without PEERS] [--minutes 8.5] [--out FILE]
+    ./launch.sh bench kernels [--ops attention,rms_norm,...] [--quick] [--tune] [--without PEERS] [--minutes 8.5]
+                              [--out FILE]
 
-The device's own rate of matrix products and of copies is measured first; a row's share is of those. Forward, backward and both,
-medians of rounds in which everybody takes a turn. Then the goals, each a ratio of two rows of this run. All rows are appended to
-bench/results/kernels.jsonl. On a GPU: bfloat16 at the goals' shapes. Without one: what ours runs there, torch's own path, in
-float32 at small shapes, which says nothing of a GPU. ``--quick`` measures each op's first shape only; ``--tune`` measures tiles
-first, which takes most of the minutes the first time on a machine. What the minutes do not suffice for is left out, and named.
+The device's own rates of matrix products and of copies are measured first; a row's share is of those. Forward, backward
+and both are timed, as medians of rounds in which every function takes a turn. Then come the goals, each a ratio of two
+rows of this run. All rows are appended to bench/results/kernels.jsonl. On a GPU the inputs are bfloat16 at the shapes
+of the goals. Without one, our ops run on torch in float32 at small shapes, which says nothing of a GPU. ``--quick``
+measures only the first shape of each op; ``--tune`` measures tiles first, which takes most of the minutes the first
+time on a machine. Cases for which no time is left are skipped and named.
 """
 
 from __future__ import annotations
@@ -32,63 +35,64 @@ from bench.tools.memory import peak_bytes
 
 Row = dict[str, Any]
 SECONDS = 1.0
-"""For the rounds of one mode of a case, beside what compiling takes."""
+"""Time for the rounds of one mode of a case, without compilation."""
 MODES = (FORWARD, BACKWARD, BOTH)
 
 
-def thunk(function: Function, leaves: tuple[Tensor, ...], mode: str) -> Callable[[], object]:
-    """One call of the function in this mode. A backward pass alone runs again and again over one forward pass."""
+def make_call(function: Function, leaves: tuple[Tensor, ...], mode: str) -> Callable[[], object]:
+    """Returns a call of the function in this mode; a backward pass alone repeats over one forward pass."""
     if mode == FORWARD:
         return torch.no_grad()(lambda: function(*leaves))
 
     def outputs() -> list[Tensor]:
-        found = function(*leaves)
-        return [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad]
+        result = function(*leaves)
+        return [y for y in (result if isinstance(result, tuple) else (result,)) if y.requires_grad]
 
-    made = outputs()
-    gradients = [torch.ones((), device=y.device, dtype=y.dtype) if y.ndim == 0 else torch.randn_like(y) for y in made]
+    outs = outputs()
+    gradients = [torch.ones((), device=y.device, dtype=y.dtype) if y.ndim == 0 else torch.randn_like(y) for y in outs]
     if mode == BACKWARD:
-        return functools.partial(torch.autograd.grad, made, leaves, gradients, retain_graph=True)
+        return functools.partial(torch.autograd.grad, outs, leaves, gradients, retain_graph=True)
     return lambda: torch.autograd.grad(outputs(), leaves, gradients)
 
 
-def lazily(function: Function, leaves: tuple[Tensor, ...], mode: str) -> Callable[[], object]:
-    """The same, but nothing runs before the first call, where a function that fails is told from one that is slow."""
-    made: list[Callable[[], object]] = []
+def make_lazy_call(function: Function, leaves: tuple[Tensor, ...], mode: str) -> Callable[[], object]:
+    """As ``make_call``, but nothing runs before the first call, which reports a function that fails."""
+    calls: list[Callable[[], object]] = []
 
     def call() -> object:
-        if not made:
-            made.append(thunk(function, leaves, mode))
-        return made[0]()
+        if not calls:
+            calls.append(make_call(function, leaves, mode))
+        return calls[0]()
 
     return call
 
 
-def measured(case: Case, size: Size, roof: measure.Roofline, seconds: float) -> Iterator[Row]:
-    """The rows of a case, one a mode and function, with every round's time."""
-    about = {"op": case.op, "shape": case.shape, "dtype": str(size.dtype).removeprefix("torch.")}
+def measure_case(case: Case, size: Size, roofline: measure.Roofline, seconds: float) -> Iterator[Row]:
+    """Yields the rows of a case, one per mode and function, with the time of every round."""
+    context = {"op": case.op, "shape": case.shape, "dtype": str(size.dtype).removeprefix("torch.")}
     for mode in (mode for mode in MODES if mode in case.work):
-        thunks = {name: lazily(function, case.leaves, mode) for name, function in case.functions.items()}
-        times, failed = measure.take_turns(thunks, size.device, seconds)
+        thunks = {name: make_lazy_call(function, case.leaves, mode) for name, function in case.functions.items()}
+        times, failed = measure.time_in_turns(thunks, size.device, seconds)
         for name in case.functions:
-            row: Row = about | {"mode": mode, "variant": name}
+            row: Row = context | {"mode": mode, "variant": name}
             if name in failed:
                 yield row | {"failed": failed[name]}
                 continue
-            found = times[name]
-            rate = case.work[mode] / found.median * 1e3
-            row |= {"ms": found.median, "rounds": found.device, "host_ms": min(found.host) if size.gpu else None}
-            row |= {"unit": case.unit, "rate": rate, "share": rate / roof.of(case.unit)}
+            case_times = times[name]
+            rate = case.work[mode] / case_times.median * 1e3
+            host_ms = min(case_times.host) if size.gpu else None
+            row |= {"ms": case_times.median, "rounds": case_times.device, "host_ms": host_ms}
+            row |= {"unit": case.unit, "rate": rate, "share": rate / roofline.of(case.unit)}
             yield row | ({"peak_bytes": peak_bytes(thunks[name], size.device)} if mode == BOTH else {})
 
 
-def cases(size: Size, options: argparse.Namespace, end: float, skipped: list[str]) -> Iterator[Case]:
-    """The cases that are asked for, without the peers that are not; from ``end`` on they are skipped."""
+def cases(size: Size, options: argparse.Namespace, deadline: float, skipped: list[str]) -> Iterator[Case]:
+    """Yields the requested cases and peers; from ``deadline`` on, cases go to ``skipped``."""
     for make, names in FAMILIES.values():
         for case in make(size) if set(names) & set(options.ops) else ():
             if case.op not in options.ops:
                 continue
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 skipped.append(f"{case.op} {case.shape}")
                 continue
             yield dataclasses.replace(
@@ -96,29 +100,31 @@ def cases(size: Size, options: argparse.Namespace, end: float, skipped: list[str
             )
 
 
-def run(size: Size, options: argparse.Namespace, roof: measure.Roofline, end: float) -> tuple[list[Row], list[str]]:
-    """The rows of all cases, and the cases for which no time was left."""
+def run(
+    size: Size, options: argparse.Namespace, roofline: measure.Roofline, deadline: float
+) -> tuple[list[Row], list[str]]:
+    """Returns the rows of all cases, and the names of the cases for which no time was left."""
     rows: list[Row] = []
     skipped: list[str] = []
-    for case in cases(size, options, end, skipped):
-        rows += measured(case, size, roof, options.seconds)
-        torch.compiler.reset()  # a compiled function is for one shape; the limit of recompilations is for all
+    for case in cases(size, options, deadline, skipped):
+        rows += measure_case(case, size, roofline, options.seconds)
+        torch.compiler.reset()  # compiled functions are for one shape, but the recompile limit counts all
     return rows, skipped
 
 
-def tune(size: Size, options: argparse.Namespace, end: float) -> None:
-    """Measures the tiles of every case that still has time; later runs find them on the disk."""
-    with kernels.measuring():
-        for case in cases(size, options, end, []):
-            thunk(case.functions[OURS], case.leaves, BOTH)()
+def tune(size: Size, options: argparse.Namespace, deadline: float) -> None:
+    """Measures the tiles of every case before ``deadline``; later runs find them on disk."""
+    with kernels.measuring_tiles():
+        for case in cases(size, options, deadline, []):
+            make_call(case.functions[OURS], case.leaves, BOTH)()
 
 
 def tables(rows: list[Row]) -> Iterator[Table]:
-    """A table an op."""
+    """Yields a console table per op."""
     for op in dict.fromkeys(row["op"] for row in rows):
-        mine = [row for row in rows if row["op"] == op]
-        flops = any(row.get("unit") == "FLOP" for row in mine)
-        table = Table(title=f"{op}, {mine[0]['dtype']}", title_justify="left")
+        op_rows = [row for row in rows if row["op"] == op]
+        flops = any(row.get("unit") == "FLOP" for row in op_rows)
+        table = Table(title=f"{op}, {op_rows[0]['dtype']}", title_justify="left")
         columns = (
             "shape",
             "mode",
@@ -132,7 +138,7 @@ def tables(rows: list[Row]) -> Iterator[Table]:
         )
         for n, column in enumerate(columns):
             table.add_column(column, justify="left" if n < 3 else "right", no_wrap=n != 2)
-        for row in mine:
+        for row in op_rows:
             first = (row["shape"], row["mode"], row["variant"])
             if "failed" in row:
                 table.add_row(*first, "-", f"[dim]{row['failed'][:60]}[/]")
@@ -146,13 +152,13 @@ def tables(rows: list[Row]) -> Iterator[Table]:
 
 
 def names(text: str) -> list[str]:
-    """Of "a,b"."""
+    """Splits a comma-separated list of names."""
     return text.split(",")
 
 
 def main(arguments: list[str]) -> int:
-    """Measures, prints the tables and the goals, keeps the rows. 0: whether goals are met is for the reader to see."""
-    parser = argparse.ArgumentParser(prog="bench kernels", description=(__doc__ or "").splitlines()[0])
+    """Measures, prints tables and goals, appends the rows. Returns 0 whether or not the goals are met."""
+    parser = argparse.ArgumentParser(prog="bench kernels", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--ops", type=names, default=OPS, help="some of: " + ", ".join(OPS))
     parser.add_argument("--quick", action="store_true", help="the first shape of each op")
     parser.add_argument(
@@ -166,11 +172,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(OPS):
         parser.error(f"no op {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
-    began, out = time.monotonic(), Console(width=None if sys.stdout.isatty() else 150)
-    end = began + 60 * options.minutes
+    start_time, out = time.monotonic(), Console(width=None if sys.stdout.isatty() else 150)
+    deadline = start_time + 60 * options.minutes
     size = Size(torch.device("cuda" if gpu else "cpu"), options.quick)
-    about = results.machine(size.device)
-    out.print("  ".join(f"{key} {value}" for key, value in about.items() if value))
+    context = results.machine(size.device)
+    out.print("  ".join(f"{key} {value}" for key, value in context.items() if value))
     if not size.gpu:
         out.print(
             "No GPU here: torch's path on the CPU, at small shapes. It says nothing of the Triton kernels' speed."
@@ -179,22 +185,23 @@ def main(arguments: list[str]) -> int:
         out.print("No C++ compiler here: torch.compile is left out.")
     if size.gpu and peers.liger() is None:
         out.print("Liger-Kernel is not installed: its memory is given by its formula, its times are left out.")
-    roof = measure.roofline(size.device, size.dtype)
+    roofline = measure.roofline(size.device, size.dtype)
     out.print(
-        f"measured here: {roof.flops / 1e12:,.2f} TFLOP/s of {roof.dtype} products, {roof.bytes / 1e9:,.0f} GB/s of copies"
+        f"measured here: {roofline.flops / 1e12:,.2f} TFLOP/s of {roofline.dtype} products, "
+        f"{roofline.bytes / 1e9:,.0f} GB/s of copies"
     )
     if options.tune and size.gpu:
-        tune(size, options, began + 30 * options.minutes)
-        out.print(f"tiles measured: {time.monotonic() - began:.0f} s")
-    rows, skipped = run(size, options, roof, end)
+        tune(size, options, start_time + 30 * options.minutes)
+        out.print(f"tiles measured: {time.monotonic() - start_time:.0f} s")
+    rows, skipped = run(size, options, roofline, deadline)
     for table in tables(rows):
         out.print(table)
     out.print(goals.table(rows, size))
     if skipped:
         out.print(f"no time was left for: {'; '.join(skipped)}")
-    roofs = {"matmul_flops": roof.flops, "copy_bytes": roof.bytes}
-    results.append(options.out, [{"bench": "kernels"} | about | roofs | row for row in rows])
-    out.print(f"{len(rows)} rows added to {options.out} in {time.monotonic() - began:.0f} s")
+    peak_rates = {"matmul_flops": roofline.flops, "copy_bytes": roofline.bytes}
+    results.append(options.out, [{"bench": "kernels"} | context | peak_rates | row for row in rows])
+    out.print(f"{len(rows)} rows added to {options.out} in {time.monotonic() - start_time:.0f} s")
     return 0
 
 

@@ -1,11 +1,13 @@
-"""One training step of a model on one device: its time, the share of the device's matmul rate that it uses, where the time goes.
+"""One training step of a model on one device: its time, the share of the device's matmul rate
+that it uses, where the time goes.
 
     ./launch.sh bench mfu [--models gpt2_124m,llama_1b] [--steps 20] [--out FILE] [key=value ...]
 
-bf16, ZeRO 1, one GPU: forward, backward, clipping and update by the engine that trains, on a batch of random tokens that rests on
-the device. gpt2_124m takes 64 rows of 1024 tokens, llama_1b 16 of 2048. Utilisation counts the FLOPs that the model needs (PaLM,
-appendix B; of attention the visible half) over those that matrix products reached here, minutes before. Without a GPU it is
-gpt_tiny that steps, to show that the measurement works. Rows are appended to bench/results/mfu.jsonl.
+bf16, ZeRO 1, one GPU: forward, backward, clipping and update by the engine that trains, on a batch of random tokens
+that stays on the device. gpt2_124m takes 64 rows of 1024 tokens, llama_1b 16 of 2048. Utilisation is the FLOPs that the
+model needs (PaLM, appendix B; only the visible half of attention) over those that matrix products reached on this
+device just before. Without a GPU gpt_tiny runs, to show that the measurement works. Rows are appended to
+bench/results/mfu.jsonl.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ from train.run import build_engine
 
 GOAL = 0.50
 SHAPES = {"gpt2_124m": (64, 1024), "llama_1b": (16, 2048), "gpt_tiny": (8, 128)}
-"""Rows and tokens a row; other models take llama_1b's."""
+"""Rows per batch and tokens per row; other models take those of llama_1b."""
 TOKENIZER = 50257
-"""Tokens of a tokenizer, for models that do not say."""
+"""Vocabulary size for models that do not set one."""
 WARM_UP, PROFILED = 3, 3
 PARTS = {
     "attention": r"attention|sdp|flash|fmha",
@@ -52,19 +54,19 @@ PARTS = {
     "matrix products": r"gemm|cutlass|nvjet|xmma|splitk|aten::(add)?mm|aten::bmm|aten::linear|mkldnn",
     "pointwise": r"gelu|gated_mlp|silu|rope|dropout",
 }
-"""What a kernel belongs to, by its name; the first that fits. All of the update is the optimizer's, the rest is other."""
+"""Pattern of kernel names by part of a step; the first match counts, no match is "other". The update is "optimizer"."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What an engine asks of a loader: rows of a forward pass, and passes a step."""
+    """Rows of a forward pass and passes per step, as an engine reads them from a loader."""
 
     micro: int
     micro_batches: int = 1
 
 
 def random_batch(config: Config, vocabulary: int, device: torch.device) -> Batch:
-    """Rows of random tokens, each row one document."""
+    """A batch of random tokens on ``device``, each row one document."""
     shape = config.batch.global_, config.batch.seq_len
     tokens = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(shape[1]).expand(shape)
@@ -78,38 +80,38 @@ def random_batch(config: Config, vocabulary: int, device: torch.device) -> Batch
 
 
 def settings(model: str, overrides: list[str]) -> Config:
-    """The configuration of a step."""
+    """Configuration of a benchmark step of ``model``, with ``overrides``."""
     rows, length = SHAPES.get(model, SHAPES["llama_1b"])
     shape = [f"batch.global={rows}", f"batch.seq_len={length}"]
     return configuration.load([f"model={model}", "precision=bf16", "zero=1", "tracking=off", *shape, *overrides])
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def times(step: Callable[[], object], steps: int, device: torch.device) -> list[float]:
-    """Milliseconds of each step, warmed up."""
-    found = []
+    """Milliseconds of each step after warm-up."""
+    elapsed_ms = []
     for _ in range(WARM_UP + steps):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         step()
         wait(device)
-        found.append(1e3 * (time.perf_counter() - began))
-    return found[WARM_UP:]
+        elapsed_ms.append(1e3 * (time.perf_counter() - start_time))
+    return elapsed_ms[WARM_UP:]
 
 
 def parts(engine: Engine, step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of a step by part, by what the profiler saw of kernels on a GPU, of operators on a CPU."""
+    """Milliseconds of a step by part, from profiled kernels on a GPU, from operators on a CPU."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    found: dict[str, float] = defaultdict(float)
+    part_ms: dict[str, float] = defaultdict(float)
     update = engine.engine.step
     for _ in range(PROFILED):
         passes, updating = profile(activities=activities), profile(activities=activities)
 
-        def watched(*arguments: Any, passes=passes, updating=updating, **options: Any) -> Any:
+        def profiled_update(*arguments: Any, passes=passes, updating=updating, **options: Any) -> Any:
             wait(device)
             passes.stop()
             updating.start()
@@ -119,29 +121,29 @@ def parts(engine: Engine, step: Callable[[], object], device: torch.device) -> d
                 wait(device)
                 updating.stop()
 
-        engine.engine.step = watched
+        engine.engine.step = profiled_update
         passes.start()
         step()
         for name, milliseconds in durations(passes, device):
             part = next((p for p, pattern in PARTS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
-            found[part] += milliseconds / PROFILED
-        found["optimizer"] += sum(milliseconds for _, milliseconds in durations(updating, device)) / PROFILED
+            part_ms[part] += milliseconds / PROFILED
+        part_ms["optimizer"] += sum(milliseconds for _, milliseconds in durations(updating, device)) / PROFILED
     engine.engine.step = update
-    return dict(found)
+    return dict(part_ms)
 
 
-def durations(seen: profile, device: torch.device) -> list[tuple[str, float]]:
-    """Names and milliseconds of kernels; on a CPU, of operators without those that they called."""
+def durations(profiler: profile, device: torch.device) -> list[tuple[str, float]]:
+    """(name, milliseconds) of each kernel; on a CPU, of each operator, its own time only."""
     if device.type == "cpu":
-        return [(event.key, event.self_cpu_time_total / 1e3) for event in seen.key_averages()]
-    assert seen.profiler is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA]
+        return [(event.key, event.self_cpu_time_total / 1e3) for event in profiler.key_averages()]
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.device_type() == DeviceType.CUDA]
     return [(e.name(), e.duration_ns() / 1e6) for e in events if not e.is_user_annotation()]
 
 
 def measure(model: str, overrides: list[str], steps: int, world: process_group.DistContext) -> dict[str, Any]:
-    """The row of a model."""
-    gc.collect()  # the engine before this one is full of rings
+    """Measures one model; returns its row for the results file."""
+    gc.collect()  # frees the previous engine, which has reference cycles
     config = settings(model, overrides)
     vocabulary = config.model.vocab_size or TOKENIZER
     batch = random_batch(config, vocabulary, world.device)
@@ -155,10 +157,10 @@ def measure(model: str, overrides: list[str], steps: int, world: process_group.D
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     rate = matmul_rate(world.device, torch.bfloat16, 0.5)
-    taken = times(step, steps, world.device)
+    step_ms = times(step, steps, world.device)
     peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None
-    found = parts(engine, step, world.device)
-    median = statistics.median(taken)
+    part_ms = parts(engine, step, world.device)
+    median = statistics.median(step_ms)
     speed = tokens / median * 1e3
     flops = objective.flops_per_token(config.batch.seq_len)
     spec = peak_flops(torch.cuda.get_device_name(), "bf16") if world.device.type == "cuda" else None
@@ -170,18 +172,18 @@ def measure(model: str, overrides: list[str], steps: int, world: process_group.D
         "seq_len": config.batch.seq_len,
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),
         "ms": median,
-        "rounds": taken,
+        "rounds": step_ms,
         "tokens_per_s": speed,
         "peak_bytes": peak,
         "matmul_flops": rate,
         "mfu": utilization(speed, flops, 1, rate),
         "mfu_spec": utilization(speed, flops, 1, spec),
-        "parts": found | {"idle": max(0.0, median - sum(found.values()))},
+        "parts": part_ms | {"idle": max(0.0, median - sum(part_ms.values()))},
     }
 
 
 def report(out: Console, row: dict[str, Any]) -> None:
-    """What a person reads of a row."""
+    """Prints a row: times, utilisation, and a table of parts."""
     size = f"{row['parameters'] / 1e6:,.0f} M parameters, {row['rows']} x {row['seq_len']} tokens, bf16, ZeRO 1"
     out.print(f"\n[bold]{row['model']}[/]: {size}; kernels: {row['kernels']}")
     spread = f"{min(row['rounds']):.1f}-{max(row['rounds']):.1f}"
@@ -200,8 +202,8 @@ def report(out: Console, row: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Measures each model, prints and keeps what it found."""
-    parser = argparse.ArgumentParser(prog="bench mfu", description=(__doc__ or "").splitlines()[0])
+    """Measures each model, prints its row and appends it to the results. Returns 0."""
+    parser = argparse.ArgumentParser(prog="bench mfu", description=(__doc__ or "").split("\n\n")[0])
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", default="gpt2_124m,llama_1b" if gpu else "gpt_tiny")
     parser.add_argument("--steps", type=int, default=20)

@@ -1,4 +1,4 @@
-"""Which implementation runs: the one place that chooses between the Triton kernels and torch."""
+"""Chooses the implementation of the ops, Triton or torch. Nothing else decides it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ import kernels.torch_ops as torch_ops
 
 Choice = Literal["auto", "triton", "torch"]
 _choice: Choice = "auto"
-# Found out once: torch.compile traces ``ops``, and can trace neither question.
+# Evaluated at import: torch.compile traces ``implementation``, and can trace neither of these calls.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(choice: Choice, device: torch.device) -> str:
-    """Sets what runs from now on in this process, and returns in words what that is on ``device``, and why.
+    """Sets the implementation for this process; returns, as a phrase, which one runs on ``device`` and why.
 
-    ``auto`` is Triton on CUDA and torch elsewhere. Raises ValueError, with the cure, where Triton was asked for and cannot run.
+    ``auto`` is Triton on CUDA and torch elsewhere. Raises ValueError, with the cure, if Triton is requested and cannot
+    run.
     """
     global _choice
     if choice == "triton":
@@ -41,41 +42,42 @@ def use(choice: Choice, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def force(choice: Choice) -> Iterator[None]:
-    """Within, ``choice`` runs: for tests and benchmarks."""
+    """Context in which ``choice`` runs instead of the choice of ``use``: for tests and benchmarks."""
     global _choice
-    before, _choice = _choice, choice
+    previous, _choice = _choice, choice
     try:
         yield
     finally:
-        _choice = before
+        _choice = previous
 
 
-def ops(x: Tensor) -> ModuleType:
-    """The module whose functions run for a tensor like ``x``."""
+def implementation(x: Tensor) -> ModuleType:
+    """The module that implements the ops for tensors on the device of ``x``: ``triton_ops`` or ``torch_ops``."""
     if _choice == "torch" or not _HAS_TRITON or not (x.is_cuda or (_choice == "triton" and _INTERPRETED)):
         return torch_ops
-    import kernels.triton_ops as triton_ops  # Triton loads where it runs, and only there
+    import kernels.triton_ops as triton_ops  # imported late: Triton loads only where it runs
 
     return triton_ops
 
 
-def torchs(what: str) -> ModuleType:
-    """Torch's ops, for what Triton's have no kernel. Raises ValueError, with the cure, where Triton's were asked for."""
+def torch_only(feature: str) -> ModuleType:
+    """Returns ``torch_ops`` for a feature without a Triton kernel. Raises ValueError if the choice is ``triton``."""
     if _choice == "triton":
-        raise ValueError(f"kernels=triton, but there is no Triton kernel for {what}: kernels=auto or kernels=torch")
+        raise ValueError(f"kernels=triton, but there is no Triton kernel for {feature}: kernels=auto or kernels=torch")
     return torch_ops
 
 
-def measuring() -> contextlib.AbstractContextManager[None]:
-    """Within, Triton's kernels measure which tiles are fastest for shapes they have not met on this machine (kernels.tuning)."""
+def measuring_tiles() -> contextlib.AbstractContextManager[None]:
+    """Context in which Triton kernels measure tile sizes for shapes that are new to this machine (``tuning``)."""
     if _choice == "torch" or not _HAS_TRITON:
         return contextlib.nullcontext()
     import kernels.tuning as tuning
 
-    return tuning.measuring()
+    return tuning.measuring_tiles()
 
 
 def _check_triton(device: torch.device) -> None:
+    """Raises ValueError where Triton is not installed, or would run on a CPU without its interpreter."""
     if not _HAS_TRITON:
         raise ValueError("kernels=triton, but Triton is not installed: pip install triton, or kernels=auto")
     if device.type == "cpu" and not _INTERPRETED:

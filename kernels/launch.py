@@ -1,4 +1,4 @@
-"""How every kernel is started: one place, which knows the interpreter and lets a test compile without a GPU."""
+"""Starts every Triton kernel, or records launches for compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-"""Whether kernels run on the CPU through Triton's interpreter (TRITON_INTERPRET=1 before Triton is first imported)."""
+"""True if kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 set before Triton is first imported)."""
 
-Start = Callable[..., None]
-_recorder: Start | None = None
+LaunchRecorder = Callable[..., None]
+_recorder: LaunchRecorder | None = None
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
-    """Runs ``grid`` programs of a kernel on the device of its first tensor. ``options`` are constants and tile choices."""
+    """Runs ``grid`` programs of a kernel on the device of its first tensor; ``options`` are constexprs and tiles."""
     if _recorder is not None:
         _recorder(kernel, *args, **options)
         return
@@ -32,8 +32,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None
 
 
 @contextlib.contextmanager
-def recording(recorder: Start) -> Iterator[None]:
-    """Hands every launch to ``recorder`` and runs none: what an op would start, on a machine that cannot start it."""
+def recording_launches(recorder: LaunchRecorder) -> Iterator[None]:
+    """Context in which launches go to ``recorder`` and nothing runs: shows what an op would launch, without a GPU."""
     global _recorder
     _recorder = recorder
     try:
@@ -44,10 +44,10 @@ def recording(recorder: Start) -> Iterator[None]:
 
 @triton.jit
 def dot(a, b, acc, precision: tl.constexpr = "ieee"):
-    """Acc + a @ b in the format of acc (float32, or float64).
+    """Matrix product acc + a @ b, in the dtype of acc (float32 or float64).
 
-    float32 operands are multiplied as ``precision`` says. The interpreter multiplies the bits of bfloat16 as if they were
-    integers, and sums float16 in float16, so there both are widened first.
+    float32 operands are multiplied with ``precision``. In the interpreter the operands are upcast first, because it
+    multiplies the bits of bfloat16 as if they were integers and sums float16 in float16.
     """
     if INTERPRETED:
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype)

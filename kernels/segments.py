@@ -1,4 +1,4 @@
-"""Which document each token of a packed row belongs to: made once for a batch, used by every layer."""
+"""Document ids of packed rows, and the masks and visible ranges derived from them once per batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Segments:
-    """Segment ids of queries and keys: a query sees a key only where their ids are equal.
+    """Document ids of queries ``q`` (B, Tq) and keys ``kv`` (B, Tk): a query sees a key only where their ids are equal.
 
-    ``q`` (B, Tq) and ``kv`` (B, Tk) are integers. Padding has an id of its own, 0, and sees padding. What a kernel or a path
-    of torch reads is derived when first asked for, on the device of the ids, and kept for the next layer.
+    Padding has id 0 and sees only padding. Masks and bounds are computed on first use, on the device of the ids, and
+    cached for the next layer. Raises ValueError if the shapes do not fit.
     """
 
     def __init__(self, q: Tensor, kv: Tensor) -> None:
@@ -19,64 +19,65 @@ class Segments:
         self.q = q
         self.kv = kv
         self._masks: dict[tuple[bool, int | None, torch.dtype], Tensor] = {}
-        self._marks: tuple[Tensor, Tensor] | None = None
+        self._bounds: tuple[Tensor, Tensor] | None = None
         self._repeated: dict[int, Segments] = {}
 
     def visible(self, causal: bool, window: int | None = None) -> Tensor:
-        """(B, Tq, Tk) bool: may this query see this key? ``band`` says what ``causal`` and ``window`` leave of it."""
+        """Boolean mask (B, Tq, Tk), True where a query sees a key: equal ids, within ``band_mask``."""
         same = self.q[:, :, None] == self.kv[:, None, :]
-        return same & band(same.shape[1], same.shape[2], causal, window, same.device)
+        return same & band_mask(same.shape[1], same.shape[2], causal, window, same.device)
 
     def mask(self, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(B, 1, Tq, Tk) to add to the scores: 0 where visible, -inf where not."""
+        """Additive mask (B, 1, Tq, Tk) for the scores: 0 where visible, -inf where not."""
         if (causal, window, dtype) not in self._masks:
-            self._masks[causal, window, dtype] = additive(self.visible(causal, window)[:, None], dtype)
+            self._masks[causal, window, dtype] = additive_mask(self.visible(causal, window)[:, None], dtype)
         return self._masks[causal, window, dtype]
 
-    def marks(self) -> tuple[Tensor, Tensor]:
-        """What the kernels read, of queries (B, 4, Tq) and of keys (B, 4, Tk), int32: see ``_marks``."""
-        if self._marks is None:
-            one = self.q is self.kv
-            queries = _marks(self.q, self.kv)
-            self._marks = queries, queries if one else _marks(self.kv, self.q)
-        return self._marks
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """``segment_bounds`` of queries (B, 4, Tq) and of keys (B, 4, Tk), which the Triton kernels read."""
+        if self._bounds is None:
+            is_self_attention = self.q is self.kv
+            q_bounds = segment_bounds(self.q, self.kv)
+            self._bounds = q_bounds, q_bounds if is_self_attention else segment_bounds(self.kv, self.q)
+        return self._bounds
 
-    def repeat(self, times: int) -> Segments:
-        """The segments where every query stands ``times`` in a row."""
+    def repeat_queries(self, times: int) -> Segments:
+        """These segments with every query repeated ``times`` times in a row, (B, Tq * times)."""
         if times not in self._repeated:
             self._repeated[times] = Segments(self.q.repeat_interleave(times, 1), self.kv)
         return self._repeated[times]
 
 
-def _marks(mine: Tensor, others: Tensor) -> Tensor:
-    """(B, 4, Tm) int32 for each token of mine (B, Tm) beside others (B, To), both of them ids.
+def segment_bounds(ids: Tensor, other_ids: Tensor) -> Tensor:
+    """Where on the other side each token's document lies: int32 (B, 4, T) for ids (B, T) and other_ids (B, To).
 
-    Its id; the start and stop of the shortest interval of the others that holds every token of its id; and stop again, or 0
-    where a token of another id stands in that interval. Of an id that the others lack: To, 0 and 0.
+    The four numbers of a token are its id; start and stop of the shortest interval of the other side that holds all
+    tokens of its id; and stop again, or 0 where a token of another id lies in that interval. If the other side lacks
+    the id, start is To and the stops are 0.
     """
-    count = others.shape[1]
+    count = other_ids.shape[1]
     if count == 0:
-        return torch.stack((mine, *[torch.zeros_like(mine)] * 3), 1).int()
-    ordered, places = others.sort(dim=1, stable=True)
-    first = torch.searchsorted(ordered, mine.contiguous())
-    last = torch.searchsorted(ordered, mine.contiguous(), right=True)
-    start = places.gather(1, first.clamp(max=count - 1)).where(last > first, count)
-    stop = (places.gather(1, (last - 1).clamp(min=0)) + 1).where(last > first, 0)
-    return torch.stack((mine, start, stop, stop.where(stop - start == last - first, 0)), 1).int()
+        return torch.stack((ids, *[torch.zeros_like(ids)] * 3), 1).int()
+    sorted_ids, positions = other_ids.sort(dim=1, stable=True)
+    first = torch.searchsorted(sorted_ids, ids.contiguous())
+    last = torch.searchsorted(sorted_ids, ids.contiguous(), right=True)
+    start = positions.gather(1, first.clamp(max=count - 1)).where(last > first, count)
+    stop = (positions.gather(1, (last - 1).clamp(min=0)) + 1).where(last > first, 0)
+    return torch.stack((ids, start, stop, stop.where(stop - start == last - first, 0)), 1).int()
 
 
-def band(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """(Tq, Tk) bool: the keys that a query's place lets it see, the last query standing at the last key.
+def band_mask(n_queries: int, n_keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Boolean mask (Tq, Tk) of the keys a query sees by position; the last query is aligned with the last key.
 
-    ``causal`` leaves out keys after the query; ``window`` those ``window`` places away from it and further.
+    ``causal`` hides keys after the query, ``window`` those ``window`` positions away from it and further.
     """
-    everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if window is not None:
-        everything = everything.triu(keys - queries - window + 1)
-        everything = everything if causal else everything.tril(keys - queries + window - 1)
-    return everything.tril(keys - queries) if causal else everything
+        mask = mask.triu(n_keys - n_queries - window + 1)
+        mask = mask if causal else mask.tril(n_keys - n_queries + window - 1)
+    return mask.tril(n_keys - n_queries) if causal else mask
 
 
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to add to scores: 0 where visible, -inf where not."""
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask to add to scores, in the shape of ``visible``: 0 where visible, -inf where not."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

@@ -36,5 +36,5 @@ def measure(config: Config, vocab_size: int, batch: Batch) -> None:
     """One forward and backward pass of the run's model cut to a single layer, measuring tiles where shapes are new."""
     short = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
     objective = build_objective(short, vocab_size).to(batch["tokens"].device, DTYPES[config.precision.name])
-    with kernels.measuring():
+    with kernels.measuring_tiles():
         torch.stack([total for total, _ in objective(batch).values()]).sum().backward()

@@ -1,4 +1,4 @@
-"""Peak memory: measured on any device, and by arithmetic for the heads of a language model that may not be at hand."""
+"""Peak memory, measured on any device, and by formula for two heads of a language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that ``run`` allocates at one time, its result included, beyond what was allocated before."""
+    """Peak bytes that ``run`` allocates beyond what was allocated before, its result included."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -18,20 +18,20 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize()
         del result
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = run()
     del result
-    assert seen.profiler is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
 def materialised_head_bytes(tokens: int, vocab: int) -> int:
-    """Of cross_entropy(linear(hidden, weight).float(), targets) and its gradients, where the logits outweigh the rest.
+    """Peak bytes of cross_entropy(linear(hidden, weight).float(), targets) with gradients, logits alone.
 
     At the peak three float32 copies exist: log-probabilities, the gradient by them, and by the logits.
     """
@@ -39,10 +39,10 @@ def materialised_head_bytes(tokens: int, vocab: int) -> int:
 
 
 def liger_head_bytes(tokens: int, vocab: int, width: int, itemsize: int) -> int:
-    """Of Liger-Kernel's fused linear cross-entropy (0.8.2, as it is by default), its two gradients included.
+    """Peak bytes of Liger-Kernel's fused linear cross-entropy (0.8.2, default options), with its two gradients.
 
-    It adds ``torch.mm(...).float()`` to the gradient of the weight, so that its bytes are there two times and again in
-    float32 (where it is float32 already, ``float`` copies nothing); a chunk has next_power_of_2(N / (V / D)) tokens.
+    It adds ``torch.mm(...).float()`` to the gradient of the weight, which therefore exists twice in its own dtype and
+    once in float32 (unless it is float32 already); a chunk has next_power_of_2(N / (V / D)) tokens.
     """
     chunk = 1 << (-(-tokens // -(-vocab // width)) - 1).bit_length()
     product = 0 if itemsize >= 4 else 4

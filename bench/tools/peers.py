@@ -1,7 +1,7 @@
-"""What ours is measured beside, in the same process: torch's own, torch.compile's, FlexAttention, and Liger-Kernel where installed.
+"""Peers of the kernels: torch eager and compiled, FlexAttention, and Liger-Kernel where installed.
 
-Functions take and return what ours do. Liger's are told to keep their inputs where they would overwrite them: a measurement calls
-them again and again on the same ones.
+The functions have the signatures of ours. Liger's run with in-place updates off, because a measurement calls a function
+many times on the same inputs.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ BACKENDS = {
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
-LONGEST_MATH = 4096
-"""Tokens up to which the scores of all pairs are held whole."""
+MAX_MATH_LENGTH = 4096
+"""Longest row, in tokens, for which SDPA's math backend, with all scores in memory, is measured."""
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch.compile has what it builds with: Triton on a GPU, a C++ compiler on a CPU."""
+    """Whether torch.compile finds its backend: Triton on a GPU, a C++ compiler on a CPU."""
     return torch.cuda.is_available() or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
@@ -47,7 +47,7 @@ def liger() -> Any:
 
 
 def with_compiled(eager: Callable[..., Any]) -> Functions:
-    """A function as it is and compiled, for its very shapes."""
+    """The function itself, and compiled for static shapes if possible."""
     both = {EAGER: eager}
     if can_compile():
         both[COMPILED] = torch.compile(eager, dynamic=False)
@@ -66,20 +66,20 @@ def attention(gpu: bool, length: int) -> Functions:
         return out.transpose(1, 2)
 
     names = list(BACKENDS) if gpu else ["sdpa flash", "sdpa math"]
-    if length > LONGEST_MATH:
+    if length > MAX_MATH_LENGTH:
         names.remove("sdpa math")
     return {name: functools.partial(sdpa, backend=BACKENDS[name]) for name in names}
 
 
 def packed_attention(ids: Tensor) -> Functions:
     """SDPA with a dense mask of the documents, and FlexAttention compiled for their blocks."""
-    place = torch.arange(ids.shape[1], device=ids.device)
-    mask = (ids[:, None, :, None] == ids[:, None, None, :]) & (place[:, None] >= place)
+    position = torch.arange(ids.shape[1], device=ids.device)
+    mask = (ids[:, None, :, None] == ids[:, None, None, :]) & (position[:, None] >= position)
 
     def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
 
-    found: Functions = {"sdpa, dense mask": dense}
+    functions: Functions = {"sdpa, dense mask": dense}
     if ids.is_cuda:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -88,12 +88,16 @@ def packed_attention(ids: Tensor) -> Functions:
 
         blocks = create_block_mask(visible, ids.shape[0], None, ids.shape[1], ids.shape[1], device=ids.device)
         flex = torch.compile(flex_attention, dynamic=False)
-        found["flex"] = lambda q, k, v: flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
-    return found
+
+        def flex_attention_of_documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+        functions["flex"] = flex_attention_of_documents
+    return functions
 
 
 def norm(op: str) -> Functions:
-    """Of ``rms_norm`` and the like, by name."""
+    """Peers of a norm, by the name of our op."""
 
     def rms_norm(x: Tensor, w: Tensor) -> Tensor:
         return F.rms_norm(x, w.shape, w, 1e-5)
@@ -110,47 +114,47 @@ def norm(op: str) -> Functions:
         return layer_norm(total, w, b), total
 
     eager: Functions = {f.__name__: f for f in (rms_norm, layer_norm, add_rms_norm, add_layer_norm)}
-    found = with_compiled(eager[op])
-    if theirs := liger():
-        made: Functions = {
-            "rms_norm": lambda x, w: theirs.liger_rms_norm(x, w, 1e-5, in_place=False),
-            "layer_norm": lambda x, w, b: theirs.liger_layer_norm(x, w, b, 1e-5),
-            "add_rms_norm": lambda x, r, w: theirs.liger_fused_add_rms_norm(x, r, w, 1e-5, in_place=False),
+    functions = with_compiled(eager[op])
+    if liger_functions := liger():
+        liger_norms: Functions = {
+            "rms_norm": lambda x, w: liger_functions.liger_rms_norm(x, w, 1e-5, in_place=False),
+            "layer_norm": lambda x, w, b: liger_functions.liger_layer_norm(x, w, b, 1e-5),
+            "add_rms_norm": lambda x, r, w: liger_functions.liger_fused_add_rms_norm(x, r, w, 1e-5, in_place=False),
         }
-        found |= {LIGER: made[op]} if op in made else {}
-    return found
+        functions |= {LIGER: liger_norms[op]} if op in liger_norms else {}
+    return functions
 
 
 def activation(op: str) -> Functions:
-    """Of ``gated_mlp`` and ``bias_gelu``."""
+    """Peers of ``gated_mlp`` and ``bias_gelu``."""
     if op == "bias_gelu":
         return with_compiled(lambda x, b: F.gelu(x + b, approximate="tanh"))
-    found = with_compiled(lambda gate, up: F.silu(gate) * up)
-    theirs = liger()  # its backward pass overwrites what the forward pass saved, so it is right only once
-    return found | ({LIGER: theirs.liger_swiglu} if theirs else {})
+    functions = with_compiled(lambda gate, up: F.silu(gate) * up)
+    liger_functions = liger()  # its backward pass overwrites saved tensors, so only the first result is right
+    return functions | ({LIGER: liger_functions.liger_swiglu} if liger_functions else {})
 
 
 def rope(table: RopeTable) -> Functions:
-    """Turning halves, in float32."""
+    """Peers of ``rope``, in float32 with halves as pairs."""
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         a, b = x.float().chunk(2, -1)
         return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1).to(x.dtype)
 
-    return with_compiled(turn)
+    return with_compiled(rotate)
 
 
 def cross_entropy(targets: Tensor) -> Functions:
-    """The sum over all places. Liger's overwrites the logits by their gradient."""
-    found = with_compiled(lambda x: F.cross_entropy(x.float(), targets, reduction="sum"))
-    if theirs := liger():
-        found[LIGER] = lambda x: theirs.liger_cross_entropy(x, targets, reduction="sum")
-    return found
+    """Peers of ``cross_entropy``, the sum over all targets. Liger's overwrites the logits with their gradient."""
+    functions = with_compiled(lambda x: F.cross_entropy(x.float(), targets, reduction="sum"))
+    if liger_functions := liger():
+        functions[LIGER] = lambda x: liger_functions.liger_cross_entropy(x, targets, reduction="sum")
+    return functions
 
 
 def linear_cross_entropy(targets: Tensor) -> Functions:
-    """Logits materialised, in the inputs' dtype and then in float32; and Liger's chunks."""
-    found = with_compiled(lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets, reduction="sum"))
-    if theirs := liger():
-        found[LIGER] = lambda h, w: theirs.liger_fused_linear_cross_entropy(h, w, targets, reduction="sum")
-    return found
+    """Peers of ``linear_cross_entropy``: materialised logits, upcast to float32; and Liger's chunks."""
+    functions = with_compiled(lambda h, w: F.cross_entropy(F.linear(h, w).float(), targets, reduction="sum"))
+    if liger_functions := liger():
+        functions[LIGER] = lambda h, w: liger_functions.liger_fused_linear_cross_entropy(h, w, targets, reduction="sum")
+    return functions

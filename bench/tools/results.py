@@ -1,4 +1,4 @@
-"""Where results are kept: a JSON line each, with what they were measured on."""
+"""Writes benchmark results as JSON lines, with the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ FOLDER = REPOSITORY / "bench" / "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date."""
-    found = {"device": processor(), "driver": None, "torch": torch.__version__, "triton": None}
+    """Device, driver, versions of torch and Triton, commit (with + if the tree has changes) and date."""
+    row = {"device": processor(), "driver": None, "torch": torch.__version__, "triton": None}
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found |= {"device": torch.cuda.get_device_name(device), "driver": said(query).splitlines()[0]}
+        row |= {"device": torch.cuda.get_device_name(device), "driver": command_output(query).splitlines()[0]}
     with contextlib.suppress(PackageNotFoundError):
-        found["triton"] = version("triton")
-    changed = "+" if said(["git", "status", "--porcelain", "--untracked-files=no"], "") else ""
-    commit = said(["git", "rev-parse", "--short", "HEAD"]) + changed
-    return found | {"commit": commit, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+        row["triton"] = version("triton")
+    changed = "+" if command_output(["git", "status", "--porcelain", "--untracked-files=no"], "") else ""
+    commit = command_output(["git", "rev-parse", "--short", "HEAD"]) + changed
+    return row | {"commit": commit, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
 
 
-def said(command: list[str], otherwise: str = "unknown") -> str:
-    """What a command prints, run in the repository."""
+def command_output(command: list[str], default: str = "unknown") -> str:
+    """Standard output of a command run in the repository; ``default`` if it fails."""
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return otherwise
+        return default
 
 
 def processor() -> str:
-    """The name of this machine's CPU."""
+    """The model name of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return next(
@@ -48,7 +48,7 @@ def processor() -> str:
 
 
 def append(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Adds the rows to the file."""
+    """Appends the rows to the file, a JSON line each; creates its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)

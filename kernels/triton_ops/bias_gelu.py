@@ -1,8 +1,9 @@
 """gelu(x + bias) in one pass, tanh form (Hendrycks and Gimpel 2016).
 
-x is R rows of D columns, bias (D,) or None. A program does a tile of [BLOCK_R, BLOCK_D]. In the backward pass the programs of a
-block of columns share its rows: each walks over some, keeps its share of bias's gradient in registers, and a second kernel adds
-the shares in a fixed order. Nothing is kept for it but x and bias.
+x is R rows of D columns, bias (D,) or None. A program computes a tile [BLOCK_R, BLOCK_D]. In the backward pass the
+programs of a block of columns divide its rows among them: each accumulates its part of the gradient of bias in
+registers, and a second kernel adds these parts in a fixed order. Only x and bias are saved for the backward pass, which
+recomputes the activation.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from torch import Tensor
 
 from kernels.launch import launch
 from kernels.triton_ops.activations import gelu
-from kernels.triton_ops.rows import as_rows, column_sums, processors, tile, wide_dtype
-from kernels.tuning import Tiles, best
+from kernels.triton_ops.rows import accumulation_dtype, as_rows, column_sums, elementwise_tiles, multiprocessor_count
+from kernels.tuning import Tiles, best_tiles
 
-PROGRAMS = 8
-"""Programs a multiprocessor is given in the backward pass: those of 4 warps that it holds at once."""
+PROGRAMS_PER_MULTIPROCESSOR = 8
+"""Programs of 4 warps that a multiprocessor holds at once, in the backward pass."""
 
 
 @triton.jit
 def _bias_gelu_forward_kernel(
     x_ptr,  # (R, D)
     bias_ptr,  # (D,), or None
-    out_ptr,  # (R, D)
+    out_ptr,  # (R, D), written
     n_rows,
     width,
-    x_step,  # elements from row to row
+    x_row_stride,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wide: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc_dtype: tl.constexpr = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     inside = (row < n_rows) & (column < width)
-    x = tl.load(x_ptr + row * x_step + column, mask=inside, other=0.0).to(wide)
+    x = tl.load(x_ptr + row * x_row_stride + column, mask=inside, other=0.0).to(acc_dtype)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(wide)
+        x += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(acc_dtype)
     y, _ = gelu(x)
     tl.store(out_ptr + row * width + column, y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -50,47 +51,47 @@ def _bias_gelu_backward_kernel(
     grad_ptr,  # (R, D)
     x_ptr,  # (R, D)
     bias_ptr,  # (D,), or None
-    grad_x_ptr,  # (R, D)
-    partial_ptr,  # (programs along the rows, D), or None where there is no bias
+    grad_x_ptr,  # (R, D), written
+    partial_ptr,  # (programs along the rows, D), written, or None without a bias
     n_rows,
     width,
-    grad_step,  # elements from row to row
-    x_step,
+    grad_row_stride,
+    x_row_stride,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    wide: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc_dtype: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    share = tl.zeros([BLOCK_R, BLOCK_D], wide)
+    grad_bias = tl.zeros([BLOCK_R, BLOCK_D], acc_dtype)
     for start in range(tl.program_id(0) * BLOCK_R, n_rows, tl.num_programs(0) * BLOCK_R):
         row = (start + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)
         inside = (row < n_rows) & (column < width)
-        x = tl.load(x_ptr + row * x_step + column, mask=inside, other=0.0).to(wide)
+        x = tl.load(x_ptr + row * x_row_stride + column, mask=inside, other=0.0).to(acc_dtype)
         if bias_ptr is not None:
-            x += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(wide)
-        _, slope = gelu(x)
-        grad = tl.load(grad_ptr + row * grad_step + column, mask=inside, other=0.0).to(wide) * slope
-        share += grad
+            x += tl.load(bias_ptr + column, mask=column < width, other=0.0).to(acc_dtype)
+        _, derivative = gelu(x)
+        grad = tl.load(grad_ptr + row * grad_row_stride + column, mask=inside, other=0.0).to(acc_dtype) * derivative
+        grad_bias += grad
         tl.store(grad_x_ptr + row * width + column, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if partial_ptr is not None:
-        here = tl.program_id(0) * width + column
-        tl.store(partial_ptr + here, tl.sum(share, 0, keep_dims=True), mask=column < width)
+        offset = tl.program_id(0) * width + column
+        tl.store(partial_ptr + offset, tl.sum(grad_bias, 0, keep_dims=True), mask=column < width)
 
 
 @torch.library.custom_op("trireme::bias_gelu_forward", mutates_args=())
 def bias_gelu_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """gelu(x + bias) of x (..., D) and bias (D,), in the dtype of x."""
-    out, flat, width = x.new_empty(x.shape), as_rows(x), x.shape[-1]
-    shift = None if bias is None else bias.contiguous()
+    out, x_rows, width = x.new_empty(x.shape), as_rows(x), x.shape[-1]
+    bias_values = None if bias is None else bias.contiguous()
 
     def run(tiles: Tiles) -> None:
-        n_rows = flat.shape[0]
+        n_rows = x_rows.shape[0]
         grid = triton.cdiv(n_rows, tiles["BLOCK_R"]), triton.cdiv(width, tiles["BLOCK_D"])
-        launch(_bias_gelu_forward_kernel, grid, flat, shift, out, n_rows, width, flat.stride(0), **tiles)
+        launch(_bias_gelu_forward_kernel, grid, x_rows, bias_values, out, n_rows, width, x_rows.stride(0), **tiles)
 
     if x.numel():
-        candidates = [tile(width, 4096), tile(width, 2048)]
-        run(best("bias_gelu_forward", (candidates[0]["BLOCK_D"], x.dtype, bias is not None), candidates, run))
+        candidates = [elementwise_tiles(width, 4096), elementwise_tiles(width, 2048)]
+        run(best_tiles("bias_gelu_forward", (candidates[0]["BLOCK_D"], x.dtype, bias is not None), candidates, run))
     return out
 
 
@@ -101,25 +102,40 @@ def _(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("trireme::bias_gelu_backward", mutates_args=())
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of bias, the latter empty where there is none."""
+    """Gradients of x (..., D) and bias (D,); the latter is (0,) without a bias."""
     grad_x, no_bias = x.new_empty(x.shape), x.new_empty(0)
     if x.numel() == 0:
         return grad_x, no_bias if bias is None else torch.zeros_like(bias)
-    flat, width, shift = [as_rows(t) for t in (grad, x)], x.shape[-1], None if bias is None else bias.contiguous()
+    inputs, width, bias_values = (
+        [as_rows(t) for t in (grad, x)],
+        x.shape[-1],
+        None if bias is None else bias.contiguous(),
+    )
 
     def run(tiles: Tiles) -> Tensor | None:
-        n_rows, blocks = flat[0].shape[0], triton.cdiv(width, tiles["BLOCK_D"])
-        most = max(processors(x.device) * PROGRAMS // blocks, 1)
-        count = min(most, triton.cdiv(n_rows, tiles["BLOCK_R"]))
-        partial = None if bias is None else x.new_empty(count, width, dtype=wide_dtype(x))
-        steps = [t.stride(0) for t in flat]
+        n_rows, n_column_blocks = inputs[0].shape[0], triton.cdiv(width, tiles["BLOCK_D"])
+        max_programs = max(multiprocessor_count(x.device) * PROGRAMS_PER_MULTIPROCESSOR // n_column_blocks, 1)
+        n_programs = min(max_programs, triton.cdiv(n_rows, tiles["BLOCK_R"]))
+        partial = None if bias is None else x.new_empty(n_programs, width, dtype=accumulation_dtype(x))
+        row_strides = [t.stride(0) for t in inputs]
         launch(
-            _bias_gelu_backward_kernel, (count, blocks), *flat, shift, grad_x, partial, n_rows, width, *steps, **tiles
+            _bias_gelu_backward_kernel,
+            (n_programs, n_column_blocks),
+            *inputs,
+            bias_values,
+            grad_x,
+            partial,
+            n_rows,
+            width,
+            *row_strides,
+            **tiles,
         )
         return partial
 
-    candidates = [tile(width, 2048), tile(width, 4096)]
-    partial = run(best("bias_gelu_backward", (candidates[0]["BLOCK_D"], x.dtype, bias is not None), candidates, run))
+    candidates = [elementwise_tiles(width, 2048), elementwise_tiles(width, 4096)]
+    partial = run(
+        best_tiles("bias_gelu_backward", (candidates[0]["BLOCK_D"], x.dtype, bias is not None), candidates, run)
+    )
     return grad_x, no_bias if bias is None or partial is None else column_sums(partial, bias.dtype)
 
 
@@ -142,5 +158,5 @@ bias_gelu_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """GELU of x (..., D) + bias (D,), by the tanh approximation that GPT-2 was trained with."""
+    """GELU of x (..., D) + bias (D,), in the tanh form that GPT-2 was trained with."""
     return bias_gelu_forward(x, bias)

@@ -1,13 +1,14 @@
-"""Cross-entropy of rows of logits with label smoothing (Szegedy et al. 2016) and z-loss (PaLM, section 5), in Triton.
+"""Cross-entropy of rows of logits, with label smoothing and z-loss.
 
     loss = lse - (1 - s) x[target] - s mean(x) + z lse^2,  lse = logsumexp(x)
     gradient by x = (1 + 2 z lse) softmax(x) - s / V - (1 - s) one_hot(target)
 
-logits (N, V) of any row stride, targets (N,) -> losses (N,); a row whose target is ``ignore_index`` costs 0, one whose target
-is no place of the vocabulary NaN. A program takes some rows and goes through the vocabulary in blocks, keeping the largest
-logit, the sum of exponentials below it (Milakov and Gimelshein 2018) and the sum of logits. The backward pass has a program a
-block; it reads lse and the logits once and writes the gradient once. Losses are summed by torch, in a fixed order; there are
-no atomics.
+logits (N, V) of any row stride, targets (N,) -> losses (N,). Label smoothing s is that of Szegedy et al. 2016, z-loss
+that of PaLM (section 5). A row whose target is ``ignore_index`` costs 0, one whose target is outside the vocabulary
+NaN. The forward pass takes some rows per program and walks over the vocabulary in blocks, keeping the largest logit,
+the sum of exponentials relative to it (online softmax, Milakov and Gimelshein 2018) and the sum of logits. The backward
+pass has a program per block; it reads lse and the logits once and writes the gradient once. Losses are summed by torch,
+in a fixed order; there are no atomics.
 """
 
 from __future__ import annotations
@@ -20,176 +21,191 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import INTERPRETED, launch
-from kernels.tuning import Tiles, best
+from kernels.tuning import Tiles, best_tiles
 
-# ------------------------------------------------------------------------------------------------------------- forward
+# ---------------------------------------------------------------------------------------------------- device functions
 
 
 @triton.jit
 def row_statistics(
-    x,  # (ROWS,) pointers to the first logit of each row
-    trained,  # (ROWS,) which rows are read; of the others nothing is said
+    row_ptr,  # (BLOCK_R,) pointers to the first logit of each row
+    not_ignored,  # (BLOCK_R,) rows to read; the results of the others are meaningless
     vocab,
     SMOOTHING: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
 ):
-    """(largest logit, sum of exp(logit - largest), sum of logits where smoothing needs it), each (ROWS,)."""
-    largest = tl.full((ROWS,), float("-inf"), WIDE)
-    total = tl.zeros((ROWS,), WIDE)
-    plain = tl.zeros((ROWS,), WIDE)
-    for start in range(0, vocab, COLS):
-        column = start + tl.arange(0, COLS)[None, :]
-        inside = trained[:, None] & (column < vocab)
-        tile = tl.load(x[:, None] + column, mask=inside, other=float("-inf")).to(WIDE)
-        higher = tl.maximum(largest, tl.max(tile, 1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far
-        total = total * tl.exp(largest - finite) + tl.sum(tl.exp(tile - finite[:, None]), 1)
+    """(largest logit, sum of exp(logit - largest), sum of logits if SMOOTHING > 0), each (BLOCK_R,)."""
+    max_logit = tl.full((BLOCK_R,), float("-inf"), ACC_DTYPE)
+    exp_sum = tl.zeros((BLOCK_R,), ACC_DTYPE)
+    logit_sum = tl.zeros((BLOCK_R,), ACC_DTYPE)
+    for start in range(0, vocab, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)[None, :]
+        inside = not_ignored[:, None] & (column < vocab)
+        tile = tl.load(row_ptr[:, None] + column, mask=inside, other=float("-inf")).to(ACC_DTYPE)
+        new_max = tl.maximum(max_logit, tl.max(tile, 1))
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf while all logits were -inf
+        exp_sum = exp_sum * tl.exp(max_logit - finite_max) + tl.sum(tl.exp(tile - finite_max[:, None]), 1)
         if SMOOTHING > 0:
-            plain += tl.sum(tl.where(inside, tile, 0.0), 1)
-        largest = higher
-    return tl.where(trained, largest, 0.0), tl.where(trained, total, 1.0), plain
+            logit_sum += tl.sum(tl.where(inside, tile, 0.0), 1)
+        max_logit = new_max
+    return tl.where(not_ignored, max_logit, 0.0), tl.where(not_ignored, exp_sum, 1.0), logit_sum
 
 
 @triton.jit
-def row_losses(largest, total, plain, at_target, vocab, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
-    """(loss, lse) of rows; the difference of like logits is taken before the logarithm is added."""
-    losses = (largest - at_target) + tl.log(total)
-    lse = largest + tl.log(total)
+def row_losses(max_logit, exp_sum, logit_sum, target_logit, vocab, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr):
+    """(loss, lse) of each row; subtracts logits, which are alike in size, before the logarithm, for precision."""
+    losses = (max_logit - target_logit) + tl.log(exp_sum)
+    lse = max_logit + tl.log(exp_sum)
     if SMOOTHING > 0:
-        losses += SMOOTHING * (at_target - plain / vocab)
+        losses += SMOOTHING * (target_logit - logit_sum / vocab)
     if Z_LOSS > 0:
         losses += Z_LOSS * lse * lse
     return losses, lse
 
 
 @triton.jit
-def row_targets(program, targets_ptr, rows, vocab, ignore_index, ROWS: tl.constexpr):
-    """(row numbers, which of them exist, targets, which are trained, which of these have a legal target), each (ROWS,)."""
-    row = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
-    target = tl.load(targets_ptr + row, mask=exists, other=ignore_index)
-    trained = target != ignore_index
-    return row, exists, target, trained, trained & (target >= 0) & (target < vocab)
-
-
-@triton.jit
-def _cross_entropy_forward_kernel(
-    logits_ptr,  # (N, V), rows stride apart
+def row_targets(
+    program,
     targets_ptr,  # (N,)
-    losses_ptr,  # (N,)
-    lse_ptr,  # (N,)
-    stride,
-    rows,
+    n_rows,
     vocab,
     ignore_index,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    WIDE: tl.constexpr = losses_ptr.dtype.element_ty
-    row, exists, target, trained, legal = row_targets(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
-    x = logits_ptr + row * stride
-    at_target = tl.load(x + target, mask=legal, other=float("nan")).to(WIDE)
-    largest, total, plain = row_statistics(x, trained, vocab, SMOOTHING, ROWS, COLS, WIDE)
-    losses, lse = row_losses(largest, total, plain, at_target, vocab, SMOOTHING, Z_LOSS)
-    tl.store(losses_ptr + row, tl.where(trained, losses, 0.0), mask=exists)
-    tl.store(lse_ptr + row, tl.where(trained, lse, 0.0), mask=exists)
-
-
-# ------------------------------------------------------------------------------------------------------------ backward
+    """(row index, row exists, target, not ignored, not ignored and in the vocabulary), each (BLOCK_R,)."""
+    row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = row < n_rows
+    target = tl.load(targets_ptr + row, mask=exists, other=ignore_index)
+    not_ignored = target != ignore_index
+    return row, exists, target, not_ignored, not_ignored & (target >= 0) & (target < vocab)
 
 
 @triton.jit
 def row_gradient(tile, shift, factor, one_hot, vocab, SMOOTHING: tl.constexpr):
-    """Factor * exp(tile - shift) - smoothing / V - (1 - smoothing) where one_hot; tile (ROWS, COLS), the others (ROWS, 1)."""
+    """Gradient by logits: factor * exp(tile - shift) - smoothing / V, minus 1 - smoothing where ``one_hot``.
+
+    tile and one_hot are (BLOCK_R, BLOCK_V), shift and factor (BLOCK_R, 1).
+    """
     grad = factor * tl.exp(tile - shift)
     if SMOOTHING > 0:
         grad -= tl.full((1, 1), SMOOTHING, grad.dtype) / vocab
     return tl.where(one_hot, grad - (1 - SMOOTHING), grad)
 
 
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
 @triton.jit
-def _cross_entropy_backward_kernel(
-    grad_ptr,  # (N,) gradient by the losses, grad_stride apart
-    logits_ptr,  # (N, V), rows stride apart
+def _cross_entropy_forward_kernel(
+    logits_ptr,  # (N, V)
     targets_ptr,  # (N,)
-    lse_ptr,  # (N,)
-    out_ptr,  # (N, V) contiguous
-    grad_stride,
-    stride,
-    rows,
+    losses_ptr,  # (N,), written
+    lse_ptr,  # (N,), written
+    logits_row_stride,
+    n_rows,
     vocab,
     ignore_index,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    WIDE: tl.constexpr = lse_ptr.dtype.element_ty
-    row, exists, target, trained, legal = row_targets(tl.program_id(0), targets_ptr, rows, vocab, ignore_index, ROWS)
-    column = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
+    ACC_DTYPE: tl.constexpr = losses_ptr.dtype.element_ty
+    row, exists, target, not_ignored, in_vocab = row_targets(
+        tl.program_id(0), targets_ptr, n_rows, vocab, ignore_index, BLOCK_R
+    )
+    row_ptr = logits_ptr + row * logits_row_stride
+    target_logit = tl.load(row_ptr + target, mask=in_vocab, other=float("nan")).to(ACC_DTYPE)
+    max_logit, exp_sum, logit_sum = row_statistics(row_ptr, not_ignored, vocab, SMOOTHING, BLOCK_R, BLOCK_V, ACC_DTYPE)
+    losses, lse = row_losses(max_logit, exp_sum, logit_sum, target_logit, vocab, SMOOTHING, Z_LOSS)
+    tl.store(losses_ptr + row, tl.where(not_ignored, losses, 0.0), mask=exists)
+    tl.store(lse_ptr + row, tl.where(not_ignored, lse, 0.0), mask=exists)
+
+
+@triton.jit
+def _cross_entropy_backward_kernel(
+    grad_losses_ptr,  # (N,)
+    logits_ptr,  # (N, V)
+    targets_ptr,  # (N,)
+    lse_ptr,  # (N,)
+    grad_logits_ptr,  # (N, V), written, contiguous
+    grad_losses_row_stride,
+    logits_row_stride,
+    n_rows,
+    vocab,
+    ignore_index,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    ACC_DTYPE: tl.constexpr = lse_ptr.dtype.element_ty
+    row, exists, target, not_ignored, in_vocab = row_targets(
+        tl.program_id(0), targets_ptr, n_rows, vocab, ignore_index, BLOCK_R
+    )
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
     inside = column < vocab
-    by = tl.load(grad_ptr + row * grad_stride, mask=trained, other=0.0).to(WIDE)
-    by = tl.where(trained & (legal == 0), float("nan"), by)
+    grad_loss = tl.load(grad_losses_ptr + row * grad_losses_row_stride, mask=not_ignored, other=0.0).to(ACC_DTYPE)
+    grad_loss = tl.where(not_ignored & (in_vocab == 0), float("nan"), grad_loss)
     lse = tl.load(lse_ptr + row, mask=exists, other=0.0)
-    tile = tl.load(logits_ptr + (row * stride)[:, None] + column, mask=trained[:, None] & inside, other=0.0).to(WIDE)
+    logits_tile_ptr = logits_ptr + (row * logits_row_stride)[:, None] + column
+    tile = tl.load(logits_tile_ptr, mask=not_ignored[:, None] & inside, other=0.0).to(ACC_DTYPE)
     grad = row_gradient(
         tile, lse[:, None], (1 + 2 * Z_LOSS * lse)[:, None], column == target[:, None], vocab, SMOOTHING
     )
-    grad = tl.where(trained[:, None], grad * by[:, None], 0.0)
-    tl.store(
-        out_ptr + (row * vocab)[:, None] + column, grad.to(out_ptr.dtype.element_ty), mask=exists[:, None] & inside
-    )
+    grad = tl.where(not_ignored[:, None], grad * grad_loss[:, None], 0.0)
+    grad_tile_ptr = grad_logits_ptr + (row * vocab)[:, None] + column
+    tl.store(grad_tile_ptr, grad.to(grad_logits_ptr.dtype.element_ty), mask=exists[:, None] & inside)
 
 
-# ------------------------------------------------------------------------------------------------------ host functions
+# ---------------------------------------------------------------------------------------------------------- custom ops
 
 
-def candidates(rows: int, vocab: int) -> list[Tiles]:
-    """Tiles for (rows, vocab) logits, the guess first: a block of the vocabulary, and as many rows as fill a program."""
+def _tile_candidates(n_rows: int, vocab: int) -> list[Tiles]:
+    """Tiles for (n_rows, vocab) logits, the default first: a block of the vocabulary and rows that fill a program."""
     width = triton.next_power_of_2(max(vocab, 16))
-    if INTERPRETED:  # a program costs time by the operation, not by its size
+    if INTERPRETED:  # time in the interpreter goes by the number of operations, not by their size
         size = 1 << 18
-        return [
-            {"ROWS": min(triton.next_power_of_2(rows), max(1, size // width)), "COLS": min(width, size), "num_warps": 4}
-        ]
-    tiles = []
+        block_r = min(triton.next_power_of_2(n_rows), max(1, size // width))
+        return [{"BLOCK_R": block_r, "BLOCK_V": min(width, size), "num_warps": 4}]
+    candidates = []
     for size, warps in ((8192, 8), (4096, 4), (4096, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)):
         if width >= size or size == 4096:  # narrow rows share a program
-            tiles.append({"ROWS": max(1, min(16, size // width)), "COLS": min(width, size), "num_warps": warps})
-    return tiles
+            block_r = max(1, min(16, size // width))
+            candidates.append({"BLOCK_R": block_r, "BLOCK_V": min(width, size), "num_warps": warps})
+    return candidates
 
 
-def best_tiles(kernel: str, logits: Tensor, run: Callable[[Tiles], None]) -> Tiles:
-    """The best tiles for logits like these; ``run`` is for measuring them."""
-    rows, vocab = logits.shape
-    return best(kernel, (triton.next_power_of_2(max(vocab, 1)), logits.dtype), candidates(rows, vocab), run)
+def best_cross_entropy_tiles(op: str, logits: Tensor, run: Callable[[Tiles], None]) -> Tiles:
+    """The best tiles of ``op`` for logits (N, V) of this size and dtype; ``run`` starts the kernel to measure it."""
+    n_rows, vocab = logits.shape
+    shape_class = triton.next_power_of_2(max(vocab, 1)), logits.dtype
+    return best_tiles(op, shape_class, _tile_candidates(n_rows, vocab), run)
 
 
 @torch.library.custom_op("trireme::cross_entropy_forward", mutates_args=())
 def cross_entropy_forward(
     logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(losses, lse) of rows of logits (N, V), each (N,) float32, or float64 for float64 logits."""
+    """(losses, log-sum-exp) of the rows of logits (N, V), each (N,) float32, or float64 for float64 logits."""
     losses, lse = _row_outputs(logits)
-    rows, vocab = logits.shape
+    n_rows, vocab = logits.shape
     targets = targets.contiguous()
 
     def run(tiles: Tiles) -> None:
         launch(
             _cross_entropy_forward_kernel,
-            (triton.cdiv(rows, tiles["ROWS"]),),
-            *(logits, targets, losses, lse, logits.stride(0), rows, vocab, ignore_index),
+            (triton.cdiv(n_rows, tiles["BLOCK_R"]),),
+            *(logits, targets, losses, lse, logits.stride(0), n_rows, vocab, ignore_index),
             SMOOTHING=label_smoothing,
             Z_LOSS=z_loss,
             **tiles,
         )
 
-    if rows:
-        run(best_tiles("cross_entropy_forward", logits, run))
+    if n_rows:
+        run(best_cross_entropy_tiles("cross_entropy_forward", logits, run))
     return losses, lse
 
 
@@ -201,6 +217,7 @@ def _(
 
 
 def _row_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised losses and log-sum-exp, (N,) each."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     losses = logits.new_empty(logits.shape[0], dtype=dtype)
     return losses, torch.empty_like(losses)
@@ -210,24 +227,25 @@ def _row_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
 def cross_entropy_backward(
     grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """The gradient by logits (N, V) of losses whose own gradient is ``grad`` (N,)."""
-    out = logits.new_empty(logits.shape)
-    rows, vocab = logits.shape
+    """The gradient by logits (N, V), from the gradient ``grad`` (N,) by the losses."""
+    grad_logits = logits.new_empty(logits.shape)
+    n_rows, vocab = logits.shape
     targets = targets.contiguous()
+    strides = grad.stride(0), logits.stride(0)
 
     def run(tiles: Tiles) -> None:
         launch(
             _cross_entropy_backward_kernel,
-            (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(vocab, tiles["COLS"])),
-            *(grad, logits, targets, lse, out, grad.stride(0), logits.stride(0), rows, vocab, ignore_index),
+            (triton.cdiv(n_rows, tiles["BLOCK_R"]), triton.cdiv(vocab, tiles["BLOCK_V"])),
+            *(grad, logits, targets, lse, grad_logits, *strides, n_rows, vocab, ignore_index),
             SMOOTHING=label_smoothing,
             Z_LOSS=z_loss,
             **tiles,
         )
 
-    if rows:
-        run(best_tiles("cross_entropy_backward", logits, run))
-    return out
+    if n_rows:
+        run(best_cross_entropy_tiles("cross_entropy_backward", logits, run))
+    return grad_logits
 
 
 @cross_entropy_backward.register_fake
@@ -245,7 +263,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    if grad is None:  # nothing comes from the losses
+    if grad is None:  # the losses are unused
         return (None,) * 5
     return cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
@@ -259,7 +277,7 @@ cross_entropy_forward.register_autograd(_backward, setup_context=_setup_context)
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Loss of logits (N, V) at targets (N,) in nats: (sum, count) over the places that are not ``ignore_index``."""
+    """(sum, count) of the losses of logits (N, V) at targets (N,): see ``kernels.ops.cross_entropy``."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     losses, _ = cross_entropy_forward(logits, targets, ignore_index, label_smoothing, z_loss)

@@ -48,11 +48,11 @@ def test_what_fails_is_a_row_and_what_has_no_time_left_is_named():
     def broken() -> None:
         raise RuntimeError("no room\nat all")
 
-    times, failed = measure.take_turns(
+    times, failed = measure.time_in_turns(
         {"good": lambda: None, "bad": broken}, Size(bench.torch.device("cpu"), True).device, 0.0
     )
     assert failed == {"bad": "RuntimeError: no room"}
-    assert len(times["good"].device) == measure.LEAST_ROUNDS
+    assert len(times["good"].device) == measure.MIN_ROUNDS
 
 
 def test_goals_are_ratios_of_the_rounds_of_one_run():

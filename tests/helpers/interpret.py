@@ -1,4 +1,4 @@
-"""Imported before Triton is: where there is no GPU, kernels run on the CPU in Triton's interpreter."""
+"""Selects Triton's interpreter where there is no GPU; must be imported before Triton."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""How kernel tests compare: every op against the float64 reference, on each implementation, forward and every gradient.
+"""Compares an op with its float64 reference, forward and every gradient, for the tests of the kernels.
 
 One process tests one device: the GPU where there is one, else the CPU, where Triton's kernels run in its interpreter.
 """
@@ -19,9 +19,10 @@ import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 8e-3}
-"""Largest error by dtype, as a share of the largest element of the right answer."""
+"""Largest error by dtype, relative to the largest element of the expected result."""
 
 dtypes = st.sampled_from(list(TOLERANCE))
+layouts = st.sampled_from(["plain", "slice", "transposed", "strided"])
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 Op = Callable[..., Any]
@@ -32,73 +33,82 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
-def laid_out(x: Tensor, how: str) -> Tensor:
-    """The same numbers in another layout: a slice of a wider tensor, transposed memory, every other element, as made."""
-    if how == "slice":
+def with_layout(x: Tensor, layout: str) -> Tensor:
+    """The same numbers in another memory layout: slice of a wider tensor, transposed, every other element, or plain."""
+    if layout == "slice":
         wider = torch.cat((x, torch.full_like(x, torch.nan)), -1)
         return wider[..., : x.shape[-1]]
-    if how == "transposed":
+    if layout == "transposed":
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "strided":
+    if layout == "strided":
         return torch.stack((x, torch.full_like(x, torch.nan)), -1)[..., 0]
     return x
 
 
-layouts = st.sampled_from(["plain", "slice", "transposed", "strided"])
+def assert_matches_reference(
+    backend: str,
+    op: Op,
+    reference_op: Op,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    layout: str = "plain",
+) -> None:
+    """``op`` on ``dtype`` inputs equals ``reference_op`` on the same numbers in float64, and so does every gradient.
 
-
-def agree(backend: str, op: Op, right: Op, inputs: Sequence[Tensor], dtype: torch.dtype, layout: str = "plain") -> None:
-    """``op`` on ``dtype`` inputs equals ``right`` on the same numbers in float64, and so do all gradients, twice.
-
-    ``op`` runs on ``backend``. Its inputs must be unchanged, its gradients the same when the backward pass runs again.
+    ``op`` runs on ``backend``. It must leave its inputs unchanged and give the same gradients when the backward pass
+    runs again.
     """
     leaves = [x.detach().to(dtype).clone().requires_grad_() for x in inputs]
-    exact = [x.detach().double().clone().requires_grad_() for x in leaves]
+    exact_leaves = [x.detach().double().clone().requires_grad_() for x in leaves]
     with kernels.force(backend):  # type: ignore[arg-type]
-        outs = _as_tuple(op(*(laid_out(x, layout) for x in leaves)))
-    wants = _as_tuple(right(*exact))
-    weights = [torch.linspace(-1, 1, w.numel(), dtype=torch.float64, device=w.device).view(w.shape) for w in wants]
-    loss = sum((o.double() * w).sum() for o, w in zip(outs, weights, strict=True))
-    sum((o * w).sum() for o, w in zip(wants, weights, strict=True)).backward()
+        outputs = _as_tuple(op(*(with_layout(x, layout) for x in leaves)))
+    expected = _as_tuple(reference_op(*exact_leaves))
+    weights = [torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape) for y in expected]
+    loss = sum((y.double() * w).sum() for y, w in zip(outputs, weights, strict=True))
+    sum((y * w).sum() for y, w in zip(expected, weights, strict=True)).backward()
     grads = torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True)
-    again = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    for got, want in zip(outs, wants, strict=True):
-        close(got, want, dtype)
-    for first, second, e in zip(grads, again, exact, strict=True):
-        assert torch.equal(first, second), "the backward pass gave something else the second time"
-        assert first.dtype == dtype
-        close(first, torch.zeros_like(e) if e.grad is None else e.grad, dtype)
-    assert all(torch.equal(x.double(), e) for x, e in zip(leaves, exact, strict=True)), "an op changed its input"
+    grads_again = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    for y, expected_y in zip(outputs, expected, strict=True):
+        assert_close(y, expected_y, dtype)
+    for grad, grad_again, exact in zip(grads, grads_again, exact_leaves, strict=True):
+        assert torch.equal(grad, grad_again), "the backward pass gave something else the second time"
+        assert grad.dtype == dtype
+        assert_close(grad, torch.zeros_like(exact) if exact.grad is None else exact.grad, dtype)
+    for leaf, exact in zip(leaves, exact_leaves, strict=True):
+        assert torch.equal(leaf.double(), exact), "an op changed its input"
 
 
-def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """``got`` has the shape of ``want`` and is as near to it as ``dtype`` allows."""
-    assert got.shape == want.shape
-    scale = want.detach().abs().max().clamp(min=0.1) if want.numel() else 1.0
-    assert got.isfinite().all()
-    assert want.numel() == 0 or ((got.double() - want).abs().max() / scale).item() <= TOLERANCE[dtype]
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """``actual`` has the shape of ``expected``, is finite and within the tolerance of ``dtype``."""
+    assert actual.shape == expected.shape
+    scale = expected.detach().abs().max().clamp(min=0.1) if expected.numel() else 1.0
+    assert actual.isfinite().all()
+    assert expected.numel() == 0 or ((actual.double() - expected).abs().max() / scale).item() <= TOLERANCE[dtype]
 
 
 def _as_tuple(y: Any) -> tuple[Tensor, ...]:
     return y if isinstance(y, tuple) else (y,)
 
 
-def _patch_once_a_launch() -> None:
-    """Triton's interpreter prepares its language anew at every call of a device function: half of its time, for nothing."""
-    call, run = interpreter.InterpretedFunction.__call__, interpreter.GridExecutor.__call__
-    ready = set()
+def _patch_interpreter_to_rewrite_once() -> None:
+    """Makes Triton's interpreter patch its language once per launch, not at every call of a device function.
 
-    def called(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if function.fn in ready:
+    Patching takes half of the interpreter's time and gives the same result each time.
+    """
+    call, run = interpreter.InterpretedFunction.__call__, interpreter.GridExecutor.__call__
+    patched = set()
+
+    def call_function(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if function.fn in patched:
             return function.rewrite()(*args, **kwargs)
-        ready.add(function.fn)
+        patched.add(function.fn)
         return call(function, *args, **kwargs)
 
-    def launched(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        ready.clear()
+    def run_grid(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
         return run(executor, *args, **kwargs)
 
-    interpreter.InterpretedFunction.__call__, interpreter.GridExecutor.__call__ = called, launched
+    interpreter.InterpretedFunction.__call__, interpreter.GridExecutor.__call__ = call_function, run_grid
 
 
-_patch_once_a_launch()
+_patch_interpreter_to_rewrite_once()

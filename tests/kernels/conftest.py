@@ -1,4 +1,4 @@
-"""With a GPU every test here runs on it (`./launch.sh test -m gpu`); without one, those that need it are skipped."""
+"""Marks every test of the kernels `gpu` on a machine with a GPU; skips those that need one elsewhere."""
 
 import pytest
 import torch

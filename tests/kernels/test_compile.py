@@ -1,4 +1,7 @@
-"""Every kernel compiles for Hopper to machine code that fits: Triton's own compiler says so, on any machine (tests/helpers/compile_offline.py)."""
+"""Every kernel compiles for Hopper and fits its registers and shared memory.
+
+Triton's own compiler does this on any machine, without a GPU (tests/helpers/compile_offline.py).
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ from pathlib import Path
 
 import pytest
 
-OFFLINE = Path(__file__).resolve().parents[1] / "helpers/compile_offline.py"
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = ROOT / "tests/helpers/compile_offline.py"
 SHARED_BYTES = 227 << 10
 REGISTERS = 64 << 10
 SPILLED_BYTES = 16
-"""A pair of registers moved out of a loop costs nothing; more is a tile that is too large."""
+"""A pair of registers spilled outside a loop costs nothing; more means that a tile is too large."""
 PARKED_BYTES = 128
-"""So do those that wait, while a loop of matrix products has the registers, for what comes after it."""
+"""Limit for kernels that spill only outside their loop of matrix products, to give that loop all registers."""
 
 CASES = {
     "attention": [
-        # a layer of a Llama: grouped heads, packed documents, rotary embedding
+        # a layer of Llama: grouped heads, packed documents, rotary embedding
         "ops.attention(rand(1, 4096, 8, 128), rand(1, 4096, 2, 128), rand(1, 4096, 2, 128), causal=True,"
-        " segments=kernels.Segments(*[torch.ones(1, 4096)] * 2), rope=kernels.rope_table(torch.arange(4096)[None], 128, 1e4))",
-        # and a token of its generation, over split keys
+        " segments=kernels.Segments(*[torch.ones(1, 4096)] * 2),"
+        " rope=kernels.rope_table(torch.arange(4096)[None], 128, 1e4))",
+        # decoding of one token, over split keys
         "ops.attention(rand(1, 1, 8, 128), rand(1, 4096, 2, 128), rand(1, 4096, 2, 128), causal=True)",
     ],
     "rms_norm": [f"ops.rms_norm(rand(64, {width}), rand({width}), 1e-5)" for width in (768, 4096, 16384)],
@@ -50,23 +55,26 @@ CASES = {
     ],
     "cross_entropy": [
         "ops.cross_entropy(rand(64, 128256), torch.zeros(64, dtype=torch.int64), label_smoothing=0.1, z_loss=1e-4)",
-        "ops.cross_entropy_step(rand(64, 50304), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
-        "ops.cross_entropy_step(rand(64, 257), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.cross_entropy_with_grad(rand(64, 50304), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
+        "ops.cross_entropy_with_grad(rand(64, 257), torch.zeros(64, dtype=torch.int64), -100, 0.0, 0.0, True)",
         "ops.scale_(rand(64, 4096), torch.zeros(())) or rand(1)",
     ],
 }
 
 
 OWN_BACKWARD = ("rope", "dropout")
-"""Their gradient goes through the kernel of their forward pass."""
+"""Ops whose gradient runs the same kernel as their forward pass."""
 
 
-def check(*options: str) -> dict[str, set[str]]:
-    """Compiles every case in one process: each kernel must fit. The parts of the names of an op's kernels, by op."""
+def compile_and_check(*options: str) -> dict[str, set[str]]:
+    """Compiles every case and asserts that each kernel fits; returns the parts of the kernels' names by op."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(OFFLINE.parent.parent)
-    cases = {case: op for op, cases in CASES.items() for case in cases}
-    done = subprocess.run([sys.executable, OFFLINE, *options, *cases], env=environment, capture_output=True, text=True)
+    environment["PYTHONPATH"] = str(ROOT)
+    op_of_case: dict[str, str] = {}
+    for op, cases in CASES.items():
+        op_of_case |= dict.fromkeys(cases, op)
+    command = [sys.executable, OFFLINE, *options, *op_of_case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts: dict[str, set[str]] = {op: set() for op in CASES}
     for kernel in map(json.loads, done.stdout.splitlines()):
@@ -74,17 +82,17 @@ def check(*options: str) -> dict[str, set[str]]:
         assert kernel["spilled"] <= (PARKED_BYTES if parked else SPILLED_BYTES), kernel
         assert kernel["shared"] <= SHARED_BYTES, kernel
         assert kernel["registers"] * 32 * kernel["with"]["num_warps"] <= REGISTERS, kernel
-        parts[cases[kernel["case"]]] |= set(kernel["kernel"].split("_"))
+        parts[op_of_case[kernel["case"]]] |= set(kernel["kernel"].split("_"))
     return parts
 
 
 @pytest.mark.timeout(900)
-def test_every_kernel_fits_a_hopper_gpu():
-    for op, parts in check().items():
+def test_every_kernel_compiled_for_hopper_fits():
+    for op, parts in compile_and_check().items():
         assert ({op} if op in OWN_BACKWARD else {"forward", "backward"}) <= parts
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_every_tile_that_the_tuner_may_pick_fits_a_hopper_gpu():
-    assert all(check("--every-candidate").values())
+def test_every_tile_candidate_compiled_for_hopper_fits():
+    assert all(compile_and_check("--every-candidate").values())

@@ -1,10 +1,10 @@
-"""What importing the ops may not do."""
+"""Importing ``kernels`` has no side effects."""
 
 import subprocess
 import sys
 
 
-def test_importing_the_ops_loads_no_driver():
+def test_import_of_kernels_loads_no_triton_and_no_driver():
     code = (
         "import sys, kernels; assert 'triton' not in sys.modules; import torch; assert not torch.cuda.is_initialized()"
     )

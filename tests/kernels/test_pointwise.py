@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import kernel_compare
-from helpers.kernel_compare import DEVICE, agree, backends, normal
+from helpers.kernel_compare import DEVICE, assert_matches_reference, backends, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,19 +11,19 @@ import kernels
 from kernels import reference
 from kernels.triton_ops.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.triton_ops.gated_mlp import gated_mlp_backward, gated_mlp_forward
-from kernels.triton_ops.rope import turned
+from kernels.triton_ops.rope import rope_op
 
-few = settings(kernel_compare.quick, max_examples=8)
+few_examples = settings(kernel_compare.quick, max_examples=8)
 widths = st.sampled_from([1, 3, 96, 1000, 1025])
 activations = pytest.mark.parametrize("activation", ["silu", "gelu"])
 
 
-def gated(of, activation):
-    return lambda gate, up: of.gated_mlp(gate, up, activation)
+def gated(module, activation):
+    return lambda gate, up: module.gated_mlp(gate, up, activation)
 
 
 @backends
-@few
+@few_examples
 @given(
     dtype=kernel_compare.dtypes,
     layout=kernel_compare.layouts,
@@ -31,40 +31,44 @@ def gated(of, activation):
     width=widths,
     bias=st.booleans(),
 )
-def test_bias_gelu(backend, dtype, layout, n_rows, width, bias):
+def test_bias_gelu_equals_reference(backend, dtype, layout, n_rows, width, bias):
     inputs = (normal(n_rows, 2, width) * 3, normal(width, seed=1))[: 1 + bias]
-    agree(backend, kernels.bias_gelu, reference.bias_gelu, inputs, dtype, layout)
+    assert_matches_reference(backend, kernels.bias_gelu, reference.bias_gelu, inputs, dtype, layout)
 
 
 @backends
 @activations
-@few
+@few_examples
 @given(dtype=kernel_compare.dtypes, layout=kernel_compare.layouts, n_rows=st.sampled_from([0, 1, 5]), width=widths)
-def test_gated_mlp(backend, activation, dtype, layout, n_rows, width):
+def test_gated_mlp_equals_reference(backend, activation, dtype, layout, n_rows, width):
     gate, up = normal(n_rows, 2, width) * 3, normal(n_rows, 2, width, seed=1)
-    agree(backend, gated(kernels, activation), gated(reference, activation), (gate, up), dtype, layout)
+    assert_matches_reference(
+        backend, gated(kernels, activation), gated(reference, activation), (gate, up), dtype, layout
+    )
 
 
 @backends
 @activations
-def test_gated_mlp_takes_the_halves_of_one_tensor(backend, activation):
-    def of(module):
+def test_gated_mlp_of_tensor_halves_equals_reference(backend, activation):
+    def of_halves(module):
         return lambda both: module.gated_mlp(*both.chunk(2, -1), activation)
 
-    agree(backend, of(kernels), of(reference), (normal(2, 3, 48),), torch.float32)
+    assert_matches_reference(backend, of_halves(kernels), of_halves(reference), (normal(2, 3, 48),), torch.float32)
 
 
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_values(backend, dtype):
+def test_activations_of_extreme_values_equal_reference(backend, dtype):
     x = torch.tensor([[-1e4, -30.0, -0.0, 0.0, 1e-30, 30.0, 1e4]], dtype=torch.float64, device=DEVICE)
-    agree(backend, kernels.bias_gelu, reference.bias_gelu, (x,), dtype)
+    assert_matches_reference(backend, kernels.bias_gelu, reference.bias_gelu, (x,), dtype)
     for activation in ("silu", "gelu"):
-        agree(backend, gated(kernels, activation), gated(reference, activation), (x, torch.ones_like(x)), dtype)
+        assert_matches_reference(
+            backend, gated(kernels, activation), gated(reference, activation), (x, torch.ones_like(x)), dtype
+        )
 
 
 @backends
-@few
+@few_examples
 @given(
     dtype=kernel_compare.dtypes,
     layout=kernel_compare.layouts,
@@ -73,24 +77,23 @@ def test_extreme_values(backend, dtype):
     half=st.sampled_from([1, 4, 48, 65]),
     shared=st.booleans(),
 )
-def test_rope(backend, dtype, layout, tokens, heads, half, shared):
-    positions = torch.randint(0, 300, (1 if shared else 2, tokens), generator=torch.Generator().manual_seed(tokens)).to(
-        DEVICE
-    )
+def test_rope_equals_reference(backend, dtype, layout, tokens, heads, half, shared):
+    generator = torch.Generator().manual_seed(tokens)
+    positions = torch.randint(0, 300, (1 if shared else 2, tokens), generator=generator).to(DEVICE)
     table = kernels.rope_table(positions, 2 * half, 10000.0)
 
-    def right(x):  # by the float32 angles of a real run, which are good to 300 * 2^-24
+    def float64_rope(x):  # with the float32 angles of a real run, accurate to 300 * 2^-24
         a, b = x.chunk(2, -1)
         return torch.cat((a * table.cos - b * table.sin, b * table.cos + a * table.sin), -1)
 
     x = normal(2, tokens, heads, 2 * half)
-    agree(backend, lambda x: kernels.rope(x, table), right, (x,), dtype, layout)
+    assert_matches_reference(backend, lambda x: kernels.rope(x, table), float64_rope, (x,), dtype, layout)
     with kernels.force(backend):
         assert torch.allclose(kernels.rope(x, table), reference.rope(x, positions, 10000.0), atol=2e-4)
 
 
 @backends
-def test_rope_turns_q_and_k_inside_their_projection(backend):
+def test_rope_of_qkv_views_equals_contiguous_copies(backend):
     qkv, table = normal(2, 5, 6, 8).float(), kernels.rope_table(torch.arange(5, device=DEVICE)[None], 8, 10000.0)
     with kernels.force(backend):
         for part in qkv.split((3, 2, 1), dim=2):
@@ -98,7 +101,7 @@ def test_rope_turns_q_and_k_inside_their_projection(backend):
 
 
 @backends
-def test_rope_makes_scores_depend_on_distance_alone(backend):
+def test_rope_scores_depend_on_distance_only(backend):
     q, k = normal(1, 1, 1, 8).expand(1, 9, 1, 8), normal(1, 1, 1, 8, seed=1).expand(1, 9, 1, 8)
     scores = []
     for start in (0, 50):
@@ -110,7 +113,7 @@ def test_rope_makes_scores_depend_on_distance_alone(backend):
 
 
 def every_op(table):
-    """One function of x (2, 5, 3, 8) and a bias (8,) through all of them."""
+    """A function of x (2, 5, 3, 8) and bias (8,) that runs all pointwise ops."""
     return lambda x, bias: kernels.gated_mlp(kernels.rope(x, table), kernels.bias_gelu(x, bias), "gelu")
 
 
@@ -119,13 +122,13 @@ def table():
     return kernels.rope_table(torch.arange(5, device=DEVICE)[None], 8, 10000.0)
 
 
-def test_gradients_by_differences(table):
+def test_pointwise_gradients_pass_gradcheck(table):
     inputs = normal(2, 5, 3, 8).requires_grad_(), normal(8, seed=1).requires_grad_()
     with kernels.force("triton"):
         assert torch.autograd.gradcheck(every_op(table), inputs, fast_mode=True)
 
 
-def test_two_runs_are_equal_bit_for_bit_and_torch_compile_follows(table):
+def test_pointwise_rerun_or_compiled_is_bit_identical(table):
     inputs = normal(2, 5, 3, 8).float().requires_grad_(), normal(8, seed=1).float().requires_grad_()
     op = every_op(table)
     with kernels.force("triton"):
@@ -135,11 +138,11 @@ def test_two_runs_are_equal_bit_for_bit_and_torch_compile_follows(table):
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_opcheck(table):
+def test_pointwise_ops_pass_opcheck(table):
     x, bias = normal(2, 5, 3, 8).float().requires_grad_(), normal(8, seed=1).float().requires_grad_()
     torch.library.opcheck(bias_gelu_forward, (x, bias))
     torch.library.opcheck(gated_mlp_forward, (x, x.detach() + 1, "silu"))
-    torch.library.opcheck(turned, (x, *table, False))
+    torch.library.opcheck(rope_op, (x, *table, False))
     plain = x.detach()
     torch.library.opcheck(bias_gelu_backward, (plain, plain, None))
     torch.library.opcheck(gated_mlp_backward, (plain, plain, plain, "gelu"))

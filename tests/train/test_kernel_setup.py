@@ -21,9 +21,9 @@ from train.data.sampling.batch_plan import Cursor
 @pytest.fixture(autouse=True)
 def as_before(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuning.forget()
+    tuning.clear_cache()
     yield
-    tuning.forget()
+    tuning.clear_cache()
     kernels.use("auto", torch.device("cpu"))
 
 
@@ -51,26 +51,26 @@ def test_tiles_are_measured_on_request_only_and_kept(tmp_path):
         ran.append(choice)
         sum(range(20_000 if choice == slow else 10))
 
-    assert tuning.best("op", (64,), [slow, fast], run) == slow
+    assert tuning.best_tiles("op", (64,), [slow, fast], run) == slow
     assert not ran
-    with tuning.measuring():
-        assert tuning.best("op", (64,), [slow, fast], run) == fast
+    with tuning.measuring_tiles():
+        assert tuning.best_tiles("op", (64,), [slow, fast], run) == fast
     measured = len(ran)
     [file] = tmp_path.rglob("*.json")
     assert json.loads(file.read_text()) == {"op 64": fast}
-    tuning.forget()
-    assert tuning.best("op", (64,), [slow, fast], run) == fast
-    assert tuning.best("op", (128,), [slow, fast], run) == slow
+    tuning.clear_cache()
+    assert tuning.best_tiles("op", (64,), [slow, fast], run) == fast
+    assert tuning.best_tiles("op", (128,), [slow, fast], run) == slow
     assert len(ran) == measured
 
 
 def test_a_damaged_table_is_measured_anew(tmp_path):
-    with tuning.measuring():
-        tuning.best("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None)
+    with tuning.measuring_tiles():
+        tuning.best_tiles("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None)
     [file] = tmp_path.rglob("*.json")
     file.write_text("{")
-    tuning.forget()
-    assert tuning.best("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None) == {"BLOCK": 1}
+    tuning.clear_cache()
+    assert tuning.best_tiles("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None) == {"BLOCK": 1}
 
 
 @pytest.mark.parametrize("model", ["gpt_tiny", "t5_tiny", "bert_tiny", "lstm_tiny"])

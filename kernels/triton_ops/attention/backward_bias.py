@@ -1,8 +1,8 @@
-"""The gradient of an additive bias of attention: dS summed over the rows and heads that share the bias.
+"""Gradient of attention's additive bias: dS summed over the batch rows and heads that share the bias.
 
-A program owns a tile of the bias's gradient and walks over everything that was broadcast, making the scores again each time
-(see ``attention_backward_q``): a sum in one program in a fixed order, so two runs are equal bit for bit, at two products of the
-backward's seven. Nothing but the gradient itself is written.
+A program keeps a tile of the bias's gradient and walks over all batch rows and heads that the bias was broadcast to,
+recomputing the scores each time (see ``backward_q``). The sum is made in one program in a fixed order, so two runs are
+equal bit for bit, at the cost of two of the backward pass's seven products. Nothing but the gradient itself is written.
 """
 
 from __future__ import annotations
@@ -15,46 +15,49 @@ from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention.problem import Problem
-from kernels.triton_ops.attention.tiles import LOG2_E, columns, load_tile, sees
+from kernels.triton_ops.attention.problem import AttentionProblem
+from kernels.triton_ops.attention.tiles import LOG2_E, head_columns, load_tile, visible_range
+
+CANDIDATES: list[tuning.Tiles] = [{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}]
+"""One choice of tiles, so nothing is measured."""
 
 
 @triton.jit
 def _attention_backward_bias_kernel(
-    q,  # (B, Tq, H, Dh), turned
-    k,  # (B, Tk, Hkv, Dh), turned
-    v,  # (B, Tk, Hkv, Dh)
-    bias,  # (B or 1, H or 1, Tq, Tk)
-    q_marks,  # (B, 4, Tq) int32 or None
-    k_marks,  # (B, 4, Tk) int32 or None
-    lse,  # (B, H, Tq)
-    grad_out,  # (B, Tq, H, Dh)
-    delta,  # (B, H, Tq)
-    grad_bias,  # (B or 1, H or 1, Tq, Tk), written
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    bias_b,
-    bias_h,
-    bias_q,
-    bias_k,
-    queries,
-    keys,
-    heads,
-    bias_heads,
-    shared_rows,  # B where the bias has one row for all, else 1
-    shared_heads,
-    before,
-    after,
+    q_ptr,  # (B, Tq, H, Dh), rotated
+    k_ptr,  # (B, Tk, Hkv, Dh), rotated
+    v_ptr,  # (B, Tk, Hkv, Dh)
+    bias_ptr,  # (B or 1, H or 1, Tq, Tk)
+    q_bounds_ptr,  # (B, 4, Tq) int32 or None
+    k_bounds_ptr,  # (B, 4, Tk) int32 or None
+    lse_ptr,  # (B, H, Tq)
+    grad_out_ptr,  # (B, Tq, H, Dh)
+    delta_ptr,  # (B, H, Tq)
+    grad_bias_ptr,  # (B or 1, H or 1, Tq, Tk), written
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    grad_out_batch_stride,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
+    n_queries,
+    n_keys,
+    n_heads,
+    n_bias_heads,
+    shared_batches,  # B where one bias serves all batch rows, else 1
+    shared_heads,  # H where one bias serves all heads, else 1
+    window_left,
+    window_right,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -63,58 +66,66 @@ def _attention_backward_bias_kernel(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    across = (keys + BLOCK_N - 1) // BLOCK_N
-    at_q = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    at_k = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows, others = tl.minimum(at_q, queries - 1), tl.minimum(at_k, keys - 1)
-    far_q, far_k = rows.to(tl.int64)[:, None], others.to(tl.int64)[:, None]
-    start, stop, _ = sees(rows, keys - queries, before, after, 0, keys, None, queries)
-    seen = (at_k[None, :] >= start[:, None]) & (at_k[None, :] < stop[:, None])
-    cols, kept = columns(HEAD_DIM, BLOCK_D, False)
-    wide: tl.constexpr = lse.dtype.element_ty
-    acc = tl.zeros((BLOCK_M, BLOCK_N), wide)
-    some = tl.max(seen.to(tl.int32)) > 0
-    for step in tl.range(0, tl.where(some, shared_rows * shared_heads, 0)):
-        row = (tl.program_id(1) // bias_heads + step // shared_heads).to(tl.int64)
-        head = (tl.program_id(1) % bias_heads + step % shared_heads).to(tl.int64)
-        q_tile = load_tile(q + row * q_b + head * q_h, far_q * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-        grad_tile = load_tile(
-            grad_out + row * grad_b + head * grad_h, far_q * grad_t + cols[None, :], kept, HEAD_DIM, BLOCK_D
+    n_key_blocks = (n_keys + BLOCK_N - 1) // BLOCK_N
+    q_position = tl.program_id(0) // n_key_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_position = tl.program_id(0) % n_key_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_row, k_row = tl.minimum(q_position, n_queries - 1), tl.minimum(k_position, n_keys - 1)
+    q_row64, k_row64 = q_row.to(tl.int64)[:, None], k_row.to(tl.int64)[:, None]
+    start, stop, _ = visible_range(q_row, n_keys - n_queries, window_left, window_right, 0, n_keys, None, n_queries)
+    in_band = (k_position[None, :] >= start[:, None]) & (k_position[None, :] < stop[:, None])
+    columns, column_mask = head_columns(HEAD_DIM, BLOCK_D, False)
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_M, BLOCK_N), acc_dtype)
+    any_visible = tl.max(in_band.to(tl.int32)) > 0
+    for step in tl.range(0, tl.where(any_visible, shared_batches * shared_heads, 0)):
+        batch = (tl.program_id(1) // n_bias_heads + step // shared_heads).to(tl.int64)
+        head = (tl.program_id(1) % n_bias_heads + step % shared_heads).to(tl.int64)
+        q_base_ptr = q_ptr + batch * q_batch_stride + head * q_head_stride
+        grad_out_base_ptr = grad_out_ptr + batch * grad_out_batch_stride + head * grad_out_head_stride
+        k_base_ptr = k_ptr + batch * k_batch_stride + head // GROUPS * k_head_stride
+        v_base_ptr = v_ptr + batch * v_batch_stride + head // GROUPS * v_head_stride
+        q_tile = load_tile(q_base_ptr, q_row64 * q_row_stride + columns[None, :], column_mask, HEAD_DIM, BLOCK_D)
+        grad_out_tile = load_tile(
+            grad_out_base_ptr, q_row64 * grad_out_row_stride + columns[None, :], column_mask, HEAD_DIM, BLOCK_D
         )
-        k_tile = load_tile(k + row * k_b + head // GROUPS * k_h, far_k * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-        v_tile = load_tile(v + row * v_b + head // GROUPS * v_h, far_k * v_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-        which = (row * heads + head) * queries + rows
-        scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
-        added = tl.load(bias + row * bias_b + head * bias_h + far_q * bias_q + far_k.trans(1, 0) * bias_k).to(wide)
-        weights = tl.exp2((scores * SCALE + added) * LOG2_E - tl.load(lse + which)[:, None])
-        grad_weights = dot(grad_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
-        visible = seen
-        if q_marks is not None:
-            ids = tl.load(q_marks + row * 4 * queries + rows)
-            visible &= ids[:, None] == tl.load(k_marks + row * 4 * keys + others)[None, :]
-        acc += tl.where(visible, weights * (grad_weights - tl.load(delta + which)[:, None]), 0.0)
-    stored = (tl.program_id(1).to(tl.int64) * queries + at_q)[:, None] * keys + at_k[None, :]
-    tl.store(
-        grad_bias + stored, acc.to(grad_bias.dtype.element_ty), mask=(at_q < queries)[:, None] & (at_k < keys)[None, :]
-    )
+        k_tile = load_tile(k_base_ptr, k_row64 * k_row_stride + columns[None, :], column_mask, HEAD_DIM, BLOCK_D)
+        v_tile = load_tile(v_base_ptr, k_row64 * v_row_stride + columns[None, :], column_mask, HEAD_DIM, BLOCK_D)
+        lse_index = (batch * n_heads + head) * n_queries + q_row
+        scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), acc_dtype), PRECISION)
+        bias_base_ptr = bias_ptr + batch * bias_batch_stride + head * bias_head_stride
+        bias_offsets = q_row64 * bias_row_stride + k_row64.trans(1, 0) * bias_column_stride
+        bias = tl.load(bias_base_ptr + bias_offsets).to(acc_dtype)
+        probs = tl.exp2((scores * SCALE + bias) * LOG2_E - tl.load(lse_ptr + lse_index)[:, None])
+        grad_probs = dot(grad_out_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, BLOCK_N), acc_dtype), PRECISION)
+        visible = in_band
+        if q_bounds_ptr is not None:
+            q_ids = tl.load(q_bounds_ptr + batch * 4 * n_queries + q_row)
+            k_ids = tl.load(k_bounds_ptr + batch * 4 * n_keys + k_row)
+            visible &= q_ids[:, None] == k_ids[None, :]
+        acc += tl.where(visible, probs * (grad_probs - tl.load(delta_ptr + lse_index)[:, None]), 0.0)
+    out_offset = (tl.program_id(1).to(tl.int64) * n_queries + q_position)[:, None] * n_keys + k_position[None, :]
+    mask = (q_position < n_queries)[:, None] & (k_position < n_keys)[None, :]
+    tl.store(grad_bias_ptr + out_offset, acc.to(grad_bias_ptr.dtype.element_ty), mask=mask)
 
 
-def run_backward_bias(problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor) -> None:
-    """Writes the gradient of the bias. Queries and keys are turned already."""
+def run_backward_bias(
+    problem: AttentionProblem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor
+) -> None:
+    """Writes the gradient of the bias (B or 1, H or 1, Tq, Tk). Queries and keys come rotated already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_bias)
-    run(tuning.best("attention_backward_bias", problem.shape_class(), _candidates(problem.q), run))
+    run(tuning.best_tiles("attention_backward_bias", problem.shape_class(), CANDIDATES, run))
 
 
 def _run(
-    problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor, chosen: tuning.Tiles
+    problem: AttentionProblem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_bias: Tensor, tiles: tuning.Tiles
 ) -> None:
-    (rows, queries, heads, _), (bias_rows, bias_heads, _, keys) = problem.q.shape, grad_bias.shape
-    shared = rows if bias_rows == 1 else 1, heads if bias_heads == 1 else 1
-    sizes = queries, keys, heads, bias_heads, *shared, problem.before, problem.after
-    arguments = *problem[:6], lse, grad_out, delta, grad_bias, *problem.strides(grad_out)[:-1], *sizes
-    grid = triton.cdiv(queries, chosen["BLOCK_M"]) * triton.cdiv(keys, chosen["BLOCK_N"]), bias_rows * bias_heads
-    launch(_attention_backward_bias_kernel, grid, *arguments, **problem.constants(), **chosen)
-
-
-def _candidates(q: Tensor) -> list[tuning.Tiles]:
-    return [{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}]
+    batch_size, n_queries, n_heads, _ = problem.q.shape
+    n_bias_batches, n_bias_heads, _, n_keys = grad_bias.shape
+    shared = batch_size if n_bias_batches == 1 else 1, n_heads if n_bias_heads == 1 else 1
+    windows = problem.window_left, problem.window_right
+    sizes = n_queries, n_keys, n_heads, n_bias_heads, *shared, *windows
+    strides = problem.strides(grad_out)[:-1]
+    arguments = *problem[:6], lse, grad_out, delta, grad_bias, *strides, *sizes
+    n_tiles = triton.cdiv(n_queries, tiles["BLOCK_M"]) * triton.cdiv(n_keys, tiles["BLOCK_N"])
+    grid = n_tiles, n_bias_batches * n_bias_heads
+    launch(_attention_backward_bias_kernel, grid, *arguments, **problem.constexprs(), **tiles)

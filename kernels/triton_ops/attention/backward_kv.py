@@ -1,10 +1,11 @@
-"""The backward pass of attention for the keys and values: dV = P^T dO and dK = scale * dS^T Q (see ``attention_backward_q``).
+"""Backward pass of attention for the keys and values: dV = P^T dO and dK = scale * dS^T Q.
 
-A program owns a block of keys of one key head and walks over the queries that see it, of all query heads of its group, in one
-loop: their gradients are summed in registers, in a fixed order.
+P and dS are explained in ``backward_q``. A program keeps a block of keys of one key head and walks over the queries
+that see it, of all query heads of its group, in one loop: their gradients are summed in registers, in a fixed order.
 
-On Hopper: two accumulators of 128 keys take half of the registers of 8 warps at a head dimension of 128, so the queries come 64
-at a time. Scores are made transposed, so that P^T and dS^T are the left operands of wgmma straight from registers.
+On Hopper, two accumulators of 128 keys take half of the registers of 8 warps at a head dimension of 128, so the queries
+come 64 at a time. Scores are computed transposed, so that P^T and dS^T are left operands of wgmma straight from
+registers.
 """
 
 from __future__ import annotations
@@ -19,180 +20,214 @@ from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention.problem import Choice, Problem, boxed, rounded, run_best, side_by_side
+from kernels.triton_ops.attention.problem import (
+    AttentionProblem,
+    TileChoice,
+    head_dim_class,
+    heads_in_l2,
+    run_best_tiles,
+    tma_descriptor,
+)
 from kernels.triton_ops.attention.tiles import (
     LOG2_E,
-    columns,
+    head_columns,
     load_rows,
     load_tile,
-    place,
-    sees,
-    tile_at,
-    tiles,
-    turn_back,
+    rotate_back,
+    tile_of_program,
+    tile_ranges,
+    tile_start,
+    visible_range,
 )
 
 
 @triton.jit
 def _attention_backward_kv_kernel(
-    q,  # (B, Tq, H, Dh), turned
-    k,  # (B, Tk, Hkv, Dh), turned
-    v,  # (B, Tk, Hkv, Dh)
-    bias,  # (B or 1, H or 1, Tq, Tk) or None
-    q_marks,  # (B, 4, Tq) int32 or None
-    k_marks,  # (B, 4, Tk) int32 or None
-    cos,  # (B or 1, T, Dh/2) float32 or None
-    sin,
-    lse,  # (B, H, Tq)
-    grad_out,  # (B, Tq, H, Dh)
-    delta,  # (B, H, Tq)
-    grad_k,  # (B, Tk, Hkv, Dh), written
-    grad_v,  # (B, Tk, Hkv, Dh), written
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    bias_b,
-    bias_h,
-    bias_q,
-    bias_k,
-    cos_b,
-    queries,
-    keys,
-    heads,  # Hkv
-    pairs,  # B * Hkv
-    before,
-    after,
-    beside,  # pairs whose programs run side by side
+    q_ptr,  # (B, Tq, H, Dh), rotated; a tensor descriptor with USE_TMA
+    k_ptr,  # (B, Tk, Hkv, Dh), rotated
+    v_ptr,  # (B, Tk, Hkv, Dh)
+    bias_ptr,  # (B or 1, H or 1, Tq, Tk) or None
+    q_bounds_ptr,  # (B, 4, Tq) int32 or None
+    k_bounds_ptr,  # (B, 4, Tk) int32 or None
+    cos_ptr,  # (B or 1, T, Dh/2) float32 or None
+    sin_ptr,  # (B or 1, T, Dh/2) float32 or None
+    lse_ptr,  # (B, H, Tq)
+    grad_out_ptr,  # (B, Tq, H, Dh); a tensor descriptor with USE_TMA
+    delta_ptr,  # (B, H, Tq)
+    grad_k_ptr,  # (B, Tk, Hkv, Dh), written
+    grad_v_ptr,  # (B, Tk, Hkv, Dh), written
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    grad_out_batch_stride,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
+    cos_batch_stride,
+    n_queries,
+    n_keys,
+    n_heads,  # Hkv
+    n_batch_heads,  # B * Hkv
+    window_left,
+    window_right,
+    concurrent_heads,  # (batch, head) pairs whose programs run side by side
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BOXES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = (keys + BLOCK_N - 1) // BLOCK_N
-    block, pair = place(tl.program_id(0), blocks, pairs, beside)  # causal: the first is seen by most
-    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    at = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.minimum(at, keys - 1)
-    if q_marks is not None:
-        q_marks += row * 4 * queries
-        k_marks += row * 4 * keys
-        ids = tl.load(k_marks + rows)
-    # Which queries see these keys: the forward band, looked at from the other side.
-    start, stop, whole_stop = sees(rows, queries - keys, after, before, 0, queries, k_marks, keys)
-    begin, whole_begin, whole, edges = tiles(start, stop, whole_stop, BLOCK_M)
+    n_blocks = (n_keys + BLOCK_N - 1) // BLOCK_N
+    block, batch_head = tile_of_program(  # causal: the first block is seen by most queries
+        tl.program_id(0), n_blocks, n_batch_heads, concurrent_heads
+    )
+    batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
+    position = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(position, n_keys - 1)
+    if q_bounds_ptr is not None:
+        q_bounds_ptr += batch * 4 * n_queries
+        k_bounds_ptr += batch * 4 * n_keys
+        k_ids = tl.load(k_bounds_ptr + row)
+    # The queries that see these keys: the band of the forward pass, transposed, so the window's sides are swapped.
+    start, stop, full_stop = visible_range(
+        row, n_queries - n_keys, window_right, window_left, 0, n_queries, k_bounds_ptr, n_keys
+    )
+    first, full_first, n_full, n_partial = tile_ranges(start, stop, full_stop, BLOCK_M)
 
-    plain, plain_kept = columns(HEAD_DIM, BLOCK_D, False)
-    cols, kept = columns(HEAD_DIM, BLOCK_D, cos is not None)
-    far = rows.to(tl.int64)[:, None]
-    k_tile = load_tile(k + row * k_b + head * k_h, far * k_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-    v_tile = load_tile(v + row * v_b + head * v_h, far * v_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
+    v_columns, v_mask = head_columns(HEAD_DIM, BLOCK_D, False)
+    k_columns, k_mask = head_columns(HEAD_DIM, BLOCK_D, cos_ptr is not None)
+    row64 = row.to(tl.int64)[:, None]
+    k_base_ptr = k_ptr + batch * k_batch_stride + head * k_head_stride
+    v_base_ptr = v_ptr + batch * v_batch_stride + head * v_head_stride
+    k_tile = load_tile(k_base_ptr, row64 * k_row_stride + k_columns[None, :], k_mask, HEAD_DIM, BLOCK_D)
+    v_tile = load_tile(v_base_ptr, row64 * v_row_stride + v_columns[None, :], v_mask, HEAD_DIM, BLOCK_D)
 
-    wide: tl.constexpr = lse.dtype.element_ty
-    unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0
-    acc_k = tl.zeros((BLOCK_N, BLOCK_D), wide)
-    acc_v = tl.zeros((BLOCK_N, BLOCK_D), wide)
-    for EDGE in tl.static_range(2):
-        count = edges if EDGE else whole
-        for step in tl.range(0, count * GROUPS):  # one loop over tiles and heads, so that the copies never run dry
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    scale_log2: tl.constexpr = SCALE * LOG2_E if bias_ptr is None else 1.0
+    acc_k = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
+    acc_v = tl.zeros((BLOCK_N, BLOCK_D), acc_dtype)
+    for PARTIAL in tl.static_range(2):
+        n_tiles = n_partial if PARTIAL else n_full
+        for step in tl.range(0, n_tiles * GROUPS):  # one loop over tiles and heads keeps the copy pipeline full
             q_head = head * GROUPS + step % GROUPS
-            first = tile_at(step // GROUPS, EDGE, begin, whole_begin, whole, BLOCK_M)
-            inside = tl.arange(0, BLOCK_M)
-            if EDGE:
-                inside = tl.minimum(inside, queries - 1 - first)
-            q_tile = load_rows(q, row, q_head, first, inside, q_b, q_t, q_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
-            grad_tile = load_rows(
-                grad_out,
-                row,
+            q_start = tile_start(step // GROUPS, PARTIAL, first, full_first, n_full, BLOCK_M)
+            q_offset = tl.arange(0, BLOCK_M)
+            if PARTIAL:
+                q_offset = tl.minimum(q_offset, n_queries - 1 - q_start)
+            q_tile = load_rows(
+                q_ptr,
+                batch,
                 q_head,
-                first,
-                inside,
-                grad_b,
-                grad_t,
-                grad_h,
-                plain,
-                plain_kept,
+                q_start,
+                q_offset,
+                q_batch_stride,
+                q_row_stride,
+                q_head_stride,
+                k_columns,
+                k_mask,
                 HEAD_DIM,
                 BLOCK_D,
-                BOXES,
+                USE_TMA,
             )
-            which = (row * heads * GROUPS + q_head) * queries + first + inside
-            scores = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_N, BLOCK_M), wide), PRECISION)
-            if bias is not None:
-                offsets = far * bias_k + (first + inside).to(tl.int64)[None, :] * bias_q
-                added = tl.load(bias + row * bias_b + q_head * bias_h + offsets).to(wide)
-                scores = (scores * SCALE + added) * LOG2_E
-            weights = tl.exp2(scores * unit - tl.load(lse + which)[None, :])
-            if EDGE:
-                places = first + tl.arange(0, BLOCK_M)
-                seen = (places[None, :] >= start[:, None]) & (places[None, :] < stop[:, None])
-                if q_marks is not None:
-                    seen &= ids[:, None] == tl.load(q_marks + first + inside)[None, :]
-                weights = tl.where(seen, weights, 0.0)
-            acc_v = dot(weights.to(grad_tile.dtype), grad_tile, acc_v, PRECISION)
-            grad_weights = dot(v_tile, tl.trans(grad_tile), tl.zeros((BLOCK_N, BLOCK_M), wide), PRECISION)
-            grad_scores = weights * (grad_weights - tl.load(delta + which)[None, :])
+            grad_out_tile = load_rows(
+                grad_out_ptr,
+                batch,
+                q_head,
+                q_start,
+                q_offset,
+                grad_out_batch_stride,
+                grad_out_row_stride,
+                grad_out_head_stride,
+                v_columns,
+                v_mask,
+                HEAD_DIM,
+                BLOCK_D,
+                USE_TMA,
+            )
+            lse_index = (batch * n_heads * GROUPS + q_head) * n_queries + q_start + q_offset
+            scores = dot(k_tile, tl.trans(q_tile), tl.zeros((BLOCK_N, BLOCK_M), acc_dtype), PRECISION)
+            if bias_ptr is not None:
+                offsets = row64 * bias_column_stride + (q_start + q_offset).to(tl.int64)[None, :] * bias_row_stride
+                bias_base_ptr = bias_ptr + batch * bias_batch_stride + q_head * bias_head_stride
+                bias = tl.load(bias_base_ptr + offsets).to(acc_dtype)
+                scores = (scores * SCALE + bias) * LOG2_E
+            probs = tl.exp2(scores * scale_log2 - tl.load(lse_ptr + lse_index)[None, :])
+            if PARTIAL:
+                q_position = q_start + tl.arange(0, BLOCK_M)
+                visible = (q_position[None, :] >= start[:, None]) & (q_position[None, :] < stop[:, None])
+                if q_bounds_ptr is not None:
+                    visible &= k_ids[:, None] == tl.load(q_bounds_ptr + q_start + q_offset)[None, :]
+                probs = tl.where(visible, probs, 0.0)
+            acc_v = dot(probs.to(grad_out_tile.dtype), grad_out_tile, acc_v, PRECISION)
+            grad_probs = dot(v_tile, tl.trans(grad_out_tile), tl.zeros((BLOCK_N, BLOCK_M), acc_dtype), PRECISION)
+            grad_scores = probs * (grad_probs - tl.load(delta_ptr + lse_index)[None, :])
             acc_k = dot(grad_scores.to(q_tile.dtype), q_tile, acc_k, PRECISION)
 
     acc_k *= SCALE
-    if cos is not None:
-        acc_k = turn_back(acc_k, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM)
-    stored = ((row * keys + at) * heads + head)[:, None] * HEAD_DIM
-    inner = (at < keys)[:, None]
-    tl.store(grad_k + stored + cols[None, :], acc_k.to(grad_k.dtype.element_ty), mask=inner & kept[None, :])
-    tl.store(grad_v + stored + plain[None, :], acc_v.to(grad_v.dtype.element_ty), mask=inner & plain_kept[None, :])
+    if cos_ptr is not None:
+        acc_k = rotate_back(
+            acc_k, cos_ptr + batch * cos_batch_stride, sin_ptr + batch * cos_batch_stride, row, HEAD_DIM
+        )
+    out_offset = ((batch * n_keys + position) * n_heads + head)[:, None] * HEAD_DIM
+    grad_k_tile_ptr = grad_k_ptr + out_offset + k_columns[None, :]
+    grad_v_tile_ptr = grad_v_ptr + out_offset + v_columns[None, :]
+    row_mask = (position < n_keys)[:, None]
+    tl.store(grad_k_tile_ptr, acc_k.to(grad_k_ptr.dtype.element_ty), mask=row_mask & k_mask[None, :])
+    tl.store(grad_v_tile_ptr, acc_v.to(grad_v_ptr.dtype.element_ty), mask=row_mask & v_mask[None, :])
 
 
 def run_backward_kv(
-    problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor
+    problem: AttentionProblem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor
 ) -> None:
-    """Writes the gradients of k and v. Queries and keys are turned already."""
+    """Writes the gradients of k and v (B, Tk, Hkv, Dh). Queries and keys come rotated already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_k, grad_v)
-    run_best("attention_backward_kv", problem, (problem.q, grad_out), _choices(problem.q), run)
+    run_best_tiles("attention_backward_kv", problem, (problem.q, grad_out), _tile_choices(problem.q), run)
 
 
 def _run(
-    problem: Problem, lse: Tensor, grad_out: Tensor, delta: Tensor, grad_k: Tensor, grad_v: Tensor, chosen: tuning.Tiles
+    problem: AttentionProblem,
+    lse: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    tiles: tuning.Tiles,
 ) -> None:
-    rows, keys, heads, _ = grad_k.shape
-    beside = max(1, side_by_side(problem.q) // problem.groups)
-    sizes = problem.q.shape[1], keys, heads, rows * heads, problem.before, problem.after, beside
+    batch_size, n_keys, n_heads, _ = grad_k.shape
+    concurrent_heads = max(1, heads_in_l2(problem.q) // problem.groups)
+    windows = problem.window_left, problem.window_right
+    sizes = problem.q.shape[1], n_keys, n_heads, batch_size * n_heads, *windows, concurrent_heads
     q: Any = problem.q
     grad: Any = grad_out
-    if chosen["BOXES"]:
-        q, grad = (boxed(x, chosen["BLOCK_M"]) for x in (q, grad))
+    if tiles["USE_TMA"]:
+        q, grad = (tma_descriptor(x, tiles["BLOCK_M"]) for x in (q, grad))
     tensors = q, *problem[1:8], lse, grad, delta, grad_k, grad_v
-    grid = (triton.cdiv(keys, chosen["BLOCK_N"]) * rows * heads,)
-    launch(
-        _attention_backward_kv_kernel,
-        grid,
-        *tensors,
-        *problem.strides(grad_out),
-        *sizes,
-        **problem.constants(),
-        **chosen,
-    )
+    grid = (triton.cdiv(n_keys, tiles["BLOCK_N"]) * batch_size * n_heads,)
+    arguments = *tensors, *problem.strides(grad_out), *sizes
+    launch(_attention_backward_kv_kernel, grid, *arguments, **problem.constexprs(), **tiles)
 
 
-def _choices(q: Tensor) -> list[Choice]:
+def _tile_choices(q: Tensor) -> list[TileChoice]:
+    """Candidates for the dtype and head dimension of q, the untuned default first."""
     if q.dtype == torch.float64:
         return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
+    head_dim = head_dim_class(q.shape[3])
     if q.dtype == torch.float32:
-        return {64: [(32, 128, 0, 8, 2)], 128: [(32, 64, 0, 8, 2)], 256: [(16, 16, 0, 8, 1)]}[rounded(q.shape[3])]
+        return {64: [(32, 128, 0, 8, 2)], 128: [(32, 64, 0, 8, 2)], 256: [(16, 16, 0, 8, 1)]}[head_dim]
     return {
         64: [(64, 128, 0, 8, 3), (64, 128, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
         128: [(64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 1, 8, 3), (64, 64, 1, 4, 2)],
         256: [(32, 64, 0, 8, 2), (32, 64, 1, 8, 2)],
-    }[rounded(q.shape[3])]
+    }[head_dim]

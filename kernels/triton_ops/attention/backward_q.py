@@ -1,14 +1,16 @@
-"""The backward pass of attention for the queries: dQ = scale * dS K, and what the other gradients need of each row.
+"""Backward pass of attention for the queries: dQ = scale * dS K, and delta for the later kernels.
 
-No score was kept, so a backward kernel makes its own again from the saved log-sums: P = exp(scores - log-sum), and
-dS = P * (dO V^T - delta) with delta = rowsum(dO * O) (Dao et al. 2022, 2023). A program owns a block of queries and walks over
-the keys that they see, as forward; first it makes delta, and the queries in rotary embedding, for the kernels after it.
+Scores were not kept, so a backward kernel recomputes them from the saved log-sum-exp: P = exp(scores - lse), and dS = P
+* (dO V^T - delta) with delta = rowsum(dO * O) (Dao et al. 2022, 2023). A program keeps a block of queries and walks
+over the keys that they see, as in the forward pass. Before that it writes delta, and the rotated queries, for the later
+kernels.
 
-Every gradient of attention is summed inside one program in a fixed order, without atomic additions: two runs are equal bit for
-bit. The price is that scores are made once for dQ and once for dK and dV, 7 products for 5; what it buys besides is that no
-gradient passes through memory in float32.
+Every gradient of attention is summed inside one program in a fixed order, without atomic additions: two runs are equal
+bit for bit. The cost is that scores are computed once for dQ and once more for dK and dV, seven products instead of
+five; in return no gradient passes through memory in float32.
 
-On Hopper: 128 queries for two warp groups as forward, and 64 keys at a time, since scores and their gradients are both held.
+On Hopper, a program takes 128 queries for two warp groups, as in the forward pass, and 64 keys at a time, since it
+holds both the scores and their gradients.
 """
 
 from __future__ import annotations
@@ -23,186 +25,235 @@ from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention.problem import Choice, Problem, boxed, rounded, run_best, side_by_side
+from kernels.triton_ops.attention.problem import (
+    AttentionProblem,
+    TileChoice,
+    head_dim_class,
+    heads_in_l2,
+    run_best_tiles,
+    tma_descriptor,
+)
 from kernels.triton_ops.attention.tiles import (
     LOG2_E,
-    columns,
+    head_columns,
+    load_rotated,
     load_rows,
     load_tile,
-    load_turned,
-    place,
-    sees,
-    tile_at,
-    tiles,
-    turn_back,
+    rotate_back,
+    tile_of_program,
+    tile_ranges,
+    tile_start,
+    visible_range,
 )
 
 
 @triton.jit
 def _attention_backward_q_kernel(
-    q,  # (B, Tq, H, Dh)
-    k,  # (B, Tk, Hkv, Dh), turned
-    v,  # (B, Tk, Hkv, Dh)
-    bias,  # (B or 1, H or 1, Tq, Tk) or None
-    q_marks,  # (B, 4, Tq) int32 or None
-    k_marks,  # (B, 4, Tk) int32 or None
-    cos,  # (B or 1, T, Dh/2) float32 or None
-    sin,
-    out,  # (B, Tq, H, Dh)
-    lse,  # (B, H, Tq)
-    grad_out,  # (B, Tq, H, Dh)
-    q_turned,  # (B, Tq, H, Dh), written, or None
-    delta,  # (B, H, Tq), written
-    grad_q,  # (B, Tq, H, Dh), written
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    grad_b,
-    grad_t,
-    grad_h,
-    bias_b,
-    bias_h,
-    bias_q,
-    bias_k,
-    cos_b,
-    queries,
-    keys,
-    heads,
-    pairs,  # B * H
-    before,
-    after,
-    beside,  # pairs whose programs run side by side
+    q_ptr,  # (B, Tq, H, Dh), before rotary embedding
+    k_ptr,  # (B, Tk, Hkv, Dh), rotated; a tensor descriptor with USE_TMA
+    v_ptr,  # (B, Tk, Hkv, Dh); a tensor descriptor with USE_TMA
+    bias_ptr,  # (B or 1, H or 1, Tq, Tk) or None
+    q_bounds_ptr,  # (B, 4, Tq) int32 or None
+    k_bounds_ptr,  # (B, 4, Tk) int32 or None
+    cos_ptr,  # (B or 1, T, Dh/2) float32 or None
+    sin_ptr,  # (B or 1, T, Dh/2) float32 or None
+    out_ptr,  # (B, Tq, H, Dh)
+    lse_ptr,  # (B, H, Tq)
+    grad_out_ptr,  # (B, Tq, H, Dh)
+    q_rotated_ptr,  # (B, Tq, H, Dh), written, or None
+    delta_ptr,  # (B, H, Tq), written
+    grad_q_ptr,  # (B, Tq, H, Dh), written
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    grad_out_batch_stride,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
+    cos_batch_stride,
+    n_queries,
+    n_keys,
+    n_heads,
+    n_batch_heads,  # B * H
+    window_left,
+    window_right,
+    concurrent_heads,  # (batch, head) pairs whose programs run side by side
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BOXES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = (queries + BLOCK_M - 1) // BLOCK_M
-    block, pair = place(tl.program_id(0), blocks, pairs, beside)
-    block = blocks - 1 - block
-    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    at = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(at, queries - 1)
-    if q_marks is not None:
-        q_marks += row * 4 * queries
-        k_marks += row * 4 * keys
-        ids = tl.load(q_marks + rows)
-    start, stop, whole_stop = sees(rows, keys - queries, before, after, 0, keys, q_marks, queries)
-    begin, whole_begin, whole, edges = tiles(start, stop, whole_stop, BLOCK_N)
-
-    plain, plain_kept = columns(HEAD_DIM, BLOCK_D, False)
-    cols, kept = columns(HEAD_DIM, BLOCK_D, cos is not None)
-    stored = ((row * queries + at) * heads + head)[:, None] * HEAD_DIM
-    far = rows.to(tl.int64)[:, None]
-    if cos is None:
-        q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
-    else:
-        q_tile = load_turned(
-            q + row * q_b + head * q_h, far * q_t, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM, BLOCK_D
-        )
-        tl.store(q_turned + stored + cols[None, :], q_tile, mask=(at < queries)[:, None] & kept[None, :])
-    grad_tile = load_tile(
-        grad_out + row * grad_b + head * grad_h, far * grad_t + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D
+    n_blocks = (n_queries + BLOCK_M - 1) // BLOCK_M
+    block, batch_head = tile_of_program(tl.program_id(0), n_blocks, n_batch_heads, concurrent_heads)
+    block = n_blocks - 1 - block  # causal: the last block sees most keys
+    batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
+    position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(position, n_queries - 1)
+    if q_bounds_ptr is not None:
+        q_bounds_ptr += batch * 4 * n_queries
+        k_bounds_ptr += batch * 4 * n_keys
+        q_ids = tl.load(q_bounds_ptr + row)
+    start, stop, full_stop = visible_range(
+        row, n_keys - n_queries, window_left, window_right, 0, n_keys, q_bounds_ptr, n_queries
     )
-    place_out = ((row * queries + rows) * heads + head)[:, None] * HEAD_DIM
-    out_tile = load_tile(out, place_out + plain[None, :], plain_kept, HEAD_DIM, BLOCK_D)
-    wide: tl.constexpr = lse.dtype.element_ty
-    slope = tl.sum(out_tile.to(wide) * grad_tile.to(wide), 1)
-    tl.store(delta + pair.to(tl.int64) * queries + at, slope, mask=at < queries)
-    sums = tl.load(lse + pair.to(tl.int64) * queries + rows)
+    first, full_first, n_full, n_partial = tile_ranges(start, stop, full_stop, BLOCK_N)
+
+    v_columns, v_mask = head_columns(HEAD_DIM, BLOCK_D, False)
+    k_columns, k_mask = head_columns(HEAD_DIM, BLOCK_D, cos_ptr is not None)
+    out_offset = ((batch * n_queries + position) * n_heads + head)[:, None] * HEAD_DIM
+    row64 = row.to(tl.int64)[:, None]
+    q_base_ptr = q_ptr + batch * q_batch_stride + head * q_head_stride
+    if cos_ptr is None:
+        q_tile = load_tile(q_base_ptr, row64 * q_row_stride + k_columns[None, :], k_mask, HEAD_DIM, BLOCK_D)
+    else:
+        q_tile = load_rotated(
+            q_base_ptr,
+            row64 * q_row_stride,
+            cos_ptr + batch * cos_batch_stride,
+            sin_ptr + batch * cos_batch_stride,
+            row,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+        q_mask = (position < n_queries)[:, None] & k_mask[None, :]
+        tl.store(q_rotated_ptr + out_offset + k_columns[None, :], q_tile, mask=q_mask)
+    grad_out_tile = load_tile(
+        grad_out_ptr + batch * grad_out_batch_stride + head * grad_out_head_stride,
+        row64 * grad_out_row_stride + v_columns[None, :],
+        v_mask,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    out_row = ((batch * n_queries + row) * n_heads + head)[:, None] * HEAD_DIM
+    out_tile = load_tile(out_ptr, out_row + v_columns[None, :], v_mask, HEAD_DIM, BLOCK_D)
+    acc_dtype: tl.constexpr = lse_ptr.dtype.element_ty
+    delta = tl.sum(out_tile.to(acc_dtype) * grad_out_tile.to(acc_dtype), 1)
+    tl.store(delta_ptr + batch_head.to(tl.int64) * n_queries + position, delta, mask=position < n_queries)
+    lse = tl.load(lse_ptr + batch_head.to(tl.int64) * n_queries + row)
     kv_head = head // GROUPS
 
-    unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0
-    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-    for EDGE in tl.static_range(2):
-        for number in tl.range(0, edges if EDGE else whole):
-            first = tile_at(number, EDGE, begin, whole_begin, whole, BLOCK_N)
-            inside = tl.arange(0, BLOCK_N)
-            if EDGE:
-                inside = tl.minimum(inside, keys - 1 - first)
-            k_tile = load_rows(k, row, kv_head, first, inside, k_b, k_t, k_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
-            v_tile = load_rows(
-                v, row, kv_head, first, inside, v_b, v_t, v_h, plain, plain_kept, HEAD_DIM, BLOCK_D, BOXES
+    scale_log2: tl.constexpr = SCALE * LOG2_E if bias_ptr is None else 1.0
+    acc = tl.zeros((BLOCK_M, BLOCK_D), acc_dtype)
+    for PARTIAL in tl.static_range(2):
+        for tile in tl.range(0, n_partial if PARTIAL else n_full):
+            k_start = tile_start(tile, PARTIAL, first, full_first, n_full, BLOCK_N)
+            k_offset = tl.arange(0, BLOCK_N)
+            if PARTIAL:
+                k_offset = tl.minimum(k_offset, n_keys - 1 - k_start)
+            k_tile = load_rows(
+                k_ptr,
+                batch,
+                kv_head,
+                k_start,
+                k_offset,
+                k_batch_stride,
+                k_row_stride,
+                k_head_stride,
+                k_columns,
+                k_mask,
+                HEAD_DIM,
+                BLOCK_D,
+                USE_TMA,
             )
-            scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
-            if bias is not None:
-                offsets = far * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
-                added = tl.load(bias + row * bias_b + head * bias_h + offsets).to(wide)
-                scores = (scores * SCALE + added) * LOG2_E
-            weights = tl.exp2(scores * unit - sums[:, None])
-            if EDGE:
-                places = first + tl.arange(0, BLOCK_N)
-                seen = (places[None, :] >= start[:, None]) & (places[None, :] < stop[:, None])
-                if q_marks is not None:
-                    seen &= ids[:, None] == tl.load(k_marks + first + inside)[None, :]
-                weights = tl.where(seen, weights, 0.0)
-            grad_weights = dot(grad_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
-            grad_scores = weights * (grad_weights - slope[:, None])
+            v_tile = load_rows(
+                v_ptr,
+                batch,
+                kv_head,
+                k_start,
+                k_offset,
+                v_batch_stride,
+                v_row_stride,
+                v_head_stride,
+                v_columns,
+                v_mask,
+                HEAD_DIM,
+                BLOCK_D,
+                USE_TMA,
+            )
+            scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), acc_dtype), PRECISION)
+            if bias_ptr is not None:
+                offsets = row64 * bias_row_stride + (k_start + k_offset).to(tl.int64)[None, :] * bias_column_stride
+                bias_base_ptr = bias_ptr + batch * bias_batch_stride + head * bias_head_stride
+                bias = tl.load(bias_base_ptr + offsets).to(acc_dtype)
+                scores = (scores * SCALE + bias) * LOG2_E
+            probs = tl.exp2(scores * scale_log2 - lse[:, None])
+            if PARTIAL:
+                k_position = k_start + tl.arange(0, BLOCK_N)
+                visible = (k_position[None, :] >= start[:, None]) & (k_position[None, :] < stop[:, None])
+                if q_bounds_ptr is not None:
+                    visible &= q_ids[:, None] == tl.load(k_bounds_ptr + k_start + k_offset)[None, :]
+                probs = tl.where(visible, probs, 0.0)
+            grad_probs = dot(grad_out_tile, tl.trans(v_tile), tl.zeros((BLOCK_M, BLOCK_N), acc_dtype), PRECISION)
+            grad_scores = probs * (grad_probs - delta[:, None])
             acc = dot(grad_scores.to(k_tile.dtype), k_tile, acc, PRECISION)
 
     acc *= SCALE
-    if cos is not None:
-        acc = turn_back(acc, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM)
-    tl.store(
-        grad_q + stored + cols[None, :], acc.to(grad_q.dtype.element_ty), mask=(at < queries)[:, None] & kept[None, :]
-    )
+    if cos_ptr is not None:
+        acc = rotate_back(acc, cos_ptr + batch * cos_batch_stride, sin_ptr + batch * cos_batch_stride, row, HEAD_DIM)
+    grad_mask = (position < n_queries)[:, None] & k_mask[None, :]
+    tl.store(grad_q_ptr + out_offset + k_columns[None, :], acc.to(grad_q_ptr.dtype.element_ty), mask=grad_mask)
 
 
 def run_backward_q(
-    problem: Problem, out: Tensor, lse: Tensor, grad_out: Tensor, q_turned: Tensor | None, delta: Tensor, grad_q: Tensor
-) -> None:
-    """Writes delta (B, H, Tq), the gradient of q, and where there is rope q turned. Keys are turned already."""
-    run = functools.partial(_run, problem, out, lse, grad_out, q_turned, delta, grad_q)
-    run_best("attention_backward_q", problem, problem[1:3], _choices(problem.q), run)
-
-
-def _run(
-    problem: Problem,
+    problem: AttentionProblem,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
-    q_turned: Tensor | None,
+    q_rotated: Tensor | None,
     delta: Tensor,
     grad_q: Tensor,
-    chosen: tuning.Tiles,
 ) -> None:
-    rows, queries, heads, _ = out.shape
-    heads_beside = side_by_side(problem.k) * problem.groups
-    sizes = queries, problem.k.shape[1], heads, rows * heads, problem.before, problem.after, heads_beside
+    """Writes delta (B, H, Tq), the gradient of q, and with rope the rotated q. Keys come rotated already."""
+    run = functools.partial(_run, problem, out, lse, grad_out, q_rotated, delta, grad_q)
+    run_best_tiles("attention_backward_q", problem, problem[1:3], _tile_choices(problem.q), run)
+
+
+def _run(
+    problem: AttentionProblem,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    q_rotated: Tensor | None,
+    delta: Tensor,
+    grad_q: Tensor,
+    tiles: tuning.Tiles,
+) -> None:
+    batch_size, n_queries, n_heads, _ = out.shape
+    concurrent_heads = heads_in_l2(problem.k) * problem.groups
+    windows = problem.window_left, problem.window_right
+    sizes = n_queries, problem.k.shape[1], n_heads, batch_size * n_heads, *windows, concurrent_heads
     k: Any = problem.k
     v: Any = problem.v
-    if chosen["BOXES"]:
-        k, v = (boxed(x, chosen["BLOCK_N"]) for x in (k, v))
-    tensors = problem.q, k, v, *problem[3:8], out, lse, grad_out, q_turned, delta, grad_q
-    grid = (triton.cdiv(queries, chosen["BLOCK_M"]) * rows * heads,)
-    launch(
-        _attention_backward_q_kernel,
-        grid,
-        *tensors,
-        *problem.strides(grad_out),
-        *sizes,
-        **problem.constants(),
-        **chosen,
-    )
+    if tiles["USE_TMA"]:
+        k, v = (tma_descriptor(x, tiles["BLOCK_N"]) for x in (k, v))
+    tensors = problem.q, k, v, *problem[3:8], out, lse, grad_out, q_rotated, delta, grad_q
+    grid = (triton.cdiv(n_queries, tiles["BLOCK_M"]) * batch_size * n_heads,)
+    arguments = *tensors, *problem.strides(grad_out), *sizes
+    launch(_attention_backward_q_kernel, grid, *arguments, **problem.constexprs(), **tiles)
 
 
-def _choices(q: Tensor) -> list[Choice]:
+def _tile_choices(q: Tensor) -> list[TileChoice]:
+    """Candidates for the dtype and head dimension of q, the untuned default first."""
     if q.dtype == torch.float64:
         return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
+    head_dim = head_dim_class(q.shape[3])
     if q.dtype == torch.float32:
-        return {64: [(128, 32, 0, 8, 2)], 128: [(64, 16, 0, 4, 2)], 256: [(16, 16, 0, 8, 1)]}[rounded(q.shape[3])]
+        return {64: [(128, 32, 0, 8, 2)], 128: [(64, 16, 0, 4, 2)], 256: [(16, 16, 0, 8, 1)]}[head_dim]
     return {
         64: [(128, 64, 0, 8, 3), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
         128: [(128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (64, 64, 1, 4, 2)],
         256: [(64, 32, 0, 8, 2), (64, 64, 1, 8, 2)],
-    }[rounded(q.shape[3])]
+    }[head_dim]

@@ -1,16 +1,16 @@
-"""The forward pass of attention: one pass over the keys with the softmax kept in running form.
+"""Forward pass of attention with an online softmax (FlashAttention; Dao et al. 2022, 2023).
 
-A program holds BLOCK_M queries of one head in registers and reads the keys and values tile by tile: scores, their running
-maximum and sum, and the output, rescaled when the maximum grows (Milakov and Gimelshein 2018; Dao et al. 2022, 2023). No
-score leaves the program; for the backward pass it keeps the logarithm of each row's sum, in base 2.
+A program keeps BLOCK_M queries of one head in registers and reads the keys and values tile by tile. It holds the
+running maximum and sum of the scores and the output, which is rescaled when the maximum grows (Milakov and Gimelshein
+2018). Scores never reach memory; the backward pass reads the log-sum-exp of each row, in base 2.
 
-Parallel over query blocks, rows, heads, and, where those are few (decoding), parts of the keys, which a second kernel
-merges in a fixed order (Dao et al. 2023, "Flash-Decoding").
+The grid covers query blocks, batch rows and heads. Where these are few (decoding), the keys are split over programs as
+well, and a second kernel merges the parts in a fixed order ("Flash-Decoding", Dao et al. 2023).
 
-On Hopper: tiles of 128 queries let each of two warp groups own a wgmma of 64 rows, whose left operand (queries) and
-accumulators stay in registers; keys and values stream through shared memory by asynchronous copies, num_stages tiles deep.
-The loop over tiles that every row sees whole has no comparison in it: on long rows it is nearly all of the work. log2(e) is
-folded into the scale, so the exponential is one instruction and the scaling one fused multiply-add.
+On Hopper, a tile of 128 queries gives each of two warp groups a wgmma of 64 rows, whose left operand (queries) and
+accumulators stay in registers; keys and values stream through shared memory by asynchronous copies, num_stages tiles
+deep. The loop over full tiles, nearly all of the work on long rows, has no comparison in it. log2(e) is folded into the
+scale, so the exponential is one instruction and the scaling one fused multiply-add.
 """
 
 from __future__ import annotations
@@ -25,221 +25,267 @@ from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention.problem import Choice, Problem, boxed, padded, rounded, run_best, side_by_side
+from kernels.triton_ops.attention.problem import (
+    AttentionProblem,
+    TileChoice,
+    head_dim_class,
+    heads_in_l2,
+    padded_head_dim,
+    run_best_tiles,
+    tma_descriptor,
+)
 from kernels.triton_ops.attention.tiles import (
     LOG2_E,
-    columns,
+    head_columns,
+    load_rotated,
     load_rows,
     load_tile,
-    load_turned,
-    place,
-    sees,
-    tile_at,
-    tiles,
+    tile_of_program,
+    tile_ranges,
+    tile_start,
+    visible_range,
 )
 
-PROGRAMS = 264
-"""Two for each multiprocessor of an H100 or H200: with fewer, the keys are split."""
+TARGET_PROGRAMS = 264
+"""Two per multiprocessor of an H100 or H200: with fewer, the keys are split."""
 
 
 @triton.jit
 def _attention_forward_kernel(
-    q,  # (B, Tq, H, Dh)
-    k,  # (B, Tk, Hkv, Dh)
-    v,  # (B, Tk, Hkv, Dh)
-    bias,  # (B or 1, H or 1, Tq, Tk) or None
-    q_marks,  # (B, 4, Tq) int32 or None
-    k_marks,  # (B, 4, Tk) int32 or None
-    cos,  # (B or 1, T, Dh/2) float32 or None
-    sin,
-    out,  # (S, B, Tq, H, Dh)
-    lse,  # (S, B, H, Tq), base 2; inf where a query sees nothing
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    bias_b,
-    bias_h,
-    bias_q,
-    bias_k,
-    cos_b,
-    queries,
-    keys,
-    heads,
-    pairs,  # B * H
-    before,
-    after,
-    part,  # keys of a split, a multiple of BLOCK_N
-    beside,  # pairs whose programs run side by side
+    q_ptr,  # (B, Tq, H, Dh), before rotary embedding
+    k_ptr,  # (B, Tk, Hkv, Dh), rotated; a tensor descriptor with USE_TMA
+    v_ptr,  # (B, Tk, Hkv, Dh); a tensor descriptor with USE_TMA
+    bias_ptr,  # (B or 1, H or 1, Tq, Tk) or None
+    q_bounds_ptr,  # (B, 4, Tq) int32 or None
+    k_bounds_ptr,  # (B, 4, Tk) int32 or None
+    cos_ptr,  # (B or 1, T, Dh/2) float32 or None
+    sin_ptr,  # (B or 1, T, Dh/2) float32 or None
+    out_ptr,  # (S, B, Tq, H, Dh), written; S splits of the keys
+    lse_ptr,  # (S, B, H, Tq), written, base 2; inf where a query sees no key
+    q_batch_stride,
+    q_row_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_row_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_row_stride,
+    v_head_stride,
+    bias_batch_stride,
+    bias_head_stride,
+    bias_row_stride,
+    bias_column_stride,
+    cos_batch_stride,
+    n_queries,
+    n_keys,
+    n_heads,
+    n_batch_heads,  # B * H
+    window_left,
+    window_right,
+    keys_per_split,  # a multiple of BLOCK_N
+    concurrent_heads,  # (batch, head) pairs whose programs run side by side
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BOXES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Which queries, and what they see. Rows past the end repeat the last one and are not stored.
-    blocks = (queries + BLOCK_M - 1) // BLOCK_M
-    block, pair = place(tl.program_id(0), blocks, pairs, beside)
-    block = blocks - 1 - block  # causal: the last sees most
+    # Queries of this program and what they see. Rows past the end repeat the last query and are not stored.
+    n_blocks = (n_queries + BLOCK_M - 1) // BLOCK_M
+    block, batch_head = tile_of_program(tl.program_id(0), n_blocks, n_batch_heads, concurrent_heads)
+    block = n_blocks - 1 - block  # causal: the last block sees most keys
     split = tl.program_id(1).to(tl.int64)
-    row, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
-    at = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(at, queries - 1)
-    if q_marks is not None:
-        q_marks += row * 4 * queries
-        k_marks += row * 4 * keys
-        ids = tl.load(q_marks + rows)
-    low = tl.program_id(1) * part
-    start, stop, whole_stop = sees(
-        rows, keys - queries, before, after, low, tl.minimum(low + part, keys), q_marks, queries
+    batch, head = (batch_head // n_heads).to(tl.int64), (batch_head % n_heads).to(tl.int64)
+    position = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(position, n_queries - 1)
+    if q_bounds_ptr is not None:
+        q_bounds_ptr += batch * 4 * n_queries
+        k_bounds_ptr += batch * 4 * n_keys
+        q_ids = tl.load(q_bounds_ptr + row)
+    low = tl.program_id(1) * keys_per_split
+    high = tl.minimum(low + keys_per_split, n_keys)
+    start, stop, full_stop = visible_range(
+        row, n_keys - n_queries, window_left, window_right, low, high, q_bounds_ptr, n_queries
     )
-    begin, whole_begin, whole, edges = tiles(start, stop, whole_stop, BLOCK_N)
+    first, full_first, n_full, n_partial = tile_ranges(start, stop, full_stop, BLOCK_N)
 
-    plain, plain_kept = columns(HEAD_DIM, BLOCK_D, False)
-    cols, kept = columns(HEAD_DIM, BLOCK_D, cos is not None)
-    far = rows.to(tl.int64)[:, None]
-    if cos is None:
-        q_tile = load_tile(q + row * q_b + head * q_h, far * q_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+    v_columns, v_mask = head_columns(HEAD_DIM, BLOCK_D, False)
+    k_columns, k_mask = head_columns(HEAD_DIM, BLOCK_D, cos_ptr is not None)
+    row64 = row.to(tl.int64)[:, None]
+    q_base_ptr = q_ptr + batch * q_batch_stride + head * q_head_stride
+    if cos_ptr is None:
+        q_tile = load_tile(q_base_ptr, row64 * q_row_stride + k_columns[None, :], k_mask, HEAD_DIM, BLOCK_D)
     else:
-        q_tile = load_turned(
-            q + row * q_b + head * q_h, far * q_t, cos + row * cos_b, sin + row * cos_b, rows, HEAD_DIM, BLOCK_D
+        q_tile = load_rotated(
+            q_base_ptr,
+            row64 * q_row_stride,
+            cos_ptr + batch * cos_batch_stride,
+            sin_ptr + batch * cos_batch_stride,
+            row,
+            HEAD_DIM,
+            BLOCK_D,
         )
     kv_head = head // GROUPS
 
-    wide: tl.constexpr = tl.float64 if q.dtype.element_ty == tl.float64 else tl.float32
-    unit: tl.constexpr = SCALE * LOG2_E if bias is None else 1.0  # what a raw score is multiplied with, to base 2
-    largest = tl.full((BLOCK_M,), float("-inf"), wide)
-    total = tl.zeros((BLOCK_M,), wide)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), wide)
-    for EDGE in tl.static_range(2):
-        for number in tl.range(0, edges if EDGE else whole):
-            first = tile_at(number, EDGE, begin, whole_begin, whole, BLOCK_N)
-            inside = tl.arange(0, BLOCK_N)
-            if EDGE:
-                inside = tl.minimum(inside, keys - 1 - first)
-            k_tile = load_rows(k, row, kv_head, first, inside, k_b, k_t, k_h, cols, kept, HEAD_DIM, BLOCK_D, BOXES)
-            scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), wide), PRECISION)
-            if bias is not None:
-                offsets = far * bias_q + (first + inside).to(tl.int64)[None, :] * bias_k
-                added = tl.load(bias + row * bias_b + head * bias_h + offsets).to(wide)
-                scores = (scores * SCALE + added) * LOG2_E
-            if EDGE:
-                places = first + tl.arange(0, BLOCK_N)
-                seen = (places[None, :] >= start[:, None]) & (places[None, :] < stop[:, None])
-                if q_marks is not None:
-                    seen &= ids[:, None] == tl.load(k_marks + first + inside)[None, :]
-                scores = tl.where(seen, scores, float("-inf"))
-            new = tl.maximum(largest, tl.max(scores, 1) * unit)
-            base = tl.where(new == float("-inf"), 0.0, new)  # nothing seen so far
-            weights = tl.exp2(scores * unit - base[:, None])
-            shrink = tl.exp2(largest - base)
-            total = total * shrink + tl.sum(weights, 1)
-            v_tile = load_rows(
-                v, row, kv_head, first, inside, v_b, v_t, v_h, plain, plain_kept, HEAD_DIM, BLOCK_D, BOXES
+    acc_dtype: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    scale_log2: tl.constexpr = SCALE * LOG2_E if bias_ptr is None else 1.0  # factor of a score in the exponent of 2
+    row_max = tl.full((BLOCK_M,), float("-inf"), acc_dtype)
+    row_sum = tl.zeros((BLOCK_M,), acc_dtype)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), acc_dtype)
+    for PARTIAL in tl.static_range(2):
+        for tile in tl.range(0, n_partial if PARTIAL else n_full):
+            k_start = tile_start(tile, PARTIAL, first, full_first, n_full, BLOCK_N)
+            k_offset = tl.arange(0, BLOCK_N)
+            if PARTIAL:
+                k_offset = tl.minimum(k_offset, n_keys - 1 - k_start)
+            k_tile = load_rows(
+                k_ptr,
+                batch,
+                kv_head,
+                k_start,
+                k_offset,
+                k_batch_stride,
+                k_row_stride,
+                k_head_stride,
+                k_columns,
+                k_mask,
+                HEAD_DIM,
+                BLOCK_D,
+                USE_TMA,
             )
-            acc = dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
-            largest = new
+            scores = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), acc_dtype), PRECISION)
+            if bias_ptr is not None:
+                offsets = row64 * bias_row_stride + (k_start + k_offset).to(tl.int64)[None, :] * bias_column_stride
+                bias_base_ptr = bias_ptr + batch * bias_batch_stride + head * bias_head_stride
+                bias = tl.load(bias_base_ptr + offsets).to(acc_dtype)
+                scores = (scores * SCALE + bias) * LOG2_E
+            if PARTIAL:
+                k_position = k_start + tl.arange(0, BLOCK_N)
+                visible = (k_position[None, :] >= start[:, None]) & (k_position[None, :] < stop[:, None])
+                if q_bounds_ptr is not None:
+                    visible &= q_ids[:, None] == tl.load(k_bounds_ptr + k_start + k_offset)[None, :]
+                scores = tl.where(visible, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf while no key was visible
+            probs = tl.exp2(scores * scale_log2 - finite_max[:, None])
+            rescale = tl.exp2(row_max - finite_max)
+            row_sum = row_sum * rescale + tl.sum(probs, 1)
+            v_tile = load_rows(
+                v_ptr,
+                batch,
+                kv_head,
+                k_start,
+                k_offset,
+                v_batch_stride,
+                v_row_stride,
+                v_head_stride,
+                v_columns,
+                v_mask,
+                HEAD_DIM,
+                BLOCK_D,
+                USE_TMA,
+            )
+            acc = dot(probs.to(v_tile.dtype), v_tile, acc * rescale[:, None], PRECISION)
+            row_max = new_max
 
-    empty = total == 0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    stored = (split * (pairs // heads) + row) * queries + at
+    is_empty = row_sum == 0
+    acc = acc / tl.where(is_empty, 1.0, row_sum)[:, None]
+    out_row = (split * (n_batch_heads // n_heads) + batch) * n_queries + position
     tl.store(
-        out + (stored * heads + head)[:, None] * HEAD_DIM + plain[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(at < queries)[:, None] & plain_kept[None, :],
+        out_ptr + (out_row * n_heads + head)[:, None] * HEAD_DIM + v_columns[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(position < n_queries)[:, None] & v_mask[None, :],
     )
-    sums = tl.where(empty, float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
-    tl.store(lse + (split * pairs + pair) * queries + at, sums, mask=at < queries)
+    lse = tl.where(is_empty, float("inf"), row_max + tl.log2(tl.where(is_empty, 1.0, row_sum)))
+    tl.store(lse_ptr + (split * n_batch_heads + batch_head) * n_queries + position, lse, mask=position < n_queries)
 
 
 @triton.jit
 def _attention_merge_kernel(
-    parts,  # (S, B, Tq, H, Dh)
-    part_lse,  # (S, B, H, Tq)
-    out,  # (B, Tq, H, Dh)
-    lse,  # (B, H, Tq)
-    splits,
-    queries,
-    heads,
+    split_out_ptr,  # (S, B, Tq, H, Dh)
+    split_lse_ptr,  # (S, B, H, Tq)
+    out_ptr,  # (B, Tq, H, Dh), written
+    lse_ptr,  # (B, H, Tq), written
+    n_splits,
+    n_queries,
+    n_heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    index, size = tl.program_id(0).to(tl.int64), tl.num_programs(0)  # of B * Tq * H
-    row, query, head = index // (queries * heads), index // heads % queries, index % heads
-    which = (row * heads + head) * queries + query
-    split, cols = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    sums = tl.load(part_lse + split.to(tl.int64) * size + which, mask=split < splits, other=float("inf"))
-    sums = tl.where(sums == float("inf"), float("-inf"), sums)
-    largest = tl.max(sums, 0)
-    empty = largest == float("-inf")
-    weights = tl.exp2(sums - tl.where(empty, 0.0, largest))
-    total = tl.where(empty, 1.0, tl.sum(weights, 0))
-    kept = (split < splits)[:, None] & (cols < HEAD_DIM)[None, :]
-    tile = tl.load(
-        parts + (split.to(tl.int64) * size + index)[:, None] * HEAD_DIM + cols[None, :], mask=kept, other=0.0
-    )
-    merged = tl.sum(tile * weights[:, None], 0) / total
-    tl.store(out + index * HEAD_DIM + cols, merged.to(out.dtype.element_ty), mask=cols < HEAD_DIM)
-    tl.store(lse + which, tl.where(empty, float("inf"), largest + tl.log2(total)))
+    index, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)  # of B * Tq * H
+    batch, query, head = index // (n_queries * n_heads), index // n_heads % n_queries, index % n_heads
+    lse_index = (batch * n_heads + head) * n_queries + query
+    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    split64 = split.to(tl.int64)
+    lse = tl.load(split_lse_ptr + split64 * n_rows + lse_index, mask=split < n_splits, other=float("inf"))
+    lse = tl.where(lse == float("inf"), float("-inf"), lse)
+    max_lse = tl.max(lse, 0)
+    is_empty = max_lse == float("-inf")
+    weights = tl.exp2(lse - tl.where(is_empty, 0.0, max_lse))
+    weight_sum = tl.where(is_empty, 1.0, tl.sum(weights, 0))
+    mask = (split < n_splits)[:, None] & (column < HEAD_DIM)[None, :]
+    offsets = (split64 * n_rows + index)[:, None] * HEAD_DIM + column[None, :]
+    tile = tl.load(split_out_ptr + offsets, mask=mask, other=0.0)
+    merged = tl.sum(tile * weights[:, None], 0) / weight_sum
+    tl.store(out_ptr + index * HEAD_DIM + column, merged.to(out_ptr.dtype.element_ty), mask=column < HEAD_DIM)
+    tl.store(lse_ptr + lse_index, tl.where(is_empty, float("inf"), max_lse + tl.log2(weight_sum)))
 
 
-def run_forward(problem: Problem, out: Tensor, lse: Tensor) -> None:
-    """Writes the output (B, Tq, H, Dh) and the log-sums (B, H, Tq). Keys are turned already, queries are not."""
+def run_forward(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
+    """Writes the output (B, Tq, H, Dh) and the log-sum-exp (B, H, Tq). Keys come rotated already, queries do not."""
     run = functools.partial(_run, problem, out, lse)
-    run_best("attention_forward", problem, problem[1:3], _choices(problem.q), run)
+    run_best_tiles("attention_forward", problem, problem[1:3], _tile_choices(problem.q), run)
 
 
-def _run(problem: Problem, out: Tensor, lse: Tensor, chosen: tuning.Tiles) -> None:
-    (rows, queries, heads, head_dim), keys = out.shape, problem.k.shape[1]
-    programs = triton.cdiv(queries, chosen["BLOCK_M"]) * rows * heads
-    splits = _splits(programs, queries, keys, chosen)
-    part = triton.cdiv(triton.cdiv(keys, splits), chosen["BLOCK_N"]) * chosen["BLOCK_N"]
-    parts, part_lse = out, lse
-    if splits > 1:
-        parts, part_lse = (lse.new_empty((splits, *x.shape)) for x in (out, lse))
-    heads_beside = side_by_side(problem.k) * problem.groups
-    sizes = queries, keys, heads, rows * heads, problem.before, problem.after, part, heads_beside
+def _run(problem: AttentionProblem, out: Tensor, lse: Tensor, tiles: tuning.Tiles) -> None:
+    (batch_size, n_queries, n_heads, head_dim), n_keys = out.shape, problem.k.shape[1]
+    n_programs = triton.cdiv(n_queries, tiles["BLOCK_M"]) * batch_size * n_heads
+    n_splits = _split_count(n_programs, n_queries, n_keys, tiles)
+    keys_per_split = triton.cdiv(triton.cdiv(n_keys, n_splits), tiles["BLOCK_N"]) * tiles["BLOCK_N"]
+    split_out, split_lse = out, lse
+    if n_splits > 1:
+        split_out, split_lse = (lse.new_empty((n_splits, *x.shape)) for x in (out, lse))
+    concurrent_heads = heads_in_l2(problem.k) * problem.groups
+    windows = problem.window_left, problem.window_right
+    sizes = n_queries, n_keys, n_heads, batch_size * n_heads, *windows, keys_per_split, concurrent_heads
     k: Any = problem.k
     v: Any = problem.v
-    if chosen["BOXES"]:
-        k, v = (boxed(x, chosen["BLOCK_N"]) for x in (k, v))
-    arguments = problem.q, k, v, *problem[3:8], parts, part_lse, *problem.strides(), *sizes
-    launch(_attention_forward_kernel, (programs, splits), *arguments, **problem.constants(), **chosen)
-    if splits > 1:
-        dims = {"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "BLOCK_S": triton.next_power_of_2(splits)}
-        grid = (rows * queries * heads,)
-        launch(_attention_merge_kernel, grid, parts, part_lse, out, lse, splits, queries, heads, **dims, num_warps=4)
+    if tiles["USE_TMA"]:
+        k, v = (tma_descriptor(x, tiles["BLOCK_N"]) for x in (k, v))
+    arguments = problem.q, k, v, *problem[3:8], split_out, split_lse, *problem.strides(), *sizes
+    launch(_attention_forward_kernel, (n_programs, n_splits), *arguments, **problem.constexprs(), **tiles)
+    if n_splits > 1:
+        block_s = triton.next_power_of_2(n_splits)
+        dims = {"HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim), "BLOCK_S": block_s}
+        grid = (batch_size * n_queries * n_heads,)
+        tensors = split_out, split_lse, out, lse
+        launch(_attention_merge_kernel, grid, *tensors, n_splits, n_queries, n_heads, **dims, num_warps=4)
 
 
-def _splits(programs: int, queries: int, keys: int, chosen: tuning.Tiles) -> int:
-    """Parts that the keys are cut into: more than one where a single block of queries leaves multiprocessors idle."""
-    if queries > chosen["BLOCK_M"]:
+def _split_count(n_programs: int, n_queries: int, n_keys: int, tiles: tuning.Tiles) -> int:
+    """Parts that the keys are split into: more than one where a single block of queries leaves multiprocessors idle."""
+    if n_queries > tiles["BLOCK_M"]:
         return 1
-    return max(1, min(PROGRAMS // programs, keys // (4 * chosen["BLOCK_N"]), 32))
+    return max(1, min(TARGET_PROGRAMS // n_programs, n_keys // (4 * tiles["BLOCK_N"]), 32))
 
 
-def _choices(q: Tensor) -> list[Choice]:
+def _tile_choices(q: Tensor) -> list[TileChoice]:
+    """Candidates for the dtype and head dimension of q, the untuned default first."""
     if q.dtype == torch.float64:
         return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
     if q.shape[1] <= 16:
-        return (
-            [(16, 64, 0, 4, 3), (16, 128, 0, 4, 3)]
-            if q.shape[3] <= 128 and q.element_size() == 2
-            else [(16, 32, 0, 4, 2)]
-        )
+        if q.shape[3] <= 128 and q.element_size() == 2:
+            return [(16, 64, 0, 4, 3), (16, 128, 0, 4, 3)]
+        return [(16, 32, 0, 4, 2)]
+    head_dim = head_dim_class(q.shape[3])
     if q.dtype == torch.float32:
-        return {64: [(128, 64, 0, 8, 2)], 128: [(128, 32, 0, 8, 2)], 256: [(16, 32, 0, 8, 1)]}[rounded(q.shape[3])]
+        return {64: [(128, 64, 0, 8, 2)], 128: [(128, 32, 0, 8, 2)], 256: [(16, 32, 0, 8, 1)]}[head_dim]
     return {
         64: [(128, 64, 0, 8, 3), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 64, 1, 4, 3)],
         128: [(128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (64, 128, 1, 4, 2)],
         256: [(128, 32, 0, 8, 2), (128, 64, 1, 8, 2), (64, 32, 1, 4, 2)],
-    }[rounded(q.shape[3])]
+    }[head_dim]

@@ -1,4 +1,4 @@
-"""What the host side of the attention kernels shares: the problem that they are told, and with which tiles they run."""
+"""The arguments that all attention kernels share, and the choice of their tile sizes."""
 
 from __future__ import annotations
 
@@ -12,99 +12,113 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.tuning as tuning
 
-FAR = 1 << 30
-"""A distance that no row is long enough to reach."""
+UNBOUNDED = 1 << 30
+"""Window size that no sequence is long enough to reach."""
 
-Choice = tuple[int, int, int, int, int]
-"""BLOCK_M, BLOCK_N, BOXES, num_warps, num_stages."""
+TileChoice = tuple[int, int, int, int, int]
+"""BLOCK_M, BLOCK_N, USE_TMA, num_warps, num_stages."""
 
 
-class Problem(NamedTuple):
-    """What every kernel of attention is told, in the order of their arguments; dense along the last dimension of q, k and v."""
+class AttentionProblem(NamedTuple):
+    """The arguments of every attention kernel, in their order; q, k and v have stride 1 in the last dimension."""
 
     q: Tensor  # (B, Tq, H, Dh)
     k: Tensor  # (B, Tk, Hkv, Dh)
-    v: Tensor
+    v: Tensor  # (B, Tk, Hkv, Dh)
     bias: Tensor | None  # (B or 1, H or 1, Tq, Tk)
-    q_marks: Tensor | None  # (B, 4, Tq) int32, of Segments.marks
-    k_marks: Tensor | None  # (B, 4, Tk)
-    cos: Tensor | None  # (B or 1, T, 1, Dh/2) float32, dense
-    sin: Tensor | None
-    before: int  # places back and ahead that a query sees
-    after: int
+    q_bounds: Tensor | None  # (B, 4, Tq) int32, of Segments.bounds
+    k_bounds: Tensor | None  # (B, 4, Tk) int32
+    cos: Tensor | None  # (B or 1, T, 1, Dh/2) float32, contiguous
+    sin: Tensor | None  # (B or 1, T, 1, Dh/2) float32, contiguous
+    window_left: int  # positions back that a query sees
+    window_right: int  # positions ahead that a query sees
     scale: float
 
     @property
     def groups(self) -> int:
-        """Query heads to a key head."""
+        """Query heads per key head: 1 for multi-head attention, H for multi-query."""
         return self.q.shape[2] // self.k.shape[2]
 
     def strides(self, *more: Tensor) -> list[int]:
-        """Of q, k, v and ``more``, then of the bias and the rotary table: 0 where these are broadcast."""
-        bias = (
-            [0] * 4
-            if self.bias is None
-            else [s * (n > 1) for n, s in zip(self.bias.shape, self.bias.stride(), strict=True)]
-        )
-        table = 0 if self.cos is None or self.cos.shape[0] == 1 else self.cos.stride(0)
-        return [*(s for x in (self.q, self.k, self.v, *more) for s in x.stride()[:3]), *bias, table]
+        """Strides of q, k, v and ``more``, then of the bias and the rotary table: 0 where these are broadcast."""
+        tensor_strides: list[int] = []
+        for x in (self.q, self.k, self.v, *more):
+            tensor_strides += x.stride()[:3]
+        bias_strides = [0] * 4
+        if self.bias is not None:
+            sizes = zip(self.bias.shape, self.bias.stride(), strict=True)
+            bias_strides = [stride * (size > 1) for size, stride in sizes]
+        cos_batch_stride = 0 if self.cos is None or self.cos.shape[0] == 1 else self.cos.stride(0)
+        return [*tensor_strides, *bias_strides, cos_batch_stride]
 
-    def constants(self) -> dict[str, object]:
-        """What kernels are compiled for. float32 is multiplied as ``torch.set_float32_matmul_precision`` says, the highest
-        being three products in TF32, which lose no more than float32's own rounding."""
+    def constexprs(self) -> dict[str, object]:
+        """Compile-time constants of the kernels.
+
+        float32 products follow ``torch.set_float32_matmul_precision``: the highest is three products in TF32, which
+        lose no more than float32's own rounding.
+        """
         precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         precision = precision if self.q.dtype == torch.float32 else "ieee"
         head_dim = self.q.shape[3]
-        dims = {"GROUPS": self.groups, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)}
+        dims = {"GROUPS": self.groups, "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim)}
         return {**dims, "SCALE": self.scale, "PRECISION": precision}
 
     def shape_class(self) -> tuple[object, ...]:
-        """What the best tiles depend on, coarsely, so that few classes are ever measured."""
-        kind = "packed" if self.q_marks is not None else "causal" if self.after == 0 else "full"
+        """Key of the tuning table: what the best tiles depend on, coarse enough that few classes are ever measured."""
+        kind = "packed" if self.q_bounds is not None else "causal" if self.window_right == 0 else "full"
         extra = "bias" if self.bias is not None else "rope" if self.cos is not None else "plain"
         lengths = (triton.next_power_of_2(x.shape[1]) for x in (self.q, self.k))
-        return str(self.q.dtype).removeprefix("torch."), padded(self.q.shape[3]), kind, extra, *lengths
+        return str(self.q.dtype).removeprefix("torch."), padded_head_dim(self.q.shape[3]), kind, extra, *lengths
 
 
-def dense(x: Tensor) -> Tensor:
-    """``x`` itself where its last dimension is dense in memory, else a copy."""
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` itself where its last dimension has stride 1, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def side_by_side(x: Tensor) -> int:
-    """How many heads of x (B, T, Hkv, Dh) programs work on at the same time: their keys and values fill half of 50 MB of L2."""
+def heads_in_l2(x: Tensor) -> int:
+    """Heads of x (B, T, Hkv, Dh) to process concurrently: their keys and values fill half of a 50 MB L2 cache."""
     return max(1, (24 << 20) // (2 * x.shape[1] * x.shape[3] * x.element_size()))
 
 
-def boxed(x: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of ``rows`` rows of x (B, T, H, Dh) for Hopper's copy engine, which fills with 0 what lies outside of x."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded(x.shape[3])])
+def tma_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Descriptor of tiles of ``rows`` rows of x (B, T, H, Dh) for Hopper's TMA, which reads 0 outside of x."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, padded_head_dim(x.shape[3])])
 
 
-def padded(head_dim: int) -> int:
-    """Width of a tile: a power of two, at least what a matrix product takes."""
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile: a power of two, at least the 16 columns that a matrix product needs."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def rounded(head_dim: int) -> int:
-    """The width of head that tiles are chosen by."""
-    return max(64, padded(head_dim))
+def head_dim_class(head_dim: int) -> int:
+    """Head dimension by which tile sizes are chosen: 64, 128 or 256."""
+    return max(64, padded_head_dim(head_dim))
 
 
-def run_best(
-    op: str, problem: Problem, read: Sequence[Tensor], choices: Sequence[Choice], run: Callable[[tuning.Tiles], None]
+def run_best_tiles(
+    op: str,
+    problem: AttentionProblem,
+    loop_tensors: Sequence[Tensor],
+    choices: Sequence[TileChoice],
+    run: Callable[[tuning.Tiles], None],
 ) -> None:
     """Runs a kernel with the best of ``choices``: the first where nothing was measured.
 
-    Those with BOXES are left out where Hopper's copy engine cannot fetch what the kernel's loop ``read``s: it wants
-    addresses and strides in multiples of 16 bytes, and a head's elements in the order in which they lie.
+    Choices with USE_TMA are left out where TMA cannot read ``loop_tensors``, the tensors that the kernel's loop loads:
+    it needs Hopper, addresses and strides in multiples of 16 bytes, and the columns of a head in memory order.
     """
-    hopper = not read[0].is_cuda or torch.cuda.get_device_capability(read[0].device) >= (9, 0)
-    ordered = problem.cos is None or problem.q.shape[3] == padded(problem.q.shape[3])
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3]) for x in read
-    )
-    boxes = hopper and ordered and aligned
-    names = "BLOCK_M", "BLOCK_N", "BOXES", "num_warps", "num_stages"
-    candidates = [dict(zip(names, choice, strict=True)) for choice in choices if boxes or not choice[2]]
-    run(tuning.best(op, (*problem.shape_class(), "boxes" if boxes else "pointers"), candidates, run))
+    sample = loop_tensors[0]
+    is_hopper = not sample.is_cuda or torch.cuda.get_device_capability(sample.device) >= (9, 0)
+    in_memory_order = problem.cos is None or problem.q.shape[3] == padded_head_dim(problem.q.shape[3])
+    can_use_tma = is_hopper and in_memory_order and all(_is_aligned(x) for x in loop_tensors)
+    names = "BLOCK_M", "BLOCK_N", "USE_TMA", "num_warps", "num_stages"
+    candidates = [dict(zip(names, choice, strict=True)) for choice in choices if can_use_tma or not choice[2]]
+    key = *problem.shape_class(), "tma" if can_use_tma else "pointers"
+    run(tuning.best_tiles(op, key, candidates, run))
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether the address and all strides of x but the last are positive multiples of 16 bytes."""
+    strides_fit = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+    return x.data_ptr() % 16 == 0 and strides_fit

@@ -1,9 +1,9 @@
-"""What the attention kernels share: which tile a program works on, what its rows may see, and rotary embedding of a tile.
+"""Device functions of the attention kernels: tile order, visible ranges, loads, rotary embedding.
 
-Every mask but the additive one is an interval: causality, a window and a document let a row see the places [start, stop) of
-the other side, and nothing else. So the tiles of the other side that a block of rows must visit are an interval too, and the
-part of it that *every* row sees whole takes no mask. Ids that do not come in runs have holes in their intervals; such a row
-declares nothing whole, and its tiles compare ids.
+Every mask but the additive bias is an interval: causality, a window and a document each let a row see the positions
+[start, stop) of the other side. So the tiles that a block of rows must visit form an interval too. Tiles that *every*
+row of the block sees in full ("full" tiles) need no mask; those at the borders ("partial" tiles) do. If the ids of a
+document are not contiguous, its interval has holes: such a row claims no full tile, and its tiles compare ids.
 """
 
 from __future__ import annotations
@@ -15,140 +15,185 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def place(program, blocks, pairs, beside):
-    """(block, pair) of a program: ``beside`` pairs of row and head advance block by block at the same time.
+def tile_of_program(program, n_blocks, n_batch_heads, concurrent_heads):
+    """(block, batch_head) of a program: ``concurrent_heads`` pairs of batch and head advance block by block together.
 
-    Their keys and values fit the L2 cache together, heads of a group are neighbours, and every pair's first block (by the
-    caller the longest) is started before any pair's second, so that the last programs to end are short.
+    The keys and values of these pairs fit the L2 cache together, and heads of a group are neighbours. The first block
+    of every pair (which the caller makes the longest) starts before the second of any, so the programs that end last
+    are short.
     """
-    first = program // (beside * blocks) * beside
-    width = tl.minimum(beside, pairs - first)
-    at = program - first * blocks
-    return at // width, first + at % width
+    first = program // (concurrent_heads * n_blocks) * concurrent_heads
+    width = tl.minimum(concurrent_heads, n_batch_heads - first)
+    index = program - first * n_blocks
+    return index // width, first + index % width
 
 
 @triton.jit
-def sees(rows, shift, before, after, low, high, marks, length):
-    """(start, stop, whole_stop) of the places in [low, high) of the other side that each row sees.
+def visible_range(
+    rows,
+    shift,
+    window_left,
+    window_right,
+    low,
+    high,
+    bounds_ptr,  # (4, length) int32 or None: Segments.bounds of one batch row
+    length,
+):
+    """(start, stop, full_stop) of the positions in [low, high) of the other side that each row sees.
 
-    Row r stands at place r + shift there and sees ``before`` places back and ``after`` ahead. ``marks`` (4, length) is what
-    ``Segments.marks`` says of a row of the batch: id, start, stop, and stop again or 0 where the interval has holes.
+    Row r is aligned with position r + shift of the other side and sees ``window_left`` positions back and
+    ``window_right`` ahead. All positions in [start, full_stop) are visible; full_stop is 0 where the interval of a
+    document has holes.
     """
-    start = tl.maximum(rows + shift - before, low)
-    stop = tl.minimum(rows + shift + after + 1, high)
-    whole_stop = stop
-    if marks is not None:
-        start = tl.maximum(start, tl.load(marks + length + rows))
-        stop = tl.minimum(stop, tl.load(marks + 2 * length + rows))
-        whole_stop = tl.minimum(stop, tl.load(marks + 3 * length + rows))
-    return start, stop, whole_stop
+    start = tl.maximum(rows + shift - window_left, low)
+    stop = tl.minimum(rows + shift + window_right + 1, high)
+    full_stop = stop
+    if bounds_ptr is not None:
+        start = tl.maximum(start, tl.load(bounds_ptr + length + rows))
+        stop = tl.minimum(stop, tl.load(bounds_ptr + 2 * length + rows))
+        full_stop = tl.minimum(stop, tl.load(bounds_ptr + 3 * length + rows))
+    return start, stop, full_stop
 
 
 @triton.jit
-def tiles(start, stop, whole_stop, BLOCK: tl.constexpr):
-    """(begin, whole_begin, whole, edges): the tiles that a block of rows visits on the other side.
+def tile_ranges(start, stop, full_stop, BLOCK: tl.constexpr):
+    """(first, full_first, n_full, n_partial): the tiles of the other side that a block of rows visits.
 
-    ``whole`` tiles from place ``whole_begin`` on are seen whole by every row; ``edges`` more, from ``begin`` on and leaving
-    those out, take a mask.
+    ``n_full`` tiles from position ``full_first`` on are visible to every row; ``n_partial`` more, from position
+    ``first`` on and
+    skipping the full ones, need a mask.
     """
-    begin = tl.min(start) // BLOCK * BLOCK
-    whole_begin = (tl.max(start) + BLOCK - 1) // BLOCK * BLOCK
-    whole = tl.maximum(tl.min(whole_stop) // BLOCK - whole_begin // BLOCK, 0)
-    edges = tl.maximum((tl.max(stop) - begin + BLOCK - 1) // BLOCK - whole, 0)
-    return begin, whole_begin, whole, edges
+    first = tl.min(start) // BLOCK * BLOCK
+    full_first = (tl.max(start) + BLOCK - 1) // BLOCK * BLOCK
+    n_full = tl.maximum(tl.min(full_stop) // BLOCK - full_first // BLOCK, 0)
+    n_partial = tl.maximum((tl.max(stop) - first + BLOCK - 1) // BLOCK - n_full, 0)
+    return first, full_first, n_full, n_partial
 
 
 @triton.jit
-def tile_at(number, EDGE: tl.constexpr, begin, whole_begin, whole, BLOCK: tl.constexpr):
-    """First place of a tile among the edges, or among the whole ones."""
-    if EDGE:
-        at = begin + number * BLOCK
-        return at + tl.where(at >= whole_begin, whole * BLOCK, 0)
+def tile_start(index, PARTIAL: tl.constexpr, first, full_first, n_full, BLOCK: tl.constexpr):
+    """First position of a tile: the ``index``-th of the partial tiles, or of the full ones."""
+    if PARTIAL:
+        start = first + index * BLOCK
+        return start + tl.where(start >= full_first, n_full * BLOCK, 0)
     else:  # noqa: RET505  the compiler would go on after the return
-        return whole_begin + number * BLOCK
+        return full_first + index * BLOCK
 
 
 @triton.jit
-def columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr):
-    """(columns, kept) of a tile BLOCK_D wide; with ``HALVES`` each half of the head fills its own half of the tile."""
-    at = tl.arange(0, BLOCK_D)
+def head_columns(HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr):
+    """(columns, mask) of a tile BLOCK_D wide; with ``HALVES`` each half of the head fills its own half of the tile."""
+    column = tl.arange(0, BLOCK_D)
     if HALVES and HEAD_DIM != BLOCK_D:
         half: tl.constexpr = BLOCK_D // 2
-        return at // half * (HEAD_DIM // 2) + at % half, at % half < HEAD_DIM // 2
+        return column // half * (HEAD_DIM // 2) + column % half, column % half < HEAD_DIM // 2
     else:  # noqa: RET505  the compiler would go on after the return
-        return at, at < HEAD_DIM
+        return column, column < HEAD_DIM
 
 
 @triton.jit
-def load_tile(base, offsets, kept, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile (rows, BLOCK_D), 0 in the columns beyond the head's dimension."""
+def load_tile(
+    base_ptr,  # (T, Dh) of one head
+    offsets,
+    column_mask,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Loads a tile (rows, BLOCK_D), with 0 in the columns beyond the head dimension."""
     if HEAD_DIM == BLOCK_D:
-        return tl.load(base + offsets)
+        return tl.load(base_ptr + offsets)
     else:  # noqa: RET505  the compiler would go on after the return
-        return tl.load(base + offsets, mask=kept[None, :], other=0.0)
+        return tl.load(base_ptr + offsets, mask=column_mask[None, :], other=0.0)
 
 
 @triton.jit
 def load_rows(
-    x,
-    row,
+    x_ptr,  # (B, T, H, Dh); a tensor descriptor with USE_TMA
+    batch,
     head,
     first,
-    inside,
-    x_b,
-    x_t,
-    x_h,
-    cols,
-    kept,
+    offsets,
+    x_batch_stride,
+    x_row_stride,
+    x_head_stride,
+    columns,
+    column_mask,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BOXES: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
-    """The tile of x (B, T, H, Dh), a tensor descriptor if ``BOXES``, whose rows are ``inside`` beyond place ``first``."""
-    if BOXES:
-        tile = x.load([row.to(tl.int32), first.to(tl.int32), head.to(tl.int32), 0])
-        return tl.reshape(tile, (inside.shape[0], BLOCK_D))
+    """Loads the tile of x whose rows are the positions ``first + offsets`` of one head."""
+    if USE_TMA:
+        tile = x_ptr.load([batch.to(tl.int32), first.to(tl.int32), head.to(tl.int32), 0])
+        return tl.reshape(tile, (offsets.shape[0], BLOCK_D))
     else:  # noqa: RET505  the compiler would go on after the return
-        base = x + row * x_b + head * x_h + first.to(tl.int64) * x_t
-        return load_tile(base, inside[:, None] * x_t + cols[None, :], kept, HEAD_DIM, BLOCK_D)
+        base_ptr = x_ptr + batch * x_batch_stride + head * x_head_stride + first.to(tl.int64) * x_row_stride
+        return load_tile(base_ptr, offsets[:, None] * x_row_stride + columns[None, :], column_mask, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def rotate(a, b, cos, sin, rows, sign, HEAD_DIM: tl.constexpr):
-    """The two halves of a tile in rotary embedding, or with ``sign`` -1 turned back. cos, sin (T, Dh/2)."""
-    at = tl.arange(0, a.shape[1])
-    offsets, kept = rows[:, None] * (HEAD_DIM // 2) + at[None, :], (at < HEAD_DIM // 2)[None, :]
-    c = tl.load(cos + offsets, mask=kept, other=0.0)
-    s = tl.load(sin + offsets, mask=kept, other=0.0) * sign
-    return a * c - b * s, b * c + a * s
+def rotate(
+    a,
+    b,
+    cos_ptr,  # (T, Dh/2)
+    sin_ptr,  # (T, Dh/2)
+    rows,
+    sign,
+    HEAD_DIM: tl.constexpr,
+):
+    """Rotary embedding of the two halves of a tile; the inverse rotation with ``sign`` -1."""
+    column = tl.arange(0, a.shape[1])
+    offsets, mask = rows[:, None] * (HEAD_DIM // 2) + column[None, :], (column < HEAD_DIM // 2)[None, :]
+    cos = tl.load(cos_ptr + offsets, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + offsets, mask=mask, other=0.0) * sign
+    return a * cos - b * sin, b * cos + a * sin
 
 
 @triton.jit
 def join_halves(a, b):
-    """(M, D/2) twice -> (M, D): a, then b."""
+    """Concatenates two tiles (M, D/2) along the columns -> (M, D)."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
-def load_halves(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The two halves of the rows that start at ``offsets`` (M, 1)."""
-    at = tl.arange(0, BLOCK_D // 2)
-    kept = (at < HEAD_DIM // 2)[None, :]
-    a = tl.load(base + offsets + at[None, :], mask=kept, other=0.0)
-    return a, tl.load(base + offsets + at[None, :] + HEAD_DIM // 2, mask=kept, other=0.0)
+def load_halves(
+    base_ptr,  # (T, Dh) of one head
+    offsets,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Loads the two halves, (M, BLOCK_D/2) each, of the rows that start at ``offsets`` (M, 1)."""
+    column = tl.arange(0, BLOCK_D // 2)
+    mask = (column < HEAD_DIM // 2)[None, :]
+    a = tl.load(base_ptr + offsets + column[None, :], mask=mask, other=0.0)
+    return a, tl.load(base_ptr + offsets + column[None, :] + HEAD_DIM // 2, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_turned(base, offsets, cos, sin, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile in rotary embedding, in its own format."""
-    a, b = load_halves(base, offsets, HEAD_DIM, BLOCK_D)
-    turned_a, turned_b = rotate(a, b, cos, sin, rows, 1.0, HEAD_DIM)
-    return join_halves(turned_a.to(a.dtype), turned_b.to(b.dtype))
+def load_rotated(
+    base_ptr,  # (T, Dh) of one head
+    offsets,
+    cos_ptr,  # (T, Dh/2)
+    sin_ptr,  # (T, Dh/2)
+    rows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Loads a tile (M, BLOCK_D) and applies rotary embedding, in the dtype of the tile."""
+    a, b = load_halves(base_ptr, offsets, HEAD_DIM, BLOCK_D)
+    rotated_a, rotated_b = rotate(a, b, cos_ptr, sin_ptr, rows, 1.0, HEAD_DIM)
+    return join_halves(rotated_a.to(a.dtype), rotated_b.to(b.dtype))
 
 
 @triton.jit
-def turn_back(x, cos, sin, rows, HEAD_DIM: tl.constexpr):
-    """The gradient (M, D) of a tile from that of the tile in rotary embedding."""
+def rotate_back(
+    x,
+    cos_ptr,  # (T, Dh/2)
+    sin_ptr,  # (T, Dh/2)
+    rows,
+    HEAD_DIM: tl.constexpr,
+):
+    """Gradient (M, D) by a tile before rotary embedding, from the gradient ``x`` by the rotated tile."""
     a, b = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-    a, b = rotate(a, b, cos, sin, rows, -1.0, HEAD_DIM)
+    a, b = rotate(a, b, cos_ptr, sin_ptr, rows, -1.0, HEAD_DIM)
     return join_halves(a, b)
