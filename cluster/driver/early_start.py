@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ def begin(signals: Signals, target: str = TARGET) -> Begun:
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
     os.environ[job_dir.MARK] = str(folder)
+    tempfile.tempdir = job_dir.temporary_files(folder)  # of this process alone: hosts agree on where job folders are
     begun = Begun(folder, job_dir.WarmProcess(folder, target), target, since, signals)
     signals.on_end.append(begun.clear)
     return begun

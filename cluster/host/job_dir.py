@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import signal
@@ -41,6 +42,7 @@ QUIET = {
 """The warm process's environment: no thread pools and no CUDA before the fork. A trainer's threads are set after it."""
 
 
+@functools.cache  # the same after a driver has given its process another directory for temporary files
 def temp_root() -> Path:
     """The directory that job folders are in."""
     root = tempfile.gettempdir()
@@ -53,6 +55,13 @@ def make_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temp_root()))
     hold(folder)
     return folder
+
+
+def temporary_files(folder: Path) -> str:
+    """The directory of a job folder for its processes' temporary files: they are removed with it, SIGKILL or not."""
+    directory = folder / "tmp"
+    directory.mkdir(exist_ok=True)
+    return str(directory)
 
 
 def hold(folder: Path) -> None:
@@ -130,7 +139,7 @@ class WarmProcess:
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],
-                env={**os.environ, **QUIET},
+                env={**os.environ, **QUIET, "TMPDIR": temporary_files(folder)},
                 start_new_session=True,  # Ctrl-C on the terminal is the driver's to handle
             )
 

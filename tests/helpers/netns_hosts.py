@@ -27,7 +27,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NETWORK = "10.77.0"
-HOME = "/run/home"
+HOME = "/tmp/home_of_host"
 TOKEN = f"{HOME}/.ray/auth_token"
 PORT = 6379
 """Where `cluster up` listens."""

@@ -7,7 +7,9 @@ never their text.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -147,7 +149,9 @@ def processes(count: int) -> Iterator[Run]:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.data.prepare.workers", "webdataset"])
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_enter)
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_enter, initargs=(multiprocessing.util.get_temp_dir(),)
+    )
     try:
         yield lambda function, tasks: _run_there(pool, function, tasks)
     finally:
@@ -167,7 +171,7 @@ def _run_there(
         yield pending.pop(future), future.result()
 
 
-def _enter() -> None:
+def _enter(parents_sockets: str) -> None:
     """Begin a process: one thread for its tokenizer, deaf to Ctrl-C (its parent decides), gone with its parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -176,6 +180,7 @@ def _enter() -> None:
 
     def leave_with_parent() -> None:
         parent.join()
+        shutil.rmtree(parents_sockets, ignore_errors=True)  # which a killed parent leaves in the temporary directory
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
