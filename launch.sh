@@ -162,6 +162,9 @@ set_up
 case "$verb" in test|check) set_up_tests ;; esac
 export TRIREME_T0="${EPOCHREALTIME/,/.}"  # the run begins here: its start is not charged with the environment's set-up
 export DS_BUILD_OPS=0
+home=~
+# torch makes this folder wherever it is imported, else in the temporary directory
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-$home/.cache}/trireme/inductor}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="$venv/bin/python"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "clusters" if nodeid.startswith(("tests/cluster/", "tests/integration/cluster/")) else nodeid
 
     return OneClusterAtATime(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all that the tests start a directory for temporary files that is removed in the end; pytest's own stays beside it."""
+    if hasattr(config, "workerinput"):  # of xdist: the controller has made it
+        return
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    directory = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
+    os.environ["TMPDIR"], tempfile.tempdir = directory.name, None
+    config.add_cleanup(directory.cleanup)
 
 
 def pytest_collection_finish() -> None:
