@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 from multiprocessing import forkserver
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     directory = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
     os.environ["TMPDIR"], tempfile.tempdir = directory.name, None
-    config.add_cleanup(directory.cleanup)
+    Finalize(None, directory.cleanup, exitpriority=-1000)  # after multiprocessing has removed its folder in it
 
 
 def pytest_collection_finish() -> None:

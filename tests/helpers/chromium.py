@@ -66,7 +66,8 @@ class Browser:
 
     def open(self, file: Path) -> None:
         """Open a local page and wait until its script says that it is ready."""
-        self.chrome.get_log("performance")  # what the browser's first, empty page asked for
+        self.chrome.get("about:blank")
+        self.chrome.get_log("performance")  # the requests of the page that a browser begins with
         self.chrome.get(file.resolve().as_uri())
         self.until("document.documentElement?.dataset.ready === 'yes'")
 
