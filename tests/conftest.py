@@ -1,4 +1,4 @@
-"""Fixtures and hooks of all tests: a small prepared corpus, configurations of runs on it, a directory for temporary files."""
+"""Fixtures and hooks of all tests: a small prepared corpus, runs on it, and a directory for temporary files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all that the tests start a directory for temporary files that is removed in the end; pytest's own stays beside it."""
+    """Give the tests a directory for temporary files that is removed in the end; pytest's own stays beside it."""
     if hasattr(config, "workerinput"):  # of xdist: the controller has made it
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())

@@ -58,7 +58,7 @@ def make_folder() -> Path:
 
 
 def temporary_files(folder: Path) -> str:
-    """The directory of a job folder for its processes' temporary files: they are removed with it, SIGKILL or not."""
+    """The directory in a job folder for its processes' temporary files, which go with it, even after SIGKILL."""
     directory = folder / "tmp"
     directory.mkdir(exist_ok=True)
     return str(directory)

@@ -4,10 +4,11 @@
         a.run(["ss", "-ltn"])
         b.cut_off()
 
-Each host has its own address, name, processes, /tmp, /run and /dev/shm. The rest of the file system is common to all, and so are,
-wherever they lie, the repository, the environment and the folder ``shared``: the storage that every host of a real cluster sees.
-Hosts resolve each other's names. The namespaces are anonymous and end with the test's process, so nothing is left behind and any
-number of tests may run at once. Needs root, iproute2 and util-linux; ``WHY_NOT`` says what is missing.
+Each host has its own address, name, processes, /tmp, /run and /dev/shm. The rest of the file system is common to all,
+and so are, wherever they lie, the repository, the environment and the folder ``shared``: the storage that every host of
+a real cluster sees. Hosts resolve each other's names. The namespaces are anonymous and end with the test's process, so
+nothing is left behind and any number of tests may run at once. Needs root, iproute2 and util-linux; ``WHY_NOT`` says
+what is missing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname")
 PROBE = "ip link add one type veth peer name two && ip link add three type bridge"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 FOREIGN = ("RAY_", "TRIREME_", "SLURM_", "TMP", "TEMP")
-"""Prefixes of environment variables that describe the machine that the tests run on, and so are not passed to a host."""
+"""Prefixes of environment variables that describe the tests' own machine, and so are not passed to a host."""
 PRIVATE = ("/tmp", "/run", "/dev/shm")
 """The folders of which every host has an empty one of its own."""
 
@@ -152,7 +153,7 @@ def hosts(number: int, shared: Path, cores: int = 1) -> Iterator[list[Host]]:
 
 
 def hidden_paths(common: Sequence[Path]) -> list[str]:
-    """The paths that a host's own ``PRIVATE`` folders would hide and that it must see all the same, without those inside others.
+    """The paths below ``PRIVATE`` folders, which a host's own would hide; those inside others are left out.
 
     A path with a symbolic link in it is needed both as it is written and as it resolves.
     """
@@ -191,7 +192,7 @@ def living_hosts(host: Host, address: str) -> set[str]:
 
 
 def _hold(spaces: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen:
-    """Start the first process of new namespaces; they end with it, and it ends with this process, by its standard input."""
+    """Start the first process of new namespaces; they end with it, and it ends with this process (a pipe to it)."""
     command = ["unshare", *spaces, sys.executable, "-I", "-S", __file__, "hold", *arguments]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -208,7 +209,7 @@ def _in(pid: int, command: str) -> None:
 
 
 def _furnish(name: str, shared: Sequence[str]) -> None:
-    """In a new host's namespaces: set its name, mount its ``PRIVATE`` folders with ``shared`` in them, name the others."""
+    """Set a new host's name, mount its ``PRIVATE`` folders with ``shared`` in them, and list all hosts' names."""
     subprocess.run(["hostname", name], check=True)
     opened = [os.open(path, os.O_PATH) for path in shared]  # before they are hidden
     for folder in PRIVATE:

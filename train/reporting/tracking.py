@@ -226,7 +226,7 @@ class Tracker:
 
 @functools.cache
 def _keep_out_of_home() -> tempfile.TemporaryDirectory[str]:
-    """Have W&B keep what it would leave in the home folder, staged files and debug logs, in a folder that ends with this process."""
+    """Have W&B keep its staged files and debug logs in a folder that ends with this process, not in the home folder."""
     folder = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
     for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         os.environ.setdefault(name, folder.name)

@@ -1,4 +1,4 @@
-"""Runs, sweeps and kills leave nothing in the temporary directory, in shared memory or in the home folder but caches."""
+"""Runs, sweeps and kills leave nothing in the temporary directory, shared memory or home folder but caches."""
 
 import signal
 import sys
