@@ -106,8 +106,8 @@ def test_shown_command_hides_secrets(first):
     done = launch(first[0], "review", *words, DB_PASSWORD="MY-CANARY")
     assert told(done)[0] == words
     assert done.stderr == (
-        "+ .venv/bin/python -m review wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,s3://[hidden]@c] "
-        "x.token=[hidden] u=http://h?sig=[hidden]&y=1 v=[hidden]\n"
+        "+ .venv/bin/python -m review wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,"
+        "s3://[hidden]@c] x.token=[hidden] u=http://h?sig=[hidden]&y=1 v=[hidden]\n"
     )
 
 

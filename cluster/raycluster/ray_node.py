@@ -260,12 +260,12 @@ def drive(address: str, name: str, import_from: str | None, ip: str | None) -> N
         namespace="trireme",
         log_to_driver=False,
         configure_logging=False,
-        runtime_env=_environment(import_from) if import_from else None,
+        runtime_env=worker_environment(import_from) if import_from else None,
         _node_ip_address=ip,
     )
 
 
-def _environment(import_from: str) -> dict[str, Any]:
+def worker_environment(import_from: str) -> dict[str, Any]:
     """Ray's runtime environment for workers that import our code from ``import_from``, the same folder on every host."""
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": import_from}}
     quoted = shlex.quote(sys.executable)

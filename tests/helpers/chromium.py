@@ -51,7 +51,7 @@ class Browser:
 
     @property
     def messages(self) -> list[str]:
-        """Errors and warnings so far: the console's, uncaught ones, and refusals by the page's policy or the network."""
+        """Errors and warnings so far: of the console, uncaught, and refusals by the page's policy or the network."""
         log = self.chrome.get_log("browser")
         self._messages += [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
         return self._messages
