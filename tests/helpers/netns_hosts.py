@@ -35,7 +35,7 @@ PORT = 6379
 TOOLS = ("ip", "nsenter", "unshare", "mount", "hostname")
 PROBE = "ip link add one type veth peer name two && ip link add three type bridge"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-FOREIGN = ("RAY_", "TRIREME_", "SLURM_", "TMP", "TEMP")
+FOREIGN = ("RAY_", "TRIREME_", "SLURM_", "TMP", "TEMP", "XDG_", "TORCHINDUCTOR_")
 """Prefixes of environment variables that describe the tests' own machine, and so are not passed to a host."""
 PRIVATE = ("/tmp", "/run", "/dev/shm")
 """The folders of which every host has an empty one of its own."""
