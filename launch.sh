@@ -9,26 +9,29 @@
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
-export TRIREME_T0="${EPOCHREALTIME/,/.}"
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
-if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; this is where it was made
-    root="$({ scontrol show job "$SLURM_JOB_ID" || true; } | sed -n 's|^ *Command=\([^ ]*\)/launch\.sh.*|\1|p')"
+if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; its original is in the repository
+    root="$({ scontrol show job "$SLURM_JOB_ID" || true; } | sed -n 's|^ *Command=\(/.*\)|\1|p')"
+    root="${root%%/launch.sh*}"
 fi
 venv="${TRIREME_VENV:-$root/.venv}"
 lock="$root/requirements.lock"
+test_lock="$root/requirements-test.lock"
 verbs="train cluster test check prepare evaluate generate export trace verify-resume drill review bench help"
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
 [ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
+case "$root$venv" in *:*) fail "Python cannot be run from a path with a colon: move $root, or TRIREME_VENV, to a path without one" ;; esac
 
 usage() { sed -n '2,10s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # 3.11 or newer, with what making an environment takes.
 find_python() {
-    local name seen=""
-    for name in ${TRIREME_PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+    local name seen="" names=(python3.13 python3.12 python3.11 python3 python)
+    [ -z "${TRIREME_PYTHON:-}" ] || names=("$TRIREME_PYTHON")
+    for name in "${names[@]}"; do
         command -v "$name" >/dev/null 2>&1 || continue
         "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue
         seen="$name"
@@ -41,41 +44,34 @@ find_python() {
         fail "$seen lacks the modules venv and ensurepip." \
              "Install them (Debian, Ubuntu: sudo apt install $("$seen" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')), or name another Python: TRIREME_PYTHON=/path/to/python3"
     fi
-    fail "no Python 3.11 or newer was found (looked for: ${TRIREME_PYTHON:-python3.13 python3.12 python3.11 python3 python})." \
+    fail "no Python 3.11 or newer was found (looked for: ${names[*]})." \
          "Install one from your system's packages, python.org or conda, or name it: TRIREME_PYTHON=/path/to/python3"
 }
 
-# What the environment must have been made of: the lock, and the Python in it.
-wanted() { { cat "$lock"; "$1" -c 'import sys; print(sys.version)'; } | sha256sum | cut -d' ' -f1; }
+# A stamp in the environment says that a lock was installed to its end: digest of the lock and of the Python that it was installed for.
+digest() { { cat "$1"; "$venv/bin/python" -c 'import sys; print(sys.version)'; } | sha256sum | cut -d' ' -f1; }
+write_stamp() { digest "$2" >"$1.new" && mv "$1.new" "$1"; }
+newer_than_lock() { [ -f "$1" ] && [ "$1" -nt "$2" ] && [ -x "$venv/bin/python" ]; }
+matches_lock() {
+    [ -f "$1" ] && [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null && [ "$(cat "$1")" = "$(digest "$2")" ]
+}
 
-set_up() {
-    # The stamp is written last, so an environment without it is half made, and one older than the lock is looked at again.
-    if [ -f "$venv/.ready" ] && [ "$venv/.ready" -nt "$lock" ] && [ -x "$venv/bin/python" ]; then return; fi
-    mkdir -p "$(dirname "$venv")"
+lock_environment() {
     exec 9<"$root/launch.sh"  # locked itself: there is no other file to leave behind
     if ! flock -n 9; then
         echo "Another launch.sh is setting up $venv: waiting for it." >&2
         flock 9
     fi
-    local python log began now users
-    if [ -f "$venv/.ready" ] && [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null \
-        && [ "$(cat "$venv/.ready")" = "$(wanted "$venv/bin/python")" ]; then
-        touch "$venv/.ready"
-        exec 9>&-
-        return
-    fi
-    python="$(find_python)" || exit $?
-    users="$(grep -lsF "$venv/lib/" /proc/[0-9]*/maps | cut -d/ -f3 | head -n 5 | xargs || true)"
-    [ -z "$users" ] || fail "$venv is not what $lock says, and is in use (processes $users): it is made anew when they have ended." \
-        "Give the command again then, or name another place for this checkout's: TRIREME_VENV=/path/to/venv"
-    log="$(mktemp "${TMPDIR:-/tmp}/trireme-setup-XXXXXX.log")"
-    began=$SECONDS
-    echo "Setting up $venv with $("$python" -V) (once; some minutes). Log: $log" >&2
-    rm -f "$venv/.ready"  # first: a setup killed in what follows is done again
-    rm -rf "$venv"
-    "$python" -m venv "$venv" >>"$log" 2>&1 || fail "python -m venv failed; the last lines of $log:" "$(tail -n 5 "$log")"
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -r "$lock" >>"$log" 2>&1 &  # keeps the lock, even orphaned
-    local pip=$!
+}
+unlock_environment() { exec 9>&-; }
+
+# pip install with these arguments, its output in the log, its progress on a terminal. Its temporary files are in the environment.
+pip_install() {
+    local now pip began=$SECONDS
+    rm -rf "$venv/tmp"
+    mkdir "$venv/tmp"
+    TMPDIR="$venv/tmp" "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >>"$log" 2>&1 &  # keeps fd 9 locked, even orphaned
+    pip=$!
     trap 'kill $pip 2>/dev/null || true; exit 130' INT
     trap 'kill $pip 2>/dev/null || true; exit 143' TERM
     while kill -0 $pip 2>/dev/null; do
@@ -86,28 +82,62 @@ set_up() {
         sleep 0.5
     done
     [ -t 2 ] && printf '\r\033[K' >&2
-    wait $pip || fail "pip could not install $lock; the last lines of $log:" "$(tail -n 15 "$log")" \
+    wait $pip || fail "pip could not install $2; the last lines of $log:" "$(tail -n 15 "$log")" \
                       "Is a package index reachable (pip config list)? Then run this again."
     trap - INT TERM
-    wanted "$venv/bin/python" >"$venv/.ready.new"
-    mv "$venv/.ready.new" "$venv/.ready"
+    rm -rf "$venv/tmp"
+}
+
+# Makes the environment of requirements.lock, unless it is there.
+set_up() {
+    # The stamp is written last, so an environment without it is incomplete; one whose stamp is older than the lock is checked again.
+    local python users stamp="$venv/.ready" log="$venv/setup.log" began=$SECONDS
+    if newer_than_lock "$stamp" "$lock"; then return; fi
+    mkdir -p "$(dirname "$venv")"
+    lock_environment
+    if matches_lock "$stamp" "$lock"; then
+        touch "$stamp"
+        unlock_environment
+        return
+    fi
+    python="$(find_python)" || exit $?
+    users="$(grep -lsF "$venv/lib/" /proc/[0-9]*/maps | cut -d/ -f3 | head -n 5 | xargs || true)"
+    [ -z "$users" ] || fail "$venv is not what $lock says, and is in use (processes $users): it is made anew when they have ended." \
+        "Give the command again then, or name another place for this checkout's: TRIREME_VENV=/path/to/venv"
+    echo "Setting up $venv with $("$python" -V) (once; some minutes). Log: $log" >&2
+    rm -f "$stamp"  # first: a setup killed in what follows is done again
+    rm -rf "$venv"
+    mkdir "$venv"
+    "$python" -m venv "$venv" >>"$log" 2>&1 || fail "python -m venv failed; the last lines of $log:" "$(tail -n 5 "$log")"
+    pip_install -r "$lock"
+    write_stamp "$stamp" "$lock"
     echo "Set up in $((SECONDS - began)) s." >&2
     rm -f "$log"
-    exec 9>&-
+    unlock_environment
 }
 
-# What is secret in a command, as train/util/redact.py has it: passwords in URLs, and what is given to keys named like one.
-hide() {
-    sed -E -e "s#([a-zA-Z0-9+.-]+:/+)([^ '\"@/]*:[^ '\"@]*|[^ '\"@/]+)@#\1[hidden]@#g" \
-        -e "s#([?&][a-zA-Z0-9_.-]*(key|token|secret|password|signature|credential|sig)[a-zA-Z0-9_.-]*=)[^& '\"]+#\1[hidden]#gI" \
-        -e "s#text_key=#text\x01key=#g" -e "s#(([._-]key|token|secret|password|passwd|passphrase)=)[^ '\",]+#\1[hidden]#gI" -e "s#\x01#_#g"
+# Adds what only tests and checks need, of requirements-test.lock, so that a first run need not wait for it.
+set_up_tests() {
+    local stamp="$venv/.ready-test" log="$venv/setup-test.log" began=$SECONDS
+    if newer_than_lock "$stamp" "$test_lock"; then return; fi
+    lock_environment
+    if ! matches_lock "$stamp" "$test_lock"; then
+        echo "Adding to $venv what tests and checks need (once; a minute). Log: $log" >&2
+        rm -f "$stamp" "$log"
+        pip_install -r "$test_lock" -c "$lock"
+        write_stamp "$stamp" "$test_lock"
+        echo "Added in $((SECONDS - began)) s." >&2
+        rm -f "$log"
+    fi
+    touch "$stamp"
+    unlock_environment
 }
 
-# Shows the command, then becomes it, so that signals go straight to it.
+# Shows the command with its secrets hidden, then becomes it, so that signals go straight to it.
 run() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#$venv/${venv#"$PWD/"}}" "$plain" | hide >&2
+    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2
     exec "$@"
 }
 
@@ -129,7 +159,12 @@ esac
 if [ "$verb" = help ]; then usage; exit 0; fi
 
 set_up
+case "$verb" in test|check) set_up_tests ;; esac
+export TRIREME_T0="${EPOCHREALTIME/,/.}"  # the run begins here: its start is not charged with the environment's set-up
 export DS_BUILD_OPS=0
+home=~
+# torch makes this folder wherever it is imported, else in the temporary directory
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-$home/.cache}/trireme/inductor}"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="$venv/bin/python"
 
@@ -152,7 +187,7 @@ case "$verb" in
         cd "$root"
         for tool in "ruff check ." "ruff format --check ." mypy; do
             printf '+ %s -m %s\n' "$python" "$tool" >&2
-            # shellcheck disable=SC2086  a tool and its arguments
+            # shellcheck disable=SC2086 # a tool and its arguments
             "$python" -m $tool
         done
         ;;

@@ -1,9 +1,13 @@
-"""What many tests share: a small prepared corpus, and runs in folders of their own."""
+"""Fixtures and hooks of all tests: a small prepared corpus, runs on it, and a directory for temporary files."""
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import tempfile
 from multiprocessing import forkserver
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from train.data.prepare.prepare import prepare
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has all tests of clusters, which mostly wait, one after another; the others share the rest, which compute."""
+    """Give one xdist worker all tests of clusters, which mostly wait, one after another; the others share the rest."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneClusterAtATime(LoadScopeScheduling):
@@ -29,8 +33,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return OneClusterAtATime(config, log)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests a directory for temporary files that is removed in the end; pytest's own stays beside it."""
+    if hasattr(config, "workerinput"):  # of xdist: the controller has made it
+        return
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    directory = tempfile.mkdtemp(prefix="tests-")
+    os.environ["TMPDIR"], tempfile.tempdir = directory, None
+    # multiprocessing removes its own folder in it first, at priority -100
+    Finalize(None, shutil.rmtree, (directory, True), exitpriority=-1000)
+
+
 def pytest_collection_finish() -> None:
-    forkserver.ensure_running()  # with worlds' imports, before prepare's workers start one that has imported less
+    """Start the fork server with the imports of ``gloo_ranks``, before prepare's workers start one with fewer."""
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +73,7 @@ def make(corpus: Path, tmp_path: Path):
 
 @pytest.fixture
 def as_typed(corpus: Path, tmp_path: Path):
-    """as_typed(*overrides, name=...) -> what is typed for a run on the corpus by somebody who has its text."""
+    """as_typed(*overrides, name=...) -> the words of a command line for a run on the corpus, given its text."""
 
     def typed(*overrides: str, name: str = "run") -> list[str]:
         text = corpus.parent / "text"

@@ -1,43 +1,148 @@
-"""``launch.sh`` itself: what it does before any Python of ours runs."""
+"""``launch.sh`` itself: the environments that it makes, the clock that it starts, the command that it shows."""
 
 import _ctypes
+import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from helpers import gloo_ranks
 
+TELL = "import json, os, sys, time; print(json.dumps([sys.argv[1:], time.time(), os.environ.get('TRIREME_T0')]))"
+NOTHING = "# no package\n"
 
-def test_an_environment_that_processes_use_is_not_made_anew_under_them(tmp_path):
-    shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", tmp_path)
-    (tmp_path / "requirements.lock").write_text("another\n")
-    library = tmp_path / ".venv" / "lib" / "some.so"
+
+def copy_launch(folder: Path) -> Path:
+    """A repository with launch.sh, empty locks, and verbs that print their arguments, the time and ``TRIREME_T0``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", folder)
+    for name in ("requirements.lock", "requirements-test.lock"):
+        (folder / name).write_text(NOTHING)
+    for file in ("review/__main__.py", "bench/told.py", "pytest.py"):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(TELL)
+    (folder / "train" / "util").mkdir(parents=True)
+    shutil.copy(gloo_ranks.REPOSITORY / "train/util/redact.py", folder / "train/util")
+    return folder
+
+
+def launch(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs launch.sh of a copied repository in a clean environment; it must succeed."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TRIREME_PYTHON": sys.executable, **env}
+    command = ["bash", str(folder / "launch.sh"), *words]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess, float]:
+    """A repository in a folder with spaces and letters beyond ASCII, its first run, and the seconds that it took."""
+    folder = copy_launch(tmp_path_factory.mktemp("launch") / "ein Ordner mit Straße")
+    began = time.time()
+    done = launch(folder, "review", "a b")
+    return folder, done, time.time() - began
+
+
+def told(done: subprocess.CompletedProcess) -> tuple[list[str], float, str | None]:
+    """The arguments that a verb got, the time when it ran, and its ``TRIREME_T0``."""
+    words, now, start = json.loads(done.stdout)
+    return words, now, start
+
+
+def test_first_run_in_folder_with_spaces_sets_up_and_runs(first):
+    folder, done, _ = first
+    assert told(done)[0] == ["a b"]
+    assert f"Setting up {folder}/.venv with Python 3." in done.stderr
+    assert "Set up in " in done.stderr
+    assert done.stderr.splitlines()[-1] == "+ .venv/bin/python -m review a b"
+    again = launch(folder, "review")
+    assert again.stderr == "+ .venv/bin/python -m review\n"
+    assert sorted(
+        path.name for path in (folder / ".venv").iterdir() if path.name.startswith((".", "setup", "tmp"))
+    ) == [".ready"]
+
+
+def test_clock_of_first_run_starts_after_set_up(first):
+    """Else the first run counts the set-up as its start, and its goodput is that of another program."""
+    _, done, seconds = first
+    _, now, start = told(done)
+    assert start is not None
+    assert 0 <= now - float(start) < seconds / 2
+
+
+def test_test_verb_adds_second_lock_once_and_other_verbs_do_not(first):
+    folder = first[0]
+    assert not (folder / ".venv" / ".ready-test").exists()
+    for lock, said in ((NOTHING, "Adding to "), (NOTHING, ""), ("# other\n", "Adding to ")):
+        if lock != (folder / "requirements-test.lock").read_text():
+            (folder / "requirements-test.lock").write_text(lock)
+        done = launch(folder, "test", "x")
+        assert told(done)[0] == ["-n", "2", "x"]
+        assert ("Adding to " in done.stderr) == bool(said)
+        assert "Setting up" not in done.stderr
+
+
+def test_bench_is_given_no_clock_of_launch(first):
+    """Else a run's time to its first step has all that the bench did before."""
+    assert told(launch(first[0], "bench", "told"))[2] is None
+
+
+def test_shown_command_hides_secrets(first):
+    secret = "data.paths=[s3://k:CAN/ARY@b,s3://CANARY@c]"
+    words = [
+        "wandb.key=CANARY",
+        "data.text_key=body",
+        secret,
+        "x.token=CANARY",
+        "u=http://h?sig=CANARY&y=1",
+        "v=MY-CANARY",
+    ]
+    done = launch(first[0], "review", *words, DB_PASSWORD="MY-CANARY")
+    assert told(done)[0] == words
+    assert done.stderr == (
+        "+ .venv/bin/python -m review wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,"
+        "s3://[hidden]@c] x.token=[hidden] u=http://h?sig=[hidden]&y=1 v=[hidden]\n"
+    )
+
+
+def test_shown_command_is_dim_on_a_terminal(first):
+    folder = first[0]
+    ours, theirs = pty.openpty()
+    command = ["bash", str(folder / "launch.sh"), "review"]
+    subprocess.run(
+        command, env={"PATH": os.environ["PATH"]}, cwd=folder, stdout=subprocess.DEVNULL, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    shown = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert shown == "\x1b[2m+ .venv/bin/python -m review\x1b[0m\r\n"
+
+
+def test_path_with_colon_is_refused_in_words(tmp_path: Path):
+    folder = copy_launch(tmp_path / "a:b")
+    done = subprocess.run(["bash", str(folder / "launch.sh"), "review"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Python cannot be run from a path with a colon" in done.stderr
+
+
+def test_environment_in_use_is_not_made_anew(tmp_path: Path):
+    folder = copy_launch(tmp_path / "repository")
+    library = folder / ".venv" / "lib" / "some.so"
     library.parent.mkdir(parents=True)
     shutil.copy(_ctypes.__file__, library)
     loads = f"import ctypes, sys; ctypes.CDLL({str(library)!r}); print('loaded', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", loads], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
         assert user.stdout.readline() == b"loaded\n"
-        command = ["bash", str(tmp_path / "launch.sh"), "check"]
+        command = ["bash", str(folder / "launch.sh"), "check"]
         environment = {"PATH": "/usr/bin:/bin", "TRIREME_PYTHON": sys.executable}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         user.stdin.close()
     assert done.returncode == 1
     assert f"is in use (processes {user.pid})" in done.stderr
     assert library.exists()
-
-
-@pytest.mark.skipif(not (Path(sys.prefix) / ".ready").exists(), reason="this environment was not made by launch.sh")
-def test_what_a_bench_starts_begins_when_it_is_started(tmp_path):
-    """Else a run's time to its first step has all that the bench did before."""
-    for name in ("launch.sh", "requirements.lock"):
-        shutil.copy2(gloo_ranks.REPOSITORY / name, tmp_path)
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "told.py").write_text("import os; print('TRIREME_T0' in os.environ)")
-    command = ["bash", str(tmp_path / "launch.sh"), "bench", "told"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRIREME_VENV": sys.prefix}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "False\n"

@@ -7,6 +7,7 @@ and log, Ray's token and all that Ray keeps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ _held: list[FileLock] = []
 """The locks of this process's job folders, kept as long as it lives."""
 
 
+@functools.cache  # the same after a driver has given its process another directory for temporary files
 def temp_root() -> Path:
     """The directory that job folders are made in."""
     root = tempfile.gettempdir()
@@ -40,6 +42,13 @@ def make_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temp_root()))
     mark_in_use(folder)
     return folder
+
+
+def temporary_files(folder: Path) -> str:
+    """Make the directory in a job folder for its processes' temporary files, which go with it, even after SIGKILL."""
+    directory = folder / "tmp"
+    directory.mkdir(exist_ok=True)
+    return str(directory)
 
 
 def mark_in_use(folder: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import socket
 import sys
 import time
@@ -259,9 +260,18 @@ def drive(address: str, name: str, import_from: str | None, ip: str | None) -> N
         namespace="trireme",
         log_to_driver=False,
         configure_logging=False,
-        runtime_env={"env_vars": {"PYTHONPATH": import_from}} if import_from else None,
+        runtime_env=worker_environment(import_from) if import_from else None,
         _node_ip_address=ip,
     )
+
+
+def worker_environment(import_from: str) -> dict[str, Any]:
+    """Ray's runtime environment for workers that import our code from ``import_from``, the same folder on every host."""
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": import_from}}
+    quoted = shlex.quote(sys.executable)
+    if quoted != sys.executable:  # Ray gives the shell the path of Python as it is, and a space would cut it in two
+        environment["py_executable"] = quoted
+    return environment
 
 
 def inventory() -> list[Node]:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.host import job_dir
+
 BEFORE_FORK_ENV = {
     "DS_BUILD_OPS": "0",
     "OMP_NUM_THREADS": "1",
@@ -51,7 +53,7 @@ class ForkServerProcess:
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],
-                env={**os.environ, **BEFORE_FORK_ENV},
+                env={**os.environ, **BEFORE_FORK_ENV, "TMPDIR": job_dir.temporary_files(folder)},
                 start_new_session=True,  # Ctrl-C on the terminal is the driver's to handle
             )
 

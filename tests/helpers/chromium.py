@@ -1,119 +1,82 @@
-"""Headless Chromium over a pipe, by its own protocol: what a page does, says on its console, and looks like. No driver, no port."""
+"""A page in the system's headless Chromium, driven by selenium: its console, its requests, values of its script."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
-import select
 import shutil
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+NO_BROWSER = (
+    "" if CHROMIUM and DRIVER else "needs Chromium and its driver (Debian: apt-get install chromium chromium-driver)"
+)
+"""The reason why this machine cannot open a page, for a skip; empty where it can."""
 TIMEOUT_S = 120.0
 
 
 class Browser:
     """One page in a browser of its own; a context manager."""
 
-    def __init__(self, width: int = 1280, height: int = 900) -> None:
-        self.said: list[str] = []
-        """Errors and warnings: of the console, uncaught, and what the page's policy or the network refused."""
-        self.asked: list[str] = []
-        """Every address that was asked for."""
+    def __init__(self) -> None:
+        assert not NO_BROWSER, NO_BROWSER
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        self.number, self.buffer, self.session = 0, b"", None
-        theirs_in, self.to = os.pipe()
-        self.back, theirs_out = os.pipe()
-        command = [
-            "bash", "-c", 'exec "$@" 3<&"$IN" 4>&"$OUT"', "chromium", CHROMIUM or "chromium", "--headless", "--no-sandbox",
-            "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe", "--no-first-run", "--hide-scrollbars",
-            f"--user-data-dir={self.profile.name}", f"--window-size={width},{height}", "about:blank",
-        ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command,
-            pass_fds=(theirs_in, theirs_out),
-            env={**os.environ, "IN": str(theirs_in), "OUT": str(theirs_out)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        options = ChromeOptions()
+        options.binary_location = CHROMIUM or ""
+        for argument in (
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+            *("--hide-scrollbars", f"--user-data-dir={self.profile.name}", "--window-size=1280,900"),
+        ):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        # The driver's path is given, so that selenium looks for no other one, on this machine or elsewhere.
+        self.chrome = Chrome(options, Service(DRIVER, env={**os.environ, "HOME": self.profile.name}))
+        self.chrome.set_script_timeout(TIMEOUT_S)
+        self._messages: list[str] = []
+        self._requests: list[str] = []
 
     def __enter__(self) -> Browser:
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.to)
-        os.close(self.back)
+        self.chrome.quit()
         self.profile.cleanup()
 
+    @property
+    def messages(self) -> list[str]:
+        """Errors and warnings so far: of the console, uncaught, and refusals by the page's policy or the network."""
+        log = self.chrome.get_log("browser")
+        self._messages += [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
+        return self._messages
+
+    @property
+    def requests(self) -> list[str]:
+        """Every address that was asked for so far."""
+        events = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
+        sent = [event["params"]["request"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        self._requests += [request["url"] for request in sent]
+        return self._requests
+
     def open(self, file: Path) -> None:
-        """Opens a local page and waits until its script says that it is ready."""
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        """Open a local page and wait until its script says that it is ready."""
+        self.chrome.get("about:blank")
+        self.chrome.get_log("performance")  # the requests of the page that a browser begins with
+        self.chrome.get(file.resolve().as_uri())
         self.until("document.documentElement?.dataset.ready === 'yes'")
 
     def until(self, condition: str) -> None:
-        """Waits for an expression to become true. AssertionError with what the page said where it does not."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not self.value(condition):
-            assert time.monotonic() < deadline, f"never true: {condition}; the page said {self.said}"
-            time.sleep(0.05)
+        """Wait for an expression to become true. TimeoutException with the page's messages where it does not."""
+        WebDriverWait(self.chrome, TIMEOUT_S, 0.05).until(
+            lambda _: self.value(condition), f"never true: {condition}; the page said {self.messages}"
+        )
 
     def value(self, expression: str) -> Any:
-        """What an expression is in the page, as plain data."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def picture(self, file: Path) -> None:
-        """A screenshot of the whole page."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        file.write_bytes(base64.b64decode(shot["data"]))
-
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the protocol, and its answer."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params} | (
-            {"sessionId": self.session} if self.session else {}
-        )
-        os.write(self.to, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._next()
-            if answer.get("id") == self.number:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self.buffer:
-            ready, _, _ = select.select([self.back], [], [], TIMEOUT_S)
-            assert ready, "the browser says nothing"
-            piece = os.read(self.back, 1 << 20)
-            assert piece, f"the browser ended with {self.process.wait()}"
-            self.buffer += piece
-        line, _, self.buffer = self.buffer.partition(b"\0")
-        message = json.loads(line)
-        self._listen(message.get("method", ""), message.get("params", {}))
-        return message
-
-    def _listen(self, method: str, params: dict[str, Any]) -> None:
-        if method == "Runtime.exceptionThrown":
-            self.said.append(str(params["exceptionDetails"].get("exception", {}).get("description", params)))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.said.append(str([a.get("value", a.get("description")) for a in params["args"]]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.said.append(params["entry"]["text"])
-        elif method == "Network.requestWillBeSent":
-            self.asked.append(params["request"]["url"])
+        """The value of an expression in the page, as plain data."""
+        return self.chrome.execute_script(f"return {expression}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_dirs
-from helpers.chromium import CHROMIUM, Browser
+from helpers.chromium import NO_BROWSER, Browser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -232,7 +232,7 @@ def test_no_content_of_a_ledger_makes_the_review_fail(tmp_path: Path, content: b
     markdown.render(runs, None, None)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 def test_its_page_in_a_browser_sorts_by_every_column_and_its_charts_hold_every_trial(made):
     runs, out = made
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
@@ -267,6 +267,6 @@ def test_its_page_in_a_browser_sorts_by_every_column_and_its_charts_hold_every_t
         assert browser.value("document.getElementById('importance').data[0].y.length") == 3
         assert browser.value("document.getElementById('goodput').data[0].y.length") >= 20
         assert browser.value("document.getElementById('sample-text').textContent") == "def f(x):\n    return x"
-        assert browser.said == []
+        assert browser.messages == []
     assert {file.stem for file in out.glob("*.png")} >= {"search", "parallel", "importance", "goodput", "loss_steps"}
     assert len(runs) == 40

@@ -8,11 +8,13 @@ so each step is in it once, whatever was killed when.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
 import secrets
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -124,6 +126,7 @@ class WandbRun:
         return {}
 
     def _feed(self) -> None:
+        _keep_out_of_home()
         import wandb  # not at the top: its import takes a second, which the first step need not wait for
 
         if self.mode == "offline":
@@ -210,6 +213,15 @@ class Tracker:
         self.sync()
         if self.wandb:
             self.wandb.finish(summary)
+
+
+@functools.cache
+def _keep_out_of_home() -> tempfile.TemporaryDirectory[str]:
+    """Have W&B keep its staged files and debug logs in a folder that ends with this process, not in the home folder."""
+    folder = tempfile.TemporaryDirectory(prefix="wandb-", ignore_cleanup_errors=True)
+    for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        os.environ.setdefault(name, folder.name)
+    return folder
 
 
 def _mode(tracking: Tracking) -> Literal["online", "offline"]:

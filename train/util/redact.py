@@ -62,3 +62,7 @@ def cover() -> None:
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
         stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":  # a filter, for launch.sh
+    sys.stdout.write(redact(sys.stdin.read()))

@@ -1,8 +1,11 @@
 """Ray's own processes, started for real."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -41,3 +44,14 @@ def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
     assert not [
         child for child in psutil.Process().children() if child.name() == "gcs_server" and child.status() != "zombie"
     ]
+
+
+def test_worker_environment_starts_python_in_path_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    python = tmp_path / "ein Ordner mit Straße" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    assert ray_node.worker_environment("/code") == {"env_vars": {"PYTHONPATH": "/code"}}
+    monkeypatch.setattr(sys, "executable", str(python))
+    command = f"exec {ray_node.worker_environment('/code')['py_executable']} -c 'print(1)'"  # as Ray gives it to bash
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == "1\n"

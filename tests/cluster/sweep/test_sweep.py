@@ -10,7 +10,7 @@ import time
 
 import pytest
 from helpers import wandb_files
-from helpers.chromium import CHROMIUM, Browser
+from helpers.chromium import NO_BROWSER, Browser
 
 from cluster.host.stop_request import StopRequest
 from cluster.supervision.job import Job, StartupClock
@@ -50,7 +50,7 @@ def alone(config, ground):
 def look_at_page(folder, out, runs):
     """Reviews a sweep, and opens the page where there is a browser."""
     assert review.main([str(folder), "--out", str(out), "--format", "html"]) == 0
-    if CHROMIUM is not None:
+    if not NO_BROWSER:
         with Browser() as browser:
             browser.open(out / "review.html")
             cells = browser.value(
@@ -61,7 +61,7 @@ def look_at_page(folder, out, runs):
             assert browser.value("document.getElementById('search').data.slice(1).flatMap(t => t.x).length") == len(
                 runs
             )
-            assert browser.said == []
+            assert browser.messages == []
 
 
 def at_once(folder) -> int:

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import gloo_ranks
-
 from train.config import load as configuration
 from train.run_dir import resume
 
@@ -72,20 +70,3 @@ def test_secrets_are_in_nothing_that_jobs_write_or_say(corpus, as_typed, tmp_pat
     shutil.rmtree(tmp_path / "s3:")
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) > 50
     assert files_with_secrets(tmp_path) == []
-
-
-def test_launch_sh_shows_its_command_without_secrets():
-    environment = {**os.environ, "TRIREME_VENV": sys.prefix}
-    script = (gloo_ranks.REPOSITORY / "launch.sh").read_text()
-    hide = script[script.index("hide() {") : script.index("# Shows the command")]
-    given = (
-        "wandb.key=CANARY data.text_key=body data.paths=[s3://k:CAN/ARY@b,s3://CANARY@c] "
-        "x.token=CANARY u=http://h?sig=CANARY&y=1"
-    )
-    done = subprocess.run(
-        ["bash", "-c", f"{hide}\nhide"], input=given, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == (
-        "wandb.key=[hidden] data.text_key=body data.paths=[s3://[hidden]@b,s3://[hidden]@c] "
-        "x.token=[hidden] u=http://h?sig=[hidden]&y=1"
-    )

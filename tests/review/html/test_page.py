@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import run_dirs
-from helpers.chromium import CHROMIUM, Browser
+from helpers.chromium import NO_BROWSER, Browser
 
 from review import __main__ as command
 from review.html import page
@@ -114,7 +114,7 @@ def test_the_comment_is_printed_and_folders_without_runs_are_refused(
     assert "give run folders" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int]):
     column = "[...document.querySelectorAll('#table tbody tr')].map(row => row.children[%d].title)"
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
@@ -146,11 +146,11 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
         titles = browser.value("[...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
         assert "Download plot as a PNG" in titles
         assert not [title for title in titles if "hare" in title]  # plotly's own bar would send charts to a server
-        assert browser.said == []
-        assert [address for address in browser.asked if not address.startswith(("file:", "data:"))] == []
+        assert browser.messages == []
+        assert [address for address in browser.requests if not address.startswith(("file:", "data:"))] == []
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
 def test_the_pages_policy_lets_no_other_script_run(made: tuple[Path, int], tmp_path: Path):
     """Were markup of a run ever to get in, the browser itself would refuse to run it."""
     text = (
@@ -162,4 +162,4 @@ def test_the_pages_policy_lets_no_other_script_run(made: tuple[Path, int], tmp_p
     with Browser() as browser:
         browser.open(tmp_path / "torn.html")
         assert browser.value("window.hacked") is None
-        assert any("Content Security Policy" in line for line in browser.said)
+        assert any("Content Security Policy" in line for line in browser.messages)

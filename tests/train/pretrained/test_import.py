@@ -169,7 +169,7 @@ def hidden(world, emit, folder: str, batch: dict):
     from train.pretrained.init_from import load_weights
 
     keys = ["model=bert_base", "model.layers=6", "model.width=384", "model.heads=12", "model.vocab_size=30522"]
-    keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from={folder}"]
+    keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from='{folder}'"]
     config = configuration.load([*gloo_ranks.TEXT, *keys])
     tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
     objective = build_objective(config, tokenizer.vocab_size).eval()

@@ -7,7 +7,9 @@ never their text.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
 import struct
 import threading
@@ -147,7 +149,8 @@ def task_runner(count: int) -> Iterator[TaskRunner]:
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train.data.prepare.workers", "webdataset"])
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_init_worker)
+    parents_sockets = multiprocessing.util.get_temp_dir()
+    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_init_worker, initargs=(parents_sockets,))
     try:
         yield lambda function, tasks: _run_in_pool(pool, function, tasks)
     finally:
@@ -167,8 +170,11 @@ def _run_in_pool(
         yield pending.pop(future), future.result()
 
 
-def _init_worker() -> None:
-    """Initialise a worker: single-threaded tokenizer, ignore Ctrl-C (the parent decides), exit with the parent."""
+def _init_worker(parents_sockets: str) -> None:
+    """Initialise a worker: single-threaded tokenizer, ignore Ctrl-C (the parent decides), exit with the parent.
+
+    ``parents_sockets`` is multiprocessing's folder of sockets, which a killed parent leaves in the temporary directory.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -176,6 +182,7 @@ def _init_worker() -> None:
 
     def exit_with_parent() -> None:
         parent.join()
+        shutil.rmtree(parents_sockets, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
