@@ -7,7 +7,6 @@ a worker agent on another host.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.host import job_dir
+from train.util.io import FileLock
 
 BEFORE_FORK_ENV = {
     "DS_BUILD_OPS": "0",
@@ -84,6 +84,5 @@ def connect_fork_server(folder: Path) -> socket.socket | None:
 @contextlib.contextmanager
 def start_lock(folder: Path) -> Iterator[None]:
     """Keeps two agents of a host from starting two fork servers at once."""
-    with (folder / "starting").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / "starting"):
         yield
