@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from review.run_reader import read_all
-from review.scaling.isoflop_plan import PLANS, trials
-from review.scaling.study import report, study
+from review.run_reader import read_runs
+from review.scaling.isoflop_plan import PLANS, planned_runs
+from review.scaling.study import fit_study, report_lines
 from train.config import sweep_space
 from train.errors import UserError
 from train.util.io import write_whole
@@ -26,8 +26,8 @@ POINTS = "points.yaml"
 
 def told(out: Path) -> list[str]:
     """What the runs in a folder say of the law."""
-    found = study(read_all([out]))
-    return ["too few runs are finished for a law"] if found is None else report(found)
+    found = fit_study(read_runs([out]))
+    return ["too few runs are finished for a law"] if found is None else report_lines(found)
 
 
 def main(arguments: list[str]) -> int:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     plan, out = PLANS[options.sizes], options.out
     try:
-        found = trials(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
+        found = planned_runs(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
     except UserError as error:
         print(f"bench scaling: {error}", file=sys.stderr)
         return 2

@@ -32,37 +32,37 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes the review and says where it is; the exit code."""
     options = parser().parse_args(argv)
-    from review.run_reader import read_all  # only now: --help needs none of it
+    from review.run_reader import read_runs  # only now: --help needs none of it
 
-    runs = read_all(options.runs, options.out)
+    runs = read_runs(options.runs, options.out)
     if all(run.state == "missing" and run.trial is None for run in runs):
         print(
             f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
             file=sys.stderr,
         )
         return BAD_INPUT
-    from review.scaling.study import study
+    from review.scaling.study import fit_study
 
-    law = study(runs)
-    from review.importance import importances
+    law = fit_study(runs)
+    from review.importance import key_importances
 
-    found = importances(runs)
+    found = key_importances(runs)
     if options.format == "md":
-        from review.markdown import render
+        from review.markdown import render_comment
 
-        print(render(runs, found, law))
+        print(render_comment(runs, found, law))
         return OK
     if options.format != "html":
         from review import figures
 
-        for file in figures.write(runs, found, law, options.out):
+        for file in figures.write_figures(runs, found, law, options.out):
             print(file)
     if options.format != "png":
         from review.html import page
 
         file = options.out / "review.html"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, page.render(runs, found, law).encode("utf-8", "replace"))
+        write_whole(file, page.render_page(runs, found, law).encode("utf-8", "replace"))
         print(f"{file}  ({len(runs)} runs, {file.stat().st_size / 1e6:.1f} MB, needs no server)")
         if options.open and not webbrowser.open(file.resolve().as_uri()):
             print(f"review: no browser was found here; open {file} in one", file=sys.stderr)

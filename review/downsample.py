@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 
-def keep(values: list[Floats], most: int) -> NDArray[np.int64]:
+def extreme_indices(values: list[Floats], most: int) -> NDArray[np.int64]:
     """Which of n places to keep, at most about ``most``: in each stretch the lowest and the highest of every curve in ``values``.
 
     The first and the last place stay. The curves are as long as each other; what is not a number is never an extreme.
@@ -28,7 +28,7 @@ def keep(values: list[Floats], most: int) -> NDArray[np.int64]:
     return np.array(sorted(kept))
 
 
-def smooth(values: Floats, share: float) -> Floats:
+def moving_average(values: Floats, share: float) -> Floats:
     """The mean of the ``share`` of places around each place; shorter at the ends. Places without a number count for nothing."""
     reach = int(len(values) * share / 2)
     if reach == 0:

@@ -15,16 +15,16 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
 
-from review.lenient_io import number
-from review.run_differences import ASIDE, differing, ranked
-from review.run_reader import Run
+from review.lenient_io import finite_number
+from review.run_differences import NOT_TRAINING, differing_keys, ranked_runs
+from review.run_reader import RunRecord
 
-LEAST_RUNS = 8
+MIN_RUNS = 8
 DRAWS = 20
 
 
 @dataclass(frozen=True)
-class Importance:
+class KeyImportance:
     """Of one key, in what runs are compared by: how much the mean error grows; and the middle 80 % over the draws."""
 
     key: str
@@ -34,21 +34,21 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Importances:
+class ImportanceReport:
     """All keys, the most important first; and the share of unseen runs' variance that the forest explains."""
 
-    keys: tuple[Importance, ...]
+    keys: tuple[KeyImportance, ...]
     runs: int
     explained: float
 
 
-def importances(runs: Sequence[Run]) -> Importances | None:
+def key_importances(runs: Sequence[RunRecord]) -> ImportanceReport | None:
     """None for fewer than LEAST_RUNS finished runs, or where nothing but the seed differs."""
-    order = ranked(runs)
-    keys = [key for key in differing([run for _, run in order], ASIDE) if key != "seed"]
-    if len(order) < LEAST_RUNS or not keys:
+    order = ranked_runs(runs)
+    keys = [key for key in differing_keys([run for _, run in order], NOT_TRAINING) if key != "seed"]
+    if len(order) < MIN_RUNS or not keys:
         return None
-    x = np.array([codes([run.value(key) for _, run in order]) for key in keys]).T
+    x = np.array([encode_values([run.config_value(key) for _, run in order]) for key in keys]).T
     y = np.array([loss for loss, _ in order])
     rng = np.random.default_rng(0)
     found, right, wrong = [], 0.0, 0.0
@@ -67,14 +67,14 @@ def importances(runs: Sequence[Run]) -> Importances | None:
     table = np.array(found)
     low, high = np.quantile(table, (0.1, 0.9), axis=0)
     rows = [
-        Importance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)
+        KeyImportance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)
     ]
-    return Importances(tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - wrong / max(right, 1e-12))
+    return ImportanceReport(tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - wrong / max(right, 1e-12))
 
 
-def codes(values: Sequence[object]) -> list[float]:
+def encode_values(values: Sequence[object]) -> list[float]:
     """Numbers for the values of a key: themselves where all are numbers, else their places in alphabetical order."""
-    numbers = [number(value) for value in values]
+    numbers = [finite_number(value) for value in values]
     if all(n is not None for n in numbers):
         return [n if n is not None else math.nan for n in numbers]
     places = {text: float(i) for i, text in enumerate(sorted({str(value) for value in values}))}

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-FRESH_S = 120.0
+FRESH_FILES_S = 120.0
 """What has its driver on another host counts as running while its files are younger than this."""
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """A finite number, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
         return None
@@ -27,7 +27,7 @@ def number(value: Any) -> float | None:
     return None
 
 
-def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none, with a note where there is something else."""
     try:
         value = json.loads(file.read_text("utf-8"))
@@ -41,7 +41,7 @@ def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+def read_json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; other lines are counted in a note, but for a last one that a crash cut short."""
     try:
         lines = file.read_bytes().split(b"\n")
@@ -65,7 +65,7 @@ def json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def held(lock: Path, written: Sequence[Path]) -> bool:
+def is_locked(lock: Path, written: Sequence[Path]) -> bool:
     """Whether a driver holds ``lock``: asked of the kernel where it is on this host, so that nothing is touched; else judged by
     how old the files are that it has ``written``.
     """
@@ -75,12 +75,12 @@ def held(lock: Path, written: Sequence[Path]) -> bool:
         inode = lock.stat().st_ino
         if here and Path("/proc/locks").exists():
             return any(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
-        return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_S
+        return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_FILES_S
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def relative(folder: Path) -> str:
+def display_path(folder: Path) -> str:
     """A folder as a person here would type it."""
     with contextlib.suppress(ValueError):
         return str(folder.resolve().relative_to(Path.cwd()))

@@ -5,31 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from review.importance import Importances
-from review.run_differences import best, differing, noise, verdict, warnings
-from review.run_reader import Run, sweeps_of
-from review.scaling.study import Study, report
+from review.importance import ImportanceReport
+from review.run_differences import best_runs, comparability_warnings, differing_keys, seed_noise, verdict
+from review.run_reader import RunRecord, sweeps_of
+from review.scaling.study import ScalingStudy, report_lines
 from train.util.format import count, duration
 
 MOST_KEYS, MOST_RUNS, SHOWN = 8, 100, 12
 """Rows beyond SHOWN are folded away."""
 
 
-def render(runs: Sequence[Run], found: Importances | None, study: Study | None) -> str:
+def render_comment(runs: Sequence[RunRecord], found: ImportanceReport | None, study: ScalingStudy | None) -> str:
     """A verdict, a table of runs with the keys that differ, the best run first; what mattered, what failed, and the scaling law."""
-    keys, goal = differing(runs), runs[0].goal
-    front = {id(run) for run in best(runs)}
-    worth = {id(run): run.score if goal.least or run.score is None else -run.score for run in runs}
+    keys, goal = differing_keys(runs), runs[0].goal
+    front = {id(run) for run in best_runs(runs)}
+    worth = {id(run): run.score if goal.minimize or run.score is None else -run.score for run in runs}
     order = sorted(
         runs, key=lambda run: (id(run) not in front, run.state != "done", worth[id(run)] is None, worth[id(run)] or 0.0)
     )
-    lines = [f"**{cell(verdict(runs))}**", ""] + [f"{cell(sweep.words())}\n" for sweep in sweeps_of(runs)]
-    lines += [f"> {cell(line)}\n" for line in warnings(runs)]
+    lines = [f"**{escape_cell(verdict(runs))}**", ""] + [
+        f"{escape_cell(sweep.status_text())}\n" for sweep in sweeps_of(runs)
+    ]
+    lines += [f"> {escape_cell(line)}\n" for line in comparability_warnings(runs)]
     goals = [goal.metric for goal in runs[0].goals]
     shown = keys[:MOST_KEYS]
-    head = [row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
-    head.append(row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
-    rows = [row(_cells(run, shown, id(run) in front)) for run in order[:MOST_RUNS]]
+    head = [table_row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
+    head.append(table_row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
+    rows = [table_row(_cells(run, shown, id(run) in front)) for run in order[:MOST_RUNS]]
     lines += [*head, *rows[:SHOWN]]
     if rows[SHOWN:]:
         lines += [
@@ -44,32 +46,38 @@ def render(runs: Sequence[Run], found: Importances | None, study: Study | None) 
     if len(order) > MOST_RUNS:
         lines.append(f"\n... and {len(order) - MOST_RUNS} more runs.")
     if len(keys) > MOST_KEYS:
-        lines.append("\nAlso different: " + ", ".join(f"`{cell(key)}`" for key in keys[MOST_KEYS:]))
-    if spread := noise(runs):
+        lines.append("\nAlso different: " + ", ".join(f"`{escape_cell(key)}`" for key in keys[MOST_KEYS:]))
+    if spread := seed_noise(runs):
         lines.append(
             f"\nStandard deviation between seeds: {spread[0]:.4f} ({goal.unit}; {spread[1]} degrees of freedom)."
         )
     if found is not None:
         ranks = ", ".join(
-            f"{cell(key.key)} {key.mean:.3g} ({key.low:.3g} to {key.high:.3g})" for key in found.keys[:MOST_KEYS]
+            f"{escape_cell(key.key)} {key.mean:.3g} ({key.low:.3g} to {key.high:.3g})" for key in found.keys[:MOST_KEYS]
         )
         trust = f"from {found.runs} runs, {max(found.explained, 0):.0%} of unseen runs' variance explained"
         weak = "" if found.explained > 0.3 else " That is too little to believe the order."
         lines.append(f"\nWhich keys mattered (error when shuffled, {goal.unit}; {trust}): {ranks}.{weak}")
-    noted = [(run, [run.why, *run.notes]) for run in order if run.notes or (run.why and run.state != "pruned")][
-        :MOST_RUNS
-    ]
+    noted = [
+        (run, [run.end_reason, *run.notes]) for run in order if run.notes or (run.end_reason and run.state != "pruned")
+    ][:MOST_RUNS]
     lines += (
-        ["", *(f"- {cell(run.name)} ({run.state}): {cell('; '.join(filter(None, said)))}" for run, said in noted)]
+        [
+            "",
+            *(
+                f"- {escape_cell(run.name)} ({run.state}): {escape_cell('; '.join(filter(None, said)))}"
+                for run, said in noted
+            ),
+        ]
         if noted
         else []
     )
     if study is not None:
-        lines += ["", "**Scaling law**", "", *(f"- {cell(line)}" for line in report(study))]
+        lines += ["", "**Scaling law**", "", *(f"- {escape_cell(line)}" for line in report_lines(study))]
     return "\n".join(lines)
 
 
-def cell(text: Any) -> str:
+def escape_cell(text: Any) -> str:
     """A text that stays inside its cell and makes no markup, no mention and no link."""
     short = " ".join(str(text).split())[:600]
     for sign in "\\`*_{}[]<>|#~":
@@ -77,17 +85,17 @@ def cell(text: Any) -> str:
     return short.replace("@", "@\u200b").replace("://", ":&#47;&#47;")
 
 
-def row(cells: Sequence[str]) -> str:
+def table_row(cells: Sequence[str]) -> str:
     """A line of a table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(run: Run, keys: Sequence[str], first: bool) -> list[str]:
+def _cells(run: RunRecord, keys: Sequence[str], first: bool) -> list[str]:
     so_far = "" if run.state == "done" else " (so far)"
     facts = [
         *(
             ""
-            if (value := run.measured(goal)) is None
+            if (value := run.goal_value(goal)) is None
             else f"{value:.4f}{so_far}"
             if abs(value) < 1e4
             else f"{value:.3g}{so_far}"
@@ -97,8 +105,8 @@ def _cells(run: Run, keys: Sequence[str], first: bool) -> list[str]:
         "" if run.wall_s is None else duration(run.wall_s),
         "" if run.goodput is None else f"{run.goodput:.1%}",
     ]
-    name = f"**{cell(run.name)}** (best)" if first else cell(run.name)
-    return [name, run.state, *(cell(_short(run.value(key))) for key in keys), *facts]
+    name = f"**{escape_cell(run.name)}** (best)" if first else escape_cell(run.name)
+    return [name, run.state, *(escape_cell(_short(run.config_value(key))) for key in keys), *facts]
 
 
 def _short(value: Any) -> str:

@@ -7,46 +7,49 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from review.run_reader import Run
+from review.run_reader import RunRecord
 from train.util.format import some
 
 INCIDENTAL = ("run.name", "run.dir", "data.dir", "data.workers", "tracking.", "cluster.address", "cluster.port")
 """Keys that say where a run lies, and nothing of what it did."""
-ASIDE = (*INCIDENTAL, "log_every", "eval_every", "eval_tokens", "save_every", "keep_", "generation.", "kernels")
+NOT_TRAINING = (*INCIDENTAL, "log_every", "eval_every", "eval_tokens", "save_every", "keep_", "generation.", "kernels")
 """Keys that change nothing of what is trained, but what is done beside it."""
 TRAINING_ONLY = ("objective.label_smoothing", "objective.z_loss", "objective.pool")
 """Keys of an objective that leave the held-out loss what it is: that of the same task."""
 
 
-def differing(runs: Sequence[Run], but: tuple[str, ...] = INCIDENTAL) -> list[str]:
+def differing_keys(runs: Sequence[RunRecord], but: tuple[str, ...] = INCIDENTAL) -> list[str]:
     """The keys of the configuration whose values are not the same in all runs that have one; those of ``but`` left out.
 
     Of one sweep, they are the keys and groups that it varied: what those bring with them differs too, and says nothing more.
     """
     configured = [run for run in runs if run.config or run.trial]
     if runs and (sweep := runs[0].sweep) and all(run.sweep is sweep for run in runs):
-        keys = sweep.keys
+        keys = sweep.varied_keys
     else:
         keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    return [key for key in keys if not key.startswith(but) and len({repr(run.value(key)) for run in configured}) > 1]
+    return [
+        key for key in keys if not key.startswith(but) and len({repr(run.config_value(key)) for run in configured}) > 1
+    ]
 
 
-def ranked(runs: Sequence[Run]) -> list[tuple[float, Run]]:
+def ranked_runs(runs: Sequence[RunRecord]) -> list[tuple[float, RunRecord]]:
     """Finished runs by what they are compared by, the best first. Unfinished ones have not seen all the held-out text."""
     found = [(score, run) for run in runs if run.state == "done" and (score := run.score) is not None]
-    return sorted(found, key=lambda pair: pair[0] if pair[1].goal.least else -pair[0])
+    return sorted(found, key=lambda pair: pair[0] if pair[1].goal.minimize else -pair[0])
 
 
-def best(runs: Sequence[Run]) -> list[Run]:
+def best_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
     """The best of the finished runs; of a sweep with several goals, those that no other is better than in each. None where the
     runs may not be compared.
     """
-    order = [run for _, run in ranked(runs)]
-    if not order or warnings(runs):
+    order = [run for _, run in ranked_runs(runs)]
+    if not order or comparability_warnings(runs):
         return []
     goals = order[0].goals
     points = {
-        id(run): [(v if goal.least else -v) for goal in goals if (v := run.measured(goal)) is not None] for run in order
+        id(run): [(v if goal.minimize else -v) for goal in goals if (v := run.goal_value(goal)) is not None]
+        for run in order
     }
     whole = [run for run in order if len(points[id(run)]) == len(goals)]
     return (
@@ -61,7 +64,7 @@ def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(x <= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)
 
 
-def warnings(runs: Sequence[Run]) -> list[str]:
+def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     """Why the losses of these runs may not be compared."""
     measured = [run for run in runs if run.val_loss is not None]
     found = []
@@ -76,11 +79,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _task(run: Run) -> list[tuple[str, Any]]:
+def _task(run: RunRecord) -> list[tuple[str, Any]]:
     return sorted((k, v) for k, v in run.config.items() if k.startswith("objective.") and k not in TRAINING_ONLY)
 
 
-def noise(runs: Sequence[Run]) -> tuple[float, int] | None:
+def seed_noise(runs: Sequence[RunRecord]) -> tuple[float, int] | None:
     """(standard deviation of what they are compared by, between runs that differ in their seed alone; degrees of freedom)."""
     groups = [group for group in _groups(runs).values() if len(group) > 1]
     freedom = sum(len(group) - 1 for group in groups)
@@ -90,34 +93,34 @@ def noise(runs: Sequence[Run]) -> tuple[float, int] | None:
     return (squares / freedom) ** 0.5, freedom
 
 
-def verdict(runs: Sequence[Run]) -> str:
+def verdict(runs: Sequence[RunRecord]) -> str:
     """One sentence or two: the best configuration, by how much, and whether that is more than seeds make."""
-    order = ranked(runs)
-    if order and warnings([run for _, run in order]):
+    order = ranked_runs(runs)
+    if order and comparability_warnings([run for _, run in order]):
         return "No verdict: the losses of these runs are not comparable."
     if not order:
         return "No run is finished: there is nothing to compare yet."
-    first_run, front = order[0][1], best(runs)
+    first_run, front = order[0][1], best_runs(runs)
     goal = first_run.goal
     if len(order) == 1:
-        return f"One finished run: {first_run.name}, {goal.words} {order[0][0]:.4f}."
+        return f"One finished run: {first_run.name}, {goal.label} {order[0][0]:.4f}."
     if len(front) > 1:
         metrics = " and ".join(other.metric for other in first_run.goals)
         return f"By {metrics} together, no other run is better than these: {some([run.name for run in front])}."
     groups = _groups(runs)
     means = sorted(
-        ((fmean(values), key) for key, values in groups.items()), key=lambda p: p[0] if goal.least else -p[0]
+        ((fmean(values), key) for key, values in groups.items()), key=lambda p: p[0] if goal.minimize else -p[0]
     )
-    spread = noise(runs)
+    spread = seed_noise(runs)
     if len(means) == 1:
         said = f" The standard deviation between them is {spread[0]:.4f}." if spread else ""
-        return f"These runs differ in their seeds alone; the mean {goal.words} is {means[0][0]:.4f}.{said}"
+        return f"These runs differ in their seeds alone; the mean {goal.label} is {means[0][0]:.4f}.{said}"
     (first, key), (second, other) = means[:2]
     names = {_identity(run): run.name for _, run in reversed(order)}
     gap = abs(second - first)
     share = f" ({gap / abs(second):.2%})" if second else ""
-    way = "below" if goal.least else "above"
-    said = f"Best: {names[key]}, {goal.words} {first:.4f}, {gap:.4f} {goal.unit}{share} {way} {names[other]}."
+    way = "below" if goal.minimize else "above"
+    said = f"Best: {names[key]}, {goal.label} {first:.4f}, {gap:.4f} {goal.unit}{share} {way} {names[other]}."
     if spread is None:
         return f"{said} No configuration was run with a second seed, so how much of that is noise is unknown."
     error = spread[0] * (1 / len(groups[key]) + 1 / len(groups[other])) ** 0.5
@@ -126,14 +129,14 @@ def verdict(runs: Sequence[Run]) -> str:
     return f"{said} That is {times:.1f} standard errors ({spread[0]:.4f} between seeds, {spread[1]} degrees of freedom): {word}."
 
 
-def _groups(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[float]]:
+def _groups(runs: Sequence[RunRecord]) -> dict[tuple[Any, ...], list[float]]:
     """What finished runs are compared by, those together that differ in their seed alone."""
     groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for loss, run in ranked(runs):
+    for loss, run in ranked_runs(runs):
         groups[_identity(run)].append(loss)
     return groups
 
 
-def _identity(run: Run) -> tuple[Any, ...]:
-    same = {k: v for k, v in run.config.items() if k != "seed" and not k.startswith(ASIDE)}
+def _identity(run: RunRecord) -> tuple[Any, ...]:
+    same = {k: v for k, v in run.config.items() if k != "seed" and not k.startswith(NOT_TRAINING)}
     return (run.corpus, *sorted((k, repr(v)) for k, v in same.items()))

@@ -15,8 +15,17 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from review.lenient_io import held, json_lines, json_object, number
-from review.sweep_reader import FINAL, LEDGER, LOSS, Goal, Sweep, Trial, read_sweep, sweeps_in
+from review.lenient_io import finite_number, is_locked, read_json_lines, read_json_object
+from review.sweep_reader import (
+    FINAL,
+    LEDGER,
+    VAL_LOSS_GOAL,
+    Goal,
+    SweepRecord,
+    TrialRecord,
+    find_sweep_folders,
+    read_sweep,
+)
 from train.util.format import plural
 
 Floats = NDArray[np.float64]
@@ -32,7 +41,7 @@ LEGEND = 32
 
 
 @dataclass
-class Run:
+class RunRecord:
     """What one folder tells."""
 
     folder: Path
@@ -41,7 +50,7 @@ class Run:
     """done, running, stopped, empty, broken or missing; of a sweep's trial also pruned, diverged, failed or cut off."""
     notes: list[str] = field(default_factory=list)
     """What a reader should know: what is damaged, how the last start ended."""
-    why: str = ""
+    end_reason: str = ""
     """A trial ended before its last step, in a line."""
     config: dict[str, Any] = field(default_factory=dict)
     """Flat: optimizer.lr -> 0.001."""
@@ -50,19 +59,19 @@ class Run:
     """A value a logged step, each as long as ``steps``; not a number where there is none. ``seconds``: of training, so far."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    run_json: dict[str, Any] = field(default_factory=dict)
     """run.json"""
     startup: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
-    sweep: Sweep | None = None
-    trial: Trial | None = None
+    sweep: SweepRecord | None = None
+    trial: TrialRecord | None = None
     """What the ledger of that sweep says of it."""
-    goal: Goal = LOSS
+    goal: Goal = VAL_LOSS_GOAL
     """What runs are compared by: the first goal of the sweep that they are all of, else held-out loss."""
 
     @property
-    def label(self) -> str:
+    def legend_label(self) -> str:
         """Its name in a legend: of a trial its number and values, as many as there is room for."""
         if not self.trial or not self.trial.params:
             return self.name
@@ -72,7 +81,7 @@ class Run:
     @property
     def val_loss(self) -> float | None:
         """Held-out nats per token of all the held-out text, of a finished run; else the last one measured."""
-        found = number(self.summary.get("val_loss"))
+        found = finite_number(self.summary.get("val_loss"))
         if found is None and len(self.steps):
             measured = self.columns["val_loss"][~np.isnan(self.columns["val_loss"])]
             found = float(measured[-1]) if len(measured) else None
@@ -81,26 +90,28 @@ class Run:
     @property
     def tokens(self) -> float | None:
         """Tokens trained on."""
-        found = number(self.summary.get("tokens"))
-        return found if found is not None or not len(self.steps) else number(self.columns["tokens"][-1])
+        found = finite_number(self.summary.get("tokens"))
+        return found if found is not None or not len(self.steps) else finite_number(self.columns["tokens"][-1])
 
     @property
     def seconds(self) -> dict[str, float]:
         """Wall time of all starts by its cause, as far as the run tells."""
-        for found in (self.summary.get("time_by_cause"), self.kept.get("seconds")):
+        for found in (self.summary.get("time_by_cause"), self.run_json.get("seconds")):
             if isinstance(found, dict):
-                return {str(cause): v for cause, value in found.items() if (v := number(value)) is not None and v > 0}
+                return {
+                    str(cause): v for cause, value in found.items() if (v := finite_number(value)) is not None and v > 0
+                }
         return {}
 
     @property
     def wall_s(self) -> float | None:
         """Of all starts."""
-        return number(self.summary.get("wall_s")) or sum(self.seconds.values()) or None
+        return finite_number(self.summary.get("wall_s")) or sum(self.seconds.values()) or None
 
     @property
     def goodput(self) -> float | None:
         """Share of that time that went into steps that count."""
-        found = number(self.summary.get("goodput"))
+        found = finite_number(self.summary.get("goodput"))
         return (
             found
             if found is not None or not self.seconds
@@ -110,27 +121,27 @@ class Run:
     @property
     def score(self) -> float | None:
         """What it is compared by, as far as it has come."""
-        return self.measured(self.goal)
+        return self.goal_value(self.goal)
 
     @property
     def goals(self) -> tuple[Goal, ...]:
         """All of its sweep's, where that is what it is compared by."""
         return self.sweep.goals if self.sweep and self.sweep.goals[0] == self.goal else (self.goal,)
 
-    def measured(self, goal: Goal) -> float | None:
+    def goal_value(self, goal: Goal) -> float | None:
         """Its value of a goal."""
         if goal.metric == "val_loss":
             return self.val_loss
         if self.sweep and self.trial and goal in self.sweep.goals[: len(self.trial.values)]:
             return self.trial.values[self.sweep.goals.index(goal)]
-        return number(self.summary.get(goal.metric))
+        return finite_number(self.summary.get(goal.metric))
 
-    def value(self, key: str) -> Any:
+    def config_value(self, key: str) -> Any:
         """Of its configuration; or a group, such as model, that its sweep chose it by. None where it has no such key."""
         return self.config.get(key, self.trial.params.get(key) if self.trial else None)
 
 
-def find(places: list[Path]) -> list[Path]:
+def find_run_folders(places: list[Path]) -> list[Path]:
     """The run folders that ``places`` are or hold, two levels deep; a place that is neither is returned itself."""
     found: list[Path] = []
     for place in places:
@@ -152,34 +163,34 @@ def _is_run(folder: Path) -> bool:
     return any((folder / mark).is_file() for mark in MARKS)
 
 
-def read_all(places: Sequence[Path], but: Path | None = None) -> list[Run]:
+def read_runs(places: Sequence[Path], but: Path | None = None) -> list[RunRecord]:
     """The runs that ``places`` are or hold, but ``but``; with the trials of sweeps that ended before they had a folder."""
-    folders = [folder for folder in find(list(places)) if but is None or folder.resolve() != but.resolve()]
-    whole = list(dict.fromkeys(sweeps_in(list(places))))
+    folders = [folder for folder in find_run_folders(list(places)) if but is None or folder.resolve() != but.resolve()]
+    whole = list(dict.fromkeys(find_sweep_folders(list(places))))
     sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *(folder.parent for folder in folders)])}
     for sweep in filter(None, map(sweeps.get, whole)):
         ended = [
-            sweep.folder_of(number)
+            sweep.trial_folder(number)
             for number, trial in sweep.trials.items()
             if trial.state not in ("queued", "cut off")
         ]
         folders += [folder for folder in ended if not folder.exists()]
-    runs = [read(folder, sweeps.get(folder.parent)) for folder in folders if not (folder / LEDGER).is_file()]
-    goals = {run.sweep.goals[0] if run.sweep else LOSS for run in runs}
+    runs = [read_run(folder, sweeps.get(folder.parent)) for folder in folders if not (folder / LEDGER).is_file()]
+    goals = {run.sweep.goals[0] if run.sweep else VAL_LOSS_GOAL for run in runs}
     for run in runs:
-        run.goal = goals.copy().pop() if len(goals) == 1 else LOSS
+        run.goal = goals.copy().pop() if len(goals) == 1 else VAL_LOSS_GOAL
     return runs
 
 
-def sweeps_of(runs: Sequence[Run]) -> list[Sweep]:
+def sweeps_of(runs: Sequence[RunRecord]) -> list[SweepRecord]:
     """The sweeps that these runs are trials of."""
     return list({id(run.sweep): run.sweep for run in runs if run.sweep}.values())
 
 
-def read(folder: Path, sweep: Sweep | None = None) -> Run:
+def read_run(folder: Path, sweep: SweepRecord | None = None) -> RunRecord:
     """What ``folder`` tells, whatever is in it, and what the ledger of its ``sweep`` adds."""
-    run = Run(folder, folder.resolve().name)
-    if sweep and (trial := sweep.trial_in(folder)):
+    run = RunRecord(folder, folder.resolve().name)
+    if sweep and (trial := sweep.trial_of_folder(folder)):
         run.sweep, run.trial, run.name = sweep, trial, f"{sweep.name}-{folder.name}"
     if folder.is_dir():
         _files(run)
@@ -193,25 +204,29 @@ def read(folder: Path, sweep: Sweep | None = None) -> Run:
     return run
 
 
-def _files(run: Run) -> None:
+def _files(run: RunRecord) -> None:
     run.config = _config(run)
     run.name = str(run.config.get("run.name") or run.name)
     for name in ("summary", "startup", "environment"):
-        setattr(run, name, json_object(run.folder / f"{name}.json", run.notes))
-    run.kept = json_object(run.folder / "run.json", run.notes)
-    run.corpus = str(json_object(run.folder / "corpus.json", run.notes).get("fingerprint") or "")
+        setattr(run, name, read_json_object(run.folder / f"{name}.json", run.notes))
+    run.run_json = read_json_object(run.folder / "run.json", run.notes)
+    run.corpus = str(read_json_object(run.folder / "corpus.json", run.notes).get("fingerprint") or "")
     _metrics(run)
-    run.samples = [s for s in json_lines(run.folder / "samples.jsonl", run.notes) if isinstance(s.get("step"), int)]
-    if bad := json_lines(run.folder / "skipped.jsonl", run.notes):
+    run.samples = [
+        s for s in read_json_lines(run.folder / "samples.jsonl", run.notes) if isinstance(s.get("step"), int)
+    ]
+    if bad := read_json_lines(run.folder / "skipped.jsonl", run.notes):
         run.notes.append(f"{plural(len(bad), 'step')} made again without rows that made its numbers bad")
 
 
-def _state(run: Run) -> str:
-    if held(run.folder / "lock", [run.folder / "run.json", run.folder / "metrics.jsonl"]):
+def _state(run: RunRecord) -> str:
+    if is_locked(run.folder / "lock", [run.folder / "run.json", run.folder / "metrics.jsonl"]):
         return "running"
-    patience = number(run.config.get("stop.patience")) or math.inf  # a run may also end since nothing gets better
-    if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1) or (
-        0 < patience <= (number(run.summary.get("stale")) or 0)
+    patience = (
+        finite_number(run.config.get("stop.patience")) or math.inf
+    )  # a run may also end since nothing gets better
+    if (finite_number(run.summary.get("step")) or 0) >= (finite_number(run.config.get("steps")) or 1) or (
+        0 < patience <= (finite_number(run.summary.get("stale")) or 0)
     ):
         return "done"
     if len(run.steps):
@@ -219,12 +234,12 @@ def _state(run: Run) -> str:
     return "broken" if run.notes else "stopped" if run.config else "empty"
 
 
-def _judged(run: Run, sweep: Sweep, trial: Trial) -> None:
+def _judged(run: RunRecord, sweep: SweepRecord, trial: TrialRecord) -> None:
     """What its ledger says goes before what its folder looks like; but for a run that has come to its end since."""
     if run.state == "done" and trial.state not in FINAL:
         trial.state = "done"
     if run.state not in ("running", "done"):
-        run.state, run.why = trial.state, sweep.ended_early(trial)
+        run.state, run.end_reason = trial.state, sweep.early_end_text(trial)
 
 
 def _ends(folder: Path) -> list[str]:
@@ -238,7 +253,7 @@ def _ends(folder: Path) -> list[str]:
     return words
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _config(run: RunRecord) -> dict[str, Any]:
     file = run.folder / "config.yaml"
     try:
         if not file.exists():
@@ -276,16 +291,16 @@ def _listed(value: list[Any]) -> str:
     return "[" + ", ".join("..." if isinstance(v, list | dict) else str(v) for v in value[:100]) + "]"
 
 
-def _metrics(run: Run) -> None:
+def _metrics(run: RunRecord) -> None:
     by_step = {
         r["step"]: r
-        for r in json_lines(run.folder / "metrics.jsonl", run.notes)
+        for r in read_json_lines(run.folder / "metrics.jsonl", run.notes)
         if type(r.get("step")) is int and 0 <= r["step"] < 1 << 53
     }
     run.steps = np.array(sorted(by_step), np.int64)
     rows = [by_step[step] for step in run.steps.tolist()]
     for name in COLUMNS:
-        values = [number(row.get(name)) for row in rows]
+        values = [finite_number(row.get(name)) for row in rows]
         run.columns[name] = np.array([math.nan if v is None else v for v in values], float)
     tokens, speed = run.columns["tokens"], run.columns["tokens_per_s"]
     spent = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, math.nan)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from review.lenient_io import held, json_lines, number
+from review.lenient_io import finite_number, is_locked, read_json_lines
 from train.util.format import plural
 
 LEDGER, LOCK = "ledger.jsonl", "sweep.lock"
@@ -29,10 +29,10 @@ class Goal:
     """What is to be as small, or as large, as possible."""
 
     metric: str = "val_loss"
-    least: bool = True
+    minimize: bool = True
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         """How it is spoken of."""
         return "held-out loss" if self.metric == "val_loss" else self.metric
 
@@ -42,16 +42,16 @@ class Goal:
         return "nats per token" if self.metric == "val_loss" else self.metric
 
     @property
-    def title(self) -> str:
+    def axis_title(self) -> str:
         """Of an axis or a scale."""
-        return f"{self.words} ({self.unit})" if self.words != self.unit else self.words
+        return f"{self.label} ({self.unit})" if self.label != self.unit else self.label
 
 
-LOSS = Goal()
+VAL_LOSS_GOAL = Goal()
 
 
 @dataclass
-class Trial:
+class TrialRecord:
     """What the ledger says of a trial."""
 
     params: dict[str, Any] = field(default_factory=dict)
@@ -61,82 +61,82 @@ class Trial:
     step: int = 0
     values: list[float] = field(default_factory=list)
     """Of the goals."""
-    why: str = ""
+    end_reason: str = ""
 
 
 @dataclass
-class Sweep:
+class SweepRecord:
     """What a ledger tells."""
 
     folder: Path
     name: str
     sampler: str = "grid"
     pruner: str = "none"
-    goals: tuple[Goal, ...] = (LOSS,)
+    goals: tuple[Goal, ...] = (VAL_LOSS_GOAL,)
     spaces: dict[str, str] = field(default_factory=dict)
     """What each key was tried of, as it was typed."""
-    asked: int = 0
+    trials_requested: int = 0
     """Trials that it was begun with the wish for."""
-    trials: dict[int, Trial] = field(default_factory=dict)
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
     running: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
-    def keys(self) -> list[str]:
+    def varied_keys(self) -> list[str]:
         """What its trials differ in."""
         return list(dict.fromkeys(key for trial in self.trials.values() for key in trial.params))
 
-    def folder_of(self, trial: int) -> Path:
+    def trial_folder(self, trial: int) -> Path:
         """The run's."""
         return self.folder / f"{trial:03}"
 
-    def trial_in(self, folder: Path) -> Trial | None:
+    def trial_of_folder(self, folder: Path) -> TrialRecord | None:
         """The trial whose run is in ``folder``."""
         return self.trials.get(int(folder.name)) if re.fullmatch(r"\d{3,6}", folder.name) else None
 
-    def ended_early(self, trial: Trial) -> str:
+    def early_end_text(self, trial: TrialRecord) -> str:
         """Why it did not come to its last step, in a line; empty where it did."""
         if trial.state == "pruned":
             seen = f" with {self.goals[0].metric} {trial.values[0]:.4g}" if trial.values else ""
             return f"ended early by the {self.pruner} pruner at step {trial.step:,}{seen}"
         if trial.state == "cut off" and not self.running:
             return "its sweep was cut off; the same command goes on with it"
-        lines = trial.why.strip().splitlines() or [""]
+        lines = trial.end_reason.strip().splitlines() or [""]
         return lines[-1 if lines[0].startswith("Traceback") else 0][:400]
 
-    def words(self) -> str:
+    def status_text(self) -> str:
         """How it stands, in a line or two."""
         states = Counter("running" if self.running and t.state == "cut off" else t.state for t in self.trials.values())
         counts = ", ".join(f"{states[s]} {s}" for s in (*STATES, "running", "cut off", "queued") if states[s])
         how = self.sampler + (f", {self.pruner} pruner" if self.pruner != "none" else "")
         ended = sum(states[s] for s in STATES if s != "stopped")
-        begun = plural(max(self.asked, len(self.trials)), "trial")
-        found = f"Sweep {self.name} ({how}) of {', '.join(self.keys) or 'nothing yet'}: {begun}" + (
+        begun = plural(max(self.trials_requested, len(self.trials)), "trial")
+        found = f"Sweep {self.name} ({how}) of {', '.join(self.varied_keys) or 'nothing yet'}: {begun}" + (
             f": {counts}." if counts else "."
         )
         if self.running:
             return f"{found} It is running."
-        if ended < max(self.asked, len(self.trials)):
+        if ended < max(self.trials_requested, len(self.trials)):
             return f"{found} It has not come to its end: the same command goes on."
         return found + (" The same command tries again what failed." if states["failed"] else "")
 
 
-def read_sweep(folder: Path) -> Sweep | None:
+def read_sweep(folder: Path) -> SweepRecord | None:
     """The sweep in ``folder``; None where it holds no ledger."""
     if not (folder / LEDGER).is_file():
         return None
-    sweep = Sweep(folder, folder.resolve().name)
-    for record in json_lines(folder / LEDGER, sweep.notes):
+    sweep = SweepRecord(folder, folder.resolve().name)
+    for record in read_json_lines(folder / LEDGER, sweep.notes):
         match record.get("event"):
             case "sweep":
                 _begin(sweep, record)
             case "trial" | "start" | "end" as event:
                 _take(sweep, event, record)
-    sweep.running = held(folder / LOCK, [folder / LEDGER])
+    sweep.running = is_locked(folder / LOCK, [folder / LEDGER])
     return sweep
 
 
-def _begin(sweep: Sweep, record: dict[str, Any]) -> None:
+def _begin(sweep: SweepRecord, record: dict[str, Any]) -> None:
     settings = _dict(record.get("sweep"))
     sweep.name = str(settings.get("name") or sweep.name)
     sweep.sampler, sweep.pruner = (
@@ -151,23 +151,29 @@ def _begin(sweep: Sweep, record: dict[str, Any]) -> None:
     sweep.goals = tuple(goals) or sweep.goals
     grid = record.get("grid")
     for i, params in enumerate(grid[:MOST] if isinstance(grid, list) else []):
-        sweep.trials[i] = Trial(_params(params))
-    sweep.asked = len(sweep.trials) if isinstance(grid, list) else _whole(settings.get("trials"))
+        sweep.trials[i] = TrialRecord(_params(params))
+    sweep.trials_requested = len(sweep.trials) if isinstance(grid, list) else _whole(settings.get("trials"))
 
 
-def _take(sweep: Sweep, event: str, record: dict[str, Any]) -> None:
+def _take(sweep: SweepRecord, event: str, record: dict[str, Any]) -> None:
     place = record.get("trial")
     if type(place) is not int or not 0 <= place < MOST:
         return
-    trial = sweep.trials.setdefault(place, Trial())
+    trial = sweep.trials.setdefault(place, TrialRecord())
     if event == "trial":
         trial.params = _params(record.get("params"))
     elif event == "start":
         trial.state = "cut off"
     elif record.get("state") in STATES:
-        trial.state, trial.step, trial.why = record["state"], _whole(record.get("step")), str(record.get("why") or "")
+        trial.state, trial.step, trial.end_reason = (
+            record["state"],
+            _whole(record.get("step")),
+            str(record.get("why") or ""),
+        )
         values = record.get("values")
-        trial.values = [v for value in (values if isinstance(values, list) else []) if (v := number(value)) is not None]
+        trial.values = [
+            v for value in (values if isinstance(values, list) else []) if (v := finite_number(value)) is not None
+        ]
 
 
 def _whole(value: Any) -> int:
@@ -186,13 +192,13 @@ def _typed(text: str) -> Any:
     """A value from its text on the command line."""
     for kind in (int, float):
         try:
-            return kind(text) if number(kind(text)) is not None else text
+            return kind(text) if finite_number(kind(text)) is not None else text
         except ValueError:
             continue
     return text
 
 
-def sweeps_in(places: list[Path]) -> Iterator[Path]:
+def find_sweep_folders(places: list[Path]) -> Iterator[Path]:
     """The folders of sweeps that ``places`` are or hold."""
     for place in places:
         yield from (folder for folder in (place, *sorted(place.glob("*"))) if (folder / LEDGER).is_file())

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from review.lenient_io import number
-from review.run_differences import ASIDE, differing, ranked
-from review.run_reader import Run
+from review.lenient_io import finite_number
+from review.run_differences import NOT_TRAINING, differing_keys, ranked_runs
+from review.run_reader import RunRecord
 from review.sweep_reader import STATES
 
-MOST = 12
+MAX_AXES = 12
 """Axes that fit beside each other."""
-NEAR = 0.045
+MIN_TICK_GAP = 0.045
 """Ticks nearer to each other than this would overlap."""
 
 
 @dataclass(frozen=True)
-class Axis:
+class ParallelAxis:
     """A key: its values are placed by number, by logarithm, or by name."""
 
     key: str
@@ -33,36 +33,39 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class ParallelCoordinates:
     """The axes, the last ones the goals; and the runs with their values on them."""
 
-    axes: list[Axis]
-    runs: list[Run]
+    axes: list[ParallelAxis]
+    runs: list[RunRecord]
     """The finished ones, the best first; then trials that ended early."""
     values: list[list[Any]]
     """On each axis; those of a trial that ended early stop before the goals, since none of its values compares."""
 
 
-def axes_of(runs: Sequence[Run]) -> Parallel | None:
+def parallel_coordinates(runs: Sequence[RunRecord]) -> ParallelCoordinates | None:
     """None for fewer than two finished runs, or where nothing differs between them."""
-    order = [run for _, run in ranked(runs)]
+    order = [run for _, run in ranked_runs(runs)]
     early = [run for run in runs if run.trial and run.state in STATES and run.state != "done"]
-    keys = differing([*order, *early], ASIDE)[: MOST - 1]
+    keys = differing_keys([*order, *early], NOT_TRAINING)[: MAX_AXES - 1]
     if len(order) < 2 or not keys:
         return None
     goals = order[0].goals
-    values = [[run.value(key) for key in keys] for run in (*order, *early)]
+    values = [[run.config_value(key) for key in keys] for run in (*order, *early)]
     spaces = order[0].sweep.spaces if order[0].sweep else {}
-    axes = [axis(key, column, spaces.get(key, "")) for key, column in zip(keys, zip(*values, strict=True), strict=True)]
-    measured = [[run.measured(goal) for goal in goals] for run in order]
-    axes += [axis(goal.metric, column) for goal, column in zip(goals, zip(*measured, strict=True), strict=True)]
+    axes = [
+        build_axis(key, column, spaces.get(key, ""))
+        for key, column in zip(keys, zip(*values, strict=True), strict=True)
+    ]
+    measured = [[run.goal_value(goal) for goal in goals] for run in order]
+    axes += [build_axis(goal.metric, column) for goal, column in zip(goals, zip(*measured, strict=True), strict=True)]
     measured += [[] for _ in early]
-    return Parallel(axes, [*order, *early], [own + more for own, more in zip(values, measured, strict=True)])
+    return ParallelCoordinates(axes, [*order, *early], [own + more for own, more in zip(values, measured, strict=True)])
 
 
-def axis(key: str, values: Sequence[Any], space: str = "") -> Axis:
+def build_axis(key: str, values: Sequence[Any], space: str = "") -> ParallelAxis:
     """The axis for these values of a key: as its sweep has it where that says so, else logarithmic beyond a factor of 8."""
-    numbers = [n for value in values if (n := number(value)) is not None]
+    numbers = [n for value in values if (n := finite_number(value)) is not None]
     if len(numbers) == len(values):
         low, high = min(numbers), max(numbers)
         log = (
@@ -71,25 +74,32 @@ def axis(key: str, values: Sequence[Any], space: str = "") -> Axis:
             else "interval(" not in space and high > 8 * low
         )
         kind = "log" if low > 0 and log else "linear"
-        made = Axis(key, kind, low, high, (), ())
-        return Axis(
-            key, kind, low, high, (), _ticks([(place(made, mark), f"{mark:.4g}") for mark in _marks(made, numbers)])
+        made = ParallelAxis(key, kind, low, high, (), ())
+        return ParallelAxis(
+            key,
+            kind,
+            low,
+            high,
+            (),
+            _ticks([(axis_position(made, mark), f"{mark:.4g}") for mark in _marks(made, numbers)]),
         )
     names = tuple(sorted({str(value) for value in values}))
-    made = Axis(key, "name", 0, len(names) - 1, names, ())
-    return Axis(key, "name", 0, len(names) - 1, names, _ticks([(place(made, name), name[:24]) for name in names]))
+    made = ParallelAxis(key, "name", 0, len(names) - 1, names, ())
+    return ParallelAxis(
+        key, "name", 0, len(names) - 1, names, _ticks([(axis_position(made, name), name[:24]) for name in names])
+    )
 
 
-def place(axis: Axis, value: Any) -> float:
+def axis_position(axis: ParallelAxis, value: Any) -> float:
     """Between 0 and 1; the middle where all values are one."""
-    at = float(axis.names.index(str(value))) if axis.kind == "name" else number(value) or 0.0
+    at = float(axis.names.index(str(value))) if axis.kind == "name" else finite_number(value) or 0.0
     low, high = axis.low, axis.high
     if axis.kind == "log":
         at, low, high = math.log(at), math.log(low), math.log(high)
     return (at - low) / (high - low) if high > low else 0.5
 
 
-def _marks(axis: Axis, numbers: Sequence[float]) -> list[float]:
+def _marks(axis: ParallelAxis, numbers: Sequence[float]) -> list[float]:
     """The values themselves where they are few; else the ends, and between them round numbers."""
     marks, low, high = sorted(set(numbers)), axis.low, axis.high
     if len(marks) <= 6:
@@ -109,6 +119,6 @@ def _ticks(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
     """Those that can be read beside each other: the ends, and from below what is far enough from those kept and from the last."""
     kept: list[tuple[float, str]] = list(ticks[:1])
     for at, text in ticks[1:-1]:
-        if at - kept[-1][0] >= NEAR and ticks[-1][0] - at >= NEAR:
+        if at - kept[-1][0] >= MIN_TICK_GAP and ticks[-1][0] - at >= MIN_TICK_GAP:
             kept.append((at, text))
     return (*kept, *ticks[1:][-1:])

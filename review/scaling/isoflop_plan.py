@@ -18,7 +18,7 @@ from train.objectives import build_objective
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """A decoder of the Llama kind."""
 
     width: int
@@ -28,10 +28,10 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Plan:
+class IsoFlopPlan:
     """Sizes, smallest first, and FLOPs; the last size alone gets the last budget."""
 
-    sizes: tuple[Size, ...]
+    sizes: tuple[ModelSize, ...]
     budgets: tuple[float, ...]
     lr: float
     """Of a model that is 64 wide; others get lr * sqrt(64 / width)."""
@@ -40,21 +40,27 @@ class Plan:
     overrides: tuple[str, ...]
 
 
-TINY = Plan(
-    sizes=(Size(24, 2, 2, 64), Size(32, 2, 2, 88), Size(48, 2, 4, 128), Size(64, 3, 4, 176), Size(96, 3, 4, 256)),
+TINY = IsoFlopPlan(
+    sizes=(
+        ModelSize(24, 2, 2, 64),
+        ModelSize(32, 2, 2, 88),
+        ModelSize(48, 2, 4, 128),
+        ModelSize(64, 3, 4, 176),
+        ModelSize(96, 3, 4, 256),
+    ),
     budgets=(2e11, 6e11, 1.8e12, 5.4e12),
     lr=4e-3,
     vocab_size=257,
     overrides=("experiment=scaling",),
 )
 """Minutes on two cores: 22 thousand to 363 thousand parameters, bytes of the embedded corpus."""
-CLUSTER = Plan(
+CLUSTER = IsoFlopPlan(
     sizes=(
-        Size(512, 8, 8, 1408),
-        Size(768, 12, 12, 2048),
-        Size(1024, 16, 16, 2816),
-        Size(1536, 20, 24, 4096),
-        Size(2048, 24, 16, 5632),
+        ModelSize(512, 8, 8, 1408),
+        ModelSize(768, 12, 12, 2048),
+        ModelSize(1024, 16, 16, 2816),
+        ModelSize(1536, 20, 24, 4096),
+        ModelSize(2048, 24, 16, 5632),
     ),
     budgets=(1e18, 4e18, 1.6e19, 6.4e19),
     lr=6e-3,
@@ -77,7 +83,7 @@ PLANS = {"tiny": TINY, "cluster": CLUSTER}
 
 
 @dataclass(frozen=True)
-class Trial:
+class PlannedRun:
     """One run of a study."""
 
     name: str
@@ -88,7 +94,7 @@ class Trial:
     """What sets it apart from the others, as ``key=value``."""
 
 
-def trials(plan: Plan, overrides: Sequence[str] = ()) -> list[Trial]:
+def planned_runs(plan: IsoFlopPlan, overrides: Sequence[str] = ()) -> list[PlannedRun]:
     """Every size at every budget but the last, then the last size at the last one. The longest come first: where several run at
     once, none is left to run alone at the end. ``overrides`` are for all of them.
 
@@ -100,18 +106,18 @@ def trials(plan: Plan, overrides: Sequence[str] = ()) -> list[Trial]:
         lr = plan.lr * (64 / size.width) ** 0.5
         model = [f"model.{key}={value}" for key, value in vars(size).items()] + [f"optimizer.lr={lr:.2g}"]
         config = configuration.load([*plan.overrides, *overrides, *model, "steps=1"])
-        params, flops_per_token = cost(config, plan.vocab_size)
+        params, flops_per_token = model_cost(config, plan.vocab_size)
         per_step = config.batch.global_ * config.batch.seq_len
         largest = size is plan.sizes[-1]
         for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:
             steps = round(budget / flops_per_token / per_step)
             if 0.5 <= steps * per_step / params <= 170:
                 name = f"w{size.width}-{budget:.2g}".replace("+", "")
-                found.append(Trial(name, budget, (*model, f"steps={steps}")))
+                found.append(PlannedRun(name, budget, (*model, f"steps={steps}")))
     return sorted(found, key=lambda trial: -trial.compute)
 
 
-def cost(config: Config, vocab_size: int) -> tuple[int, float]:
+def model_cost(config: Config, vocab_size: int) -> tuple[int, float]:
     """(parameters, FLOPs per token) of the model of a configuration, without making its weights."""
     with torch.device("meta"):
         objective: Any = build_objective(config, vocab_size)

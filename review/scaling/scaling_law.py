@@ -32,7 +32,7 @@ BOUNDS = ((-5, 40), (-5, 40), (-12, 5), (0, 3), (0, 3))
 
 
 @dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """The five numbers of the law."""
 
     E: float
@@ -57,7 +57,7 @@ class Law:
         return n, product / n
 
 
-def fit(n: Floats, d: Floats, loss: Floats, near: Law | None = None) -> Law:
+def fit_law(n: Floats, d: Floats, loss: Floats, near: ScalingLaw | None = None) -> ScalingLaw:
     """The law of runs of (n, d, loss), each an array (R,): the best of many descents on the Huber loss of log L.
 
     ``near``: a law to start from, in place of the paper's grid; for resampled runs, whose law is not far.
@@ -79,21 +79,23 @@ def fit(n: Floats, d: Floats, loss: Floats, near: Law | None = None) -> Law:
         for start in starts[np.argsort(costs, kind="stable")[:DESCENTS]]
     ]
     a, b, e, alpha, beta = min(ends, key=lambda end: float(end.fun)).x
-    return Law(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
+    return ScalingLaw(float(np.exp(e)), float(np.exp(a)), float(np.exp(b)), float(alpha), float(beta))
 
 
-def bootstrap(n: Floats, d: Floats, loss: Floats, law: Law, draws: int = 200) -> list[Law]:
+def bootstrap_laws(n: Floats, d: Floats, loss: Floats, law: ScalingLaw, draws: int = 200) -> list[ScalingLaw]:
     """Laws of runs drawn with replacement: their spread is the uncertainty. Draws with fewer than three sizes are left out."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(draws):
         pick = rng.integers(0, len(n), len(n))
         if len(np.unique(n[pick])) >= 3 and len(np.unique(d[pick])) >= 3:
-            found.append(fit(n[pick], d[pick], loss[pick], law))
+            found.append(fit_law(n[pick], d[pick], loss[pick], law))
     return found
 
 
-def parabolas(n: Floats, compute: Floats, loss: Floats, tolerance: float = 0.1) -> tuple[Floats, Floats, float | None]:
+def isoflop_minima(
+    n: Floats, compute: Floats, loss: Floats, tolerance: float = 0.1
+) -> tuple[Floats, Floats, float | None]:
     """Approach 2 of the paper, an independent way: at each budget a parabola of loss over log N has its lowest point.
 
     Budgets within ``tolerance`` of one another are one. Returns the budgets that have a lowest point inside the sizes
@@ -115,7 +117,7 @@ def parabolas(n: Floats, compute: Floats, loss: Floats, tolerance: float = 0.1) 
     return np.array(budgets), np.array(best), exponent
 
 
-def interval(values: Floats, share: float = 0.8) -> tuple[float, float]:
+def central_interval(values: Floats, share: float = 0.8) -> tuple[float, float]:
     """The middle ``share`` of values."""
     low, high = np.quantile(values, ((1 - share) / 2, (1 + share) / 2))
     return float(low), float(high)

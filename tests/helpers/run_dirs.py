@@ -14,7 +14,7 @@ from train.config import load as configuration
 BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", "tracking=off"]))
 
 
-def write(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:
+def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:
     """A run that falls to ``loss``; ``changes``: keys of its configuration, with ``__`` for a dot."""
     tree = json.loads(json.dumps(BASE))
     tree["run"] = {"name": folder.name, "dir": str(folder)}
@@ -78,7 +78,7 @@ def write_sweep(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> 
         lines = 50 if state == "done" else 10
         if not trial.get("gone"):
             changes = {key.replace(".", "__"): value for key, value in params.items() if "." in key}
-            write(
+            write_run(
                 folder / f"{i:03}",
                 loss,
                 lines,

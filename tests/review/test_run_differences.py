@@ -13,22 +13,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from review import markdown
-from review.downsample import keep, smooth
-from review.html.parallel_axes import axes_of, place
-from review.importance import importances
-from review.run_differences import differing, noise, verdict, warnings
-from review.run_reader import Run, read
-from review.wall_time import shares
+from review.downsample import extreme_indices, moving_average
+from review.html.parallel_axes import axis_position, parallel_coordinates
+from review.importance import key_importances
+from review.run_differences import comparability_warnings, differing_keys, seed_noise, verdict
+from review.run_reader import RunRecord, read_run
+from review.wall_time import time_shares
 
 
-def made(tmp_path: Path, *runs: dict) -> list[Run]:
-    return [read(run_dirs.write(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)]
+def made(tmp_path: Path, *runs: dict) -> list[RunRecord]:
+    return [read_run(run_dirs.write_run(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)]
 
 
 def test_only_keys_that_differ_are_columns_and_names_are_none(tmp_path: Path):
     runs = made(tmp_path, {"optimizer__lr": 1e-3, "log_every": 5}, {"optimizer__lr": 2e-3})
-    assert differing(runs) == ["log_every", "optimizer.lr"]
-    found = axes_of(runs)
+    assert differing_keys(runs) == ["log_every", "optimizer.lr"]
+    found = parallel_coordinates(runs)
     assert found is not None
     assert [axis.key for axis in found.axes] == ["optimizer.lr", "val_loss"]  # how often it logs trains nothing
 
@@ -39,7 +39,7 @@ def test_the_best_is_named_with_its_distance_and_what_seeds_make_of_it(tmp_path:
     assert "how much of that is noise is unknown" in verdict(unsure)
     seeds = [{"loss": 3 + lr * 100 + s / 100, "optimizer__lr": lr, "seed": s} for lr in (1e-3, 2e-3) for s in (0, 1, 2)]
     sure = made(tmp_path / "b", *seeds)
-    assert noise(sure) == (pytest.approx(0.01), 4)
+    assert seed_noise(sure) == (pytest.approx(0.01), 4)
     assert "more than noise" in verdict(sure)
     near = [{**run, "loss": run["loss"] - (0.095 if run["optimizer__lr"] > 1e-3 else 0)} for run in seeds]
     assert "within noise" in verdict(made(tmp_path / "c", *near))
@@ -48,7 +48,7 @@ def test_the_best_is_named_with_its_distance_and_what_seeds_make_of_it(tmp_path:
 def test_runs_of_different_corpora_get_a_warning_and_no_verdict(tmp_path: Path):
     runs = made(tmp_path, {"loss": 3.0}, {"loss": 2.0, "seed": 1})
     runs[1].corpus = "another"
-    assert "not comparable" in warnings(runs)[0]
+    assert "not comparable" in comparability_warnings(runs)[0]
     assert verdict(runs).startswith("No verdict")
 
 
@@ -56,7 +56,7 @@ def test_losses_of_different_tasks_get_a_warning_and_no_verdict(tmp_path: Path):
     words, spans = {"objective__name": "masked", "loss": 3.0}, {"objective__name": "seq2seq", "loss": 2.0}
     assert verdict(made(tmp_path / "a", words, spans)).startswith("No verdict")
     rates = made(tmp_path / "b", {**words, "objective__rate": 0.15}, {**words, "objective__rate": 0.3})
-    assert "different tasks" in warnings(rates)[0]
+    assert "different tasks" in comparability_warnings(rates)[0]
     smoothed = {**words, "objective__label_smoothing": 0.1, "loss": 2.9}
     assert verdict(made(tmp_path / "c", words, smoothed)).startswith("Best: run1"), "held-out losses are never smoothed"
 
@@ -77,21 +77,21 @@ def test_the_key_that_matters_comes_first_and_one_that_does_not_is_near_zero(tmp
             for lr, w, s in rows
         ),
     )
-    found = importances(runs)
+    found = key_importances(runs)
     assert found is not None
     assert [key.key for key in found.keys] == ["optimizer.lr", "schedule.warmup"]
     first, second = found.keys
     assert first.low > 0.3
     assert abs(second.mean) < 0.05
     assert found.explained > 0.9
-    assert importances(runs[:7]) is None
+    assert key_importances(runs[:7]) is None
 
 
 def test_goodput_is_the_runs_own_word_by_cause_where_it_has_one(tmp_path: Path):
     run = made(tmp_path, {})[0]
-    assert shares(run) == {"steps that count": 0.9, "all else": pytest.approx(0.1)}
+    assert time_shares(run) == {"steps that count": 0.9, "all else": pytest.approx(0.1)}
     run.summary["time_by_cause"] = {"train": 75.0, "restart": 25, "lost": 0.0, "odd": "x"}
-    assert shares(run) == {"train": 0.75, "restart": 0.25}
+    assert time_shares(run) == {"train": 0.75, "restart": 0.25}
 
 
 def test_places_on_an_axis(tmp_path: Path):
@@ -102,15 +102,15 @@ def test_places_on_an_axis(tmp_path: Path):
             for lr, s, p in ((1e-4, 0, "fp32"), (1e-3, 1, "bf16"), (1e-2, 2, "bf16"))
         ),
     )
-    found = axes_of(runs)
+    found = parallel_coordinates(runs)
     assert found is not None
     kinds = {axis.key: axis for axis in found.axes}
     assert {key: axis.kind for key, axis in kinds.items()} == {
         "optimizer.lr": "log", "zero.stage": "linear", "precision.name": "name", "val_loss": "linear"
     }  # fmt: skip
-    assert place(kinds["optimizer.lr"], 1e-3) == pytest.approx(0.5)
-    assert place(kinds["precision.name"], "fp32") == 1.0
-    assert place(kinds["val_loss"], 3.0) == 0.5  # all the same
+    assert axis_position(kinds["optimizer.lr"], 1e-3) == pytest.approx(0.5)
+    assert axis_position(kinds["precision.name"], "fp32") == 1.0
+    assert axis_position(kinds["val_loss"], 3.0) == 0.5  # all the same
 
 
 CURVES = arrays.arrays(float, st.integers(1, 400), elements=st.floats(-1e6, 1e6) | st.just(float("nan")))
@@ -119,7 +119,7 @@ CURVES = arrays.arrays(float, st.integers(1, 400), elements=st.floats(-1e6, 1e6)
 @settings(deadline=None)
 @given(CURVES, st.integers(4, 60))
 def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, most: int):
-    kept = keep([values], most)
+    kept = extreme_indices([values], most)
     assert len(kept) <= max(most, 4) + 2
     assert {kept[0], kept[-1]} == {0, len(values) - 1}
     assert all(a < b for a, b in itertools.pairwise(kept))
@@ -132,7 +132,7 @@ def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, m
 @given(CURVES, st.floats(0, 0.5))
 def test_smoothing_is_the_mean_of_what_is_near(values: np.ndarray, share: float):
     reach = int(len(values) * share / 2)
-    found = smooth(values, share)
+    found = moving_average(values, share)
     for i in range(len(values)):
         near = values[max(i - reach, 0) : i + reach + 1]
         near = near[np.isfinite(near)]
@@ -143,7 +143,7 @@ def test_a_comment_is_one_table_whatever_the_names_are(tmp_path: Path):
     evil = "a|b `x` <img src=x onerror=alert(1)> @all\n| c | [d](http://e) ![i](http://e/f.png)"
     runs = made(tmp_path, {"optimizer__lr": 1e-3, "tracking__tags": [evil]}, {"optimizer__lr": 2e-3, "finished": False})
     runs[0].name = evil
-    text = markdown.render(runs, None, None)
+    text = markdown.render_comment(runs, None, None)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert {line.count("|") for line in table} == {table[0].count("|")}

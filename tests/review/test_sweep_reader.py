@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from cluster.host import run_lock
 from review import __main__ as command
 from review import markdown
-from review.colors import NONE, colours, span
+from review.colors import NEUTRAL, line_styles, score_range
 from review.html import page, parallel_axes
-from review.importance import importances
-from review.run_differences import best, differing, ranked, verdict
-from review.run_reader import Run, read_all
-from review.search_history import search
+from review.importance import key_importances
+from review.run_differences import best_runs, differing_keys, ranked_runs, verdict
+from review.run_reader import RunRecord, read_runs
+from review.search_history import search_history
 
 SPACES = {
     "optimizer": "adamw,momentum",
@@ -64,10 +64,10 @@ def forty(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Run], Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], Path]:
     """The runs of a search of 40 trials, and the folder of its review."""
     folder = tmp_path_factory.mktemp("sweep")
-    runs = read_all([forty(folder / "lr")])
+    runs = read_runs([forty(folder / "lr")])
     assert command.main([str(folder / "lr"), "--out", str(folder / "out")]) == 0
     return runs, folder / "out"
 
@@ -92,20 +92,20 @@ def test_a_trial_that_is_complete_is_done_though_its_driver_did_not_note_it(tmp_
     folder = run_dirs.write_sweep(
         tmp_path / "s", [{"state": "cut off", "params": {"seed": 1}}, {"state": "queued", "params": {}}]
     )
-    assert [run.state for run in read_all([folder])] == ["cut off"]
-    run_dirs.write(folder / "000")
+    assert [run.state for run in read_runs([folder])] == ["cut off"]
+    run_dirs.write_run(folder / "000")
     held = run_lock.hold(folder / "sweep.lock", "sweep.dir")
-    [run] = read_all([folder])
-    assert (run.state, run.why) == ("done", "")
+    [run] = read_runs([folder])
+    assert (run.state, run.end_reason) == ("done", "")
     assert run.sweep
-    assert run.sweep.words().endswith("2 trials: 1 done, 1 queued. It is running.")
+    assert run.sweep.status_text().endswith("2 trials: 1 done, 1 queued. It is running.")
     held.close()
 
 
 def test_only_what_the_sweep_varied_is_compared_on_axes_as_its_space_has_them(made):
     runs, _ = made
-    assert differing(runs) == ["optimizer", "optimizer.lr", "model.dropout"]
-    found = parallel_axes.axes_of(runs)
+    assert differing_keys(runs) == ["optimizer", "optimizer.lr", "model.dropout"]
+    found = parallel_axes.parallel_coordinates(runs)
     assert found
     assert [(axis.key, axis.kind) for axis in found.axes] == [
         ("optimizer", "name"), ("optimizer.lr", "log"), ("model.dropout", "linear"), ("val_loss", "linear")
@@ -114,20 +114,20 @@ def test_only_what_the_sweep_varied_is_compared_on_axes_as_its_space_has_them(ma
     for axis in found.axes:
         places = [at for at, _ in axis.ticks]
         assert places == sorted(places)
-        assert all(b - a >= parallel_axes.NEAR for a, b in itertools.pairwise(places)), axis
+        assert all(b - a >= parallel_axes.MIN_TICK_GAP for a, b in itertools.pairwise(places)), axis
 
 
 def test_many_runs_are_coloured_by_what_the_scale_says_and_those_that_ended_early_by_none(made):
     runs, _ = made
-    (low, high), looks = span(runs), colours(runs)
-    order = ranked(runs)
+    (low, high), looks = score_range(runs), line_styles(runs)
+    order = ranked_runs(runs)
     assert low == order[0][0]
-    assert {look for run, look in zip(runs, looks, strict=True) if run.state != "done"} == {(NONE, "solid")}
+    assert {look for run, look in zip(runs, looks, strict=True) if run.state != "done"} == {(NEUTRAL, "solid")}
     assert len({look for run, look in zip(runs, looks, strict=True) if run.state == "done"}) > 10
     order[-1][1].summary["val_loss"] = 1e9  # one that is far off leaves the others their colours
-    assert span(runs)[1] < high + 1
+    assert score_range(runs)[1] < high + 1
     order[-1][1].summary["val_loss"] = order[-1][0]
-    went = search(runs)
+    went = search_history(runs)
     assert went
     assert len(went.dots) == 40
     scores = [score for _, score in went.best]
@@ -138,15 +138,15 @@ def test_many_runs_are_coloured_by_what_the_scale_says_and_those_that_ended_earl
 def test_a_sweeps_own_metric_and_direction_decide(tmp_path: Path):
     trials = [{"state": "done", "params": {"seed": i}, "values": [v]} for i, v in enumerate((0.7, 0.9, 0.8))]
     folder = run_dirs.write_sweep(tmp_path / "acc", trials, metric="accuracy", direction="maximize")
-    runs = read_all([folder])
-    assert [run.name for run in best(runs)] == ["acc-001"]
+    runs = read_runs([folder])
+    assert [run.name for run in best_runs(runs)] == ["acc-001"]
     for run, value in zip(runs, (0.7, 0.9, 0.8), strict=True):
         assert run.score == value
-    assert page.content(runs, None, None)["goals"] == [
+    assert page.page_data(runs, None, None)["goals"] == [
         {"key": "accuracy", "least": False, "title": "accuracy", "unit": "accuracy"}
     ]
-    run_dirs.write(tmp_path / "alone")
-    assert all(run.goal.metric == "val_loss" for run in read_all([folder, tmp_path / "alone"])), (
+    run_dirs.write_run(tmp_path / "alone")
+    assert all(run.goal.metric == "val_loss" for run in read_runs([folder, tmp_path / "alone"])), (
         "no accuracy is known of the other"
     )
 
@@ -157,22 +157,22 @@ def test_of_several_metrics_all_are_best_that_no_other_beats(tmp_path: Path):
         {"state": "done", "params": {"model.layers": i + 1}, "loss": v[0], "values": v} for i, v in enumerate(values)
     ]
     ways = {"metric": ["val_loss", "tokens_per_s"], "direction": ["minimize", "maximize"]}
-    runs = read_all([run_dirs.write_sweep(tmp_path / "s", trials, **ways)])
+    runs = read_runs([run_dirs.write_sweep(tmp_path / "s", trials, **ways)])
     assert (
         verdict(runs)
         == "By val_loss and tokens_per_s together, no other run is better than these: s-003, s-001, s-000."
     )
-    found = parallel_axes.axes_of(runs)
+    found = parallel_axes.parallel_coordinates(runs)
     assert found
     assert [axis.key for axis in found.axes] == ["model.layers", "val_loss", "tokens_per_s"]
 
 
 def test_the_comment_has_the_best_first_and_folds_the_rest_away(made):
     runs, _ = made
-    mattered = importances(runs)
+    mattered = key_importances(runs)
     assert mattered
     assert mattered.keys[0].key == "optimizer.lr"
-    text = markdown.render(runs, mattered, None)
+    text = markdown.render_comment(runs, mattered, None)
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| run", "| ---"))]
     assert len(rows) == 40
     assert rows[0].startswith("| **lr-")
@@ -224,12 +224,12 @@ def test_no_content_of_a_ledger_makes_the_review_fail(tmp_path: Path, content: b
     folder = tmp_path / "fuzzed"
     for i in range(3):
         if not (folder / f"{i:03}").exists():
-            run_dirs.write(folder / f"{i:03}", 3.0 + i, lines=10, seed=i)
+            run_dirs.write_run(folder / f"{i:03}", 3.0 + i, lines=10, seed=i)
     (folder / "ledger.jsonl").write_bytes(content)
-    runs = read_all([folder])
+    runs = read_runs([folder])
     assert len(runs) >= 3
-    json.loads(page.embed(page.content(runs, None, None)))
-    markdown.render(runs, None, None)
+    json.loads(page.embed_json(page.page_data(runs, None, None)))
+    markdown.render_comment(runs, None, None)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")

@@ -14,7 +14,7 @@ from helpers.chromium import CHROMIUM, Browser
 
 from review import __main__ as command
 from review.html import page
-from review.run_reader import read
+from review.run_reader import read_run
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>${1} $data &lt;b&gt; \u2028 ]]>"
@@ -42,7 +42,7 @@ class Elements(HTMLParser):
 
 def hostile_runs(folder: Path) -> list[Path]:
     """Runs of every state, with markup wherever text can stand, and a sweep beside them."""
-    bad = run_dirs.write(
+    bad = run_dirs.write_run(
         folder / "hostile", run__name=HOSTILE, tracking__tags=[HOSTILE], data__dir=HOSTILE, model__family=HOSTILE
     )
     (bad / "samples.jsonl").write_text(json.dumps({"step": 500, "prompt": HOSTILE, "text": HOSTILE}) + "\n")
@@ -53,10 +53,10 @@ def hostile_runs(folder: Path) -> list[Path]:
     (folder / "empty").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "config.yaml").write_text("[" + HOSTILE)
-    run_dirs.write(folder / "stopped", finished=False)
+    run_dirs.write_run(folder / "stopped", finished=False)
     for i in range(10):
         lr = 1e-4 * 2**i
-        run_dirs.write(folder / f"lr{i}", 3 + 0.1 * abs(math.log(lr / 1e-3)), optimizer__lr=lr, seed=i % 2)
+        run_dirs.write_run(folder / f"lr{i}", 3 + 0.1 * abs(math.log(lr / 1e-3)), optimizer__lr=lr, seed=i % 2)
     return sorted(folder.iterdir())
 
 
@@ -91,16 +91,16 @@ def test_the_pictures_are_there(made: tuple[Path, int]):
 
 
 def test_many_runs_and_long_runs_stay_small_and_quick(tmp_path: Path):
-    long = run_dirs.write(tmp_path / "long", lines=100_000)
-    first = run_dirs.write(tmp_path / "r0", lines=400)
+    long = run_dirs.write_run(tmp_path / "long", lines=100_000)
+    first = run_dirs.write_run(tmp_path / "r0", lines=400)
     began = time.monotonic()
-    runs = [read(long)] + [read(first) for _ in range(199)]
+    runs = [read_run(long)] + [read_run(first) for _ in range(199)]
     for i, run in enumerate(runs):
         run.name = f"run {i}"
-    text = page.render(runs, None, None)
+    text = page.render_page(runs, None, None)
     assert len(text) < 15e6
     assert time.monotonic() - began < 120  # some seconds on a machine that does nothing else
-    curve = page.content(runs, None, None)["runs"][0]["curve"]
+    curve = page.page_data(runs, None, None)["runs"][0]["curve"]
     assert len(curve["steps"]) < 2000
     assert curve["steps"][-1] == 1_000_000
 
