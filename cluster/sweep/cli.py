@@ -21,11 +21,11 @@ from cluster.sweep.scheduler import Chooser, Queue
 from cluster.sweep.slot_pool import FindCorpus, Ground
 from train.config import load as configuration
 from train.config import sweep_space
+from train.config.sweep_dir import LOCK, RESULTS
 from train.config.sweep_space import Sweeping
 from train.util.format import plural
 from train.util.io import write_whole
 
-LOCK, RESULTS = "sweep.lock", "results.csv"
 BAD = ("failed", "diverged")
 
 

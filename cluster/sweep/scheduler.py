@@ -20,10 +20,11 @@ from cluster.supervision import slots
 from cluster.supervision.job import Clock, Job
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
-from cluster.sweep.ledger import FINAL, Entry, Ledger
+from cluster.sweep.ledger import Entry, Ledger
 from cluster.sweep.slot_pool import Ground, Places
-from cluster.sweep.trial import ENDED, Running, Shared, Trial, best, final, from_outside, history
+from cluster.sweep.trial import Running, Shared, Trial, best, final, from_outside, history
 from train.config import load as configuration
+from train.config.sweep_dir import ENDED, FINAL
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
 from train.run_dir import resume
