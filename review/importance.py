@@ -1,8 +1,8 @@
-"""Which keys of a sweep mattered: how much worse unseen runs are predicted when one key is shuffled among them.
+"""Permutation importance of configuration keys (Breiman 2001): which keys of a sweep mattered for its score.
 
 A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn with
-replacement, and each key is then shuffled among the runs that were not drawn (permutation importance: Breiman 2001). Done again
-and again, the spread says how far the figure can be trusted. Keys that go together share their importance.
+replacement; then each key is shuffled among the runs that were not drawn, and the growth of the error is its importance.
+The spread over DRAWS repetitions tells how far a value can be trusted. Correlated keys share their importance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class KeyImportance:
-    """Of one key, in what runs are compared by: how much the mean error grows; and the middle 80 % over the draws."""
+    """Importance of one key in units of the score: growth of the mean absolute error, with the middle 80 % of the draws."""
 
     key: str
     mean: float
@@ -35,7 +35,7 @@ class KeyImportance:
 
 @dataclass(frozen=True)
 class ImportanceReport:
-    """All keys, the most important first; and the share of unseen runs' variance that the forest explains."""
+    """All keys, most important first; number of runs; share of the variance of unseen runs that the forest explains (R2)."""
 
     keys: tuple[KeyImportance, ...]
     runs: int
@@ -43,7 +43,7 @@ class ImportanceReport:
 
 
 def key_importances(runs: Sequence[RunRecord]) -> ImportanceReport | None:
-    """None for fewer than LEAST_RUNS finished runs, or where nothing but the seed differs."""
+    """Importance of the keys that differ; None with fewer than MIN_RUNS finished runs, or if only the seed differs."""
     order = ranked_runs(runs)
     keys = [key for key in differing_keys([run for _, run in order], NOT_TRAINING) if key != "seed"]
     if len(order) < MIN_RUNS or not keys:
@@ -51,31 +51,33 @@ def key_importances(runs: Sequence[RunRecord]) -> ImportanceReport | None:
     x = np.array([encode_values([run.config_value(key) for _, run in order]) for key in keys]).T
     y = np.array([loss for loss, _ in order])
     rng = np.random.default_rng(0)
-    found, right, wrong = [], 0.0, 0.0
+    draws, total_error, residual_error = [], 0.0, 0.0
     for seed in range(DRAWS):
         drawn = rng.integers(0, len(y), len(y))
         unseen = np.setdiff1d(np.arange(len(y)), drawn)
         if len(unseen) < 2:
             continue
         forest = RandomForestRegressor(30, random_state=seed).fit(x[drawn], y[drawn])
-        wrong += float(((forest.predict(x[unseen]) - y[unseen]) ** 2).sum())
-        right += float(((y[drawn].mean() - y[unseen]) ** 2).sum())
+        residual_error += float(((forest.predict(x[unseen]) - y[unseen]) ** 2).sum())
+        total_error += float(((y[drawn].mean() - y[unseen]) ** 2).sum())
         shuffled = permutation_importance(
             forest, x[unseen], y[unseen], scoring="neg_mean_absolute_error", n_repeats=5, random_state=seed
         )
-        found.append(shuffled.importances_mean)
-    table = np.array(found)
+        draws.append(shuffled.importances_mean)
+    table = np.array(draws)
     low, high = np.quantile(table, (0.1, 0.9), axis=0)
-    rows = [
-        KeyImportance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)
-    ]
-    return ImportanceReport(tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - wrong / max(right, 1e-12))
+    columns = zip(keys, table.mean(0), low, high, strict=True)
+    rows = [KeyImportance(key, *map(float, values)) for key, *values in columns]
+    return ImportanceReport(
+        tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - residual_error / max(total_error, 1e-12)
+    )
 
 
 def encode_values(values: Sequence[object]) -> list[float]:
-    """Numbers for the values of a key: themselves where all are numbers, else their places in alphabetical order."""
+    """Values of a key as floats: themselves if all are numbers, else their index in alphabetical order."""
     numbers = [finite_number(value) for value in values]
     if all(n is not None for n in numbers):
         return [n if n is not None else math.nan for n in numbers]
-    places = {text: float(i) for i, text in enumerate(sorted({str(value) for value in values}))}
-    return [places[str(value)] for value in values]
+    names = sorted({str(value) for value in values})
+    codes = {name: float(i) for i, name in enumerate(names)}
+    return [codes[str(value)] for value in values]
