@@ -1,4 +1,4 @@
-"""Reads run folders and reports on them: an HTML page, PNG figures, a Markdown comment, a scaling law. Imports only train.
+"""Reports on run folders: HTML page, PNG figures, Markdown comment, scaling law. Imports only train.
 
 run_reader       reads one run folder, or all in a folder, into RunRecords; never raises on damaged files
 sweep_reader     reads a sweep's ledger: its goals, and the state of each trial

@@ -1,4 +1,4 @@
-"""The command ``python -m review [runs...]``: reads run folders, writes an HTML page and figures or prints a comment."""
+"""The command ``python -m review [runs...]``: writes a page and figures, or prints a comment."""
 
 from __future__ import annotations
 

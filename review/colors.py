@@ -1,4 +1,4 @@
-"""Colors of runs: a color and a dash each for a few runs, a scale from best to worst for many; and the range of loss axes."""
+"""Colors of runs in charts, distinct for a few and by score for many, and the range of loss axes."""
 
 from __future__ import annotations
 

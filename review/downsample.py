@@ -29,7 +29,7 @@ def extreme_indices(curves: list[Floats], max_points: int) -> NDArray[np.int64]:
 
 
 def moving_average(values: Floats, share: float) -> Floats:
-    """Centred mean over a window of ``share`` of the curve, shorter at the ends. Values that are not finite are ignored."""
+    """Centred mean over a window of ``share`` of the curve, shorter at the ends. Ignores non-finite values."""
     reach = int(len(values) * share / 2)
     if reach == 0:
         return values

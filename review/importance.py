@@ -1,8 +1,9 @@
-"""Permutation importance of configuration keys (Breiman 2001): which keys of a sweep mattered for its score.
+"""Permutation importance (Breiman 2001): which configuration keys mattered for the score.
 
-A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn with
-replacement; then each key is shuffled among the runs that were not drawn, and the growth of the error is its importance.
-The spread over DRAWS repetitions tells how far a value can be trusted. Correlated keys share their importance.
+A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn
+with replacement; then each key is shuffled among the runs that were not drawn, and the growth of the error is its
+importance. The spread over DRAWS repetitions tells how far a value can be trusted. Correlated keys share their
+importance.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DRAWS = 20
 
 @dataclass(frozen=True)
 class KeyImportance:
-    """Importance of one key in units of the score: growth of the mean absolute error, with the middle 80 % of the draws."""
+    """Importance of one key: growth of the mean absolute error of the score, and the middle 80 % of the draws."""
 
     key: str
     mean: float
@@ -35,7 +36,7 @@ class KeyImportance:
 
 @dataclass(frozen=True)
 class ImportanceReport:
-    """All keys, most important first; number of runs; share of the variance of unseen runs that the forest explains (R2)."""
+    """All keys, most important first; number of runs; share of unseen runs' variance that is explained (R2)."""
 
     keys: tuple[KeyImportance, ...]
     runs: int

@@ -1,4 +1,4 @@
-"""Readers for files of run folders that never raise: what is readable is returned, damage becomes a note."""
+"""File readers that never raise: readable content is returned, and damage becomes a note."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def read_json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
 def is_locked(lock: Path, written: Sequence[Path]) -> bool:
     """Whether a driver holds ``lock``.
 
-    On the driver's own host the kernel's table of locks tells, so the lock is not touched. From another host, the age of
-    the files that the driver has ``written`` decides.
+    On the driver's own host the kernel's table of locks tells, so the lock is not touched. From another host, the age
+    of the files that the driver has ``written`` decides.
     """
     try:
         holder = json.loads(lock.read_text())

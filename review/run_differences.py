@@ -1,4 +1,4 @@
-"""Compares runs: which configuration keys differ, which run is best, and whether by more than the noise between seeds."""
+"""Compares runs: keys that differ, the best run, and whether it is better by more than seed noise."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINING_ONLY = ("objective.label_smoothing", "objective.z_loss", "objective.poo
 def differing_keys(runs: Sequence[RunRecord], exclude: tuple[str, ...] = INCIDENTAL) -> list[str]:
     """Configuration keys whose values differ between the runs, without those that begin with a prefix in ``exclude``.
 
-    For the trials of one sweep, only keys and groups that it varied: keys that a group sets differ too, but add nothing.
+    For the trials of one sweep, only keys and groups that it varied: keys that a group sets add nothing.
     """
     configured = [run for run in runs if run.config or run.trial]
     if runs and (sweep := runs[0].sweep) and all(run.sweep is sweep for run in runs):
@@ -38,13 +38,13 @@ def _differs(key: str, runs: Sequence[RunRecord]) -> bool:
 
 
 def ranked_runs(runs: Sequence[RunRecord]) -> list[tuple[float, RunRecord]]:
-    """(score, run) of the finished runs, best first. Unfinished runs are left out: they have not seen all held-out text."""
+    """(score, run) of the finished runs, best first. Unfinished runs have not seen all of the held-out text."""
     scored = [(score, run) for run in runs if run.state == "done" and (score := run.score) is not None]
     return sorted(scored, key=lambda pair: pair[0] if pair[1].goal.minimize else -pair[0])
 
 
 def best_runs(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The best finished run, or the Pareto front if the sweep has several goals; empty if the runs are not comparable."""
+    """The best finished run, or the Pareto front of several goals; empty if the runs are not comparable."""
     order = [run for _, run in ranked_runs(runs)]
     if not order or comparability_warnings(runs):
         return []
@@ -81,7 +81,7 @@ def _task(run: RunRecord) -> list[tuple[str, Any]]:
 
 
 def seed_noise(runs: Sequence[RunRecord]) -> tuple[float, int] | None:
-    """(pooled standard deviation of the score between seeds, degrees of freedom); None without a repeated configuration."""
+    """(pooled standard deviation between seeds, degrees of freedom); None if no configuration was repeated."""
     groups = [group for group in _groups(runs).values() if len(group) > 1]
     freedom = sum(len(group) - 1 for group in groups)
     if freedom == 0:

@@ -1,4 +1,4 @@
-"""Reads run folders into RunRecords. Their files are untrusted and may be damaged or missing; nothing here raises."""
+"""Reads run folders into RunRecords. Their files are untrusted or damaged; nothing here raises."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class RunRecord:
         return finite_number(self.summary.get(goal.metric))
 
     def config_value(self, key: str) -> Any:
-        """A key's value in the configuration, or a group (such as model) that the sweep set. None if there is neither."""
+        """A key's value in the configuration, or the choice of a group (such as model) by the sweep, else None."""
         return self.config.get(key, self.trial.params.get(key) if self.trial else None)
 
 

@@ -35,13 +35,13 @@ class SearchHistory:
 
     dots: tuple[TrialDot, ...]
     best: tuple[tuple[int, float], ...]
-    """(trial, score) at each finished trial that improved on all before it, and last the final trial with the best score."""
+    """(trial, score) at each finished trial that improved on all before, and the last trial with the best score."""
     range: tuple[float, float]
     """(low, high) of the axis of scores."""
 
 
 def search_history(runs: Sequence[RunRecord]) -> SearchHistory | None:
-    """The history of the sweep that ``runs`` are trials of; None for other runs, for fewer than two, or without a score."""
+    """The history of the one sweep that ``runs`` are trials of; None for other runs, or without a score."""
     scale = score_range(runs)
     if scale is None or len(runs) < 2 or not all(run.trial and run.sweep is runs[0].sweep for run in runs):
         return None

@@ -1,4 +1,4 @@
-"""Reads a sweep's ledger: its goals, its trials and their states. Its content is untrusted, and nothing here raises.
+"""Reads a sweep's ledger: goals, trials, states. Its content is untrusted; nothing here raises.
 
 The ledger's form is that of ``cluster/sweep/ledger.py``.
 """

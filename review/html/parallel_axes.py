@@ -1,4 +1,4 @@
-"""Parallel coordinates: an axis for each key that differs and each goal, and each run's positions on them, 0 to 1."""
+"""Parallel coordinates: an axis for each key that differs and each goal, positions from 0 to 1."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _tick_values(axis: ParallelAxis, numbers: Sequence[float]) -> list[float]:
 
 
 def _readable_ticks(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
-    """The ticks whose labels do not overlap: both ends, and from below each one that is far enough from its neighbours."""
+    """The ticks whose labels do not overlap: both ends, and each that is far enough from the last kept one."""
     kept: list[tuple[float, str]] = list(ticks[:1])
     for at, text in ticks[1:-1]:
         if at - kept[-1][0] >= MIN_TICK_GAP and ticks[-1][0] - at >= MIN_TICK_GAP:

@@ -1,4 +1,4 @@
-"""A scaling study from run folders: the law of all but the largest size, and how well it foretold that one."""
+"""A scaling study from run folders: a law fitted to all but the largest size, which it predicts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from train.config import load as configuration
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 
-LEAST_SIZES, LEAST_RUNS = 3, 7
-"""To fit five numbers."""
+MIN_SIZES, MIN_FITTED_RUNS = 3, 7
+"""Distinct sizes (and distinct token counts), and runs, that a fit of five numbers needs."""
 NEXT_COMPUTE_FACTOR = 3.0
-"""The next size is foretold for so many times the largest compute that was spent."""
+"""The next size is predicted at so many times the largest compute of the runs."""
 
 
 @dataclass(frozen=True)
 class StudyPoint:
-    """A finished run as the law sees it: parameters, tokens, FLOPs, held-out nats per token."""
+    """A finished run as the law sees it: parameters n, tokens d, FLOPs, held-out nats per token."""
 
     name: str
     n: int
@@ -35,7 +35,7 @@ class StudyPoint:
 
 @dataclass(frozen=True)
 class LossPrediction:
-    """A loss that the law foretells, with the middle 80 % of its bootstrap; ``measured`` where the run was made."""
+    """A predicted loss with the middle 80 % of its bootstrap, and the ``measured`` one if there is a run."""
 
     name: str
     n: float
@@ -47,34 +47,35 @@ class LossPrediction:
 
     @property
     def error(self) -> float | None:
-        """Of the prediction, as a share of the measurement."""
+        """Relative error of the prediction; None if not measured."""
         return None if self.measured is None else self.loss / self.measured - 1
 
 
 @dataclass(frozen=True)
 class ScalingStudy:
-    """A law, what it rests on, and what it foretells."""
+    """A fitted law, the runs it was fitted to, its uncertainty, and its predictions."""
 
     fitted: tuple[StudyPoint, ...]
     law: ScalingLaw
     draws: tuple[ScalingLaw, ...]
+    """Bootstrap."""
     k: float
     """FLOPs per parameter and token: the median of the fitted runs."""
     held_out: tuple[LossPrediction, ...]
-    """The largest size, measured, and no part of the fit."""
+    """Runs of the largest size, measured but not fitted."""
     next_size: LossPrediction
-    """A size that is not trained yet, on the frontier."""
+    """A size on the frontier that is not trained yet."""
     minima: tuple[Floats, Floats, float | None]
-    """Approach 2: the budgets, the best N of each, the exponent."""
+    """IsoFLOP minima (approach 2): budgets, best N of each, exponent."""
 
     def interval_of(self, name: str) -> tuple[float, float]:
-        """The middle 80 % of one of the law's numbers."""
+        """The middle 80 % of one of the law's numbers, such as alpha, over the bootstrap."""
         return central_interval(np.array([getattr(law, name) for law in self.draws]))
 
 
 def study_points(runs: Sequence[RunRecord]) -> list[StudyPoint]:
-    """The finished runs that can be measured: those whose model still builds."""
-    found = []
+    """The finished runs with a held-out loss whose model can still be built."""
+    points = []
     for run in runs:
         loss, tokens = run.val_loss, run.tokens
         if run.state != "done" or not loss or not tokens:
@@ -82,27 +83,27 @@ def study_points(runs: Sequence[RunRecord]) -> list[StudyPoint]:
         with contextlib.suppress(UserError, RuntimeError, ValueError, ArithmeticError, OSError):
             config = configuration.read(run.folder / "config.yaml")
             n, flops = model_cost(config, config.model.vocab_size or load_tokenizer(run.folder).vocab_size)
-            found.append(StudyPoint(run.name, n, int(tokens), flops * tokens, loss))
-    return found
+            points.append(StudyPoint(run.name, n, int(tokens), flops * tokens, loss))
+    return points
 
 
 def fit_study(runs: Sequence[RunRecord]) -> ScalingStudy | None:
-    """The study that these runs make up: those of the corpus and sequence length that most have. None where they are no study.
+    """Fits the law to the runs of the most common corpus and sequence length. None if they are too few or too alike.
 
-    Where the runs without the largest size suffice for a fit, that size is foretold and compared; else all are fitted.
+    If the runs without the largest size suffice for a fit, that size is predicted and compared; else all are fitted.
     """
     alike: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
         if run.state == "done":
             alike.setdefault((run.corpus, str(run.config.get("batch.seq_len"))), []).append(run)
     candidates = max(alike.values(), key=len, default=[])
-    if len({run.summary.get("params") for run in candidates}) < LEAST_SIZES:
-        return None  # before torch is asked to build anything
+    if len({run.summary.get("params") for run in candidates}) < MIN_SIZES:
+        return None  # before any model is built
     known = sorted(study_points(candidates), key=lambda p: (p.n, p.compute))
-    if not _suffice(known):
+    if not _can_fit(known):
         return None
     smaller = [p for p in known if p.n < known[-1].n]
-    used = smaller if _suffice(smaller) else known
+    used = smaller if _can_fit(smaller) else known
     n, d, compute, loss = (np.array([getattr(p, key) for p in used], float) for key in ("n", "d", "compute", "loss"))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -110,47 +111,49 @@ def fit_study(runs: Sequence[RunRecord]) -> ScalingStudy | None:
         draws = bootstrap_laws(n, d, loss, law)
         minima = isoflop_minima(n, compute, loss)
     k = float(np.median(compute / n / d))
-    held_out = tuple(_guess(law, draws, p.name, p.n, p.d, p.loss) for p in known if p not in used)
+    held_out = tuple(_predict(law, draws, p.name, p.n, p.d, p.loss) for p in known if p not in used)
     best_n, best_d = law.frontier(NEXT_COMPUTE_FACTOR * max(p.compute for p in known), k)
-    further = _guess(law, draws, "next", float(best_n), float(best_d))
+    further = _predict(law, draws, "next", float(best_n), float(best_d))
     return ScalingStudy(tuple(used), law, tuple(draws), k, held_out, further, minima)
 
 
-def report_lines(found: ScalingStudy) -> list[str]:
-    """The study in lines of plain text."""
-    law = found.law
+def report_lines(study: ScalingStudy) -> list[str]:
+    """The law, its uncertainty and its predictions, in lines of plain text."""
+    law = study.law
     names = ("E", "alpha", "beta")
-    spread = {name: "{:.3f} to {:.3f}".format(*found.interval_of(name)) for name in (*names, "exponent")}
-    minima = "" if found.minima[2] is None else f"; by parabolas (approach 2) N ~ C^{found.minima[2]:.3f}"
+    spread = {name: "{:.3f} to {:.3f}".format(*study.interval_of(name)) for name in (*names, "exponent")}
+    minima = "" if study.minima[2] is None else f"; by parabolas (approach 2) N ~ C^{study.minima[2]:.3f}"
     lines = [
-        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {len(found.fitted)} runs; "
-        "N counts all parameters, D tokens, L held-out nats per token",
+        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, "
+        f"from {len(study.fitted)} runs; N counts all parameters, D tokens, L held-out nats per token",
         "middle 80 % of the bootstrap: " + ", ".join(f"{name} {spread[name]}" for name in names),
-        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}; C = {found.k:.2f} N D "
-        f"FLOPs{minima}",
+        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}; "
+        f"C = {study.k:.2f} N D FLOPs{minima}",
     ]
-    for guess in found.held_out:
+    for prediction in study.held_out:
         lines.append(
-            f"{guess.name} (N = {guess.n:,.0f}, D = {guess.d:,.0f}; not fitted): foretold {guess.loss:.4f} "
-            f"({guess.low:.4f} to {guess.high:.4f}), measured {guess.measured:.4f}, off by {guess.error:+.2%}"
+            f"{prediction.name} (N = {prediction.n:,.0f}, D = {prediction.d:,.0f}; not fitted): "
+            f"foretold {prediction.loss:.4f} "
+            f"({prediction.low:.4f} to {prediction.high:.4f}), "
+            f"measured {prediction.measured:.4f}, off by {prediction.error:+.2%}"
         )
-    ahead = found.next_size
+    ahead = study.next_size
     lines.append(
-        f"next, at {NEXT_COMPUTE_FACTOR:g} times the compute: N = {ahead.n:.3g}, D = {ahead.d:.3g}, foretold {ahead.loss:.4f} "
-        f"({ahead.low:.4f} to {ahead.high:.4f})"
+        f"next, at {NEXT_COMPUTE_FACTOR:g} times the compute: N = {ahead.n:.3g}, D = {ahead.d:.3g}, "
+        f"foretold {ahead.loss:.4f} ({ahead.low:.4f} to {ahead.high:.4f})"
     )
     return lines
 
 
-def _suffice(known: Sequence[StudyPoint]) -> bool:
+def _can_fit(known: Sequence[StudyPoint]) -> bool:
     return (
-        len(known) >= LEAST_RUNS
-        and len({p.n for p in known}) >= LEAST_SIZES
-        and len({p.d for p in known}) >= LEAST_SIZES
+        len(known) >= MIN_FITTED_RUNS
+        and len({p.n for p in known}) >= MIN_SIZES
+        and len({p.d for p in known}) >= MIN_SIZES
     )
 
 
-def _guess(
+def _predict(
     law: ScalingLaw, draws: Sequence[ScalingLaw], name: str, n: float, d: float, measured: float | None = None
 ) -> LossPrediction:
     low, high = central_interval(np.array([float(draw.loss(n, d)) for draw in draws]))

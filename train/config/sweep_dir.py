@@ -1,4 +1,4 @@
-"""File names, trial states and Pareto order of a sweep's folder: for the driver that writes it and the review that reads it."""
+"""File names, trial states and Pareto order of a sweep, shared by its driver and the review."""
 
 from __future__ import annotations
 
