@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, written without training: for the tests of what reads them."""
+"""Writes run and sweep folders as training leaves them, without training: for tests of their readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", 
 
 
 def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:
-    """A run that falls to ``loss``; ``changes``: keys of its configuration, with ``__`` for a dot."""
+    """Writes a run whose loss falls to ``loss``; ``changes`` are configuration keys with ``__`` for a dot."""
     tree = json.loads(json.dumps(BASE))
     tree["run"] = {"name": folder.name, "dir": str(folder)}
     tree["steps"] = lines * 10
@@ -53,8 +53,8 @@ def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool =
 
 
 def write_sweep(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
-    """A sweep as its driver leaves it. A trial: ``state``, ``params``, and of a finished one ``loss``; one that is queued, or has
-    ``gone``, has no folder.
+    """Writes a sweep as its driver leaves it. A trial has ``state``, ``params``, and ``loss`` if finished; one that is
+    queued, or has ``gone``, has no folder.
     """
     about = {
         "name": folder.name,

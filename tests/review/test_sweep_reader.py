@@ -1,4 +1,4 @@
-"""Sweeps in a review: trials are what their ledger says, by the sweep's own keys and metric; and the page of one in a browser."""
+"""Sweeps in a review: states from the ledger, comparison by their keys and metric, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def trial(i: int, state: str) -> dict:
     }
 
 
-def forty(folder: Path) -> Path:
-    """A search of 40 trials, of every end."""
+def write_forty_trials(folder: Path) -> Path:
+    """Writes a search of 40 trials that ended in every possible state."""
     order = sorted(range(40), key=lambda i: i * 17 % 40)
     return run_dirs.write_sweep(folder, [trial(i, ENDS[end]) for i, end in enumerate(order)], spaces=SPACES)
 
@@ -67,12 +67,12 @@ def forty(folder: Path) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], Path]:
     """The runs of a search of 40 trials, and the folder of its review."""
     folder = tmp_path_factory.mktemp("sweep")
-    runs = read_runs([forty(folder / "lr")])
+    runs = read_runs([write_forty_trials(folder / "lr")])
     assert command.main([str(folder / "lr"), "--out", str(folder / "out")]) == 0
     return runs, folder / "out"
 
 
-def test_trials_are_what_the_ledger_says_and_it_says_why(made):
+def test_trial_states_and_reasons_are_those_of_the_ledger(made):
     runs, _ = made
     assert sorted(run.state for run in runs) == sorted(ENDS)
     whys = {run.state: run.why for run in runs}
@@ -88,7 +88,7 @@ def test_trials_are_what_the_ledger_says_and_it_says_why(made):
     assert "It has not come to its end" in told
 
 
-def test_a_trial_that_is_complete_is_done_though_its_driver_did_not_note_it(tmp_path: Path):
+def test_complete_trial_without_an_end_in_the_ledger_is_done(tmp_path: Path):
     folder = run_dirs.write_sweep(
         tmp_path / "s", [{"state": "cut off", "params": {"seed": 1}}, {"state": "queued", "params": {}}]
     )
@@ -102,22 +102,24 @@ def test_a_trial_that_is_complete_is_done_though_its_driver_did_not_note_it(tmp_
     held.close()
 
 
-def test_only_what_the_sweep_varied_is_compared_on_axes_as_its_space_has_them(made):
+def test_sweep_axes_are_its_varied_keys_scaled_as_in_its_space(made):
     runs, _ = made
     assert differing_keys(runs) == ["optimizer", "optimizer.lr", "model.dropout"]
-    found = parallel_axes.parallel_coordinates(runs)
-    assert found
-    assert [(axis.key, axis.kind) for axis in found.axes] == [
+    coordinates = parallel_axes.parallel_coordinates(runs)
+    assert coordinates
+    assert [(axis.key, axis.kind) for axis in coordinates.axes] == [
         ("optimizer", "name"), ("optimizer.lr", "log"), ("model.dropout", "linear"), ("val_loss", "linear")
     ]  # fmt: skip
-    assert [len(values) for values in found.values] == [4] * 20 + [3] * 19  # what ended early has no loss to compare
-    for axis in found.axes:
+    assert [len(values) for values in coordinates.values] == [4] * 20 + [
+        3
+    ] * 19  # what ended early has no loss to compare
+    for axis in coordinates.axes:
         places = [at for at, _ in axis.ticks]
         assert places == sorted(places)
         assert all(b - a >= parallel_axes.MIN_TICK_GAP for a, b in itertools.pairwise(places)), axis
 
 
-def test_many_runs_are_coloured_by_what_the_scale_says_and_those_that_ended_early_by_none(made):
+def test_many_runs_are_colored_by_score_and_early_ends_grey(made):
     runs, _ = made
     (low, high), looks = score_range(runs), line_styles(runs)
     order = ranked_runs(runs)
@@ -151,7 +153,7 @@ def test_a_sweeps_own_metric_and_direction_decide(tmp_path: Path):
     )
 
 
-def test_of_several_metrics_all_are_best_that_no_other_beats(tmp_path: Path):
+def test_best_runs_of_several_goals_are_the_pareto_front(tmp_path: Path):
     values = [[3.0, 10.0], [2.5, 5.0], [2.8, 4.0], [2.0, 1.0]]
     trials = [
         {"state": "done", "params": {"model.layers": i + 1}, "loss": v[0], "values": v} for i, v in enumerate(values)
@@ -162,12 +164,12 @@ def test_of_several_metrics_all_are_best_that_no_other_beats(tmp_path: Path):
         verdict(runs)
         == "By val_loss and tokens_per_s together, no other run is better than these: s-003, s-001, s-000."
     )
-    found = parallel_axes.parallel_coordinates(runs)
-    assert found
-    assert [axis.key for axis in found.axes] == ["model.layers", "val_loss", "tokens_per_s"]
+    coordinates = parallel_axes.parallel_coordinates(runs)
+    assert coordinates
+    assert [axis.key for axis in coordinates.axes] == ["model.layers", "val_loss", "tokens_per_s"]
 
 
-def test_the_comment_has_the_best_first_and_folds_the_rest_away(made):
+def test_comment_of_a_sweep_has_the_best_first_and_folds_the_rest(made):
     runs, _ = made
     mattered = key_importances(runs)
     assert mattered
@@ -192,7 +194,7 @@ def test_the_comment_has_the_best_first_and_folds_the_rest_away(made):
         (["pruned", "cut off"], "No run is finished"),
     ],
 )
-def test_a_sweep_without_a_finished_trial_is_told_in_words(tmp_path: Path, capsys, ends: list[str], said: str):
+def test_sweep_without_a_finished_trial_is_described_in_words(tmp_path: Path, capsys, ends: list[str], said: str):
     folder = run_dirs.write_sweep(tmp_path / "s", [trial(i, end) for i, end in enumerate(ends)], spaces=SPACES)
     code = command.main([str(folder), "--format", "md"])
     out = capsys.readouterr()
@@ -218,9 +220,13 @@ RECORD = st.fixed_dictionaries(
 )
 
 
+def as_ledger(records: list[dict]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary() | st.lists(RECORD).map(lambda found: "".join(json.dumps(r) + "\n" for r in found).encode()))
-def test_no_content_of_a_ledger_makes_the_review_fail(tmp_path: Path, content: bytes):
+@given(content=st.binary() | st.lists(RECORD).map(as_ledger))
+def test_review_survives_any_content_of_a_ledger(tmp_path: Path, content: bytes):
     folder = tmp_path / "fuzzed"
     for i in range(3):
         if not (folder / f"{i:03}").exists():
@@ -233,7 +239,7 @@ def test_no_content_of_a_ledger_makes_the_review_fail(tmp_path: Path, content: b
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_its_page_in_a_browser_sorts_by_every_column_and_its_charts_hold_every_trial(made):
+def test_sweep_page_in_a_browser_sorts_columns_and_charts_all_trials(made):
     runs, out = made
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
     with Browser() as browser:

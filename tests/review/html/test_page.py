@@ -1,4 +1,4 @@
-"""The page: whole, hostile names and all; and in a real browser, where there is one."""
+"""The HTML page: hostile names are inert, it requests nothing, and it works in a real browser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """What a page is made of, as a browser would read it: tags with their attributes; the text of scripts."""
+    """Parses a page as a browser would: tags with their attributes, and the text of scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -41,7 +41,7 @@ class Elements(HTMLParser):
 
 
 def hostile_runs(folder: Path) -> list[Path]:
-    """Runs of every state, with markup wherever text can stand, and a sweep beside them."""
+    """Writes runs of every state, one with markup in every text, and ten that differ in their learning rate."""
     bad = run_dirs.write_run(
         folder / "hostile", run__name=HOSTILE, tracking__tags=[HOSTILE], data__dir=HOSTILE, model__family=HOSTILE
     )
@@ -62,14 +62,14 @@ def hostile_runs(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A written review, and how many runs are in it."""
+    """The folder of a written review, and the number of runs in it."""
     folder = tmp_path_factory.mktemp("review")
     count = len(hostile_runs(folder / "runs"))
     assert command.main([str(folder / "runs"), "--out", str(folder / "out")]) == 0
     return folder / "out", count
 
 
-def test_the_page_asks_for_nothing_and_runs_its_own_two_scripts(made: tuple[Path, int]):
+def test_page_requests_nothing_and_has_only_its_two_scripts(made: tuple[Path, int]):
     elements = Elements((made[0] / "review.html").read_text())
     assert [attributes.get("type") for tag, attributes in elements.tags if tag == "script"] == [
         "application/json",
@@ -85,12 +85,12 @@ def test_the_page_asks_for_nothing_and_runs_its_own_two_scripts(made: tuple[Path
     assert {run["state"] for run in data["runs"]} == {"done", "stopped", "empty", "broken"}
 
 
-def test_the_pictures_are_there(made: tuple[Path, int]):
+def test_figures_with_data_are_written(made: tuple[Path, int]):
     names = {file.stem for file in made[0].glob("*.png") if file.read_bytes().startswith(b"\x89PNG")}
     assert names == {"loss_steps", "loss_tokens", "loss_seconds", "throughput", "goodput", "parallel", "importance"}
 
 
-def test_many_runs_and_long_runs_stay_small_and_quick(tmp_path: Path):
+def test_page_of_many_and_long_runs_stays_small_and_quick(tmp_path: Path):
     long = run_dirs.write_run(tmp_path / "long", lines=100_000)
     first = run_dirs.write_run(tmp_path / "r0", lines=400)
     began = time.monotonic()
@@ -105,9 +105,7 @@ def test_many_runs_and_long_runs_stay_small_and_quick(tmp_path: Path):
     assert curve["steps"][-1] == 1_000_000
 
 
-def test_the_comment_is_printed_and_folders_without_runs_are_refused(
-    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_md_is_printed_and_folders_without_runs_are_refused(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert command.main([str(made[0].parent / "runs"), "--format", "md"]) == 0
     assert capsys.readouterr().out.startswith("**")
     assert command.main([str(tmp_path / "no")]) == 2
@@ -115,7 +113,7 @@ def test_the_comment_is_printed_and_folders_without_runs_are_refused(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int]):
+def test_page_in_a_browser_sorts_filters_and_holds_every_run(made: tuple[Path, int]):
     column = "[...document.querySelectorAll('#table tbody tr')].map(row => row.children[%d].title)"
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
     with Browser() as browser:
@@ -134,7 +132,8 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
         browser.value("document.querySelector('th[data-key=\"optimizer.lr\"] button').click()")
         assert browser.value("document.querySelector('th[aria-sort=\"ascending\"]').dataset.key") == "optimizer.lr"
         browser.value(
-            "(f => { f.value = 'optimizer.lr=0.0001'; f.dispatchEvent(new Event('input')) })(document.getElementById('filter'))"
+            "(f => { f.value = 'optimizer.lr=0.0001'; f.dispatchEvent(new Event('input')) })"
+            "(document.getElementById('filter'))"
         )
         assert browser.value(column % 0) == ["lr0"]
         assert browser.value(drawn % "loss") == 1
@@ -151,8 +150,8 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
-def test_the_pages_policy_lets_no_other_script_run(made: tuple[Path, int], tmp_path: Path):
-    """Were markup of a run ever to get in, the browser itself would refuse to run it."""
+def test_page_policy_blocks_every_other_script(made: tuple[Path, int], tmp_path: Path):
+    """Markup that got into the page in spite of the escaping is not run by the browser."""
     text = (
         (made[0] / "review.html")
         .read_text()
