@@ -1,14 +1,16 @@
-"""What a save costs the steps: beside torch's own savers, and at every tenth step of the default run.
+"""Cost of a checkpoint to the steps, beside torch's own savers, and at every tenth step of the default run.
 
-    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH] [--only stall|every_ten]
+    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH]
+                            [--only stall|every_ten]
 
-The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in turn, in
-the same processes, saves that state once a round and the steps go on until it is written. "stall" is what the loop is held up:
-the call, and for ours also what the next update waits for its copy. "lost" is all that training lost: the stall, and how much
-longer than the median undisturbed step the steps took until the file was written. The first save of each, which allocates, is
-not counted.
+The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in
+turn, in the same processes, saves that state once a round and the steps go on until it is written. "stall" is what the
+loop is held up: the call, and for ours also what the next update waits for its copy. "lost" is all that training lost:
+the stall, and how much longer than the median undisturbed step the steps took until the file was written. The first
+save of each, which allocates, is not counted.
 
-Every tenth step: the default run's model, batch and loop (``train.loop``), 2 workers, taking turns with and without saves.
+Every tenth step: the default run's model, batch and loop (``train.loop``), 2 workers, taking turns with and without
+saves.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ Times = dict[str, list[float]]
 
 
 class Steps:
-    """Real steps of a large model on random tokens, and what of them the savers save."""
+    """Real training steps of a large model on random tokens, and the state that the savers write."""
 
     def __init__(self, config: Config, world: process_group.World) -> None:
         objective = build_objective(config, config.model.vocab_size or 0)
@@ -73,7 +75,7 @@ class Steps:
         self.hold: Callable[[], None] = lambda: None
 
     def __call__(self) -> float:
-        """One step; the seconds it took."""
+        """Makes one step; returns the seconds it took."""
         began = time.perf_counter()
         self.engine.train_step([self.batch], {"loss": self.places}, 1e-5, self.hold)
         return time.perf_counter() - began
@@ -84,14 +86,14 @@ class Steps:
 
 
 class Ours:
-    """``train.checkpoint.writer``."""
+    """Saves with our own ``train.checkpoint.writer``."""
 
     def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
         self.steps, self.saver = steps, Saver(folder / "ours", 1, 0, world)
         steps.hold = self.saver.hold
 
     def begin(self, number: int) -> None:
-        """Begin a save."""
+        """Begins a save in the background."""
         self.saver.settle()
         self.saver.save(self.steps.engine, Progress(step=number), None, {}, lambda: None)
 
@@ -101,24 +103,24 @@ class Ours:
 
 
 class TorchSave:
-    """``torch.save`` and fsync, each rank its own file."""
+    """Saves with ``torch.save``, a file for each rank."""
 
     def __init__(self, steps: Steps, folder: Path, world: process_group.World) -> None:
         self.steps, self.file = steps, folder / f"torch_{world.rank}.pt"
 
     def begin(self, number: int) -> None:
-        """Save."""
+        """Saves, and returns when it is written."""
         with self.file.open("wb") as out:
             torch.save(self.steps.state(), out)
             out.flush()
 
     def busy(self) -> bool:
-        """It never returns before it is done."""
+        """Never: ``begin`` returns only when the file is written."""
         return False
 
 
 class AsyncSave:
-    """``torch.distributed.checkpoint.async_save``, its background work in a thread or a process."""
+    """Saves with ``torch.distributed.checkpoint.async_save``, in a background thread or process."""
 
     def __init__(self, steps: Steps, folder: Path, world: process_group.World, kind: AsyncCheckpointerType) -> None:
         self.steps, self.folder, self.kind, self.world = steps, folder / kind.value, kind, world
@@ -126,7 +128,7 @@ class AsyncSave:
         self.future: Any = None
 
     def begin(self, number: int) -> None:
-        """Copy, and hand over."""
+        """Copies the state and hands it to the background."""
         state = {f"{self.world.rank}/{name}": value for name, value in self.steps.state().items()}
         self.future = dcp.async_save(
             state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind
@@ -141,7 +143,7 @@ class AsyncSave:
 def stalls(
     rank: int, size: int, port: int, folder: str, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
-    """(stall, lost) of every saver in every round, as rank ``rank``."""
+    """(stall, lost) in seconds of every saver in every round, run as rank ``rank``."""
     torch.set_num_threads(options.threads // size)
     world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
     batch = [f"batch.global={size * options.rows}", f"batch.seq_len={options.seq_len}"]
@@ -154,14 +156,14 @@ def stalls(
         "async_save, process": AsyncSave(steps, place, world, AsyncCheckpointerType.PROCESS),
         "torch.save": TorchSave(steps, place, world),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in savers}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in savers}
     for number in range(options.rounds + 1):
         for name in list(savers)[:: -1 if number % 2 else 1]:
             result = one_save(steps, savers[name], savers["ours"].saver, number)
             if number:
-                found[name].append(result)
+                times[name].append(result)
     savers["ours"].saver.close()
-    return found
+    return times
 
 
 def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float, float]:
@@ -179,7 +181,7 @@ def one_save(steps: Steps, saver: Any, ours: Saver, number: int) -> tuple[float,
 
 
 def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Namespace) -> Times:
-    """Seconds of a block of steps without and with saves, and the seconds of its steps that waited for saves, by round."""
+    """Seconds by round: a block of steps without saves, one with saves, and its steps' waits for saves."""
     torch.set_num_threads(1)
     world = process_group.connect(rank, size, rank, "cpu", process_group.Meeting("127.0.0.1", port))
     config = configuration.load(["tracking=off", f"cluster.workers={size}"])
@@ -188,7 +190,7 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     aside = Saving(Saver(Path(folder), 2, 0, world), engine)
     run = training(config, world, corpus, engine, loader, aside)
-    found: Times = {"without": [], "with": [], "stall": []}
+    times: Times = {"without": [], "with": [], "stall": []}
 
     def block(steps: int, save_every: int) -> float:
         run.config = config.model_copy(
@@ -202,34 +204,34 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     for number in range(2 * options.rounds):
         held, on = aside.stall_s, (number + number // 2) % 2 == 1
         seconds = block(STEPS, EVERY if on else 0)
-        found["with" if on else "without"].append(seconds)
+        times["with" if on else "without"].append(seconds)
         if on:
-            found["stall"].append(aside.stall_s - held)
+            times["stall"].append(aside.stall_s - held)
     loader.close()
     aside.saver.close()
-    return found
+    return times
 
 
 class Saving(Nothing):
-    """What a run does beside its steps, left out but for the saves that come due every EVERY steps."""
+    """Services of a run without any but the saves that come due every EVERY steps."""
 
     def __init__(self, saver: Saver, engine: Engine) -> None:
         self.saver, self.engine, self.hold, self.settle = saver, engine, saver.hold, saver.settle
 
     def save(self, progress: Progress, val_loss: float | None, pending: Record | None) -> None:
-        """Begin a checkpoint; not at the end of a block."""
+        """Begins a checkpoint if one is due; not at the end of a block."""
         if progress.step % EVERY == 0:
             self.saver.settle()
             self.saver.save(self.engine, progress, None, {}, lambda: None)
 
     @property
     def stall_s(self) -> float:
-        """Seconds that steps waited."""
+        """Seconds that steps waited for saves so far."""
         return self.saver.stall_s
 
 
 def world_of(size: int, function: Callable[..., Any], options: argparse.Namespace) -> Any:
-    """What rank 0 of ``size`` processes found."""
+    """Runs ``function`` on ``size`` processes, one a rank, and returns the result of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -256,28 +258,28 @@ def world_of(size: int, function: Callable[..., Any], options: argparse.Namespac
 
 
 def enter(results: Any, function: Callable[..., Any], rank: int, *arguments: Any) -> None:
-    """One rank's process."""
-    found = function(rank, *arguments)
+    """Entry of one rank's process; rank 0 puts its result into the queue."""
+    result = function(rank, *arguments)
     if rank == 0:
-        results.put(found)
+        results.put(result)
     process_group.barrier()
 
 
-def report_stalls(out: Console, size: int, found: dict[str, list[tuple[float, float]]], rounds: int) -> bool:
-    """The table of one world; whether the goal is met beside the quicker of the two async savers."""
+def report_stalls(out: Console, size: int, times: dict[str, list[tuple[float, float]]], rounds: int) -> bool:
+    """Prints the table of one world size; whether the goal is met beside the faster of the two async savers."""
     table = Table(title=f"GPT-2 124M with AdamW, 1.5 GB, {size} worker(s): seconds, median (range) of {rounds} rounds")
     for column in ("", "stall", "lost in all", "stall / async_save"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    middle = {name: statistics.median(stall for stall, _ in pairs) for name, pairs in found.items()}
+    middle = {name: statistics.median(stall for stall, _ in pairs) for name, pairs in times.items()}
     peer = min(value for name, value in middle.items() if name.startswith("async_save"))
-    for name, pairs in found.items():
+    for name, pairs in times.items():
         table.add_row(name, *(spread([p[n] for p in pairs]) for n in (0, 1)), f"{middle[name] / peer:.3f}")
     out.print(table)
     return middle["ours"] <= STALL_GOAL * peer
 
 
 def spread(values: list[float]) -> str:
-    """The median and the range."""
+    """The median and the range, as text."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
@@ -303,12 +305,12 @@ def main(arguments: list[str]) -> int:
     if options.only != "stall":
         data = configuration.load(["tracking=off"]).data
         options.corpus = str(prepare.resolve(data) or prepare.prepare(data, lambda progress: None))
-        found = world_of(2, every_ten, options)
-        shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
+        times = world_of(2, every_ten, options)
+        shares = [a / b - 1 for a, b in zip(times["with"], times["without"], strict=True)]
         out.print(
-            f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(found['without'])} s, ", end=""
+            f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(times['without'])} s, ", end=""
         )
-        out.print(f"one every {EVERY} steps {spread(found['with'])} s, of them waiting {spread(found['stall'])} s")
+        out.print(f"one every {EVERY} steps {spread(times['with'])} s, of them waiting {spread(times['stall'])} s")
         out.print(f"cost of the saves: {statistics.median(shares):.2%} (goal: under {SHARE_GOAL:.0%})")
         met.append(statistics.median(shares) < SHARE_GOAL)
     return int(not all(met))

@@ -8,8 +8,8 @@ from typing import Any
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The protobuf records of a file: a 7-byte header, then 32 KiB blocks of LevelDB log records: crc (4 bytes), length (2),
-    type (1), content.
+    """The protobuf records of a file: a 7-byte header, then 32 KiB blocks of LevelDB log records: crc (4 bytes),
+    length (2), type (1), content.
     """
     from wandb.proto import wandb_internal_pb2
 
