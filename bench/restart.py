@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -100,12 +101,14 @@ def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
 def trainers(driver: int) -> list[int]:
     """The job's workers: what its warm process has forked."""
     warm = [pid for pid, command in children(driver) if b"cluster.worker.fork_server" in command]
-    return [pid for parent in warm for pid, _ in children(parent)]
+    forked = itertools.chain.from_iterable(map(children, warm))
+    return [pid for pid, _ in forked]
 
 
 def children(parent: int) -> list[tuple[int, bytes]]:
     """(pid, command line) of the processes that ``parent`` has started."""
-    own = [int(pid) for file in Path(f"/proc/{parent}/task").glob("*/children") for pid in file.read_text().split()]
+    text = " ".join(file.read_text() for file in Path(f"/proc/{parent}/task").glob("*/children"))
+    own = map(int, text.split())
     return [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in own]
 
 
@@ -154,7 +157,8 @@ def main(arguments: list[str]) -> int:
     for column in ("until", "median", "worst"):
         table.add_column(column, justify="left" if column == "until" else "right")
     for key, words in {"failed": "the steward knows", **PHASES}.items():
-        table.add_row(words, *(f"{of([marks[key] for marks in mine]):.2f}" for of in (statistics.median, max)))
+        seconds = [marks[key] for marks in mine]
+        table.add_row(words, f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
     if theirs:
         table.add_row("Ray Train: first step", f"{statistics.median(theirs):.2f}", f"{max(theirs):.2f}")
     median = statistics.median(marks["train"] for marks in mine)

@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,15 +270,16 @@ def report_stalls(out: Console, size: int, times: dict[str, list[tuple[float, fl
     table = Table(title=f"GPT-2 124M with AdamW, 1.5 GB, {size} worker(s): seconds, median (range) of {rounds} rounds")
     for column in ("", "stall", "lost in all", "stall / async_save"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    middle = {name: statistics.median(stall for stall, _ in pairs) for name, pairs in times.items()}
+    columns = {name: list(zip(*pairs, strict=True)) for name, pairs in times.items()}
+    middle = {name: statistics.median(stall) for name, (stall, _) in columns.items()}
     peer = min(value for name, value in middle.items() if name.startswith("async_save"))
-    for name, pairs in times.items():
-        table.add_row(name, *(spread([p[n] for p in pairs]) for n in (0, 1)), f"{middle[name] / peer:.3f}")
+    for name, (stall, lost) in columns.items():
+        table.add_row(name, spread(stall), spread(lost), f"{middle[name] / peer:.3f}")
     out.print(table)
     return middle["ours"] <= STALL_GOAL * peer
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """The median and the range, as text."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 

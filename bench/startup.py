@@ -128,7 +128,8 @@ def main(arguments: list[str]) -> int:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():
         table.add_row(words, *(middle(runs, key) for runs in (mine, theirs, peers) if runs))
-    ratio = statistics.median(m["train"] for m in mine) / statistics.median(t["train"] for t in theirs)
+    own_time = statistics.median(marks["train"] for marks in mine)
+    ratio = own_time / statistics.median(marks["train"] for marks in theirs)
     out.print(table)
     out.print(f"launch.sh / torchrun: {ratio:.2f} (goal: at most {GOAL})")
     return int(ratio > GOAL)
@@ -136,7 +137,9 @@ def main(arguments: list[str]) -> int:
 
 def middle(runs: list[Marks], key: str) -> str:
     """The median of a phase as text; empty unless all runs have it."""
-    return f"{statistics.median(run[key] for run in runs):.2f}" if all(key in run for run in runs) else ""
+    if not all(key in run for run in runs):
+        return ""
+    return f"{statistics.median(run[key] for run in runs):.2f}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def plot_goodput(runs: Sequence[RunRecord]) -> Figure | None:
     rows = measured[:MAX_BARS]
     if not rows:
         return None
-    causes = list(dict.fromkeys(cause for _, parts in rows for cause in parts))
+    causes = list(dict.fromkeys(itertools.chain.from_iterable(parts for _, parts in rows)))
     figure, axes = plt.subplots(figsize=(8, 1.3 + 0.32 * len(rows)), layout="constrained")
     left = np.zeros(len(rows))
     cycle = ("#228833", "#CCBB44", "#4477AA", "#EE6677", "#AA3377", "#66CCEE", "#BBBBBB")
@@ -167,7 +168,8 @@ def plot_search(history: SearchHistory | None, runs: Sequence[RunRecord]) -> Fig
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for kind in dict.fromkeys(dot.kind for dot in history.dots):
         dots = [dot for dot in history.dots if dot.kind == kind]
-        at, colors = [dot.number for dot in dots], [dot.color for dot in dots]
+        at = [dot.number for dot in dots]
+        colors = [dot.color for dot in dots]
         axes.scatter(at, [dot.shown for dot in dots], c=colors, marker=dots[0].marker, s=34, label=kind, zorder=3)
     if history.best:
         axes.plot(
@@ -207,7 +209,9 @@ def plot_scaling(study: ScalingStudy | None) -> Figure | None:
     compute = np.geomspace(low / 1.5, high * 1.3, 100)
     for n, color in zip(sizes, _map()(np.linspace(0.1, 0.95, len(sizes))), strict=True):
         mine = [p for p in study.fitted if p.n == n]
-        left.plot([p.compute for p in mine], [p.loss for p in mine], "o", color=color, label=f"{n:,} parameters")
+        at = [p.compute for p in mine]
+        losses = [p.loss for p in mine]
+        left.plot(at, losses, "o", color=color, label=f"{n:,} parameters")
         span = np.geomspace(mine[0].compute / 1.3, mine[-1].compute * 1.3, 50)
         left.plot(span, study.law.loss(n, span / study.k / n), "-", color=color, linewidth=1)
     best_n, best_d = study.law.frontier(compute, study.k)

@@ -46,10 +46,12 @@ class ImportanceReport:
 def key_importances(runs: Sequence[RunRecord]) -> ImportanceReport | None:
     """Importance of the keys that differ; None with fewer than MIN_RUNS finished runs, or if only the seed differs."""
     order = ranked_runs(runs)
-    keys = [key for key in differing_keys([run for _, run in order], NOT_TRAINING) if key != "seed"]
+    finished = [run for _, run in order]
+    keys = [key for key in differing_keys(finished, NOT_TRAINING) if key != "seed"]
     if len(order) < MIN_RUNS or not keys:
         return None
-    x = np.array([encode_values([run.config_value(key) for _, run in order]) for key in keys]).T
+    values = zip(*(run.config_values(keys) for run in finished), strict=True)
+    x = np.array(list(map(encode_values, values))).T
     y = np.array([loss for loss, _ in order])
     rng = np.random.default_rng(0)
     draws, total_error, residual_error = [], 0.0, 0.0

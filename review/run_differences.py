@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import fmean
@@ -29,7 +30,7 @@ def differing_keys(runs: Sequence[RunRecord], exclude: tuple[str, ...] = INCIDEN
     if runs and (sweep := runs[0].sweep) and all(run.sweep is sweep for run in runs):
         keys = sweep.varied_keys
     else:
-        keys = list(dict.fromkeys(key for run in runs for key in run.config))
+        keys = list(dict.fromkeys(itertools.chain.from_iterable(run.config for run in runs)))
     return [key for key in keys if not key.startswith(exclude) and _differs(key, configured)]
 
 

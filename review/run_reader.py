@@ -140,6 +140,10 @@ class RunRecord:
         """A key's value in the configuration, or the choice of a group (such as model) by the sweep, else None."""
         return self.config.get(key, self.trial.params.get(key) if self.trial else None)
 
+    def config_values(self, keys: Sequence[str]) -> list[Any]:
+        """The values of several keys, as ``config_value`` has them."""
+        return [self.config_value(key) for key in keys]
+
 
 def find_run_folders(paths: list[Path]) -> list[Path]:
     """The run folders among ``paths`` and two levels below them; a path without any is returned itself."""
@@ -169,7 +173,8 @@ def read_runs(paths: Sequence[Path], exclude: Path | None = None) -> list[RunRec
     if exclude is not None:
         folders = [folder for folder in folders if folder.resolve() != exclude.resolve()]
     whole = list(dict.fromkeys(find_sweep_folders(list(paths))))
-    sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *(folder.parent for folder in folders)])}
+    parents = [folder.parent for folder in folders]
+    sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *parents])}
     for sweep in filter(None, map(sweeps.get, whole)):
         ended = [
             sweep.trial_folder(number)

@@ -5,6 +5,7 @@ The ledger's form is that of ``cluster/sweep/ledger.py``.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ class SweepRecord:
     @property
     def varied_keys(self) -> list[str]:
         """Keys that the trials set, in the order of their first use."""
-        return list(dict.fromkeys(key for trial in self.trials.values() for key in trial.params))
+        return list(dict.fromkeys(itertools.chain.from_iterable(trial.params for trial in self.trials.values())))
 
     def trial_folder(self, trial: int) -> Path:
         """The run folder of a trial."""

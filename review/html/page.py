@@ -231,10 +231,13 @@ def _scaling(study: ScalingStudy) -> dict[str, Any]:
         x = np.geomspace(mine[0].compute / 1.3, mine[-1].compute * 1.3, 40)
         curve = {"x": _short(x), "y": _short(study.law.loss(n, x / study.k / n))}
         color = scale_color(0.1 + 0.9 * i / max(len(sizes) - 1, 1))
-        points = {"x": [p.compute for p in mine], "y": [p.loss for p in mine], "names": [p.name for p in mine]}
+        points: dict[str, Any] = {"x": [p.compute for p in mine]}
+        points["y"] = [p.loss for p in mine]
+        points["names"] = [p.name for p in mine]
         curves.append({"n": n, "colour": color, "curve": curve} | points)
     predictions = [asdict(p) | {"x": study.k * p.n * p.d} for p in (*study.held_out, study.next_size)]
-    lowest, highest = min(p.compute for p in study.fitted), max(p["x"] for p in predictions)
+    lowest = min(p.compute for p in study.fitted)
+    highest = max(p["x"] for p in predictions)
     compute = np.geomspace(lowest / 1.5, highest * 1.3, 60)
     frontier = {"x": _short(compute), "y": _short(study.law.loss(*study.law.frontier(compute, study.k)))}
     return {"sizes": curves, "guesses": predictions, "frontier": frontier, "report": report_lines(study)}

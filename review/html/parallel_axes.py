@@ -53,11 +53,11 @@ def parallel_coordinates(runs: Sequence[RunRecord]) -> ParallelCoordinates | Non
     if len(order) < 2 or not keys:
         return None
     goals = order[0].goals
-    values = [[run.config_value(key) for key in keys] for run in (*order, *early)]
+    values = [run.config_values(keys) for run in (*order, *early)]
     spaces = order[0].sweep.spaces if order[0].sweep else {}
     columns = zip(*values, strict=True)
     axes = [build_axis(key, column, spaces.get(key, "")) for key, column in zip(keys, columns, strict=True)]
-    measured = [[run.goal_value(goal) for goal in goals] for run in order]
+    measured = [list(map(run.goal_value, goals)) for run in order]
     columns = zip(*measured, strict=True)
     axes += [build_axis(goal.metric, column) for goal, column in zip(goals, columns, strict=True)]
     measured += [[] for _ in early]

@@ -104,7 +104,7 @@ def fit_study(runs: Sequence[RunRecord]) -> ScalingStudy | None:
         return None
     smaller = [p for p in known if p.n < known[-1].n]
     used = smaller if _can_fit(smaller) else known
-    n, d, compute, loss = (np.array([getattr(p, key) for p in used], float) for key in ("n", "d", "compute", "loss"))
+    n, d, compute, loss = np.array([(p.n, p.d, p.compute, p.loss) for p in used], float).T.copy()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         law = fit_law(n, d, loss)

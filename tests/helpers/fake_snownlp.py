@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 THINGS = ("房间", "服务", "早餐", "屏幕", "键盘", "电池", "内容", "包装", "价格", "位置")
@@ -16,7 +17,7 @@ BOTH = [f"{thing}收到了，还没有用" for thing in THINGS]
 
 def sentences(words: tuple[str, ...]) -> list[str]:
     """350 distinct sentences, some of them twice."""
-    made = [f"{thing}{word}{end}" for thing in THINGS for word in words for end in ENDS]
+    made = list(map("".join, itertools.product(THINGS, words, ENDS)))
     return [*made, *made[::7], *BOTH]
 
 

@@ -37,7 +37,8 @@ def test_verdict_names_the_best_with_its_distance_and_seed_noise(tmp_path: Path)
     unsure = write_and_read(tmp_path / "a", {"loss": 3.0, "optimizer__lr": 1e-3}, {"loss": 3.1, "optimizer__lr": 2e-3})
     assert "Best: run0, held-out loss 3.0000, 0.1000 nats per token (3.23%) below run1" in verdict(unsure)
     assert "how much of that is noise is unknown" in verdict(unsure)
-    seeds = [{"loss": 3 + lr * 100 + s / 100, "optimizer__lr": lr, "seed": s} for lr in (1e-3, 2e-3) for s in (0, 1, 2)]
+    pairs = itertools.product((1e-3, 2e-3), (0, 1, 2))
+    seeds = [{"loss": 3 + lr * 100 + s / 100, "optimizer__lr": lr, "seed": s} for lr, s in pairs]
     sure = write_and_read(tmp_path / "b", *seeds)
     assert seed_noise(sure) == (pytest.approx(0.01), 4)
     assert "more than noise" in verdict(sure)
@@ -71,7 +72,8 @@ def test_verdict_ignores_an_unfinished_run(tmp_path: Path):
 
 def test_importance_ranks_the_key_that_matters_first_others_near_zero(tmp_path: Path):
     rng = np.random.default_rng(0)
-    rows = [(lr, int(rng.integers(0, 3)), seed) for seed in range(6) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
+    pairs = itertools.product(range(6), (1e-4, 3e-4, 1e-3, 3e-3))
+    rows = [(lr, int(rng.integers(0, 3)), seed) for seed, lr in pairs]
     runs = write_and_read(
         tmp_path,
         *(

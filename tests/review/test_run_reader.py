@@ -74,7 +74,11 @@ def test_sample_with_unicode_line_separators_is_read_whole(tmp_path: Path):
 
 def test_config_yaml_that_expands_without_end_is_refused(tmp_path: Path):
     folder = run_dirs.write_run(tmp_path / "a")
-    layers = "\n".join(f"l{i}: &l{i} {{" + ", ".join(f"k{j}: *l{i - 1}" for j in range(9)) + "}" for i in range(1, 12))
+
+    def layer(i: int) -> str:
+        return f"l{i}: &l{i} {{" + ", ".join(f"k{j}: *l{i - 1}" for j in range(9)) + "}"
+
+    layers = "\n".join(map(layer, range(1, 12)))
     (folder / "config.yaml").write_text("l0: &l0 {a: 1}\n" + layers)
     assert "too many values" in read_run(folder).notes[0]
     (folder / "config.yaml").write_text("{a: " * 5000)

@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], Pat
 def test_trial_states_and_reasons_are_those_of_the_ledger(made):
     runs, _ = made
     assert sorted(run.state for run in runs) == sorted(ENDS)
-    whys = {run.state: run.why for run in runs}
+    whys = {run.state: run.end_reason for run in runs}
     assert whys["done"] == ""
     assert "asha pruner at step 100 with val_loss" in whys["pruned"]
     assert whys["failed"] == WHY["failed"]
@@ -83,7 +83,7 @@ def test_trial_states_and_reasons_are_those_of_the_ledger(made):
     assert next(run.name for run in runs if run.state == "failed").startswith("lr-0"), (
         "one that never had a folder is named too"
     )
-    [told] = {run.sweep.words() for run in runs if run.sweep}
+    [told] = {run.sweep.status_text() for run in runs if run.sweep}
     assert "40 trials: 20 done, 14 pruned, 3 diverged, 2 failed, 1 cut off." in told
     assert "It has not come to its end" in told
 
