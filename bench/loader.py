@@ -44,7 +44,7 @@ def documents(tokens: int) -> list[np.ndarray]:
 
 
 def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
-    """The documents as a prepared corpus."""
+    """Writes the documents to ``folder`` as a prepared corpus."""
     stamps = VerifiedFiles(folder)
     io.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "").encode())
     made = tokenizer.load_tokenizer(folder)
@@ -65,19 +65,20 @@ def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
 
 
 def our_loader(folder: Path, seq_len: int, batch: int) -> Loader:
-    """The loader of one worker, from a folder that was not open yet."""
+    """Opens the corpus in ``folder`` and returns the loader of a single worker."""
     split = shards.Corpus(folder).split("train")
     plan = BatchPlan(EpochOrder(split_sizes(split), Shuffle(0, 16), True), StepShape(batch, seq_len, batch))
     return Loader(split, plan, RankShare(0, 1, batch), CausalExamples(seq_len, isolate=True))
 
 
 def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int) -> Iterator[int]:
-    """Write the documents for litdata; yields the places of each of its batches, epoch after epoch."""
+    """Writes the documents for litdata; yields the number of tokens of each of its batches, epoch after epoch."""
     try:
         from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
     except ImportError:
         raise SystemExit(
-            "litdata is not installed. Install it in an environment of its own (it brings another torch), or use --no-peer"
+            "litdata is not installed. Install it in an environment of its own (it brings another torch), "
+            "or use --no-peer"
         ) from None
     np.save(folder / "ids.npy", np.concatenate(texts))
     np.save(folder / "ends.npy", np.cumsum([len(text) for text in texts]))
@@ -101,7 +102,7 @@ def peer_batches(folder: Path, texts: list[np.ndarray], seq_len: int, batch: int
 
 
 def _peer_documents(folder: str) -> Iterator[object]:
-    """What litdata's own process stores: one tensor of ids a document."""
+    """Yields one tensor of token ids for each document, run by litdata in a process of its own."""
     import torch
 
     ids, ends = np.load(Path(folder) / "ids.npy"), np.load(Path(folder) / "ends.npy")
@@ -110,21 +111,21 @@ def _peer_documents(folder: str) -> Iterator[object]:
 
 
 def our_batches(loader: Loader) -> Iterator[int]:
-    """The places of each batch, epoch after epoch."""
+    """Yields the number of tokens of each batch, epoch after epoch."""
     for micro_batches, _ in loader:
         yield micro_batches[0]["tokens"].numel()
 
 
 def speed(batches: Iterator[int], seconds: float) -> float:
-    """Millions of places a second, over about so many seconds."""
-    places, start = 0, time.perf_counter()
+    """Millions of tokens a second, measured over about ``seconds``."""
+    tokens, start = 0, time.perf_counter()
     while (taken := time.perf_counter() - start) < seconds:
-        places += next(batches)
-    return places / taken / 1e6
+        tokens += next(batches)
+    return tokens / taken / 1e6
 
 
 def resume_times(folder: Path, seq_len: int, batch: int, count: int = 10) -> list[tuple[float, float]]:
-    """Milliseconds (to open the corpus, from there to the first batch) at random positions, each with new objects."""
+    """(ms to open the corpus, ms from there to the first batch) at random positions, each with new objects."""
     times = []
     for number in range(count):
         begin = time.perf_counter()
@@ -139,7 +140,7 @@ def resume_times(folder: Path, seq_len: int, batch: int, count: int = 10) -> lis
 
 
 def main(argv: list[str]) -> int:
-    """Run the comparison and print it."""
+    """Runs the comparison, prints it, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench loader", description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=32_000_000)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -148,8 +149,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--no-peer", action="store_true")
     options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="bench-loader-") as place:
-        ours, peers = Path(place, "ours"), Path(place, "peer")
+    with tempfile.TemporaryDirectory(prefix="bench-loader-") as folder:
+        ours, peers = Path(folder, "ours"), Path(folder, "peer")
         ours.mkdir()
         peers.mkdir()
         texts = documents(options.tokens)
@@ -167,19 +168,16 @@ def main(argv: list[str]) -> int:
         loader.close()
         times = resume_times(ours, options.seq_len, options.batch)
     print(f"{len(texts):,} documents, {options.tokens:,} tokens; T {options.seq_len}, B {options.batch}; one process")
-    for name, found in rounds.items():
-        print(
-            f"  {name:22} {statistics.median(found):7.1f} Mtok/s   (of {options.rounds}: {min(found):.1f} to {max(found):.1f})"
-        )
+    for name, speeds in rounds.items():
+        middle, low, high = statistics.median(speeds), min(speeds), max(speeds)
+        print(f"  {name:22} {middle:7.1f} Mtok/s   (of {options.rounds}: {low:.1f} to {high:.1f})")
     if len(rounds) == 2:
         ratios = [a / b for a, b in zip(*rounds.values(), strict=True)]
-        print(
-            f"  trireme / litdata      {statistics.median(ratios):7.2f}          ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"  trireme / litdata      {middle:7.2f}          ({low:.2f} to {high:.2f})")
     for name, taken in zip(("open the corpus", "seek to first batch"), zip(*times, strict=True), strict=True):
-        print(
-            f"  {name:22} {statistics.median(taken):7.1f} ms       (worst of {len(taken)} random positions: {max(taken):.1f})"
-        )
+        middle, worst = statistics.median(taken), max(taken)
+        print(f"  {name:22} {middle:7.1f} ms       (worst of {len(taken)} random positions: {worst:.1f})")
     return 0
 
 

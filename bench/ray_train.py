@@ -1,8 +1,8 @@
-"""A job of Ray Train's: the peer that ``bench.restart`` kills workers of.
+"""A job of Ray Train, the peer whose workers ``bench.restart`` kills.
 
     python -m bench.ray_train FOLDER [group=choice] [key=value]
 
-Each worker notes in FOLDER its process and when it made the first step of a start. It never ends by itself.
+Each worker writes its pid and the time of its first step after a start to FOLDER. The job never ends by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def worker(options: dict[str, Any]) -> None:
-    """One worker's whole life: plain DistributedDataParallel, a checkpoint now and then."""
+    """Trains with plain DistributedDataParallel on one worker, with a checkpoint every ``save_every`` steps."""
     config, folder = configuration.parse(options["config"]), Path(options["folder"])
     rank, step, first = ray.train.get_context().get_world_rank(), 0, None
     model = torch.nn.parallel.DistributedDataParallel(build_objective(config, VOCABULARY))
@@ -56,15 +56,16 @@ def worker(options: dict[str, Any]) -> None:
 
 
 def batch(config: Config) -> dict[str, torch.Tensor]:
-    """Tokens drawn at random, of the configured shape."""
+    """A batch of random tokens of this worker's share of the configured shape."""
     shape = (config.batch.global_ // config.cluster.workers, config.batch.seq_len)
     tokens = torch.randint(0, VOCABULARY, shape)
-    places = torch.arange(shape[1]).expand(shape)
-    return {"tokens": tokens, "targets": tokens, "positions": places, "segments": torch.ones(shape, dtype=torch.int32)}
+    positions = torch.arange(shape[1]).expand(shape)
+    segments = torch.ones(shape, dtype=torch.int32)
+    return {"tokens": tokens, "targets": tokens, "positions": positions, "segments": segments}
 
 
 def save(rank: int, state: dict[str, Any]) -> None:
-    """Reports a checkpoint, which rank 0 writes."""
+    """Reports a checkpoint to Ray Train; rank 0 writes it."""
     with tempfile.TemporaryDirectory() as kept:
         if rank == 0:
             torch.save(state, Path(kept) / "state.pt")
@@ -72,7 +73,7 @@ def save(rank: int, state: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs until it is killed."""
+    """Starts the job, which runs until it is killed."""
     folder, config = Path(arguments[0]), configuration.load(arguments[1:])
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}

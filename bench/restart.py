@@ -2,15 +2,16 @@
 
     ./launch.sh bench restart [repeats=20] [peer=true] [group=choice] [key=value]
 
-One job trains gpt_tiny, and one of its workers, drawn at random, is killed again and again at random moments. Ray Train (a
-TorchTrainer with a FailureConfig, gloo) trains the same objective on as many workers, with a checkpoint every so many steps
-too, and has the same done to it; it needs the extra ``bench``. Medians, in seconds since the kill.
+One job trains gpt_tiny, and one of its workers, drawn at random, is killed again and again at random moments. Ray
+Train (a TorchTrainer with a FailureConfig, gloo) trains the same objective on as many workers, with a checkpoint every
+so many steps too, and has the same done to it; it needs the extra ``bench``. Medians, in seconds since the kill.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -33,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 120.0
 GOAL_S = 2.0
 PAUSE_S = (0.5, 1.5)
-"""Between a recovery and the next kill: drawn from this range."""
+"""Range of the random pause between a recovery and the next kill, in seconds."""
 FIXED = [
     "model=gpt_tiny",
     "batch.seq_len=64",
@@ -49,16 +50,16 @@ Marks = dict[str, float]
 
 
 def has_ray_train() -> bool:
-    """Whether what it needs beside Ray is installed."""
+    """Whether the packages that Ray Train needs beside Ray are installed."""
     return importlib.util.find_spec("pandas") is not None
 
 
 class GoneError(Exception):
-    """A job that ended, or did not recover in time."""
+    """Raised when a job ended, or did not recover in time."""
 
 
 class Job:
-    """A command that runs in a session of its own, until the block ends."""
+    """A command in a session of its own, killed with all its processes when the block ends."""
 
     def __init__(self, command: list, log: Path) -> None:
         self.log = log
@@ -74,7 +75,7 @@ class Job:
         self.process.wait()
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Waits for ``condition`` while the job lives."""
+        """Waits for ``condition`` for as long as the job is alive, at most LIMIT_S seconds."""
         end = time.monotonic() + LIMIT_S
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
@@ -84,7 +85,7 @@ class Job:
 
 def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
     """The marks of ``repeats`` recoveries of one job, in seconds since each kill."""
-    run_dir, found = folder / "run", []
+    run_dir, recoveries = folder / "run", []
     record = run_dir / "restarts.jsonl"
     with Job([REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"], folder / "ours.log") as job:
         job.until(lambda: bool(lines(run_dir / "metrics.jsonl")))
@@ -93,25 +94,27 @@ def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
             victim, killed = random.choice(trainers(job.process.pid)), time.time()
             os.kill(victim, signal.SIGKILL)
             job.until(lambda number=number: len(lines(record)) > number)
-            found.append({key: lines(record)[-1][key] - killed for key in ("failed", *PHASES)})
-    return found
+            recoveries.append({key: lines(record)[-1][key] - killed for key in ("failed", *PHASES)})
+    return recoveries
 
 
 def trainers(driver: int) -> list[int]:
     """The job's workers: what its warm process has forked."""
     warm = [pid for pid, command in children(driver) if b"cluster.worker.fork_server" in command]
-    return [pid for parent in warm for pid, _ in children(parent)]
+    forked = itertools.chain.from_iterable(map(children, warm))
+    return [pid for pid, _ in forked]
 
 
 def children(parent: int) -> list[tuple[int, bytes]]:
-    """The processes that ``parent`` has started, and their command lines."""
-    own = [int(pid) for file in Path(f"/proc/{parent}/task").glob("*/children") for pid in file.read_text().split()]
+    """(pid, command line) of the processes that ``parent`` has started."""
+    text = " ".join(file.read_text() for file in Path(f"/proc/{parent}/task").glob("*/children"))
+    own = map(int, text.split())
     return [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in own]
 
 
 def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
-    """The seconds of the recoveries of Ray Train, ``repeats`` or as many as there were."""
-    steps, size, found = folder / "peer", configuration.load(overrides).cluster.workers, []
+    """Seconds of each recovery of Ray Train, ``repeats`` of them or as many as succeeded."""
+    steps, size, recoveries = folder / "peer", configuration.load(overrides).cluster.workers, []
     steps.mkdir()
     command = [sys.executable, "-m", "bench.ray_train", str(steps), *overrides]
     with contextlib.suppress(GoneError), Job(command, folder / "peer.log") as job:
@@ -121,18 +124,18 @@ def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
             victim, killed = random.choice(fresh(steps, 0.0))["pid"], time.time()
             os.kill(victim, signal.SIGKILL)
             job.until(lambda killed=killed: len(fresh(steps, killed)) == size)
-            found.append(max(record["first"] for record in fresh(steps, killed)) - killed)
-    return found
+            recoveries.append(max(record["first"] for record in fresh(steps, killed)) - killed)
+    return recoveries
 
 
 def fresh(folder: Path, since: float) -> list[dict]:
-    """What the workers of Ray Train, each in its file, say of a start whose first step they made after ``since``."""
+    """Records of Ray Train's workers, a file each, whose first step of a start came after ``since``."""
     records = [json.loads(file.read_text()) for file in folder.glob("rank_*.json")]
     return [record for record in records if record["first"] > since]
 
 
 def lines(file: Path) -> list[dict]:
-    """The whole lines of a file of JSON lines."""
+    """The complete lines of a file of JSON lines, parsed."""
     text = file.read_text() if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
@@ -154,7 +157,8 @@ def main(arguments: list[str]) -> int:
     for column in ("until", "median", "worst"):
         table.add_column(column, justify="left" if column == "until" else "right")
     for key, words in {"failed": "the steward knows", **PHASES}.items():
-        table.add_row(words, *(f"{of([marks[key] for marks in mine]):.2f}" for of in (statistics.median, max)))
+        seconds = [marks[key] for marks in mine]
+        table.add_row(words, f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
     if theirs:
         table.add_row("Ray Train: first step", f"{statistics.median(theirs):.2f}", f"{max(theirs):.2f}")
     median = statistics.median(marks["train"] for marks in mine)

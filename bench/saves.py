@@ -1,14 +1,16 @@
-"""What a save costs the steps: beside torch's own savers, and at every tenth step of the default run.
+"""Cost of a checkpoint to the steps, beside torch's own savers, and at every tenth step of the default run.
 
-    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH] [--only stall|every_ten]
+    ./launch.sh bench saves [--rounds 5] [--workers 1,2] [--rows 1] [--seq-len 64] [--folder PATH]
+                            [--only stall|every_ten]
 
-The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in turn, in
-the same processes, saves that state once a round and the steps go on until it is written. "stall" is what the loop is held up:
-the call, and for ours also what the next update waits for its copy. "lost" is all that training lost: the stall, and how much
-longer than the median undisturbed step the steps took until the file was written. The first save of each, which allocates, is
-not counted.
+The stall: GPT-2 124M with AdamW (1.5 GB of fp32 weights and moments) makes real steps over gloo, ZeRO 1. Each saver in
+turn, in the same processes, saves that state once a round and the steps go on until it is written. "stall" is what the
+loop is held up: the call, and for ours also what the next update waits for its copy. "lost" is all that training lost:
+the stall, and how much longer than the median undisturbed step the steps took until the file was written. The first
+save of each, which allocates, is not counted.
 
-Every tenth step: the default run's model, batch and loop (``train.loop``), 2 workers, taking turns with and without saves.
+Every tenth step: the default run's model, batch and loop (``train.loop``), 2 workers, taking turns with and without
+saves.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ Times = dict[str, list[float]]
 
 
 class Steps:
-    """Real steps of a large model on random tokens, and what of them the savers save."""
+    """Real training steps of a large model on random tokens, and the state that the savers write."""
 
     def __init__(self, config: Config, world: process_group.DistContext) -> None:
         objective = build_objective(config, config.model.vocab_size or 0)
@@ -74,7 +76,7 @@ class Steps:
         self.hold: Callable[[], None] = lambda: None
 
     def __call__(self) -> float:
-        """One step; the seconds it took."""
+        """Makes one step; returns the seconds it took."""
         began = time.perf_counter()
         self.engine.train_step([self.batch], {"loss": self.places}, 1e-5, self.hold)
         return time.perf_counter() - began
@@ -87,14 +89,14 @@ class Steps:
 
 
 class Ours:
-    """``train.checkpoint.writer``."""
+    """Saves with our own ``train.checkpoint.writer``."""
 
     def __init__(self, steps: Steps, folder: Path, world: process_group.DistContext) -> None:
         self.steps, self.saver = steps, CheckpointWriter(folder / "ours", 1, 0, world)
         steps.hold = self.saver.wait_for_staging
 
     def begin(self, number: int) -> None:
-        """Begin a save."""
+        """Begins a save in the background."""
         self.saver.wait_for_save()
         self.saver.save(self.steps.engine, TrainState(step=number), None, {}, lambda: None)
 
@@ -104,24 +106,24 @@ class Ours:
 
 
 class TorchSave:
-    """``torch.save`` and fsync, each rank its own file."""
+    """Saves with ``torch.save``, a file for each rank."""
 
     def __init__(self, steps: Steps, folder: Path, world: process_group.DistContext) -> None:
         self.steps, self.file = steps, folder / f"torch_{world.rank}.pt"
 
     def begin(self, number: int) -> None:
-        """Save."""
+        """Saves, and returns when it is written."""
         with self.file.open("wb") as out:
             torch.save(self.steps.state(), out)
             out.flush()
 
     def busy(self) -> bool:
-        """It never returns before it is done."""
+        """Never: ``begin`` returns only when the file is written."""
         return False
 
 
 class AsyncSave:
-    """``torch.distributed.checkpoint.async_save``, its background work in a thread or a process."""
+    """Saves with ``torch.distributed.checkpoint.async_save``, in a background thread or process."""
 
     def __init__(
         self, steps: Steps, folder: Path, world: process_group.DistContext, kind: AsyncCheckpointerType
@@ -131,7 +133,7 @@ class AsyncSave:
         self.future: Any = None
 
     def begin(self, number: int) -> None:
-        """Copy, and hand over."""
+        """Copies the state and hands it to the background."""
         state = {f"{self.world.rank}/{name}": value for name, value in self.steps.state().items()}
         self.future = dcp.async_save(
             state, checkpoint_id=self.folder, process_group=self.group, async_checkpointer_type=self.kind
@@ -146,7 +148,7 @@ class AsyncSave:
 def stalls(
     rank: int, size: int, port: int, folder: str, options: argparse.Namespace
 ) -> dict[str, list[tuple[float, float]]]:
-    """(stall, lost) of every saver in every round, as rank ``rank``."""
+    """(stall, lost) in seconds of every saver in every round, run as rank ``rank``."""
     torch.set_num_threads(options.threads // size)
     world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
     batch = [f"batch.global={size * options.rows}", f"batch.seq_len={options.seq_len}"]
@@ -159,14 +161,14 @@ def stalls(
         "async_save, process": AsyncSave(steps, place, world, AsyncCheckpointerType.PROCESS),
         "torch.save": TorchSave(steps, place, world),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in savers}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in savers}
     for number in range(options.rounds + 1):
         for name in list(savers)[:: -1 if number % 2 else 1]:
             result = one_save(steps, savers[name], savers["ours"].saver, number)
             if number:
-                found[name].append(result)
+                times[name].append(result)
     savers["ours"].saver.close()
-    return found
+    return times
 
 
 def one_save(steps: Steps, saver: Any, ours: CheckpointWriter, number: int) -> tuple[float, float]:
@@ -184,7 +186,7 @@ def one_save(steps: Steps, saver: Any, ours: CheckpointWriter, number: int) -> t
 
 
 def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Namespace) -> Times:
-    """Seconds of a block of steps without and with saves, and the seconds of its steps that waited for saves, by round."""
+    """Seconds by round: a block of steps without saves, one with saves, and its steps' waits for saves."""
     torch.set_num_threads(1)
     world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
     config = configuration.load(["tracking=off", f"cluster.workers={size}"])
@@ -193,7 +195,7 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     services = SaveService(CheckpointWriter(Path(folder), 2, 0, world), engine)
     run = training(config, world, corpus, engine, loader, services)
-    found: Times = {"without": [], "with": [], "stall": []}
+    times: Times = {"without": [], "with": [], "stall": []}
 
     def block(steps: int, save_every: int) -> float:
         run.config = config.model_copy(
@@ -207,42 +209,42 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     for number in range(2 * options.rounds):
         held, on = services.stall_s, (number + number // 2) % 2 == 1
         seconds = block(STEPS, EVERY if on else 0)
-        found["with" if on else "without"].append(seconds)
+        times["with" if on else "without"].append(seconds)
         if on:
-            found["stall"].append(services.stall_s - held)
+            times["stall"].append(services.stall_s - held)
     loader.close()
     services.saver.close()
-    return found
+    return times
 
 
 class SaveService(NoServices):
-    """What a run does beside its steps, left out but for the saves that come due every EVERY steps."""
+    """Services of a run without any but the saves that come due every EVERY steps."""
 
     def __init__(self, saver: CheckpointWriter, engine: Engine) -> None:
         self.saver, self.engine = saver, engine
 
     def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
-        """Begin a checkpoint; not at the end of a block."""
+        """Begins a checkpoint if one is due; not at the end of a block."""
         if state.step % EVERY == 0:
             self.saver.wait_for_save()
             self.saver.save(self.engine, state, None, {}, lambda: None)
 
     def wait_for_staging(self) -> None:
-        """Wait until the weights and moments are copied."""
+        """Waits until the weights and moments are copied."""
         self.saver.wait_for_staging()
 
     def wait_for_save(self) -> None:
-        """Wait for the save in flight."""
+        """Waits for the save in flight."""
         self.saver.wait_for_save()
 
     @property
     def stall_s(self) -> float:
-        """Seconds that steps waited."""
+        """Seconds that steps waited for saves so far."""
         return self.saver.stall_s
 
 
 def world_of(size: int, function: Callable[..., Any], options: argparse.Namespace) -> Any:
-    """What rank 0 of ``size`` processes found."""
+    """Runs ``function`` on ``size`` processes, one a rank, and returns the result of rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -269,28 +271,29 @@ def world_of(size: int, function: Callable[..., Any], options: argparse.Namespac
 
 
 def enter(results: Any, function: Callable[..., Any], rank: int, *arguments: Any) -> None:
-    """One rank's process."""
-    found = function(rank, *arguments)
+    """Entry of one rank's process; rank 0 puts its result into the queue."""
+    result = function(rank, *arguments)
     if rank == 0:
-        results.put(found)
+        results.put(result)
     process_group.barrier()
 
 
-def report_stalls(out: Console, size: int, found: dict[str, list[tuple[float, float]]], rounds: int) -> bool:
-    """The table of one world; whether the goal is met beside the quicker of the two async savers."""
+def report_stalls(out: Console, size: int, times: dict[str, list[tuple[float, float]]], rounds: int) -> bool:
+    """Prints the table of one world size; whether the goal is met beside the faster of the two async savers."""
     table = Table(title=f"GPT-2 124M with AdamW, 1.5 GB, {size} worker(s): seconds, median (range) of {rounds} rounds")
     for column in ("", "stall", "lost in all", "stall / async_save"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    middle = {name: statistics.median(stall for stall, _ in pairs) for name, pairs in found.items()}
+    columns = {name: list(zip(*pairs, strict=True)) for name, pairs in times.items()}
+    middle = {name: statistics.median(stall) for name, (stall, _) in columns.items()}
     peer = min(value for name, value in middle.items() if name.startswith("async_save"))
-    for name, pairs in found.items():
-        table.add_row(name, *(spread([p[n] for p in pairs]) for n in (0, 1)), f"{middle[name] / peer:.3f}")
+    for name, (stall, lost) in columns.items():
+        table.add_row(name, spread(stall), spread(lost), f"{middle[name] / peer:.3f}")
     out.print(table)
     return middle["ours"] <= STALL_GOAL * peer
 
 
-def spread(values: list[float]) -> str:
-    """The median and the range."""
+def spread(values: Sequence[float]) -> str:
+    """The median and the range, as text."""
     return f"{statistics.median(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
@@ -316,12 +319,12 @@ def main(arguments: list[str]) -> int:
     if options.only != "stall":
         data = configuration.load(["tracking=off"]).data
         options.corpus = str(prepare.find_prepared(data) or prepare.prepare(data, lambda progress: None))
-        found = world_of(2, every_ten, options)
-        shares = [a / b - 1 for a, b in zip(found["with"], found["without"], strict=True)]
+        times = world_of(2, every_ten, options)
+        shares = [a / b - 1 for a, b in zip(times["with"], times["without"], strict=True)]
         out.print(
-            f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(found['without'])} s, ", end=""
+            f"the default run, 2 workers, {STEPS} steps a turn: without saves {spread(times['without'])} s, ", end=""
         )
-        out.print(f"one every {EVERY} steps {spread(found['with'])} s, of them waiting {spread(found['stall'])} s")
+        out.print(f"one every {EVERY} steps {spread(times['with'])} s, of them waiting {spread(times['stall'])} s")
         out.print(f"cost of the saves: {statistics.median(shares):.2%} (goal: under {SHARE_GOAL:.0%})")
         met.append(statistics.median(shares) < SHARE_GOAL)
     return int(not all(met))

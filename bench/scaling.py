@@ -1,9 +1,10 @@
-"""A scaling study as a sweep: sizes and budgets of compute, the law that their losses follow, and the largest size foretold by it.
+"""A scaling study as a sweep: fits a law to sizes and compute budgets, and predicts the largest size.
 
     ./launch.sh bench scaling [--sizes tiny|cluster] [--out sweeps/scaling] [--list] [key=value ...]
 
-As many runs at once as there is room for; run again it goes on, as any sweep. The law is fitted without the largest size, whose
-prediction stands beside its measurement. ``--list`` prints the trials and the command of the sweep, and trains nothing.
+As many runs at once as there is room for; run again it goes on, as any sweep. The law is fitted without the largest
+size, whose prediction stands beside its measurement. ``--list`` prints the trials and the command of the sweep, and
+trains nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from review.run_reader import read_all
-from review.scaling.isoflop_plan import PLANS, trials
-from review.scaling.study import report, study
+from review.run_reader import read_runs
+from review.scaling.isoflop_plan import PLANS, planned_runs
+from review.scaling.study import fit_study, report_lines
 from train.config import sweep_space
 from train.errors import UserError
 from train.util.io import write_whole
@@ -24,14 +25,14 @@ from train.util.io import write_whole
 POINTS = "points.yaml"
 
 
-def told(out: Path) -> list[str]:
-    """What the runs in a folder say of the law."""
-    found = study(read_all([out]))
-    return ["too few runs are finished for a law"] if found is None else report(found)
+def study_lines(out: Path) -> list[str]:
+    """The report of the scaling law of the runs in a folder."""
+    study = fit_study(read_runs([out]))
+    return ["too few runs are finished for a law"] if study is None else report_lines(study)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the sweep and says what came of it; the sweep's exit code."""
+    """Runs the sweep, prints the law that its runs follow, and returns the sweep's exit code."""
     parser = argparse.ArgumentParser(prog="bench scaling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="for every run, such as cluster.workers=8, and sweep.*"
@@ -42,11 +43,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     plan, out = PLANS[options.sizes], options.out
     try:
-        found = trials(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
+        planned = planned_runs(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
     except UserError as error:
         print(f"bench scaling: {error}", file=sys.stderr)
         return 2
-    points = "".join(f"- [{', '.join(trial.point)}]  # {trial.name}\n" for trial in found)
+    points = "".join(f"- [{', '.join(trial.point)}]  # {trial.name}\n" for trial in planned)
     own = (f"sweep.points={out / POINTS}", f"sweep.dir={out}", f"sweep.name={out.name}")
     words = ["train", "-m", *plan.overrides, *own, *options.overrides]
     if options.list:
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
     write_whole(out / POINTS, points.encode())
     code = subprocess.run([sys.executable, "-m", "cluster", *words], check=False).returncode
     if code != 2:
-        print("\n".join(told(out)), f"next: ./launch.sh review {out}", sep="\n", flush=True)
+        print("\n".join(study_lines(out)), f"next: ./launch.sh review {out}", sep="\n", flush=True)
     return max(code, 1) if code < 0 else code  # a signal that ended it is a failure too
 
 

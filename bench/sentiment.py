@@ -1,12 +1,13 @@
-"""Chinese sentiment: what an encoder gains from pretraining on the same package's text, beside other models and two baselines.
+"""Chinese sentiment: a pretrained encoder beside its fresh twin, other models and two baselines.
 
     ./launch.sh bench sentiment [--seeds 1] [--out runs/bench_sentiment] [key=value ...]
 
-Prepares the text, pretrains an encoder by ``objective=masked``, fine-tunes (experiment=sentiment_zh) that encoder and its fresh
-twin, a GPT and an LSTM, and prints one table: accuracy, and precision, recall and F1 as means over the two classes, on the reviews
-of the test split. Nothing was chosen by that split, and pretraining has not seen it either. All are ordinary runs, so the same
-command goes on where it was. The goal: the pretrained encoder beats its fresh twin, and the best of ours is no worse than the
-regression.
+Measures what an encoder gains from pretraining on the same package's text. Prepares the text, pretrains an encoder by
+``objective=masked``, fine-tunes (experiment=sentiment_zh) that encoder and its fresh twin, a GPT and an LSTM, and
+prints one table: accuracy, and precision, recall and F1 as means over the two classes, on the reviews of the test
+split. Nothing was chosen by that split, and pretraining has not seen it either. All are ordinary runs, so the same
+command goes on where it was. The goal: the pretrained encoder beats its fresh twin, and the best of ours is no worse
+than the regression.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PRETRAINING = (
     *("optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", "schedule.warmup=0.05", "schedule.final=0.05"),
 )
 RATES = ("5e-4", "1.5e-3")
-"""Of which each model has the one that its held-out accuracy is better with."""
+"""Learning rates tried for each model; the one with the better held-out accuracy counts."""
 ALL = ("tracking=off", "generation.prompts=[]")
 SAME_SIZE = ("model.layers=2", "model.width=128", "model.dropout=0.1")
 PRETRAINED = "encoder, pretrained"
@@ -70,12 +71,15 @@ class Row:
     seconds: float
 
     def numbers(self) -> dict[str, list[float]]:
-        """What the table shows, by seed."""
-        found = [metrics.classification_metrics(table) for table in self.tables]
-        return {key: [one[key] for one in found] for key in ("accuracy", "precision_macro", "recall_macro", "f1_macro")}
+        """The metrics of the table, a value for each seed."""
+        metrics_by_seed = [metrics.classification_metrics(table) for table in self.tables]
+        return {
+            key: [values[key] for values in metrics_by_seed]
+            for key in ("accuracy", "precision_macro", "recall_macro", "f1_macro")
+        }
 
     def cells(self) -> list[str]:
-        """As text: means, and where there are several seeds the lowest and the highest accuracy."""
+        """The row as text: means, and with several seeds the lowest and the highest accuracy."""
         numbers = self.numbers()
         shown = [f"{np.mean(values):.4f}" for values in numbers.values()]
         if len(self.tables) > 1:
@@ -85,7 +89,7 @@ class Row:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    """The table that is printed."""
+    """The table of all rows, ready to be printed."""
     table = Table()
     for column in ("", "held-out accuracy", "accuracy", "precision", "recall", "F1", "parameters", "seconds"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -102,7 +106,7 @@ def verdict(rows: Sequence[Row]) -> bool:
 
 
 def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
-    """A run, made or gone on with: its summary."""
+    """Runs or continues a training run; returns its summary."""
     command = [sys.executable, "-m", "cluster", "train", *words, *ALL, f"run.dir={folder}", f"run.name={folder.name}"]
     if code := subprocess.run(command, check=False).returncode:
         raise SystemExit(code)
@@ -110,7 +114,7 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 
 def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row:
-    """A model's runs with the learning rate that says most of the held-out split right: only these read the test split."""
+    """A model's row with the rate of the best held-out accuracy; only its runs are evaluated on the test split."""
     tried = {rate: fine_tuned(out, name, rate, seeds, overrides) for rate in RATES}
     val = {rate: held_out_accuracy(folders) for rate, folders in tried.items()}
     print(f"{name}: " + ", ".join(f"{val[rate]:.4f} with optimizer.lr={rate}" for rate in RATES))
@@ -121,7 +125,7 @@ def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row
 
 
 def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[str]) -> list[Path]:
-    """The folders of a model's runs, a seed each."""
+    """Fine-tunes a model with ``seeds`` seeds; returns the run folders."""
     own = [word.format(pretrained=out / "pretrained") for word in MODELS[name]]
     tokenizer = ("data.tokenizer.kind=file", f"data.tokenizer.path={out / 'pretrained' / 'tokenizer.json'}")
     folders = [out / f"{name.replace(', ', '-')}-{rate}-{seed}" for seed in range(seeds)]
@@ -131,7 +135,7 @@ def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[
 
 
 def held_out_accuracy(folders: Sequence[Path]) -> float:
-    """The mean over runs, each at the checkpoint that says most of the held-out split right."""
+    """Mean held-out accuracy over runs, each at its best checkpoint."""
     return statistics.mean(measure(folder, "best", "val").evaluation.numbers()["accuracy"] for folder in folders)
 
 
@@ -143,12 +147,14 @@ def baseline_rows(folder: Path) -> list[Row]:
     began = time.monotonic()
     linear = baselines.tfidf(train, val, test, len(CLASSES))
     print(f"of the regressions the best on the held-out reviews: {linear.chosen}")
-    found = Row("TF-IDF, logistic regression", [linear.test], linear.val, linear.features, time.monotonic() - began)
-    return [Row("majority class", [baselines.majority(train[1], test[1], len(CLASSES))], None, 0, 0.0), found]
+    regression = Row(
+        "TF-IDF, logistic regression", [linear.test], linear.val, linear.features, time.monotonic() - began
+    )
+    return [Row("majority class", [baselines.majority(train[1], test[1], len(CLASSES))], None, 0, 0.0), regression]
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what is not there yet, prints the table, and returns 0 when the goal is met."""
+    """Makes the runs that are missing, prints the table, and returns 0 when the goal is met."""
     parser = argparse.ArgumentParser(prog="bench sentiment", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every fine-tuned model")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each model")

@@ -2,9 +2,10 @@
 
     ./launch.sh bench startup [repeats=5] [group=choice] [key=value]
 
-launch.sh and torchrun train the same resolved configuration on the same prepared corpus; Ray Train (``bench.ray_train``) the same
-model with plain DistributedDataParallel on random tokens, which is less; it needs the extra ``bench``. They take turns, so that a
-slow minute of the machine is shared. Each run is ended after its first step. Medians, in seconds since the command was given.
+launch.sh and torchrun train the same resolved configuration on the same prepared corpus; Ray Train
+(``bench.ray_train``) the same model with plain DistributedDataParallel on random tokens, which is less; it needs the
+extra ``bench``. They take turns, so that a slow minute of the machine is shared. Each run is ended after its first
+step. Medians, in seconds since the command was given.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Marks = dict[str, float]
 
 
 def ours(overrides: list[str], run_dir: Path) -> Marks:
-    """One start of ``launch.sh train``."""
+    """Phases of one start of ``launch.sh train``, in seconds since the command."""
     log = run_dir.with_suffix(".log")
     with log.open("w") as file:
         command = [REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"]
@@ -64,7 +65,7 @@ def ours(overrides: list[str], run_dir: Path) -> Marks:
 
 
 def torchrun(config: Path, corpus: str, workers: int) -> Marks:
-    """One start of torchrun with the same step; rank 0's worker prints its events as JSON lines."""
+    """Phases of one start of torchrun with the same step, from the events that rank 0 prints as JSON lines."""
     began = time.time()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     worker = ["-m", "train", "worker", f"config={config}", f"corpus={corpus}"]
@@ -88,7 +89,7 @@ def torchrun(config: Path, corpus: str, workers: int) -> Marks:
 
 
 def ray_train(overrides: list[str], workers: int, folder: Path) -> Marks:
-    """One start of Ray Train."""
+    """Time of the first step of one start of Ray Train, in seconds since the command."""
     folder.mkdir()
     began = time.time()
     with restart.Job([sys.executable, "-m", "bench.ray_train", str(folder), *overrides], folder / "log") as job:
@@ -127,15 +128,18 @@ def main(arguments: list[str]) -> int:
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():
         table.add_row(words, *(middle(runs, key) for runs in (mine, theirs, peers) if runs))
-    ratio = statistics.median(m["train"] for m in mine) / statistics.median(t["train"] for t in theirs)
+    own_time = statistics.median(marks["train"] for marks in mine)
+    ratio = own_time / statistics.median(marks["train"] for marks in theirs)
     out.print(table)
     out.print(f"launch.sh / torchrun: {ratio:.2f} (goal: at most {GOAL})")
     return int(ratio > GOAL)
 
 
 def middle(runs: list[Marks], key: str) -> str:
-    """The median of a phase, where all runs have it."""
-    return f"{statistics.median(run[key] for run in runs):.2f}" if all(key in run for run in runs) else ""
+    """The median of a phase as text; empty unless all runs have it."""
+    if not all(key in run for run in runs):
+        return ""
+    return f"{statistics.median(run[key] for run in runs):.2f}"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     ./launch.sh bench step --peer PATH [--rounds 15] [--steps 40] [--threads 2] [--stages 0,1,2,3] [key=value ...]
 
-PATH is a checkout of nanoGPT, whose model.py is imported from there. Ours is the whole loop of ``train.loop`` as a run has it:
-the loader and its thread, the count of tokens agreed on, DeepSpeed, clipping, AdamW, the log line every ``log_every`` steps.
-Theirs is the loop of its train.py: a random batch, forward, backward, clip_grad_norm_, its own AdamW, zero_grad, and the
-loss read every ``log_every`` steps; in fp32 and not compiled. Both from memory, on the same random characters. Evaluation
-and checkpoints are left out on both sides. A round runs each once; a ratio is the median over the rounds.
+PATH is a checkout of nanoGPT, whose model.py is imported from there. Ours is the whole loop of ``train.loop`` as a run
+has it: the loader and its thread, the count of tokens agreed on, DeepSpeed, clipping, AdamW, the log line every
+``log_every`` steps. Theirs is the loop of its train.py: a random batch, forward, backward, clip_grad_norm_, its own
+AdamW, zero_grad, and the loss read every ``log_every`` steps; in fp32 and not compiled. Both from memory, on the same
+random characters. Evaluation and checkpoints are left out on both sides. A round runs each once; a ratio is the median
+over the rounds.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ TEXT_LENGTH = 1_000_000
 WARM_UP = 10
 
 Turn = Callable[[int], None]
-"""Trains so many steps more."""
+"""Trains for so many more steps."""
 
 
 class NoServices(RunServices):
@@ -116,7 +117,7 @@ def training(
 
 
 def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tuple[Turn, int]:
-    """The product's training loop, to be gone on with, and its number of parameters."""
+    """Our training loop, as a function that continues it, and its number of parameters."""
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
@@ -130,7 +131,7 @@ def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tu
 
 
 def theirs(config: Config, corpus: Corpus, peer: ModuleType) -> tuple[Turn, int]:
-    """The same for nanoGPT's model and optimizer, in the order of its train.py."""
+    """nanoGPT's training loop, in the order of its train.py, and its number of parameters."""
     split, rows, length = corpus.split("train"), config.batch.global_, config.batch.seq_len
     tokens = torch.cat([torch.from_numpy(split.document(n).astype("int64")) for n in range(split.samples)])
     names = {"n_layer": config.model.layers, "n_head": config.model.heads, "n_embd": config.model.width}
@@ -148,9 +149,9 @@ def theirs(config: Config, corpus: Corpus, peer: ModuleType) -> tuple[Turn, int]
         )
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        places = torch.randint(len(tokens) - length, (rows,)).tolist()
-        return torch.stack([tokens[i : i + length] for i in places]), torch.stack(
-            [tokens[i + 1 : i + 1 + length] for i in places]
+        starts = torch.randint(len(tokens) - length, (rows,)).tolist()
+        return torch.stack([tokens[i : i + length] for i in starts]), torch.stack(
+            [tokens[i + 1 : i + 1 + length] for i in starts]
         )
 
     def turn(steps: int) -> None:
@@ -169,16 +170,16 @@ def theirs(config: Config, corpus: Corpus, peer: ModuleType) -> tuple[Turn, int]
 
 
 def measure(turns: dict[str, Turn], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Milliseconds a step of every turn in every round, after a warm-up; odd rounds go in the other order."""
+    """Milliseconds a step for every side in every round, after a warm-up; odd rounds run in reverse order."""
     for turn in turns.values():
         turn(WARM_UP)
-    found: dict[str, list[float]] = {name: [] for name in turns}
+    times_by_side: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
         for name in list(turns)[:: -1 if number % 2 else 1]:
             began = time.perf_counter()
             turns[name](steps)
-            found[name].append(1e3 * (time.perf_counter() - began) / steps)
-    return found
+            times_by_side[name].append(1e3 * (time.perf_counter() - began) / steps)
+    return times_by_side
 
 
 def load_peer(checkout: Path) -> ModuleType:
@@ -196,7 +197,7 @@ def load_peer(checkout: Path) -> ModuleType:
 
 
 def numbers(text: str) -> list[int]:
-    """The integers of "0,2"."""
+    """The integers of a comma-separated list such as "0,2"."""
     return [int(part) for part in text.split(",")]
 
 
@@ -224,15 +225,15 @@ def main(arguments: list[str]) -> int:
         for stage in options.stages:
             zero = config.zero.model_copy(update={"stage": stage})
             made[f"ours, ZeRO {stage}"] = ours(config.model_copy(update={"zero": zero}), corpus, world)
-        found = measure({name: turn for name, (turn, _) in made.items()}, options.rounds, options.steps)
+        times_by_side = measure({name: turn for name, (turn, _) in made.items()}, options.rounds, options.steps)
         process_group.destroy_group()
-    return report(config, options, {name: parameters for name, (_, parameters) in made.items()}, found)
+    return report(config, options, {name: parameters for name, (_, parameters) in made.items()}, times_by_side)
 
 
 def report(
-    config: Config, options: argparse.Namespace, parameters: dict[str, int], found: dict[str, list[float]]
+    config: Config, options: argparse.Namespace, parameters: dict[str, int], times_by_side: dict[str, list[float]]
 ) -> int:
-    """The table; 1 where the goal is missed."""
+    """Prints the table; returns 1 if the goal is missed, else 0."""
     model, batch = config.model, config.batch
     out = Console()
     out.print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, {config.precision.name}")
@@ -242,8 +243,11 @@ def report(
     )
     for column in ("", "parameters", "ms a step", "range", "ratio", "range"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    ratios = {name: [a / b for a, b in zip(times, found["nanoGPT"], strict=True)] for name, times in found.items()}
-    for name, times in found.items():
+    ratios = {
+        name: [a / b for a, b in zip(times, times_by_side["nanoGPT"], strict=True)]
+        for name, times in times_by_side.items()
+    }
+    for name, times in times_by_side.items():
         table.add_row(name, f"{parameters[name]:,}", *middle(times, 2), *middle(ratios[name], 3))
     out.print(table)
     ratio = statistics.median(ratios[f"ours, ZeRO {options.stages[0]}"])
@@ -252,7 +256,7 @@ def report(
 
 
 def middle(values: list[float], digits: int) -> tuple[str, str]:
-    """The median and the range."""
+    """The median and the range, as text."""
     return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f}-{max(values):.{digits}f}"
 
 

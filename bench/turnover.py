@@ -1,8 +1,8 @@
-"""Between two trials of a sweep: the seconds from the end of one to the first step of the next, and what they are spent on.
+"""Seconds from the end of one trial of a sweep to the first step of the next, by part.
 
     ./launch.sh bench turnover [--trials 12] [--out runs/bench_turnover] [key=value ...]
 
-Small runs, one after the other in the same place.
+Small runs, one after the other on the same slots.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from train.config.sweep_dir import LEDGER, trial_dir
+
 MODEL = ("experiment=scaling", "model.width=32", "model.heads=2", "model.mlp_width=88", "steps=20", "keep_last=1")
 
 
 def between(folder: Path) -> list[dict[str, float]]:
-    """Of each trial but the first, the seconds of each part."""
-    records = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    found, ended = [], None
+    """Seconds of each part, for every trial but the first."""
+    records = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+    turnovers, ended = [], None
     for record in records:
         if record["event"] == "end":
             ended = record["t"]
         elif record["event"] == "start" and ended is not None:
-            marks = json.loads((folder / f"{record['trial']:03}" / "startup.json").read_text())
-            found.append(
+            marks = json.loads((trial_dir(folder, record["trial"]) / "startup.json").read_text())
+            turnovers.append(
                 {
                     "places": record["t"] - ended,
                     "stewards": marks["workers"],
@@ -38,7 +40,7 @@ def between(folder: Path) -> list[dict[str, float]]:
                     "in all": record["t"] - ended + marks["first_step_done"],
                 }
             )
-    return found
+    return turnovers
 
 
 def main(arguments: list[str]) -> int:

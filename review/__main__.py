@@ -1,4 +1,4 @@
-"""``python -m review [runs...]``: what run folders tell, as a page, as pictures, or as a comment. No server, no network."""
+"""The command ``python -m review [runs...]``: writes a page and figures, or prints a comment."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from pathlib import Path
 from train.errors import ExitCode
 from train.util.io import write_whole
 
+DESCRIPTION = "what run folders tell, as a page, as pictures, or as a comment. No server, no network."
+
 
 def parser() -> argparse.ArgumentParser:
-    """The options of the verb."""
-    found = argparse.ArgumentParser(prog="./launch.sh review", description=(__doc__ or "").partition(": ")[2])
-    found.add_argument(
+    """The parser of the command line of ``./launch.sh review``."""
+    options = argparse.ArgumentParser(prog="./launch.sh review", description=DESCRIPTION)
+    options.add_argument(
         "runs", nargs="*", type=Path, default=[Path("runs")], help="run folders, or folders of them (default: runs)"
     )
-    found.add_argument(
+    options.add_argument(
         "--out", type=Path, default=Path("runs/review"), help="where page and pictures go (default: runs/review)"
     )
-    found.add_argument(
+    options.add_argument(
         "--format", choices=("html", "md", "png"), help="only this; md is printed (default: html and png)"
     )
-    found.add_argument("--open", action="store_true", help="show the page in the browser")
-    return found
+    options.add_argument("--open", action="store_true", help="show the page in the browser")
+    return options
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the review and says where it is; the exit code."""
+    """Writes or prints the review of the runs in ``argv``, and returns the exit code."""
     options = parser().parse_args(argv)
-    from review.run_reader import read_all  # only now: --help needs none of it
+    from review.run_reader import read_runs  # lazy: --help needs no numpy
 
-    runs = read_all(options.runs, options.out)
+    runs = read_runs(options.runs, options.out)
     if all(run.state == "missing" and run.trial is None for run in runs):
         print(
             f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
             file=sys.stderr,
         )
         return ExitCode.BAD_INPUT
-    from review.scaling.study import study
+    from review.importance import key_importances
+    from review.scaling.study import fit_study
 
-    law = study(runs)
-    from review.importance import importances
-
-    found = importances(runs)
+    study, importances = fit_study(runs), key_importances(runs)
     if options.format == "md":
-        from review.markdown import render
+        from review.markdown import render_comment
 
-        print(render(runs, found, law))
+        print(render_comment(runs, importances, study))
         return ExitCode.OK
     if options.format != "html":
         from review import figures
 
-        for file in figures.write(runs, found, law, options.out):
+        for file in figures.write_figures(runs, importances, study, options.out):
             print(file)
     if options.format != "png":
         from review.html import page
 
         file = options.out / "review.html"
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, page.render(runs, found, law).encode("utf-8", "replace"))
+        write_whole(file, page.render_page(runs, importances, study).encode("utf-8", "replace"))
         print(f"{file}  ({len(runs)} runs, {file.stat().st_size / 1e6:.1f} MB, needs no server)")
         if options.open and not webbrowser.open(file.resolve().as_uri()):
             print(f"review: no browser was found here; open {file} in one", file=sys.stderr)

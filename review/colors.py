@@ -1,4 +1,4 @@
-"""How runs are told apart: one colour and one dash for each of a few, a scale from best to worst for many."""
+"""Colors of runs in charts, distinct for a few and by score for many, and the range of loss axes."""
 
 from __future__ import annotations
 
@@ -7,82 +7,86 @@ from statistics import median
 
 import numpy as np
 
-from review.run_differences import ranked
-from review.run_reader import Run
+from review.run_differences import ranked_runs
+from review.run_reader import RunRecord
 
-COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
-"""Paul Tol's "bright" scheme: told apart by colour-blind eyes, and seen on white and on black."""
+COLORS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE")
+"""Paul Tol's "bright" scheme: distinct for color-blind readers, and visible on white and on black."""
 DASHES = ("solid", "dash")
-FEW = len(COLOURS) * len(DASHES)
+MAX_DISTINCT = len(COLORS) * len(DASHES)
+"""Up to so many runs each have a color and dash of their own; more are colored by their score."""
 SCALE = ("#4257C4", "#7A3FA8", "#B33D98", "#E2667F", "#F5A35D", "#F3D250")
-"""Best to worst where runs are many: a path of rising lightness, so that it reads without colour too."""
-NONE = "#9A9A9A"
-"""Of a run that is not on the scale."""
-FAR = 3.0
-"""Worse than the best by more than so many times what the run in the middle is: all one colour, or the others would look alike."""
+"""Colors from best to worst, of rising lightness, so that the order is visible without color too."""
+NEUTRAL = "#9A9A9A"
+"""Grey, for a run that is not on the scale."""
+OUTLIER_FACTOR = 3.0
+"""The scale ends at so many times the median's distance from the best; else one bad run makes all others look alike."""
 
 
-def span(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """(best, worst) of the scale: of the finished runs, or where none is, of all; None where nothing was measured."""
-    order = [score for score, _ in ranked(runs)]
-    if not order:
-        least = not runs or runs[0].goal.least
-        order = sorted((score for run in runs if (score := run.score) is not None), reverse=not least)
-    if not order:
+def score_range(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
+    """(best, worst) score of the color scale: of the finished runs, or of all if none is; None without a score."""
+    scores = [score for score, _ in ranked_runs(runs)]
+    if not scores:
+        minimize = not runs or runs[0].goal.minimize
+        scores = sorted((score for run in runs if (score := run.score) is not None), reverse=not minimize)
+    if not scores:
         return None
-    reach = FAR * abs(median(order) - order[0])
-    worst = (
-        order[-1]
-        if reach == 0 or abs(order[-1] - order[0]) < reach
-        else order[0] + (reach if order[-1] > order[0] else -reach)
-    )
-    return order[0], worst
+    best, worst = scores[0], scores[-1]
+    reach = OUTLIER_FACTOR * abs(median(scores) - best)
+    if reach != 0 and abs(worst - best) >= reach:
+        worst = best + (reach if worst > best else -reach)
+    return best, worst
 
 
-def rank(score: float, scale: tuple[float, float]) -> float:
-    """Where a score stands on the scale, 0 for best and 1 for worst or worse."""
+def scale_position(score: float, scale: tuple[float, float]) -> float:
+    """Position of a score on the scale (best, worst): 0 for best, 1 for worst or beyond."""
     best, worst = scale
     return min(max((score - best) / (worst - best), 0.0), 1.0) if worst != best else 0.0
 
 
-def colours(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(colour, dash) of every run: its own where they are few, else its place on the scale, where it is finished."""
-    if len(runs) <= FEW:
-        return [(COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS)]) for i in range(len(runs))]
-    scale, finished = span(runs), {id(run) for _, run in ranked(runs)}
-    found = []
+def line_styles(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """(color, dash) of every run: distinct ones for a few runs; for many the color of the score, grey if unfinished."""
+    if len(runs) <= MAX_DISTINCT:
+        return [(COLORS[i % len(COLORS)], DASHES[i // len(COLORS)]) for i in range(len(runs))]
+    scale, finished = score_range(runs), {id(run) for _, run in ranked_runs(runs)}
+    styles = []
     for run in runs:
-        on = scale is not None and run.score is not None and (id(run) in finished or not finished)
-        found.append((blend(rank(run.score or 0.0, scale)) if on and scale else NONE, "solid"))
-    return found
+        on_scale = run.score is not None and (id(run) in finished or not finished)
+        color = scale_color(scale_position(run.score or 0.0, scale)) if scale and on_scale else NEUTRAL
+        styles.append((color, "solid"))
+    return styles
 
 
-def blend(place: float) -> str:
-    """The colour at ``place`` of SCALE, 0 for best and 1 for worst."""
-    at = place * (len(SCALE) - 1)
-    i = min(int(at), len(SCALE) - 2)
-    low, high = (tuple(int(SCALE[j][k : k + 2], 16) for k in (1, 3, 5)) for j in (i, i + 1))
-    return "#" + "".join(f"{round(a + (b - a) * (at - i)):02X}" for a, b in zip(low, high, strict=True))
+def scale_color(position: float) -> str:
+    """The color of SCALE at ``position``, 0 for best and 1 for worst, interpolated in RGB."""
+    index = position * (len(SCALE) - 1)
+    i = min(int(index), len(SCALE) - 2)
+    channels = zip(_rgb(SCALE[i]), _rgb(SCALE[i + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (index - i)):02X}" for a, b in channels)
 
 
-def focus(runs: Sequence[Run]) -> tuple[float, float] | None:
-    """The span of losses worth looking at: after the first tenth of each finished run (of each, where none is), whose fall would
-    press all else flat; of many, without the worst.
+def _rgb(color: str) -> list[int]:
+    return [int(color[k : k + 2], 16) for k in (1, 3, 5)]
+
+
+def loss_axis_range(runs: Sequence[RunRecord]) -> tuple[float, float] | None:
+    """Range of the loss axis, without the steep start of training; None if there is no range.
+
+    The first tenth of each finished run (of every run, if none is finished) is left out, since its fall would flatten
+    everything else. With many runs the worst fifth may lie outside.
     """
     tops, lows = [], []
-    for run in [run for _, run in ranked(runs)] or runs:
+    for run in [run for _, run in ranked_runs(runs)] or runs:
+        if not len(run.steps):
+            continue
         skipped = len(run.steps) // 10
-        rest = (
-            np.concatenate([run.columns[name][skipped:] for name in ("loss", "val_loss")])
-            if len(run.steps)
-            else np.zeros(0)
-        )
-        known = rest[np.isfinite(rest)]
-        if len(known):
-            tops.append(float(np.quantile(known, 0.98)))
-            lows.append(float(known.min()))
+        losses = np.concatenate([run.columns["loss"][skipped:], run.columns["val_loss"][skipped:]])
+        losses = losses[np.isfinite(losses)]
+        if len(losses):
+            tops.append(float(np.quantile(losses, 0.98)))
+            lows.append(float(losses.min()))
     if not tops:
         return None
-    low, high = min(lows), max(tops) if len(tops) < FEW else float(np.quantile(tops, 0.8))
+    low, high = min(lows), max(tops) if len(tops) < MAX_DISTINCT else float(np.quantile(tops, 0.8))
     margin = 0.06 * (high - low)
     return (max(low - margin, low / 2), high + margin) if high > low else None

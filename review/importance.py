@@ -1,8 +1,9 @@
-"""Which keys of a sweep mattered: how much worse unseen runs are predicted when one key is shuffled among them.
+"""Permutation importance (Breiman 2001): which configuration keys mattered for the score.
 
-A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn with
-replacement, and each key is then shuffled among the runs that were not drawn (permutation importance: Breiman 2001). Done again
-and again, the spread says how far the figure can be trusted. Keys that go together share their importance.
+A random forest learns held-out loss (or a sweep's own metric) from the keys that differ. It is trained on runs drawn
+with replacement; then each key is shuffled among the runs that were not drawn, and the growth of the error is its
+importance. The spread over DRAWS repetitions tells how far a value can be trusted. Correlated keys share their
+importance.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 from sklearn.inspection import permutation_importance
 
-from review.lenient_io import number
-from review.run_differences import ASIDE, differing, ranked
-from review.run_reader import Run
+from review.lenient_io import finite_number
+from review.run_differences import NOT_TRAINING, differing_keys, ranked_runs
+from review.run_reader import RunRecord
 
-LEAST_RUNS = 8
+MIN_RUNS = 8
 DRAWS = 20
 
 
 @dataclass(frozen=True)
-class Importance:
-    """Of one key, in what runs are compared by: how much the mean error grows; and the middle 80 % over the draws."""
+class KeyImportance:
+    """Importance of one key: growth of the mean absolute error of the score, and the middle 80 % of the draws."""
 
     key: str
     mean: float
@@ -34,48 +35,52 @@ class Importance:
 
 
 @dataclass(frozen=True)
-class Importances:
-    """All keys, the most important first; and the share of unseen runs' variance that the forest explains."""
+class ImportanceReport:
+    """All keys, most important first; number of runs; share of unseen runs' variance that is explained (R2)."""
 
-    keys: tuple[Importance, ...]
+    keys: tuple[KeyImportance, ...]
     runs: int
     explained: float
 
 
-def importances(runs: Sequence[Run]) -> Importances | None:
-    """None for fewer than LEAST_RUNS finished runs, or where nothing but the seed differs."""
-    order = ranked(runs)
-    keys = [key for key in differing([run for _, run in order], ASIDE) if key != "seed"]
-    if len(order) < LEAST_RUNS or not keys:
+def key_importances(runs: Sequence[RunRecord]) -> ImportanceReport | None:
+    """Importance of the keys that differ; None with fewer than MIN_RUNS finished runs, or if only the seed differs."""
+    order = ranked_runs(runs)
+    finished = [run for _, run in order]
+    keys = [key for key in differing_keys(finished, NOT_TRAINING) if key != "seed"]
+    if len(order) < MIN_RUNS or not keys:
         return None
-    x = np.array([codes([run.value(key) for _, run in order]) for key in keys]).T
+    values = zip(*(run.config_values(keys) for run in finished), strict=True)
+    x = np.array(list(map(encode_values, values))).T
     y = np.array([loss for loss, _ in order])
     rng = np.random.default_rng(0)
-    found, right, wrong = [], 0.0, 0.0
+    draws, total_error, residual_error = [], 0.0, 0.0
     for seed in range(DRAWS):
         drawn = rng.integers(0, len(y), len(y))
         unseen = np.setdiff1d(np.arange(len(y)), drawn)
         if len(unseen) < 2:
             continue
         forest = RandomForestRegressor(30, random_state=seed).fit(x[drawn], y[drawn])
-        wrong += float(((forest.predict(x[unseen]) - y[unseen]) ** 2).sum())
-        right += float(((y[drawn].mean() - y[unseen]) ** 2).sum())
+        residual_error += float(((forest.predict(x[unseen]) - y[unseen]) ** 2).sum())
+        total_error += float(((y[drawn].mean() - y[unseen]) ** 2).sum())
         shuffled = permutation_importance(
             forest, x[unseen], y[unseen], scoring="neg_mean_absolute_error", n_repeats=5, random_state=seed
         )
-        found.append(shuffled.importances_mean)
-    table = np.array(found)
+        draws.append(shuffled.importances_mean)
+    table = np.array(draws)
     low, high = np.quantile(table, (0.1, 0.9), axis=0)
-    rows = [
-        Importance(k, *map(float, v)) for k, v in zip(keys, zip(table.mean(0), low, high, strict=True), strict=True)
-    ]
-    return Importances(tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - wrong / max(right, 1e-12))
+    columns = zip(keys, table.mean(0), low, high, strict=True)
+    rows = [KeyImportance(key, *map(float, values)) for key, *values in columns]
+    return ImportanceReport(
+        tuple(sorted(rows, key=lambda row: -row.mean)), len(y), 1 - residual_error / max(total_error, 1e-12)
+    )
 
 
-def codes(values: Sequence[object]) -> list[float]:
-    """Numbers for the values of a key: themselves where all are numbers, else their places in alphabetical order."""
-    numbers = [number(value) for value in values]
+def encode_values(values: Sequence[object]) -> list[float]:
+    """Values of a key as floats: themselves if all are numbers, else their index in alphabetical order."""
+    numbers = [finite_number(value) for value in values]
     if all(n is not None for n in numbers):
         return [n if n is not None else math.nan for n in numbers]
-    places = {text: float(i) for i, text in enumerate(sorted({str(value) for value in values}))}
-    return [places[str(value)] for value in values]
+    names = sorted({str(value) for value in values})
+    codes = {name: float(i) for i, name in enumerate(names)}
+    return [codes[str(value)] for value in values]

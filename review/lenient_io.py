@@ -1,4 +1,4 @@
-"""Files as they are found in folders of runs: what can be read of them is read, and the rest becomes a note."""
+"""File readers that never raise: readable content is returned, and damage becomes a note."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-FRESH_S = 120.0
-"""What has its driver on another host counts as running while its files are younger than this."""
+FRESH_FILES_S = 120.0
+"""A run whose driver is on another host counts as running while its files are younger than this."""
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or None."""
+def finite_number(value: Any) -> float | None:
+    """``value`` as a float if it is a finite number (booleans are not), else None."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
         return None
     with contextlib.suppress(OverflowError):
@@ -27,8 +27,8 @@ def number(value: Any) -> float | None:
     return None
 
 
-def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is none, with a note where there is something else."""
+def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
+    """The object in a JSON file. Empty if the file is missing; empty with a note if it holds anything else."""
     try:
         value = json.loads(file.read_text("utf-8"))
         if isinstance(value, dict):
@@ -41,8 +41,8 @@ def json_object(file: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; other lines are counted in a note, but for a last one that a crash cut short."""
+def read_json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file. Damaged lines are counted in a note, except a last line that a crash cut short."""
     try:
         lines = file.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -50,38 +50,40 @@ def json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         notes.append(f"{file.name} cannot be read: {error.strerror}")
         return []
-    found, bad = [], 0
+    objects, damaged = [], 0
     for line in lines[:-1]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
-            found.append(value)
+            objects.append(value)
         else:
-            bad += 1
-    if bad:
-        notes.append(f"{file.name}: {bad} damaged {'line' if bad == 1 else 'lines'} left out")
-    return found
+            damaged += 1
+    if damaged:
+        notes.append(f"{file.name}: {damaged} damaged {'line' if damaged == 1 else 'lines'} left out")
+    return objects
 
 
-def held(lock: Path, written: Sequence[Path]) -> bool:
-    """Whether a driver holds ``lock``: asked of the kernel where it is on this host, so that nothing is touched; else judged by
-    how old the files are that it has ``written``.
+def is_locked(lock: Path, written: Sequence[Path]) -> bool:
+    """Whether a driver holds ``lock``.
+
+    On the driver's own host the kernel's table of locks tells, so the lock is not touched. From another host, the age
+    of the files that the driver has ``written`` decides.
     """
     try:
-        about = json.loads(lock.read_text())
-        here = about["host"] == socket.gethostname()
+        holder = json.loads(lock.read_text())
+        on_this_host = holder["host"] == socket.gethostname()
         inode = lock.stat().st_ino
-        if here and Path("/proc/locks").exists():
+        if on_this_host and Path("/proc/locks").exists():
             return any(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
-        return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_S
+        return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_FILES_S
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def relative(folder: Path) -> str:
-    """A folder as a person here would type it."""
+def display_path(folder: Path) -> str:
+    """The folder relative to the working directory if it lies inside it, else as given."""
     with contextlib.suppress(ValueError):
         return str(folder.resolve().relative_to(Path.cwd()))
     return os.fspath(folder)

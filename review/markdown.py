@@ -1,104 +1,109 @@
-"""A review as the comment of a pull request."""
+"""Renders a review as Markdown, for the comment of a pull request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from review.importance import Importances
-from review.run_differences import best, differing, noise, verdict, warnings
-from review.run_reader import Run, sweeps_of
-from review.scaling.study import Study, report
+from review.importance import ImportanceReport
+from review.run_differences import best_runs, comparability_warnings, differing_keys, seed_noise, verdict
+from review.run_reader import RunRecord, sweeps_of
+from review.scaling.study import ScalingStudy, report_lines
+from review.sweep_reader import Goal
 from train.util.format import count, duration
 
-MOST_KEYS, MOST_RUNS, SHOWN = 8, 100, 12
-"""Rows beyond SHOWN are folded away."""
+MAX_KEYS, MAX_RUNS, UNFOLDED_ROWS = 8, 100, 12
+"""Rows beyond UNFOLDED_ROWS are folded away."""
 
 
-def render(runs: Sequence[Run], found: Importances | None, study: Study | None) -> str:
-    """A verdict, a table of runs with the keys that differ, the best run first; what mattered, what failed, and the scaling law."""
-    keys, goal = differing(runs), runs[0].goal
-    front = {id(run) for run in best(runs)}
-    worth = {id(run): run.score if goal.least or run.score is None else -run.score for run in runs}
+def render_comment(runs: Sequence[RunRecord], importances: ImportanceReport | None, study: ScalingStudy | None) -> str:
+    """Markdown: verdict, table of runs with the keys that differ (best first), importances, failures, scaling law."""
+    keys, goal = differing_keys(runs), runs[0].goal
+    front = {id(run) for run in best_runs(runs)}
+    worth = {id(run): run.score if goal.minimize or run.score is None else -run.score for run in runs}
     order = sorted(
         runs, key=lambda run: (id(run) not in front, run.state != "done", worth[id(run)] is None, worth[id(run)] or 0.0)
     )
-    lines = [f"**{cell(verdict(runs))}**", ""] + [f"{cell(sweep.words())}\n" for sweep in sweeps_of(runs)]
-    lines += [f"> {cell(line)}\n" for line in warnings(runs)]
+    lines = [f"**{escape_cell(verdict(runs))}**", ""] + [
+        f"{escape_cell(sweep.status_text())}\n" for sweep in sweeps_of(runs)
+    ]
+    lines += [f"> {escape_cell(line)}\n" for line in comparability_warnings(runs)]
     goals = [goal.metric for goal in runs[0].goals]
-    shown = keys[:MOST_KEYS]
-    head = [row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
-    head.append(row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
-    rows = [row(_cells(run, shown, id(run) in front)) for run in order[:MOST_RUNS]]
-    lines += [*head, *rows[:SHOWN]]
-    if rows[SHOWN:]:
+    shown = keys[:MAX_KEYS]
+    head = [table_row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
+    head.append(table_row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
+    rows = [table_row(_cells(run, shown, id(run) in front)) for run in order[:MAX_RUNS]]
+    lines += [*head, *rows[:UNFOLDED_ROWS]]
+    if rows[UNFOLDED_ROWS:]:
         lines += [
             "",
-            f"<details><summary>{len(rows) - SHOWN} more</summary>",
+            f"<details><summary>{len(rows) - UNFOLDED_ROWS} more</summary>",
             "",
             *head,
-            *rows[SHOWN:],
+            *rows[UNFOLDED_ROWS:],
             "",
             "</details>",
         ]
-    if len(order) > MOST_RUNS:
-        lines.append(f"\n... and {len(order) - MOST_RUNS} more runs.")
-    if len(keys) > MOST_KEYS:
-        lines.append("\nAlso different: " + ", ".join(f"`{cell(key)}`" for key in keys[MOST_KEYS:]))
-    if spread := noise(runs):
+    if len(order) > MAX_RUNS:
+        lines.append(f"\n... and {len(order) - MAX_RUNS} more runs.")
+    if len(keys) > MAX_KEYS:
+        lines.append("\nAlso different: " + ", ".join(f"`{escape_cell(key)}`" for key in keys[MAX_KEYS:]))
+    if spread := seed_noise(runs):
         lines.append(
             f"\nStandard deviation between seeds: {spread[0]:.4f} ({goal.unit}; {spread[1]} degrees of freedom)."
         )
-    if found is not None:
-        ranks = ", ".join(
-            f"{cell(key.key)} {key.mean:.3g} ({key.low:.3g} to {key.high:.3g})" for key in found.keys[:MOST_KEYS]
-        )
-        trust = f"from {found.runs} runs, {max(found.explained, 0):.0%} of unseen runs' variance explained"
-        weak = "" if found.explained > 0.3 else " That is too little to believe the order."
-        lines.append(f"\nWhich keys mattered (error when shuffled, {goal.unit}; {trust}): {ranks}.{weak}")
-    noted = [(run, [run.why, *run.notes]) for run in order if run.notes or (run.why and run.state != "pruned")][
-        :MOST_RUNS
-    ]
-    lines += (
-        ["", *(f"- {cell(run.name)} ({run.state}): {cell('; '.join(filter(None, said)))}" for run, said in noted)]
-        if noted
-        else []
-    )
+    if importances is not None:
+        lines.append(_importance_line(importances, goal))
+    noted = [run for run in order if run.notes or (run.end_reason and run.state != "pruned")]
+    if noted:
+        lines += ["", *(_notes_line(run) for run in noted[:MAX_RUNS])]
     if study is not None:
-        lines += ["", "**Scaling law**", "", *(f"- {cell(line)}" for line in report(study))]
+        lines += ["", "**Scaling law**", "", *(f"- {escape_cell(line)}" for line in report_lines(study))]
     return "\n".join(lines)
 
 
-def cell(text: Any) -> str:
-    """A text that stays inside its cell and makes no markup, no mention and no link."""
+def _importance_line(importances: ImportanceReport, goal: Goal) -> str:
+    keys = importances.keys[:MAX_KEYS]
+    ranks = ", ".join(f"{escape_cell(k.key)} {k.mean:.3g} ({k.low:.3g} to {k.high:.3g})" for k in keys)
+    trust = f"from {importances.runs} runs, {max(importances.explained, 0):.0%} of unseen runs' variance explained"
+    weak = "" if importances.explained > 0.3 else " That is too little to believe the order."
+    return f"\nWhich keys mattered (error when shuffled, {goal.unit}; {trust}): {ranks}.{weak}"
+
+
+def _notes_line(run: RunRecord) -> str:
+    notes = "; ".join(filter(None, [run.end_reason, *run.notes]))
+    return f"- {escape_cell(run.name)} ({run.state}): {escape_cell(notes)}"
+
+
+def escape_cell(text: Any) -> str:
+    """Escapes a text so that it stays inside its table cell and makes no markup, mention or link."""
     short = " ".join(str(text).split())[:600]
     for sign in "\\`*_{}[]<>|#~":
         short = short.replace(sign, f"&#{ord(sign)};" if sign in "<>|`" else f"\\{sign}" if sign in "\\*[]~" else sign)
     return short.replace("@", "@\u200b").replace("://", ":&#47;&#47;")
 
 
-def row(cells: Sequence[str]) -> str:
-    """A line of a table."""
+def table_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _cells(run: Run, keys: Sequence[str], first: bool) -> list[str]:
+def _cells(run: RunRecord, keys: Sequence[str], first: bool) -> list[str]:
     so_far = "" if run.state == "done" else " (so far)"
     facts = [
-        *(
-            ""
-            if (value := run.measured(goal)) is None
-            else f"{value:.4f}{so_far}"
-            if abs(value) < 1e4
-            else f"{value:.3g}{so_far}"
-            for goal in run.goals
-        ),
+        *(_score_text(run.goal_value(goal), so_far) for goal in run.goals),
         "" if run.tokens is None else count(int(run.tokens)),
         "" if run.wall_s is None else duration(run.wall_s),
         "" if run.goodput is None else f"{run.goodput:.1%}",
     ]
-    name = f"**{cell(run.name)}** (best)" if first else cell(run.name)
-    return [name, run.state, *(cell(_short(run.value(key))) for key in keys), *facts]
+    name = f"**{escape_cell(run.name)}** (best)" if first else escape_cell(run.name)
+    return [name, run.state, *(escape_cell(_short(run.config_value(key))) for key in keys), *facts]
+
+
+def _score_text(value: float | None, suffix: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}{suffix}" if abs(value) < 1e4 else f"{value:.3g}{suffix}"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A run's folder as it is found: finished, running, stopped, broken or empty. Nothing in it is trusted and nothing raises."""
+"""Reads run folders into RunRecords. Their files are untrusted or damaged; nothing here raises."""
 
 from __future__ import annotations
 
@@ -15,206 +15,227 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from review.lenient_io import held, json_lines, json_object, number
-from review.sweep_reader import FINAL, LEDGER, LOSS, Goal, Sweep, Trial, read_sweep, sweeps_in
+from review.lenient_io import finite_number, is_locked, read_json_lines, read_json_object
+from review.sweep_reader import (
+    VAL_LOSS_GOAL,
+    Goal,
+    SweepRecord,
+    TrialRecord,
+    find_sweep_folders,
+    read_sweep,
+)
+from train.config.sweep_dir import FINAL, LEDGER
 from train.util.format import plural
 from train.util.run_layout import RunDir
 
 Floats = NDArray[np.float64]
 
-COLUMNS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_s", "grad_norm", "lr")
+METRICS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_s", "grad_norm", "lr")
 _FILES = RunDir(Path())
-MARKS = tuple(file.name for file in (_FILES.config, _FILES.metrics, _FILES.starts, _FILES.summary, _FILES.lock))
-"""What only a run's folder holds."""
-MOST_VALUES, MOST_BYTES = 5_000, 1 << 20
-"""Of a configuration: more is no configuration of ours, and may be made to exhaust the reader."""
+RUN_FILES = tuple(file.name for file in (_FILES.config, _FILES.metrics, _FILES.starts, _FILES.summary, _FILES.lock))
+"""A folder that holds one of these is a run folder."""
+MAX_CONFIG_VALUES, MAX_CONFIG_BYTES = 5_000, 1 << 20
+"""Limits of a config.yaml: a larger one is not ours, and may be crafted to exhaust memory."""
 
-LEGEND = 32
-"""Characters of a legend's line."""
+LEGEND_WIDTH = 32
+"""Characters in a line of a legend."""
 
 
 @dataclass
-class Run:
-    """What one folder tells."""
+class RunRecord:
+    """One run folder as read: configuration, metrics, samples, summary, and its sweep and trial if it has them."""
 
     folder: Path
     name: str
     state: str = "empty"
-    """done, running, stopped, empty, broken or missing; of a sweep's trial also pruned, diverged, failed or cut off."""
+    """done, running, stopped, empty, broken or missing; a sweep's trial also pruned, diverged, failed or cut off."""
     notes: list[str] = field(default_factory=list)
-    """What a reader should know: what is damaged, how the last start ended."""
-    why: str = ""
-    """A trial ended before its last step, in a line."""
+    """Damage of files, and how the last start ended."""
+    end_reason: str = ""
+    """One line on why a trial ended before its last step."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Flat: optimizer.lr -> 0.001."""
+    """Flat keys: optimizer.lr -> 0.001."""
     steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: dict[str, Floats] = field(default_factory=dict)
-    """A value a logged step, each as long as ``steps``; not a number where there is none. ``seconds``: of training, so far."""
+    """METRICS at each logged step, shape of ``steps``, NaN where not measured; and ``seconds`` of training so far."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
-    """run.json"""
+    run_json: dict[str, Any] = field(default_factory=dict)
+    """Content of run.json."""
     startup: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     corpus: str = ""
-    sweep: Sweep | None = None
-    trial: Trial | None = None
-    """What the ledger of that sweep says of it."""
-    goal: Goal = LOSS
-    """What runs are compared by: the first goal of the sweep that they are all of, else held-out loss."""
+    """Fingerprint of the corpus."""
+    sweep: SweepRecord | None = None
+    trial: TrialRecord | None = None
+    """Its entry in the ledger of that sweep."""
+    goal: Goal = VAL_LOSS_GOAL
+    """The metric that runs are compared by: the first goal of their common sweep, else held-out loss."""
 
     @property
-    def label(self) -> str:
-        """Its name in a legend: of a trial its number and values, as many as there is room for."""
+    def legend_label(self) -> str:
+        """Name in a legend; for a trial its number and its values, cut at LEGEND_WIDTH."""
         if not self.trial or not self.trial.params:
             return self.name
         text = f"{self.folder.name}: {', '.join(map(str, self.trial.params.values()))}"
-        return text if len(text) <= LEGEND else text[: LEGEND - 3] + "..."
+        return text if len(text) <= LEGEND_WIDTH else text[: LEGEND_WIDTH - 3] + "..."
 
     @property
     def val_loss(self) -> float | None:
-        """Held-out nats per token of all the held-out text, of a finished run; else the last one measured."""
-        found = number(self.summary.get("val_loss"))
-        if found is None and len(self.steps):
+        """Held-out loss in nats per token: over all held-out text if the run is finished, else the last measured."""
+        val_loss = finite_number(self.summary.get("val_loss"))
+        if val_loss is None and len(self.steps):
             measured = self.columns["val_loss"][~np.isnan(self.columns["val_loss"])]
-            found = float(measured[-1]) if len(measured) else None
-        return found
+            val_loss = float(measured[-1]) if len(measured) else None
+        return val_loss
 
     @property
     def tokens(self) -> float | None:
-        """Tokens trained on."""
-        found = number(self.summary.get("tokens"))
-        return found if found is not None or not len(self.steps) else number(self.columns["tokens"][-1])
+        """Number of tokens trained on."""
+        tokens = finite_number(self.summary.get("tokens"))
+        return tokens if tokens is not None or not len(self.steps) else finite_number(self.columns["tokens"][-1])
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Wall time of all starts by its cause, as far as the run tells."""
-        for found in (self.summary.get("time_by_cause"), self.kept.get("seconds")):
-            if isinstance(found, dict):
-                return {str(cause): v for cause, value in found.items() if (v := number(value)) is not None and v > 0}
+        """Seconds of wall time of all starts by cause, as far as the run records them."""
+        for by_cause in (self.summary.get("time_by_cause"), self.run_json.get("seconds")):
+            if isinstance(by_cause, dict):
+                return {
+                    str(cause): v
+                    for cause, value in by_cause.items()
+                    if (v := finite_number(value)) is not None and v > 0
+                }
         return {}
 
     @property
     def wall_s(self) -> float | None:
-        """Of all starts."""
-        return number(self.summary.get("wall_s")) or sum(self.seconds.values()) or None
+        """Seconds of wall time of all starts."""
+        return finite_number(self.summary.get("wall_s")) or sum(self.seconds.values()) or None
 
     @property
     def goodput(self) -> float | None:
-        """Share of that time that went into steps that count."""
-        found = number(self.summary.get("goodput"))
-        return (
-            found
-            if found is not None or not self.seconds
-            else self.seconds.get("train", 0.0) / sum(self.seconds.values())
-        )
+        """Share of the wall time spent on steps that count."""
+        goodput = finite_number(self.summary.get("goodput"))
+        if goodput is None and self.seconds:
+            return self.seconds.get("train", 0.0) / sum(self.seconds.values())
+        return goodput
 
     @property
     def score(self) -> float | None:
-        """What it is compared by, as far as it has come."""
-        return self.measured(self.goal)
+        """The newest value of ``goal``."""
+        return self.goal_value(self.goal)
 
     @property
     def goals(self) -> tuple[Goal, ...]:
-        """All of its sweep's, where that is what it is compared by."""
+        """All goals of its sweep if it is compared by the sweep's first goal, else ``goal`` alone."""
         return self.sweep.goals if self.sweep and self.sweep.goals[0] == self.goal else (self.goal,)
 
-    def measured(self, goal: Goal) -> float | None:
-        """Its value of a goal."""
+    def goal_value(self, goal: Goal) -> float | None:
+        """The value of a goal's metric, or None if not measured."""
         if goal.metric == "val_loss":
             return self.val_loss
         if self.sweep and self.trial and goal in self.sweep.goals[: len(self.trial.values)]:
             return self.trial.values[self.sweep.goals.index(goal)]
-        return number(self.summary.get(goal.metric))
+        return finite_number(self.summary.get(goal.metric))
 
-    def value(self, key: str) -> Any:
-        """Of its configuration; or a group, such as model, that its sweep chose it by. None where it has no such key."""
+    def config_value(self, key: str) -> Any:
+        """A key's value in the configuration, or the choice of a group (such as model) by the sweep, else None."""
         return self.config.get(key, self.trial.params.get(key) if self.trial else None)
 
+    def config_values(self, keys: Sequence[str]) -> list[Any]:
+        """The values of several keys, as ``config_value`` has them."""
+        return [self.config_value(key) for key in keys]
 
-def find(places: list[Path]) -> list[Path]:
-    """The run folders that ``places`` are or hold, two levels deep; a place that is neither is returned itself."""
-    found: list[Path] = []
-    for place in places:
-        inner = (
-            [] if _is_run(place) else [p for pattern in ("*", "*/*") for p in sorted(place.glob(pattern)) if p.is_dir()]
-        )
+
+def find_run_folders(paths: list[Path]) -> list[Path]:
+    """The run folders among ``paths`` and two levels below them; a path without any is returned itself."""
+    folders: list[Path] = []
+    for path in paths:
+        below = [] if _is_run(path) else [*sorted(path.glob("*")), *sorted(path.glob("*/*"))]
+        inner = [p for p in below if p.is_dir()]
         runs = [p for p in inner if _is_run(p)]
-        empty = [p for p in inner if p.parent == place and not any(p in (r, *r.parents) for r in runs)]
-        found += sorted(runs + empty, key=_natural) or [place]
-    return list(dict.fromkeys(found))
+        holding_runs = set(runs).union(*(run.parents for run in runs))
+        empty = [p for p in inner if p.parent == path and p not in holding_runs]
+        folders += sorted(runs + empty, key=_natural_order) or [path]
+    return list(dict.fromkeys(folders))
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """So that run2 comes before run10."""
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sort key that puts run2 before run10."""
     return [(int(part) if part.isdecimal() else -1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / mark).is_file() for mark in MARKS)
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
-def read_all(places: Sequence[Path], but: Path | None = None) -> list[Run]:
-    """The runs that ``places`` are or hold, but ``but``; with the trials of sweeps that ended before they had a folder."""
-    folders = [folder for folder in find(list(places)) if but is None or folder.resolve() != but.resolve()]
-    whole = list(dict.fromkeys(sweeps_in(list(places))))
-    sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *(folder.parent for folder in folders)])}
+def read_runs(paths: Sequence[Path], exclude: Path | None = None) -> list[RunRecord]:
+    """All runs in ``paths`` except ``exclude``, and trials of whole sweeps that ended before they had a folder."""
+    folders = find_run_folders(list(paths))
+    if exclude is not None:
+        folders = [folder for folder in folders if folder.resolve() != exclude.resolve()]
+    whole = list(dict.fromkeys(find_sweep_folders(list(paths))))
+    parents = [folder.parent for folder in folders]
+    sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *parents])}
     for sweep in filter(None, map(sweeps.get, whole)):
         ended = [
-            sweep.folder_of(number)
+            sweep.trial_folder(number)
             for number, trial in sweep.trials.items()
             if trial.state not in ("queued", "cut off")
         ]
         folders += [folder for folder in ended if not folder.exists()]
-    runs = [read(folder, sweeps.get(folder.parent)) for folder in folders if not (folder / LEDGER).is_file()]
-    goals = {run.sweep.goals[0] if run.sweep else LOSS for run in runs}
+    runs = [read_run(folder, sweeps.get(folder.parent)) for folder in folders if not (folder / LEDGER).is_file()]
+    goals = {run.sweep.goals[0] if run.sweep else VAL_LOSS_GOAL for run in runs}
     for run in runs:
-        run.goal = goals.copy().pop() if len(goals) == 1 else LOSS
+        run.goal = goals.copy().pop() if len(goals) == 1 else VAL_LOSS_GOAL
     return runs
 
 
-def sweeps_of(runs: Sequence[Run]) -> list[Sweep]:
-    """The sweeps that these runs are trials of."""
+def sweeps_of(runs: Sequence[RunRecord]) -> list[SweepRecord]:
+    """The sweeps that these runs are trials of, each once."""
     return list({id(run.sweep): run.sweep for run in runs if run.sweep}.values())
 
 
-def read(folder: Path, sweep: Sweep | None = None) -> Run:
-    """What ``folder`` tells, whatever is in it, and what the ledger of its ``sweep`` adds."""
-    run = Run(folder, folder.resolve().name)
-    if sweep and (trial := sweep.trial_in(folder)):
+def read_run(folder: Path, sweep: SweepRecord | None = None) -> RunRecord:
+    """The run in ``folder``, whatever it holds, with its state and notes completed from the ledger of its ``sweep``."""
+    run = RunRecord(folder, folder.resolve().name)
+    if sweep and (trial := sweep.trial_of_folder(folder)):
         run.sweep, run.trial, run.name = sweep, trial, f"{sweep.name}-{folder.name}"
     if folder.is_dir():
-        _files(run)
+        _read_files(run)
         run.state = _state(run)
     else:
         run.state = "missing"
         run.notes += [] if run.trial else ["there is no such folder"]
     if run.sweep and run.trial:
-        _judged(run, run.sweep, run.trial)
-    run.notes += _ends(folder) if run.state in ("stopped", "cut off") else []
+        _apply_ledger(run, run.sweep, run.trial)
+    run.notes += _rank_errors(folder) if run.state in ("stopped", "cut off") else []
     return run
 
 
-def _files(run: Run) -> None:
-    run.config = _config(run)
+def _read_files(run: RunRecord) -> None:
+    files = RunDir(run.folder)
+    run.config = _read_config(run)
     run.name = str(run.config.get("run.name") or run.name)
     for name in ("summary", "startup", "environment"):
-        setattr(run, name, json_object(run.folder / f"{name}.json", run.notes))
-    run.kept = json_object(RunDir(run.folder).starts, run.notes)
-    run.corpus = str(json_object(RunDir(run.folder).corpus, run.notes).get("fingerprint") or "")
-    _metrics(run)
-    run.samples = [s for s in json_lines(RunDir(run.folder).samples, run.notes) if isinstance(s.get("step"), int)]
-    if bad := json_lines(RunDir(run.folder).skipped, run.notes):
+        setattr(run, name, read_json_object(run.folder / f"{name}.json", run.notes))
+    run.run_json = read_json_object(files.starts, run.notes)
+    run.corpus = str(read_json_object(files.corpus, run.notes).get("fingerprint") or "")
+    _read_metrics(run)
+    run.samples = [s for s in read_json_lines(files.samples, run.notes) if isinstance(s.get("step"), int)]
+    if bad := read_json_lines(files.skipped, run.notes):
         run.notes.append(f"{plural(len(bad), 'step')} made again without rows that made its numbers bad")
 
 
-def _state(run: Run) -> str:
+def _state(run: RunRecord) -> str:
     files = RunDir(run.folder)
-    if held(files.lock, [files.starts, files.metrics]):
+    if is_locked(files.lock, [files.starts, files.metrics]):
         return "running"
-    patience = number(run.config.get("stop.patience")) or math.inf  # a run may also end since nothing gets better
-    if (number(run.summary.get("step")) or 0) >= (number(run.config.get("steps")) or 1) or (
-        0 < patience <= (number(run.summary.get("stale")) or 0)
+    patience = (
+        finite_number(run.config.get("stop.patience")) or math.inf
+    )  # a run may also end since nothing gets better
+    if (finite_number(run.summary.get("step")) or 0) >= (finite_number(run.config.get("steps")) or 1) or (
+        0 < patience <= (finite_number(run.summary.get("stale")) or 0)
     ):
         return "done"
     if len(run.steps):
@@ -222,31 +243,31 @@ def _state(run: Run) -> str:
     return "broken" if run.notes else "stopped" if run.config else "empty"
 
 
-def _judged(run: Run, sweep: Sweep, trial: Trial) -> None:
-    """What its ledger says goes before what its folder looks like; but for a run that has come to its end since."""
+def _apply_ledger(run: RunRecord, sweep: SweepRecord, trial: TrialRecord) -> None:
+    """Takes the state from the ledger, which outranks the look of the folder, unless the run has finished since."""
     if run.state == "done" and trial.state not in FINAL:
         trial.state = "done"
     if run.state not in ("running", "done"):
-        run.state, run.why = trial.state, sweep.ended_early(trial)
+        run.state, run.end_reason = trial.state, sweep.early_end_text(trial)
 
 
-def _ends(folder: Path) -> list[str]:
-    """How the ranks of the last start ended, where they could still say it."""
-    words = []
+def _rank_errors(folder: Path) -> list[str]:
+    """The last line of the error of each rank of the last start, as far as the ranks could write it."""
+    errors = []
     for file in sorted(RunDir(folder).logs.glob("*.end")):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             end = json.loads(file.read_text())
             if end.get("error"):
-                words.append(f"{file.stem}: {str(end['error']).strip().splitlines()[-1]}")
-    return words
+                errors.append(f"{file.stem}: {str(end['error']).strip().splitlines()[-1]}")
+    return errors
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _read_config(run: RunRecord) -> dict[str, Any]:
     file = RunDir(run.folder).config
     try:
         if not file.exists():
             return {}
-        if file.stat().st_size > MOST_BYTES:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("too large")
         tree = yaml.safe_load(file.read_text("utf-8"))
         if not isinstance(tree, dict):
@@ -254,7 +275,7 @@ def _config(run: Run) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for key, value in _leaves(tree):
             flat[key] = value
-            if len(flat) > MOST_VALUES:
+            if len(flat) > MAX_CONFIG_VALUES:
                 raise ValueError("too many values")
         return flat
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -267,28 +288,30 @@ def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            plain = value is None or isinstance(value, str | int | float)
-            yield (
-                f"{prefix}{key}",
-                value if plain else repr(value)[:MOST_VALUES] if not isinstance(value, list) else _listed(value),
-            )
+            yield f"{prefix}{key}", _leaf(value)
 
 
-def _listed(value: list[Any]) -> str:
-    """A list on one line; what lies inside it deeper is cut, not walked."""
+def _leaf(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return _list_text(value) if isinstance(value, list) else repr(value)[:MAX_CONFIG_VALUES]
+
+
+def _list_text(value: list[Any]) -> str:
+    """A list on one line; nested lists and mappings are not expanded."""
     return "[" + ", ".join("..." if isinstance(v, list | dict) else str(v) for v in value[:100]) + "]"
 
 
-def _metrics(run: Run) -> None:
+def _read_metrics(run: RunRecord) -> None:
     by_step = {
         r["step"]: r
-        for r in json_lines(RunDir(run.folder).metrics, run.notes)
+        for r in read_json_lines(RunDir(run.folder).metrics, run.notes)
         if type(r.get("step")) is int and 0 <= r["step"] < 1 << 53
     }
     run.steps = np.array(sorted(by_step), np.int64)
     rows = [by_step[step] for step in run.steps.tolist()]
-    for name in COLUMNS:
-        values = [number(row.get(name)) for row in rows]
+    for name in METRICS:
+        values = [finite_number(row.get(name)) for row in rows]
         run.columns[name] = np.array([math.nan if v is None else v for v in values], float)
     tokens, speed = run.columns["tokens"], run.columns["tokens_per_s"]
     spent = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, math.nan)

@@ -1,10 +1,11 @@
-"""A sweep's ledger as it is found: what was tried, and what became of it. Nothing in it is trusted and nothing raises.
+"""Reads a sweep's ledger: goals, trials, states. Its content is untrusted; nothing here raises.
 
 The ledger's form is that of ``cluster/sweep/ledger.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,162 +13,169 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from review.lenient_io import held, json_lines, number
+from review.lenient_io import finite_number, is_locked, read_json_lines
+from train.config import sweep_dir
+from train.config.sweep_dir import ENDED, LEDGER, LOCK
 from train.util.format import plural
 
-LEDGER, LOCK = "ledger.jsonl", "sweep.lock"
-FINAL = ("done", "pruned", "diverged")
-"""Ends that another start would not change."""
-STATES = (*FINAL, "failed", "stopped")
-"""Ends that a ledger knows."""
-MOST = 100_000
+MAX_TRIALS = 100_000
 """No sweep has more trials: a larger number is damage."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be as small, or as large, as possible."""
+    """A metric that runs are compared by, and whether lower or higher is better."""
 
     metric: str = "val_loss"
-    least: bool = True
+    minimize: bool = True
 
     @property
-    def words(self) -> str:
-        """How it is spoken of."""
+    def label(self) -> str:
+        """The metric's name in sentences."""
         return "held-out loss" if self.metric == "val_loss" else self.metric
 
     @property
     def unit(self) -> str:
-        """Of differences."""
+        """The unit of differences between scores."""
         return "nats per token" if self.metric == "val_loss" else self.metric
 
     @property
-    def title(self) -> str:
-        """Of an axis or a scale."""
-        return f"{self.words} ({self.unit})" if self.words != self.unit else self.words
+    def axis_title(self) -> str:
+        """The title of an axis or a color scale."""
+        return f"{self.label} ({self.unit})" if self.label != self.unit else self.label
 
 
-LOSS = Goal()
+VAL_LOSS_GOAL = Goal()
 
 
 @dataclass
-class Trial:
-    """What the ledger says of a trial."""
+class TrialRecord:
+    """A trial as the ledger records it."""
 
     params: dict[str, Any] = field(default_factory=dict)
-    """Its own choices: key, or group, and value."""
+    """Its own values: key (or group) -> value."""
     state: str = "queued"
-    """queued, cut off (it has started, and its driver ended before it did), or one of STATES."""
+    """queued, cut off (it has started, and its driver ended before it did), or one of sweep_dir.ENDED."""
     step: int = 0
     values: list[float] = field(default_factory=list)
-    """Of the goals."""
-    why: str = ""
+    """Of the goals, in their order."""
+    end_reason: str = ""
 
 
 @dataclass
-class Sweep:
-    """What a ledger tells."""
+class SweepRecord:
+    """A sweep as its ledger records it."""
 
     folder: Path
     name: str
     sampler: str = "grid"
     pruner: str = "none"
-    goals: tuple[Goal, ...] = (LOSS,)
+    goals: tuple[Goal, ...] = (VAL_LOSS_GOAL,)
     spaces: dict[str, str] = field(default_factory=dict)
-    """What each key was tried of, as it was typed."""
-    asked: int = 0
-    """Trials that it was begun with the wish for."""
-    trials: dict[int, Trial] = field(default_factory=dict)
+    """Search space of each key, as typed on the command line."""
+    trials_requested: int = 0
+    """Number of trials asked for when the sweep was started."""
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
     running: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
-    def keys(self) -> list[str]:
-        """What its trials differ in."""
-        return list(dict.fromkeys(key for trial in self.trials.values() for key in trial.params))
+    def varied_keys(self) -> list[str]:
+        """Keys that the trials set, in the order of their first use."""
+        return list(dict.fromkeys(itertools.chain.from_iterable(trial.params for trial in self.trials.values())))
 
-    def folder_of(self, trial: int) -> Path:
-        """The run's."""
-        return self.folder / f"{trial:03}"
+    def trial_folder(self, trial: int) -> Path:
+        """The run folder of a trial."""
+        return sweep_dir.trial_dir(self.folder, trial)
 
-    def trial_in(self, folder: Path) -> Trial | None:
-        """The trial whose run is in ``folder``."""
+    def trial_of_folder(self, folder: Path) -> TrialRecord | None:
+        """The trial whose run folder is ``folder``, or None."""
         return self.trials.get(int(folder.name)) if re.fullmatch(r"\d{3,6}", folder.name) else None
 
-    def ended_early(self, trial: Trial) -> str:
-        """Why it did not come to its last step, in a line; empty where it did."""
+    def early_end_text(self, trial: TrialRecord) -> str:
+        """One line on why the trial ended before its last step; empty if it did not."""
         if trial.state == "pruned":
-            seen = f" with {self.goals[0].metric} {trial.values[0]:.4g}" if trial.values else ""
-            return f"ended early by the {self.pruner} pruner at step {trial.step:,}{seen}"
+            score = f" with {self.goals[0].metric} {trial.values[0]:.4g}" if trial.values else ""
+            return f"ended early by the {self.pruner} pruner at step {trial.step:,}{score}"
         if trial.state == "cut off" and not self.running:
             return "its sweep was cut off; the same command goes on with it"
-        lines = trial.why.strip().splitlines() or [""]
+        lines = trial.end_reason.strip().splitlines() or [""]
         return lines[-1 if lines[0].startswith("Traceback") else 0][:400]
 
-    def words(self) -> str:
-        """How it stands, in a line or two."""
+    def status_text(self) -> str:
+        """Name, sampler, keys and the count of trials by state, and whether the sweep runs or can be continued."""
         states = Counter("running" if self.running and t.state == "cut off" else t.state for t in self.trials.values())
-        counts = ", ".join(f"{states[s]} {s}" for s in (*STATES, "running", "cut off", "queued") if states[s])
-        how = self.sampler + (f", {self.pruner} pruner" if self.pruner != "none" else "")
-        ended = sum(states[s] for s in STATES if s != "stopped")
-        begun = plural(max(self.asked, len(self.trials)), "trial")
-        found = f"Sweep {self.name} ({how}) of {', '.join(self.keys) or 'nothing yet'}: {begun}" + (
+        counts = ", ".join(f"{states[s]} {s}" for s in (*ENDED, "running", "cut off", "queued") if states[s])
+        method = self.sampler + (f", {self.pruner} pruner" if self.pruner != "none" else "")
+        ended = sum(states[s] for s in ENDED if s != "stopped")
+        total = plural(max(self.trials_requested, len(self.trials)), "trial")
+        text = f"Sweep {self.name} ({method}) of {', '.join(self.varied_keys) or 'nothing yet'}: {total}" + (
             f": {counts}." if counts else "."
         )
         if self.running:
-            return f"{found} It is running."
-        if ended < max(self.asked, len(self.trials)):
-            return f"{found} It has not come to its end: the same command goes on."
-        return found + (" The same command tries again what failed." if states["failed"] else "")
+            return f"{text} It is running."
+        if ended < max(self.trials_requested, len(self.trials)):
+            return f"{text} It has not come to its end: the same command goes on."
+        return text + (" The same command tries again what failed." if states["failed"] else "")
 
 
-def read_sweep(folder: Path) -> Sweep | None:
-    """The sweep in ``folder``; None where it holds no ledger."""
+def read_sweep(folder: Path) -> SweepRecord | None:
+    """The sweep in ``folder``, or None if it holds no ledger."""
     if not (folder / LEDGER).is_file():
         return None
-    sweep = Sweep(folder, folder.resolve().name)
-    for record in json_lines(folder / LEDGER, sweep.notes):
+    sweep = SweepRecord(folder, folder.resolve().name)
+    for record in read_json_lines(folder / LEDGER, sweep.notes):
         match record.get("event"):
             case "sweep":
-                _begin(sweep, record)
+                _read_head(sweep, record)
             case "trial" | "start" | "end" as event:
-                _take(sweep, event, record)
-    sweep.running = held(folder / LOCK, [folder / LEDGER])
+                _read_trial_event(sweep, event, record)
+    sweep.running = is_locked(folder / LOCK, [folder / LEDGER])
     return sweep
 
 
-def _begin(sweep: Sweep, record: dict[str, Any]) -> None:
+def _read_head(sweep: SweepRecord, record: dict[str, Any]) -> None:
     settings = _dict(record.get("sweep"))
     sweep.name = str(settings.get("name") or sweep.name)
     sweep.sampler, sweep.pruner = (
         str(settings.get(key) or was) for key, was in (("sampler", "grid"), ("pruner", "none"))
     )
     sweep.spaces = {key: str(text) for key, text in _dict(record.get("axes")).items()}
-    metrics, ways = (v if isinstance(v, list) else [v] for v in (settings.get("metric"), settings.get("direction")))
-    ways = ways * len(metrics) if len(ways) == 1 else ways
+    metrics, directions = (
+        v if isinstance(v, list) else [v] for v in (settings.get("metric"), settings.get("direction"))
+    )
+    directions = directions * len(metrics) if len(directions) == 1 else directions
     goals = [
-        Goal(metric, way != "maximize") for metric, way in zip(metrics, ways, strict=False) if isinstance(metric, str)
+        Goal(metric, direction != "maximize")
+        for metric, direction in zip(metrics, directions, strict=False)
+        if isinstance(metric, str)
     ]
     sweep.goals = tuple(goals) or sweep.goals
     grid = record.get("grid")
-    for i, params in enumerate(grid[:MOST] if isinstance(grid, list) else []):
-        sweep.trials[i] = Trial(_params(params))
-    sweep.asked = len(sweep.trials) if isinstance(grid, list) else _whole(settings.get("trials"))
+    for i, params in enumerate(grid[:MAX_TRIALS] if isinstance(grid, list) else []):
+        sweep.trials[i] = TrialRecord(_params(params))
+    sweep.trials_requested = len(sweep.trials) if isinstance(grid, list) else _whole(settings.get("trials"))
 
 
-def _take(sweep: Sweep, event: str, record: dict[str, Any]) -> None:
-    place = record.get("trial")
-    if type(place) is not int or not 0 <= place < MOST:
+def _read_trial_event(sweep: SweepRecord, event: str, record: dict[str, Any]) -> None:
+    number = record.get("trial")
+    if type(number) is not int or not 0 <= number < MAX_TRIALS:
         return
-    trial = sweep.trials.setdefault(place, Trial())
+    trial = sweep.trials.setdefault(number, TrialRecord())
     if event == "trial":
         trial.params = _params(record.get("params"))
     elif event == "start":
         trial.state = "cut off"
-    elif record.get("state") in STATES:
-        trial.state, trial.step, trial.why = record["state"], _whole(record.get("step")), str(record.get("why") or "")
+    elif record.get("state") in ENDED:
+        trial.state, trial.step, trial.end_reason = (
+            record["state"],
+            _whole(record.get("step")),
+            str(record.get("why") or ""),
+        )
         values = record.get("values")
-        trial.values = [v for value in (values if isinstance(values, list) else []) if (v := number(value)) is not None]
+        trial.values = [
+            v for value in (values if isinstance(values, list) else []) if (v := finite_number(value)) is not None
+        ]
 
 
 def _whole(value: Any) -> int:
@@ -183,16 +191,16 @@ def _params(value: Any) -> dict[str, Any]:
 
 
 def _typed(text: str) -> Any:
-    """A value from its text on the command line."""
+    """The number or string that a command-line value stands for."""
     for kind in (int, float):
         try:
-            return kind(text) if number(kind(text)) is not None else text
+            return kind(text) if finite_number(kind(text)) is not None else text
         except ValueError:
             continue
     return text
 
 
-def sweeps_in(places: list[Path]) -> Iterator[Path]:
-    """The folders of sweeps that ``places`` are or hold."""
-    for place in places:
-        yield from (folder for folder in (place, *sorted(place.glob("*"))) if (folder / LEDGER).is_file())
+def find_sweep_folders(paths: list[Path]) -> Iterator[Path]:
+    """The sweep folders among ``paths`` and their direct subfolders."""
+    for path in paths:
+        yield from (folder for folder in (path, *sorted(path.glob("*"))) if (folder / LEDGER).is_file())

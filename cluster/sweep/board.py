@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.sweep.trial import ENDED, Trial, short
+from cluster.sweep.trial import Trial, short
+from train.config.sweep_dir import ENDED
 from train.events import FailureEvent
 from train.reporting import failure_block
 from train.util.format import PREPARING, duration, finite, plural

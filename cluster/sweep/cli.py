@@ -19,12 +19,12 @@ from cluster.sweep.scheduler import Chooser, SweepScheduler
 from cluster.sweep.slot_pool import FindCorpus, SweepResources
 from train.config import load as configuration
 from train.config import sweep_space
+from train.config.sweep_dir import LOCK, RESULTS
 from train.config.sweep_space import Sweeping
 from train.errors import ExitCode
 from train.util.format import plural
 from train.util.io import FileLock, write_whole
 
-LOCK, RESULTS = "sweep.lock", "results.csv"
 BAD = ("failed", "diverged")
 
 

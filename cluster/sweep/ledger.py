@@ -18,18 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.config.sweep_dir import LEDGER
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
 from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
 from train.util.io import append_line, read_records
 from train.util.redact import redact_tree
 
-FILE = "ledger.jsonl"
 FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
 MAY_CHANGE = ("cluster.", "tracking.", "log_every", "keep_", *FREE)
 """What another start of the same sweep may have otherwise."""
-FINAL = ("done", "pruned", "diverged")
-"""Ends that another start would not change."""
 
 
 @dataclass
@@ -51,7 +49,7 @@ class SweepLedger:
 
     def __init__(self, folder: Path, sweep: Sweeping, grid: Sequence[Params] | None) -> None:
         """Reads it, where it is begun; UserError, in words, where it is another sweep's."""
-        self.file = folder / FILE
+        self.file = folder / LEDGER
         self.trials: dict[int, TrialRecord] = {}
         """As it was when it was opened."""
         records = read_records(self.file)

@@ -20,10 +20,11 @@ from cluster.supervision import slots
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
-from cluster.sweep.ledger import FINAL, SweepLedger, TrialRecord
+from cluster.sweep.ledger import SweepLedger, TrialRecord
 from cluster.sweep.slot_pool import SlotPool, SweepResources
-from cluster.sweep.trial import ENDED, Shared, Trial, TrialJob, best, final, from_outside, history
+from cluster.sweep.trial import Shared, Trial, TrialJob, best, final, from_outside, history
 from train.config import load as configuration
+from train.config.sweep_dir import ENDED, FINAL
 from train.config.sweep_space import Params, Sweeping
 from train.errors import UserError
 from train.run_dir import resume

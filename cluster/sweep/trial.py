@@ -18,6 +18,7 @@ from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
+from train.config.sweep_dir import pareto_front
 from train.config.sweep_space import Params
 from train.errors import UserError
 from train.events import JobEndedEvent
@@ -27,7 +28,6 @@ from train.util.run_layout import RunDir
 Event = dict[str, Any]
 SHORT = 8
 """Characters of a number that are shown as they are."""
-ENDED = ("done", "pruned", "diverged", "failed", "stopped")
 
 
 @dataclass
@@ -176,9 +176,4 @@ def best(trials: Sequence[Trial], directions: Sequence[str]) -> list[Trial]:
     }
     if len(directions) == 1 and points:
         return [trials[min(points, key=lambda number: points[number])]]
-    return [trials[n] for n, mine in points.items() if not any(_beats(other, mine) for other in points.values())]
-
-
-def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether ``a`` is nowhere worse than ``b`` and somewhere better; less is better."""
-    return all(x <= y for x, y in zip(a, b, strict=True)) and list(a) != list(b)
+    return [trials[number] for number in pareto_front(points)]

@@ -1,7 +1,8 @@
-"""The page of a review: one HTML file that needs nothing else, no server and no network.
+"""Builds the HTML page of a review: one file that needs no server and no network.
 
-All that comes from a run lies in it as JSON that cannot end its element, and the page's script makes text of it, never markup. The
-page's own policy (CSP) lets only its two scripts run, known by their hashes: markup that got in all the same could do nothing.
+Everything that comes from a run is embedded as JSON that cannot close its script element, and the page's script
+inserts it as text, never as markup. The page's Content Security Policy allows only its two scripts, by their hashes,
+so that markup which got in all the same could run nothing.
 """
 
 from __future__ import annotations
@@ -21,28 +22,28 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from review.colors import FEW, SCALE, blend, colours, focus, rank, span
-from review.downsample import keep, smooth
-from review.html.parallel_axes import axes_of, place
-from review.importance import LEAST_RUNS, Importances
-from review.lenient_io import number, relative
-from review.run_differences import best, differing, verdict, warnings
-from review.run_reader import Floats, Run, sweeps_of
-from review.scaling.study import Study, report
-from review.search_history import search
-from review.wall_time import shares
+from review.colors import MAX_DISTINCT, SCALE, line_styles, loss_axis_range, scale_color, scale_position, score_range
+from review.downsample import extreme_indices, moving_average
+from review.html.parallel_axes import axis_position, parallel_coordinates
+from review.importance import MIN_RUNS, ImportanceReport
+from review.lenient_io import display_path, finite_number
+from review.run_differences import best_runs, comparability_warnings, differing_keys, verdict
+from review.run_reader import Floats, RunRecord, sweeps_of
+from review.scaling.study import ScalingStudy, report_lines
+from review.search_history import search_history
+from review.wall_time import time_shares
 
 HERE = Path(__file__).resolve().parent
-POINTS, LEAST_POINTS = 90_000, 200
-"""Points of all curves together; of each one at least."""
-SAMPLES = 1_500_000
-"""Characters of samples, of all runs together."""
-FACTS = ("bits_per_byte", "step", "params", "starts")
-"""Of the summary; what else the table holds is worked out."""
+MAX_POINTS, MIN_POINTS = 90_000, 200
+"""Points of all curves together, and of each curve at least."""
+MAX_SAMPLE_CHARS = 1_500_000
+"""Characters of the samples of all runs together."""
+SUMMARY_KEYS = ("bits_per_byte", "step", "params", "starts")
+"""Columns of the table taken from the summary as they are; the others are computed."""
 
 
-def render(runs: Sequence[Run], found: Importances | None, study: Study | None) -> str:
-    """The whole page."""
+def render_page(runs: Sequence[RunRecord], importances: ImportanceReport | None, study: ScalingStudy | None) -> str:
+    """The complete HTML text of the page."""
     plotly, script = get_plotlyjs(), (HERE / "page.js").read_text("utf-8")
     text = {
         "hashes": " ".join(
@@ -52,116 +53,122 @@ def render(runs: Sequence[Run], found: Importances | None, study: Study | None) 
         "style": (HERE / "page.css").read_text("utf-8"),
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "verdict": html.escape(verdict(runs)),
-        "sweeps": "".join(f"<p>{html.escape(sweep.words())}</p>" for sweep in sweeps_of(runs)),
-        "warnings": "".join(f'<p class="warn">{html.escape(line)}</p>' for line in warnings(runs)),
-        "importance": html.escape(explain(found, runs)),
-        "goal": html.escape(runs[0].goal.words),
-        "data": embed(content(runs, found, study)),
+        "sweeps": "".join(f"<p>{html.escape(sweep.status_text())}</p>" for sweep in sweeps_of(runs)),
+        "warnings": "".join(f'<p class="warn">{html.escape(line)}</p>' for line in comparability_warnings(runs)),
+        "importance": html.escape(explain_importance(importances, runs)),
+        "goal": html.escape(runs[0].goal.label),
+        "data": embed_json(page_data(runs, importances, study)),
         "plotly": plotly,
         "script": script,
     }
     return Template((HERE / "page.html").read_text("utf-8")).substitute(text)
 
 
-def content(runs: Sequence[Run], found: Importances | None, study: Study | None) -> dict[str, Any]:
-    """What the page's script shows."""
-    keys, front = differing(runs), {id(run) for run in best(runs)}
-    drawn = {id(run): f"r{i}" for i, run in enumerate(runs)}
-    looks = colours(runs)
-    budget = max(LEAST_POINTS, POINTS // max(len(runs), 1))
-    written = SAMPLES // max(len(runs), 1)
+def page_data(
+    runs: Sequence[RunRecord], importances: ImportanceReport | None, study: ScalingStudy | None
+) -> dict[str, Any]:
+    """The data that page.js shows, as JSON-like values; its keys are those that page.js reads."""
+    keys, front = differing_keys(runs), {id(run) for run in best_runs(runs)}
+    ids = {id(run): f"r{i}" for i, run in enumerate(runs)}
+    styles = line_styles(runs)
+    budget = max(MIN_POINTS, MAX_POINTS // max(len(runs), 1))
+    sample_chars = MAX_SAMPLE_CHARS // max(len(runs), 1)
     shown = [
-        {"id": f"r{i}", "colour": colour, "dash": dash, "best": id(run) in front}
+        {"id": f"r{i}", "colour": color, "dash": dash, "best": id(run) in front}
         | _run(run, keys, budget)
-        | {"samples": _samples(run, written)}
-        for i, (run, (colour, dash)) in enumerate(zip(runs, looks, strict=True))
+        | {"samples": _samples(run, sample_chars)}
+        for i, (run, (color, dash)) in enumerate(zip(runs, styles, strict=True))
     ]
     return {
         "runs": shown,
         "keys": keys,
         "goals": [
-            {"key": goal.metric, "least": goal.least, "title": goal.title, "unit": goal.unit} for goal in runs[0].goals
+            {"key": goal.metric, "least": goal.minimize, "title": goal.axis_title, "unit": goal.unit}
+            for goal in runs[0].goals
         ],
-        "few": len(runs) <= FEW,
+        "few": len(runs) <= MAX_DISTINCT,
         "scale": SCALE,
-        "range": span(runs),
-        "focus": focus(runs),
-        "search": _search(runs, drawn),
-        "parallel": _parallel(runs, drawn),
-        "importance": asdict(found) if found else None,
+        "range": score_range(runs),
+        "focus": loss_axis_range(runs),
+        "search": _search(runs, ids),
+        "parallel": _parallel(runs, ids),
+        "importance": asdict(importances) if importances else None,
         "scaling": _scaling(study) if study else None,
     }
 
 
-def embed(value: Any) -> str:
-    """JSON that stands inside a script element whatever strings it holds: no sign of markup is left in it."""
+def embed_json(value: Any) -> str:
+    """JSON that is safe inside a script element: &, < and > are escaped in all strings."""
     text = json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def explain(found: Importances | None, runs: Sequence[Run]) -> str:
-    """What the importances mean, and how far they can be trusted."""
-    if found is None:
+def explain_importance(importances: ImportanceReport | None, runs: Sequence[RunRecord]) -> str:
+    """The caption of the importance chart: its meaning, and how far it can be trusted."""
+    if importances is None:
         done = sum(run.state == "done" for run in runs)
-        return f"Needs {LEAST_RUNS} finished runs that differ in a key; {done} {'is' if done == 1 else 'are'} finished."
-    trust = "" if found.explained > 0.3 else " That is little: more runs are needed before this ranking means anything."
-    goal = runs[0].goal
+        return f"Needs {MIN_RUNS} finished runs that differ in a key; {done} {'is' if done == 1 else 'are'} finished."
+    trust, goal = "", runs[0].goal
+    if not importances.explained > 0.3:
+        trust = " That is little: more runs are needed before this ranking means anything."
     return (
-        f"A random forest predicts {goal.words} from the keys that differ. A bar says by how much its error ({goal.unit}) on runs "
-        "that it has not seen grows when that key is shuffled among them; the whisker is the middle 80 % of 20 draws of runs. Keys "
-        f"that were changed together share their importance. From {found.runs} finished runs; the forest explains "
-        f"{max(found.explained, 0):.0%} of the variance of unseen ones.{trust}"
+        f"A random forest predicts {goal.label} from the keys that differ. "
+        f"A bar says by how much its error ({goal.unit}) on runs that it has not seen grows "
+        "when that key is shuffled among them; "
+        "the whisker is the middle 80 % of 20 draws of runs. Keys "
+        f"that were changed together share their importance. From {importances.runs} finished runs; "
+        f"the forest explains {max(importances.explained, 0):.0%} of the variance of unseen ones.{trust}"
     )
 
 
-def _run(run: Run, keys: list[str], budget: int) -> dict[str, Any]:
-    facts: dict[str, Any] = {key: number(run.summary.get(key)) for key in FACTS}
+def _run(run: RunRecord, keys: list[str], budget: int) -> dict[str, Any]:
+    facts: dict[str, Any] = {key: finite_number(run.summary.get(key)) for key in SUMMARY_KEYS}
     facts |= {
         "val_loss": run.val_loss,
         "tokens": run.tokens,
-        "starts": number(run.kept.get("starts")) or facts["starts"],
+        "starts": finite_number(run.run_json.get("starts")) or facts["starts"],
     }
-    facts |= {"wall_s": run.wall_s, "goodput": run.goodput} | {goal.metric: run.measured(goal) for goal in run.goals}
+    facts |= {"wall_s": run.wall_s, "goodput": run.goodput} | {goal.metric: run.goal_value(goal) for goal in run.goals}
     if facts["step"] is None:
         facts["step"] = int(run.steps[-1]) if len(run.steps) else run.trial.step if run.trial else None
-    environment = {"folder": relative(run.folder), "corpus": run.corpus[:12] or None} | {
+    environment = {"folder": display_path(run.folder), "corpus": run.corpus[:12] or None} | {
         str(key): value if isinstance(value, str | int | float) else json.dumps(value)[:500]
         for key, value in run.environment.items()
     }
     return facts | {
         "name": run.name,
         "state": run.state,
-        "notes": "; ".join(filter(None, [run.why, *run.notes])),
-        "config": {key: run.value(key) for key in keys},
-        "shares": shares(run),
+        "notes": "; ".join(filter(None, [run.end_reason, *run.notes])),
+        "config": {key: run.config_value(key) for key in keys},
+        "shares": time_shares(run),
         "environment": environment,
         "curve": _curve(run, budget),
         "held": _held(run),
     }
 
 
-def _curve(run: Run, budget: int) -> dict[str, Any] | None:
+def _curve(run: RunRecord, budget: int) -> dict[str, Any] | None:
     if not len(run.steps):
         return None
     columns = run.columns
-    kept = keep([columns["loss"], columns["grad_norm"], columns["tokens_per_s"]], budget)
+    kept = extreme_indices([columns["loss"], columns["grad_norm"], columns["tokens_per_s"]], budget)
     values = {name: columns[name] for name in ("tokens", "seconds", "loss", "tokens_per_s", "grad_norm", "lr")}
-    values |= {f"loss_{percent}": smooth(columns["loss"], percent / 100) for percent in (1, 5)}
+    values |= {f"loss_{percent}": moving_average(columns["loss"], percent / 100) for percent in (1, 5)}
     return {"steps": run.steps[kept].tolist()} | {name: _short(value[kept]) for name, value in values.items()}
 
 
-def _held(run: Run) -> dict[str, Any]:
+def _held(run: RunRecord) -> dict[str, Any]:
     if not len(run.steps):
         return {"steps": []}
     measured = np.flatnonzero(np.isfinite(run.columns["val_loss"]))
-    kept = measured[keep([run.columns["val_loss"][measured]], LEAST_POINTS)]
+    kept = measured[extreme_indices([run.columns["val_loss"][measured]], MIN_POINTS)]
     return {"steps": run.steps[kept].tolist()} | {
         name: _short(run.columns[name][kept]) for name in ("tokens", "seconds", "val_loss")
     }
 
 
-def _samples(run: Run, most: int) -> list[dict[str, Any]]:
-    """The newest samples that fit, each cut at 2,000 characters."""
+def _samples(run: RunRecord, max_chars: int) -> list[dict[str, Any]]:
+    """The newest samples that fit into ``max_chars``, oldest first, each cut at 2,000 characters."""
     kept: list[dict[str, Any]] = []
     for sample in reversed(run.samples):
         cut = {
@@ -169,64 +176,75 @@ def _samples(run: Run, most: int) -> list[dict[str, Any]]:
             "prompt": str(sample.get("prompt", ""))[:500],
             "text": str(sample.get("text", ""))[:2000],
         }
-        most -= len(cut["prompt"]) + len(cut["text"])
-        if most < 0:
+        max_chars -= len(cut["prompt"]) + len(cut["text"])
+        if max_chars < 0:
             break
         kept.append(cut)
     return kept[::-1]
 
 
-def _search(runs: Sequence[Run], ids: dict[int, str]) -> dict[str, Any] | None:
-    found = search(runs)
-    if found is None:
+def _search(runs: Sequence[RunRecord], ids: dict[int, str]) -> dict[str, Any] | None:
+    history = search_history(runs)
+    if history is None:
         return None
     dots = [
-        {"id": ids[id(dot.run)], "name": dot.run.name, "score": dot.run.score, "why": dot.run.why}
-        | {key: getattr(dot, key) for key in ("number", "kind", "marker", "colour", "shown")}
-        for dot in found.dots
+        {
+            "id": ids[id(dot.run)],
+            "name": dot.run.name,
+            "score": dot.run.score,
+            "why": dot.run.end_reason,
+            "number": dot.number,
+            "kind": dot.kind,
+            "marker": dot.marker,
+            "colour": dot.color,
+            "shown": dot.shown,
+        }
+        for dot in history.dots
     ]
-    return {"dots": dots, "best": found.best, "range": found.range}
+    return {"dots": dots, "best": history.best, "range": history.range}
 
 
-def _parallel(runs: Sequence[Run], ids: dict[int, str]) -> dict[str, Any] | None:
-    found, scale = axes_of(runs), span(runs)
-    if found is None or scale is None:
+def _parallel(runs: Sequence[RunRecord], ids: dict[int, str]) -> dict[str, Any] | None:
+    parallel, scale = parallel_coordinates(runs), score_range(runs)
+    if parallel is None or scale is None:
         return None
     lines = [
         {
             "id": ids[id(run)],
             "name": run.name,
             "state": run.state,
-            "at": [place(axis, value) for axis, value in zip(found.axes, values, strict=False)],
+            "at": [axis_position(axis, value) for axis, value in zip(parallel.axes, values, strict=False)],
             "values": [f"{v:.5g}" if isinstance(v, float) else str(v) for v in values],
-            "colour": blend(rank(run.score or 0.0, scale)) if run.state == "done" else None,
+            "colour": scale_color(scale_position(run.score or 0.0, scale)) if run.state == "done" else None,
         }
-        for run, values in zip(found.runs, found.values, strict=True)
+        for run, values in zip(parallel.runs, parallel.values, strict=True)
     ]
-    return {
-        "axes": [{"key": axis.key, "ticks": axis.ticks} for axis in found.axes],
-        "lines": lines[::-1],
-    }  # the best on top
+    axes = [{"key": axis.key, "ticks": axis.ticks} for axis in parallel.axes]
+    return {"axes": axes, "lines": lines[::-1]}  # what is drawn last, the best, lies on top
 
 
-def _scaling(study: Study) -> dict[str, Any]:
-    sizes = []
-    numbers = sorted({p.n for p in study.fitted})
-    for i, n in enumerate(numbers):
+def _scaling(study: ScalingStudy) -> dict[str, Any]:
+    curves = []
+    sizes = sorted({p.n for p in study.fitted})
+    for i, n in enumerate(sizes):
         mine = [p for p in study.fitted if p.n == n]
         x = np.geomspace(mine[0].compute / 1.3, mine[-1].compute * 1.3, 40)
         curve = {"x": _short(x), "y": _short(study.law.loss(n, x / study.k / n))}
-        colour = blend(0.1 + 0.9 * i / max(len(numbers) - 1, 1))
-        points = {"x": [p.compute for p in mine], "y": [p.loss for p in mine], "names": [p.name for p in mine]}
-        sizes.append({"n": n, "colour": colour, "curve": curve} | points)
-    guesses = [asdict(guess) | {"x": study.k * guess.n * guess.d} for guess in (*study.held_out, study.further)]
-    compute = np.geomspace(min(p.compute for p in study.fitted) / 1.5, max(g["x"] for g in guesses) * 1.3, 60)
+        color = scale_color(0.1 + 0.9 * i / max(len(sizes) - 1, 1))
+        points: dict[str, Any] = {"x": [p.compute for p in mine]}
+        points["y"] = [p.loss for p in mine]
+        points["names"] = [p.name for p in mine]
+        curves.append({"n": n, "colour": color, "curve": curve} | points)
+    predictions = [asdict(p) | {"x": study.k * p.n * p.d} for p in (*study.held_out, study.next_size)]
+    lowest = min(p.compute for p in study.fitted)
+    highest = max(p["x"] for p in predictions)
+    compute = np.geomspace(lowest / 1.5, highest * 1.3, 60)
     frontier = {"x": _short(compute), "y": _short(study.law.loss(*study.law.frontier(compute, study.k)))}
-    return {"sizes": sizes, "guesses": guesses, "frontier": frontier, "report": report(study)}
+    return {"sizes": curves, "guesses": predictions, "frontier": frontier, "report": report_lines(study)}
 
 
 def _short(values: Floats) -> list[float | None]:
-    """Five digits are more than a chart can show."""
+    """Values rounded to five digits, more than a chart can show; None where not finite."""
     return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values.tolist()]
 
 

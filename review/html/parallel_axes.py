@@ -1,99 +1,99 @@
-"""Axes for parallel coordinates: where each value of a key stands between 0 and 1."""
+"""Parallel coordinates: an axis for each key that differs and each goal, positions from 0 to 1."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from review.lenient_io import number
-from review.run_differences import ASIDE, differing, ranked
-from review.run_reader import Run
-from review.sweep_reader import STATES
+from review.lenient_io import finite_number
+from review.run_differences import NOT_TRAINING, differing_keys, ranked_runs
+from review.run_reader import RunRecord
+from train.config.sweep_dir import ENDED
 
-MOST = 12
-"""Axes that fit beside each other."""
-NEAR = 0.045
-"""Ticks nearer to each other than this would overlap."""
+MAX_AXES = 12
+"""So many axes fit side by side."""
+MIN_TICK_GAP = 0.045
+"""Least distance of two ticks whose labels do not overlap."""
 
 
 @dataclass(frozen=True)
-class Axis:
-    """A key: its values are placed by number, by logarithm, or by name."""
+class ParallelAxis:
+    """The axis of one key: its scale, range and ticks."""
 
     key: str
     kind: str
-    """linear, log or name."""
+    """linear, log or name (one position for each name)."""
     low: float
     high: float
     names: tuple[str, ...]
+    """Of an axis of names, in alphabetical order."""
     ticks: tuple[tuple[float, str], ...]
+    """(position, label), from low to high."""
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """The axes, the last ones the goals; and the runs with their values on them."""
+class ParallelCoordinates:
+    """Axes of keys, then of goals, and the runs with their values on them."""
 
-    axes: list[Axis]
-    runs: list[Run]
-    """The finished ones, the best first; then trials that ended early."""
+    axes: list[ParallelAxis]
+    runs: list[RunRecord]
+    """Finished runs, best first, then trials that ended early."""
     values: list[list[Any]]
-    """On each axis; those of a trial that ended early stop before the goals, since none of its values compares."""
+    """A row for each run, a value for each axis. Rows of trials that ended early stop before the goals."""
 
 
-def axes_of(runs: Sequence[Run]) -> Parallel | None:
-    """None for fewer than two finished runs, or where nothing differs between them."""
-    order = [run for _, run in ranked(runs)]
-    early = [run for run in runs if run.trial and run.state in STATES and run.state != "done"]
-    keys = differing([*order, *early], ASIDE)[: MOST - 1]
+def parallel_coordinates(runs: Sequence[RunRecord]) -> ParallelCoordinates | None:
+    """The axes and lines of ``runs``; None for fewer than two finished runs, or if no key differs between them."""
+    order = [run for _, run in ranked_runs(runs)]
+    early = [run for run in runs if run.trial and run.state in ENDED and run.state != "done"]
+    keys = differing_keys([*order, *early], NOT_TRAINING)[: MAX_AXES - 1]
     if len(order) < 2 or not keys:
         return None
     goals = order[0].goals
-    values = [[run.value(key) for key in keys] for run in (*order, *early)]
+    values = [run.config_values(keys) for run in (*order, *early)]
     spaces = order[0].sweep.spaces if order[0].sweep else {}
-    axes = [axis(key, column, spaces.get(key, "")) for key, column in zip(keys, zip(*values, strict=True), strict=True)]
-    measured = [[run.measured(goal) for goal in goals] for run in order]
-    axes += [axis(goal.metric, column) for goal, column in zip(goals, zip(*measured, strict=True), strict=True)]
+    columns = zip(*values, strict=True)
+    axes = [build_axis(key, column, spaces.get(key, "")) for key, column in zip(keys, columns, strict=True)]
+    measured = [list(map(run.goal_value, goals)) for run in order]
+    columns = zip(*measured, strict=True)
+    axes += [build_axis(goal.metric, column) for goal, column in zip(goals, columns, strict=True)]
     measured += [[] for _ in early]
-    return Parallel(axes, [*order, *early], [own + more for own, more in zip(values, measured, strict=True)])
+    return ParallelCoordinates(axes, [*order, *early], [own + more for own, more in zip(values, measured, strict=True)])
 
 
-def axis(key: str, values: Sequence[Any], space: str = "") -> Axis:
-    """The axis for these values of a key: as its sweep has it where that says so, else logarithmic beyond a factor of 8."""
-    numbers = [n for value in values if (n := number(value)) is not None]
+def build_axis(key: str, values: Sequence[Any], space: str = "") -> ParallelAxis:
+    """The axis for a key's ``values``: log or linear as the sweep's ``space`` says, else log beyond a factor of 8."""
+    numbers = [n for value in values if (n := finite_number(value)) is not None]
     if len(numbers) == len(values):
         low, high = min(numbers), max(numbers)
-        log = (
-            "log" in tags[1]
-            if (tags := re.match(r"tag\(([^(]*),", space))
-            else "interval(" not in space and high > 8 * low
-        )
-        kind = "log" if low > 0 and log else "linear"
-        made = Axis(key, kind, low, high, (), ())
-        return Axis(
-            key, kind, low, high, (), _ticks([(place(made, mark), f"{mark:.4g}") for mark in _marks(made, numbers)])
-        )
-    names = tuple(sorted({str(value) for value in values}))
-    made = Axis(key, "name", 0, len(names) - 1, names, ())
-    return Axis(key, "name", 0, len(names) - 1, names, _ticks([(place(made, name), name[:24]) for name in names]))
+        tags = re.match(r"tag\(([^(]*),", space)
+        log = "log" in tags[1] if tags else "interval(" not in space and high > 8 * low
+        bare = ParallelAxis(key, "log" if low > 0 and log else "linear", low, high, (), ())
+        ticks = [(axis_position(bare, value), f"{value:.4g}") for value in _tick_values(bare, numbers)]
+    else:
+        names = tuple(sorted({str(value) for value in values}))
+        bare = ParallelAxis(key, "name", 0, len(names) - 1, names, ())
+        ticks = [(axis_position(bare, name), name[:24]) for name in names]
+    return replace(bare, ticks=_readable_ticks(ticks))
 
 
-def place(axis: Axis, value: Any) -> float:
-    """Between 0 and 1; the middle where all values are one."""
-    at = float(axis.names.index(str(value))) if axis.kind == "name" else number(value) or 0.0
+def axis_position(axis: ParallelAxis, value: Any) -> float:
+    """Position of a value on its axis, 0 to 1; 0.5 if the axis has one value only."""
+    at = float(axis.names.index(str(value))) if axis.kind == "name" else finite_number(value) or 0.0
     low, high = axis.low, axis.high
     if axis.kind == "log":
         at, low, high = math.log(at), math.log(low), math.log(high)
     return (at - low) / (high - low) if high > low else 0.5
 
 
-def _marks(axis: Axis, numbers: Sequence[float]) -> list[float]:
-    """The values themselves where they are few; else the ends, and between them round numbers."""
-    marks, low, high = sorted(set(numbers)), axis.low, axis.high
-    if len(marks) <= 6:
-        return marks
+def _tick_values(axis: ParallelAxis, numbers: Sequence[float]) -> list[float]:
+    """Tick values: the distinct ``numbers`` if there are at most six, else both ends and round numbers between."""
+    values, low, high = sorted(set(numbers)), axis.low, axis.high
+    if len(values) <= 6:
+        return values
     if axis.kind == "log" and high >= 100 * low:
         between = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
     elif axis.kind == "log":
@@ -105,10 +105,10 @@ def _marks(axis: Axis, numbers: Sequence[float]) -> list[float]:
     return sorted({low, high, *between})
 
 
-def _ticks(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
-    """Those that can be read beside each other: the ends, and from below what is far enough from those kept and from the last."""
+def _readable_ticks(ticks: Sequence[tuple[float, str]]) -> tuple[tuple[float, str], ...]:
+    """The ticks whose labels do not overlap: both ends, and each that is far enough from the last kept one."""
     kept: list[tuple[float, str]] = list(ticks[:1])
     for at, text in ticks[1:-1]:
-        if at - kept[-1][0] >= NEAR and ticks[-1][0] - at >= NEAR:
+        if at - kept[-1][0] >= MIN_TICK_GAP and ticks[-1][0] - at >= MIN_TICK_GAP:
             kept.append((at, text))
     return (*kept, *ticks[1:][-1:])

@@ -1,7 +1,7 @@
-"""The runs of a scaling study: which sizes, at which budgets of compute, for how many steps.
+"""Plans the runs of a scaling study: model sizes, compute budgets, and steps.
 
-Every budget is spent on several sizes, each trained for as long as the budget lasts (IsoFLOP; Hoffmann et al. 2022, approach 2),
-with a learning-rate schedule that ends with it. The largest size is no part of the fit: it is the one that is predicted.
+Every budget is spent on several sizes, each trained until the budget is used up (IsoFLOP; Hoffmann et al. 2022,
+approach 2), with a learning-rate schedule that ends there. The largest size is not part of the fit: it is predicted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from train.objectives import build_objective
 
 
 @dataclass(frozen=True)
-class Size:
-    """A decoder of the Llama kind."""
+class ModelSize:
+    """Shape of a Llama-like decoder."""
 
     width: int
     layers: int
@@ -28,33 +28,39 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes, smallest first, and FLOPs; the last size alone gets the last budget."""
+class IsoFlopPlan:
+    """Model sizes, smallest first, and budgets in FLOPs; only the last size gets the last budget."""
 
-    sizes: tuple[Size, ...]
+    sizes: tuple[ModelSize, ...]
     budgets: tuple[float, ...]
     lr: float
-    """Of a model that is 64 wide; others get lr * sqrt(64 / width)."""
+    """Learning rate at width 64; other widths get lr * sqrt(64 / width)."""
     vocab_size: int
-    """Of the tokenizer, so that cost is known before there is a corpus."""
+    """Of the tokenizer, so that the cost is known before there is a corpus."""
     overrides: tuple[str, ...]
 
 
-TINY = Plan(
-    sizes=(Size(24, 2, 2, 64), Size(32, 2, 2, 88), Size(48, 2, 4, 128), Size(64, 3, 4, 176), Size(96, 3, 4, 256)),
+TINY = IsoFlopPlan(
+    sizes=(
+        ModelSize(24, 2, 2, 64),
+        ModelSize(32, 2, 2, 88),
+        ModelSize(48, 2, 4, 128),
+        ModelSize(64, 3, 4, 176),
+        ModelSize(96, 3, 4, 256),
+    ),
     budgets=(2e11, 6e11, 1.8e12, 5.4e12),
     lr=4e-3,
     vocab_size=257,
     overrides=("experiment=scaling",),
 )
-"""Minutes on two cores: 22 thousand to 363 thousand parameters, bytes of the embedded corpus."""
-CLUSTER = Plan(
+"""Some minutes on two cores: 22 thousand to 363 thousand parameters, bytes of the embedded corpus."""
+CLUSTER = IsoFlopPlan(
     sizes=(
-        Size(512, 8, 8, 1408),
-        Size(768, 12, 12, 2048),
-        Size(1024, 16, 16, 2816),
-        Size(1536, 20, 24, 4096),
-        Size(2048, 24, 16, 5632),
+        ModelSize(512, 8, 8, 1408),
+        ModelSize(768, 12, 12, 2048),
+        ModelSize(1024, 16, 16, 2816),
+        ModelSize(1536, 20, 24, 4096),
+        ModelSize(2048, 24, 16, 5632),
     ),
     budgets=(1e18, 4e18, 1.6e19, 6.4e19),
     lr=6e-3,
@@ -77,42 +83,42 @@ PLANS = {"tiny": TINY, "cluster": CLUSTER}
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One run of a study."""
+class PlannedRun:
+    """One run of a scaling study: a size at a budget."""
 
     name: str
-    """Its width and its budget."""
+    """Of its width and its budget."""
     compute: float
-    """FLOPs."""
+    """Budget in FLOPs."""
     point: tuple[str, ...]
-    """What sets it apart from the others, as ``key=value``."""
+    """Its own overrides, as ``key=value``."""
 
 
-def trials(plan: Plan, overrides: Sequence[str] = ()) -> list[Trial]:
-    """Every size at every budget but the last, then the last size at the last one. The longest come first: where several run at
-    once, none is left to run alone at the end. ``overrides`` are for all of them.
+def planned_runs(plan: IsoFlopPlan, overrides: Sequence[str] = ()) -> list[PlannedRun]:
+    """Every size at every budget but the last, and the largest size at the last two; ``overrides`` apply to all.
 
-    Left out are runs of less than half a token or more than 170 tokens a parameter: they are far from any optimum, and the
-    longest ones would cost the most steps.
+    The longest come first, so that in parallel no long run is left alone at the end. Runs of less than half a token or
+    more than 170 tokens per parameter are left out: they are far from any optimum, and the longest would cost the most
+    steps.
     """
-    found = []
+    runs = []
     for size in plan.sizes:
         lr = plan.lr * (64 / size.width) ** 0.5
         model = [f"model.{key}={value}" for key, value in vars(size).items()] + [f"optimizer.lr={lr:.2g}"]
         config = configuration.load([*plan.overrides, *overrides, *model, "steps=1"])
-        params, flops_per_token = cost(config, plan.vocab_size)
+        params, flops_per_token = model_cost(config, plan.vocab_size)
         per_step = config.batch.global_ * config.batch.seq_len
         largest = size is plan.sizes[-1]
         for budget in plan.budgets[2:] if largest else plan.budgets[:-1]:
             steps = round(budget / flops_per_token / per_step)
             if 0.5 <= steps * per_step / params <= 170:
                 name = f"w{size.width}-{budget:.2g}".replace("+", "")
-                found.append(Trial(name, budget, (*model, f"steps={steps}")))
-    return sorted(found, key=lambda trial: -trial.compute)
+                runs.append(PlannedRun(name, budget, (*model, f"steps={steps}")))
+    return sorted(runs, key=lambda run: -run.compute)
 
 
-def cost(config: Config, vocab_size: int) -> tuple[int, float]:
-    """(parameters, FLOPs per token) of the model of a configuration, without making its weights."""
+def model_cost(config: Config, vocab_size: int) -> tuple[int, float]:
+    """(parameters, FLOPs per token) of a configuration's model, built on the meta device without weights."""
     with torch.device("meta"):
         objective: Any = build_objective(config, vocab_size)
     return sum(p.numel() for p in objective.parameters()), objective.flops_per_token(config.batch.seq_len)

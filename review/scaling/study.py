@@ -1,4 +1,4 @@
-"""A scaling study from run folders: the law of all but the largest size, and how well it foretold that one."""
+"""A scaling study from run folders: a law fitted to all but the largest size, which it predicts."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from review.run_reader import Run
-from review.scaling.isoflop_plan import cost
-from review.scaling.scaling_law import Floats, Law, bootstrap, fit, interval, parabolas
+from review.run_reader import RunRecord
+from review.scaling.isoflop_plan import model_cost
+from review.scaling.scaling_law import Floats, ScalingLaw, bootstrap_laws, central_interval, fit_law, isoflop_minima
 from train.config import load as configuration
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 from train.util.run_layout import RunDir
 
-LEAST_SIZES, LEAST_RUNS = 3, 7
-"""To fit five numbers."""
-LEAP = 3.0
-"""The next size is foretold for so many times the largest compute that was spent."""
+MIN_SIZES, MIN_FITTED_RUNS = 3, 7
+"""Distinct sizes (and distinct token counts), and runs, that a fit of five numbers needs."""
+NEXT_COMPUTE_FACTOR = 3.0
+"""The next size is predicted at so many times the largest compute of the runs."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """A finished run as the law sees it: parameters, tokens, FLOPs, held-out nats per token."""
+class StudyPoint:
+    """A finished run as the law sees it: parameters n, tokens d, FLOPs, held-out nats per token."""
 
     name: str
     n: int
@@ -35,8 +35,8 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """A loss that the law foretells, with the middle 80 % of its bootstrap; ``measured`` where the run was made."""
+class LossPrediction:
+    """A predicted loss with the middle 80 % of its bootstrap, and the ``measured`` one if there is a run."""
 
     name: str
     n: float
@@ -48,109 +48,114 @@ class Guess:
 
     @property
     def error(self) -> float | None:
-        """Of the prediction, as a share of the measurement."""
+        """Relative error of the prediction; None if not measured."""
         return None if self.measured is None else self.loss / self.measured - 1
 
 
 @dataclass(frozen=True)
-class Study:
-    """A law, what it rests on, and what it foretells."""
+class ScalingStudy:
+    """A fitted law, the runs it was fitted to, its uncertainty, and its predictions."""
 
-    fitted: tuple[Point, ...]
-    law: Law
-    draws: tuple[Law, ...]
+    fitted: tuple[StudyPoint, ...]
+    law: ScalingLaw
+    draws: tuple[ScalingLaw, ...]
+    """Bootstrap."""
     k: float
     """FLOPs per parameter and token: the median of the fitted runs."""
-    held_out: tuple[Guess, ...]
-    """The largest size, measured, and no part of the fit."""
-    further: Guess
-    """A size that is not trained yet, on the frontier."""
-    budgets: tuple[Floats, Floats, float | None]
-    """Approach 2: the budgets, the best N of each, the exponent."""
+    held_out: tuple[LossPrediction, ...]
+    """Runs of the largest size, measured but not fitted."""
+    next_size: LossPrediction
+    """A size on the frontier that is not trained yet."""
+    minima: tuple[Floats, Floats, float | None]
+    """IsoFLOP minima (approach 2): budgets, best N of each, exponent."""
 
-    def spread(self, name: str) -> tuple[float, float]:
-        """The middle 80 % of one of the law's numbers."""
-        return interval(np.array([getattr(law, name) for law in self.draws]))
+    def interval_of(self, name: str) -> tuple[float, float]:
+        """The middle 80 % of one of the law's numbers, such as alpha, over the bootstrap."""
+        return central_interval(np.array([getattr(law, name) for law in self.draws]))
 
 
-def points(runs: Sequence[Run]) -> list[Point]:
-    """The finished runs that can be measured: those whose model still builds."""
-    found = []
+def study_points(runs: Sequence[RunRecord]) -> list[StudyPoint]:
+    """The finished runs with a held-out loss whose model can still be built."""
+    points = []
     for run in runs:
         loss, tokens = run.val_loss, run.tokens
         if run.state != "done" or not loss or not tokens:
             continue
         with contextlib.suppress(UserError, RuntimeError, ValueError, ArithmeticError, OSError):
             config = configuration.read(RunDir(run.folder).config)
-            n, flops = cost(config, config.model.vocab_size or load_tokenizer(run.folder).vocab_size)
-            found.append(Point(run.name, n, int(tokens), flops * tokens, loss))
-    return found
+            n, flops = model_cost(config, config.model.vocab_size or load_tokenizer(run.folder).vocab_size)
+            points.append(StudyPoint(run.name, n, int(tokens), flops * tokens, loss))
+    return points
 
 
-def study(runs: Sequence[Run]) -> Study | None:
-    """The study that these runs make up: those of the corpus and sequence length that most have. None where they are no study.
+def fit_study(runs: Sequence[RunRecord]) -> ScalingStudy | None:
+    """Fits the law to the runs of the most common corpus and sequence length. None if they are too few or too alike.
 
-    Where the runs without the largest size suffice for a fit, that size is foretold and compared; else all are fitted.
+    If the runs without the largest size suffice for a fit, that size is predicted and compared; else all are fitted.
     """
-    alike: dict[tuple[str, str], list[Run]] = {}
+    alike: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
         if run.state == "done":
             alike.setdefault((run.corpus, str(run.config.get("batch.seq_len"))), []).append(run)
     candidates = max(alike.values(), key=len, default=[])
-    if len({run.summary.get("params") for run in candidates}) < LEAST_SIZES:
-        return None  # before torch is asked to build anything
-    known = sorted(points(candidates), key=lambda p: (p.n, p.compute))
-    if not _suffice(known):
+    if len({run.summary.get("params") for run in candidates}) < MIN_SIZES:
+        return None  # before any model is built
+    known = sorted(study_points(candidates), key=lambda p: (p.n, p.compute))
+    if not _can_fit(known):
         return None
     smaller = [p for p in known if p.n < known[-1].n]
-    used = smaller if _suffice(smaller) else known
-    n, d, compute, loss = (np.array([getattr(p, key) for p in used], float) for key in ("n", "d", "compute", "loss"))
+    used = smaller if _can_fit(smaller) else known
+    n, d, compute, loss = np.array([(p.n, p.d, p.compute, p.loss) for p in used], float).T.copy()
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        law = fit(n, d, loss)
-        draws = bootstrap(n, d, loss, law)
-        minima = parabolas(n, compute, loss)
+        law = fit_law(n, d, loss)
+        draws = bootstrap_laws(n, d, loss, law)
+        minima = isoflop_minima(n, compute, loss)
     k = float(np.median(compute / n / d))
-    held_out = tuple(_guess(law, draws, p.name, p.n, p.d, p.loss) for p in known if p not in used)
-    best_n, best_d = law.frontier(LEAP * max(p.compute for p in known), k)
-    further = _guess(law, draws, "next", float(best_n), float(best_d))
-    return Study(tuple(used), law, tuple(draws), k, held_out, further, minima)
+    held_out = tuple(_predict(law, draws, p.name, p.n, p.d, p.loss) for p in known if p not in used)
+    best_n, best_d = law.frontier(NEXT_COMPUTE_FACTOR * max(p.compute for p in known), k)
+    further = _predict(law, draws, "next", float(best_n), float(best_d))
+    return ScalingStudy(tuple(used), law, tuple(draws), k, held_out, further, minima)
 
 
-def report(found: Study) -> list[str]:
-    """The study in lines of plain text."""
-    law = found.law
+def report_lines(study: ScalingStudy) -> list[str]:
+    """The law, its uncertainty and its predictions, in lines of plain text."""
+    law = study.law
     names = ("E", "alpha", "beta")
-    spread = {name: "{:.3f} to {:.3f}".format(*found.spread(name)) for name in (*names, "exponent")}
-    minima = "" if found.budgets[2] is None else f"; by parabolas (approach 2) N ~ C^{found.budgets[2]:.3f}"
+    spread = {name: "{:.3f} to {:.3f}".format(*study.interval_of(name)) for name in (*names, "exponent")}
+    minima = "" if study.minima[2] is None else f"; by parabolas (approach 2) N ~ C^{study.minima[2]:.3f}"
     lines = [
-        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, from {len(found.fitted)} runs; "
-        "N counts all parameters, D tokens, L held-out nats per token",
+        f"L(N, D) = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f}, "
+        f"from {len(study.fitted)} runs; N counts all parameters, D tokens, L held-out nats per token",
         "middle 80 % of the bootstrap: " + ", ".join(f"{name} {spread[name]}" for name in names),
-        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}; C = {found.k:.2f} N D "
-        f"FLOPs{minima}",
+        f"compute-optimal: N ~ C^{law.exponent:.3f} ({spread['exponent']}), D ~ C^{1 - law.exponent:.3f}; "
+        f"C = {study.k:.2f} N D FLOPs{minima}",
     ]
-    for guess in found.held_out:
+    for prediction in study.held_out:
         lines.append(
-            f"{guess.name} (N = {guess.n:,.0f}, D = {guess.d:,.0f}; not fitted): foretold {guess.loss:.4f} "
-            f"({guess.low:.4f} to {guess.high:.4f}), measured {guess.measured:.4f}, off by {guess.error:+.2%}"
+            f"{prediction.name} (N = {prediction.n:,.0f}, D = {prediction.d:,.0f}; not fitted): "
+            f"foretold {prediction.loss:.4f} "
+            f"({prediction.low:.4f} to {prediction.high:.4f}), "
+            f"measured {prediction.measured:.4f}, off by {prediction.error:+.2%}"
         )
-    ahead = found.further
+    ahead = study.next_size
     lines.append(
-        f"next, at {LEAP:g} times the compute: N = {ahead.n:.3g}, D = {ahead.d:.3g}, foretold {ahead.loss:.4f} "
-        f"({ahead.low:.4f} to {ahead.high:.4f})"
+        f"next, at {NEXT_COMPUTE_FACTOR:g} times the compute: N = {ahead.n:.3g}, D = {ahead.d:.3g}, "
+        f"foretold {ahead.loss:.4f} ({ahead.low:.4f} to {ahead.high:.4f})"
     )
     return lines
 
 
-def _suffice(known: Sequence[Point]) -> bool:
+def _can_fit(known: Sequence[StudyPoint]) -> bool:
     return (
-        len(known) >= LEAST_RUNS
-        and len({p.n for p in known}) >= LEAST_SIZES
-        and len({p.d for p in known}) >= LEAST_SIZES
+        len(known) >= MIN_FITTED_RUNS
+        and len({p.n for p in known}) >= MIN_SIZES
+        and len({p.d for p in known}) >= MIN_SIZES
     )
 
 
-def _guess(law: Law, draws: Sequence[Law], name: str, n: float, d: float, measured: float | None = None) -> Guess:
-    low, high = interval(np.array([float(draw.loss(n, d)) for draw in draws]))
-    return Guess(name, n, d, float(law.loss(n, d)), low, high, measured)
+def _predict(
+    law: ScalingLaw, draws: Sequence[ScalingLaw], name: str, n: float, d: float, measured: float | None = None
+) -> LossPrediction:
+    low, high = central_interval(np.array([float(draw.loss(n, d)) for draw in draws]))
+    return LossPrediction(name, n, d, float(law.loss(n, d)), low, high, measured)

@@ -1,4 +1,4 @@
-"""The benches of the kernels and of a training step, whole, at the smallest size."""
+"""Benchmarks of the kernels and of a training step, run whole at their smallest size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import kernels as bench
 from bench.tools import goals, measure
@@ -17,9 +18,7 @@ from bench.tools.cases import BOTH, OPS, OURS, Size, documents
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_every_op_has_rows_beside_its_peers_and_what_they_were_measured_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_bench_kernels_has_rows_of_every_op_beside_its_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "rows.jsonl"
     assert (
         bench.main(["--quick", "--seconds", "0", "--minutes", "60", "--without", "torch.compile", "--out", str(out)])
@@ -38,13 +37,13 @@ def test_every_op_has_rows_beside_its_peers_and_what_they_were_measured_on(
         assert words in shown
 
 
-def test_an_op_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]):
+def test_bench_kernels_names_an_unknown_op(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         bench.main(["--ops", "rms_norm,atention"])
     assert "no op atention" in capsys.readouterr().err
 
 
-def test_what_fails_is_a_row_and_what_has_no_time_left_is_named():
+def test_take_turns_reports_a_failing_variant():
     def broken() -> None:
         raise RuntimeError("no room\nat all")
 
@@ -55,7 +54,7 @@ def test_what_fails_is_a_row_and_what_has_no_time_left_is_named():
     assert len(times["good"].device) == measure.MIN_ROUNDS
 
 
-def test_goals_are_ratios_of_the_rounds_of_one_run():
+def test_goals_are_ratios_within_the_rounds_of_one_run():
     about = {"op": "attention", "shape": "s", "mode": BOTH}
     rows = [
         {**about, "variant": OURS, "rounds": [1.0, 2.0, 3.0]},
@@ -67,10 +66,11 @@ def test_goals_are_ratios_of_the_rounds_of_one_run():
 def test_documents_fill_their_rows():
     ids, lengths = documents(2, 100, 10)
     assert sum(lengths) == ids.numel()
-    assert [n for row in ids for n in row.unique_consecutive(return_counts=True)[1].tolist()] == lengths
+    counts = [row.unique_consecutive(return_counts=True)[1] for row in ids]
+    assert torch.cat(counts).tolist() == lengths
 
 
-def test_a_step_is_timed_by_part(tmp_path: Path):
+def test_bench_mfu_times_a_step_by_part(tmp_path: Path):
     out = tmp_path / "rows.jsonl"
     small = ["model.layers=1", "model.width=32", "model.vocab_size=64", "batch.global=2", "batch.seq_len=16"]
     command = [sys.executable, "-m", "bench.mfu", "--steps", "2", "--models", "gpt_tiny", "--out", str(out), *small]

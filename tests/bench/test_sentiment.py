@@ -1,4 +1,4 @@
-"""The baselines of the sentiment table on text of which the answer is known, and the table itself."""
+"""Baselines of the sentiment benchmark on text with known answers, and its table."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     return Corpus(prepare(config.data, lambda event: None, config.objective))
 
 
-def test_the_baselines_on_reviews_that_a_word_decides(corpus: Corpus):
-    """Each is told by its words of praise or blame but the ten that come with both labels: half of those can be right."""
+def test_baselines_classify_reviews_that_one_word_decides(corpus: Corpus):
+    """Words of praise or blame decide every review but the ten with both labels, of which half can be right."""
     train, val, test = (baselines.documents(corpus, split, sentiment.CLASSES) for split in ("train", "val", "test"))
     assert len(train[0]) + len(val[0]) + len(test[0]) == 720
-    said = baselines.tfidf(train, val, test, 2)
+    regression = baselines.tfidf(train, val, test, 2)
     both = sum(text in fake_snownlp.BOTH for text in test[0])
-    assert said.test.sum() == len(test[0])
-    assert np.trace(said.test) == len(test[0]) - both // 2
+    assert regression.test.sum() == len(test[0])
+    assert np.trace(regression.test) == len(test[0]) - both // 2
     always = baselines.majority(train[1], test[1], 2)
     commonest = int(train[1].mean() > 0.5)
     assert metrics.accuracy(always) == pytest.approx((test[1] == commonest).mean())
@@ -42,7 +42,7 @@ def test_the_baselines_on_reviews_that_a_word_decides(corpus: Corpus):
 
 
 def rows(pretrained: int, regression: int) -> list[sentiment.Row]:
-    """Two seeds each, of which the second has one right answer less; of 100."""
+    """Rows with two seeds each, the second with one right answer less, of 100."""
 
     def row(name: str, right: int) -> sentiment.Row:
         tables = [np.array([[n // 2, 0], [100 - n, n - n // 2]]) for n in (right, right - 1)]
@@ -52,7 +52,7 @@ def rows(pretrained: int, regression: int) -> list[sentiment.Row]:
     return [row("TF-IDF, logistic regression", regression), *(row(name, right) for name, right in ours.items())]
 
 
-def test_one_table_shows_means_and_ranges_and_the_verdict_is_of_means():
+def test_sentiment_table_shows_ranges_and_verdict_uses_means():
     out = Console(file=io.StringIO(), width=200)
     out.print(sentiment.table_of(rows(90, 80)))
     line = next(line for line in out.file.getvalue().splitlines() if sentiment.PRETRAINED in line)

@@ -1,3 +1,5 @@
+"""Benchmark of a training step beside nanoGPT, run whole at its smallest size."""
+
 from __future__ import annotations
 
 import os
@@ -11,7 +13,7 @@ from bench.step import load_peer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What the measurement needs of the other side's model.py: its shape, a forward pass with its loss, an optimizer of its own.
+# A stand-in for nanoGPT's model.py: its configuration, a forward pass with a loss, and its optimizer.
 PEER = """
 from dataclasses import dataclass
 import torch
@@ -41,7 +43,7 @@ class GPT(torch.nn.Module):
 """
 
 
-def test_both_sides_take_their_steps_and_every_stage_has_a_row(tmp_path: Path):
+def test_bench_step_times_both_sides_with_a_row_for_each_stage(tmp_path: Path):
     (tmp_path / "model.py").write_text(PEER)
     few = ["--rounds", "2", "--steps", "2", "--threads", "1", "--stages", "0,2"]
     small = ["model.layers=1", "model.width=32", "log_every=2"]
@@ -53,6 +55,6 @@ def test_both_sides_take_their_steps_and_every_stage_has_a_row(tmp_path: Path):
         assert words in done.stdout
 
 
-def test_a_folder_that_is_not_nanogpt_is_named(tmp_path: Path):
+def test_bench_step_names_a_folder_that_is_not_nanogpt(tmp_path: Path):
     with pytest.raises(SystemExit, match=f"no model.py in {tmp_path}"):
         load_peer(tmp_path)

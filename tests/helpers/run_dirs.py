@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, written without training: for the tests of what reads them."""
+"""Writes run and sweep folders as training leaves them, without training: for tests of their readers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from train.config import load as configuration
 BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", "tracking=off"]))
 
 
-def write(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:
-    """A run that falls to ``loss``; ``changes``: keys of its configuration, with ``__`` for a dot."""
+def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:
+    """Writes a run whose loss falls to ``loss``; ``changes`` are configuration keys with ``__`` for a dot."""
     tree = json.loads(json.dumps(BASE))
     tree["run"] = {"name": folder.name, "dir": str(folder)}
     tree["steps"] = lines * 10
@@ -53,8 +53,8 @@ def write(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = Tru
 
 
 def write_sweep(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> Path:
-    """A sweep as its driver leaves it. A trial: ``state``, ``params``, and of a finished one ``loss``; one that is queued, or has
-    ``gone``, has no folder.
+    """Writes a sweep as its driver leaves it. A trial has ``state``, ``params``, and ``loss`` if finished; one that is
+    queued, or has ``gone``, has no folder.
     """
     about = {
         "name": folder.name,
@@ -78,7 +78,7 @@ def write_sweep(folder: Path, trials: list[dict[str, Any]], **settings: Any) -> 
         lines = 50 if state == "done" else 10
         if not trial.get("gone"):
             changes = {key.replace(".", "__"): value for key, value in params.items() if "." in key}
-            write(
+            write_run(
                 folder / f"{i:03}",
                 loss,
                 lines,

@@ -1,4 +1,4 @@
-"""Offline W&B files, as ``wandb sync`` reads them."""
+"""Reads the records of offline W&B files, as ``wandb sync`` does."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 
 def records(file: Path) -> Iterator[Any]:
-    """The protobuf records of a file: a header of 7 bytes, then blocks of 32 KiB of LevelDB log records: crc (4), length (2),
-    type (1), content.
+    """The protobuf records of a file: a 7-byte header, then 32 KiB blocks of LevelDB log records: crc (4 bytes),
+    length (2), type (1), content.
     """
     from wandb.proto import wandb_internal_pb2
 

@@ -1,4 +1,4 @@
-"""What is said of several runs: differences, verdict, importance; and curves made short."""
+"""Comparison of runs: differing keys, verdict, noise, importance, axes; thinning of curves; the comment."""
 
 from __future__ import annotations
 
@@ -13,104 +13,108 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from review import markdown
-from review.downsample import keep, smooth
-from review.html.parallel_axes import axes_of, place
-from review.importance import importances
-from review.run_differences import differing, noise, verdict, warnings
-from review.run_reader import Run, read
-from review.wall_time import shares
+from review.downsample import extreme_indices, moving_average
+from review.html.parallel_axes import axis_position, parallel_coordinates
+from review.importance import key_importances
+from review.run_differences import comparability_warnings, differing_keys, seed_noise, verdict
+from review.run_reader import RunRecord, read_run
+from review.wall_time import time_shares
 
 
-def made(tmp_path: Path, *runs: dict) -> list[Run]:
-    return [read(run_dirs.write(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)]
+def write_and_read(tmp_path: Path, *runs: dict) -> list[RunRecord]:
+    return [read_run(run_dirs.write_run(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)]
 
 
-def test_only_keys_that_differ_are_columns_and_names_are_none(tmp_path: Path):
-    runs = made(tmp_path, {"optimizer__lr": 1e-3, "log_every": 5}, {"optimizer__lr": 2e-3})
-    assert differing(runs) == ["log_every", "optimizer.lr"]
-    found = axes_of(runs)
-    assert found is not None
-    assert [axis.key for axis in found.axes] == ["optimizer.lr", "val_loss"]  # how often it logs trains nothing
+def test_differing_keys_leave_out_names_and_logging(tmp_path: Path):
+    runs = write_and_read(tmp_path, {"optimizer__lr": 1e-3, "log_every": 5}, {"optimizer__lr": 2e-3})
+    assert differing_keys(runs) == ["log_every", "optimizer.lr"]
+    coordinates = parallel_coordinates(runs)
+    assert coordinates is not None
+    assert [axis.key for axis in coordinates.axes] == ["optimizer.lr", "val_loss"]  # how often it logs trains nothing
 
 
-def test_the_best_is_named_with_its_distance_and_what_seeds_make_of_it(tmp_path: Path):
-    unsure = made(tmp_path / "a", {"loss": 3.0, "optimizer__lr": 1e-3}, {"loss": 3.1, "optimizer__lr": 2e-3})
+def test_verdict_names_the_best_with_its_distance_and_seed_noise(tmp_path: Path):
+    unsure = write_and_read(tmp_path / "a", {"loss": 3.0, "optimizer__lr": 1e-3}, {"loss": 3.1, "optimizer__lr": 2e-3})
     assert "Best: run0, held-out loss 3.0000, 0.1000 nats per token (3.23%) below run1" in verdict(unsure)
     assert "how much of that is noise is unknown" in verdict(unsure)
-    seeds = [{"loss": 3 + lr * 100 + s / 100, "optimizer__lr": lr, "seed": s} for lr in (1e-3, 2e-3) for s in (0, 1, 2)]
-    sure = made(tmp_path / "b", *seeds)
-    assert noise(sure) == (pytest.approx(0.01), 4)
+    pairs = itertools.product((1e-3, 2e-3), (0, 1, 2))
+    seeds = [{"loss": 3 + lr * 100 + s / 100, "optimizer__lr": lr, "seed": s} for lr, s in pairs]
+    sure = write_and_read(tmp_path / "b", *seeds)
+    assert seed_noise(sure) == (pytest.approx(0.01), 4)
     assert "more than noise" in verdict(sure)
     near = [{**run, "loss": run["loss"] - (0.095 if run["optimizer__lr"] > 1e-3 else 0)} for run in seeds]
-    assert "within noise" in verdict(made(tmp_path / "c", *near))
+    assert "within noise" in verdict(write_and_read(tmp_path / "c", *near))
 
 
-def test_runs_of_different_corpora_get_a_warning_and_no_verdict(tmp_path: Path):
-    runs = made(tmp_path, {"loss": 3.0}, {"loss": 2.0, "seed": 1})
+def test_verdict_is_refused_with_a_warning_for_different_corpora(tmp_path: Path):
+    runs = write_and_read(tmp_path, {"loss": 3.0}, {"loss": 2.0, "seed": 1})
     runs[1].corpus = "another"
-    assert "not comparable" in warnings(runs)[0]
+    assert "not comparable" in comparability_warnings(runs)[0]
     assert verdict(runs).startswith("No verdict")
 
 
-def test_losses_of_different_tasks_get_a_warning_and_no_verdict(tmp_path: Path):
+def test_verdict_is_refused_with_a_warning_for_different_tasks(tmp_path: Path):
     words, spans = {"objective__name": "masked", "loss": 3.0}, {"objective__name": "seq2seq", "loss": 2.0}
-    assert verdict(made(tmp_path / "a", words, spans)).startswith("No verdict")
-    rates = made(tmp_path / "b", {**words, "objective__rate": 0.15}, {**words, "objective__rate": 0.3})
-    assert "different tasks" in warnings(rates)[0]
+    assert verdict(write_and_read(tmp_path / "a", words, spans)).startswith("No verdict")
+    rates = write_and_read(tmp_path / "b", {**words, "objective__rate": 0.15}, {**words, "objective__rate": 0.3})
+    assert "different tasks" in comparability_warnings(rates)[0]
     smoothed = {**words, "objective__label_smoothing": 0.1, "loss": 2.9}
-    assert verdict(made(tmp_path / "c", words, smoothed)).startswith("Best: run1"), "held-out losses are never smoothed"
+    assert verdict(write_and_read(tmp_path / "c", words, smoothed)).startswith("Best: run1"), (
+        "held-out losses are never smoothed"
+    )
 
 
-def test_an_unfinished_run_never_wins(tmp_path: Path):
-    runs = made(tmp_path, {"loss": 3.0}, {"loss": 2.0, "finished": False})
+def test_verdict_ignores_an_unfinished_run(tmp_path: Path):
+    runs = write_and_read(tmp_path, {"loss": 3.0}, {"loss": 2.0, "finished": False})
     assert verdict(runs) == "One finished run: run0, held-out loss 3.0000."
     assert verdict(runs[1:]) == "No run is finished: there is nothing to compare yet."
 
 
-def test_the_key_that_matters_comes_first_and_one_that_does_not_is_near_zero(tmp_path: Path):
+def test_importance_ranks_the_key_that_matters_first_others_near_zero(tmp_path: Path):
     rng = np.random.default_rng(0)
-    rows = [(lr, int(rng.integers(0, 3)), seed) for seed in range(6) for lr in (1e-4, 3e-4, 1e-3, 3e-3)]
-    runs = made(
+    pairs = itertools.product(range(6), (1e-4, 3e-4, 1e-3, 3e-3))
+    rows = [(lr, int(rng.integers(0, 3)), seed) for seed, lr in pairs]
+    runs = write_and_read(
         tmp_path,
         *(
             {"loss": 3 + abs(np.log(lr / 1e-3)), "lines": 5, "optimizer__lr": lr, "schedule__warmup": w, "seed": s}
             for lr, w, s in rows
         ),
     )
-    found = importances(runs)
-    assert found is not None
-    assert [key.key for key in found.keys] == ["optimizer.lr", "schedule.warmup"]
-    first, second = found.keys
+    report = key_importances(runs)
+    assert report is not None
+    assert [key.key for key in report.keys] == ["optimizer.lr", "schedule.warmup"]
+    first, second = report.keys
     assert first.low > 0.3
     assert abs(second.mean) < 0.05
-    assert found.explained > 0.9
-    assert importances(runs[:7]) is None
+    assert report.explained > 0.9
+    assert key_importances(runs[:7]) is None
 
 
-def test_goodput_is_the_runs_own_word_by_cause_where_it_has_one(tmp_path: Path):
-    run = made(tmp_path, {})[0]
-    assert shares(run) == {"steps that count": 0.9, "all else": pytest.approx(0.1)}
+def test_time_shares_use_recorded_causes_else_goodput(tmp_path: Path):
+    run = write_and_read(tmp_path, {})[0]
+    assert time_shares(run) == {"steps that count": 0.9, "all else": pytest.approx(0.1)}
     run.summary["time_by_cause"] = {"train": 75.0, "restart": 25, "lost": 0.0, "odd": "x"}
-    assert shares(run) == {"train": 0.75, "restart": 0.25}
+    assert time_shares(run) == {"train": 0.75, "restart": 0.25}
 
 
-def test_places_on_an_axis(tmp_path: Path):
-    runs = made(
+def test_axis_positions_by_log_number_and_name(tmp_path: Path):
+    runs = write_and_read(
         tmp_path,
         *(
             {"optimizer__lr": lr, "zero__stage": s, "precision__name": p}
             for lr, s, p in ((1e-4, 0, "fp32"), (1e-3, 1, "bf16"), (1e-2, 2, "bf16"))
         ),
     )
-    found = axes_of(runs)
-    assert found is not None
-    kinds = {axis.key: axis for axis in found.axes}
+    coordinates = parallel_coordinates(runs)
+    assert coordinates is not None
+    kinds = {axis.key: axis for axis in coordinates.axes}
     assert {key: axis.kind for key, axis in kinds.items()} == {
         "optimizer.lr": "log", "zero.stage": "linear", "precision.name": "name", "val_loss": "linear"
     }  # fmt: skip
-    assert place(kinds["optimizer.lr"], 1e-3) == pytest.approx(0.5)
-    assert place(kinds["precision.name"], "fp32") == 1.0
-    assert place(kinds["val_loss"], 3.0) == 0.5  # all the same
+    assert axis_position(kinds["optimizer.lr"], 1e-3) == pytest.approx(0.5)
+    assert axis_position(kinds["precision.name"], "fp32") == 1.0
+    assert axis_position(kinds["val_loss"], 3.0) == 0.5  # all the same
 
 
 CURVES = arrays.arrays(float, st.integers(1, 400), elements=st.floats(-1e6, 1e6) | st.just(float("nan")))
@@ -118,8 +122,8 @@ CURVES = arrays.arrays(float, st.integers(1, 400), elements=st.floats(-1e6, 1e6)
 
 @settings(deadline=None)
 @given(CURVES, st.integers(4, 60))
-def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, most: int):
-    kept = keep([values], most)
+def test_extreme_indices_keep_extremes_and_both_ends(values: np.ndarray, most: int):
+    kept = extreme_indices([values], most)
     assert len(kept) <= max(most, 4) + 2
     assert {kept[0], kept[-1]} == {0, len(values) - 1}
     assert all(a < b for a, b in itertools.pairwise(kept))
@@ -130,20 +134,22 @@ def test_thinned_curves_keep_their_extremes_and_their_ends(values: np.ndarray, m
 
 @settings(deadline=None)
 @given(CURVES, st.floats(0, 0.5))
-def test_smoothing_is_the_mean_of_what_is_near(values: np.ndarray, share: float):
+def test_moving_average_equals_mean_of_finite_neighbours(values: np.ndarray, share: float):
     reach = int(len(values) * share / 2)
-    found = smooth(values, share)
+    averaged = moving_average(values, share)
     for i in range(len(values)):
         near = values[max(i - reach, 0) : i + reach + 1]
         near = near[np.isfinite(near)]
-        assert found[i] == pytest.approx(near.mean(), abs=1e-4) if len(near) else np.isnan(found[i])
+        assert averaged[i] == pytest.approx(near.mean(), abs=1e-4) if len(near) else np.isnan(averaged[i])
 
 
-def test_a_comment_is_one_table_whatever_the_names_are(tmp_path: Path):
+def test_comment_with_hostile_names_stays_one_table(tmp_path: Path):
     evil = "a|b `x` <img src=x onerror=alert(1)> @all\n| c | [d](http://e) ![i](http://e/f.png)"
-    runs = made(tmp_path, {"optimizer__lr": 1e-3, "tracking__tags": [evil]}, {"optimizer__lr": 2e-3, "finished": False})
+    runs = write_and_read(
+        tmp_path, {"optimizer__lr": 1e-3, "tracking__tags": [evil]}, {"optimizer__lr": 2e-3, "finished": False}
+    )
     runs[0].name = evil
-    text = markdown.render(runs, None, None)
+    text = markdown.render_comment(runs, None, None)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 4
     assert {line.count("|") for line in table} == {table[0].count("|")}

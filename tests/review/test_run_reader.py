@@ -1,4 +1,4 @@
-"""Folders as they are found: every state is told as it is, and nothing in a file makes the reader fail."""
+"""Run folders of every state are read, and no content of a file makes the reader fail."""
 
 from __future__ import annotations
 
@@ -13,80 +13,84 @@ from hypothesis import strategies as st
 
 from cluster.host import run_lock
 from review.html import page
-from review.run_reader import find, read
+from review.run_reader import find_run_folders, read_run
 
 
-def test_the_states_of_a_folder(tmp_path: Path):
-    assert read(run_dirs.write(tmp_path / "done")).state == "done"
-    stopped = read(run_dirs.write(tmp_path / "stopped", finished=False))
+def test_read_run_tells_the_state_of_every_folder(tmp_path: Path):
+    assert read_run(run_dirs.write_run(tmp_path / "done")).state == "done"
+    stopped = read_run(run_dirs.write_run(tmp_path / "stopped", finished=False))
     assert stopped.state == "stopped"
     assert stopped.val_loss == pytest.approx(stopped.columns["val_loss"][49])
     (tmp_path / "empty").mkdir()
-    assert read(tmp_path / "empty").state == "empty"
-    assert read(tmp_path / "elsewhere").state == "missing"
+    assert read_run(tmp_path / "empty").state == "empty"
+    assert read_run(tmp_path / "elsewhere").state == "missing"
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.yaml").write_text("a: [1")
-    assert read(broken).state == "broken"
-    assert "config.yaml cannot be read" in read(broken).notes[0]
+    assert read_run(broken).state == "broken"
+    assert "config.yaml cannot be read" in read_run(broken).notes[0]
 
 
-def test_a_run_whose_driver_holds_its_lock_is_running_and_its_lock_stays_untouched(tmp_path: Path):
-    folder = run_dirs.write(tmp_path / "now", finished=False)
+def test_run_is_running_while_its_driver_holds_the_lock(tmp_path: Path):
+    folder = run_dirs.write_run(tmp_path / "now", finished=False)
     held = run_lock.lock_run_dir(folder)
-    assert read(folder).state == "running"
+    assert read_run(folder).state == "running"
     held.close()
-    assert read(folder).state == "stopped"
+    assert read_run(folder).state == "stopped"
 
 
-def test_how_the_ranks_ended_is_told(tmp_path: Path):
-    folder = run_dirs.write(tmp_path / "fell", finished=False)
+def test_notes_tell_the_last_error_of_each_rank(tmp_path: Path):
+    folder = run_dirs.write_run(tmp_path / "fell", finished=False)
     (folder / "logs").mkdir()
     (folder / "logs" / "rank_1.end").write_text(
         json.dumps({"code": 1, "error": "Traceback ...\nValueError: no such thing"})
     )
-    assert read(folder).notes == ["rank_1: ValueError: no such thing"]
+    assert read_run(folder).notes == ["rank_1: ValueError: no such thing"]
 
 
-def test_damaged_lines_are_counted_and_a_cut_last_one_is_not(tmp_path: Path):
-    folder = run_dirs.write(tmp_path / "a")
+def test_damaged_lines_are_counted_except_a_cut_last_one(tmp_path: Path):
+    folder = run_dirs.write_run(tmp_path / "a")
     with (folder / "metrics.jsonl").open("ab") as out:
         out.write(b'\xff\xfe\n[1]\n{"step": 510, "loss": NaN, "tokens": "many"}\n{"step": 520, "lo')
-    run = read(folder)
+    run = read_run(folder)
     assert run.notes == ["metrics.jsonl: 2 damaged lines left out"]
     assert run.steps[-1] == 510
     assert np.isnan(run.columns["loss"][-1])
 
 
-def test_training_time_is_that_of_the_tokens_at_their_speed(tmp_path: Path):
-    run = read(run_dirs.write(tmp_path / "a", lines=10))
+def test_training_seconds_are_tokens_over_speed(tmp_path: Path):
+    run = read_run(run_dirs.write_run(tmp_path / "a", lines=10))
     assert run.columns["seconds"] == pytest.approx(20480 / 5000 * np.arange(1, 11))
 
 
-def test_a_line_of_a_sample_may_hold_any_sign(tmp_path: Path):
-    folder = run_dirs.write(tmp_path / "a")
+def test_sample_with_unicode_line_separators_is_read_whole(tmp_path: Path):
+    folder = run_dirs.write_run(tmp_path / "a")
     text = "a\u2028b\u0085c\x0bd"
     (folder / "samples.jsonl").write_text(
         json.dumps({"step": 1, "prompt": "", "text": text}, ensure_ascii=False) + "\n"
     )
-    assert [s["text"] for s in read(folder).samples] == [text]
+    assert [s["text"] for s in read_run(folder).samples] == [text]
 
 
-def test_yaml_that_unfolds_without_end_is_refused(tmp_path: Path):
-    folder = run_dirs.write(tmp_path / "a")
-    layers = "\n".join(f"l{i}: &l{i} {{" + ", ".join(f"k{j}: *l{i - 1}" for j in range(9)) + "}" for i in range(1, 12))
+def test_config_yaml_that_expands_without_end_is_refused(tmp_path: Path):
+    folder = run_dirs.write_run(tmp_path / "a")
+
+    def layer(i: int) -> str:
+        return f"l{i}: &l{i} {{" + ", ".join(f"k{j}: *l{i - 1}" for j in range(9)) + "}"
+
+    layers = "\n".join(map(layer, range(1, 12)))
     (folder / "config.yaml").write_text("l0: &l0 {a: 1}\n" + layers)
-    assert "too many values" in read(folder).notes[0]
+    assert "too many values" in read_run(folder).notes[0]
     (folder / "config.yaml").write_text("{a: " * 5000)
-    assert "cannot be read" in read(folder).notes[0]
+    assert "cannot be read" in read_run(folder).notes[0]
 
 
-def test_folders_of_runs_are_looked_into(tmp_path: Path):
+def test_find_run_folders_searches_two_levels_deep(tmp_path: Path):
     for name in ("a", "sweep/b", "sweep/c"):
-        run_dirs.write(tmp_path / name)
+        run_dirs.write_run(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    assert [str(p.relative_to(tmp_path)) for p in find([tmp_path])] == ["a", "empty", "sweep/b", "sweep/c"]
-    assert find([tmp_path / "a", tmp_path / "a", tmp_path / "no"]) == [tmp_path / "a", tmp_path / "no"]
+    assert [str(p.relative_to(tmp_path)) for p in find_run_folders([tmp_path])] == ["a", "empty", "sweep/b", "sweep/c"]
+    assert find_run_folders([tmp_path / "a", tmp_path / "a", tmp_path / "no"]) == [tmp_path / "a", tmp_path / "no"]
 
 
 FILES = (
@@ -111,8 +115,8 @@ KNOWN = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(FILES), content=st.binary() | (JSON | KNOWN).map(lambda v: json.dumps(v).encode() + b"\n"))
-def test_no_content_of_any_file_makes_the_review_fail(tmp_path: Path, name: str, content: bytes):
-    folder = run_dirs.write(tmp_path / "fuzzed", lines=10)
+def test_review_survives_any_content_of_any_file(tmp_path: Path, name: str, content: bytes):
+    folder = run_dirs.write_run(tmp_path / "fuzzed", lines=10)
     (folder / name).write_bytes(content)
-    runs = [read(folder), read(run_dirs.write(tmp_path / "whole", lines=10))]
-    json.loads(page.embed(page.content(runs, None, None)))
+    runs = [read_run(folder), read_run(run_dirs.write_run(tmp_path / "whole", lines=10))]
+    json.loads(page.embed_json(page.page_data(runs, None, None)))

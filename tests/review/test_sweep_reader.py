@@ -1,4 +1,4 @@
-"""Sweeps in a review: trials are what their ledger says, by the sweep's own keys and metric; and the page of one in a browser."""
+"""Sweeps in a review: states from the ledger, comparison by their keys and metric, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from cluster.host import run_lock
 from review import __main__ as command
 from review import markdown
-from review.colors import NONE, colours, span
+from review.colors import NEUTRAL, line_styles, score_range
 from review.html import page, parallel_axes
-from review.importance import importances
-from review.run_differences import best, differing, ranked, verdict
-from review.run_reader import Run, read_all
-from review.search_history import search
+from review.importance import key_importances
+from review.run_differences import best_runs, differing_keys, ranked_runs, verdict
+from review.run_reader import RunRecord, read_runs
+from review.search_history import search_history
 
 SPACES = {
     "optimizer": "adamw,momentum",
@@ -57,25 +57,25 @@ def trial(i: int, state: str) -> dict:
     }
 
 
-def forty(folder: Path) -> Path:
-    """A search of 40 trials, of every end."""
+def write_forty_trials(folder: Path) -> Path:
+    """Writes a search of 40 trials that ended in every possible state."""
     order = sorted(range(40), key=lambda i: i * 17 % 40)
     return run_dirs.write_sweep(folder, [trial(i, ENDS[end]) for i, end in enumerate(order)], spaces=SPACES)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Run], Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], Path]:
     """The runs of a search of 40 trials, and the folder of its review."""
     folder = tmp_path_factory.mktemp("sweep")
-    runs = read_all([forty(folder / "lr")])
+    runs = read_runs([write_forty_trials(folder / "lr")])
     assert command.main([str(folder / "lr"), "--out", str(folder / "out")]) == 0
     return runs, folder / "out"
 
 
-def test_trials_are_what_the_ledger_says_and_it_says_why(made):
+def test_trial_states_and_reasons_are_those_of_the_ledger(made):
     runs, _ = made
     assert sorted(run.state for run in runs) == sorted(ENDS)
-    whys = {run.state: run.why for run in runs}
+    whys = {run.state: run.end_reason for run in runs}
     assert whys["done"] == ""
     assert "asha pruner at step 100 with val_loss" in whys["pruned"]
     assert whys["failed"] == WHY["failed"]
@@ -83,51 +83,53 @@ def test_trials_are_what_the_ledger_says_and_it_says_why(made):
     assert next(run.name for run in runs if run.state == "failed").startswith("lr-0"), (
         "one that never had a folder is named too"
     )
-    [told] = {run.sweep.words() for run in runs if run.sweep}
+    [told] = {run.sweep.status_text() for run in runs if run.sweep}
     assert "40 trials: 20 done, 14 pruned, 3 diverged, 2 failed, 1 cut off." in told
     assert "It has not come to its end" in told
 
 
-def test_a_trial_that_is_complete_is_done_though_its_driver_did_not_note_it(tmp_path: Path):
+def test_complete_trial_without_an_end_in_the_ledger_is_done(tmp_path: Path):
     folder = run_dirs.write_sweep(
         tmp_path / "s", [{"state": "cut off", "params": {"seed": 1}}, {"state": "queued", "params": {}}]
     )
-    assert [run.state for run in read_all([folder])] == ["cut off"]
-    run_dirs.write(folder / "000")
+    assert [run.state for run in read_runs([folder])] == ["cut off"]
+    run_dirs.write_run(folder / "000")
     held = run_lock.lock_file(folder / "sweep.lock", "sweep.dir")
-    [run] = read_all([folder])
-    assert (run.state, run.why) == ("done", "")
+    [run] = read_runs([folder])
+    assert (run.state, run.end_reason) == ("done", "")
     assert run.sweep
-    assert run.sweep.words().endswith("2 trials: 1 done, 1 queued. It is running.")
+    assert run.sweep.status_text().endswith("2 trials: 1 done, 1 queued. It is running.")
     held.close()
 
 
-def test_only_what_the_sweep_varied_is_compared_on_axes_as_its_space_has_them(made):
+def test_sweep_axes_are_its_varied_keys_scaled_as_in_its_space(made):
     runs, _ = made
-    assert differing(runs) == ["optimizer", "optimizer.lr", "model.dropout"]
-    found = parallel_axes.axes_of(runs)
-    assert found
-    assert [(axis.key, axis.kind) for axis in found.axes] == [
+    assert differing_keys(runs) == ["optimizer", "optimizer.lr", "model.dropout"]
+    coordinates = parallel_axes.parallel_coordinates(runs)
+    assert coordinates
+    assert [(axis.key, axis.kind) for axis in coordinates.axes] == [
         ("optimizer", "name"), ("optimizer.lr", "log"), ("model.dropout", "linear"), ("val_loss", "linear")
     ]  # fmt: skip
-    assert [len(values) for values in found.values] == [4] * 20 + [3] * 19  # what ended early has no loss to compare
-    for axis in found.axes:
+    assert [len(values) for values in coordinates.values] == [4] * 20 + [
+        3
+    ] * 19  # what ended early has no loss to compare
+    for axis in coordinates.axes:
         places = [at for at, _ in axis.ticks]
         assert places == sorted(places)
-        assert all(b - a >= parallel_axes.NEAR for a, b in itertools.pairwise(places)), axis
+        assert all(b - a >= parallel_axes.MIN_TICK_GAP for a, b in itertools.pairwise(places)), axis
 
 
-def test_many_runs_are_coloured_by_what_the_scale_says_and_those_that_ended_early_by_none(made):
+def test_many_runs_are_colored_by_score_and_early_ends_grey(made):
     runs, _ = made
-    (low, high), looks = span(runs), colours(runs)
-    order = ranked(runs)
+    (low, high), looks = score_range(runs), line_styles(runs)
+    order = ranked_runs(runs)
     assert low == order[0][0]
-    assert {look for run, look in zip(runs, looks, strict=True) if run.state != "done"} == {(NONE, "solid")}
+    assert {look for run, look in zip(runs, looks, strict=True) if run.state != "done"} == {(NEUTRAL, "solid")}
     assert len({look for run, look in zip(runs, looks, strict=True) if run.state == "done"}) > 10
     order[-1][1].summary["val_loss"] = 1e9  # one that is far off leaves the others their colours
-    assert span(runs)[1] < high + 1
+    assert score_range(runs)[1] < high + 1
     order[-1][1].summary["val_loss"] = order[-1][0]
-    went = search(runs)
+    went = search_history(runs)
     assert went
     assert len(went.dots) == 40
     scores = [score for _, score in went.best]
@@ -138,41 +140,41 @@ def test_many_runs_are_coloured_by_what_the_scale_says_and_those_that_ended_earl
 def test_a_sweeps_own_metric_and_direction_decide(tmp_path: Path):
     trials = [{"state": "done", "params": {"seed": i}, "values": [v]} for i, v in enumerate((0.7, 0.9, 0.8))]
     folder = run_dirs.write_sweep(tmp_path / "acc", trials, metric="accuracy", direction="maximize")
-    runs = read_all([folder])
-    assert [run.name for run in best(runs)] == ["acc-001"]
+    runs = read_runs([folder])
+    assert [run.name for run in best_runs(runs)] == ["acc-001"]
     for run, value in zip(runs, (0.7, 0.9, 0.8), strict=True):
         assert run.score == value
-    assert page.content(runs, None, None)["goals"] == [
+    assert page.page_data(runs, None, None)["goals"] == [
         {"key": "accuracy", "least": False, "title": "accuracy", "unit": "accuracy"}
     ]
-    run_dirs.write(tmp_path / "alone")
-    assert all(run.goal.metric == "val_loss" for run in read_all([folder, tmp_path / "alone"])), (
+    run_dirs.write_run(tmp_path / "alone")
+    assert all(run.goal.metric == "val_loss" for run in read_runs([folder, tmp_path / "alone"])), (
         "no accuracy is known of the other"
     )
 
 
-def test_of_several_metrics_all_are_best_that_no_other_beats(tmp_path: Path):
+def test_best_runs_of_several_goals_are_the_pareto_front(tmp_path: Path):
     values = [[3.0, 10.0], [2.5, 5.0], [2.8, 4.0], [2.0, 1.0]]
     trials = [
         {"state": "done", "params": {"model.layers": i + 1}, "loss": v[0], "values": v} for i, v in enumerate(values)
     ]
     ways = {"metric": ["val_loss", "tokens_per_s"], "direction": ["minimize", "maximize"]}
-    runs = read_all([run_dirs.write_sweep(tmp_path / "s", trials, **ways)])
+    runs = read_runs([run_dirs.write_sweep(tmp_path / "s", trials, **ways)])
     assert (
         verdict(runs)
         == "By val_loss and tokens_per_s together, no other run is better than these: s-003, s-001, s-000."
     )
-    found = parallel_axes.axes_of(runs)
-    assert found
-    assert [axis.key for axis in found.axes] == ["model.layers", "val_loss", "tokens_per_s"]
+    coordinates = parallel_axes.parallel_coordinates(runs)
+    assert coordinates
+    assert [axis.key for axis in coordinates.axes] == ["model.layers", "val_loss", "tokens_per_s"]
 
 
-def test_the_comment_has_the_best_first_and_folds_the_rest_away(made):
+def test_comment_of_a_sweep_has_the_best_first_and_folds_the_rest(made):
     runs, _ = made
-    mattered = importances(runs)
+    mattered = key_importances(runs)
     assert mattered
     assert mattered.keys[0].key == "optimizer.lr"
-    text = markdown.render(runs, mattered, None)
+    text = markdown.render_comment(runs, mattered, None)
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| run", "| ---"))]
     assert len(rows) == 40
     assert rows[0].startswith("| **lr-")
@@ -192,7 +194,7 @@ def test_the_comment_has_the_best_first_and_folds_the_rest_away(made):
         (["pruned", "cut off"], "No run is finished"),
     ],
 )
-def test_a_sweep_without_a_finished_trial_is_told_in_words(tmp_path: Path, capsys, ends: list[str], said: str):
+def test_sweep_without_a_finished_trial_is_described_in_words(tmp_path: Path, capsys, ends: list[str], said: str):
     folder = run_dirs.write_sweep(tmp_path / "s", [trial(i, end) for i, end in enumerate(ends)], spaces=SPACES)
     code = command.main([str(folder), "--format", "md"])
     out = capsys.readouterr()
@@ -218,22 +220,26 @@ RECORD = st.fixed_dictionaries(
 )
 
 
+def as_ledger(records: list[dict]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary() | st.lists(RECORD).map(lambda found: "".join(json.dumps(r) + "\n" for r in found).encode()))
-def test_no_content_of_a_ledger_makes_the_review_fail(tmp_path: Path, content: bytes):
+@given(content=st.binary() | st.lists(RECORD).map(as_ledger))
+def test_review_survives_any_content_of_a_ledger(tmp_path: Path, content: bytes):
     folder = tmp_path / "fuzzed"
     for i in range(3):
         if not (folder / f"{i:03}").exists():
-            run_dirs.write(folder / f"{i:03}", 3.0 + i, lines=10, seed=i)
+            run_dirs.write_run(folder / f"{i:03}", 3.0 + i, lines=10, seed=i)
     (folder / "ledger.jsonl").write_bytes(content)
-    runs = read_all([folder])
+    runs = read_runs([folder])
     assert len(runs) >= 3
-    json.loads(page.embed(page.content(runs, None, None)))
-    markdown.render(runs, None, None)
+    json.loads(page.embed_json(page.page_data(runs, None, None)))
+    markdown.render_comment(runs, None, None)
 
 
 @pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
-def test_its_page_in_a_browser_sorts_by_every_column_and_its_charts_hold_every_trial(made):
+def test_sweep_page_in_a_browser_sorts_columns_and_charts_all_trials(made):
     runs, out = made
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
     with Browser() as browser:

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ValidationError
 from train.config import sweep_space
 from train.config.schema import KINDS, CommandLine, Config, Section, kinds
 from train.config.suggest import nearest
+from train.config.sweep_dir import trial_dir
 from train.config.validate import problems
 from train.errors import UserError
 
@@ -88,10 +89,8 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.Sweeping:
 def load_trial(sweep: sweep_space.Sweeping, number: int, params: sweep_space.Params) -> Config:
     """Configuration of one trial of a sweep: its values alone, in a folder and a W&B group of the sweep."""
     config = load([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())])
-    name = f"{number:03}"
-    run = config.run.model_copy(
-        update={"name": f"{sweep.settings.name}-{name}", "dir": str(Path(sweep.settings.dir or "") / name)}
-    )
+    folder = trial_dir(Path(sweep.settings.dir or ""), number)
+    run = config.run.model_copy(update={"name": f"{sweep.settings.name}-{folder.name}", "dir": str(folder)})
     group = config.tracking.group or sweep.settings.name
     tracking = config.tracking.model_copy(update={"group": group, "tags": [*config.tracking.tags, "sweep"]})
     return config.model_copy(update={"run": run, "tracking": tracking})

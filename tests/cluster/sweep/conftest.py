@@ -14,10 +14,11 @@ from cluster.cli.train import find_corpus
 from cluster.driver import early_start
 from cluster.host.stop_request import StopSignals
 from cluster.sweep.board import Board
-from cluster.sweep.cli import RESULTS, open_sweep, results
+from cluster.sweep.cli import open_sweep, results
 from cluster.sweep.scheduler import SweepScheduler
 from cluster.sweep.slot_pool import SweepResources
 from train.config import load as configuration
+from train.config.sweep_dir import RESULTS
 
 
 @pytest.fixture(scope="module", name="private")

@@ -17,8 +17,8 @@ from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from cluster.sweep.cli import verdict
 from review import __main__ as review
-from review.run_differences import best
-from review.run_reader import read_all
+from review.run_differences import best_runs
+from review.run_reader import read_runs
 from train.config import load as configuration
 from train.run_dir.compare import compare
 from train.util.io import read_records
@@ -150,12 +150,12 @@ def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, 
     assert said.index("trial 1 (optimizer.lr=1e+30): diverged") < said.index("trial 2 (optimizer.lr=0.002): starts")
     assert said.index("IsADirectoryError: ") < said.index("trial 3 (optimizer.lr=0.003): starts")
 
-    runs = read_all([found.folder])
+    runs = read_runs([found.folder])
     assert [run.state for run in runs] == found.states
-    assert "optimizer.lr" in runs[1].why
-    assert "IsADirectoryError" in runs[2].why
+    assert "optimizer.lr" in runs[1].end_reason
+    assert "IsADirectoryError" in runs[2].end_reason
     assert (
-        best(runs)[0].name
+        best_runs(runs)[0].name
         == min((trial.values, run.name) for trial, run in zip(found.trials, runs, strict=True) if trial.values)[1]
     )
     look_at_page(found.folder, tmp_path / "review", runs)

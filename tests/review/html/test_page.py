@@ -1,7 +1,8 @@
-"""The page: whole, hostile names and all; and in a real browser, where there is one."""
+"""The HTML page: hostile names are inert, it requests nothing, and it works in a real browser."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -14,7 +15,7 @@ from helpers.chromium import NO_BROWSER, Browser
 
 from review import __main__ as command
 from review.html import page
-from review.run_reader import read
+from review.run_reader import read_run
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>${1} $data &lt;b&gt; \u2028 ]]>"
@@ -22,7 +23,7 @@ HOSTILE = (
 
 
 class Elements(HTMLParser):
-    """What a page is made of, as a browser would read it: tags with their attributes; the text of scripts."""
+    """Parses a page as a browser would: tags with their attributes, and the text of scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -41,8 +42,8 @@ class Elements(HTMLParser):
 
 
 def hostile_runs(folder: Path) -> list[Path]:
-    """Runs of every state, with markup wherever text can stand, and a sweep beside them."""
-    bad = run_dirs.write(
+    """Writes runs of every state, one with markup in every text, and ten that differ in their learning rate."""
+    bad = run_dirs.write_run(
         folder / "hostile", run__name=HOSTILE, tracking__tags=[HOSTILE], data__dir=HOSTILE, model__family=HOSTILE
     )
     (bad / "samples.jsonl").write_text(json.dumps({"step": 500, "prompt": HOSTILE, "text": HOSTILE}) + "\n")
@@ -53,61 +54,61 @@ def hostile_runs(folder: Path) -> list[Path]:
     (folder / "empty").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "config.yaml").write_text("[" + HOSTILE)
-    run_dirs.write(folder / "stopped", finished=False)
+    run_dirs.write_run(folder / "stopped", finished=False)
     for i in range(10):
         lr = 1e-4 * 2**i
-        run_dirs.write(folder / f"lr{i}", 3 + 0.1 * abs(math.log(lr / 1e-3)), optimizer__lr=lr, seed=i % 2)
+        run_dirs.write_run(folder / f"lr{i}", 3 + 0.1 * abs(math.log(lr / 1e-3)), optimizer__lr=lr, seed=i % 2)
     return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """A written review, and how many runs are in it."""
+    """The folder of a written review, and the number of runs in it."""
     folder = tmp_path_factory.mktemp("review")
     count = len(hostile_runs(folder / "runs"))
     assert command.main([str(folder / "runs"), "--out", str(folder / "out")]) == 0
     return folder / "out", count
 
 
-def test_the_page_asks_for_nothing_and_runs_its_own_two_scripts(made: tuple[Path, int]):
+def test_page_requests_nothing_and_has_only_its_two_scripts(made: tuple[Path, int]):
     elements = Elements((made[0] / "review.html").read_text())
     assert [attributes.get("type") for tag, attributes in elements.tags if tag == "script"] == [
         "application/json",
         None,
         None,
     ]
-    asked = [v for _, attributes in elements.tags for k, v in attributes.items() if k in ("src", "href")]
+    attributes = list(itertools.chain.from_iterable(own.items() for _, own in elements.tags))
+    asked = [value for key, value in attributes if key in ("src", "href")]
     assert asked == ["data:,"]
-    assert not [tag for tag, attributes in elements.tags if any(k.startswith("on") for k in attributes) or tag == "img"]
+    assert not [key for key, _ in attributes if key.startswith("on")]
+    assert not [tag for tag, _ in elements.tags if tag == "img"]
     data = json.loads(elements.scripts[0])
     assert len(data["runs"]) == made[1]
     assert HOSTILE in [run["name"] for run in data["runs"]]
     assert {run["state"] for run in data["runs"]} == {"done", "stopped", "empty", "broken"}
 
 
-def test_the_pictures_are_there(made: tuple[Path, int]):
+def test_figures_with_data_are_written(made: tuple[Path, int]):
     names = {file.stem for file in made[0].glob("*.png") if file.read_bytes().startswith(b"\x89PNG")}
     assert names == {"loss_steps", "loss_tokens", "loss_seconds", "throughput", "goodput", "parallel", "importance"}
 
 
-def test_many_runs_and_long_runs_stay_small_and_quick(tmp_path: Path):
-    long = run_dirs.write(tmp_path / "long", lines=100_000)
-    first = run_dirs.write(tmp_path / "r0", lines=400)
+def test_page_of_many_and_long_runs_stays_small_and_quick(tmp_path: Path):
+    long = run_dirs.write_run(tmp_path / "long", lines=100_000)
+    first = run_dirs.write_run(tmp_path / "r0", lines=400)
     began = time.monotonic()
-    runs = [read(long)] + [read(first) for _ in range(199)]
+    runs = [read_run(long)] + [read_run(first) for _ in range(199)]
     for i, run in enumerate(runs):
         run.name = f"run {i}"
-    text = page.render(runs, None, None)
+    text = page.render_page(runs, None, None)
     assert len(text) < 15e6
     assert time.monotonic() - began < 120  # some seconds on a machine that does nothing else
-    curve = page.content(runs, None, None)["runs"][0]["curve"]
+    curve = page.page_data(runs, None, None)["runs"][0]["curve"]
     assert len(curve["steps"]) < 2000
     assert curve["steps"][-1] == 1_000_000
 
 
-def test_the_comment_is_printed_and_folders_without_runs_are_refused(
-    made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_md_is_printed_and_folders_without_runs_are_refused(made, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert command.main([str(made[0].parent / "runs"), "--format", "md"]) == 0
     assert capsys.readouterr().out.startswith("**")
     assert command.main([str(tmp_path / "no")]) == 2
@@ -115,7 +116,7 @@ def test_the_comment_is_printed_and_folders_without_runs_are_refused(
 
 
 @pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
-def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int]):
+def test_page_in_a_browser_sorts_filters_and_holds_every_run(made: tuple[Path, int]):
     column = "[...document.querySelectorAll('#table tbody tr')].map(row => row.children[%d].title)"
     drawn = "[...new Set(document.getElementById('%s').data.map(t => t.meta).filter(Boolean))].length"
     with Browser() as browser:
@@ -134,7 +135,8 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
         browser.value("document.querySelector('th[data-key=\"optimizer.lr\"] button').click()")
         assert browser.value("document.querySelector('th[aria-sort=\"ascending\"]').dataset.key") == "optimizer.lr"
         browser.value(
-            "(f => { f.value = 'optimizer.lr=0.0001'; f.dispatchEvent(new Event('input')) })(document.getElementById('filter'))"
+            "(f => { f.value = 'optimizer.lr=0.0001'; f.dispatchEvent(new Event('input')) })"
+            "(document.getElementById('filter'))"
         )
         assert browser.value(column % 0) == ["lr0"]
         assert browser.value(drawn % "loss") == 1
@@ -151,8 +153,8 @@ def test_in_a_browser_it_sorts_filters_and_holds_every_run(made: tuple[Path, int
 
 
 @pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER)
-def test_the_pages_policy_lets_no_other_script_run(made: tuple[Path, int], tmp_path: Path):
-    """Were markup of a run ever to get in, the browser itself would refuse to run it."""
+def test_page_policy_blocks_every_other_script(made: tuple[Path, int], tmp_path: Path):
+    """Markup that got into the page in spite of the escaping is not run by the browser."""
     text = (
         (made[0] / "review.html")
         .read_text()

@@ -1,4 +1,4 @@
-"""The law of loss: known laws are found again, by two ways that share nothing, and the frontier is where it says."""
+"""Scaling law: known laws are recovered by two independent methods, and the frontier is optimal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from review.scaling import scaling_law as laws
-from review.scaling.scaling_law import Law
+from review.scaling.scaling_law import ScalingLaw
 
-CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 """As published (Hoffmann et al. 2022, equation 10)."""
 
 
-def runs(law: Law, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, D, L) of five sizes about the best one, at each of four budgets."""
+def runs(law: ScalingLaw, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, D, L) of five sizes around the best one, at each of four budgets."""
     n, d = [], []
     for compute in (6e18, 6e19, 6e20, 3e21):
         best, _ = law.frontier(compute)
@@ -24,37 +24,37 @@ def runs(law: Law, noise: float = 0.0, seed: int = 0) -> tuple[np.ndarray, np.nd
     return sizes, tokens, law.loss(sizes, tokens) * np.exp(noise * np.random.default_rng(seed).normal(size=len(n)))
 
 
-def test_a_known_law_is_found_again():
-    found = laws.fit(*runs(CHINCHILLA))
+def test_fit_recovers_a_known_law():
+    fitted = laws.fit_law(*runs(CHINCHILLA))
     for name in ("E", "A", "B", "alpha", "beta"):
-        assert getattr(found, name) == pytest.approx(getattr(CHINCHILLA, name), rel=1e-3), name
+        assert getattr(fitted, name) == pytest.approx(getattr(CHINCHILLA, name), rel=1e-3), name
 
 
-def test_through_noise_the_next_size_is_foretold_and_the_truth_lies_in_the_interval():
+def test_fit_of_noisy_losses_predicts_and_interval_holds_truth():
     n, d, loss = runs(CHINCHILLA, noise=0.002)
-    found = laws.fit(n, d, loss)
-    assert found.exponent == pytest.approx(CHINCHILLA.exponent, abs=0.03)
-    draws = laws.bootstrap(n, d, loss, found, draws=60)
-    low, high = laws.interval(np.array([law.exponent for law in draws]), 0.98)
+    fitted = laws.fit_law(n, d, loss)
+    assert fitted.exponent == pytest.approx(CHINCHILLA.exponent, abs=0.03)
+    draws = laws.bootstrap_laws(n, d, loss, fitted, draws=60)
+    low, high = laws.central_interval(np.array([law.exponent for law in draws]), 0.98)
     assert low < CHINCHILLA.exponent < high
     assert high - low < 0.1
-    assert float(found.loss(7e10, 1.4e12)) == pytest.approx(float(CHINCHILLA.loss(7e10, 1.4e12)), rel=0.01)
+    assert float(fitted.loss(7e10, 1.4e12)) == pytest.approx(float(CHINCHILLA.loss(7e10, 1.4e12)), rel=0.01)
 
 
-def test_parabolas_another_way_give_the_same_exponent():
+def test_isoflop_minima_give_the_exponent_of_the_fit():
     n, d, loss = runs(CHINCHILLA)
-    budgets, best, exponent = laws.parabolas(n, 6 * n * d, loss)
+    budgets, best, exponent = laws.isoflop_minima(n, 6 * n * d, loss)
     assert exponent == pytest.approx(CHINCHILLA.exponent, abs=0.03)
     assert best == pytest.approx(CHINCHILLA.frontier(budgets)[0], rel=0.2)
 
 
-def test_a_budget_whose_best_size_was_not_tried_gives_no_parabola():
+def test_isoflop_minimum_outside_the_sizes_tried_is_left_out():
     n = np.array([1e8, 2e8, 4e8])
-    assert laws.parabolas(n, np.full(3, 1e20), np.array([3.0, 2.9, 2.8]))[2] is None
-    assert len(laws.parabolas(n, np.full(3, 1e20), np.array([3.0, 2.9, 2.8]))[0]) == 0
+    assert laws.isoflop_minima(n, np.full(3, 1e20), np.array([3.0, 2.9, 2.8]))[2] is None
+    assert len(laws.isoflop_minima(n, np.full(3, 1e20), np.array([3.0, 2.9, 2.8]))[0]) == 0
 
 
-def test_the_frontier_is_the_best_of_all_splits_of_a_budget():
+def test_frontier_is_the_best_split_of_a_budget():
     sizes = np.geomspace(1e7, 1e11, 4001)
     for compute, k in ((1e19, 6.0), (1e21, 7.5)):
         tried = sizes[np.argmin(CHINCHILLA.loss(sizes, compute / k / sizes))]
@@ -63,13 +63,15 @@ def test_the_frontier_is_the_best_of_all_splits_of_a_budget():
         assert k * float(n) * float(d) == pytest.approx(compute)
 
 
-def test_one_bad_run_pulls_little():
+def test_fit_is_robust_to_one_outlier():
     n, d, loss = runs(CHINCHILLA)
     loss[7] *= 1.2
-    assert float(laws.fit(n, d, loss).loss(1e10, 1e11)) == pytest.approx(float(CHINCHILLA.loss(1e10, 1e11)), rel=5e-3)
+    assert float(laws.fit_law(n, d, loss).loss(1e10, 1e11)) == pytest.approx(
+        float(CHINCHILLA.loss(1e10, 1e11)), rel=5e-3
+    )
 
 
-def test_the_gradient_is_that_of_the_cost():
+def test_gradient_of_the_cost_equals_finite_differences():
     n, d, loss = map(np.log, runs(CHINCHILLA, noise=0.01))
     x = np.array([5.5, 6.2, 0.4, 0.33, 0.29])
     _, gradient = laws._cost(x, n, d, loss)
