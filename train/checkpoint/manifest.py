@@ -1,6 +1,7 @@
-"""The manifest of a checkpoint: what its files must be, under a hash of its own, so that none of its bytes changes unseen.
+"""The manifest of a checkpoint: sizes and hashes of its files, protected by a hash of its own.
 
-``checkpoint.json`` is JSON whose first entry is the sha256 of all that follows it. Light on purpose: the driver reads it too.
+``checkpoint.json`` is JSON whose first entry is the sha256 of all that follows it. This module imports little, since
+the driver reads manifests too.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ _BEFORE, _AFTER = b'{"sha256": "', b'", '
 _HEAD = len(_BEFORE) + 64 + len(_AFTER)
 
 
-class DamagedCheckpoint(Exception):  # noqa: N818  a finding
-    """A checkpoint that must not be used; the message says what is wrong with it."""
+class DamagedCheckpoint(Exception):  # noqa: N818  a finding, not an error of the program
+    """A checkpoint that must not be used; the message names the damage."""
 
 
 def to_bytes(values: dict[str, Any]) -> bytes:
-    """The content of a manifest's file."""
+    """The content of ``checkpoint.json`` for a manifest's values."""
     rest = json.dumps({"version": VERSION, **values}).encode()[1:]
     return _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER + rest
 
 
 def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
-    """What ``to_bytes`` was given, for a checkpoint in ``folder`` ("step_<n>"). Raises Damaged for anything else."""
+    """The values of a manifest in ``folder`` ("step_<n>"); inverts ``to_bytes``. Raises DamagedCheckpoint."""
     rest = content[_HEAD:]
     if content[:_HEAD] != _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER:
         raise DamagedCheckpoint(f"{MANIFEST} does not have the hash it was written with")
@@ -47,13 +48,13 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{MANIFEST} has version {version}, and {VERSION} is read")
     if folder != checkpoint_name(step):
         raise DamagedCheckpoint(f"{MANIFEST} is that of step {step}")
-    if strange := [name for name in files if not FILE.fullmatch(name)]:
-        raise DamagedCheckpoint(f"{MANIFEST} names a file {strange[0]!r}")
+    if unexpected := [name for name in files if not FILE.fullmatch(name)]:
+        raise DamagedCheckpoint(f"{MANIFEST} names a file {unexpected[0]!r}")
     return values
 
 
 def read_manifests(folder: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
-    """The manifests of a folder's checkpoints, oldest first; and by step what is wrong with those that are not whole."""
+    """The manifests of a folder's checkpoints, oldest first; and the damage of unreadable ones, by step."""
     whole, damaged = [], {}
     for step in checkpoint_steps(folder):
         try:
@@ -69,12 +70,12 @@ def newest_step(folder: Path) -> int:
 
 
 def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:
-    """The place among the checkpoints of the run in ``folder``, oldest first, of "latest", "best" or a step number."""
+    """The index, among the run's manifests from oldest to newest, of "latest", "best" or a step number."""
     if not manifests:
         raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
     steps = [str(m["progress"]["step"]) for m in manifests]
     if which == "best":
-        measured = [(found, -n) for n, m in enumerate(manifests) if (found := score(m)) is not None]
+        measured = [(value, -n) for n, m in enumerate(manifests) if (value := score(m)) is not None]
         return -min(measured)[1] if measured else len(steps) - 1
     if which == "latest":
         return len(steps) - 1
@@ -84,7 +85,7 @@ def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int
 
 
 def surplus_steps(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best: int) -> list[int]:
-    """The steps of those that are neither among the newest nor among the best."""
+    """The steps of checkpoints that are neither among the newest nor among the best, and so may be deleted."""
     steps = sorted(m["progress"]["step"] for m in manifests)
     best = sorted((s, -m["progress"]["step"]) for m in manifests if (s := score(m)) is not None)
     kept = {*steps[-keep_last:], *(-step for _, step in best[:keep_best])}
@@ -92,13 +93,13 @@ def surplus_steps(manifests: Sequence[dict[str, Any]], keep_last: int, keep_best
 
 
 def score(values: dict[str, Any]) -> float | None:
-    """How good the model of a checkpoint was found to be, the lower the better: by its run's ``stop.metric``."""
-    found: float | None = values["progress"].get("score", values["val_loss"])  # older ones knew the held-out loss alone
-    return found
+    """The checkpoint's ``stop.metric``, the lower the better; None if it was not evaluated at this step."""
+    value: float | None = values["progress"].get("score", values["val_loss"])  # older manifests have val_loss alone
+    return value
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in ``folder``. Raises Damaged where there is none to be trusted."""
+    """The manifest of the checkpoint in ``folder``. Raises DamagedCheckpoint if it is missing or damaged."""
     try:
         return from_bytes((folder / MANIFEST).read_bytes(), folder.name)
     except OSError as error:

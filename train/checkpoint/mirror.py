@@ -1,7 +1,8 @@
-"""Complete checkpoints, copied behind the run to any place that fsspec has a URL for, and fetched from there by a fresh machine.
+"""Copies of complete checkpoints at any URL of fsspec, from which a new machine can resume.
 
-Each rank copies its share of the files; when all have, rank 0 adds what else a resume needs and, last, the manifest: a checkpoint
-is complete there or absent, and is verified by the same hashes. A place that fails is a note; no step ever waits for it.
+Each rank uploads its share of the files; when all have, rank 0 adds the other files that a resume needs and, last, the
+manifest. So a copy too is complete or absent, and is verified by the same hashes. A failing mirror is reported in a
+note; no step ever waits for it.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from train.util.run_layout import RunDir, checkpoint_name, checkpoint_step
 
 _RUN = RunDir(Path())
 RUN_FILES = tuple(file.name for file in (_RUN.config, _RUN.starts, _RUN.metrics, _RUN.init))
-"""What a resume reads of a run's folder, beside its checkpoints, and where its first weights came from."""
+"""Files of a run's folder that go with a copy: what a resume reads, and where the first weights came from."""
 PAUSES_S = (0.5, 4.0)
-"""Between the attempts at what fails."""
+"""Seconds between attempts at an operation that fails."""
 POLL_S = 0.1
 
 Manifest = dict[str, Any]
 
 
 class Mirror:
-    """One rank's part in the copies of a run's checkpoints at ``url``/<run.name>. Made by all ranks together."""
+    """Copies one rank's share of a run's checkpoints to ``url``/<run.name>. Constructed by all ranks together."""
 
     def __init__(
         self, url: str, run: Path, config: Config, world: process_group.DistContext, note: Callable[[str], None]
@@ -49,23 +50,23 @@ class Mirror:
         self.mailbox = process_group.StoreMailbox("mirror")
         self.waiting: str | None = None
         self.copying: str | None = None
-        """Rank 0: the checkpoints, by name, that wait to be copied and that are being copied."""
+        """Rank 0: name of the checkpoint that waits to be copied, and of the one that is being copied."""
         self.dropped: set[str] = set()
-        """Rank 0: checkpoints that the run has gone back from; copies of them must not stay."""
+        """Rank 0: names of checkpoints later than a rollback; no copy of them may stay."""
         self.failing, self.lock = False, threading.Lock()
         self.closing = threading.Event()
         threading.Thread(target=self._copy_checkpoints, name="mirror", daemon=True).start()
 
-    # ------------------------------------------------------------------------------------------------------- to there
+    # --------------------------------------------------------------------------------------------------------- upload
 
     def enqueue(self, checkpoint: str) -> None:
-        """Copy this checkpoint next (rank 0's word counts); one that was offered before, and not begun, is left out."""
+        """Copy this checkpoint next (rank 0 decides); one that waits and is not yet begun is left out."""
         with self.lock:
             self.waiting = checkpoint if self.world.is_rank0 else None
-            self.dropped.discard(checkpoint)  # made anew
+            self.dropped.discard(checkpoint)  # written again after a rollback
 
     def drop_after(self, step: int) -> None:
-        """Rank 0: take away the copies of checkpoints later than ``step``, or a new machine would go on from them."""
+        """Rank 0: delete copies of checkpoints later than ``step``, or a new machine would resume from them."""
         with self.lock:
             known = [name for name in (self.waiting, self.copying) if name]
             self.waiting = None
@@ -77,9 +78,9 @@ class Mirror:
             self.note(f"what lies at {self.url} of steps after {step} could not be taken away: {error}. Do it by hand")
 
     def wait_for_copies(self, limit_s: float) -> None:
-        """Wait, at most so long, until what was offered is copied. A collective."""
-        end = time.monotonic() + limit_s
-        while process_group.all_reduce_sum([float(self.busy and time.monotonic() < end)])[0]:
+        """Wait at most ``limit_s`` seconds until all enqueued checkpoints are copied. A collective."""
+        deadline = time.monotonic() + limit_s
+        while process_group.all_reduce_sum([float(self.busy and time.monotonic() < deadline)])[0]:
             time.sleep(POLL_S)
         if self.busy:
             self.note(
@@ -88,20 +89,20 @@ class Mirror:
 
     @property
     def busy(self) -> bool:
-        """Rank 0: whether there is anything left to copy."""
+        """Rank 0: whether a checkpoint waits or is being copied."""
         with self.lock:
             return (self.waiting or self.copying) is not None
 
     def _copy_checkpoints(self) -> None:
-        rank, given_up = self.world.rank, self.closing.is_set
-        with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may go first, with rank 0
+        rank, cancelled = self.world.rank, self.closing.is_set
+        with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may end first, with rank 0
             for turn in itertools.count():
                 if self.world.is_rank0:
                     self.mailbox.put(f"{turn}/copy", self._wait_for_checkpoint())
-                name = self.mailbox.take(f"{turn}/copy", given_up)
+                name = self.mailbox.take(f"{turn}/copy", cancelled)
                 self.mailbox.put(f"{turn}/{rank}", self._try_repeatedly(partial(self._upload_share, name)))
                 if self.world.is_rank0:
-                    errors = [self.mailbox.take(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
+                    errors = [self.mailbox.take(f"{turn}/{rank}", cancelled) for rank in range(self.world.size)]
                     self._finish_copy(name, [error for error in errors if error])
                     for key in [f"{turn - 1}/copy", *(f"{turn}/{rank}" for rank in range(self.world.size))]:
                         self.mailbox.remove(key)
@@ -116,23 +117,20 @@ class Mirror:
         raise process_group.WaitCancelled
 
     def _upload_share(self, name: str) -> None:
-        local, there = RunDir(self.run).checkpoints / name, f"{self.root}/{name}"
+        local, remote = RunDir(self.run).checkpoints / name, f"{self.root}/{name}"
         with contextlib.suppress(FileNotFoundError):
-            if self.fs.cat_file(f"{there}/{manifest.MANIFEST}") == (local / manifest.MANIFEST).read_bytes():
-                return  # it is there already
-        self.fs.makedirs(there, exist_ok=True)
+            if self.fs.cat_file(f"{remote}/{manifest.MANIFEST}") == (local / manifest.MANIFEST).read_bytes():
+                return  # copied already
+        self.fs.makedirs(remote, exist_ok=True)
         for file in _rank_share(manifest.read(local)["files"], self.world):
-            self.fs.put_file(str(local / file), f"{there}/{file}")
+            self.fs.put_file(str(local / file), f"{remote}/{file}")
 
     def _finish_copy(self, name: str, errors: Sequence[str]) -> None:
-        """Rank 0: what makes the copy a checkpoint, and the end of those that are not kept; or a note of what failed."""
-        error = (
-            errors[0]
-            if errors
-            else self._try_repeatedly(partial(self._upload_manifest, name)) or self._try_repeatedly(self._prune)
-        )
+        """Rank 0: upload the manifest, which completes the copy, and prune old copies; or note what failed."""
+        error = errors[0] if errors else self._try_repeatedly(partial(self._upload_manifest, name))
+        error = error or self._try_repeatedly(self._prune)
         if error:
-            with contextlib.suppress(Exception):  # what is torn takes room
+            with contextlib.suppress(Exception):  # an incomplete copy takes space
                 self._prune()
         if error and not self.failing:
             self.note(
@@ -151,16 +149,15 @@ class Mirror:
         )
 
     def _prune(self) -> None:
-        whole = {
-            step: values for step, values in self._read_manifests().items() if checkpoint_name(step) not in self.dropped
-        }
-        torn = [
-            step
-            for step in self._list_steps()
-            if checkpoint_name(step) in self.dropped or not self.fs.exists(self._manifest_path(step))
-        ]
-        for step in [*manifest.surplus_steps(list(whole.values()), self.keep_last, self.keep_best), *torn]:
-            self._delete_step(step)
+        """Rank 0: delete copies that are not kept, that a rollback dropped, or that are incomplete."""
+        manifests = self._read_manifests()
+        for step in [step for step in manifests if checkpoint_name(step) in self.dropped]:
+            del manifests[step]
+        surplus = manifest.surplus_steps(list(manifests.values()), self.keep_last, self.keep_best)
+        for step in self._list_steps():
+            dropped = checkpoint_name(step) in self.dropped
+            if step in surplus or dropped or not self.fs.exists(self._manifest_path(step)):
+                self._delete_step(step)
 
     def _delete_step(self, step: int) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -169,7 +166,7 @@ class Mirror:
             self.fs.rm(f"{self.root}/{checkpoint_name(step)}", recursive=True)
 
     def _try_repeatedly(self, act: Callable[[], None]) -> str | None:
-        """What is wrong with it, after some attempts, or None."""
+        """Call ``act``, and again after pauses while it fails; returns the last error, or None."""
         for pause in (*PAUSES_S, None):
             try:
                 act()
@@ -181,32 +178,32 @@ class Mirror:
                 return None
         return None
 
-    # ----------------------------------------------------------------------------------------------------- from there
+    # ------------------------------------------------------------------------------------------------------- download
 
     def manifests(self) -> dict[int, Manifest]:
-        """The manifests of the complete copies, by step. Raises OSError where the place cannot be read."""
+        """The manifests of the complete copies, by step. Raises OSError if the mirror cannot be read."""
         return self._reading_remote(self._read_manifests)
 
     def fetch_run(self) -> None:
-        """Rank 0: what the newest copy holds of the run's folder, into one that is new. Raises OSError."""
+        """Rank 0: fetch the files of the run's folder that go with the newest copy. Raises OSError."""
         newest = max(self.manifests(), default=None)
         if newest is None:
             return
         for file in RUN_FILES:
-            there = f"{self.root}/{checkpoint_name(newest)}/{file}"
-            if self._reading_remote(partial(self.fs.exists, there)):
-                content = self._reading_remote(partial(self.fs.cat_file, there))
+            remote = f"{self.root}/{checkpoint_name(newest)}/{file}"
+            if self._reading_remote(partial(self.fs.exists, remote)):
+                content = self._reading_remote(partial(self.fs.cat_file, remote))
                 self.run.mkdir(parents=True, exist_ok=True)
                 write_whole(self.run / file, content)
 
     def fetch(self, name: str, values: Manifest, into: Path) -> str | None:
-        """Copy this rank's share of a checkpoint's files into the folder ``into``: what is wrong, or None."""
+        """Fetch this rank's share of a checkpoint's files into the folder ``into``; returns the error, or None."""
 
-        def get() -> None:
+        def download() -> None:
             for file in _rank_share(values["files"], self.world):
                 self.fs.get_file(f"{self.root}/{name}/{file}", str(into / file))
 
-        return self._try_repeatedly(get)
+        return self._try_repeatedly(download)
 
     def _reading_remote(self, act: Callable[[], Any]) -> Any:
         try:
@@ -223,12 +220,12 @@ class Mirror:
         return [step for name in names if (step := checkpoint_step(name)) is not None]
 
     def _read_manifests(self) -> dict[int, Manifest]:
-        found = {}
+        manifests = {}
         for step in self._list_steps():
             with contextlib.suppress(FileNotFoundError, manifest.DamagedCheckpoint):
                 content = self.fs.cat_file(self._manifest_path(step))
-                found[step] = manifest.from_bytes(content, checkpoint_name(step))
-        return found
+                manifests[step] = manifest.from_bytes(content, checkpoint_name(step))
+        return manifests
 
     def _manifest_path(self, step: int) -> str:
         return f"{self.root}/{checkpoint_name(step)}/{manifest.MANIFEST}"

@@ -1,11 +1,12 @@
-"""Checkpoints: complete or absent, and free of the stage and world size that wrote them.
+"""Checkpoints on disk, verified before use and readable at any world size and ZeRO stage.
 
-A checkpoint is a folder ``step_<n>`` of one safetensors file a rank, holding that rank's pieces (flat runs of a parameter's fp32
-weights or moments), and a manifest that says which element lies where. Any world and any ZeRO stage reads from it the slices it
-needs; there is no conversion. ``train.checkpoint.writer`` writes them.
+A checkpoint is a folder ``step_<n>`` with one safetensors file a rank and a manifest. A file holds *pieces*: contiguous
+ranges of flattened parameters (fp32 weights or moments), as its rank had them. The manifest says which element lies
+where, so any world and stage reads just the slices it needs, without a conversion. ``train.checkpoint.writer`` writes
+checkpoints.
 
-A file that does not have the size and hash of the manifest is never read, nor is anything where the manifest does not have its own:
-the checkpoint before it is taken instead, and that is said.
+A checkpoint whose files differ from its manifest in size or hash, or whose manifest is damaged, is reported and never
+read; the one before it is used.
 """
 
 from __future__ import annotations
@@ -39,28 +40,28 @@ from train.util.run_layout import checkpoint_name
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk: its folder and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
 
     @property
     def progress(self) -> TrainState:
-        """How far the run had come."""
+        """The state of training when it was saved."""
         return TrainState.from_dict(self.manifest["progress"])
 
     @property
     def val_loss(self) -> float | None:
-        """The held-out loss measured at this very step, if it was."""
+        """The held-out loss measured at this very step, else None."""
         return self.manifest["val_loss"]
 
     @property
     def digest(self) -> str:
-        """What tells its content from that of any other: a hash of its manifest, which has those of its files."""
+        """A hash that identifies its content: of the manifest, which has the hashes of all files."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     def damage(self, share: slice = slice(None)) -> str | None:
-        """What is wrong with its files (those of ``share``), or None. Reads and hashes every byte."""
+        """The damage of its files (those of ``share``, sorted by name), or None. Reads and hashes every byte."""
         for name, entry in sorted(self.manifest["files"].items())[share]:
             file = self.path / name
             try:
@@ -76,7 +77,7 @@ class Checkpoint:
         return None
 
     def reader(self) -> CheckpointReader:
-        """Reads slices of parameters from it."""
+        """Open its files to read slices of parameters."""
         return CheckpointReader(self)
 
 
@@ -86,8 +87,8 @@ def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
     A matching hash is not enough: file and manifest may both come from somebody else. Nothing is ever unpickled.
     """
     try:
-        with safe_open(file, framework="pt") as held:
-            shapes = {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118  it is no dict
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         return f"is no safetensors file ({error})"
     except (FileNotFoundError, RuntimeError) as error:
@@ -96,46 +97,47 @@ def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
         if file.exists():
             raise
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from error
-    wrong = (
-        tensor_name(kind, name, start)
-        for kind, name, start, numel in pieces
-        if shapes.get(tensor_name(kind, name, start)) != [numel]
-    )
-    return next((f"does not hold {name} as its manifest says" for name in wrong), None)
+    for kind, name, start, numel in pieces:
+        tensor = tensor_name(kind, name, start)
+        if shapes.get(tensor) != [numel]:
+            return f"does not hold {tensor} as its manifest says"
+    return None
 
 
 class CheckpointReader:
-    """Slices of the flattened parameters of a checkpoint, whatever pieces they were written in."""
+    """Reads slices of flattened parameters from the pieces that they were written in."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.files = {n: safe_open(checkpoint.path / n, framework="pt") for n in checkpoint.manifest["files"]}
         self.pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        """(first element, elements, file) of each piece in ascending order, by (parameter, kind)."""
         for file, entry in checkpoint.manifest["files"].items():
             for kind, name, start, numel in entry["pieces"]:
                 self.pieces.setdefault((name, kind), []).append((start, numel, file))
         self.kinds: dict[str, list[str]] = {}
-        for (name, kind), places in self.pieces.items():
-            places.sort()
+        """Kinds (weight, moments) of each parameter."""
+        for (name, kind), pieces in self.pieces.items():
+            pieces.sort()
             self.kinds.setdefault(name, []).append(kind)
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
-        places, end, found = self.pieces[name, kind], start + numel, []
-        at = max(0, bisect_right([p[0] for p in places], start) - 1)
-        for first, length, file in places[at:]:
+        pieces, end, parts = self.pieces[name, kind], start + numel, []
+        begin = max(0, bisect_right([piece[0] for piece in pieces], start) - 1)
+        for first, length, file in pieces[begin:]:
             if first >= end:
                 break
             low, high = max(start, first), min(end, first + length)
             if low < high:
-                found.append(self.files[file].get_slice(tensor_name(kind, name, first))[low - first : high - first])
-        whole = torch.cat(found) if len(found) != 1 else found[0]
+                parts.append(self.files[file].get_slice(tensor_name(kind, name, first))[low - first : high - first])
+        whole = torch.cat(parts) if len(parts) != 1 else parts[0]
         if whole.numel() != numel:
             raise ValueError(f"{name} ({kind}) holds {whole.numel()} of the elements {start} to {end}")
         return whole
 
 
 def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:
-    """The checkpoints of a folder whose manifest is whole, oldest first; and of those where it is not, by step, what is wrong."""
+    """The checkpoints of a folder with a whole manifest, oldest first; and the damage of the others, by step."""
     whole, damaged = manifest.read_manifests(folder)
     return [Checkpoint(folder / checkpoint_name(values["progress"]["step"]), values) for values in whole], damaged
 
@@ -148,19 +150,19 @@ def complete(folder: Path) -> list[Checkpoint]:
 def find_newest(
     folder: Path, world: process_group.DistContext, note: Callable[[str], None], mirror: Mirror | None = None
 ) -> Checkpoint | None:
-    """The newest one that is whole, here or, if it is newer or the one here is damaged, in the mirror, from where it is fetched.
+    """The newest undamaged checkpoint, local or in the mirror; one in the mirror is fetched first. A collective.
 
-    Every rank gets the same, having hashed its share of the files. A collective. Raises UserError where there is none here and the
-    mirror, which may have one, cannot be read.
+    Each rank hashes its share of the files; all return the same. A copy in the mirror is taken if it is newer or the
+    local one is damaged. Raises UserError if there is no local one and the mirror, which may have one, cannot be read.
     """
-    lost: list[str] = []
+    mirror_errors: list[str] = []
     for name, values, remote in process_group.broadcast_object(
-        _candidates(folder, note, mirror, lost) if world.is_rank0 else None
+        _candidates(folder, note, mirror, mirror_errors) if world.is_rank0 else None
     ):
         checkpoint = Checkpoint(folder / name, values)
         share = slice(world.rank, None, world.size)
         if remote and mirror:
-            damage = _fetch_from_mirror(checkpoint, world, mirror, lost)
+            damage = _fetch_from_mirror(checkpoint, world, mirror, mirror_errors)
         else:
             damage = next((d for d in process_group.gather_objects(checkpoint.damage(share)) if d), None)
         if damage is None:
@@ -168,60 +170,61 @@ def find_newest(
                 mirror.enqueue(name)
             return checkpoint
         note(f"{name}{' in the mirror' if remote else ''} is damaged and is not used: {damage}")
-    if error := process_group.broadcast_object("; ".join(lost)):
+    if error := process_group.broadcast_object("; ".join(mirror_errors)):
         raise UserError(f"no checkpoint is here, and {error}. Mend that, or begin anew without save_mirror")
     return None
 
 
 def _candidates(
-    folder: Path, note: Callable[[str], None], mirror: Mirror | None, lost: list[str]
+    folder: Path, note: Callable[[str], None], mirror: Mirror | None, mirror_errors: list[str]
 ) -> list[tuple[str, dict[str, Any], bool]]:
-    """Rank 0: the name, the manifest and whether it is in the mirror, of all that may be used, the best first."""
+    """Rank 0: (name, manifest, whether in the mirror) of all checkpoints, newest first, a local one before its copy."""
     whole, damaged = list_checkpoints(folder)
     for step, damage in damaged.items():
         note(f"{checkpoint_name(step)} is damaged and is not used: {damage}")
-    here, there = [(c.path.name, c.manifest, False) for c in whole], []
+    local, remote = [(c.path.name, c.manifest, False) for c in whole], []
     try:
-        there = [(checkpoint_name(step), values, True) for step, values in mirror.manifests().items()] if mirror else []
+        copies = mirror.manifests() if mirror else {}
+        remote = [(checkpoint_name(step), values, True) for step, values in copies.items()]
     except OSError as error:
         note(str(error))
-        lost.append(str(error))
+        mirror_errors.append(str(error))
     with contextlib.suppress(OSError):
-        said = (folder / "latest").read_text(errors="replace")
-        if said not in {name for name, *_ in here}:
-            note(f"latest says {said[:40]!r}, which is no whole checkpoint")
-    return sorted([*here, *there], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
+        latest = (folder / "latest").read_text(errors="replace")
+        if latest not in {name for name, *_ in local}:
+            note(f"latest says {latest[:40]!r}, which is no whole checkpoint")
+    return sorted([*local, *remote], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 
 def _fetch_from_mirror(
-    checkpoint: Checkpoint, world: process_group.DistContext, mirror: Mirror, lost: list[str]
+    checkpoint: Checkpoint, world: process_group.DistContext, mirror: Mirror, mirror_errors: list[str]
 ) -> str | None:
-    """Bring a checkpoint here from the mirror, whole or not at all: what is wrong with it, or None. A collective."""
-    aside = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
-    coming = Checkpoint(aside, checkpoint.manifest)
+    """Fetch a checkpoint from the mirror, atomically; returns its damage, or None. A collective."""
+    temporary = checkpoint.path.with_name(f".{checkpoint.path.name}.fetching")
+    fetched = Checkpoint(temporary, checkpoint.manifest)
 
-    def begin() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    def make_folder() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
 
-    def end() -> None:
-        write_whole(aside / manifest.MANIFEST, manifest.to_bytes(checkpoint.manifest))
+    def publish() -> None:
+        write_whole(temporary / manifest.MANIFEST, manifest.to_bytes(checkpoint.manifest))
         if checkpoint.path.exists():
             shutil.rmtree(checkpoint.path)
-        aside.rename(checkpoint.path)
+        temporary.rename(checkpoint.path)
 
-    if not (error := process_group.run_on_rank0(begin)):
-        mine = mirror.fetch(checkpoint.path.name, checkpoint.manifest, aside)
+    if not (error := process_group.run_on_rank0(make_folder)):
+        mine = mirror.fetch(checkpoint.path.name, checkpoint.manifest, temporary)
         error = next((e for e in process_group.gather_objects(mine) if e), None)
     if error:
-        lost.append(f"{checkpoint.path.name} could not be fetched: {error}")
+        mirror_errors.append(f"{checkpoint.path.name} could not be fetched: {error}")
         return error
-    mine = coming.damage(slice(world.rank, None, world.size))
-    return next((d for d in process_group.gather_objects(mine) if d), None) or process_group.run_on_rank0(end)
+    mine = fetched.damage(slice(world.rank, None, world.size))
+    return next((d for d in process_group.gather_objects(mine) if d), None) or process_group.run_on_rank0(publish)
 
 
 def restore(checkpoint: Checkpoint, engine: ShardedState) -> None:
-    """Fill the engine with a checkpoint's weights, moments and loss scale, at this world's size and stage."""
+    """Fill the engine with a checkpoint's weights, moments and loss scale, at the engine's world size and stage."""
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     if ours != checkpoint.manifest["shapes"]:
         raise UserError(

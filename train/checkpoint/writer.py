@@ -1,8 +1,9 @@
-"""Saving behind the steps: a checkpoint is begun between two steps and completed while later ones run.
+"""Asynchronous saves: a checkpoint is begun between two steps and completed while later steps run.
 
-Every rank's own thread copies its pieces (``train.checkpoint.staging``), writes them into a folder aside and forces them to the disk. When
-all ranks have, rank 0 adds the manifest and renames the folder, so that one of that name is whole; then ``latest`` is moved. The
-threads speak through the world's store, never by a collective. One save at a time: the next one waits for it.
+A thread of each rank copies its pieces of the training state (``train.checkpoint.staging``), writes them into a
+temporary folder and forces them to the disk. When all ranks have, rank 0 adds the manifest and renames the folder, so a
+folder of the final name is always complete; then it updates ``latest``. The threads exchange messages through the store
+of the process group, never by a collective. One save is in flight at a time: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
 from train.checkpoint.reader import complete
-from train.checkpoint.staging import StagingBuffer
+from train.checkpoint.staging import StagingBuffer, StateKey
 from train.distributed import process_group
 from train.distributed.param_shard import ParamShard, ShardedState
 from train.errors import UserError
@@ -30,27 +33,30 @@ from train.util.run_layout import checkpoint_name, shard_name
 
 POLL_S = 0.01
 CLOSE_S = 10.0
+"""Seconds that a closing run waits for the thread of a cancelled save."""
 
 
 @dataclass
 class PendingSave:
-    """One save, from its beginning to its end."""
+    """One save, in flight or finished."""
 
     number: int
     step: int
     manifest_values: dict[str, Any]
-    """What the manifest will say, but for the files."""
+    """The manifest without its files."""
     before_publish: Callable[[], None]
+    """Called on rank 0 once all files are written, before the checkpoint appears."""
     started_at: float
     thread: threading.Thread = field(init=False)
     seconds: float = 0.0
     error: str | None = None
-    """What kept it from being completed: the same on every rank."""
+    """Why it was not completed: the same on every rank; None if it was."""
     reported: bool = False
+    """Whether ``pop_finished`` has returned it."""
 
 
 class CheckpointWriter:
-    """One rank's part in saving a run's checkpoints. Made by all ranks together."""
+    """Writes one rank's part of a run's checkpoints. Constructed by all ranks together."""
 
     def __init__(
         self,
@@ -60,13 +66,8 @@ class CheckpointWriter:
         world: process_group.DistContext,
         mirror: Mirror | None = None,
     ) -> None:
-        self.folder, self.keep_last, self.keep_best, self.world, self.mirror = (
-            folder,
-            keep_last,
-            keep_best,
-            world,
-            mirror,
-        )
+        self.folder, self.world, self.mirror = folder, world, mirror
+        self.keep_last, self.keep_best = keep_last, keep_best
         self.staging, self.mailbox = StagingBuffer(world.device), process_group.StoreMailbox("saves")
         self.stall_s = 0.0
         """Seconds that steps have waited for saves."""
@@ -74,46 +75,46 @@ class CheckpointWriter:
         self.next_number = 0
         self.closing = threading.Event()
         if world.is_rank0:
-            for stale in folder.glob(".step_*"):  # what earlier starts left, as they were killed
+            for stale in folder.glob(".step_*"):  # left by earlier attempts that were killed
                 shutil.rmtree(stale, ignore_errors=True)
         self.start_id: str = process_group.broadcast_object(secrets.token_hex(4))
-        """Keeps what is written now apart from what a rank of an earlier start, not yet dead, may still write."""
+        """In the names of temporary folders: a rank of an earlier attempt may still be alive and writing."""
 
-    # ---------------------------------------------------------------------------------------- in the training thread
+    # -------------------------------------------------------------------------------------------- the training thread
 
     def save(
         self,
         engine: ShardedState,
         progress: TrainState,
         val_loss: float | None,
-        about: dict[str, Any],
-        first: Callable[[], None],
+        run_values: dict[str, Any],
+        before_publish: Callable[[], None],
     ) -> None:
-        """Begin ``step_<n>``, complete or not at all; the one before it has been settled.
+        """Begin the checkpoint ``step_<n>``, once ``wait_for_save`` has returned for the one before.
 
-        ``about`` is what a resume must find unchanged; ``first`` is called in rank 0's writer before the checkpoint is one.
+        ``run_values`` go into the manifest; rank 0's thread calls ``before_publish`` before the checkpoint appears.
         """
-        began = time.monotonic()
-        states = {
-            (kind, p.name, p.start): view for p in self._own_shards(engine) for kind, view in engine.states(p).items()
-        }
-        content = {
+        started_at = time.monotonic()
+        states: dict[StateKey, Tensor] = {}
+        for shard in self._own_shards(engine):
+            states |= {(kind, shard.name, shard.start): view for kind, view in engine.states(shard).items()}
+        manifest_values = {
             "progress": progress.to_dict(),
             "val_loss": val_loss,
             "shapes": {name: list(shape) for name, shape in engine.shapes.items()},
             "scalars": engine.scalars(),
             "world_size": self.world.size,
-            **about,
+            **run_values,
         }
         self.staging.begin_copy(states)
-        self.current = save = PendingSave(self.next_number, progress.step, content, first, began)
+        self.current = save = PendingSave(self.next_number, progress.step, manifest_values, before_publish, started_at)
         self.next_number += 1
         save.thread = threading.Thread(target=self._run_save, args=[save], name="save", daemon=True)
         save.thread.start()
-        self.stall_s += time.monotonic() - began
+        self.stall_s += time.monotonic() - started_at
 
     def wait_for_staging(self) -> None:
-        """Wait until the weights and moments are copied: before each update."""
+        """Wait, before each update, until the save in flight has copied the weights and moments."""
         self.stall_s += self.staging.wait_for_copy()
 
     @property
@@ -122,7 +123,7 @@ class CheckpointWriter:
         return self.current is not None and self.current.thread.is_alive()
 
     def pop_finished(self) -> PendingSave | None:
-        """The last save, once, when it is over."""
+        """The last save, when it has finished, and only once; else None."""
         save = self.current
         if save is None or save.reported or self.busy:
             return None
@@ -131,20 +132,20 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the last save has failed; another rank may know it a moment later."""
+        """Whether the last save has failed; other ranks may see it a moment later."""
         return self.current is not None and self.current.error is not None
 
     def wait_for_save(self) -> None:
-        """Wait for the save that is in flight. A collective; raises UserError on every rank when it could not be written.
+        """Wait for the save in flight. A collective; raises UserError on every rank if it could not be written.
 
-        The ranks wait together, by small sums, so that the death of one ends the waiting of the others.
+        The ranks wait together, by repeated small reductions, so that the death of one ends the wait of the others.
         """
-        began, save = time.monotonic(), self.current
+        start, save = time.monotonic(), self.current
         if save is None:
             return
         while process_group.all_reduce_sum([float(self.busy)])[0]:
             save.thread.join(POLL_S)
-        self.stall_s += time.monotonic() - began
+        self.stall_s += time.monotonic() - start
         if save.error:
             raise UserError(
                 f"no checkpoint could be written to {self.folder}: {save.error}. Earlier checkpoints are untouched. "
@@ -152,12 +153,12 @@ class CheckpointWriter:
             )
 
     def wait_for_mirror(self, limit_s: float) -> None:
-        """Wait, but not for ever, until the newest checkpoint is copied to the mirror, if there is one. A collective."""
+        """Wait at most ``limit_s`` seconds for the mirror's copy of the newest checkpoint, if any. A collective."""
         if self.mirror:
             self.mirror.wait_for_copies(limit_s)
 
     def close(self) -> None:
-        """Give up what is in flight: the run is over, one way or another."""
+        """Cancel what is in flight, since the run ends."""
         self.closing.set()
         if self.mirror:
             self.mirror.closing.set()
@@ -165,80 +166,81 @@ class CheckpointWriter:
             self.current.thread.join(CLOSE_S)
 
     def _own_shards(self, engine: ShardedState) -> Sequence[ParamShard]:
-        """The pieces this rank writes: its own, or, where every rank has all, its share of them."""
-        mine = engine.param_shards[self.world.rank :: self.world.size] if engine.replicated else engine.param_shards
-        return [*mine, *engine.carried]
+        """The pieces that this rank writes: its own, or its share where every rank has all of them."""
+        own = engine.param_shards[self.world.rank :: self.world.size] if engine.replicated else engine.param_shards
+        return [*own, *engine.carried]
 
-    # ------------------------------------------------------------------------------------------ in the writer's thread
+    # ---------------------------------------------------------------------------------------------- the writer's thread
 
     def _run_save(self, save: PendingSave) -> None:
         try:
             save.error = self._exchange_reports(save, self._write_rank_file(save))
         except process_group.WaitCancelled:
             save.error = "the run ended first"
-        except Exception as error:  # the store is gone with rank 0, most likely
+        except Exception as error:  # most likely the store ended with rank 0
             save.error = f"rank {self.world.rank}: {error}"
         save.seconds = time.monotonic() - save.started_at
 
     def _write_rank_file(self, save: PendingSave) -> dict[str, Any]:
-        """Write this rank's file: its entry in the manifest, or what went wrong."""
-        aside = self._temporary_folder(save)
+        """Write this rank's file: returns {"entry": its part of the manifest} or {"error": text}."""
+        folder = self._temporary_folder(save)
         try:
             self.staging.copy()
-            aside.mkdir(parents=True, exist_ok=True)
-            entry = self.staging.write_file(aside / shard_name(self.world.rank), self.closing.is_set)
-        except Exception as error:  # whatever it is, the others must not wait for this rank
+            folder.mkdir(parents=True, exist_ok=True)
+            entry = self.staging.write_file(folder / shard_name(self.world.rank), self.closing.is_set)
+        except Exception as error:  # any error: the other ranks must not wait for this one
             return {
                 "error": f"rank {self.world.rank}: {error if isinstance(error, OSError) else traceback.format_exc()}"
             }
         return {"entry": entry}
 
     def _exchange_reports(self, save: PendingSave, report: dict[str, Any]) -> str | None:
-        """Tell rank 0, which completes the checkpoint and tells everybody: what is wrong with it, or None."""
-        post, given_up, ranks = self.mailbox, self.closing.is_set, range(self.world.size)
-        post.put(f"{save.number}/{self.world.rank}", report)
+        """Report to rank 0, which publishes the checkpoint and answers all ranks: returns its error, or None."""
+        mailbox, cancelled, ranks = self.mailbox, self.closing.is_set, range(self.world.size)
+        mailbox.put(f"{save.number}/{self.world.rank}", report)
         if not self.world.is_rank0:
-            return post.take(f"{save.number}/end", given_up)
-        reports = [post.take(f"{save.number}/{rank}", given_up) for rank in ranks]
+            return mailbox.take(f"{save.number}/end", cancelled)
+        reports = [mailbox.take(f"{save.number}/{rank}", cancelled) for rank in ranks]
         error = self._publish(save, reports)
-        post.put(f"{save.number}/end", error)
+        mailbox.put(f"{save.number}/end", error)
         for rank in ranks:
-            post.remove(f"{save.number}/{rank}")
-        post.remove(f"{save.number - 1}/end")  # all have taken it: they have begun another
+            mailbox.remove(f"{save.number}/{rank}")
+        mailbox.remove(f"{save.number - 1}/end")  # all ranks have read it, since they began this save
         return error
 
     def _publish(self, save: PendingSave, reports: Sequence[dict[str, Any]]) -> str | None:
-        """Rank 0: turn the folder written aside into a checkpoint, or remove it and say why."""
-        aside, final = self._temporary_folder(save), self.folder / checkpoint_name(save.step)
+        """Rank 0: turn the temporary folder into a checkpoint, or delete it and return the error."""
+        temporary, final = self._temporary_folder(save), self.folder / checkpoint_name(save.step)
         try:
             if errors := [r["error"] for r in reports if "error" in r]:
                 raise OSError("; ".join(errors))
             entries = {shard_name(rank): report["entry"] for rank, report in enumerate(reports)}
             save.before_publish()
-            write_whole(aside / manifest.MANIFEST, manifest.to_bytes({**save.manifest_values, "files": entries}))
-            if final.exists():  # written by an earlier start, and by then found damaged
+            write_whole(temporary / manifest.MANIFEST, manifest.to_bytes({**save.manifest_values, "files": entries}))
+            if final.exists():  # of an earlier attempt, which has been found damaged
                 self._delete(final)
-            aside.rename(final)
+            temporary.rename(final)
             write_whole(self.folder / "latest", final.name.encode())
             self._prune()
             if self.mirror:
                 self.mirror.enqueue(final.name)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             return str(error)
         return None
 
     def _prune(self) -> None:
         for step in manifest.surplus_steps([c.manifest for c in complete(self.folder)], self.keep_last, self.keep_best):
             name = checkpoint_name(step)
-            if self.mirror is None or self.mirror.copying != name:  # else it is dropped after the next save
+            being_copied = self.mirror is not None and self.mirror.copying == name
+            if not being_copied:  # else it is deleted after the next save
                 self._delete(self.folder / name)
 
     def _temporary_folder(self, save: PendingSave) -> Path:
         return self.folder / f".{checkpoint_name(save.step)}.{self.start_id}.saving"
 
     def _delete(self, path: Path) -> None:
-        """Take its name away first: a folder of that name is whole."""
-        gone = self.folder / f".{path.name}.{self.start_id}.deleting"
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        """Delete a checkpoint; rename it first, since a folder of its name must be complete."""
+        renamed = self.folder / f".{path.name}.{self.start_id}.deleting"
+        path.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Checkpoints: equal at any world size and stage, complete or absent, verified before use."""
+"""Checkpoints: bit-equal at any world size and stage, complete or absent, verified before use."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def composed(corpus: Path, run: Path, *overrides: str):
 
 
 def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
-    """Every piece that this rank holds after loading the newest checkpoint."""
+    """Every piece that this rank holds after loading the newest checkpoint, and the whole weights."""
     from train.checkpoint.reader import find_newest
     from train.data.corpus.shards import Corpus
     from train.data.loader import loaders
@@ -45,14 +45,15 @@ def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     restore(find_newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
     loader.close()
     forward = dict(engine.whole_weights())
-    pieces = {
-        f"{k}/{p.name}@{p.start}": v.clone().numpy() for p in engine.param_shards for k, v in engine.states(p).items()
-    }
+    pieces = {}
+    for shard in engine.param_shards:
+        for kind, view in engine.states(shard).items():
+            pieces[f"{kind}/{shard.name}@{shard.start}"] = view.clone().numpy()
     return {"pieces": pieces, "forward": {n: w.numpy() for n, w in forward.items()}}
 
 
 @pytest.mark.parametrize(("workers", "zero"), [(1, "0"), (2, "1"), (2, "3"), (4, "2"), (1, "3_offload")])
-def test_any_world_and_stage_loads_every_weight_and_moment_bit_for_bit(saved, corpus: Path, workers: int, zero: str):
+def test_any_world_and_stage_loads_weights_and_moments_bit_for_bit(saved, corpus: Path, workers: int, zero: str):
     expected = gloo_ranks.state(saved, 4)
     config = composed(corpus, Path(saved.run.dir), f"cluster.workers={workers}", f"zero={zero}")
     ranks = gloo_ranks.run(workers, reload, configuration.to_dict(config), str(corpus))
@@ -71,13 +72,13 @@ def test_any_world_and_stage_loads_every_weight_and_moment_bit_for_bit(saved, co
 CORRUPTIONS = 200
 
 
-def test_every_corruption_is_found_before_use_and_the_good_one_before_is_taken(saved, tmp_path: Path):
-    """Each of 200 times, in a copy of two checkpoints of three ranks, something of the newer one is damaged."""
+def test_every_corruption_is_detected_and_the_one_before_is_used(saved, tmp_path: Path):
+    """200 times one byte, file or name of the newer of two checkpoints of three ranks is damaged."""
     findings = gloo_ranks.run(1, corrupt_and_load, Path(saved.run.dir) / "checkpoints", tmp_path)[0]
     assert len(findings) == CORRUPTIONS
     assert {kind for kind, *_ in findings} == {"flip", "cut", "longer", "gone", "swap", "other step", "latest"}
     for kind, target, taken, notes in findings:
-        if kind == "latest":  # it only says what a person would like to know; nothing is looked up by it
+        if kind == "latest":  # it is for people; nothing is looked up by it
             assert taken == 4, (kind, target)
             assert any("latest says" in note for note in notes), (kind, target, notes)
         else:
@@ -86,7 +87,7 @@ def test_every_corruption_is_found_before_use_and_the_good_one_before_is_taken(s
 
 
 def corrupt_and_load(world, emit, source: Path, scratch: Path):
-    """(kind of corruption, its file, the step taken, what was said) of every corruption."""
+    """(kind of corruption, its file, the step that was used, the notes) of every corruption."""
     from train.checkpoint.reader import find_newest
 
     draw, findings = random.Random(0), []
@@ -95,15 +96,15 @@ def corrupt_and_load(world, emit, source: Path, scratch: Path):
         shutil.copytree(source, folder)
         kind, target = corrupt(folder, draw)
         notes: list[str] = []
-        found = find_newest(folder, world, notes.append)
-        assert found.damage() is None
-        findings.append((kind, target, found.progress.step, notes))
+        checkpoint = find_newest(folder, world, notes.append)
+        assert checkpoint.damage() is None
+        findings.append((kind, target, checkpoint.progress.step, notes))
         shutil.rmtree(folder)
     return findings
 
 
 def corrupt(folder: Path, draw: random.Random) -> tuple[str, str]:
-    """Damage the newer checkpoint, or ``latest``, in one way: which, and where."""
+    """Damage the newer checkpoint, or ``latest``, in one random way; returns the kind and the file."""
     files = sorted((folder / "step_4").iterdir())
     target = draw.choice(files)
     content = bytearray(target.read_bytes())
@@ -120,9 +121,9 @@ def corrupt(folder: Path, draw: random.Random) -> tuple[str, str]:
             target.unlink()
         case "swap":
             other = draw.choice([file for file in files if file != target])
-            held = other.read_bytes()
+            other_content = other.read_bytes()
             other.write_bytes(content)
-            target.write_bytes(held)
+            target.write_bytes(other_content)
         case "other step":
             shutil.copy(folder / "step_2" / target.name, target)
         case "latest":
@@ -134,8 +135,8 @@ def corrupt(folder: Path, draw: random.Random) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("moment", ["after its hash is taken", "between two openings"])
-def test_a_checkpoint_dropped_while_it_is_verified_is_damaged(saved, tmp_path: Path, monkeypatch, moment: str):
-    """A run that goes on drops old checkpoints while others read them; safetensors and torch each open the file once."""
+def test_checkpoint_dropped_while_it_is_verified_is_damaged(saved, tmp_path: Path, monkeypatch, moment: str):
+    """A run may drop a checkpoint while others read it; safetensors and torch each open the file once."""
     source = complete(Path(saved.run.dir) / "checkpoints")[-1]
     checkpoint = Checkpoint(tmp_path / source.path.name, source.manifest)
     shutil.copytree(source.path, checkpoint.path)
@@ -158,7 +159,7 @@ def test_a_checkpoint_dropped_while_it_is_verified_is_damaged(saved, tmp_path: P
     assert checkpoint.damage() == "rank_0.safetensors cannot be read: No such file or directory"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make, corpus: Path):
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(make, corpus: Path):
     config = make("save_every=2", "steps=6", "cluster.workers=2")
     gloo_ranks.train_world(config, corpus, {"event": "step", "step": 4})
     whole = gloo_ranks.metrics(config)
@@ -173,7 +174,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(make, corpus: 
     assert gloo_ranks.metrics(config)[: len(whole)] == whole
 
 
-def test_a_full_disk_ends_the_save_in_words_and_leaves_what_was_there(make, corpus: Path):
+def test_full_disk_ends_the_run_with_a_message_and_keeps_checkpoints(make, corpus: Path):
     config = make("save_every=2", "steps=6", "cluster.workers=2")
     ranks = gloo_ranks.run(2, train_with_little_room, configuration.to_dict(config), str(corpus))
     assert all("no checkpoint could be written" in text and "rank 1" in text for text in ranks)
@@ -184,7 +185,7 @@ def test_a_full_disk_ends_the_save_in_words_and_leaves_what_was_there(make, corp
 
 
 def train_with_little_room(world, emit, config, corpus: str) -> str:
-    """Rank 1 may write no large file once a checkpoint has been saved: EFBIG, as ENOSPC, comes from write(2)."""
+    """Rank 1 can write no large file once a checkpoint has been saved: like ENOSPC, EFBIG comes from write(2)."""
     import resource
     import signal
 
@@ -198,8 +199,8 @@ def train_with_little_room(world, emit, config, corpus: str) -> str:
     return gloo_ranks.train(world, watch, config, corpus)
 
 
-def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint_or_none(make, corpus: Path):
-    """All ranks are killed at random instants of runs that save after every step; what is left is always whole."""
+def test_sigkill_during_a_save_leaves_a_whole_checkpoint_or_none(make, corpus: Path):
+    """All ranks are killed at random instants of runs that save after every step; what remains is always whole."""
     draw = random.Random(1)
     whole = make("save_every=1", "steps=24", "cluster.workers=2", name="whole")
     parts = make("save_every=1", "steps=24", "cluster.workers=2", name="parts")
@@ -216,12 +217,12 @@ def test_killed_at_any_moment_of_a_save_there_is_a_whole_checkpoint_or_none(make
         for checkpoint in complete(Path(parts.run.dir) / "checkpoints"):
             assert checkpoint.damage() is None
     assert gloo_ranks.metrics(parts) == gloo_ranks.metrics(whole)
-    expected, found = gloo_ranks.state(whole, 24), gloo_ranks.state(parts, 24)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = gloo_ranks.state(whole, 24), gloo_ranks.state(parts, 24)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def wait_for_step(running: gloo_ranks.Running, seconds: float) -> None:
-    """Until rank 0 has made a step, and ``seconds`` more."""
+    """Wait until rank 0 has made a step, and ``seconds`` more."""
     import time
 
     pipe = running.pipes[0]
@@ -232,7 +233,7 @@ def wait_for_step(running: gloo_ranks.Running, seconds: float) -> None:
     time.sleep(seconds)
 
 
-def test_the_newest_and_the_best_are_kept(make, corpus: Path):
+def test_newest_and_best_checkpoints_are_kept(make, corpus: Path):
     config = make("steps=10", "save_every=2", "eval_every=2", "keep_last=2", "keep_best=1", "optimizer.lr=1e-9")
     gloo_ranks.train_world(config, corpus)
     kept = complete(Path(config.run.dir) / "checkpoints")

@@ -1,4 +1,4 @@
-"""The mirror: whole checkpoints somewhere else, for a machine that has nothing, and never in a step's way."""
+"""The mirror: complete copies elsewhere, resume on a new machine, failures that never stop a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIRRORED = ["cluster.workers=2", "save_every=2", "keep_last=2", "keep_best=0", "
 
 
 def copies(elsewhere: Path) -> list[int]:
-    """The steps of the complete copies."""
+    """The steps of the complete copies, ascending."""
     return sorted(
         manifest.read(path.parent)["progress"]["step"] for path in elsewhere.glob("mine/step_*/checkpoint.json")
     )
@@ -36,7 +36,7 @@ def train(config, corpus: Path, stop_when=None) -> list[gloo_ranks.Rank]:
     ).wait()
 
 
-def test_a_machine_that_has_nothing_goes_on_from_the_mirror_bit_for_bit(make, corpus: Path, tmp_path: Path):
+def test_new_machine_resumes_from_the_mirror_bit_for_bit(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     whole = make(*MIRRORED, name="whole")
     config = make(*MIRRORED, f"save_mirror=file://{elsewhere}", name="parts")
@@ -50,15 +50,15 @@ def test_a_machine_that_has_nothing_goes_on_from_the_mirror_bit_for_bit(make, co
     assert [rank.result for rank in ranks] == ["done", "done"]
     assert next(event["start_step"] for event in ranks[0].events if event["event"] == "plan") == stopped
     assert gloo_ranks.metrics(config) == gloo_ranks.metrics(whole)
-    expected, found = gloo_ranks.state(whole, 8), gloo_ranks.state(config, 8)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = gloo_ranks.state(whole, 8), gloo_ranks.state(config, 8)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert json.loads((Path(config.run.dir) / "run.json").read_text())["wandb_id"] == before
     assert copies(elsewhere) == [stopped, 8] if stopped == 7 else [6, 8]
     other = make(*MIRRORED, f"save_mirror=file://{elsewhere}", "seed=1", name="other")
     assert all("holds a run of another kind" in rank.result for rank in train(other, corpus))
 
 
-def test_a_damaged_copy_is_named_and_the_one_before_is_fetched(make, corpus: Path, tmp_path: Path):
+def test_damaged_copy_is_named_and_the_one_before_is_fetched(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     config = make(*MIRRORED, f"save_mirror=file://{elsewhere}")
     train(config, corpus)
@@ -78,13 +78,11 @@ def test_a_damaged_copy_is_named_and_the_one_before_is_fetched(make, corpus: Pat
         file.write_bytes(good)
 
 
-def test_a_mirror_that_fails_is_a_note_and_one_that_cannot_be_read_stops_a_new_machine(
-    make, corpus: Path, tmp_path: Path
-):
+def test_failing_mirror_is_noted_but_stops_a_new_machine(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     config = make(*MIRRORED, "steps=20", f"save_mirror=file://{elsewhere}")
     elsewhere.write_text("in the way")
-    ranks = train(config, corpus)  # a new run can not know what is there
+    ranks = train(config, corpus)  # a new run cannot know what the mirror has
     assert all("cannot be read" in rank.result for rank in ranks), ranks
     elsewhere.unlink()
     train(config, corpus, {"event": "step", "step": 3})
@@ -97,7 +95,7 @@ def test_a_mirror_that_fails_is_a_note_and_one_that_cannot_be_read_stops_a_new_m
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file system of its own size")
-def test_a_mirror_that_is_full_keeps_what_it_has(make, corpus: Path, tmp_path: Path):
+def test_full_mirror_keeps_what_it_has(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(elsewhere)], check=True)
@@ -108,16 +106,16 @@ def test_a_mirror_that_is_full_keeps_what_it_has(make, corpus: Path, tmp_path: P
         ranks = train(config, corpus)
         assert [rank.result for rank in ranks] == ["done", "done"]
         assert any("could not be copied" in note and "No space" in note for note in notes(ranks))
-        there = copies(elsewhere)
-        assert there
+        copied = copies(elsewhere)
+        assert copied
         shutil.rmtree(config.run.dir)
         ranks = train(config, corpus)
-        assert next(event["start_step"] for event in ranks[0].events if event["event"] == "plan") == there[-1]
+        assert next(event["start_step"] for event in ranks[0].events if event["event"] == "plan") == copied[-1]
     finally:
         subprocess.run(["umount", str(elsewhere)], check=True)
 
 
-def test_killed_while_it_copies_the_mirror_has_whole_checkpoints_or_none(make, corpus: Path, tmp_path: Path):
+def test_sigkill_during_a_copy_leaves_whole_copies_or_none(make, corpus: Path, tmp_path: Path):
     elsewhere, draw = tmp_path / "elsewhere", random.Random(3)
     config = make(*MIRRORED, "save_every=1", "steps=60", f"save_mirror=file://{elsewhere}")
     reached = []
@@ -140,7 +138,7 @@ def test_killed_while_it_copies_the_mirror_has_whole_checkpoints_or_none(make, c
     assert reached == sorted(reached)
 
 
-def test_memory_is_a_place_too(make, corpus: Path):
+def test_memory_file_system_can_be_a_mirror(make, corpus: Path):
     ends = gloo_ranks.run(
         1, lose_the_folder, configuration.to_dict(make("save_mirror=memory://there", "cluster.workers=1")), str(corpus)
     )
@@ -158,31 +156,31 @@ def lose_the_folder(world, emit, config, corpus: str) -> tuple[str, str, int]:
 @pytest.mark.parametrize(
     "url", ["sftp://me:canary@host/x", "pipe:ls", "simplecache::s3://x", "s3://b/x?key=canary", "/tmp/canary"]
 )
-def test_a_url_that_holds_a_secret_or_is_none_is_refused_and_not_shown(make, url: str):
+def test_url_with_a_secret_or_no_plain_url_is_refused_and_not_shown(make, url: str):
     with pytest.raises(configuration.ConfigError) as caught:
         make(f'save_mirror="{url}"')
     assert "save_mirror is no plain URL" in str(caught.value)
     assert "canary" not in str(caught.value)
 
 
-def test_a_file_system_that_is_not_installed_is_refused_in_words(make, corpus: Path):
+def test_file_system_that_is_not_installed_is_refused(make, corpus: Path):
     ends = gloo_ranks.train_world(make("save_mirror=nowhere://x", "cluster.workers=1"), corpus)
     assert "save_mirror" in ends[0]
     assert "nowhere" in ends[0]
 
 
-def test_copies_of_steps_that_the_run_went_back_from_are_taken_away(make, corpus: Path, tmp_path: Path):
+def test_rollback_deletes_copies_of_later_steps(make, corpus: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere"
     words = *MIRRORED, "cluster.workers=1", f"save_mirror=file://{elsewhere}"
     config = make(*words)
-    train(make(*words, "steps=6"), corpus)  # it ends when 6 is copied; while it runs, a slow copy passes some by
+    train(make(*words, "steps=6"), corpus)  # it ends when 6 is copied; a slow copy may skip earlier ones
     train(config, corpus)
     assert copies(elsewhere) == [6, 8]
-    assert gloo_ranks.run(1, go_back, configuration.to_dict(config), elsewhere) == [([6], [6, 8])]
+    assert gloo_ranks.run(1, roll_back, configuration.to_dict(config), elsewhere) == [([6], [6, 8])]
 
 
-def go_back(world, emit, config, elsewhere: Path) -> tuple[list[int], list[int]]:
-    """The copies after the run went back to step 6, and once it has come to step 8 again."""
+def roll_back(world, emit, config, elsewhere: Path) -> tuple[list[int], list[int]]:
+    """The copies after a rollback to step 6, and once the run has come to step 8 again."""
     from train.checkpoint.mirror import Mirror
 
     config = configuration.parse(config)

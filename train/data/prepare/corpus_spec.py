@@ -42,7 +42,7 @@ class CorpusSpec:
 def corpus_settings(data: schema.Data) -> dict[str, Any]:
     """The keys of ``data`` that determine the content of a corpus.
 
-    "place" says that labelled documents are split by a hash of their text alone; corpora of old were not.
+    "place" records that labelled documents are split by a hash of their text without the label.
     """
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
     chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
