@@ -27,8 +27,8 @@ from train.errors import UserError
 PREFIX = "trireme-"
 MARK = "TRIREME_JOB"
 """The environment variable that everything a driver starts on its own host inherits: the job's folder."""
-LONGEST_TEMP = 40
-"""Characters: Ray puts sockets some 60 characters deeper, and a Unix socket's path ends at 107."""
+LONGEST_TEMP = 18
+"""Characters: a Unix socket's path ends at 107, a job folder's name has up to 21, and Ray's below it 68."""
 
 QUIET = {
     "DS_BUILD_OPS": "0",
