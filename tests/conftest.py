@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # of xdist: the controller has made it
         return
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    directory = tempfile.mkdtemp(prefix="tests-")
+    directory = tempfile.mkdtemp(prefix="t-")  # short, for the paths of sockets
     os.environ["TMPDIR"], tempfile.tempdir = directory, None
     # multiprocessing removes its own folder in it first, at priority -100
     Finalize(None, shutil.rmtree, (directory, True), exitpriority=-1000)

@@ -21,8 +21,8 @@ from train.util.io import FileLock
 PREFIX = "trireme-"
 JOB_ENV = "TRIREME_JOB"
 """Environment variable with the job's folder; every process that a driver starts on its own host inherits it."""
-LONGEST_TEMP = 40
-"""Characters: Ray puts sockets some 60 characters deeper, and a Unix socket's path ends at 107."""
+LONGEST_TEMP = 18
+"""Characters: a Unix socket's path ends at 107, a job folder's name has up to 21, and Ray's below it 68."""
 
 
 _held: list[FileLock] = []
