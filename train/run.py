@@ -110,7 +110,7 @@ def build_engine(
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)
-    init_from.freeze(objective, config.init.freeze)
+    init_from.freeze_parameters(objective, config.init.freeze)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
         groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
@@ -132,7 +132,7 @@ def _begin_from(
 ) -> None:
     """Fill a new run's objective from ``init.from``, say so, and write down where its weights come from: ``init.json``."""
     taken = init_from.load_weights(objective, config, corpus.tokenizer, world)
-    note(taken.words())
+    note(taken.summary())
     file = Path(config.run.dir or "") / "init.json"
     if error := process_group.run_on_rank0(lambda: write_whole(file, json.dumps(asdict(taken), indent=1).encode())):
         raise UserError(error)
