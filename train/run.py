@@ -32,7 +32,7 @@ from train.loop import Record, Training, finish_pending, phase, train
 from train.models.generation_api import Generative
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
-from train.optim.layerwise_lr import by_depth
+from train.optim.layerwise_lr import split_by_depth
 from train.pretrained import init_from
 from train.reporting.goodput import TimeByCause, goodput
 from train.reporting.run_outline import outline
@@ -113,7 +113,9 @@ def build_engine(
     init_from.freeze_parameters(objective, config.init.freeze)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
-        groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
+        groups = split_by_depth(
+            groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay
+        )
     optimizer = build_optimizer(config.optimizer, groups)
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
