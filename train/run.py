@@ -30,7 +30,7 @@ from train.loop import Training, train
 from train.models.generation_api import Generative
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
-from train.optim.layerwise_lr import by_depth
+from train.optim.layerwise_lr import split_by_depth
 from train.pretrained import init_from
 from train.reporting.activity import RankActivity
 from train.reporting.run_outline import outline
@@ -107,10 +107,12 @@ def build_engine(
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)
-    init_from.freeze(objective, config.init.freeze)
+    init_from.freeze_parameters(objective, config.init.freeze)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
-        groups = by_depth(groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay)
+        groups = split_by_depth(
+            groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay
+        )
     optimizer = build_optimizer(config.optimizer, groups)
     return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
 
@@ -129,7 +131,7 @@ def _load_initial(
 ) -> None:
     """Fill a new run's objective from ``init.from``, note it, and write where its weights come from to ``init.json``."""
     report = init_from.load_weights(objective, config, corpus.tokenizer, world)
-    note(report.words())
+    note(report.summary())
     file = RunDir(Path(config.run.dir or "")).init
     if error := process_group.run_on_rank0(lambda: write_whole(file, json.dumps(asdict(report), indent=1).encode())):
         raise UserError(error)

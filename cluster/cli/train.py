@@ -36,7 +36,7 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     one can not start from what ``init.from`` names.
     """
     resume.check(config, None)
-    inspect_source.check(config)
+    inspect_source.check_source(config)
     ready = prepare.find_prepared(config.data)
     if ready is None:
         ready = prepare.prepare(

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings for a run, as plain values: DeepSpeed itself is not imported."""
+"""DeepSpeed's settings for a run as plain values, without importing DeepSpeed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings and patches that DeepSpeed needs while it is imported, so that a start is quick and quiet on any machine."""
+"""Settings and patches applied while DeepSpeed is imported, for a quick and quiet start."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from collections import defaultdict
 def import_deepspeed() -> None:
     """Import DeepSpeed and what it would load later, once, before the fork server forks a worker.
 
-    - A CPU build of torch is told to DeepSpeed, which else warns at every start that it found no accelerator.
-    - Its optimizer layer and ``torch._dynamo`` load with the first optimizer, seconds later: here they are paid for
-      once.
-    - Its op registry probes for a compiler and builds a shared-memory reduction that only inference uses: switched off.
-    - Its Muon, which ZeRO imports and this project does not use, is decorated for torch's compiler as it is imported,
-      which loads the compiler for a second: imported with the compiler off.
+    - DS_ACCELERATOR=cpu with a CPU build of torch, or it warns at every start that it found no accelerator.
+    - Its optimizer layer and ``torch._dynamo``, seconds of imports, would load with the first optimizer: load them now.
+    - Its op registry probes for a compiler and builds a shared-memory reduction that only inference uses: disable it.
+    - Its Muon, which ZeRO imports and this project does not use, has a decorator of torch's compiler, whose import
+      takes a second: import it with the compiler off.
     """
     import torch
 

@@ -1,7 +1,4 @@
-"""Trains one rank's share of an objective with DeepSpeed, and shows its state as shards that know no ZeRO stage.
-
-This room (``train/engine/``) is the only place that knows DeepSpeed.
-"""
+"""Trains one rank's share of an objective with DeepSpeed; its state is stage-independent shards."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ import deepspeed  # noqa: E402  after its settings
 
 
 class Engine:
-    """One rank's DeepSpeed engine: an objective (an nn.Module that returns Losses) and its optimizer under ZeRO 0 to 3."""
+    """One rank's DeepSpeed engine: an objective (nn.Module returning Losses) and its optimizer under ZeRO 0 to 3."""
 
     def __init__(
         self,
@@ -51,7 +48,9 @@ class Engine:
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
         frozen = frozen_shards(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.masters = MasterWeights.of(config.zero.stage, config.precision.name)
-        os.environ["LOCAL_RANK"] = str(world.device.index or 0)  # the device, not the rank's place on its host
+        os.environ["LOCAL_RANK"] = str(
+            world.device.index or 0
+        )  # index of the device, which is not always the rank's index on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(config, micro, accumulation, plain=self.masters is MasterWeights.MODULE)
         unfused = self.masters is MasterWeights.UNFUSED
@@ -70,7 +69,9 @@ class Engine:
             torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()
             zero_layout.copy_masters_to_weights(self.engine, self.masters)
-        self.carried = [piece for name, rows in objective.named_buffers() for piece in row_shards(name, rows, world)]
+        self.carried: list[ParamShard] = []
+        for name, rows in objective.named_buffers():
+            self.carried += row_shards(name, rows, world)
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -85,7 +86,7 @@ class Engine:
         """
         for group in self.inner.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        if not self.engine.module.training:  # it walks all modules
+        if not self.engine.module.training:  # train() walks all modules
             self.engine.train()
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
         scale = float(self._scaler().cur_scale) if self.masters is MasterWeights.UNFUSED else 1.0
@@ -114,8 +115,7 @@ class Engine:
         return StepResult(totals, norm, applied)
 
     def _clip_module_gradients(self) -> tuple[float, bool]:
-        """Clip gradients by their global norm as ZeRO does; drop them all if the norm is not finite. Returns (norm,
-        kept).
+        """Clip gradients by their global norm as ZeRO does, or drop them all if it is not finite: (norm, kept).
 
         Adam would keep one NaN element in its moments for ever, so the norm is checked before the update.
         """
@@ -137,36 +137,34 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------- state
 
-    def states(self, piece: ParamShard) -> dict[str, Tensor]:
-        """This rank's views of a shard: the fp32 master weights (kind MASTER) and the optimizer's moments by their
-        names.
-        """
-        found = {MASTER: piece.view_of(piece.holder)}
-        for kind, value in self.inner.state.get(piece.holder, {}).items():
-            if isinstance(value, Tensor) and value.numel() == piece.holder.numel() and kind != "step":
-                found[kind] = piece.view_of(value)
-        return found
+    def states(self, shard: ParamShard) -> dict[str, Tensor]:
+        """This rank's views of a shard: fp32 master weights under MASTER, and the optimizer's moments by name."""
+        views = {MASTER: shard.view_of(shard.holder)}
+        for kind, value in self.inner.state.get(shard.holder, {}).items():
+            if isinstance(value, Tensor) and value.numel() == shard.holder.numel() and kind != "step":
+                views[kind] = shard.view_of(value)
+        return views
 
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
-        """Fill every shard from ``read(shard, kind)``, for its parameter's ``kinds``; ``updates`` is Adam's step count."""
+        """Fill every shard from ``read(shard, kind)`` for its parameter's ``kinds``; ``updates`` is Adam's step."""
         self.inner.state.clear()
         for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
-            if moments:  # the rules that count their updates call the count "step", and the others do not look
-                on = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
-                moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=on)
+            if moments:  # optimizers that count updates read "step", the others ignore it
+                device = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
+                moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
                 self.inner.state[holder] = moments
-        for piece in [*self.param_shards, *self.carried]:
-            for kind, view in self.states(piece).items():
-                view.copy_(read(piece, kind))
+        for shard in [*self.param_shards, *self.carried]:
+            for kind, view in self.states(shard).items():
+                view.copy_(read(shard, kind))
         zero_layout.copy_masters_to_weights(self.engine, self.masters)
         self._fill_frozen(read)
 
     @torch.no_grad()
     def _fill_frozen(self, read: Callable[[ParamShard, str], Tensor]) -> None:
-        """Fill the weights that are not trained, which no optimizer copies anywhere."""
+        """Fill the frozen weights, which have no master copy in an optimizer."""
         for name, param in self.engine.module.named_parameters():
             if not param.requires_grad:
                 whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)

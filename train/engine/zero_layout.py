@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps fp32 master weights at each ZeRO stage, as shards of parameters that know no stage."""
+"""Finds the fp32 master weights of each ZeRO stage, as shards of parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 from train.distributed.param_shard import ParamShard
 
 Names = Mapping[Any, str]
-"""The trained parameters of the objective (with DeepSpeed's attributes on them) and their state-dict names, in its
-order.
-"""
+"""Trained parameter of the objective (with DeepSpeed's attributes) -> its name, in the objective's order."""
 
 
 class MasterWeights(Enum):
@@ -36,7 +34,7 @@ class MasterWeights(Enum):
 
 
 def trained_shards(engine: Any, masters: MasterWeights, names: Names, rank: int) -> Iterator[ParamShard]:
-    """This rank's shards of the trained parameters of a DeepSpeed ``engine``; each holder is a tensor of fp32 masters."""
+    """This rank's shards of a DeepSpeed engine's trained parameters; each ``holder`` is a tensor of fp32 masters."""
     zero = engine.optimizer
     if masters is not MasterWeights.ZERO:
         copies: dict[Any, Any] = _unfused_masters(zero) if masters is MasterWeights.UNFUSED else {}

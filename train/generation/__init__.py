@@ -1,4 +1,4 @@
-"""Text generation with any model that offers ``prefill`` and ``decode``.
+"""Text generation with any model that has ``prefill`` and ``decode``.
 
 generate       sample one token at a time, for a batch of prompts
 beam_search    search for the most likely texts

@@ -1,5 +1,6 @@
-"""Generates text token by token with any model that offers ``prefill`` and ``decode``
-(``train.models.generation_api``).
+"""Samples text token by token with any model that has ``prefill`` and ``decode``.
+
+``train.models.generation_api`` is the protocol of such models.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from train.config import schema
 from train.distributed import heartbeat
 from train.errors import UserError
-from train.generation.sampling import choose, penalised
+from train.generation.sampling import apply_repetition_penalty, choose_tokens
 from train.models.generation_api import Generative
 from train.util import seeding
 
@@ -28,7 +30,7 @@ class Continuation:
     tokens: list[int] = field(default_factory=list)
     reason: Reason = "max_tokens"
     score: float | None = None
-    """Of a beam: the sum of its tokens' log-probabilities over a power of their number."""
+    """Score of a beam: the sum of its tokens' log-probabilities over a power of their number."""
 
 
 class PromptBatch:
@@ -37,21 +39,22 @@ class PromptBatch:
     def __init__(
         self, model: Generative, prompts: Sequence[Sequence[int]], options: schema.Generation, eot: int
     ) -> None:
-        """An empty prompt becomes ``eot``, the start of a document. Raises UserError for one longer than
-        ``model.max_len``.
-        """
+        """An empty prompt becomes ``eot``, the start of a document. Raises UserError for one that is too long."""
         self.model, self.filler = model, eot
         self.tokens = [list(prompt) or [eot] for prompt in prompts]
         for row, prompt in enumerate(self.tokens):
             if len(prompt) > model.max_len:
                 raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens, and the model's longest sequence is {model.max_len}: shorten it"
+                    f"prompt {row} has {len(prompt)} tokens, and the model's longest sequence is {model.max_len}: "
+                    "shorten it"
                 )
-        self.held = self.tokens if model.continues else [[] for _ in self.tokens]
-        """The tokens that count as written already: none, where the text answers the prompt."""
-        left = [model.max_len - len(held) for held in self.held]
-        self.room = [min(options.max_tokens, room) for room in left]
-        self.full: list[Reason] = ["max_tokens" if options.max_tokens <= room else "max_len" for room in left]
+        self.written = self.tokens if model.continues else [[] for _ in self.tokens]
+        """Tokens of each row that its text continues: none where the text answers the prompt."""
+        free = [model.max_len - len(written) for written in self.written]
+        self.room = [min(options.max_tokens, room) for room in free]
+        """Tokens that each text may have."""
+        self.full: list[Reason] = ["max_tokens" if options.max_tokens <= room else "max_len" for room in free]
+        """Reason to give for a text that uses all of its room."""
 
     def prefill(self, rows: Sequence[int]) -> tuple[Tensor, Any]:
         """Logits and decoding state of the model after the prompts of some rows."""
@@ -60,9 +63,9 @@ class PromptBatch:
         longest = max(len(prompt) for prompt in prompts)
         padded = [[*prompt, *[self.filler] * (longest - len(prompt))] for prompt in prompts]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        capacity = min(
-            self.model.max_len, max(len(self.held[row]) for row in rows) + max(self.room[row] for row in rows)
-        )
+        longest_written = max(len(self.written[row]) for row in rows)
+        longest_text = max(self.room[row] for row in rows)
+        capacity = min(self.model.max_len, longest_written + longest_text)
         return self.model.prefill(torch.tensor(padded, device=device), lengths, capacity)
 
 
@@ -83,12 +86,15 @@ def generate(
     window would not be exact). Finished rows are dropped from the batch. The model should be in eval mode. Raises
     UserError for a prompt longer than ``model.max_len``.
     """
-    given, n = PromptBatch(model, prompts, options, eot), options.n
-    texts = [Continuation(reason=reason) for reason in given.full for _ in range(n)]
-    draws = [seeding.generator(options.seed, "generate", prompt, k) for prompt in given.tokens for k in range(n)]
+    batch, n = PromptBatch(model, prompts, options, eot), options.n
+    texts: list[Continuation] = []
+    generators: list[np.random.Generator] = []
+    for prompt, reason in zip(batch.tokens, batch.full, strict=True):
+        texts += [Continuation(reason=reason) for _ in range(n)]
+        generators += [seeding.generator(options.seed, "generate", prompt, k) for k in range(n)]
 
-    def goes_on(row: int, token: int) -> bool:
-        """Whether a row continues after this token."""
+    def add_token(row: int, token: int) -> bool:
+        """Add a token to the text of a row; returns whether the text continues."""
         text = texts[row]
         if token == eot:
             text.reason = "eot"
@@ -97,25 +103,26 @@ def generate(
         if on_token(row, token):
             text.reason = "stop"
             return False
-        return len(text.tokens) < given.room[row // n]
+        return len(text.tokens) < batch.room[row // n]
 
-    starts = [number for number, room in enumerate(given.room) if room > 0]
-    rows = [number * n + k for number in starts for k in range(n)]
+    started = [number for number, room in enumerate(batch.room) if room > 0]
+    rows: list[int] = []
+    for number in started:
+        rows += range(number * n, (number + 1) * n)
     if rows:
-        logits, state = given.prefill(starts)
+        logits, state = batch.prefill(started)
         if n > 1:
-            each = torch.arange(len(starts), device=logits.device).repeat_interleave(n)
-            logits, state = logits[each], state.rows(each)
+            repeated = torch.arange(len(started), device=logits.device).repeat_interleave(n)
+            logits, state = logits[repeated], state.rows(repeated)
     while rows:
         heartbeat.touch()
-        scores = penalised(
-            logits, [given.held[row // n] + texts[row].tokens for row in rows], options.repetition_penalty
-        )
-        tokens = choose(scores, options, [draws[row].random() for row in rows])
-        going = [at for at, row in enumerate(rows) if goes_on(row, tokens[at])]
-        if 0 < len(going) < len(rows):
-            state = state.rows(torch.tensor(going, device=logits.device))
-        rows = [rows[at] for at in going]
+        written = [batch.written[row // n] + texts[row].tokens for row in rows]
+        scores = apply_repetition_penalty(logits, written, options.repetition_penalty)
+        tokens = choose_tokens(scores, options, [generators[row].random() for row in rows])
+        unfinished = [i for i, row in enumerate(rows) if add_token(row, tokens[i])]
+        if 0 < len(unfinished) < len(rows):
+            state = state.rows(torch.tensor(unfinished, device=logits.device))
+        rows = [rows[i] for i in unfinished]
         if rows:
-            logits, state = model.decode(torch.tensor([tokens[at] for at in going], device=logits.device), state)
-    return [texts[at : at + n] for at in range(0, len(texts), n)]
+            logits, state = model.decode(torch.tensor([tokens[i] for i in unfinished], device=logits.device), state)
+    return [texts[start : start + n] for start in range(0, len(texts), n)]

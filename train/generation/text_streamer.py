@@ -12,14 +12,13 @@ from train.generation.beam_search import beam_search
 from train.generation.generate import PromptBatch, Reason, generate
 from train.models.generation_api import Generative
 
-Show = Callable[[int, str], None]
+ShowText = Callable[[int, str], None]
+"""Called with (row, piece of its text) as text comes."""
 
-CONTEXT = 8
-"""Tokens that a text is decoded with before its newest: some tokenizers write a word otherwise at the start of a text.
-"""
-SPLIT = 3
-"""Replacement characters at the end of a text that tokens to come may still change: a character has up to four bytes.
-"""
+CONTEXT_TOKENS = 8
+"""Tokens decoded before the newest one: some tokenizers decode a word differently at the start of a text."""
+MAX_INCOMPLETE = 3
+"""U+FFFD at the end of a text that later tokens may complete: a character of UTF-8 has up to four bytes."""
 
 
 class TextStreamer:
@@ -32,39 +31,42 @@ class TextStreamer:
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: Sequence[str]) -> None:
         """``before`` are the tokens that the text continues."""
         self.decode, self.stop = tokenizer.decode, stop
-        self.window = list(before)[-CONTEXT:]
-        self.at = len(self.decode(self.window))
+        self.window = list(before)[-CONTEXT_TOKENS:]
+        self.window_end = len(self.decode(self.window))
         self.text = ""
         self.shown = 0
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Text that can be shown now and could not before; ``stopped`` says whether a stop string has come."""
+        """Add a token; returns the text that can be shown since the last call. ``stopped`` is set by a stop string."""
         self.window.append(token)
         decoded = self.decode(self.window)
-        whole = len(decoded) - min(SPLIT, len(decoded) - len(decoded.rstrip("\ufffd")))
-        self._take(decoded[self.at : whole])
-        self.at = max(self.at, whole)
-        if whole == len(decoded) and len(self.window) > 2 * CONTEXT:
-            self.window = self.window[-CONTEXT:]
-            self.at = len(self.decode(self.window))
-        begun = (n for stop in self.stop for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        return self._show(0 if self.stopped else max(begun, default=0))
+        complete = len(decoded) - min(MAX_INCOMPLETE, len(decoded) - len(decoded.rstrip("\ufffd")))
+        self._append_text(decoded[self.window_end : complete])
+        self.window_end = max(self.window_end, complete)
+        if complete == len(decoded) and len(self.window) > 2 * CONTEXT_TOKENS:
+            self.window = self.window[-CONTEXT_TOKENS:]
+            self.window_end = len(self.decode(self.window))
+        return self._unshown_text(0 if self.stopped else max(map(self._begun_length, self.stop), default=0))
 
     def end(self) -> str:
         """Remaining text of a finished continuation; bytes of an incomplete character become U+FFFD."""
         if not self.stopped:
-            self._take(self.decode(self.window)[self.at :])
-        return self._show(0)
+            self._append_text(self.decode(self.window)[self.window_end :])
+        return self._unshown_text(0)
 
-    def _take(self, more: str) -> None:
+    def _begun_length(self, stop: str) -> int:
+        """Length of the longest beginning of a stop string that the text ends with; 0 if there is none."""
+        return max((n for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+
+    def _append_text(self, piece: str) -> None:
         since = max(0, len(self.text) + 1 - max(map(len, self.stop), default=1))
-        self.text += more
-        found = [(at + len(stop), at) for stop in self.stop if (at := self.text.find(stop, since)) >= 0]
-        if found:  # the first to be whole, as if characters had come one by one
-            self.text, self.stopped = self.text[: min(found)[1]], True
+        self.text += piece
+        matches = [(at + len(stop), at) for stop in self.stop if (at := self.text.find(stop, since)) >= 0]
+        if matches:  # the first to be complete, as if characters had come one by one
+            self.text, self.stopped = self.text[: min(matches)[1]], True
 
-    def _show(self, held_back: int) -> str:
+    def _unshown_text(self, held_back: int) -> str:
         piece = self.text[self.shown : len(self.text) - held_back]
         self.shown += len(piece)
         return piece
@@ -84,21 +86,22 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: schema.Generation,
-    show: Show = lambda row, piece: None,
+    show: ShowText = lambda row, piece: None,
 ) -> Iterator[list[GeneratedText]]:
-    """``options.n`` texts after each prompt, ``options.batch`` prompts at a time; with beams the best first.
+    """Generate ``options.n`` texts per prompt, ``options.batch`` prompts at a time; with beams the best text first.
 
     ``show(row, piece)`` is called as text comes, row being prompt * n + text: the pieces of a row are its text. Raises
-    UserError for a prompt that is too long, before the first text is written.
+    UserError for a prompt that is too long, before the first text is generated.
     """
     tokens = encode_prompts(model, tokenizer, prompts, options)
 
-    def from_row(first: int) -> Show:
-        return lambda row, piece: show(first + row, piece)
+    def show_from(first_row: int) -> ShowText:
+        return lambda row, piece: show(first_row + row, piece)
 
-    find = _search if options.beams > 1 else _draw
-    for at in range(0, len(tokens), options.batch):
-        yield from find(model, tokenizer, tokens[at : at + options.batch], options, from_row(at * options.n))
+    generate_batch = _beam_search_texts if options.beams > 1 else _sample_texts
+    for start in range(0, len(tokens), options.batch):
+        part = tokens[start : start + options.batch]
+        yield from generate_batch(model, tokenizer, part, options, show_from(start * options.n))
 
 
 def encode_prompts(
@@ -106,7 +109,7 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt: the start of a document where the text continues it, else a whole document.
 
-    Raises UserError for one that is too long, or has characters that the tokenizer does not know.
+    Raises UserError for a prompt that is too long, or has characters that the tokenizer does not know.
     """
     tokens = []
     for prompt in prompts:
@@ -114,45 +117,52 @@ def encode_prompts(
             ids = tokenizer.encode(prompt)
         except UserError as error:
             raise UserError(f"prompt {prompt[:40]!r}: {error}") from None
-        answer = [*ids, tokenizer.eot, tokenizer.find("<pad>", tokenizer.eot)]  # which is what targets begin with
+        answer = [*ids, tokenizer.eot, tokenizer.find("<pad>", tokenizer.eot)]  # a target starts with padding
         tokens.append([tokenizer.eot, *ids] if model.continues else answer)
     return PromptBatch(model, tokens, options, tokenizer.eot).tokens
 
 
-def _draw(
-    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: Show
+def _sample_texts(
+    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: ShowText
 ) -> list[list[GeneratedText]]:
-    contexts = [prompt if model.continues else [] for prompt in prompts]
-    writers = [TextStreamer(tokenizer, context, options.stop) for context in contexts for _ in range(options.n)]
+    streamers: list[TextStreamer] = []
+    for prompt in prompts:
+        context = prompt if model.continues else []
+        streamers += [TextStreamer(tokenizer, context, options.stop) for _ in range(options.n)]
 
     def on_token(row: int, token: int) -> bool:
-        show(row, writers[row].add(token))
-        return writers[row].stopped
+        show(row, streamers[row].add(token))
+        return streamers[row].stopped
 
     texts = generate(model, prompts, options, tokenizer.eot, on_token)
-    for row, writer in enumerate(writers):
-        show(row, writer.end())
-    rest = iter(writers)
-    return [[GeneratedText(next(rest).text, text.reason, None) for text in several] for several in texts]
+    for row, streamer in enumerate(streamers):
+        show(row, streamer.end())
+    remaining = iter(streamers)
+    results = []
+    for continuations in texts:
+        results.append([GeneratedText(next(remaining).text, text.reason, None) for text in continuations])
+    return results
 
 
-def _search(
-    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: Show
+def _beam_search_texts(
+    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: ShowText
 ) -> list[list[GeneratedText]]:
-    def read(prompt: int, tokens: Sequence[int]) -> TextStreamer:
-        writer = TextStreamer(tokenizer, prompts[prompt] if model.continues else [], options.stop)
+    def decode(prompt: int, tokens: Sequence[int]) -> TextStreamer:
+        streamer = TextStreamer(tokenizer, prompts[prompt] if model.continues else [], options.stop)
         for token in tokens:
-            writer.add(token)
-        return writer
+            streamer.add(token)
+        return streamer
 
     def stopped(prompt: int, tokens: Sequence[int]) -> bool:
-        return bool(options.stop) and read(prompt, tokens).stopped
+        return bool(options.stop) and decode(prompt, tokens).stopped
 
-    found = []
-    for prompt, several in enumerate(beam_search(model, prompts, options, tokenizer.eot, stopped)):
-        writers = [read(prompt, text.tokens) for text in several]
-        for k, writer in enumerate(writers):
-            writer.end()
-            show(prompt * options.n + k, writer.text)
-        found.append([GeneratedText(w.text, text.reason, text.score) for w, text in zip(writers, several, strict=True)])
-    return found
+    results = []
+    for prompt, continuations in enumerate(beam_search(model, prompts, options, tokenizer.eot, stopped)):
+        texts = []
+        for k, continuation in enumerate(continuations):
+            streamer = decode(prompt, continuation.tokens)
+            streamer.end()
+            show(prompt * options.n + k, streamer.text)
+            texts.append(GeneratedText(streamer.text, continuation.reason, continuation.score))
+        results.append(texts)
+    return results

@@ -3,14 +3,14 @@
 A new family is its file here, its keys in ``train/config/keys/`` (file and class of the same names) and its name in
 ``schema.Model``.
 
-backbone        what an objective may ask of any family, as protocols
+backbone        protocols: the methods that objectives use of a family
 decoder         GPT-2, Llama
 encoder         BERT
 encdec          T5, the original Transformer
 recurrent       RNN, LSTM, GRU
 layers          attention, MLPs, norms and initialisation shared by the families
 carried_state   hidden states that a recurrent model carries from step to step
-generation_api  what a family offers so that text can be sampled from it
+generation_api  protocols: the methods that sampler and beam search use of a model
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from train.errors import UserError
 
 
 def build_backbone(model: schema.Model, vocab_size: int) -> Any:
-    """Build the backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError where they do not fit."""
+    """Build the backbone of ``model`` for a tokenizer of ``vocab_size`` tokens. Raises UserError if they do not fit."""
     if problems := model.problems(0):
         raise UserError("; ".join(problems))
     backbone = getattr(import_module(f"train.models.{model.family}"), type(model).__name__)

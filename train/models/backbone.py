@@ -1,4 +1,4 @@
-"""The contract of a backbone: what an objective may ask of any model family, and of the families that can do more."""
+"""Protocols of backbones: the methods that objectives use of any model family, or of some families."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BidirectionalBackbone(Backbone, Protocol):
 
 
 class CarryingBackbone(GenerativeBackbone, Protocol):
-    """A recurrent backbone whose rows can go on from the hidden state that the step before left."""
+    """A recurrent backbone whose rows can continue from their final hidden state in the previous step."""
 
-    def remember(self, rows: int) -> None:
-        """Keep one hidden state for each of the ``rows`` of the global batch from now on."""
+    def enable_carry(self, rows: int) -> None:
+        """Carry a hidden state from step to step for each of the ``rows`` of the global batch from now on."""

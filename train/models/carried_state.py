@@ -1,4 +1,4 @@
-"""Hidden states that a recurrent model carries from step to step: one vector for every row of the global batch.
+"""Hidden states that a recurrent model carries from step to step, one vector per row of a batch.
 
 A row's vector belongs to its stream: the rank that has the row has its vector, so a checkpoint of one world size serves
 any other. A step reads the vectors that the step before wrote; what it writes counts only once its update is applied.
@@ -14,38 +14,34 @@ from torch import Tensor, nn
 
 
 class CarriedState(nn.Module):
-    """Float32 vectors (rows, size), zeros at first, whatever the model's precision; rows of other ranks hold no
-    meaning.
-    """
+    """Float32 vectors (rows, size), initially zero, in any precision of the model; other ranks' rows are undefined."""
 
     rows: Tensor
 
     def __init__(self, rows: int, size: int) -> None:
         super().__init__()
         self.register_buffer("rows", torch.zeros(rows, size), persistent=False)
-        self.left: list[tuple[Tensor, Tensor]] = []
+        self.staged: list[tuple[Tensor, Tensor]] = []
 
     def read(self, numbers: Tensor) -> Tensor:
-        """Vectors (B, size) that rows (B,) start from; zeros where a row number is not positive (numbers as in a
-        Batch).
-        """
+        """Initial vectors (B, size) of rows (B,), numbered as in ``Batch["memory"]``; zeros where a number is <= 0."""
         return self.rows[(numbers.abs() - 1).clamp(min=0)] * (numbers > 0)[:, None]
 
-    def leave(self, numbers: Tensor, vectors: Tensor) -> None:
-        """Note the vectors (B, size) that rows end with, in training; ``commit`` makes them the new state."""
+    def stage_vectors(self, numbers: Tensor, vectors: Tensor) -> None:
+        """Stage the final vectors (B, size) of rows, in training; ``commit`` makes them the new state."""
         if self.training:
-            self.left.append((numbers, vectors.detach().float()))
+            self.staged.append((numbers, vectors.detach().float()))
 
     @torch.no_grad()
     def commit(self, keep: bool) -> None:
-        """End the step: make the noted vectors the state if ``keep``, else drop them."""
-        for numbers, vectors in self.left if keep else []:
+        """End the step: the staged vectors become the state if ``keep``, else they are dropped."""
+        for numbers, vectors in self.staged if keep else []:
             real = numbers != 0
             self.rows[numbers[real].abs() - 1] = vectors[real]
-        self.left = []
+        self.staged = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move to another device, but keep float32."""
+        """Move to another device, but stay in float32."""
         super()._apply(fn, recurse)
         self.rows = self.rows.float()
         return self

@@ -1,4 +1,6 @@
-"""The decoder-only transformer: GPT-2 (Radford et al. 2019) and Llama (Touvron et al. 2023) are settings of it.
+"""Decoder-only transformer, with settings for GPT-2 and Llama.
+
+GPT-2: Radford et al. 2019. Llama: Touvron et al. 2023.
 
 Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens, D width, V vocabulary.
 """
@@ -114,8 +116,8 @@ class Decoder(nn.Module):
         """Read one more token (B,) per row: its hidden state (B, D), and the state after it."""
         ends, longest = state.ends.clamp(max=state.capacity - 1), min(state.longest, state.capacity - 1)
         keys = torch.arange(longest + 1, device=token.device)
-        seen = kernels.Segments(torch.ones_like(token)[:, None], (keys <= ends[:, None]).long())
-        context = AttentionContext(self._rope(ends[:, None]), seen, ends, longest)
+        visible = kernels.Segments(torch.ones_like(token)[:, None], (keys <= ends[:, None]).long())
+        context = AttentionContext(self._rope(ends[:, None]), visible, ends, longest)
         hidden = self._run(token[:, None], ends[:, None], context, state.caches)
         return hidden[:, 0], DecoderState(state.caches, ends + 1, longest + 1, state.capacity)
 

@@ -1,4 +1,6 @@
-"""The encoder-decoder: T5 (Raffel et al. 2020) and the original Transformer (Vaswani et al. 2017) are settings of it.
+"""Encoder-decoder transformer, with settings for T5 and the original Transformer.
+
+T5: Raffel et al. 2020. The original: Vaswani et al. 2017.
 
 Written for one device; ZeRO is applied from outside. Shapes: B rows, T tokens of the source, U of the target, D width,
 H heads.
@@ -45,17 +47,16 @@ class CrossAttention(nn.Module):
         self.kv = Linear(model.width, 2 * inner, model.bias, model.deviation(model.width))
         self.out = Linear(inner, model.width, model.bias, residual_std(model, inner))
 
-    def read(self, source: Tensor) -> Tensor:
+    def project_source(self, source: Tensor) -> Tensor:
         """Keys and values (B, T, 2H, Dh) of the encoder's output (B, T, D)."""
         return self.kv(source).unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x: Tensor, source: Tensor, context: AttentionContext) -> Tensor:
         """X (B, U, D) and the encoder's output (B, T, D), or its keys and values (B, T, 2H, Dh), -> (B, U, D)."""
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
-        k, v = (self.read(source) if source.ndim == 3 else source).chunk(2, 2)
-        return self.out(
-            kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale).flatten(-2)
-        )
+        k, v = (self.project_source(source) if source.ndim == 3 else source).chunk(2, 2)
+        y = kernels.attention(q, k, v, causal=False, segments=context.segments, scale=self.scale)
+        return self.out(y.flatten(-2))
 
 
 class ResidualLayer(nn.Module):
@@ -67,11 +68,11 @@ class ResidualLayer(nn.Module):
         self.norm = Norm(model)
         self.layer = layer
 
-    def forward(self, x: Tensor, *more: Any) -> Tensor:
-        """X (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, *inputs: Any) -> Tensor:
+        """X (B, T, D) -> (B, T, D); ``inputs`` are further arguments of the layer."""
         if self.first:
-            return x + dropout(self.layer(self.norm(x)[0], *more), self.p, self.training)
-        return self.norm(x, self.layer(x, *more))[0]
+            return x + dropout(self.layer(self.norm(x)[0], *inputs), self.p, self.training)
+        return self.norm(x, self.layer(x, *inputs))[0]
 
 
 class EncDecEncoderBlock(nn.Module):
@@ -104,7 +105,7 @@ class EncDecDecoderBlock(nn.Module):
         across: AttentionContext,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """X (B, U, D), the encoder's output (B, T, D) and what of it is visible (``across``) -> (B, U, D)."""
+        """X (B, U, D), encoder output (B, T, D) -> (B, U, D); ``across`` has the segments of the cross-attention."""
         return self.mlp(self.cross(self.attention(x, context, cache), source, across))
 
 
@@ -117,13 +118,12 @@ class RelativeBias(Embedding):
 
     def forward(self, distance: Tensor) -> Tensor:
         """Bias (1, H, Tq, Tk) for distances (Tq, Tk), key position minus query position."""
-        bucket = buckets(distance, self.num_embeddings, self.furthest, self.both_ways)
+        bucket = relative_buckets(distance, self.num_embeddings, self.furthest, self.both_ways)
         return super().forward(bucket).permute(2, 0, 1)[None]
 
 
-def buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Tensor:
-    """Bucket of each distance (key minus query): exact for near keys, logarithmically wider up to ``furthest``, as in
-    T5.
+def relative_buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Tensor:
+    """T5's bucket of each distance (key minus query): one per near distance, then logarithmic up to ``furthest``.
 
     With ``both_ways`` half of the buckets are for keys after the query; else such keys count as distance 0.
     """
@@ -141,7 +141,7 @@ def buckets(distance: Tensor, count: int, furthest: int, both_ways: bool) -> Ten
 
 
 class Stack(nn.Module):
-    """The blocks of the encoder or of the decoder, their relative position bias, and a final norm in pre-norm models."""
+    """Blocks of the encoder or the decoder, their relative position bias, and a final norm in pre-norm models."""
 
     def __init__(self, model: keys.EncDec, block: Any, both_ways: bool) -> None:
         super().__init__()
@@ -150,18 +150,17 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(block(model) for _ in range(model.layers))
         self.norm = Norm(model) if model.norm_first else None
 
-    def forward(self, x: Tensor, segments: kernels.Segments, *more: Any) -> Tensor:
-        """Embeddings (B, T, D) -> hidden states (B, T, D)."""
+    def forward(self, x: Tensor, segments: kernels.Segments, *inputs: Any) -> Tensor:
+        """Embeddings (B, T, D) -> hidden states (B, T, D); ``inputs`` are further arguments of each block."""
         x = dropout(x, self.model.dropout, self.training)
-        places = torch.arange(x.shape[1], device=x.device)
-        context = AttentionContext(
-            segments=segments, bias=None if self.relative is None else self.relative(places - places[:, None])
-        )
+        positions = torch.arange(x.shape[1], device=x.device)
+        bias = None if self.relative is None else self.relative(positions - positions[:, None])
+        context = AttentionContext(segments=segments, bias=bias)
         for block in self.blocks:
             if self.model.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, *more, use_reentrant=False)
+                x = checkpoint(block, x, context, *inputs, use_reentrant=False)
             else:
-                x = block(x, context, *more)
+                x = block(x, context, *inputs)
         return x if self.norm is None else dropout(self.norm(x)[0], self.model.dropout, self.training)
 
 
@@ -169,19 +168,18 @@ class Stack(nn.Module):
 class EncDecState:
     """Decoding state: per block the keys and values of the source, and the KV cache of the target's own tokens.
 
-    ``seen`` (B, T) int64 is 1 where the source is not padding. All rows hold the same number of target tokens,
-    ``length``.
+    ``visible`` (B, T) int64 is 1 where the source is not padding. All rows have ``length`` target tokens.
     """
 
     source: list[Tensor]
     caches: list[KVCache]
-    seen: Tensor
+    visible: Tensor
     length: int
 
     def rows(self, index: Tensor) -> EncDecState:
         """State whose row i is row index[i] of this one."""
         caches = [cache.rows(index) for cache in self.caches]
-        return EncDecState([kv[index] for kv in self.source], caches, self.seen[index], self.length)
+        return EncDecState([kv[index] for kv in self.source], caches, self.visible[index], self.length)
 
 
 class EncDec(nn.Module):
@@ -200,53 +198,48 @@ class EncDec(nn.Module):
         self.decoder = Stack(model, EncDecDecoderBlock, both_ways=False)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """Hidden states of the target (B, U, D). With ``isolate`` no token sees another segment; padding is never seen."""
+        """Hidden states of the target (B, U, D). With ``isolate`` no token sees another segment; none sees padding."""
         source, target = batch["segments"], batch["target_segments"]
         if not isolate:
             source, target = source.clamp(max=1), target.clamp(max=1)
         hidden = self.encoder(self._embedded(batch["tokens"], batch["positions"]), kernels.Segments(source, source))
-        places = torch.arange(target.shape[1], device=target.device)[None]
-        x = self._embedded(batch["target_tokens"], places)
+        positions = torch.arange(target.shape[1], device=target.device)[None]
+        x = self._embedded(batch["target_tokens"], positions)
         across = AttentionContext(segments=kernels.Segments(target, source))
         return self.decoder(x, kernels.Segments(target, target), hidden, across)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
-        """One vector per row (B, D): the decoder's hidden state of a first target token, which has read the whole
-        source.
-        """
+        """One vector per row (B, D): the decoder's hidden state of a first target token, given the whole source."""
         first = torch.zeros_like(batch["tokens"][:, :1])
-        asked = {"target_tokens": first, "target_segments": batch["segments"][:, :1]}
-        return self({**batch, **asked}, isolate)[:, 0]
+        target = {"target_tokens": first, "target_segments": batch["segments"][:, :1]}
+        return self({**batch, **target}, isolate)[:, 0]
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, EncDecState]:
         """Read sources (B, T), row b holding lengths[b] tokens, the last of which is the first token of its target.
 
-        Returns the hidden state (B, D) of that token, and the decoding state; a target has room for ``capacity``
-        tokens.
+        Returns the hidden state (B, D) of that token, and the decoding state; a target may have ``capacity`` tokens.
         """
-        rows, places = (
-            torch.arange(len(tokens), device=tokens.device),
-            torch.arange(tokens.shape[1], device=tokens.device)[None],
-        )
-        seen = (places < lengths[:, None] - 1).long()
-        hidden = self.encoder(self._embedded(tokens, places), kernels.Segments(seen, seen))
+        rows = torch.arange(len(tokens), device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        visible = (positions < lengths[:, None] - 1).long()
+        hidden = self.encoder(self._embedded(tokens, positions), kernels.Segments(visible, visible))
         blocks: Any = self.decoder.blocks
-        source = [block.cross.layer.read(hidden) for block in blocks]
-        state = EncDecState(source, [KVCache(capacity) for _ in blocks], seen, 0)
+        source = [block.cross.layer.project_source(hidden) for block in blocks]
+        state = EncDecState(source, [KVCache(capacity) for _ in blocks], visible, 0)
         return self.decode(tokens[rows, lengths - 1], state)
 
     def decode(self, token: Tensor, state: EncDecState) -> tuple[Tensor, EncDecState]:
         """Read one more target token (B,) per row: its hidden state (B, D), and the state after it."""
-        place, relative = torch.full_like(token, state.length), self.decoder.relative
+        position, relative = torch.full_like(token, state.length), self.decoder.relative
         distance = torch.arange(-state.length, 1, device=token.device)[None]
         bias = None if relative is None else relative(distance)
-        context = AttentionContext(bias=bias, ends=place if state.length else None, longest=state.length)
-        across = AttentionContext(segments=kernels.Segments(torch.ones_like(token)[:, None], state.seen))
-        x = self._embedded(token[:, None], place[:, None])
+        context = AttentionContext(bias=bias, ends=position if state.length else None, longest=state.length)
+        across = AttentionContext(segments=kernels.Segments(torch.ones_like(token)[:, None], state.visible))
+        x = self._embedded(token[:, None], position[:, None])
         for block, source, cache in zip(self.decoder.blocks, state.source, state.caches, strict=True):
             x = block(x, context, source, across, cache)
         x = x if self.decoder.norm is None else self.decoder.norm(x)[0]
-        return x[:, 0], EncDecState(state.source, state.caches, state.seen, state.length + 1)
+        return x[:, 0], EncDecState(state.source, state.caches, state.visible, state.length + 1)
 
     def flops_per_token(self, seq_len: int, causal: bool = True, targets: float = 0.0) -> float:
         """FLOPs per token of the source, with ``targets`` target tokens for each: see ``Decoder.flops_per_token``."""
@@ -254,21 +247,19 @@ class EncDec(nn.Module):
         length = targets * seq_len
         own = (length + 1) / 2 if causal else length
         encoder = 6 * linear_weights(self.encoder.blocks[0]) + 12 * inner * seq_len
-        cross = 6 * model.width * 2 * inner  # keys and values are made once a token of the source
+        cross = 6 * model.width * 2 * inner  # keys and values are computed once per source token
         decoder = 6 * linear_weights(self.decoder.blocks[0]) - cross + 12 * inner * (own + seq_len)
         return model.layers * (encoder + cross * (targets > 0) + targets * decoder)
 
-    def _embedded(self, tokens: Tensor, places: Tensor) -> Tensor:
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)
         if self.model.position == "relative":
             return x
-        return x * self.scale + sinusoids(places, self.model.width).to(x.dtype)
+        return x * self.scale + sinusoidal_positions(positions, self.model.width).to(x.dtype)
 
 
-def sinusoids(places: Tensor, width: int) -> Tensor:
-    """Sinusoidal positions (B, T, D) float32: sin and cos of position / 10000^(2i/D) (Vaswani et al. 2017, section
-    3.5).
-    """
-    rates = 10000.0 ** (-torch.arange(0, width, 2, device=places.device, dtype=torch.float32) / width)
-    angles = places[..., None].float() * rates
+def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
+    """Position encodings (B, T, D) float32: sin and cos of position / 10000^(2i/D) (Vaswani et al. 2017, 3.5)."""
+    rates = 10000.0 ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[..., None].float() * rates
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)

@@ -1,4 +1,4 @@
-"""The contract between models and the sampler: what a family must offer so that text can be generated with it.
+"""Protocols between models and the sampler: the methods a family needs so that it can generate text.
 
 ``prefill`` reads the prompts, ``decode`` one more token per row. Between them a model carries an opaque state: KV
 caches, the encoder's output, hidden states. Sampler and beam search only select rows of it.
@@ -28,9 +28,7 @@ class Generative(Protocol):
 
     @property
     def max_len(self) -> int:
-        """The longest sequence in tokens: prompt and text together, or each alone where the text does not continue the
-        prompt.
-        """
+        """The longest sequence in tokens: of prompt and text together, or of each where the text answers the prompt."""
 
     @property
     def continues(self) -> bool:
@@ -48,4 +46,4 @@ class Generative(Protocol):
         """
 
     def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Read one more token (B,) per row: the next logits (B, V), and the state after it. The given state is used up."""
+        """Read one more token (B,) per row: the next logits (B, V), and the state after it; ``state`` is used up."""

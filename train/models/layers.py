@@ -1,4 +1,4 @@
-"""Layers shared by the Transformer families: initialised linear layers, norms, attention, MLPs, dropout.
+"""Layers shared by the Transformer families: linear layers, norms, attention, MLPs, dropout.
 
 Every parameter is read inside the forward of the module that owns it, and nowhere else: under ZeRO-3 it is whole only
 there.
@@ -23,20 +23,18 @@ from train.config.keys.encoder import Encoder
 from train.util import seeding
 
 Sizes = Decoder | Encoder | EncDec
-"""The families that are made of these layers."""
+"""Keys of the families that are built from these layers."""
 
 
 class Linear(nn.Linear):
-    """Linear layer whose weight starts as normal(0, init_std); ``init_std`` is one number, or one per output (outputs,
-    1).
-    """
+    """Linear layer whose weight starts as normal(0, init_std): one deviation, or one per output (outputs, 1)."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, init_std: float | Tensor) -> None:
         self.init_std = init_std
         super().__init__(inputs, outputs, bias)
 
     def reset_parameters(self) -> None:
-        """Do nothing: ``init_weights`` fills the weights, and drawing twice would double the start-up of a large model."""
+        """Do nothing: ``init_weights`` fills the weights; drawing twice would double a large model's start-up."""
 
 
 class Embedding(nn.Embedding):
@@ -62,9 +60,7 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(model.width)) if model.bias and model.norm == "layer_norm" else None
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(s), s) where s = x + dropout(delta): the residual stream x (B, T, D) and the last layer's output delta
-        (B, T, D).
-        """
+        """(norm(s), s), s = x + dropout(delta): the residual stream x (B, T, D) and the last layer's output delta."""
         if self.kind == "rms_norm":
             if delta is None:
                 return kernels.rms_norm(x, self.weight, self.eps), x
@@ -78,8 +74,7 @@ class Norm(nn.Module):
 class AttentionContext:
     """Inputs that all attention layers of one forward pass share, computed once.
 
-    ``ends`` (B,) is set when decoding: how many keys each row's cache already holds; ``longest`` is the largest of
-    them.
+    ``ends`` (B,) is set when decoding: the number of keys in each row's cache, ``longest`` being the largest of them.
     """
 
     rope: kernels.RopeTable | None = None
@@ -105,9 +100,7 @@ class KVCache:
         self.values[:, : v.shape[1]] = v
 
     def append(self, k: Tensor, v: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Write one key and value (B, 1, Hkv, Dh) at the end of each row; return views up to the end of the longest
-        row.
-        """
+        """Write one key and value (B, 1, Hkv, Dh) at the end of each row; return views up to the longest row's end."""
         assert context.ends is not None
         rows = torch.arange(k.shape[0], device=k.device)
         self.keys[rows, context.ends] = k[:, 0]
@@ -140,14 +133,14 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         rope, decoding = context.rope, context.ends is not None
-        if rope is not None and cache is not None:  # a cache keeps keys as they are compared: turned
+        if rope is not None and cache is not None:  # a cache holds keys with RoPE applied
             q, k, rope = kernels.rope(q, rope), kernels.rope(k, rope), None
         if cache is not None and decoding:
             k, v = cache.append(k, v, context)
         elif cache is not None:
             cache.start(k, v)
-        how: dict[str, Any] = {"segments": context.segments, "bias": context.bias, "rope": rope, "scale": self.scale}
-        y = kernels.attention(q, k, v, causal=self.causal and not decoding, **how)
+        options: dict[str, Any] = {"segments": context.segments, "bias": context.bias, "rope": rope}
+        y = kernels.attention(q, k, v, causal=self.causal and not decoding, scale=self.scale, **options)
         return self.out(y.flatten(-2))
 
 
@@ -226,15 +219,13 @@ def residual_std(model: Sizes, inputs: int) -> float:
 
 
 def query_std(model: Sizes, head_dim: int) -> float:
-    """Initial deviation of query weights; T5, which does not scale its scores, starts them smaller by sqrt(head_dim)."""
+    """Initial deviation of query weights: smaller by sqrt(head_dim) in T5, which does not scale its scores."""
     std = model.deviation(model.width)
     return std if model.scaled or model.init_std is not None else std * head_dim**-0.5
 
 
 def qkv_std(model: Sizes, inner: int, projected: int) -> float | Tensor:
-    """Initial deviation of the fused projection: the first ``inner`` of ``projected`` outputs are queries, then keys,
-    values.
-    """
+    """Initial deviation of the fused projection of ``projected`` outputs: ``inner`` queries, then keys and values."""
     std, query = model.deviation(model.width), query_std(model, inner // model.heads)
     if query == std:
         return std
@@ -252,8 +243,8 @@ def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout of x while training; x itself otherwise."""
-    how = draw_dropout(p, training)
-    return x if how is None else kernels.dropout(x, how)
+    mask = draw_dropout(p, training)
+    return x if mask is None else kernels.dropout(x, mask)
 
 
 @torch.no_grad()

@@ -1,4 +1,6 @@
-"""Recurrent networks on torch's layers: RNN (Elman 1990), LSTM (Hochreiter, Schmidhuber 1997), GRU (Cho et al. 2014).
+"""Recurrent networks on torch's layers: RNN, LSTM and GRU.
+
+RNN: Elman 1990. LSTM: Hochreiter and Schmidhuber 1997. GRU: Cho et al. 2014.
 
 Shapes: B rows, T tokens, D width, L layers.
 """
@@ -27,14 +29,13 @@ class RecurrentState:
 
     def rows(self, index: Tensor) -> RecurrentState:
         """State whose row i is row index[i] of this one."""
-        kinds = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
-        chosen = tuple(kind[:, index] for kind in kinds)
+        states = self.hidden if isinstance(self.hidden, tuple) else (self.hidden,)
+        chosen = tuple(state[:, index] for state in states)
         return RecurrentState(chosen if len(chosen) > 1 else chosen[0])
 
 
 class SyncGradOrder(torch.autograd.Function):
-    """Identity whose backward pass waits for the gradients of all its arguments, then passes them on in one fixed
-    order.
+    """Identity that, in the backward pass, collects the gradients of all arguments and passes them on in fixed order.
 
     The graph of recurrent layers depends on the documents of a rank, and with it the order in which their gradients are
     ready. ZeRO-2 reduces its buckets as they fill: it would add one weight's gradient to another's.
@@ -42,7 +43,7 @@ class SyncGradOrder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
-        """The weights, unchanged."""
+        """Return the weights unchanged."""
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
@@ -85,16 +86,16 @@ class Recurrent(nn.Module):
         self.model = model
         self.max_len = sys.maxsize
         self.embed = Embedding(vocab_size, model.width, model.width**-0.5)
-        kind = {"rnn": RNN, "lstm": LSTM, "gru": GRU}[model.cell]
-        more: dict[str, Any] = {"nonlinearity": model.activation} if model.cell == "rnn" else {}
-        between = model.dropout if model.layers > 1 else 0.0
-        self.rnn: Any = kind(model.width, model.width, model.layers, batch_first=True, dropout=between, **more)
+        layer_class = {"rnn": RNN, "lstm": LSTM, "gru": GRU}[model.cell]
+        options: dict[str, Any] = {"nonlinearity": model.activation} if model.cell == "rnn" else {}
+        options["dropout"] = model.dropout if model.layers > 1 else 0.0  # between layers
+        self.rnn: Any = layer_class(model.width, model.width, model.layers, batch_first=True, **options)
         self.rnn.init_std = (3 * model.width) ** -0.5  # the deviation of torch's own, uniform in +-1 / sqrt(width)
         self.parts = 2 if model.cell == "lstm" else 1
         self.memory: CarriedState | None = None
 
-    def remember(self, rows: int) -> None:
-        """Start each of the ``rows`` of a step from the hidden state that the same row of the step before ended with."""
+    def enable_carry(self, rows: int) -> None:
+        """Start each of the ``rows`` of a step from the final hidden state of the same row in the previous step."""
         self.memory = CarriedState(rows, self.parts * self.model.layers * self.model.width)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
@@ -111,7 +112,7 @@ class Recurrent(nn.Module):
             hidden, state = self.rnn(x, self._unfold(before))
             after = self._fold(state)
         if memory is not None:
-            memory.leave(batch["memory"], after)
+            memory.stage_vectors(batch["memory"], after)
         return dropout(hidden, self.model.dropout, self.training)
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:
@@ -119,9 +120,7 @@ class Recurrent(nn.Module):
         return last_token(self(batch, isolate), batch)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, RecurrentState]:
-        """Read prompts (B, T) of ``lengths`` (B,) tokens, padded: the last layer's last hidden state (B, D), and the
-        full state.
-        """
+        """Read padded prompts (B, T) of ``lengths`` (B,) tokens: the last layer's final hidden state, and the state."""
         packed = nn.utils.rnn.pack_padded_sequence(
             self._embedded(tokens), lengths.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -146,10 +145,9 @@ class Recurrent(nn.Module):
         return self.embed(tokens) * self.model.width**0.5
 
     def _apart(self, x: Tensor, segments: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run every segment of every row as its own sequence, all in one call: hidden states (B, T, D), and each row's
-        end state.
+        """Run every segment of every row as its own sequence, in one call: hidden states (B, T, D), rows' final states.
 
-        torch reads packed sequences: all first tokens, all second tokens, ..., the longest sequence first.
+        torch reads a PackedSequence: all first tokens, all second tokens, ..., the longest sequence first.
         """
         rows, length = segments.shape
         begins = torch.ones_like(segments, dtype=torch.bool)
@@ -159,26 +157,26 @@ class Recurrent(nn.Module):
         sizes = torch.diff(start, append=start.new_tensor([rows * length]))
         longest_first = sizes.argsort(descending=True, stable=True)
         rank = longest_first.argsort()
-        place = torch.arange(rows * length, device=x.device) - start[number]
-        order = (place * len(sizes) + rank[number]).argsort()
+        position = torch.arange(rows * length, device=x.device) - start[number]  # of each token in its sequence
+        order = (position * len(sizes) + rank[number]).argsort()
         state = None
         if before is not None:
             begun = before.new_zeros(len(sizes), before.shape[1])
             begun[number.view(rows, length)[:, 0]] = before
             state = self._unfold(begun[longest_first])
-        packed = PackedSequence(x.flatten(0, 1)[order], place.bincount().cpu())
+        packed = PackedSequence(x.flatten(0, 1)[order], position.bincount().cpu())
         out, state = self.rnn(packed, state)
         hidden = torch.empty_like(out.data).index_copy(0, order, out.data).view(rows, length, -1)
         return hidden, self._fold(state)[rank[number.view(rows, length)[:, -1]]]
 
     def _fold(self, state: Any) -> Tensor:
         """The layers' states (L, B, D), hidden and for an LSTM cell, as one vector per row (B, parts * L * D)."""
-        kinds = torch.cat(state) if self.parts == 2 else state
-        return kinds.transpose(0, 1).flatten(1)
+        layers = torch.cat(state) if self.parts == 2 else state
+        return layers.transpose(0, 1).flatten(1)
 
     def _unfold(self, vectors: Tensor | None) -> Any:
         """Inverse of ``_fold``: vectors (B, parts * L * D) to the layers' states."""
         if vectors is None:
             return None
-        kinds = vectors.unflatten(1, (-1, self.model.width)).transpose(0, 1).contiguous()
-        return tuple(part.contiguous() for part in kinds.chunk(2)) if self.parts == 2 else kinds
+        layers = vectors.unflatten(1, (-1, self.model.width)).transpose(0, 1).contiguous()
+        return tuple(part.contiguous() for part in layers.chunk(2)) if self.parts == 2 else layers

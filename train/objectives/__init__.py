@@ -1,4 +1,4 @@
-"""Objectives: a backbone, its head and its loss; the module that DeepSpeed trains. One file per objective.
+"""Objectives: a backbone with its head and loss, the module that is trained. One file per objective.
 
 causal      next-token prediction
 masked      masked language modelling and next-sentence prediction

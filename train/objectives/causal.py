@@ -13,7 +13,7 @@ class CausalLM(GenerativeObjective):
     """Next-token prediction with a decoder or recurrent backbone."""
 
     whole_text = True
-    """Every token of the text is predicted, so that bits a byte can be told."""
+    """Every token of the text is predicted, so bits per byte are defined."""
 
     @property
     def continues(self) -> bool:
@@ -31,7 +31,7 @@ def build_causal(config: schema.Config, vocab_size: int) -> CausalLM:
     model = config.model
     backbone: CarryingBackbone = build_backbone(model, vocab_size)
     if model.carries_state:
-        backbone.remember(config.batch.global_)
+        backbone.enable_carry(config.batch.global_)
     assert isinstance(config.objective, schema.Causal)
     head = LMHead(backbone.embed, model.tied, config.objective)
     return CausalLM(backbone, head, vocab_size, config.data.isolate)

@@ -14,8 +14,7 @@ from train.models.layers import Linear, dropout
 
 
 class Classifier(nn.Module):
-    """A backbone with a linear layer over one vector per row: ``classes`` logits, or one score where there are no
-    classes.
+    """A backbone with a linear layer over one vector per row: a logit per class, or one score without classes.
 
     ``forward`` gives {"loss": cross-entropy or squared error}; in evaluation also "confusion" (rows: targets, columns:
     predictions) or "scores" (pairs of prediction and target).
@@ -27,32 +26,30 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, self.isolate = backbone, isolate
         self.classes, self.mean = len(objective.classes), objective.pool == "mean"
-        self.head = Linear(
-            backbone.model.width, max(self.classes, 1), True, backbone.model.deviation(backbone.model.width)
-        )
+        width = backbone.model.width
+        self.head = Linear(width, max(self.classes, 1), True, backbone.model.deviation(width))
 
     def forward(self, batch: Batch) -> Losses:
         """Loss of a batch, in nats or as squared error; in evaluation also the predictions beside their targets."""
-        said, targets = self.logits(batch), batch["targets"]
+        logits, targets = self.logits(batch), batch["targets"]
         known = trained_mask(targets)
         if self.classes:
-            found = {"loss": kernels.cross_entropy(said, targets, ignore_index=IGNORE)}
+            losses = {"loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE)}
             if not self.training:
-                found["confusion"] = (
-                    confusion(said.argmax(-1), targets.where(known, 0), known, self.classes),
-                    known.sum(),
-                )
-            return found
-        error = torch.where(known, said[:, 0].float() - targets.nan_to_num(), 0)
-        found = {"loss": (error.square().sum(), known.sum())}
+                table = confusion_matrix(logits.argmax(-1), targets.where(known, 0), known, self.classes)
+                losses["confusion"] = table, known.sum()
+            return losses
+        scores = logits[:, 0].float()
+        error = torch.where(known, scores - targets.nan_to_num(), 0)
+        losses = {"loss": (error.square().sum(), known.sum())}
         if not self.training:
-            found["scores"] = torch.stack((said[:, 0].float(), targets), 1), known.sum()
-        return found
+            losses["scores"] = torch.stack((scores, targets), 1), known.sum()
+        return losses
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, classes), or scores (B, 1)."""
         if self.mean:
-            pooled = mean_of(self.backbone(batch, self.isolate), batch["segments"] > 0)
+            pooled = masked_mean(self.backbone(batch, self.isolate), batch["segments"] > 0)
         else:
             pooled = self.backbone.pooled(batch, self.isolate)
         return self.head(dropout(pooled, self.backbone.model.dropout, self.training))
@@ -62,18 +59,16 @@ class Classifier(nn.Module):
         return self.backbone.flops_per_token(seq_len, causal)
 
 
-def mean_of(hidden: Tensor, real: Tensor) -> Tensor:
+def masked_mean(hidden: Tensor, real: Tensor) -> Tensor:
     """Mean (B, D) of the hidden states (B, T, D) where ``real`` (B, T) is true; zeros for an empty row."""
     shares = real / real.sum(1, keepdim=True).clamp(min=1)
     return (shares.to(hidden.dtype)[:, None] @ hidden)[:, 0]
 
 
-def confusion(said: Tensor, true: Tensor, known: Tensor, classes: int) -> Tensor:
-    """Confusion matrix (classes, classes) int64 over the rows (B,) that are ``known``: [i, j] counts target i predicted
-    as j.
-    """
-    table = torch.zeros(classes * classes, dtype=torch.int64, device=said.device)
-    return table.scatter_add_(0, true * classes + said, known.long()).view(classes, classes)
+def confusion_matrix(predictions: Tensor, targets: Tensor, known: Tensor, classes: int) -> Tensor:
+    """Counts (classes, classes) int64 over the rows (B,) that are ``known``: [i, j] is of target i, predicted as j."""
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=predictions.device)
+    return counts.scatter_add_(0, targets * classes + predictions, known.long()).view(classes, classes)
 
 
 def build_classify(config: schema.Config, vocab_size: int) -> Classifier:

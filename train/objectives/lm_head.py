@@ -23,9 +23,7 @@ class LMHead(nn.Module):
     def __init__(
         self, embed: Embedding, tied: bool, objective: Smoothed, scale: float = 1.0, init_std: float | None = None
     ) -> None:
-        """Hidden states are multiplied by ``scale`` first. ``init_std`` of an untied matrix defaults to the
-        embedding's.
-        """
+        """Hidden states are multiplied by ``scale``; ``init_std`` of an untied matrix is by default the embedding's."""
         super().__init__()
         self.regularisers = {"label_smoothing": objective.label_smoothing, "z_loss": objective.z_loss}
         self.init_std, self.scale = init_std or embed.init_std, scale
@@ -39,7 +37,7 @@ class LMHead(nn.Module):
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if targets is None:
             return nn.functional.linear(hidden, self.weight)
-        more = self.regularisers if self.training else {}
+        regularisers = self.regularisers if self.training else {}
         return kernels.linear_cross_entropy(
-            hidden.flatten(0, -2), self.weight, targets.flatten(), ignore_index=IGNORE, **more
+            hidden.flatten(0, -2), self.weight, targets.flatten(), ignore_index=IGNORE, **regularisers
         )

@@ -56,30 +56,28 @@ class MaskedLM(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """Losses of a batch, in nats. Logits are computed for masked tokens only."""
         hidden = self.backbone(batch, self.isolate)
-        chosen = trained_mask(batch["targets"])
-        found = self._measured("", self.head["tokens"](hidden[chosen]), batch["targets"][chosen])
+        masked = trained_mask(batch["targets"])
+        losses = self._losses("", self.head["tokens"](hidden[masked]), batch["targets"][masked])
         if self.next_sentence:
-            found |= self._measured("next_", self.head["next"](self.backbone.pooler(hidden)), batch["next_targets"])
-        return found
+            losses |= self._losses("next_", self.head["next"](self.backbone.pooler(hidden)), batch["next_targets"])
+        return losses
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, vocab_size) of every token."""
         return self.head["tokens"](self.backbone(batch, self.isolate))[..., : self.vocab_size]
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
-        """FLOPs of a training step per token of rows of ``seq_len``, with logits counted for every token, as BERT makes
-        them.
-        """
+        """FLOPs of a training step per token of rows of ``seq_len``; logits are counted for every token, as in BERT."""
         rows, width = self.backbone.embed.num_embeddings, self.backbone.embed.embedding_dim
         return self.backbone.flops_per_token(seq_len, causal) + 6 * (rows * width + width**2)
 
-    def _measured(self, prefix: str, logits: Tensor, targets: Tensor) -> Losses:
-        more = self.regularisers if self.training and not prefix else {}
-        found = {f"{prefix}loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE, **more)}
+    def _losses(self, prefix: str, logits: Tensor, targets: Tensor) -> Losses:
+        regularisers = self.regularisers if self.training and not prefix else {}
+        losses = {f"{prefix}loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE, **regularisers)}
         if not self.training:
-            right = (logits.argmax(-1) == targets) & trained_mask(targets)
-            found[f"{prefix}accuracy"] = right.sum(), trained_mask(targets).sum()
-        return found
+            correct = (logits.argmax(-1) == targets) & trained_mask(targets)
+            losses[f"{prefix}accuracy"] = correct.sum(), trained_mask(targets).sum()
+        return losses
 
 
 def build_masked(config: schema.Config, vocab_size: int) -> MaskedLM:

@@ -1,4 +1,7 @@
-"""Sequence to sequence: an encoder reads the source, a decoder predicts the target (Sutskever et al. 2014; T5)."""
+"""Sequence to sequence: an encoder reads the source, a decoder predicts the target.
+
+Sutskever et al. 2014; T5: Raffel et al. 2020.
+"""
 
 from __future__ import annotations
 

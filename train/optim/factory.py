@@ -19,19 +19,19 @@ Group = dict[str, Any]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
-    """Trainable parameters in at most two groups, {"name", "names", "params", "weight_decay"}: decayed matrices, and
-    the rest.
+    """Trainable parameters in at most two groups: matrices with weight decay, and the rest without.
 
-    Decided by the module that owns a parameter, never by its shape: under ZeRO-3 a parameter at rest has none.
+    Each is {"name", "names", "params", "weight_decay"}. The module that owns a parameter decides, never its shape:
+    under ZeRO-3 a parameter at rest has none.
     """
     matrices: Group = {"name": "matrices", "names": [], "params": [], "weight_decay": weight_decay}
     rest: Group = {"name": "rest", "names": [], "params": [], "weight_decay": 0.0}
-    seen: set[int] = set()
+    grouped: set[int] = set()
     for path, owner in module.named_modules():
         for leaf, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
+            if id(parameter) in grouped or not parameter.requires_grad:
                 continue
-            seen.add(id(parameter))
+            grouped.add(id(parameter))
             group = rest if leaf.startswith("bias") or isinstance(owner, UNDECAYED) else matrices
             group["names"].append(f"{path}.{leaf}" if path else leaf)
             group["params"].append(parameter)
@@ -60,21 +60,22 @@ def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.o
         case "lion":
             return Lion(groups, o.lr, o.betas)
         case "muon":
-            return Muon(with_matrices(groups, o.momentum), lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+            return Muon(split_matrices(groups, o.momentum), lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
 
 
-def with_matrices(groups: list[Group], momentum: float) -> list[Group]:
+def split_matrices(groups: list[Group], momentum: float) -> list[Group]:
     """Split off the backbone's matrices into groups with a ``momentum``, which Muon orthogonalises.
 
     Embeddings and heads stay with AdamW: their rows belong to tokens, and few rows get a gradient in a step.
     """
-    found = []
+    split: list[Group] = []
     for group in groups:
-        pairs = list(zip(group["names"], group["params"], strict=True))
-        decayed = group["name"] == "matrices"
-        turned = [(name, p) for name, p in pairs if decayed and name.startswith("backbone.") and p.ndim == 2]
-        rest = [(name, p) for name, p in pairs if name not in {n for n, _ in turned}]
-        for part, more in ((turned, {"momentum": momentum}), (rest, {})):
-            if part:
-                found.append({**group, **more, "names": [name for name, _ in part], "params": [p for _, p in part]})
-    return found
+        with_momentum: Group = {**group, "momentum": momentum, "names": [], "params": []}
+        rest: Group = {**group, "names": [], "params": []}
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            is_matrix = group["name"] == "matrices" and name.startswith("backbone.") and parameter.ndim == 2
+            part = with_momentum if is_matrix else rest
+            part["names"].append(name)
+            part["params"].append(parameter)
+        split += [part for part in (with_momentum, rest) if part["params"]]
+    return split

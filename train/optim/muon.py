@@ -1,9 +1,9 @@
-"""Muon (Jordan et al. 2024): orthogonalised momentum for matrices, AdamW for everything else, at every ZeRO stage.
+"""Muon: orthogonalised momentum for matrices, AdamW for everything else, at every ZeRO stage.
 
-Momentum is elementwise, so ZeRO's flat shards hold it. Orthogonalisation needs a whole matrix: in rounds of
-``world_size`` matrices each rank receives the shards of one, orthogonalises it and broadcasts the result. Clipping
-comes first, then momentum, then the orthogonal update, as on one device. (DeepSpeed's own Muon orthogonalises first,
-and clips the update.)
+Jordan et al. 2024. Momentum is elementwise, so ZeRO's flat shards hold it. Orthogonalisation needs a whole matrix: in
+rounds of ``world_size`` matrices each rank receives the shards of one, orthogonalises it and broadcasts the result.
+Clipping comes first, then momentum, then the orthogonal update, as on one device. (DeepSpeed's own Muon orthogonalises
+first, and clips the update.)
 """
 
 from __future__ import annotations
@@ -18,27 +18,25 @@ from torch import Tensor
 from train.distributed import process_group
 from train.distributed.param_shard import ParamShard
 
-STEPS = 5
-QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients whose slope at 0 is steep: after STEPS, singular values of nearly any size lie between about 0.7 and
-1.2.
-"""
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Coefficients of a quintic that is steep at 0: ITERATIONS bring nearly any singular value to between 0.7 and 1.2."""
 RMS = 0.2
-"""Root mean square of an update, which is about AdamW's, so that both go by one learning rate (Liu et al. 2025, section
-2.2).
-"""
+"""Root mean square of an update, about that of AdamW's, so that both use one learning rate (Liu et al. 2025, 2.2)."""
 
 
 class Muon(torch.optim.AdamW):
     """Groups with ``momentum`` hold matrices and use Muon; the others use AdamW. Weight decay is decoupled in both.
 
-    m = momentum m + (1 - momentum) g;   u = orthogonal(momentum m + (1 - momentum) g);   w -= lr (0.2 sqrt(max(shape))
-    u + decay w)
+    m = momentum m + (1 - momentum) g
+    u = orthogonalize(momentum m + (1 - momentum) g)
+    w -= lr (0.2 sqrt(max(shape)) u + decay w)
     """
 
     shards: Mapping[Tensor, Sequence[tuple[torch.Size, ParamShard]]] | None = None
-    """Where ZeRO has flattened the matrices: the parameters of each flat tensor in an order that is the same on all
-    ranks, with their whole shapes and this rank's piece, which may be empty.
+    """Under ZeRO: flat tensor -> (whole shape, this rank's shard, maybe empty) of each of its parameters.
+
+    Their order is the same on all ranks. Without ZeRO: None.
     """
     world: process_group.DistContext
 
@@ -47,7 +45,7 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         for group in groups:
             if "momentum" in group:
-                self._step_of_matrices(group)
+                self._step_matrices(group)
         self.param_groups = [group for group in groups if "momentum" not in group]
         try:
             super().step()
@@ -55,57 +53,54 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
 
     @torch.no_grad()
-    def _step_of_matrices(self, group: dict[str, Any]) -> None:
+    def _step_matrices(self, group: dict[str, Any]) -> None:
         for weight in group["params"]:
             if weight.grad is None:
                 continue
             mean = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
             mean.lerp_(weight.grad, 1 - group["momentum"])
-            ahead = weight.grad.lerp(mean, group["momentum"])
+            lookahead = weight.grad.lerp(mean, group["momentum"])
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             if self.shards is None:
-                weight.add_(update(ahead), alpha=-group["lr"])
+                weight.add_(muon_update(lookahead), alpha=-group["lr"])
             else:
-                self._step_of_shards(weight, ahead, group["lr"])
+                self._step_shards(weight, lookahead, group["lr"])
 
-    def _step_of_shards(self, flat: Tensor, ahead: Tensor, lr: float) -> None:
+    def _step_shards(self, flat: Tensor, lookahead: Tensor, lr: float) -> None:
         assert self.shards is not None
         matrices, world = self.shards[flat], self.world
         for first in range(0, len(matrices), world.size):
             part = matrices[first : first + world.size]
-            wholes = [_spread(shape, piece, ahead, world) for shape, piece in part]
+            wholes = [_zeros_with_shard(shape, shard, lookahead, world) for shape, shard in part]
             for owner, whole in enumerate(wholes):
                 process_group.reduce_(whole, owner)  # each element is 0 but on one rank: nothing is rounded
             if world.rank < len(part):
-                wholes[world.rank] = update(wholes[world.rank])
-            for owner, (whole, (_, piece)) in enumerate(zip(wholes, part, strict=True)):
+                wholes[world.rank] = muon_update(wholes[world.rank])
+            for owner, (whole, (_, shard)) in enumerate(zip(wholes, part, strict=True)):
                 process_group.broadcast_(whole, owner)
-                mine = whole.view(-1)[piece.start : piece.start + piece.numel]
-                piece.view_of(flat).add_(mine.to(flat.device), alpha=-lr)
+                own_part = whole.view(-1)[shard.start : shard.start + shard.numel]
+                shard.view_of(flat).add_(own_part.to(flat.device), alpha=-lr)
 
 
-def update(ahead: Tensor) -> Tensor:
-    """Update of a matrix (R, C) before the learning rate: orthogonalised momentum, scaled to the size of AdamW's
-    updates.
-    """
-    return orthogonal(ahead) * (RMS * math.sqrt(max(ahead.shape)))
+def muon_update(lookahead: Tensor) -> Tensor:
+    """Update of a matrix (R, C) at learning rate 1: orthogonalised momentum, scaled to the size of AdamW's updates."""
+    return orthogonalize(lookahead) * (RMS * math.sqrt(max(lookahead.shape)))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Approximate U V^T of a matrix (R, C) = U S V^T by Newton-Schulz iterations, in bf16 on a GPU, else in its own
-    dtype.
-    """
-    a, b, c = QUINTIC
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Approximate U V^T of a matrix (R, C) = U S V^T by Newton-Schulz iterations; on a GPU they run in bf16."""
+    a, b, c = COEFFICIENTS
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide.bfloat16() if wide.is_cuda else wide
     x = x / x.norm().clamp(min=1e-7)
-    for _ in range(STEPS):
+    for _ in range(ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x if wide is matrix else x.T).to(matrix.dtype).contiguous()
 
 
-def _spread(shape: torch.Size, piece: ParamShard, flat: Tensor, world: process_group.DistContext) -> Tensor:
+def _zeros_with_shard(shape: torch.Size, shard: ParamShard, flat: Tensor, world: process_group.DistContext) -> Tensor:
+    """A matrix (R, C) with this rank's shard in place, 0 elsewhere."""
     whole = torch.zeros(shape.numel(), device=world.device)
-    whole[piece.start : piece.start + piece.numel] = piece.view_of(flat)
+    whole[shard.start : shard.start + shard.numel] = shard.view_of(flat)
     return whole.view(shape)

@@ -1,4 +1,4 @@
-"""Optimizers that torch lacks, or builds in a way that ZeRO cannot shard, by the formulas of their papers.
+"""Optimizers that torch lacks, or whose implementation in torch ZeRO cannot shard.
 
 Under ZeRO a "parameter" is a flat tensor of many: every operation here is elementwise.
 """
@@ -39,8 +39,8 @@ class Adagrad(Optimizer):
 
         s += g^2;   w -= lr g / (sqrt(s) + eps)
 
-    torch's allocates its sums when built, for parameters that ZeRO then replaces; DeepSpeed builds another in its
-    place, which has lost the groups.
+    torch's Adagrad allocates its sums when it is built, for parameters that ZeRO then replaces; DeepSpeed would build
+    another in its place, without the parameter groups.
     """
 
     def __init__(self, groups: Any, lr: float, eps: float) -> None:
@@ -60,10 +60,17 @@ class Adagrad(Optimizer):
                 torch._foreach_addcdiv_(params, grads, roots, value=-group["lr"])
 
 
-def _with_state(rule: Optimizer, params: list[Tensor], kind: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """The parameters that have a gradient, their gradients, and their states of one kind (zeros at first)."""
-    mine = [p for p in params if p.grad is not None]
-    for p in mine:
-        if kind not in rule.state[p]:
-            rule.state[p][kind] = torch.zeros_like(p)
-    return mine, [p.grad for p in mine if p.grad is not None], [rule.state[p][kind] for p in mine]
+def _with_state(
+    optimizer: Optimizer, params: list[Tensor], state_name: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The parameters that have a gradient, their gradients, and their state of that name (zeros at first)."""
+    updated, grads, states = [], [], []
+    for param in params:
+        if param.grad is None:
+            continue
+        if state_name not in optimizer.state[param]:
+            optimizer.state[param][state_name] = torch.zeros_like(param)
+        updated.append(param)
+        grads.append(param.grad)
+        states.append(optimizer.state[param][state_name])
+    return updated, grads, states

@@ -1,7 +1,7 @@
-"""The weights that a run starts from where it does not draw them, and what of them is not trained.
+"""Loads the weights of ``init.from`` into a new run, and freezes parameters (``init.freeze``).
 
-Every rank reads them, a tensor at a time, into the one copy of the model that it holds before ZeRO shards it, so nothing depends on
-the stage or the world. A run that goes on from a checkpoint of its own does not look here again.
+Every rank reads the weights, one tensor at a time, into its own whole copy of the model before ZeRO shards it, so
+nothing depends on ZeRO stage or world size. A run that resumes from a checkpoint of its own does not read them again.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from train.data.tokenizer import Tokenizer
 from train.distributed import process_group
 from train.errors import UserError
 from train.pretrained.hf.family import Shape
-from train.pretrained.inspect_source import misfit, other_facts
-from train.pretrained.weight_source import WeightOrigin, open_origin
+from train.pretrained.inspect_source import list_differences, mismatch_error
+from train.pretrained.weight_source import WeightOrigin, open_weights
 from train.util.format import plural, some
 
-POOLER = "backbone.pooler.*"
-"""What an encoder that was pretrained without pairs of text never had: it is drawn where it is not there."""
-MOST = 12
-"""Problems in a list of them."""
+POOLER_PATTERN = "backbone.pooler.*"
+"""Parameters that an encoder pretrained without sentence pairs does not have: initialised where they are missing."""
+MAX_LISTED = 12
+"""Differences listed in one message."""
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was taken from where: names of parameters."""
+    """Parameters that ``init.from`` gave and did not give; its fields are the keys of the run's ``init.json``."""
 
     origin: str
     kind: str
     digest: str
     loaded: list[str]
     fresh: list[str]
-    """Those of ours that were drawn."""
+    """Parameters of the run that were initialised instead."""
     left: list[str]
-    """What is there and was not wanted, by its names there."""
+    """Parameters of the source that were not read, by their names there."""
 
-    def words(self) -> str:
-        """One line."""
+    def summary(self) -> str:
+        """One line for the console."""
         total = len(self.loaded) + len(self.fresh)
         text = f"weights from {self.origin} ({self.kind}): {len(self.loaded)} of {plural(total, 'tensor')} loaded"
         text += f"; drawn afresh: {some(self.fresh)}" if self.fresh else ""
@@ -54,37 +54,44 @@ class LoadReport:
 def load_weights(
     objective: nn.Module, config: Config, tokenizer: Tokenizer, world: process_group.DistContext
 ) -> LoadReport:
-    """Load ``init.from`` into ``objective``: its backbone, and its head where both are of one objective and it fits.
+    """Load ``init.from`` into ``objective``: its backbone, and its head where objectives are equal and shapes fit.
 
-    Raises UserError, naming all of it, for what does not fit. A collective.
+    Raises UserError that lists everything that does not fit. A collective.
     """
     init, parameters = config.init, dict(objective.named_parameters())
-    origin = open_origin(Path(str(init.from_)), str(init.checkpoint), world)
-    refuse_unmatched("init.skip", init.skip, list(parameters))
-    same = origin.model.objective == config.objective.name
-    wanted = [name for name in parameters if not matches(name, init.skip) and (same or in_backbone(name))]
-    there = {name: origin.source.shape(name) for name in wanted}
-    wanted = [name for name in wanted if there[name] is not None or not matches(name, [POOLER])]
-    there = {name: there[name] for name in wanted}
-    differ = {name: shape for name, shape in there.items() if shape != tuple(parameters[name].shape)}
-    problems = other_facts(origin.model, config, len(objective.get_parameter("backbone.embed.weight")), bool(differ))
-    problems += [
-        f"{n} is {_size(parameters[n].shape)} here, {_size(s)} there" for n, s in differ.items() if in_backbone(n)
-    ]
-    problems = [*problems[:MOST], *([f"and {len(problems) - MOST} more"] if len(problems) > MOST else [])]
-    problems += _other_tokens(origin, config, tokenizer, wanted)
+    origin = open_weights(Path(str(init.from_)), str(init.checkpoint), world)
+    refuse_unmatched_patterns("init.skip", init.skip, list(parameters))
+    same_objective = origin.description.objective == config.objective.name
+    source_shapes: dict[str, Shape | None] = {}
+    for name in parameters:
+        if matches_any(name, init.skip) or not (same_objective or is_backbone_parameter(name)):
+            continue
+        shape = origin.reader.shape(name)
+        if shape is not None or not matches_any(name, [POOLER_PATTERN]):
+            source_shapes[name] = shape
+    differ = {name: shape for name, shape in source_shapes.items() if shape != tuple(parameters[name].shape)}
+    rows = len(objective.get_parameter("backbone.embed.weight"))
+    problems = list_differences(origin.description, config, rows, shapes_differ=bool(differ))
+    for name, shape in differ.items():
+        if is_backbone_parameter(name):
+            problems.append(f"{name} is {_shape_text(parameters[name].shape)} here, {_shape_text(shape)} there")
+    if len(problems) > MAX_LISTED:
+        problems = [*problems[:MAX_LISTED], f"and {len(problems) - MAX_LISTED} more"]
+    problems += _tokenizer_problems(origin, config, tokenizer, source_shapes)
     if problems:
-        raise misfit(config, origin.model, problems)
-    loaded = [name for name in wanted if name not in differ]
+        raise mismatch_error(config, origin.description, problems)
+    loaded = [name for name in source_shapes if name not in differ]
     for name in loaded:
-        parameters[name].data.copy_(origin.source.read(name))
+        parameters[name].data.copy_(origin.reader.read(name))
     fresh = [name for name in parameters if name not in set(loaded)]
-    return LoadReport(str(init.from_), origin.model.kind, origin.digest, loaded, fresh, origin.source.left())
+    return LoadReport(str(init.from_), origin.description.kind, origin.digest, loaded, fresh, origin.reader.unread())
 
 
-def _other_tokens(origin: WeightOrigin, config: Config, tokenizer: Tokenizer, wanted: Iterable[str]) -> Iterator[str]:
-    """That a row of the embedding is another token there."""
-    if origin.tokenizer is None or "backbone.embed.weight" not in wanted:
+def _tokenizer_problems(
+    origin: WeightOrigin, config: Config, tokenizer: Tokenizer, names: Iterable[str]
+) -> Iterator[str]:
+    """The problem of an embedding among ``names`` that was trained with another tokenizer, at most one."""
+    if origin.tokenizer is None or "backbone.embed.weight" not in names:
         return
     if hashlib.sha256(origin.tokenizer).hexdigest() != tokenizer.fingerprint:
         yield (
@@ -93,11 +100,11 @@ def _other_tokens(origin: WeightOrigin, config: Config, tokenizer: Tokenizer, wa
         )
 
 
-def freeze(objective: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Take the parameters whose names match any of ``patterns`` out of training; their names."""
+def freeze_parameters(objective: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Stop training the parameters whose names match any of ``patterns``; returns their names."""
     parameters = dict(objective.named_parameters())
-    refuse_unmatched("init.freeze", patterns, list(parameters))
-    frozen = [name for name in parameters if matches(name, patterns)]
+    refuse_unmatched_patterns("init.freeze", patterns, list(parameters))
+    frozen = [name for name in parameters if matches_any(name, patterns)]
     if len(frozen) == len(parameters):
         raise UserError(f"init.freeze={list(patterns)} leaves nothing to train")
     for name in frozen:
@@ -105,21 +112,25 @@ def freeze(objective: nn.Module, patterns: Sequence[str]) -> list[str]:
     return frozen
 
 
-def refuse_unmatched(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raises UserError for patterns that match no name: they are mistakes."""
-    if lost := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
-        raise UserError(f"{key}: {', '.join(map(repr, lost))} matches no parameter. There are {some(names)}")
+def refuse_unmatched_patterns(key: str, patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise UserError for patterns of the configuration ``key`` that match none of ``names``: they are typos."""
+    unmatched = []
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            unmatched.append(pattern)
+    if unmatched:
+        raise UserError(f"{key}: {', '.join(map(repr, unmatched))} matches no parameter. There are {some(names)}")
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Whether a parameter's name matches any of the patterns (``*``, ``?``, ``[abc]``)."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def in_backbone(name: str) -> bool:
-    """Whether a parameter is the model's own, not an objective's."""
+def is_backbone_parameter(name: str) -> bool:
+    """Whether a parameter belongs to the backbone, not to an objective's head."""
     return name.startswith("backbone.")
 
 
-def _size(shape: Shape | None) -> str:
+def _shape_text(shape: Shape | None) -> str:
     return "missing" if shape is None else " x ".join(map(str, shape))

@@ -1,6 +1,6 @@
-"""What ``init.from`` names, as far as words tell: manifests, configurations, names of files.
+"""Identifies what ``init.from`` names and compares its configuration with the run's.
 
-Light on purpose: no weights are opened, so the driver looks before anything is started; every rank looks again.
+No weights are opened, so the driver checks before it starts anything; the ranks use the same functions again.
 """
 
 from __future__ import annotations
@@ -14,87 +14,92 @@ from train.checkpoint import manifest
 from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import UserError
-from train.pretrained.hf import family_named
-from train.pretrained.hf.family import Facts, HFFamily, facts_of, word
-from train.pretrained.hf.listing import CONFIG, read_json, weight_files
+from train.pretrained.hf import family_of_config
+from train.pretrained.hf.family import ArchKeys, HFFamily, arch_keys, yaml_text
+from train.pretrained.hf.listing import CONFIG_FILE, read_json, weight_files
 from train.util.run_layout import RunDir
 
-ONLY_SHAPES = ("vocab_size", "max_len")
-"""Facts that change nothing but the shapes of parameters."""
+SHAPE_ONLY_KEYS = ("vocab_size", "max_len")
+"""Architecture keys that change nothing but the shapes of parameters."""
 
 
 @dataclass(frozen=True)
 class SourceDescription:
-    """A model that a run may start from."""
+    """A model that a run may start from: a checkpoint of a run, or a Hugging Face folder."""
 
     kind: str
-    """In words."""
+    """For messages: "a run, step 800" or "Hugging Face, Llama"."""
     objective: str
-    facts: Facts
+    arch: ArchKeys
     manifest: dict[str, Any] | None = None
-    """Of the checkpoint, where it is a run."""
+    """Manifest of the checkpoint, where the source is a run."""
     family: HFFamily | None = None
-    """Where it is a Hugging Face folder."""
+    """Family of the model, where the source is a Hugging Face folder."""
 
 
-def describe(folder: Path, which: str) -> SourceDescription:
-    """What ``folder`` holds; of a run, the checkpoint ``which``: "latest", "best" or a step.
+def describe_source(folder: Path, which: str) -> SourceDescription:
+    """Identify the model in ``folder``; of a run, its checkpoint ``which``: "latest", "best" or a step.
 
-    Raises UserError for a folder that holds neither a run nor safetensors, or a model that is not one of ours.
+    Raises UserError for a folder that is neither a run nor has safetensors, or a model that is not one of ours.
     """
     run_dir = RunDir(folder)
     if run_dir.config.exists():
         config = configuration.read(run_dir.config)
-        found = manifest.read_manifests(run_dir.checkpoints)[0]
-        chosen = found[manifest.select(found, which, folder)]
-        facts = facts_of(config.model, chosen["shapes"]["backbone.embed.weight"][0])
-        return SourceDescription(
-            f"a run, step {chosen['progress']['step']}", config.objective.name, facts, manifest=chosen
-        )
-    if (folder / CONFIG).exists():
-        there = read_json(folder / CONFIG)
-        family = family_named(there, str(folder / CONFIG))
-        facts, strange = family.facts(there)
-        if strange:
-            raise UserError(f"{folder / CONFIG} describes a model that is not one of ours: {'; '.join(strange)}")
+        manifests = manifest.read_manifests(run_dir.checkpoints)[0]
+        chosen = manifests[manifest.select(manifests, which, folder)]
+        arch = arch_keys(config.model, chosen["shapes"]["backbone.embed.weight"][0])
+        kind = f"a run, step {chosen['progress']['step']}"
+        return SourceDescription(kind, config.objective.name, arch, manifest=chosen)
+    if (folder / CONFIG_FILE).exists():
+        hf_config = read_json(folder / CONFIG_FILE)
+        family = family_of_config(hf_config, str(folder / CONFIG_FILE))
+        arch, unsupported = family.from_hf_config(hf_config)
+        if unsupported:
+            listed = "; ".join(unsupported)
+            raise UserError(f"{folder / CONFIG_FILE} describes a model that is not one of ours: {listed}")
         weight_files(folder)
-        return SourceDescription(f"Hugging Face, {family.name}", family.objective(there), facts, family=family)
+        kind = f"Hugging Face, {family.name}"
+        return SourceDescription(kind, family.objective(hf_config), arch, family=family)
     raise UserError(
         f"init.from={folder} {'is' if folder.is_dir() else 'is not there; it must be'} "
-        f"neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG}), "
+        f"neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG_FILE}), "
         f"or not every worker sees it (looked from {Path.cwd()})"
     )
 
 
-def other_facts(there: SourceDescription, config: Config, rows: int, shapes_differ: bool) -> list[str]:
-    """What makes the model there another one than that of ``config`` with ``rows`` tokens, key by key, and what to give for it.
+def list_differences(source: SourceDescription, config: Config, rows: int, shapes_differ: bool) -> list[str]:
+    """List the architecture keys in which ``source`` differs from ``config``, and the overrides that remove it.
 
-    Where no shape differs, what only shapes depend on does not matter.
+    ``rows`` is the number of rows of the run's embedding. Unless ``shapes_differ``, keys that only change shapes are
+    ignored.
     """
-    here, same = facts_of(config.model, rows), there.objective == config.objective.name
-    other = {key: value for key, value in there.facts.items() if here.get(key) != value and (same or key != "tied")}
-    if not shapes_differ:
-        other = {key: value for key, value in other.items() if key not in ONLY_SHAPES}
+    arch, same_objective = arch_keys(config.model, rows), source.objective == config.objective.name
+    ignored = {*(() if same_objective else ("tied",)), *(() if shapes_differ else SHAPE_ONLY_KEYS)}
+    other = {key: value for key, value in source.arch.items() if arch.get(key) != value and key not in ignored}
     if not other:
         return []
-    found = [f"model.{key} is {word(here.get(key))} here, {word(value)} there" for key, value in other.items()]
-    return [*found, "to have what is there: " + " ".join(f"model.{key}={word(value)}" for key, value in other.items())]
+    listed = [
+        f"model.{key} is {yaml_text(arch.get(key))} here, {yaml_text(value)} there" for key, value in other.items()
+    ]
+    overrides = " ".join(f"model.{key}={yaml_text(value)}" for key, value in other.items())
+    return [*listed, f"to have what is there: {overrides}"]
 
 
-def misfit(config: Config, there: SourceDescription, problems: Sequence[str]) -> UserError:
-    """The refusal of what does not fit, all of it."""
+def mismatch_error(config: Config, source: SourceDescription, problems: Sequence[str]) -> UserError:
+    """The error that lists every reason why ``source`` does not fit the run."""
     listed = "".join(f"\n  - {problem}" for problem in problems)
-    return UserError(f"init.from={config.init.from_} ({there.kind}) does not fit this run:{listed}")
+    return UserError(f"init.from={config.init.from_} ({source.kind}) does not fit this run:{listed}")
 
 
-def check(config: Config) -> None:
-    """Raises UserError where a new run would start from what is not there, or from another model than its own.
+def check_source(config: Config) -> None:
+    """Raise UserError where a new run's ``init.from`` does not exist or holds another model than the run's.
 
-    A run that has checkpoints does not look there again; nor can it be told here whether a mirror has some.
+    Not checked for a run that has checkpoints, since it does not read ``init.from`` again, nor for one with a mirror,
+    since the driver cannot tell whether that holds some.
     """
     begun = manifest.newest_step(RunDir(Path(config.run.dir or "")).checkpoints) > 0
     if not config.init.from_ or config.save_mirror or begun:
         return
-    there = describe(Path(config.init.from_), str(config.init.checkpoint))
-    if problems := other_facts(there, config, rows=0, shapes_differ=False):
-        raise misfit(config, there, problems)
+    source = describe_source(Path(config.init.from_), str(config.init.checkpoint))
+    if problems := list_differences(source, config, rows=0, shapes_differ=False):
+        raise mismatch_error(config, source, problems)

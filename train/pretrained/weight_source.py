@@ -1,4 +1,4 @@
-"""What a model may start from: a run of ours at one of its checkpoints, or a Hugging Face folder; both by our names."""
+"""Opens the weights of ``init.from``: a run's checkpoint or a Hugging Face folder, by our names."""
 
 from __future__ import annotations
 
@@ -16,74 +16,76 @@ from train.distributed.param_shard import MASTER
 from train.errors import UserError
 from train.pretrained.hf.family import Shape
 from train.pretrained.hf.folder import HFFolder, HFWeights
-from train.pretrained.inspect_source import SourceDescription, describe
+from train.pretrained.inspect_source import SourceDescription, describe_source
 from train.util.run_layout import RunDir
 
 
 class WeightReader(Protocol):
-    """Parameters by our names, read one at a time."""
+    """Reads parameters one at a time, by our names."""
 
     def shape(self, name: str) -> Shape | None:
-        """Of a parameter, or None where it is missing."""
+        """Shape of a parameter, or None where it is missing."""
 
     def read(self, name: str) -> Tensor:
-        """A parameter, in some floating-point format."""
+        """A parameter, in the floating-point format it is stored in."""
 
-    def left(self) -> list[str]:
-        """What is there and was not read, by its names there."""
+    def unread(self) -> list[str]:
+        """Parameters that were not read, by their names in the source."""
 
 
 @dataclass(frozen=True)
 class WeightOrigin:
-    """Where weights come from."""
+    """An opened source of weights."""
 
-    model: SourceDescription
+    description: SourceDescription
     digest: str
-    """Tells its content from any other."""
+    """Hash that identifies its content."""
     tokenizer: bytes | None
-    """The content of its tokenizer.json."""
-    source: WeightReader
+    """Content of its tokenizer.json, if it has one."""
+    reader: WeightReader
 
 
-def open_origin(folder: Path, which: str, world: process_group.DistContext) -> WeightOrigin:
-    """What ``folder`` holds, as ``train.pretrained.inspect_source.describe`` has it, with its weights. A collective.
+def open_weights(folder: Path, which: str, world: process_group.DistContext) -> WeightOrigin:
+    """Open the weights of ``folder``, as ``inspect_source.describe_source`` identifies it. A collective.
 
-    Raises UserError as that does, and for weights that are damaged.
+    Raises UserError as that does, and where weights are damaged or ranks see different content.
     """
-    model = describe(folder, which)
-    if model.family is not None:
-        there = HFFolder(folder)
-        process_group.assert_equal_across_ranks("content of init.from", there.digest)
-        return WeightOrigin(model, there.digest, there.tokenizer, HFWeights(there, model.family))
-    assert model.manifest is not None
-    checkpoint = Checkpoint(RunDir(folder).checkpoint(model.manifest["progress"]["step"]), model.manifest)
+    description = describe_source(folder, which)
+    if description.family is not None:
+        hf_folder = HFFolder(folder)
+        process_group.assert_equal_across_ranks("content of init.from", hf_folder.digest)
+        weights = HFWeights(hf_folder, description.family)
+        return WeightOrigin(description, hf_folder.digest, hf_folder.tokenizer, weights)
+    assert description.manifest is not None
+    checkpoint = Checkpoint(RunDir(folder).checkpoint(description.manifest["progress"]["step"]), description.manifest)
     process_group.assert_equal_across_ranks("checkpoint that init.from names", checkpoint.digest)
-    mine = checkpoint.damage(slice(world.rank, None, world.size))
-    if damage := next((d for d in process_group.gather_objects(mine) if d), None):
+    own_share = checkpoint.damage(slice(world.rank, None, world.size))
+    if damage := next((d for d in process_group.gather_objects(own_share) if d), None):
         raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with init.checkpoint=<step>")
-    return WeightOrigin(model, checkpoint.digest, (folder / TOKENIZER).read_bytes(), SavedWeights(checkpoint))
+    tokenizer = (folder / TOKENIZER).read_bytes()
+    return WeightOrigin(description, checkpoint.digest, tokenizer, CheckpointWeights(checkpoint))
 
 
 @dataclass
-class SavedWeights:
-    """The weights of a run's checkpoint."""
+class CheckpointWeights:
+    """The fp32 weights of a run's checkpoint (a ``WeightReader``)."""
 
     checkpoint: Checkpoint
-    taken: set[str] = field(default_factory=set)
+    names_read: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        """Opens its files."""
+        """Open the checkpoint's files."""
         self.reader, self.shapes = self.checkpoint.reader(), self.checkpoint.manifest["shapes"]
 
     def shape(self, name: str) -> Shape | None:
-        """As of Source."""
+        """See ``WeightReader.shape``."""
         return tuple(self.shapes[name]) if name in self.shapes else None
 
     def read(self, name: str) -> Tensor:
-        """As of Source."""
-        self.taken.add(name)
+        """See ``WeightReader.read``."""
+        self.names_read.add(name)
         return self.reader.read(name, MASTER, 0, math.prod(self.shapes[name])).view(self.shapes[name])
 
-    def left(self) -> list[str]:
-        """As of Source."""
-        return sorted(self.shapes.keys() - self.taken)
+    def unread(self) -> list[str]:
+        """See ``WeightReader.unread``."""
+        return sorted(self.shapes.keys() - self.names_read)

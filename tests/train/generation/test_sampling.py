@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import schema
-from train.generation.sampling import choose, penalised, probabilities
+from train.generation.sampling import apply_repetition_penalty, choose_tokens, probabilities
 
 
 def options(**keys):
@@ -75,7 +75,7 @@ def test_temperature_top_k_top_p_and_min_p_by_hand():
     st.floats(0.5, 2),
 )
 def test_the_repetition_penalty_is_that_of_the_definition(scores, held, penalty):
-    found = penalised(torch.tensor([scores, scores], dtype=torch.float64), held, penalty)
+    found = apply_repetition_penalty(torch.tensor([scores, scores], dtype=torch.float64), held, penalty)
     for row, tokens in zip(found.tolist(), held, strict=True):
         assert row == [x if i not in tokens else x / penalty if x > 0 else x * penalty for i, x in enumerate(scores)]
 
@@ -83,8 +83,8 @@ def test_the_repetition_penalty_is_that_of_the_definition(scores, held, penalty)
 def test_draws_follow_the_probabilities_and_never_take_a_token_of_none():
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).log()
     grid = [(i + 0.5) / 1000 for i in range(1000)]
-    drawn = choose(logits.expand(1000, -1), options(), grid)
+    drawn = choose_tokens(logits.expand(1000, -1), options(), grid)
     assert [drawn.count(token) for token in range(6)] == [0, 500, 0, 300, 200, 0]
-    ends = choose(logits.expand(2, -1), options(), [0.0, 1 - 2**-53])
+    ends = choose_tokens(logits.expand(2, -1), options(), [0.0, 1 - 2**-53])
     assert ends == [1, 4]
-    assert choose(logits.expand(2, -1), options(temperature=0.0), [0.9, 0.9]) == [1, 1]
+    assert choose_tokens(logits.expand(2, -1), options(temperature=0.0), [0.9, 0.9]) == [1, 1]

@@ -7,7 +7,7 @@ import transformers
 from train.config import schema
 from train.generation.beam_search import beam_search
 from train.generation.generate import generate
-from train.models.encdec import sinusoids
+from train.models.encdec import sinusoidal_positions
 from train.objectives import build_objective
 
 SIZES = {"layers": 3, "width": 96, "heads": 3, "mlp_width": 160, "head_dim": 20, "vocab_size": 131}
@@ -163,7 +163,7 @@ def test_the_original_transformer_is_torchs(make_config):
     embed = objective.backbone.embed
     with torch.no_grad():
         source, target = (
-            embed(batch[k]) * 32**0.5 + sinusoids(torch.arange(n)[None], 32)
+            embed(batch[k]) * 32**0.5 + sinusoidal_positions(torch.arange(n)[None], 32)
             for k, n in (("tokens", 30), ("target_tokens", 20))
         )
         padding = batch["segments"] == 0
@@ -171,7 +171,7 @@ def test_the_original_transformer_is_torchs(make_config):
         how = {"tgt_mask": ahead, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
         hidden = theirs(source, target, **how)
         assert (objective.backbone(batch) - hidden).abs().max() < 1e-5
-        assert torch.equal(sinusoids(torch.tensor([[0]]), 4), torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]))
+        assert torch.equal(sinusoidal_positions(torch.tensor([[0]]), 4), torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]))
 
 
 @pytest.mark.parametrize("name", ["t5_tiny", "transformer_tiny"])

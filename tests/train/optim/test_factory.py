@@ -7,8 +7,8 @@ import torch
 
 from train.config.schema import Optimizer
 from train.objectives import build_objective
-from train.optim.factory import build_optimizer, parameter_groups, with_matrices
-from train.optim.muon import orthogonal, update
+from train.optim.factory import build_optimizer, parameter_groups, split_matrices
+from train.optim.muon import muon_update, orthogonalize
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -125,11 +125,11 @@ def test_rules_that_torch_has_too_equal_its_own(kind):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
 def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(matrix))
+    values = torch.linalg.svdvals(orthogonalize(matrix))
     assert 0.6 < values.min() <= values.max() < 1.3
-    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
     if min(shape) > 1:
-        assert 0.1 < update(matrix).square().mean().sqrt() < 0.3
+        assert 0.1 < muon_update(matrix).square().mean().sqrt() < 0.3
 
 
 def test_biases_of_recurrent_layers_do_not_decay(make_config):
@@ -141,7 +141,7 @@ def test_biases_of_recurrent_layers_do_not_decay(make_config):
 @pytest.mark.parametrize("tied", [True, False])
 def test_muon_turns_the_matrices_of_the_backbone_alone(make_config, tied):
     objective = build_objective(make_config("gpt_tiny", tied=tied), 257)
-    groups = with_matrices(parameter_groups(objective, 0.1), 0.9)
+    groups = split_matrices(parameter_groups(objective, 0.1), 0.9)
     turned = [name for group in groups if "momentum" in group for name in group["names"]]
     assert len(turned) == 4 * len(objective.backbone.blocks)
     assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in turned)

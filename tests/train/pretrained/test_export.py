@@ -19,8 +19,8 @@ from train.config import load as configuration
 from train.data.prepare.prepare import prepare
 from train.errors import UserError
 from train.pretrained import hf
-from train.pretrained.export import answers, export
-from train.pretrained.hf.family import at
+from train.pretrained.export import export, head_logits
+from train.pretrained.hf.family import map_to
 from train.run_dir.open_run import open_run
 
 FAMILIES = {
@@ -41,7 +41,7 @@ def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and those of what transformers finds in a folder by itself, for 16 tokens."""
     tokens = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ours = answers(open_run(run).objective, tokens)[0]
+        ours = head_logits(open_run(run).objective, tokens)[0]
         return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
 
 
@@ -71,7 +71,7 @@ def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path,
         gloo_ranks.train_world(configuration.load(keys), corpus)
         done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", ROOM)
         assert done.difference <= 1e-5
-        assert len(answers(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
+        assert len(head_logits(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert_tiny-there")
     assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
 
@@ -110,7 +110,7 @@ def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
     assert theirs.config.id2label == {0: "joy", 1: "woe", 2: "so so"}
     tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ours = answers(open_run(tmp_path / "own").objective, tokens)[0]
+        ours = head_logits(open_run(tmp_path / "own").objective, tokens)[0]
         assert ours.shape == (3, 3)
         assert (theirs(tokens).logits - ours).abs().max() < 1e-5
     with pytest.raises(UserError, match=r"objective\.pool=mean"):
@@ -233,8 +233,12 @@ def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pyt
     run, llama = trained(make, corpus, *FAMILIES["llama"]), hf.FAMILIES[1]
     gate_up, norm = "backbone.blocks.#.mlp.gate_up", "backbone.blocks.#.mlp_norm"
     for module, wrong, said in (
-        (gate_up, at("model.layers.#.mlp.up_proj", "model.layers.#.mlp.gate_proj"), "logits differ from ours by"),
-        (norm, at("model.layers.#.other_norm"), r"missing keys: model\.layers\.0\.post_attention_layernorm\.weight"),
+        (gate_up, map_to("model.layers.#.mlp.up_proj", "model.layers.#.mlp.gate_proj"), "logits differ from ours by"),
+        (
+            norm,
+            map_to("model.layers.#.other_norm"),
+            r"missing keys: model\.layers\.0\.post_attention_layernorm\.weight",
+        ),
     ):
         broken = replace(llama, modules=llama.modules | {module: wrong})
         monkeypatch.setattr(hf, "FAMILIES", (broken,))

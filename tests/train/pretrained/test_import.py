@@ -17,9 +17,9 @@ from train.config import load as configuration
 from train.config import schema
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
-from train.pretrained.export import answers
-from train.pretrained.hf import FAMILIES, family_of
-from train.pretrained.hf.family import facts_of
+from train.pretrained.export import head_logits
+from train.pretrained.hf import FAMILIES, find_family
+from train.pretrained.hf.family import arch_keys
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": 320}
 LLAMA = {
@@ -92,7 +92,7 @@ def model_of(values: dict):
 def ours(values: dict) -> list[str]:
     """The overrides that make our model the one that a config.json describes."""
     family = next(family for family in FAMILIES if family.model_type == values["model_type"])
-    facts, strange = family.facts(values)
+    facts, strange = family.from_hf_config(values)
     assert strange == []
     return [*CHOICES[values["model_type"]], *(f"model.{key}={json.dumps(value)}" for key, value in facts.items())]
 
@@ -133,7 +133,7 @@ def begin(world, emit, overrides: list[str], folder: str):
     except UserError as error:
         return str(error)
     with torch.no_grad():
-        return taken, [answer.numpy() for answer in answers(objective, probe())]
+        return taken, [answer.numpy() for answer in head_logits(objective, probe())]
 
 
 def begun(overrides: list[str], folder: Path):
@@ -247,8 +247,8 @@ def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left
 
 
 def test_what_transformers_has_no_model_for_is_said_key_by_key(make_config):
-    facts = facts_of(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
+    facts = arch_keys(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
     with pytest.raises(UserError) as refusal:
-        family_of("causal", facts)
+        find_family("causal", facts)
     assert "as GPT-2 it would need model.activation=gelu (not swiglu), model.kv_heads=2 (not 1)" in str(refusal.value)
     assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)

@@ -13,7 +13,7 @@ from helpers import gloo_ranks
 from train.config import load as configuration
 from train.objectives import build_objective
 from train.optim.factory import parameter_groups
-from train.optim.layerwise_lr import by_depth, depths
+from train.optim.layerwise_lr import layer_depths, split_by_depth
 
 STILL = ["steps=1", "optimizer.lr=1e-12"]
 HALF = "init.freeze=['backbone.embed.*','backbone.blocks.0.*']"
@@ -157,10 +157,10 @@ def test_the_head_of_a_run_says_how_much_is_trained(make, corpus: Path):
 def test_a_parameter_s_rate_falls_with_its_distance_from_the_top(make_config):
     objective = build_objective(make_config("llama_tiny", layers=3), 257)
     names = [name for name, _ in objective.named_parameters()]
-    depth = depths(names)
+    depth = layer_depths(names)
     assert (depth["backbone.embed.weight"], depth["backbone.norm.weight"], depth["head.weight"]) == (0, 4, 4)
     assert [depth[f"backbone.blocks.{n}.mlp.down.weight"] for n in range(3)] == [1, 2, 3]
-    groups = by_depth(parameter_groups(objective, 0.1), names, 0.5)
+    groups = split_by_depth(parameter_groups(objective, 0.1), names, 0.5)
     scale = {name: group["lr_scale"] for group in groups for name in group["names"]}
     assert sorted(scale) == sorted(names)
     assert all(value == 0.5 ** (4 - depth[name]) for name, value in scale.items())
@@ -173,7 +173,7 @@ def test_a_parameter_s_rate_falls_with_its_distance_from_the_top(make_config):
 
 def test_depth_goes_on_from_one_stack_to_the_next():
     names = ["embed.weight", "encoder.0.a", "encoder.1.a", "between.a", "decoder.0.a", "decoder.0.b", "head.a"]
-    assert list(depths(names).values()) == [0, 1, 2, 2, 3, 3, 4]
+    assert list(layer_depths(names).values()) == [0, 1, 2, 2, 3, 3, 4]
 
 
 def test_every_stage_makes_the_same_steps_by_depth(make, corpus: Path):

@@ -15,7 +15,7 @@ from helpers import gloo_ranks
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
-from train.pretrained.inspect_source import check
+from train.pretrained.inspect_source import check_source
 
 LLAMA = {
     "model_type": "llama",
@@ -53,13 +53,15 @@ def folder(tmp_path: Path) -> Path:
 
 def refusal(config) -> str:
     with pytest.raises(UserError) as caught:
-        check(config)
+        check_source(config)
     return str(caught.value)
 
 
 def test_what_fits_is_no_matter_to_the_driver(make, folder: Path):
-    check(make(*OURS, f"init.from={folder}"))
-    check(make(*OURS, f"init.from={folder}", "model.max_len=64"))  # whether positions have weights is the ranks' to say
+    check_source(make(*OURS, f"init.from={folder}"))
+    check_source(
+        make(*OURS, f"init.from={folder}", "model.max_len=64")
+    )  # whether positions have weights is the ranks' to say
 
 
 def test_a_folder_that_is_not_there_or_holds_nothing_of_the_kind(make, folder: Path):
@@ -112,14 +114,14 @@ def test_a_family_or_a_checkpoint_that_is_not_there(make, folder: Path):
     (run / "checkpoints/step_4").mkdir(parents=True)
     whole = {"progress": {"step": 4}, "files": {}, "val_loss": None, "shapes": {"backbone.embed.weight": [320, 32]}}
     (run / "checkpoints/step_4/checkpoint.json").write_bytes(manifest.to_bytes(whole))
-    check(make(*OURS, f"init.from={run}"))
+    check_source(make(*OURS, f"init.from={run}"))
     assert "It has the steps 4" in refusal(make(*OURS, f"init.from={run}", "init.checkpoint=5"))
 
 
 def test_a_run_that_goes_on_is_not_asked(make):
     config = make(*OURS, "init.from=nowhere")
     (Path(config.run.dir) / "checkpoints/step_2").mkdir(parents=True)
-    check(config)
+    check_source(config)
 
 
 def test_the_command_line_says_it_before_anything_is_started_and_leaves_nothing(as_typed, tmp_path: Path):

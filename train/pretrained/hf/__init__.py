@@ -1,4 +1,13 @@
-"""Hugging Face's form of our models: a table a family, folders of it written and read. None of it imports transformers."""
+"""Our models in the Hugging Face format, read and written without importing transformers.
+
+family   the table that maps one model family: config keys, weight names, requirements
+gpt2     table of GPT-2
+llama    table of Llama
+bert     table of BERT
+t5       table of T5
+folder   safetensors and tokenizer of a Hugging Face folder, read and written one tensor at a time
+listing  config.json and the names of the weight files, without opening weights
+"""
 
 from __future__ import annotations
 
@@ -6,30 +15,29 @@ from typing import Any
 
 from train.errors import UserError
 from train.pretrained.hf import bert, gpt2, llama, t5
-from train.pretrained.hf.family import Facts, HFFamily
+from train.pretrained.hf.family import ArchKeys, HFFamily
 
 FAMILIES = (gpt2.FAMILY, llama.FAMILY, bert.FAMILY, t5.FAMILY)
 
 
-def family_of(objective: str, facts: Facts) -> HFFamily:
-    """The family that has all of a model's ``facts``; raises UserError naming the keys that keep it from each."""
-    kept = [(family, family.lacking(objective, facts)) for family in FAMILIES]
-    for family, problems in kept:
-        if not problems:
+def find_family(objective: str, arch: ArchKeys) -> HFFamily:
+    """The family that a model of ours belongs to. Raises UserError with the requirements it does not meet in each."""
+    unmet = {family.name: family.unmet_requirements(objective, arch) for family in FAMILIES}
+    for family in FAMILIES:
+        if not unmet[family.name]:
             return family
-    kept = [way for way in kept if way[0].needs["family"] == facts["family"]]
-    if not kept:
-        raise UserError(
-            f"transformers has no model of family {facts['family']}; it has {', '.join(f.name for f in FAMILIES)}"
-        )
-    ways = "\n".join(f"  - as {family.name} it would need {', '.join(problems)}" for family, problems in kept)
-    raise UserError(f"transformers has no model of this kind:\n{ways}")
+    similar = [family.name for family in FAMILIES if family.required["family"] == arch["family"]]
+    if not similar:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise UserError(f"transformers has no model of family {arch['family']}; it has {known}")
+    listed = "\n".join(f"  - as {name} it would need {', '.join(unmet[name])}" for name in similar)
+    raise UserError(f"transformers has no model of this kind:\n{listed}")
 
 
-def family_named(config: dict[str, Any], where: str) -> HFFamily:
-    """The family of a folder's ``config.json``, which lies at ``where``."""
+def family_of_config(config: dict[str, Any], path: str) -> HFFamily:
+    """The family that a ``config.json`` names; ``path`` is that file's, for the UserError of an unknown family."""
     for family in FAMILIES:
         if config.get("model_type") == family.model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{where} is of model_type {config.get('model_type')!r}; read are: {known}")
+    raise UserError(f"{path} is of model_type {config.get('model_type')!r}; read are: {known}")

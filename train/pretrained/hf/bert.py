@@ -1,8 +1,8 @@
-"""BERT, as transformers has it: with both of its heads, with that of hidden tokens alone, or with one of classes."""
+"""Table of BERT: for pretraining, for masked tokens alone, and for sequence classification."""
 
 from typing import Any
 
-from train.pretrained.hf.family import HFFamily, at
+from train.pretrained.hf.family import HFFamily, map_to
 
 ACTIVATIONS = {
     "gelu": "gelu_exact",
@@ -12,32 +12,32 @@ ACTIVATIONS = {
     "tanh": "tanh",
     "sigmoid": "sigmoid",
 }
-"""Their names and ours."""
+"""transformers' name -> ours."""
 LAYER = "bert.encoder.layer.#"
 
 
-def tidy(config: dict[str, Any]) -> dict[str, Any]:
-    """The activation by our name, where we have it."""
+def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Replace the activation by our name for it, if we have it."""
     return config | {"hidden_act": ACTIVATIONS.get(str(config.get("hidden_act", "gelu")), config.get("hidden_act"))}
 
 
-def dress(config: dict[str, Any]) -> dict[str, Any]:
-    """The activation by theirs."""
-    theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    return config | {"hidden_act": theirs[config["hidden_act"]], "attention_probs_dropout_prob": 0.0}
+def finalize_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Replace the activation by transformers' name for it; our attention has no dropout of its weights."""
+    hf_names = {name: hf_name for hf_name, name in reversed(ACTIVATIONS.items())}
+    return config | {"hidden_act": hf_names[config["hidden_act"]], "attention_probs_dropout_prob": 0.0}
 
 
 FAMILY = HFFamily(
     name="BERT",
     model_type="bert",
-    architectures={
+    hf_classes={
         "head.next.weight": ("BertForPreTraining", "masked"),
         "head.weight": ("BertForSequenceClassification", "classify"),
         "": ("BertForMaskedLM", "masked"),
     },
-    needs={"family": "encoder"},
-    equal={},
-    keys={
+    required={"family": "encoder"},
+    required_equal={},
+    config_keys={
         "layers": ("num_hidden_layers",),
         "width": ("hidden_size",),
         "heads": ("num_attention_heads",),
@@ -49,33 +49,37 @@ FAMILY = HFFamily(
         "norm_eps": ("layer_norm_eps",),
         "tied": ("tie_word_embeddings",),
     },
-    absent={"norm_eps": 1e-12, "tied": True, "types": 2},
-    values={"activation": tuple(ACTIVATIONS.values())},
-    fixed={"is_decoder": (False,), "add_cross_attention": (False,), "position_embedding_type": (None, "absolute")},
-    dropout=("hidden_dropout_prob",),
+    defaults={"norm_eps": 1e-12, "tied": True, "types": 2},
+    allowed={"activation": tuple(ACTIVATIONS.values())},
+    fixed_config={
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+        "position_embedding_type": (None, "absolute"),
+    },
+    dropout_keys=("hidden_dropout_prob",),
     modules={
-        "backbone.embed": at("bert.embeddings.word_embeddings"),
-        "backbone.positions": at("bert.embeddings.position_embeddings"),
-        "backbone.types": at("bert.embeddings.token_type_embeddings"),
-        "backbone.norm": at("bert.embeddings.LayerNorm"),
-        "backbone.blocks.#.attention.qkv": at(
+        "backbone.embed": map_to("bert.embeddings.word_embeddings"),
+        "backbone.positions": map_to("bert.embeddings.position_embeddings"),
+        "backbone.types": map_to("bert.embeddings.token_type_embeddings"),
+        "backbone.norm": map_to("bert.embeddings.LayerNorm"),
+        "backbone.blocks.#.attention.qkv": map_to(
             *(f"{LAYER}.attention.self.{name}" for name in ("query", "key", "value"))
         ),
-        "backbone.blocks.#.attention.out": at(f"{LAYER}.attention.output.dense"),
-        "backbone.blocks.#.attention_norm": at(f"{LAYER}.attention.output.LayerNorm"),
-        "backbone.blocks.#.mlp.up": at(f"{LAYER}.intermediate.dense"),
-        "backbone.blocks.#.mlp.down": at(f"{LAYER}.output.dense"),
-        "backbone.blocks.#.mlp_norm": at(f"{LAYER}.output.LayerNorm"),
-        "backbone.pooler": at("bert.pooler.dense"),
-        "head.tokens.transform": at("cls.predictions.transform.dense"),
-        "head.tokens.norm": at("cls.predictions.transform.LayerNorm"),
-        "head.tokens.bias": at("cls.predictions.bias"),
-        "head.tokens.weight": at("cls.predictions.decoder.weight"),
-        "head.next": at("cls.seq_relationship"),
-        "head": at("classifier"),
+        "backbone.blocks.#.attention.out": map_to(f"{LAYER}.attention.output.dense"),
+        "backbone.blocks.#.attention_norm": map_to(f"{LAYER}.attention.output.LayerNorm"),
+        "backbone.blocks.#.mlp.up": map_to(f"{LAYER}.intermediate.dense"),
+        "backbone.blocks.#.mlp.down": map_to(f"{LAYER}.output.dense"),
+        "backbone.blocks.#.mlp_norm": map_to(f"{LAYER}.output.LayerNorm"),
+        "backbone.pooler": map_to("bert.pooler.dense"),
+        "head.tokens.transform": map_to("cls.predictions.transform.dense"),
+        "head.tokens.norm": map_to("cls.predictions.transform.LayerNorm"),
+        "head.tokens.bias": map_to("cls.predictions.bias"),
+        "head.tokens.weight": map_to("cls.predictions.decoder.weight"),
+        "head.next": map_to("cls.seq_relationship"),
+        "head": map_to("classifier"),
     },
-    base="bert.",
-    ignored=("*.position_ids", "cls.predictions.decoder.bias"),
-    tidy=tidy,
-    dress=dress,
+    base_prefix="bert.",
+    ignored_tensors=("*.position_ids", "cls.predictions.decoder.bias"),
+    normalize_config=normalize_config,
+    finalize_config=finalize_config,
 )

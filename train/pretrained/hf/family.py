@@ -1,6 +1,6 @@
-"""One family of Hugging Face models: which of ours it is, and where each of our parameters stands in its files.
+"""Table that maps one Hugging Face model family to ours: config keys, weight names, requirements.
 
-Both directions, to there and from there, are read off the same table.
+Export and import are both derived from the same table.
 """
 
 from __future__ import annotations
@@ -13,168 +13,171 @@ from typing import Any
 from train.config import schema
 from train.errors import UserError
 
-Facts = dict[str, Any]
-"""What makes a model the function that it is: keys of ``schema.Model``, none of them left to a default."""
+ArchKeys = dict[str, Any]
+"""Keys of ``schema.Model`` that determine the function a trained model computes, with every default resolved."""
 Shape = tuple[int, ...]
 
-NO_FACTS = {"dropout", "init_std", "checkpoint_activations"}
-"""Keys of training: a trained model is the same without them."""
+TRAINING_KEYS = {"dropout", "init_std", "checkpoint_activations"}
+"""Keys of ``schema.Model`` that matter in training only: they are not part of ``ArchKeys``."""
 
 
-def facts_of(model: schema.Model, rows: int) -> Facts:
-    """The facts of our model, whose embedding has ``rows`` rows."""
-    found = model.model_dump(exclude=NO_FACTS) | {"vocab_size": rows}
-    return _whole(found)
+def arch_keys(model: schema.Model, rows: int) -> ArchKeys:
+    """Architecture keys of our model; ``rows`` is the number of rows of its embedding."""
+    return _fill_defaults(model.model_dump(exclude=TRAINING_KEYS) | {"vocab_size": rows})
 
 
-def _whole(facts: Facts) -> Facts:
-    """Facts without a None: what the models make of it."""
-    heads, width = facts.get("heads", 1), facts["width"]
-    usual = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
-    return {key: usual.get(key) if value is None else value for key, value in facts.items()}
+def _fill_defaults(arch: ArchKeys) -> ArchKeys:
+    """Replace each None by the value that the models derive for it."""
+    heads, width = arch.get("heads", 1), arch["width"]
+    derived = {"kv_heads": heads, "head_dim": width // heads, "mlp_width": 4 * width}
+    return {key: derived.get(key) if value is None else value for key, value in arch.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where the parameters of one of our modules stand: in the modules named, their rows one below the other.
+class ModuleMapping:
+    """The Hugging Face modules that one of our modules is stored in; several are concatenated along the rows.
 
-    ``shares`` are the facts that the parts' rows are proportional to; without, the parts are equal. ``turned``: a weight is
-    stored as (inputs, outputs).
+    ``shares`` names the architecture keys that the parts' row counts are proportional to; empty: equal parts.
+    ``transposed``: weights are stored as (inputs, outputs), as in GPT-2's ``Conv1D``.
     """
 
-    modules: tuple[str, ...]
+    hf_modules: tuple[str, ...]
     shares: tuple[str, ...] = ()
-    turned: bool = False
+    transposed: bool = False
 
 
-def at(*modules: str, shares: tuple[str, ...] = (), turned: bool = False) -> Stored:
-    """A ``Stored``, in few words; ``#`` is the number of a block."""
-    return Stored(modules, shares, turned)
+def map_to(*modules: str, shares: tuple[str, ...] = (), transposed: bool = False) -> ModuleMapping:
+    """Short form of ``ModuleMapping`` for the tables; ``#`` in a name stands for the block number."""
+    return ModuleMapping(modules, shares, transposed)
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows [start, start + count) of one of our parameters, and the tensor that holds them there."""
+    """Rows [start, start + count) of our parameter ``name``, and the Hugging Face tensor that holds them."""
 
-    ours: str
+    name: str
     start: int
     count: int
-    theirs: str
-    shape: Shape
-    turned: bool
+    hf_name: str
+    hf_shape: Shape
+    transposed: bool
 
 
 @dataclass(frozen=True)
 class HFFamily:
-    """The table of one family."""
+    """Everything that import and export need to know about one family of transformers models."""
 
     name: str
     model_type: str
-    architectures: dict[str, tuple[str, str]]
-    """Their classes and our objectives, by a parameter of ours that only models of this class have; the last is for all others."""
-    needs: Facts
-    """What a model of ours must be."""
-    equal: dict[str, str]
-    """Facts that must be equal to others."""
-    keys: dict[str, tuple[str, ...]]
-    """Our facts and their names in config.json; under several names: all of them, with one value."""
-    absent: Facts
-    """What those mean that config.json may leave out."""
-    values: dict[str, tuple[Any, ...]]
-    """Facts that may have some values only."""
-    fixed: dict[str, tuple[Any, ...]]
-    """What other keys of config.json must be, if they are there: any of these; the first is what we write."""
-    dropout: tuple[str, ...]
-    modules: dict[str, Stored]
-    base: str
-    """The prefix that older files leave out."""
-    ignored: tuple[str, ...]
-    """Tensors, as patterns, that hold no parameter."""
-    tidy: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    """Config.json as the keys above have it, from any of its forms."""
-    dress: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    """The form in which it is written."""
+    hf_classes: dict[str, tuple[str, str]]
+    """Parameter of ours -> (transformers class, our objective) of the models that have it; "" is for all others."""
+    required: ArchKeys
+    """Values that a model of ours must have to belong to this family."""
+    required_equal: dict[str, str]
+    """Keys whose values must equal those of other keys."""
+    config_keys: dict[str, tuple[str, ...]]
+    """Our key -> its names in config.json; several names must all have one value."""
+    defaults: ArchKeys
+    """Values of our keys where config.json leaves them out."""
+    allowed: dict[str, tuple[Any, ...]]
+    """Our keys that are limited to some values."""
+    fixed_config: dict[str, tuple[Any, ...]]
+    """Other keys of config.json and the values accepted where they are present; the first is written on export."""
+    dropout_keys: tuple[str, ...]
+    modules: dict[str, ModuleMapping]
+    base_prefix: str
+    """Prefix of tensor names that older files leave out."""
+    ignored_tensors: tuple[str, ...]
+    """Patterns of tensors that hold no parameter, such as stored attention masks."""
+    normalize_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Brings any published form of config.json to the keys and values named above."""
+    finalize_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Brings those keys and values to the form of config.json that is written."""
 
-    def architecture(self, names: Iterable[str]) -> str:
-        """Their class for a model that has these parameters."""
-        return next(theirs for mark, (theirs, _) in self.architectures.items() if mark in {"", *names})
+    def hf_class(self, names: Iterable[str]) -> str:
+        """Name of the transformers class for a model with parameters ``names``."""
+        return next(hf_class for mark, (hf_class, _) in self.hf_classes.items() if mark in {"", *names})
 
     def objective(self, config: dict[str, Any]) -> str:
-        """The objective that the head of a folder is of."""
-        found = [ours for theirs, ours in self.architectures.values() if theirs in (config.get("architectures") or ())]
-        return found[0] if found else self.architectures[""][1]
+        """Our objective for the class that a config.json names; for other classes the family's default."""
+        named = config.get("architectures") or ()
+        objectives = [objective for hf_class, objective in self.hf_classes.values() if hf_class in named]
+        return objectives[0] if objectives else self.hf_classes[""][1]
 
-    def lacking(self, objective: str, facts: Facts) -> list[str]:
-        """What keeps a model of ours from being one of this family, as ``key=value`` that it would need."""
-        known = sorted({ours for _, ours in self.architectures.values()})
-        found = [] if objective in known else [f"objective={' or '.join(known)} (not {objective})"]
-        needs = {key: (value,) for key, value in self.needs.items()} | self.values
-        needs |= {key: (facts.get(other),) for key, other in self.equal.items()}
-        wrong = {key: values for key, values in needs.items() if facts.get(key) not in values}
-        return found + [f"model.{k}={' or '.join(map(word, v))} (not {word(facts.get(k))})" for k, v in wrong.items()]
+    def unmet_requirements(self, objective: str, arch: ArchKeys) -> list[str]:
+        """Requirements that a model of ours does not meet, as "key=required (not actual)"; empty if it belongs here."""
+        known = sorted({known_objective for _, known_objective in self.hf_classes.values()})
+        unmet = [] if objective in known else [f"objective={' or '.join(known)} (not {objective})"]
+        required = {key: (value,) for key, value in self.required.items()} | self.allowed
+        required |= {key: (arch.get(other),) for key, other in self.required_equal.items()}
+        for key, values in required.items():
+            if arch.get(key) not in values:
+                unmet.append(f"model.{key}={' or '.join(map(yaml_text, values))} (not {yaml_text(arch.get(key))})")
+        return unmet
 
-    def config(self, facts: Facts, dropout: float, more: dict[str, Any]) -> dict[str, Any]:
-        """The content of config.json, ``more`` included."""
-        found: dict[str, Any] = {"model_type": self.model_type, "dtype": "float32"}
-        found |= {name: facts[key] for key, names in self.keys.items() for name in names}
-        found |= {name: values[0] for name, values in self.fixed.items() if values[0] is not None}
-        found |= dict.fromkeys(self.dropout, dropout)
-        return self.dress(found | more)
+    def to_hf_config(self, arch: ArchKeys, dropout: float, extra: dict[str, Any]) -> dict[str, Any]:
+        """Content of config.json for a model of ours; ``extra`` keys are added as they are."""
+        config: dict[str, Any] = {"model_type": self.model_type, "dtype": "float32"}
+        for key, names in self.config_keys.items():
+            config |= dict.fromkeys(names, arch[key])
+        config |= {name: values[0] for name, values in self.fixed_config.items() if values[0] is not None}
+        config |= dict.fromkeys(self.dropout_keys, dropout)
+        return self.finalize_config(config | extra)
 
-    def facts(self, config: dict[str, Any]) -> tuple[Facts, list[str]]:
-        """The facts that a config.json states, and what it states that no model of ours can be."""
-        config, found, strange = self.tidy(config), dict(self.needs), []
-        for key, names in self.keys.items():
-            values = [config.get(name) for name in names]
-            given = [self.absent.get(key) if value is None else value for value in values]
-            if any(value != given[0] for value in given):
-                strange.append(
-                    ", ".join(f"{n}={word(v)}" for n, v in zip(names, given, strict=True)) + ", which must be equal"
-                )
-            if given[0] is None and key not in ("kv_heads", "mlp_width"):
-                strange.append(f"{names[0]}, which is missing")
-            if key in self.values and given[0] not in self.values[key]:
-                strange.append(f"{names[0]}={word(given[0])}")
-            found[key] = given[0]
-        for name, right in self.fixed.items():
-            if config.get(name, right[0]) not in right:
-                strange.append(f"{name}={word(config[name])}, which must be {' or '.join(map(word, right))}")
-        if not strange:
-            found |= {key: found[other] for key, other in self.equal.items()}
-            found = _whole(found)
-        return found, strange
+    def from_hf_config(self, config: dict[str, Any]) -> tuple[ArchKeys, list[str]]:
+        """Architecture keys that a config.json describes, and the settings in it that none of our models supports."""
+        config, arch, unsupported = self.normalize_config(config), dict(self.required), []
+        for key, names in self.config_keys.items():
+            stored = [config.get(name) for name in names]
+            values = [self.defaults.get(key) if value is None else value for value in stored]
+            if any(value != values[0] for value in values):
+                listed = ", ".join(f"{n}={yaml_text(v)}" for n, v in zip(names, values, strict=True))
+                unsupported.append(f"{listed}, which must be equal")
+            if values[0] is None and key not in ("kv_heads", "mlp_width"):
+                unsupported.append(f"{names[0]}, which is missing")
+            if key in self.allowed and values[0] not in self.allowed[key]:
+                unsupported.append(f"{names[0]}={yaml_text(values[0])}")
+            arch[key] = values[0]
+        for name, accepted in self.fixed_config.items():
+            if config.get(name, accepted[0]) not in accepted:
+                allowed = " or ".join(map(yaml_text, accepted))
+                unsupported.append(f"{name}={yaml_text(config[name])}, which must be {allowed}")
+        if not unsupported:
+            arch |= {key: arch[other] for key, other in self.required_equal.items()}
+            arch = _fill_defaults(arch)
+        return arch, unsupported
 
-    def names(self, ours: str) -> tuple[Stored, list[str]]:
-        """Where one of our parameters stands, and the names of its parts there. Raises KeyError where it has no place."""
-        number = re.search(r"\.(\d+)\.", ours)
-        pattern = re.sub(r"\.\d+\.", ".#.", ours, count=1)
+    def hf_names(self, name: str) -> tuple[ModuleMapping, list[str]]:
+        """Mapping of our parameter ``name``, and the tensors it is stored in. Raises KeyError if it is not mapped."""
+        number = re.search(r"\.(\d+)\.", name)
+        pattern = re.sub(r"\.\d+\.", ".#.", name, count=1)
         module, _, leaf = pattern.rpartition(".")
-        whole = pattern in self.modules
-        stored = self.modules[pattern if whole else module]
-        names = [name if whole else f"{name}.{leaf}" for name in stored.modules]
-        return stored, [name.replace("#", number[1] if number else "#") for name in names]
+        is_parameter = pattern in self.modules  # a bare parameter of ours that is a table entry of its own
+        mapping = self.modules[pattern if is_parameter else module]
+        hf_names = [hf_module if is_parameter else f"{hf_module}.{leaf}" for hf_module in mapping.hf_modules]
+        return mapping, [hf_name.replace("#", number[1] if number else "#") for hf_name in hf_names]
 
-    def places(self, shapes: Iterable[tuple[str, Shape]], facts: Facts) -> Iterator[TensorSlice]:
-        """Where the rows of our parameters stand, in our order. Raises UserError naming those that have no place there."""
-        found, without = [], []
-        for ours, shape in shapes:
+    def slices(self, shapes: Iterable[tuple[str, Shape]], arch: ArchKeys) -> Iterator[TensorSlice]:
+        """Row slices of our parameters (name, shape), in our order. Raises UserError that lists unmapped ones."""
+        slices, unmapped = [], []
+        for name, shape in shapes:
             try:
-                stored, names = self.names(ours)
+                mapping, hf_names = self.hf_names(name)
             except KeyError:
-                without.append(ours)
+                unmapped.append(name)
                 continue
-            shares = [facts[share] for share in stored.shares] or [1] * len(names)
-            turned, start = stored.turned and len(shape) == 2, 0
-            for name, share in zip(names, shares, strict=True):
+            shares = [arch[share] for share in mapping.shares] or [1] * len(hf_names)
+            transposed, start = mapping.transposed and len(shape) == 2, 0
+            for hf_name, share in zip(hf_names, shares, strict=True):
                 count = shape[0] * share // sum(shares)
                 part = (count, *shape[1:])
-                found.append(TensorSlice(ours, start, count, name, part[::-1] if turned else part, turned))
+                slices.append(TensorSlice(name, start, count, hf_name, part[::-1] if transposed else part, transposed))
                 start += count
-        if without:
-            raise UserError(f"{self.name} of transformers has no place for {', '.join(without)}")
-        yield from found
+        if unmapped:
+            raise UserError(f"{self.name} of transformers has no place for {', '.join(unmapped)}")
+        yield from slices
 
 
-def word(value: Any) -> str:
-    """A value as it is written in YAML."""
+def yaml_text(value: Any) -> str:
+    """A scalar as it is written in YAML: true, false, null or its text."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,4 +1,4 @@
-"""Folders of safetensors with a config.json: read a tensor at a time, and written so, in shards."""
+"""Hugging Face folders (config.json and safetensors), read and written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -18,138 +18,144 @@ from torch import Tensor
 
 from train.errors import UserError
 from train.pretrained.hf.family import HFFamily, Shape
-from train.pretrained.hf.listing import CONFIG, INDEX, WHOLE, read_json, weight_files
+from train.pretrained.hf.listing import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, weight_files
 from train.util.io import write_whole
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class HFFolder:
-    """The weights of a model that a folder holds, by the names of transformers."""
+    """A Hugging Face folder opened for reading: configuration, tokenizer, and tensors by transformers' names."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the heads of its files. Raises UserError for pickled weights, and for what is missing or damaged."""
+        """Read the headers of the weight files. Raises UserError for pickled, missing or damaged weights."""
         self.path = path
-        self.config = read_json(path / CONFIG)
-        files = weight_files(path)
+        self.config = read_json(path / CONFIG_FILE)
+        names = weight_files(path)
         try:
-            self.files = {name: safe_open(path / name, framework="pt") for name in files}
+            self.files = {name: safe_open(path / name, framework="pt") for name in names}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
-        self.where = {tensor: file for file in self.files.values() for tensor in file.keys()}  # noqa: SIM118  not a dict
+        self.file_of_tensor: dict[str, Any] = {}
+        for file in self.files.values():
+            self.file_of_tensor |= dict.fromkeys(file.keys(), file)
 
     @cached_property
     def digest(self) -> str:
-        """Tells its content from any other, as far as the configuration and the names, shapes and sizes of the weights do."""
-        about = [json.dumps(self.config, sort_keys=True)]
+        """SHA-256 of the configuration and of each weight file's name, size and header (tensor names and shapes)."""
+        lines = [json.dumps(self.config, sort_keys=True)]
         for name in sorted(self.files):
             with (self.path / name).open("rb") as file:
-                head = file.read(int.from_bytes(file.read(8), "little"))
-            about.append(f"{name} {(self.path / name).stat().st_size} {head!r}")
-        return hashlib.sha256("\n".join(about).encode()).hexdigest()
+                header = file.read(int.from_bytes(file.read(8), "little"))
+            lines.append(f"{name} {(self.path / name).stat().st_size} {header!r}")
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def name(self, theirs: str, base: str) -> str | None:
-        """What a tensor is called in these files: older ones leave out the prefix ``base``."""
-        return next((name for name in (theirs, theirs.removeprefix(base)) if name in self.where), None)
+    def stored_name(self, hf_name: str, base_prefix: str) -> str | None:
+        """Name of a tensor in these files, with or without ``base_prefix``; None where it is missing."""
+        spellings = (hf_name, hf_name.removeprefix(base_prefix))
+        return next((name for name in spellings if name in self.file_of_tensor), None)
 
     def shape(self, name: str) -> Shape:
-        """Of a tensor, without reading it."""
-        return tuple(self.where[name].get_slice(name).get_shape())
+        """Shape of a tensor, read from the file's header."""
+        return tuple(self.file_of_tensor[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored. Raises UserError where it is no floating-point numbers, as quantised weights are."""
-        tensor = self.where[name].get_tensor(name)
-        if tensor.dtype not in FLOATS:
+        """A tensor in its stored precision. Raises UserError where it is not floating-point (quantised weights)."""
+        tensor = self.file_of_tensor[name].get_tensor(name)
+        if tensor.dtype not in FLOAT_DTYPES:
             raise UserError(f"{self.path}: {name} is {tensor.dtype}, and only floating-point weights are read")
         return tensor
 
     @cached_property
     def tokenizer(self) -> bytes | None:
-        """Its tokenizer.json, if it has one."""
+        """Content of tokenizer.json, or None where the folder has none."""
         file = self.path / "tokenizer.json"
         return file.read_bytes() if file.exists() else None
 
 
 class HFWeights:
-    """The weights of a folder by our names and in our layout."""
+    """Weights of a Hugging Face folder by our parameter names and in our layout (a ``WeightReader``)."""
 
     def __init__(self, folder: HFFolder, family: HFFamily) -> None:
         self.folder, self.family = folder, family
-        self.taken: set[str] = set()
+        self.names_read: set[str] = set()
 
-    def _parts(self, ours: str) -> tuple[bool, list[str]]:
-        """Whether a parameter is stored turned, and the tensors that it is stored in; none where one of them is missing."""
+    def _stored_parts(self, name: str) -> tuple[bool, list[str]]:
+        """Whether our parameter is stored transposed, and the tensors it is stored in: none if one is missing."""
         try:
-            stored, names = self.family.names(ours)
+            mapping, hf_names = self.family.hf_names(name)
         except KeyError:
             return False, []
-        found = [self.folder.name(name, self.family.base) for name in names]
-        return stored.turned, [name for name in found if name] if all(found) else []
+        stored = [self.folder.stored_name(hf_name, self.family.base_prefix) for hf_name in hf_names]
+        return mapping.transposed, [part for part in stored if part] if all(stored) else []
 
-    def shape(self, ours: str) -> Shape | None:
-        """The shape that one of our parameters has there, or None where it is missing."""
-        turned, names = self._parts(ours)
-        shapes = [self.folder.shape(name) for name in names]
+    def shape(self, name: str) -> Shape | None:
+        """Shape that our parameter ``name`` has in this folder, or None where it is missing."""
+        transposed, parts = self._stored_parts(name)
+        shapes = [self.folder.shape(part) for part in parts]
         if not shapes:
             return None
-        shapes = [shape[::-1] if turned and len(shape) == 2 else shape for shape in shapes]
+        shapes = [shape[::-1] if transposed and len(shape) == 2 else shape for shape in shapes]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def read(self, ours: str) -> Tensor:
-        """One of our parameters."""
-        turned, names = self._parts(ours)
-        self.taken |= set(names)
-        parts = [self.folder.read(name) for name in names]
-        parts = [part.T if turned and part.ndim == 2 else part for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def read(self, name: str) -> Tensor:
+        """Our parameter ``name``, in its stored precision."""
+        transposed, parts = self._stored_parts(name)
+        self.names_read |= set(parts)
+        tensors = [self.folder.read(part) for part in parts]
+        tensors = [tensor.T if transposed and tensor.ndim == 2 else tensor for tensor in tensors]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    def left(self) -> list[str]:
-        """The tensors that were not read and that hold a parameter."""
-        names = sorted(self.folder.where.keys() - self.taken)
-        return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in self.family.ignored)]
+    def unread(self) -> list[str]:
+        """Tensors that hold a parameter and were not read, by their names in the files."""
+        names = sorted(self.folder.file_of_tensor.keys() - self.names_read)
+        return [name for name in names if not self._is_ignored(name)]
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in self.family.ignored_tensors)
 
 
-Tensors = Sequence[tuple[str, Shape]]
+TensorSpecs = Sequence[tuple[str, Shape]]
+"""Name and shape of each tensor to write."""
 
 
 def write_weights(
-    folder: Path, tensors: Tensors, read: Callable[[str], Tensor], limit: int, about: dict[str, str]
+    folder: Path, tensors: TensorSpecs, read: Callable[[str], Tensor], max_bytes: int, metadata: dict[str, str]
 ) -> list[Path]:
-    """Write float32 ``tensors`` (name, shape), each got from ``read`` when its turn comes, in files of at most ``limit`` bytes.
+    """Write float32 tensors to safetensors files of at most ``max_bytes``, calling ``read(name)`` for one at a time.
 
-    A tensor larger than that has a file of its own. ``about`` goes into the head of every file.
+    A tensor larger than that has a file of its own. ``metadata`` goes into the header of every file. Returns the files.
     """
     shards: list[list[tuple[str, Shape]]] = [[]]
     size = 0
     for name, shape in tensors:
-        numel = 4 * math.prod(shape)
-        if shards[-1] and size + numel > limit:
+        nbytes = 4 * math.prod(shape)
+        if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append((name, shape))
-        size += numel
+        size += nbytes
     total = len(shards)
-    names = [WHOLE] if total == 1 else [f"model-{n:05}-of-{total:05}.safetensors" for n in range(1, total + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, shard, read, about)
+    files = [WEIGHTS_FILE] if total == 1 else [f"model-{n:05}-of-{total:05}.safetensors" for n in range(1, total + 1)]
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(files, shards, strict=True):
+        _write_shard(folder / file, shard, read, metadata)
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
     if total > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
-        index = {
-            "metadata": {"total_size": sum(4 * math.prod(shape) for _, shape in tensors)},
-            "weight_map": weight_map,
-        }
-        write_whole(folder / INDEX, json.dumps(index, indent=1).encode())
-    return [folder / name for name in names]
+        total_size = sum(4 * math.prod(shape) for _, shape in tensors)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_whole(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+    return [folder / file for file in files]
 
 
-def _write_shard(file: Path, tensors: Tensors, read: Callable[[str], Tensor], about: dict[str, str]) -> None:
-    """One file of the format (https://github.com/huggingface/safetensors#format), with no more than one tensor in memory."""
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"} | about}
+def _write_shard(file: Path, tensors: TensorSpecs, read: Callable[[str], Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file (https://github.com/huggingface/safetensors#format), with one tensor in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
     for name, shape in tensors:
         begin, end = end, end + 4 * math.prod(shape)
-        head[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(head).encode()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)

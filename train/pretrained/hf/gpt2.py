@@ -1,14 +1,14 @@
-"""GPT-2, as ``GPT2LMHeadModel`` of transformers has it."""
+"""Table of GPT-2: ``GPT2LMHeadModel`` of transformers."""
 
-from train.pretrained.hf.family import HFFamily, at
+from train.pretrained.hf.family import HFFamily, map_to
 
 FAMILY = HFFamily(
     name="GPT-2",
     model_type="gpt2",
-    architectures={"": ("GPT2LMHeadModel", "causal")},
-    needs={"family": "decoder", "position": "learned", "norm": "layer_norm", "activation": "gelu", "bias": True},
-    equal={"kv_heads": "heads"},
-    keys={
+    hf_classes={"": ("GPT2LMHeadModel", "causal")},
+    required={"family": "decoder", "position": "learned", "norm": "layer_norm", "activation": "gelu", "bias": True},
+    required_equal={"kv_heads": "heads"},
+    config_keys={
         "layers": ("n_layer",),
         "width": ("n_embd",),
         "heads": ("n_head",),
@@ -18,29 +18,29 @@ FAMILY = HFFamily(
         "norm_eps": ("layer_norm_epsilon",),
         "tied": ("tie_word_embeddings",),
     },
-    absent={"norm_eps": 1e-5, "tied": True},
-    values={},
-    fixed={
+    defaults={"norm_eps": 1e-5, "tied": True},
+    allowed={},
+    fixed_config={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # the same function
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False, True),  # the same in fp32
         "add_cross_attention": (False,),
     },
-    dropout=("resid_pdrop", "embd_pdrop"),
+    dropout_keys=("resid_pdrop", "embd_pdrop"),
     modules={
-        "backbone.embed": at("transformer.wte"),
-        "backbone.positions": at("transformer.wpe"),
-        "backbone.blocks.#.attention_norm": at("transformer.h.#.ln_1"),
-        "backbone.blocks.#.attention.qkv": at("transformer.h.#.attn.c_attn", turned=True),
-        "backbone.blocks.#.attention.out": at("transformer.h.#.attn.c_proj", turned=True),
-        "backbone.blocks.#.mlp_norm": at("transformer.h.#.ln_2"),
-        "backbone.blocks.#.mlp.up": at("transformer.h.#.mlp.c_fc", turned=True),
-        "backbone.blocks.#.mlp.down": at("transformer.h.#.mlp.c_proj", turned=True),
-        "backbone.norm": at("transformer.ln_f"),
-        "head": at("lm_head"),
+        "backbone.embed": map_to("transformer.wte"),
+        "backbone.positions": map_to("transformer.wpe"),
+        "backbone.blocks.#.attention_norm": map_to("transformer.h.#.ln_1"),
+        "backbone.blocks.#.attention.qkv": map_to("transformer.h.#.attn.c_attn", transposed=True),
+        "backbone.blocks.#.attention.out": map_to("transformer.h.#.attn.c_proj", transposed=True),
+        "backbone.blocks.#.mlp_norm": map_to("transformer.h.#.ln_2"),
+        "backbone.blocks.#.mlp.up": map_to("transformer.h.#.mlp.c_fc", transposed=True),
+        "backbone.blocks.#.mlp.down": map_to("transformer.h.#.mlp.c_proj", transposed=True),
+        "backbone.norm": map_to("transformer.ln_f"),
+        "head": map_to("lm_head"),
     },
-    base="transformer.",
-    ignored=("*.attn.bias", "*.attn.masked_bias"),  # masks, in older files
-    dress=lambda config: config | {"attn_pdrop": 0.0},
+    base_prefix="transformer.",
+    ignored_tensors=("*.attn.bias", "*.attn.masked_bias"),  # attention masks, in older files
+    finalize_config=lambda config: config | {"attn_pdrop": 0.0},
 )
