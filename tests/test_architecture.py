@@ -29,8 +29,14 @@ FENCES = {
 }
 """Who alone may import a heavy dependency; replacing one is a change to one place."""
 
-MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS = 400, 40, 6
+MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS, MAX_COLUMNS, MAX_MODULES = 400, 40, 6, 120, 12
 """Triton's kernels are excepted; what registered ops and the public ops over them take is flat: tensors and numbers."""
+
+SAME_MODULE_NAME = {"__init__", "__main__", "evaluate", "generate"}  # verbs in cli/, named after what they call
+SAME_CLASS_NAME: set[str] = set()
+"""Names that more than one module or class may have, each with its reason; a family's or an objective's are excepted."""
+
+CODE = sorted(f for folder in (*PACKAGES, "bench", "tests") for f in (ROOT / folder).rglob("*.py"))
 
 
 def name(file: Path) -> str:
@@ -73,19 +79,9 @@ def test_each_heavy_dependency_has_one_fence(file: Path):
 
 def test_no_modules_import_each_other_in_a_ring():
     modules = {module(f): f for f in FILES}
-    edges = {m: {i for i in imports(f) if i in modules and i != m} for m, f in modules.items()}
     # A package's __init__ counts only where it is named itself: importing a sibling is no ring.
-    done: set[str] = set()
-
-    def visit(at: str, path: tuple[str, ...]) -> None:
-        assert at not in path, " -> ".join([*path[path.index(at) :], at])
-        if at not in done:
-            for to in sorted(edges[at]):
-                visit(to, (*path, at))
-            done.add(at)
-
-    for start in sorted(modules):
-        visit(start, ())
+    edges = {m: {i for i in imports(f) if i in modules and i != m} for m, f in modules.items()}
+    assert_no_ring(edges)
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -146,3 +142,128 @@ def test_only_its_own_files_and_one_list_know_a_family():
         assert not said & {*families, *families.values()}, (
             f"{name(file)} knows {said & {*families, *families.values()}}"
         )
+
+
+def room(file: Path) -> str:
+    """The folder of a module; a module that lies beside rooms (``train/loop.py``, ``train/data/loader.py``) is its own."""
+    folder, rooms = file.parent, [f for f in file.parent.iterdir() if (f / "__init__.py").exists()]
+    return name(file) if rooms or file.name == "__init__.py" else name(folder)
+
+
+def packages() -> list[Path]:
+    return sorted(f.parent for f in FILES if f.name == "__init__.py")
+
+
+@pytest.mark.parametrize("package", packages(), ids=name)
+def test_a_room_has_at_most_a_dozen_modules(package: Path):
+    modules = [f.name for f in package.glob("*.py") if f.stem not in ("__init__", "__main__")]
+    assert len(modules) <= MAX_MODULES, f"{name(package)} has {len(modules)} modules: redraw the room"
+
+
+@pytest.mark.parametrize("package", packages(), ids=name)
+def test_a_room_lists_its_modules(package: Path):
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    listed = {line.split()[0] for line in docstring.splitlines()[1:] if len(line.split()) > 1}
+    held = {f.stem for f in package.glob("*.py") if f.stem not in ("__init__", "__main__")}
+    held |= {f.parent.name for f in package.glob("*/__init__.py")}
+    assert held <= listed, f"the docstring of {name(package)} lacks {sorted(held - listed)}"
+
+
+def test_rooms_import_each_other_in_no_ring():
+    modules = {module(f): f for f in FILES if f.name != "__init__.py"}
+    edges: dict[str, set[str]] = {room(f): set() for f in modules.values()}
+    for file in modules.values():
+        edges[room(file)] |= {room(modules[i]) for i in imports(file) if i in modules} - {room(file)}
+    assert_no_ring(edges)
+
+
+def assert_no_ring(edges: dict[str, set[str]]) -> None:
+    done: set[str] = set()
+
+    def visit(at: str, path: tuple[str, ...]) -> None:
+        assert at not in path, " -> ".join([*path[path.index(at) :], at])
+        if at not in done:
+            for to in sorted(edges[at]):
+                visit(to, (*path, at))
+            done.add(at)
+
+    for start in sorted(edges):
+        visit(start, ())
+
+
+def kinds() -> set[str]:
+    """Modules that several rooms have by design: a family's or objective's keys, module, and rows have one name."""
+    families = {f.stem for f in (ROOT / "train/config/keys").glob("*.py")} & {
+        f.stem for f in (ROOT / "train/models").glob("*.py")
+    }
+    objectives = {f.stem for f in (ROOT / "train/objectives").glob("*.py")} & {
+        f.stem for f in (ROOT / "train/data/examples").glob("*.py")
+    }
+    return families | objectives
+
+
+def test_module_names_occur_once():
+    stems = [f.stem for f in FILES if f.stem not in SAME_MODULE_NAME | kinds()]
+    assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
+
+
+def test_class_names_occur_once():
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and not (file.stem in kinds() and "keys" in file.parts):
+                places.setdefault(node.name, []).append(name(file))
+    assert {n: files for n, files in places.items() if len(files) > 1 and n not in SAME_CLASS_NAME} == {}
+
+
+@pytest.mark.parametrize("file", CODE, ids=name)
+def test_lines_are_short_and_have_one_comprehension(file: Path):
+    text = file.read_text()
+    long = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > MAX_COLUMNS]
+    assert not long, f"{name(file)}: lines {long} have more than {MAX_COLUMNS} columns"
+    comprehensions = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    lines = [node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, comprehensions)]
+    crowded = sorted({line for line in lines if lines.count(line) > 1})
+    assert not crowded, f"{name(file)}: lines {crowded} have more than one comprehension"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_events_are_written_in_one_module(file: Path):
+    keys = [key for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Dict) for key in node.keys]
+    lines = [key.lineno for key in keys if isinstance(key, ast.Constant) and key.value == "event"]
+    assert not lines or name(file) == "train/events.py", f"{name(file)}: events as plain dicts in lines {lines}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_exit_codes_have_names(file: Path):
+    if name(file) == "train/errors.py":
+        return
+    numeric = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Constant) and node.value in (75, 130) and isinstance(node.value, int):
+            numeric.append(node.lineno)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("sys.exit", "os._exit", "SystemExit", "exit"):
+            numeric += [a.lineno for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, int)]
+        if isinstance(node, ast.FunctionDef) and node.name in ("main", "run", "worker_main"):
+            values = [r.value for r in ast.walk(node) if isinstance(r, ast.Return)]
+            numeric += [v.lineno for v in values if isinstance(v, ast.Constant) and type(v.value) is int]
+    assert not numeric, f"{name(file)}: lines {numeric} have a number for an ExitCode of train/errors.py"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_docstrings_say_something(file: Path):
+    """Public ones: at least a short sentence, which does not begin with a riddle."""
+    poor = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            private = getattr(node, "name", "").startswith("_")
+            docstring = "" if private else ast.get_docstring(node)
+            if docstring and (docstring.startswith("What") or len(docstring) < 25):
+                poor.append(docstring)
+    assert not poor, f"{name(file)}: {poor}"
+
+
+def test_test_names_are_short():
+    tests = [n for f in CODE if f.stem.startswith("test_") for n in ast.walk(ast.parse(f.read_text()))]
+    names = [n.name for n in tests if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    assert [n for n in names if len(n) >= 70] == []
