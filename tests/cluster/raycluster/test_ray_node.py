@@ -1,6 +1,7 @@
 """Ray's own processes, started for real."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ def folder():
     yield made
     os.environ.clear()
     os.environ.update(before)
+    shutil.rmtree(made, ignore_errors=True)
 
 
 def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
