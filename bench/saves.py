@@ -81,7 +81,7 @@ class Steps:
         return time.perf_counter() - began
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's pieces."""
+        """Weights and optimizer moments of this rank's shards."""
         return {f"{kind}/{p.name}": view for p in self.engine.pieces for kind, view in self.engine.states(p).items()}
 
 
