@@ -82,10 +82,11 @@ class Steps:
         return time.perf_counter() - began
 
     def state(self) -> dict[str, torch.Tensor]:
-        """This rank's pieces."""
-        return {
-            f"{kind}/{p.name}": view for p in self.engine.param_shards for kind, view in self.engine.states(p).items()
-        }
+        """Weights and optimizer moments of this rank's shards."""
+        state = {}
+        for shard in self.engine.param_shards:
+            state |= {f"{kind}/{shard.name}": view for kind, view in self.engine.states(shard).items()}
+        return state
 
 
 class Ours:
