@@ -81,7 +81,7 @@ def test_memory_is_left_by_training_alone_and_begins_after_the_last_border(make_
 def test_memory_keeps_its_precision_and_rows_of_no_number_leave_nothing():
     memory = CarriedState(3, 2).to(torch.bfloat16)
     assert memory.rows.dtype == torch.float32
-    memory.leave(torch.tensor([2, 0, -3]), torch.tensor([[1.5, 2], [7, 7], [3, 4]]))
+    memory.stage_vectors(torch.tensor([2, 0, -3]), torch.tensor([[1.5, 2], [7, 7], [3, 4]]))
     memory.commit(True)
     assert memory.rows.tolist() == [[0, 0], [1.5, 2], [3, 4]]
     assert memory.read(torch.tensor([2, -2, 0])).tolist() == [[1.5, 2], [0, 0], [0, 0]]
