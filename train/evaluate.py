@@ -84,13 +84,13 @@ def evaluate(
     Each group's numbers have their own place in one table, which is then added up in one order: who computed which changes
     nothing. Counts are whole numbers, and share a place. Raises Stopped on every rank once any rank is asked to stop.
     """
-    tables: dict[str, _Table] = {}
+    tables: dict[str, _GroupSums] = {}
     for turn, batch in enumerate(held_out):
         if process_group.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
         number = world.rank + turn * world.size
         for name, (total, count) in forward(to_device(batch, world.device)).items():
-            table = tables.setdefault(name, _Table(total, held_out.groups))
+            table = tables.setdefault(name, _GroupSums(total, held_out.groups))
             if number < held_out.groups:
                 table.add(number, total, count)
     flat = [value for table in tables.values() for value in table.flat()]
@@ -102,7 +102,7 @@ def evaluate(
     return found
 
 
-class _Table:
+class _GroupSums:
     """One name's numbers, a line a group; one line for all where they are counts. The last column is how many places there were."""
 
     def __init__(self, like: Tensor, groups: int) -> None:

@@ -27,12 +27,12 @@ def choose_kernels(config: Config, vocab_size: int, world: process_group.DistCon
         raise UserError(str(error)) from error
     if world.device.type == "cuda":
         if world.local_rank == 0:
-            measure(config, vocab_size, to_device(batch, world.device))
+            measure_tiles(config, vocab_size, to_device(batch, world.device))
         process_group.barrier()
     return chosen
 
 
-def measure(config: Config, vocab_size: int, batch: Batch) -> None:
+def measure_tiles(config: Config, vocab_size: int, batch: Batch) -> None:
     """One forward and backward pass of the run's model cut to a single layer, measuring tiles where shapes are new."""
     short = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
     objective = build_objective(short, vocab_size).to(batch["tokens"].device, DTYPES[config.precision.name])

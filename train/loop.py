@@ -125,7 +125,7 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
             pace.restart(target)
             activity.charge("redo")
             return target, {}
-        state = replace(state, recent=before.recent.after(losses["loss"], before.cursor, config.spikes))
+        state = replace(state, history=before.history.after(losses["loss"], before.cursor, config.spikes))
     record: Record = {}
     if run.due(config.log_every, state.step) or run.due(config.eval_every, state.step):
         measured = losses | {"lr": lr, "grad_norm": result.grad_norm}

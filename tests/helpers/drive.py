@@ -16,7 +16,7 @@ def broken(*_):
 
 
 if __name__ == "__main__":
-    redact.cover()
+    redact.redact_output()
     signals = Signals()
     signals.listen()
     begun = start_early(signals, "helpers.toy:train_rank")

@@ -97,14 +97,14 @@ class Mirror:
         with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may go first, with rank 0
             for turn in itertools.count():
                 if self.world.is_rank0:
-                    self.post.put(f"{turn}/copy", self._next())
-                name = self.post.take(f"{turn}/copy", given_up)
-                self.post.put(f"{turn}/{rank}", self._attempt(partial(self._put_share, name)))
+                    self.post.send(f"{turn}/copy", self._next())
+                name = self.post.receive(f"{turn}/copy", given_up)
+                self.post.send(f"{turn}/{rank}", self._attempt(partial(self._put_share, name)))
                 if self.world.is_rank0:
-                    errors = [self.post.take(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
+                    errors = [self.post.receive(f"{turn}/{rank}", given_up) for rank in range(self.world.size)]
                     self._complete(name, [error for error in errors if error])
                     for key in [f"{turn - 1}/copy", *(f"{turn}/{rank}" for rank in range(self.world.size))]:
-                        self.post.remove(key)
+                        self.post.delete(key)
                     self.working = None
 
     def _next(self) -> str:

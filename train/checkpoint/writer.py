@@ -194,15 +194,15 @@ class CheckpointWriter:
     def _tell(self, save: Save, report: dict[str, Any]) -> str | None:
         """Tell rank 0, which completes the checkpoint and tells everybody: what is wrong with it, or None."""
         post, given_up, ranks = self.post, self.given_up.is_set, range(self.world.size)
-        post.put(f"{save.number}/{self.world.rank}", report)
+        post.send(f"{save.number}/{self.world.rank}", report)
         if not self.world.is_rank0:
-            return post.take(f"{save.number}/end", given_up)
-        reports = [post.take(f"{save.number}/{rank}", given_up) for rank in ranks]
+            return post.receive(f"{save.number}/end", given_up)
+        reports = [post.receive(f"{save.number}/{rank}", given_up) for rank in ranks]
         error = self._complete(save, reports)
-        post.put(f"{save.number}/end", error)
+        post.send(f"{save.number}/end", error)
         for rank in ranks:
-            post.remove(f"{save.number}/{rank}")
-        post.remove(f"{save.number - 1}/end")  # all have taken it: they have begun another
+            post.delete(f"{save.number}/{rank}")
+        post.delete(f"{save.number - 1}/end")  # all have taken it: they have begun another
         return error
 
     def _complete(self, save: Save, reports: Sequence[dict[str, Any]]) -> str | None:

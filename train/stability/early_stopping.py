@@ -27,12 +27,12 @@ def update(stop: Stop, progress: TrainState, evaluated: dict[str, Any]) -> Train
         raise UserError(f"stop.metric={stop.metric} is not measured here. There are: {', '.join(evaluated)}")
     value = evaluated[stop.metric]
     score = math.inf if value is None or not math.isfinite(value) else float(value)
-    return progress.measured(score if lower_is_better(stop.metric) or score == math.inf else -score)
+    return progress.with_score(score if lower_is_better(stop.metric) or score == math.inf else -score)
 
 
 def should_stop(stop: Stop, progress: TrainState) -> bool:
     """Whether the run ends here."""
-    return 0 < stop.patience <= progress.stale
+    return 0 < stop.patience <= progress.evals_since_best
 
 
 def reason(stop: Stop, progress: TrainState) -> str:
@@ -40,5 +40,5 @@ def reason(stop: Stop, progress: TrainState) -> str:
     best = abs(progress.best or 0.0)
     return (
         f"step {progress.step}: enough: {stop.metric} was best at step {progress.best_step} ({best:.4f}), "
-        f"{plural(progress.stale, 'evaluation')} ago (stop.patience={stop.patience})"
+        f"{plural(progress.evals_since_best, 'evaluation')} ago (stop.patience={stop.patience})"
     )

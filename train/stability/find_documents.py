@@ -41,7 +41,9 @@ class DocumentPart:
         return asdict(self)
 
 
-def parts(corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()) -> list[DocumentPart]:
+def documents_of_step(
+    corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()
+) -> list[DocumentPart]:
     """What stands in the step at a cursor, row by row; ``skipped`` are the rows that a ledger leaves out."""
     shards, found = corpus.split("train"), []
     for row, sample, start, length in plan.table(cursor).tolist():
@@ -55,7 +57,7 @@ def parts(corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[i
     return found
 
 
-def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
+def trace_step(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     """The data_hash of a step of the run in ``folder``, counted as in metrics.jsonl, and the documents that stand in it.
 
     Raises UserError for a step that the run does not have, and a corpus that is not the run's.
@@ -71,4 +73,4 @@ def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     plan = training_loader(corpus, config, RankShare(0, 1, 1)).plan
     cursor = plan.after(Cursor(), step - 1)
     skipped = rows_of(read_records(run_dir.skipped)).get(cursor, frozenset())
-    return plan.data_hash(cursor, skipped), parts(corpus, plan, cursor, skipped)
+    return plan.data_hash(cursor, skipped), documents_of_step(corpus, plan, cursor, skipped)

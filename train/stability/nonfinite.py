@@ -26,7 +26,7 @@ def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
     def look(name: str) -> Any:
         def after(layer: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal clean
-            if clean and not all(torch.isfinite(t).all() for t in tensors(output)):
+            if clean and not all(torch.isfinite(t).all() for t in float_tensors(output)):
                 clean = False
                 found.append(name)
 
@@ -41,19 +41,19 @@ def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def float_tensors(value: Any) -> Iterator[Tensor]:
     """The tensors of floating-point numbers in what a layer gives: itself, or what tuples, lists and dicts hold."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+        yield from float_tensors(list(value.values()))
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors(item)
+            yield from float_tensors(item)
 
 
-def begin_anew(engine: Engine, objective: nn.Module) -> None:
+def reset_to_initial(engine: Engine, objective: nn.Module) -> None:
     """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
     weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
     kinds = {piece.name: list(engine.states(piece)) for piece in engine.param_shards}

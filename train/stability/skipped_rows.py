@@ -18,7 +18,7 @@ from train.errors import UserError
 from train.util.io import append_line, read_records
 from train.util.run_layout import RunDir
 
-Entry = dict[str, Any]
+SkipRecord = dict[str, Any]
 How = Literal["in place", "rolled back"]
 Rows = dict[Cursor, frozenset[int]]
 
@@ -29,19 +29,19 @@ class SkippedRows:
     def __init__(self, run_dir: RunDir) -> None:
         """A collective."""
         self.file = run_dir.skipped
-        self.entries: list[Entry] = process_group.broadcast_object(read_records(self.file))
+        self.records: list[SkipRecord] = process_group.broadcast_object(read_records(self.file))
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: SkipRecord) -> None:
         """Write down rank 0's ``entry``; it is on the disk when this returns. A collective."""
         entry = process_group.broadcast_object(entry)
         if error := process_group.run_on_rank0(lambda: append_line(self.file, json.dumps(entry, ensure_ascii=False))):
             raise UserError(f"{self.file} takes no more lines: {error}. Make room, then give the same command")
-        self.entries.append(entry)
+        self.records.append(entry)
 
-    def in_a_row(self, how: How, step: int, within: int) -> int:
+    def count_in_a_row(self, how: How, step: int, within: int) -> int:
         """Lines of a kind that lead up to ``step``, none more than ``within`` steps from the next."""
         count = 0
-        for entry in reversed(self.entries):
+        for entry in reversed(self.records):
             if abs(step - entry["step"]) > within:
                 break
             count += entry["how"] == how
@@ -51,10 +51,10 @@ class SkippedRows:
     @property
     def rows(self) -> Rows:
         """The rows left out, by where their step begins in the data."""
-        return rows_of(self.entries)
+        return rows_of(self.records)
 
 
-def rows_of(entries: list[Entry]) -> Rows:
+def rows_of(entries: list[SkipRecord]) -> Rows:
     """The rows that some lines leave out, by where their step begins in the data."""
     found: dict[Cursor, frozenset[int]] = {}
     for part in (part for entry in entries for part in entry["skipped"]):

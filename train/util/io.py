@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ASIDE = ".aside-"
+TEMPORARY_PREFIX = ".aside-"
 """How the name of a file that is still being written begins; one found later is what a kill left."""
 
 
-def aside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where the content of ``path`` is written before it gets its name."""
-    return path.with_name(f"{ASIDE}{path.name}.{os.getpid()}")
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -32,7 +32,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write ``content`` so that a reader sees all of it or nothing."""
-    temporary = aside(path)
+    temporary = temporary_path(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

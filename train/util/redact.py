@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 HIDDEN = "[hidden]"
-LEAST = 6
+MIN_LENGTH = 6
 """Characters: a shorter value of a variable would blank out words that only look like it."""
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 RULES = (
@@ -39,7 +39,7 @@ RULES = (
 def redact(text: str) -> str:
     """``text`` without the secrets in it."""
     for name, value in os.environ.items():
-        if len(value) >= LEAST and value in text and SECRET_NAME.search(name):
+        if len(value) >= MIN_LENGTH and value in text and SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
     for rule, instead in RULES:
         text = rule.sub(instead, text)
@@ -55,7 +55,7 @@ def redact_tree(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def cover() -> None:
+def redact_output() -> None:
     """Has all that Python code of this process, and of its forks, prints pass through ``redact``, tracebacks and libraries' logs
     included.
     """

@@ -71,7 +71,7 @@ def enter(folder: Path, recipe: CorpusSpec) -> None:
 def make(making: Making) -> None:
     """Write tokenizer, shards, tables and index, each unless it is there and right."""
     folder, recipe = making.folder, making.recipe
-    for left in [*folder.glob(f"{io.ASIDE}*"), *(folder / _RECEIPTS).glob(f"{io.ASIDE}*")]:
+    for left in [*folder.glob(f"{io.TEMPORARY_PREFIX}*"), *(folder / _RECEIPTS).glob(f"{io.TEMPORARY_PREFIX}*")]:
         left.unlink()  # of a prepare that was killed: we hold the lock
     stamps = VerifiedFiles(folder)
     made = _tokenizer(making, stamps)
