@@ -1,4 +1,4 @@
-"""``python -m train <verb>``: what one process does without Ray."""
+"""Command line ``python -m train <verb>``: the verbs that run in one process, without Ray."""
 
 from __future__ import annotations
 

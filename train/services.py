@@ -1,4 +1,4 @@
-"""Services of a run: what a rank does beside its steps. It logs, evaluates, samples, saves and summarises."""
+"""Services of a run beside its steps: logging, evaluation, sampling, checkpoints and the summary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunServices:
     activity: RankActivity
     should_stop: Callable[[], bool]
     evaluation: Evaluation | None = None
-    """The last one."""
+    """The last evaluation of this start."""
     sample_model: Any = None
     """A copy of the objective outside DeepSpeed, to sample from."""
 
