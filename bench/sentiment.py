@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.tools import baselines
-from train.cli.evaluate import measure
+from train.cli.evaluate import evaluate_run
 from train.data.corpus.shards import Corpus
 from train.errors import UserError
 from train.reporting import metrics
@@ -64,7 +64,7 @@ class Row:
     """A line of the table: a confusion matrix of the test split for each seed."""
 
     name: str
-    tables: list[metrics.Table]
+    tables: list[metrics.ConfusionMatrix]
     val: float | None
     """Accuracy on the held-out split, by which the rest was chosen; mean over the seeds."""
     parameters: int
@@ -120,7 +120,7 @@ def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row
     print(f"{name}: " + ", ".join(f"{val[rate]:.4f} with optimizer.lr={rate}" for rate in RATES))
     rate = max(val, key=val.__getitem__)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in tried[rate]]
-    tables = [measure(folder, "best", "test").evaluation.sums["confusion"][0] for folder in tried[rate]]
+    tables = [evaluate_run(folder, "best", "test").evaluation.sums["confusion"][0] for folder in tried[rate]]
     return Row(name, tables, val[rate], summaries[0]["params"], statistics.mean(done["wall_s"] for done in summaries))
 
 
@@ -136,7 +136,7 @@ def fine_tuned(out: Path, name: str, rate: str, seeds: int, overrides: Sequence[
 
 def held_out_accuracy(folders: Sequence[Path]) -> float:
     """Mean held-out accuracy over runs, each at its best checkpoint."""
-    return statistics.mean(measure(folder, "best", "val").evaluation.numbers()["accuracy"] for folder in folders)
+    return statistics.mean(evaluate_run(folder, "best", "val").evaluation.numbers()["accuracy"] for folder in folders)
 
 
 def baseline_rows(folder: Path) -> list[Row]:

@@ -13,7 +13,7 @@ VERBS = ("train", "cluster", "verify-resume", "drill")
 
 def main(arguments: list[str]) -> int:
     """Runs the verb that ``arguments`` name, and returns the exit code."""
-    redact.cover()
+    redact.redact_output()
     verb, *rest = arguments or ["train"]
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)

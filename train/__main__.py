@@ -1,4 +1,4 @@
-"""``python -m train <verb>``: what one process does without Ray."""
+"""Command line ``python -m train <verb>``: the verbs that run in one process, without Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(argv: Sequence[str]) -> int:
     from train.cli import generate as generate_verb
 
     known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(
-        ["prompt", "prompts", "generation", *generate_verb.NAMES], ""
+        ["prompt", "prompts", "generation", *generate_verb.SETTING_KEYS], ""
     )
     options = _options([argument for argument in argv if argument != "--json"], known)
     generate_verb.run(options, as_json="--json" in argv)
@@ -75,7 +75,7 @@ def export(argv: Sequence[str]) -> int:
 def trace(argv: Sequence[str]) -> int:
     """trace run.dir=FOLDER step=N [--json]: the documents that stand in step N, counted as in metrics.jsonl."""
     options = _options([argument for argument in argv if argument != "--json"], {"run.dir": None, "step": None})
-    from train.stability.find_documents import trace as find
+    from train.stability.find_documents import trace_step as find
 
     step = _number(options["step"])
     if not isinstance(step, int):
@@ -180,5 +180,5 @@ def _number(text: str) -> float | int | str:
 
 
 if __name__ == "__main__":
-    redact.cover()
+    redact.redact_output()
     sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def no_room(error: OSError) -> str:
-    """What a user is told when the run's folder takes no more."""
+    """The message for a run folder on a disk that is full or read-only."""
     where = f" ({error.filename})" if error.filename else ""
     return (
         f"the run's folder takes no more: {error.strerror}{where}. Checkpoints that are there are untouched. "

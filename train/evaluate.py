@@ -1,4 +1,4 @@
-"""What the held-out split says of a model, exactly: the same numbers for any count of workers."""
+"""Evaluation on the held-out split: exact sums, and so the same numbers for any count of workers."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from train.errors import Stopped
 from train.reporting import metrics
 
 Sums = dict[str, tuple[NDArray[np.float64], int]]
-"""By name: what an objective gives in evaluation, over the whole split, and over how many places.
+"""By name: a total over the whole split, and the number of targets it is over.
 
     x_loss, x_accuracy   a sum (of nats, or of right answers)
     confusion            (C, C) counts
-    scores               (rows, 2): of each row what is said and what is true
+    scores               (rows, 2): prediction and target of each row
 """
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the held-out split says of a model."""
+    """Metrics of a model on a held-out split, from the sums over it."""
 
     sums: Sums
     bytes: float | None
-    """Bytes of text behind the places, where every token of it was predicted."""
+    """Bytes of text behind the targets, where every token of it was predicted; else None."""
 
     @property
     def loss(self) -> float:
-        """Nats per place; of scores the squared error."""
+        """Mean loss per target: nats, and for scores the squared error."""
         return self._ratio("loss")
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss), where that is one of tokens."""
+        """exp(loss) of a model that predicts tokens; None for a classifier."""
         return None if {"confusion", "scores"} & self.sums.keys() else metrics.perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits that the model needs for a byte of text: comparable between tokenizers."""
+        """Bits per byte of text: comparable between tokenizers. None where not every token was predicted."""
         return None if self.bytes is None else metrics.bits_per_byte(float(self.sums["loss"][0]), self.bytes)
 
     def numbers(self) -> dict[str, float]:
-        """All of it, as metrics.jsonl has it."""
-        found = {f"val_{name}": self._ratio(name) for name in self.sums if name.endswith("loss")}
+        """The metrics by the names of ``metrics.jsonl``."""
+        numbers = {f"val_{name}": self._ratio(name) for name in self.sums if name.endswith("loss")}
         if self.bits_per_byte is not None:
-            found["bits_per_byte"] = self.bits_per_byte
-        found |= {name: self._ratio(name) for name in self.sums if name.endswith("accuracy")}
+            numbers["bits_per_byte"] = self.bits_per_byte
+        numbers |= {name: self._ratio(name) for name in self.sums if name.endswith("accuracy")}
         if "confusion" in self.sums:
-            found |= metrics.classification_metrics(self.sums["confusion"][0])
+            numbers |= metrics.classification_metrics(self.sums["confusion"][0])
         if "scores" in self.sums:
-            found |= metrics.regression_metrics(*self.sums["scores"][0].T)
-        return found
+            numbers |= metrics.regression_metrics(*self.sums["scores"][0].T)
+        return numbers
 
     def details(self, classes: list[str]) -> dict[str, Any]:
-        """What a summary has beside the numbers."""
+        """Metrics by class and the confusion matrix, for the summary of a classifier; else empty."""
         return metrics.per_class_metrics(self.sums["confusion"][0], classes) if "confusion" in self.sums else {}
 
     def _ratio(self, name: str) -> float:
@@ -79,31 +79,31 @@ def evaluate(
     world: process_group.DistContext,
     should_stop: Callable[[], bool],
 ) -> Sums:
-    """The sums over all groups of all ranks. A collective.
+    """Sum losses and metrics over the split, each rank its share of the groups (fixed sets of rows). A collective.
 
-    Each group's numbers have their own place in one table, which is then added up in one order: who computed which changes
-    nothing. Counts are whole numbers, and share a place. Raises Stopped on every rank once any rank is asked to stop.
+    Each group has its own row in one table, which is summed in one order: the result does not depend on which rank computed a
+    group. Counts are integers, exact in any order, and share a row. Raises Stopped on every rank once any is asked to stop.
     """
-    tables: dict[str, _Table] = {}
+    tables: dict[str, _GroupSums] = {}
     for turn, batch in enumerate(held_out):
         if process_group.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped
         number = world.rank + turn * world.size
         for name, (total, count) in forward(to_device(batch, world.device)).items():
-            table = tables.setdefault(name, _Table(total, held_out.groups))
+            table = tables.setdefault(name, _GroupSums(total, held_out.groups))
             if number < held_out.groups:
                 table.add(number, total, count)
     flat = [value for table in tables.values() for value in table.flat()]
     whole = np.array(process_group.all_reduce_sum(flat))
-    found = {}
+    sums = {}
     for name, table in tables.items():
         part, whole = np.split(whole, [len(table.flat())])
-        found[name] = table.result(part)
-    return found
+        sums[name] = table.result(part)
+    return sums
 
 
-class _Table:
-    """One name's numbers, a line a group; one line for all where they are counts. The last column is how many places there were."""
+class _GroupSums:
+    """One metric by group: a row a group, or one row for all where it is a count. The last column counts targets."""
 
     def __init__(self, like: Tensor, groups: int) -> None:
         self.shape, self.exact = tuple(like.shape), not like.is_floating_point()
@@ -126,5 +126,5 @@ class _Table:
 
 
 def gzip_bits_per_byte(text: bytes) -> float:
-    """What ``gzip -9`` needs for the same bytes: the baseline that anyone can check."""
+    """Bits per byte of ``gzip -9`` on the same text: a baseline that anyone can check."""
     return 8 * len(gzip.compress(text, 9)) / max(len(text), 1)

@@ -67,7 +67,7 @@ class PhaseEvent(Event, event="phase"):
 
     name: str = ""
     t: float | None = None
-    """Seconds since 1970."""
+    """Time, in seconds since 1970."""
 
     @classmethod
     def now(cls, name: str) -> PhaseEvent:
@@ -82,7 +82,7 @@ class PlanEvent(Event, event="plan"):
     kernels: str | None = None
     """Which kernels run, and why, in words."""
     model: str | None = ""
-    """Name of the run."""
+    """Name of the run, which most name by its model."""
     params: int | None = None
     trained: int | None = None
     """Those of ``params`` that are not frozen."""
@@ -90,10 +90,10 @@ class PlanEvent(Event, event="plan"):
     start_step: int | None = None
     """Steps made by earlier starts; 0 for a new run."""
     tokens: int | None = None
-    """Of the whole run."""
+    """Tokens of the whole run."""
     tokens_per_step: int | None = None
     corpus_tokens: int | None = None
-    """Of the training split."""
+    """Tokens of the training split."""
     epochs: float | None = None
     flops_per_token: float | None = None
     zero_stage: int | None = None
@@ -137,7 +137,7 @@ class SaveEvent(Event, event="save"):
 
 @dataclass(frozen=True)
 class SampleEvent(Event, event="sample"):
-    """A text that the model of ``step`` has written on from ``prompt``."""
+    """A continuation of ``prompt`` by the model of ``step``."""
 
     step: int = 0
     prompt: str = ""
@@ -146,7 +146,7 @@ class SampleEvent(Event, event="sample"):
 
 @dataclass(frozen=True)
 class NoteEvent(Event, event="note"):
-    """One line for the user."""
+    """One line of text for the user."""
 
     text: str = ""
 
@@ -172,7 +172,7 @@ class StopAgreedEvent(Event, event="stop_agreed"):
 
 @dataclass(frozen=True)
 class ErrorEvent(Event, event="error"):
-    """Why a rank ends early."""
+    """The reason why a rank ends early."""
 
     kind: Literal["user", "not_finite", "exception"] = "exception"
     text: str = ""
@@ -204,7 +204,7 @@ class BeatEvent(Event, event="beat"):
 
 @dataclass(frozen=True)
 class ExitEvent(Event, event="exit"):
-    """A worker's process has ended. What follows ``generation`` is known, and said, of failures alone."""
+    """A worker's process has ended; the fields after ``generation`` are of failures alone, but for ``at``."""
 
     code: int
     """Exit status; negative: minus the signal that killed it."""
@@ -217,13 +217,13 @@ class ExitEvent(Event, event="exit"):
     """The last lines of its log."""
     peak_mib: int | None = None
     memory_mib: int | None = None
-    """Of its host."""
+    """Memory of its host."""
     oom: int | None = None
-    """Kills for want of memory on its host while it lived."""
+    """Kills by the kernel's OOM killer on its host while it lived."""
     orphaned: bool | None = None
-    """The fork server ended before it, and took it with it."""
+    """It was killed since the fork server that it came from ended."""
     at: Json | None = None
-    """Its last beat; of every end."""
+    """Its last heartbeat; set for every exit."""
 
 
 # ----------------------------------------------------------------------------------------------- said by the driver
@@ -231,13 +231,13 @@ class ExitEvent(Event, event="exit"):
 
 @dataclass(frozen=True)
 class JobEvent(Event, event="job"):
-    """A job is about to start."""
+    """A job is about to start its workers."""
 
     config: Json = field(default_factory=dict)
     device: str = ""
-    """"cpu" or "gpu"."""
+    """Kind of device of each worker, "cpu" or "gpu"."""
     hosts: int = 1
-    """On which there is room."""
+    """Number of hosts of the cluster."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class PrepareEvent(Event, event="prepare", open_field="progress"):
 
     phase: str = ""
     progress: Json = field(default_factory=dict)
-    """"done" and "total", of which they are a part, and more."""
+    """"done" of "total" units of the phase, and more."""
 
 
 @dataclass(frozen=True)
@@ -276,12 +276,12 @@ class StoppingEvent(Event, event="stopping"):
 
 @dataclass(frozen=True)
 class FailureEvent(Event, event="failure"):
-    """An attempt has failed."""
+    """An attempt has failed, and what the driver does next."""
 
     lines: list[str] = field(default_factory=list)
     """The cause and its evidence, the cause first."""
     next: str | None = ""
-    """What follows, in words."""
+    """The driver's next action, in words."""
     again: bool = False
     """Whether the driver starts another attempt by itself."""
 

@@ -1,4 +1,4 @@
-"""Which kernels a rank runs, and the tiles of Triton's, measured before the first step by one process of each host."""
+"""Choice of kernels, and tuning of Triton's tiles before the first step by one process of each host."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_kernels(config: Config, vocab_size: int, world: process_group.DistContext, batch: Batch) -> str:
-    """Makes this process use ``config.kernels`` on its device; says in words what that is, and why. A collective.
+    """Use ``config.kernels`` on this rank's device; returns the choice and its reason, in words. A collective.
 
-    Tiles are measured on ``batch``, one of the run's, where shapes are new to this machine; ranks that share a host wait
-    for the first of them, whose table and compiled kernels they then find on the disk. Raises UserError where Triton is asked
-    for and cannot run.
+    Tiles are measured on ``batch``, one of the run's, for shapes that are new to this machine; the other ranks of a host wait for
+    its first one and load its table and compiled kernels from disk. Raises UserError where Triton is asked for and cannot run.
     """
     try:
         chosen = kernels.use(config.kernels, world.device)
@@ -27,13 +26,13 @@ def choose_kernels(config: Config, vocab_size: int, world: process_group.DistCon
         raise UserError(str(error)) from error
     if world.device.type == "cuda":
         if world.local_rank == 0:
-            measure(config, vocab_size, to_device(batch, world.device))
+            measure_tiles(config, vocab_size, to_device(batch, world.device))
         process_group.barrier()
     return chosen
 
 
-def measure(config: Config, vocab_size: int, batch: Batch) -> None:
-    """One forward and backward pass of the run's model cut to a single layer, measuring tiles where shapes are new."""
+def measure_tiles(config: Config, vocab_size: int, batch: Batch) -> None:
+    """One forward and backward pass of the run's model cut to one layer, measuring tiles for shapes that are new."""
     short = config.model_copy(update={"model": config.model.model_copy(update={"layers": 1})})
     objective = build_objective(short, vocab_size).to(batch["tokens"].device, DTYPES[config.precision.name])
     with kernels.measuring_tiles():

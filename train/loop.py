@@ -34,7 +34,7 @@ EMIT_EVERY_S = 0.1
 
 @dataclass
 class Training:
-    """One rank's run, assembled: what the loop needs, and nothing else."""
+    """One rank's run, assembled: all that the loop needs."""
 
     config: Config
     world: process_group.DistContext
@@ -52,12 +52,12 @@ class Training:
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
 
     def due(self, every: int, step: int) -> bool:
-        """Whether something that happens every so many steps happens at this one; all of it happens at the last."""
+        """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else never."""
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 
 class StepSync(NamedTuple):
-    """What the ranks agree on before each step."""
+    """Sums over all ranks before a step: the size of the global batch, and whether any rank wants to stop."""
 
     counts: dict[str, int]
     """Trained targets of the global batch, by loss."""
@@ -125,7 +125,7 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
             pace.restart(target)
             activity.charge("redo")
             return target, {}
-        state = replace(state, recent=before.recent.after(losses["loss"], before.cursor, config.spikes))
+        state = replace(state, history=before.history.after(losses["loss"], before.cursor, config.spikes))
     record: Record = {}
     if run.due(config.log_every, state.step) or run.due(config.eval_every, state.step):
         measured = losses | {"lr": lr, "grad_norm": result.grad_norm}
@@ -201,7 +201,7 @@ class Pace:
         self.restart(run.state)
 
     def restart(self, state: TrainState) -> None:
-        """Count from here."""
+        """Count tokens and seconds from this state on."""
         self.tokens, self.seconds = state.tokens, self.spent["data"] + self.spent["train"]
         self.stalled = self.spent["save"]
 

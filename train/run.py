@@ -147,7 +147,7 @@ def _find_checkpoint(
     """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A collective."""
     checkpoint = reader.find_newest(run_dir.checkpoints, world, note, mirror)
     if checkpoint:
-        resume.same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)
+        resume.require_same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)
     return checkpoint
 
 
@@ -164,7 +164,7 @@ def _open_folder(
     run_dir = RunDir(Path(config.run.dir or ""))
     if mirror and not run_dir.config.exists():
         mirror.fetch_run()
-    changes = resume.check(config, corpus.fingerprint)
+    changes = resume.check_resumable(config, corpus.fingerprint)
     if changes:
         emit(NoteEvent("changed since the last start: " + "; ".join(changes)))
     run_dir.path.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Services of a run: what a rank does beside its steps. It logs, evaluates, samples, saves and summarises."""
+"""Services of a run beside its steps: logging, evaluation, sampling, checkpoints and the summary."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class RunServices:
     activity: RankActivity
     should_stop: Callable[[], bool]
     evaluation: Evaluation | None = None
-    """The last one."""
-    plain: Any = None
+    """The last evaluation of this start."""
+    sample_model: Any = None
     """A copy of the objective outside DeepSpeed, to sample from."""
 
     def note(self, text: str) -> None:
@@ -123,7 +123,7 @@ class RunServices:
         if self.world.is_rank0 and self.saver.mirror:
             self.saver.mirror.drop_after(state.step)
         if self.tracker:
-            self.tracker.go_back(state.step)
+            self.tracker.drop_after(state.step)
 
     def finish(self, state: TrainState) -> None:
         """Write the summary of a run that has made all its steps, or was ended early by its metric."""
@@ -149,7 +149,7 @@ class RunServices:
             "goodput": round(goodput(seconds), 4),
             "time_by_cause": {cause: round(s, 3) for cause, s in seconds.items()},
             "starts": self.tracker.run.values["starts"],
-            "stale": state.stale,
+            "stale": state.evals_since_best,
         }
         if evaluation:
             summary |= evaluation.details(getattr(self.config.objective, "classes", []))
@@ -165,9 +165,9 @@ class RunServices:
         weights = dict(self.engine.whole_weights())
         if not self.world.is_rank0:
             return
-        self.plain = self.plain or build_objective(self.config, self.corpus.tokenizer.vocab_size)
-        self.plain.load_state_dict(weights, strict=False)
-        texts = generate_text(self.plain.eval(), self.corpus.tokenizer, options.prompts, options)
+        self.sample_model = self.sample_model or build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        self.sample_model.load_state_dict(weights, strict=False)
+        texts = generate_text(self.sample_model.eval(), self.corpus.tokenizer, options.prompts, options)
         rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit(SampleEvent(state.step, prompt, text))

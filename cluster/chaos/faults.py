@@ -122,7 +122,7 @@ def judge(
     fault: Fault, seen: Observation, findings: Sequence[Comparison], precision: str, losses: tuple[Losses, Losses]
 ) -> Row:
     """``findings``: the lines of both runs up to ``seen.step``, compared; ``losses``: theirs, by step."""
-    by_name = {finding.what: finding.difference for finding in findings}
+    by_name = {finding.subject: finding.difference for finding in findings}
     data = by_name.pop("data_hash")
     if fault.resizes:
         tolerance = TOLERANCE[precision]

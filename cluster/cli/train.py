@@ -26,7 +26,7 @@ def run(overrides: Sequence[str], begun: EarlyStart | None) -> int:
         from cluster.sweep import cli
 
         return cli.run([word for word in overrides if word not in ("-m", "--multirun")], find_corpus, begun)
-    return driver.run(driver.Plan(lambda: configuration.load(overrides), find_corpus, resume.finished), begun)
+    return driver.run(driver.Plan(lambda: configuration.load(overrides), find_corpus, resume.finished_summary), begun)
 
 
 def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
@@ -35,12 +35,12 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     Raises UserError where ``run.dir`` holds a run that can not go on with this configuration, or on this corpus; and where a new
     one can not start from what ``init.from`` names.
     """
-    resume.check(config, None)
+    resume.check_resumable(config, None)
     inspect_source.check_source(config)
     ready = prepare.find_prepared(config.data)
     if ready is None:
         ready = prepare.prepare(
             config.data, lambda progress: report(PrepareEvent(progress["phase"], progress).to_json()), config.objective
         )
-    resume.check(config, shards.fingerprint(shards.read_index(ready)))
+    resume.check_resumable(config, shards.fingerprint(shards.read_index(ready)))
     return str(ready.absolute())

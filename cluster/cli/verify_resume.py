@@ -85,4 +85,4 @@ def _make(run: TrainProcess, step: int) -> None:
 
 
 def _cells(finding: Comparison) -> tuple[str, str, str]:
-    return finding.what, str(finding.compared), "yes" if finding.difference is None else f"no: {finding.difference}"
+    return finding.subject, str(finding.compared), "yes" if finding.difference is None else f"no: {finding.difference}"

@@ -96,7 +96,7 @@ class Board:
             *event.get("lines", [])[1:],
         ]
         failure = FailureEvent(lines, event.get("next"), again=True)
-        self._out().print(failure_block.block(failure, trial.config.run.dir, self.errors.is_terminal))
+        self._out().print(failure_block.render_failure(failure, trial.config.run.dir, self.errors.is_terminal))
 
     def ended(self, trial: Trial) -> None:
         """A trial has ended."""

@@ -68,7 +68,7 @@ class SweepScheduler:
     def _known(self, number: int, entry: TrialRecord) -> Trial:
         """A trial of the ledger as it stands now."""
         trial = Trial(number, entry.params, configuration.load_trial(self.sweep, number, entry.params))
-        summary = resume.finished(trial.config)
+        summary = resume.finished_summary(trial.config)
         if self.search:
             self.search.know(entry.params, entry.attrs, history(trial.folder, self.sweep.metrics[0]))
         if entry.state in FINAL:

@@ -183,5 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    redact.cover()
+    redact.redact_output()
     main()

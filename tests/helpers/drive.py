@@ -16,7 +16,7 @@ def raise_error(*_):
 
 
 if __name__ == "__main__":
-    redact.cover()
+    redact.redact_output()
     signals = StopSignals()
     signals.install()
     begun = start_early(signals, "helpers.toy:train_rank")

@@ -81,4 +81,4 @@ def test_tiles_are_measured_on_a_micro_batch_of_the_run(corpus, model):
     opened = Corpus(corpus, config.model.special)
     batch = training_loader(opened, config, RankShare(0, 1, 2)).peek(Cursor())[0]
     assert batch["tokens"].shape == (2, 16)
-    kernel_setup.measure(config, opened.tokenizer.vocab_size, batch)
+    kernel_setup.measure_tiles(config, opened.tokenizer.vocab_size, batch)

@@ -98,14 +98,14 @@ class Mirror:
         with contextlib.suppress(process_group.WaitCancelled, RuntimeError):  # the store may end first, with rank 0
             for turn in itertools.count():
                 if self.world.is_rank0:
-                    self.mailbox.put(f"{turn}/copy", self._wait_for_checkpoint())
-                name = self.mailbox.take(f"{turn}/copy", cancelled)
-                self.mailbox.put(f"{turn}/{rank}", self._try_repeatedly(partial(self._upload_share, name)))
+                    self.mailbox.send(f"{turn}/copy", self._wait_for_checkpoint())
+                name = self.mailbox.receive(f"{turn}/copy", cancelled)
+                self.mailbox.send(f"{turn}/{rank}", self._try_repeatedly(partial(self._upload_share, name)))
                 if self.world.is_rank0:
-                    errors = [self.mailbox.take(f"{turn}/{rank}", cancelled) for rank in range(self.world.size)]
+                    errors = [self.mailbox.receive(f"{turn}/{rank}", cancelled) for rank in range(self.world.size)]
                     self._finish_copy(name, [error for error in errors if error])
                     for key in [f"{turn - 1}/copy", *(f"{turn}/{rank}" for rank in range(self.world.size))]:
-                        self.mailbox.remove(key)
+                        self.mailbox.delete(key)
                     self.copying = None
 
     def _wait_for_checkpoint(self) -> str:

@@ -197,15 +197,15 @@ class CheckpointWriter:
     def _exchange_reports(self, save: PendingSave, report: dict[str, Any]) -> str | None:
         """Report to rank 0, which publishes the checkpoint and answers all ranks: returns its error, or None."""
         mailbox, cancelled, ranks = self.mailbox, self.closing.is_set, range(self.world.size)
-        mailbox.put(f"{save.number}/{self.world.rank}", report)
+        mailbox.send(f"{save.number}/{self.world.rank}", report)
         if not self.world.is_rank0:
-            return mailbox.take(f"{save.number}/end", cancelled)
-        reports = [mailbox.take(f"{save.number}/{rank}", cancelled) for rank in ranks]
+            return mailbox.receive(f"{save.number}/end", cancelled)
+        reports = [mailbox.receive(f"{save.number}/{rank}", cancelled) for rank in ranks]
         error = self._publish(save, reports)
-        mailbox.put(f"{save.number}/end", error)
+        mailbox.send(f"{save.number}/end", error)
         for rank in ranks:
-            mailbox.remove(f"{save.number}/{rank}")
-        mailbox.remove(f"{save.number - 1}/end")  # all ranks have read it, since they began this save
+            mailbox.delete(f"{save.number}/{rank}")
+        mailbox.delete(f"{save.number - 1}/end")  # all ranks have read it, since they began this save
         return error
 
     def _publish(self, save: PendingSave, reports: Sequence[dict[str, Any]]) -> str | None:

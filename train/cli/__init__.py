@@ -1,1 +1,5 @@
-"""TODO."""
+"""Command-line verbs of ``python -m train``: they parse options, call a room and print.
+
+evaluate  metrics of a checkpoint on held-out text
+generate  text from a checkpoint, written as it is drawn
+"""

@@ -21,7 +21,7 @@ from train.util.run_layout import RunDir
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluatedRun:
     """A run at one of its checkpoints, by what it says of a split."""
 
     evaluation: Evaluation
@@ -31,7 +31,7 @@ class Measured:
     corpus: Corpus
 
 
-def measure(folder: Path, which: str, split: str) -> Measured:
+def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
     """What checkpoint ``which`` of the run in ``folder`` says of the whole ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
     about = json.loads(RunDir(folder).corpus.read_text())
@@ -50,7 +50,7 @@ def measure(folder: Path, which: str, split: str) -> Measured:
         process_group.destroy_group()
     found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
-    return Measured(found, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
+    return EvaluatedRun(found, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
 
 
 def run(options: Mapping[str, str], console: Console, *, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def run(options: Mapping[str, str], console: Console, *, as_json: bool) -> None:
         raise UserError(
             f"split={split}: there is val, by which the best checkpoint is chosen, and test (data.test_fraction)"
         )
-    found = measure(Path(options["run.dir"]), options["checkpoint"], split)
+    found = evaluate_run(Path(options["run.dir"]), options["checkpoint"], split)
     numbers = found.evaluation.numbers()
     if as_json:
         more: dict[str, Any] = {"step": found.step, "split": split, "places": found.places}

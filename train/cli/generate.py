@@ -20,15 +20,15 @@ from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 
-NAMES = [name for name in schema.Generation.model_fields if name != "prompts"]
+SETTING_KEYS = [name for name in schema.Generation.model_fields if name != "prompts"]
 """The keys that the verb takes as they are, without their section."""
 
 
 def run(options: Mapping[str, str], *, as_json: bool) -> None:
     """Write on from the prompts that ``options`` name. Raises UserError."""
-    given = prompts(options["prompt"], options["prompts"])
+    given = read_prompts(options["prompt"], options["prompts"])
     saved = open_run(Path(options["run.dir"]), options["checkpoint"])
-    settings = chosen(saved.config.generation, options)
+    settings = choose_settings(saved.config.generation, options)
     model = saved.objective.to("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(model, Generative):
         raise UserError(
@@ -50,7 +50,7 @@ def run(options: Mapping[str, str], *, as_json: bool) -> None:
                 _say(f"{_title(number, len(given), text)}\n{begin(prompt)}{text.text}\n")
 
 
-def prompts(text: str, file: str) -> list[str]:
+def read_prompts(text: str, file: str) -> list[str]:
     """One prompt (``-``: all of standard input), or those of a file, one a line (``-``: of standard input)."""
     if text and file:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
@@ -68,10 +68,12 @@ def prompts(text: str, file: str) -> list[str]:
     return found
 
 
-def chosen(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
+def choose_settings(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
     """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
     base = configuration.choice("generation", options["generation"]) if options["generation"] else trained.model_dump()
-    settings = configuration.typed(schema.Generation, base | {n: _value(n, options[n]) for n in NAMES if options[n]})
+    settings = configuration.typed(
+        schema.Generation, base | {n: _value(n, options[n]) for n in SETTING_KEYS if options[n]}
+    )
     if found := problems_of_generation(settings):
         raise configuration.ConfigError(found)
     return settings

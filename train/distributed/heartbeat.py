@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 PHASES = ("start", "data", "forward", "backward", "step", "save", "eval", "sample", "end")
 """What a rank does; ``start`` is all before its first step, ``end`` all after its last. "step" is the optimizer's."""
-WORK = ("data", "forward", "backward", "step")
+STEP_PHASES = ("data", "forward", "backward", "step")
 """The phases that make a training step: a rank that takes longer in them than others holds them up."""
 
 _FIELDS = ("step", "phase", "micro", "count", "inside")
@@ -32,11 +32,11 @@ class HeartbeatWriter:
     """The writer's side. All times are seconds of the host's monotonic clock, which its processes share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
-        self._keep(memory)
+        self._map(memory)
         self._phase, self._since, self._waited, self._busy = 0, time.monotonic(), 0.0, 0.0
         self._times[0] = self._since
 
-    def _keep(self, memory: mmap.mmap) -> None:
+    def _map(self, memory: mmap.mmap) -> None:
         self._memory, view = memory, memoryview(memory)
         end = 8 * len(_FIELDS)
         self._numbers, self._times = view[:end].cast("q"), view[end:_NAME_AT].cast("d")
@@ -45,14 +45,14 @@ class HeartbeatWriter:
         """From here on the record is in the open file ``fd``, of ``SIZE`` bytes."""
         memory = mmap.mmap(fd, SIZE)
         memory[:] = self._memory[:]
-        self._keep(memory)
+        self._map(memory)
         self._since = self._times[0] = time.monotonic()
 
     def enter_phase(self, phase: str, micro: int = 0) -> None:
         """A phase begins, and the last one ends. ``micro`` is the micro-batch, from 0."""
         now = time.monotonic()
         took, numbers, times = now - self._since, self._numbers, self._times
-        if 1 <= self._phase <= len(WORK):
+        if 1 <= self._phase <= len(STEP_PHASES):
             self._busy += took - self._waited
             times[1] = self._busy
         at = 2 + self._phase

@@ -68,7 +68,7 @@ def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
 
     Made before the engine is: it may make their working copies low in precision, or shard them.
     """
-    pieces = []
+    shards = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             whole = parameter.detach().view(-1)
@@ -76,8 +76,8 @@ def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
             start, end = min(rank * share, whole.numel()), min((rank + 1) * share, whole.numel())
             if start < end:
                 holder = whole if ranks == 1 else whole[start:end].clone()
-                pieces.append(ParamShard(name, start, end - start, holder, 0))
-    return pieces
+                shards.append(ParamShard(name, start, end - start, holder, 0))
+    return shards
 
 
 def row_shards(name: str, rows: Tensor, world: DistContext) -> list[ParamShard]:

@@ -25,7 +25,7 @@ from train.errors import UserError
 
 DIGEST_BYTES = 64
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-LOOK_AFTER_S, LOOK_AT_LEAST_EVERY_S = 0.005, 0.25
+FIRST_POLL_S, MAX_POLL_S = 0.005, 0.25
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class Rendezvous:
     timeout_s: float = 300.0
 
 
-def init_group(rank: int, size: int, local_rank: int, device: str, meeting: Rendezvous) -> DistContext:
+def init_group(rank: int, size: int, local_rank: int, device: str, rendezvous: Rendezvous) -> DistContext:
     """Joins the world: returns when every rank has; raises torch's DistStoreError when one stays away too long.
 
     ``device``: "cpu" or "gpu". A GPU rank sees its own device only, as ``cuda:0``.
     """
-    timeout = timedelta(seconds=meeting.timeout_s)
-    options: dict[str, Any] = {} if meeting.listen_fd is None else {"master_listen_fd": meeting.listen_fd}
+    timeout = timedelta(seconds=rendezvous.timeout_s)
+    options: dict[str, Any] = {} if rendezvous.listen_fd is None else {"master_listen_fd": rendezvous.listen_fd}
     store = dist.TCPStore(
-        meeting.host, meeting.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
+        rendezvous.host, rendezvous.port, size, rank == 0, timeout=timeout, wait_for_workers=False, **options
     )
     world = DistContext(rank, size, local_rank, torch.device("cuda:0" if device == "gpu" else "cpu"))
-    _initialise(world, dist.PrefixStore(f"world/{meeting.attempt}", store))
+    _initialise(world, dist.PrefixStore(f"world/{rendezvous.attempt}", store))
     return world
 
 
@@ -185,21 +185,21 @@ class StoreMailbox:
     def __init__(self, name: str) -> None:
         self.store = dist.PrefixStore(name, _get_default_store())
 
-    def put(self, key: str, value: Any) -> None:
+    def send(self, key: str, value: Any) -> None:
         """Leave ``value`` under ``key`` for whoever takes it."""
         self.store.set(key, json.dumps(value))
 
-    def take(self, key: str, given_up: Callable[[], bool]) -> Any:
+    def receive(self, key: str, given_up: Callable[[], bool]) -> Any:
         """What was, or will be, put under ``key``. Raises GivenUp once ``given_up()`` holds."""
-        pause = LOOK_AFTER_S
+        pause = FIRST_POLL_S
         while not self.store.check([key]):  # not ``wait``: it would hold the store's connection
             if given_up():
                 raise WaitCancelled(key)
             time.sleep(pause)
-            pause = min(1.2 * pause, LOOK_AT_LEAST_EVERY_S)
+            pause = min(1.2 * pause, MAX_POLL_S)
         return json.loads(self.store.get(key))
 
-    def remove(self, key: str) -> None:
+    def delete(self, key: str) -> None:
         """Forget what all have taken."""
         self.store.delete_key(key)
 

@@ -1,1 +1,11 @@
-"""TODO."""
+"""Reporting: every number and line that a run shows or writes.
+
+activity       the phase of a rank: heartbeat, events and cause of its seconds, marked together
+console        events to lines on the terminal
+failure_block  how a failure and a recovery look on the terminal
+goodput        where the seconds of a run went, by cause
+metrics        formulas of model quality: perplexity, F1, Spearman, ...
+run_outline    sizes of model, work and corpus before the first step
+throughput     tokens per second and MFU
+tracking       metrics.jsonl, run.json, summary.json and W&B
+"""

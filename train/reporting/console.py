@@ -78,10 +78,12 @@ class RunConsole:
                 self._done(summary)
             case events.FailureEvent() as event:
                 self.close()
-                block = failure_block.block(event, self._config.get("run", {}).get("dir"), self.errors.is_terminal)
+                block = failure_block.render_failure(
+                    event, self._config.get("run", {}).get("dir"), self.errors.is_terminal
+                )
                 self.errors.print(block)
             case events.RecoveredEvent() as event:
-                self._line(failure_block.recovered(event))
+                self._line(failure_block.render_recovery(event))
             case events.StoppingEvent():
                 text = "  stopping: finishing the step and saving (once more to end at once)"
                 self._line(Text(text, style="yellow"))

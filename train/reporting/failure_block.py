@@ -19,7 +19,7 @@ PHASES = {
 """The marks of a recovery, in order, and what was done by then."""
 
 
-def block(event: FailureEvent, run_dir: str | None, terminal: bool) -> RenderableType:
+def render_failure(event: FailureEvent, run_dir: str | None, terminal: bool) -> RenderableType:
     """The block of a failure: its lines, where the logs are, and what comes next."""
     lines = event.lines or ["the job failed"]
     title, body = lines[0], "\n".join(lines[1:])
@@ -35,7 +35,7 @@ def block(event: FailureEvent, run_dir: str | None, terminal: bool) -> Renderabl
     return Group(*shown, Text(f"The ranks' logs: {logs}"), Text(f"Next: {then}"))
 
 
-def recovered(event: RecoveredEvent) -> Text:
+def render_recovery(event: RecoveredEvent) -> Text:
     """One line: the seconds from the failure to the next step of all ranks, and when each phase was done."""
     marks = event.marks
     since = marks.get("failed")

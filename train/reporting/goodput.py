@@ -40,7 +40,7 @@ class TimeByCause:
         self.last = now
         return seconds
 
-    def go_on(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
+    def add_earlier_starts(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
         """Add what earlier starts spent until ``seen``; ``command`` is when this one was asked for, if that is known.
 
         What lies between ``seen`` and it is "down". Without a command after ``seen``, as in a restart within a job, this start

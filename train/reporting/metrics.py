@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Table = NDArray[Any]
+ConfusionMatrix = NDArray[Any]
 """A confusion matrix (C, C): how often a row's class was said to be a column's."""
 
 
@@ -23,22 +23,22 @@ def bits_per_byte(nats: float, text_bytes: float) -> float:
     return nats / math.log(2) / text_bytes
 
 
-def accuracy(table: Table) -> float:
+def accuracy(table: ConfusionMatrix) -> float:
     """Share of what was said that is right: precision, recall and F1 over all classes together (micro) are the same number."""
     return _ratio(np.trace(table), table.sum())
 
 
-def precision(table: Table) -> Floats:
+def precision(table: ConfusionMatrix) -> Floats:
     """Of each class: the share of what was said to be it that is; 0 where nothing was."""
     return _ratios(np.diagonal(table), table.sum(0))
 
 
-def recall(table: Table) -> Floats:
+def recall(table: ConfusionMatrix) -> Floats:
     """Of each class: the share of what is it that was said to be; 0 where nothing is."""
     return _ratios(np.diagonal(table), table.sum(1))
 
 
-def f1(table: Table) -> Floats:
+def f1(table: ConfusionMatrix) -> Floats:
     """Of each class: 2 true positives / (2 true positives + false positives + false negatives), 0 where there are none."""
     return _ratios(2 * np.diagonal(table), table.sum(0) + table.sum(1))
 
@@ -48,14 +48,14 @@ def macro(values: Floats) -> float:
     return float(values.mean())
 
 
-def spearman(said: Floats, true: Floats) -> float:
+def spearman(predictions: Floats, targets: Floats) -> float:
     """Correlation of ranks, equal values sharing the mean of theirs; not a number where all of one side are equal."""
-    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (said, true))
+    a, b = (_ranks(values) - (len(values) + 1) / 2 for values in (predictions, targets))
     spread = math.sqrt(float(a @ a) * float(b @ b))
     return float(a @ b) / spread if spread else math.nan
 
 
-def classification_metrics(table: Table) -> dict[str, float]:
+def classification_metrics(table: ConfusionMatrix) -> dict[str, float]:
     """The numbers of a classifier."""
     return {
         "accuracy": accuracy(table),
@@ -66,18 +66,18 @@ def classification_metrics(table: Table) -> dict[str, float]:
     }
 
 
-def per_class_metrics(table: Table, names: list[str]) -> dict[str, Any]:
+def per_class_metrics(table: ConfusionMatrix, names: list[str]) -> dict[str, Any]:
     """The numbers of each class, and the confusion matrix."""
     columns = {"precision": precision(table), "recall": recall(table), "f1": f1(table), "count": table.sum(1)}
     classes = {name: {key: float(values[i]) for key, values in columns.items()} for i, name in enumerate(names)}
     return {"classes": classes, "confusion": table.astype(int).tolist()}
 
 
-def regression_metrics(said: Floats, true: Floats) -> dict[str, float]:
+def regression_metrics(predictions: Floats, targets: Floats) -> dict[str, float]:
     """The numbers of a model that gives scores."""
     return {
-        "mse": math.fsum((said - true) ** 2) / len(true) if len(true) else math.nan,
-        "spearman": spearman(said, true),
+        "mse": math.fsum((predictions - targets) ** 2) / len(targets) if len(targets) else math.nan,
+        "spearman": spearman(predictions, targets),
     }
 
 
@@ -92,5 +92,5 @@ def _ratio(part: float, whole: float) -> float:
     return float(part) / float(whole) if whole else math.nan
 
 
-def _ratios(part: Table, whole: Table) -> Floats:
+def _ratios(part: ConfusionMatrix, whole: ConfusionMatrix) -> Floats:
     return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)

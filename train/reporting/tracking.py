@@ -28,7 +28,7 @@ from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
 FINISH_TIMEOUT_S = 60.0
-KEEP_EVERY_S = 5.0
+SAVE_EVERY_S = 5.0
 Record = dict[str, Any]
 
 
@@ -39,8 +39,8 @@ class MetricsFile:
         """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.kept = [r for r in read_records(file) if r["step"] <= last_step]
-        write_whole(file, "".join(_line(r) for r in self.kept).encode())
+        self.earlier = [r for r in read_records(file) if r["step"] <= last_step]
+        write_whole(file, "".join(_line(r) for r in self.earlier).encode())
         self.out = file.open("a")
 
     def append(self, record: Record) -> None:
@@ -64,13 +64,13 @@ class RunFile:
             self.values |= json.loads(self.file.read_text())
         self.values["starts"] += 1
         command = os.environ.get("TRIREME_T0")
-        times.go_on(self.values["seconds"], self.values["seen"], float(command) if command else None)
+        times.add_earlier_starts(self.values["seconds"], self.values["seen"], float(command) if command else None)
         self.saved = 0.0
         self.save()
 
-    def keep(self) -> None:
+    def save_if_due(self) -> None:
         """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
-        if time.monotonic() - self.saved > KEEP_EVERY_S:
+        if time.monotonic() - self.saved > SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
@@ -89,7 +89,7 @@ class WandbRun:
         self.run_dir = RunDir(Path(config.run.dir or ""))
         self.mode = _mode(config.tracking)
         self.queue: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="wandb", daemon=True)
         self.thread.start()
 
     def log(self, record: Record) -> None:
@@ -110,7 +110,7 @@ class WandbRun:
                 f"W&B did not answer within {FINISH_TIMEOUT_S:.0f} s and was left behind; metrics.jsonl has it all"
             )
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
             self._feed()
         except Exception as error:  # W&B must never stop a run, whatever it raises
@@ -175,9 +175,11 @@ class Tracker:
     def _open(self, last_step: int) -> None:
         self.metrics = MetricsFile(self.run_dir.metrics, last_step)
         off = self.config.tracking.wandb == "off"
-        self.wandb = None if off else WandbRun(self.config, self.run.values["wandb_id"], self.metrics.kept, self.note)
+        self.wandb = (
+            None if off else WandbRun(self.config, self.run.values["wandb_id"], self.metrics.earlier, self.note)
+        )
 
-    def go_back(self, step: int) -> None:
+    def drop_after(self, step: int) -> None:
         """The steps after ``step`` will come again: what was logged of them is dropped."""
         if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
             return
@@ -192,7 +194,7 @@ class Tracker:
     def log(self, record: Record) -> None:
         """One step's numbers: to the file, then to W&B."""
         self.metrics.append(record)
-        self.run.keep()
+        self.run.save_if_due()
         if self.wandb:
             self.wandb.log(record)
 

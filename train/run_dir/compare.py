@@ -19,7 +19,7 @@ COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
 class Comparison:
     """How many of some things were compared, and the first that differs, in words, if any does."""
 
-    what: str
+    subject: str
     compared: int
     difference: str | None
 

@@ -43,7 +43,7 @@ def open_run(folder: Path, which: str = "latest") -> SavedRun:
     Raises UserError for a folder without a run, or a checkpoint that is missing or damaged.
     """
     config = configuration.read(RunDir(folder).config)
-    checkpoint, reader = _opened(folder, which)
+    checkpoint, reader = _open_checkpoint(folder, which)
     return SavedRun(config, load_tokenizer(folder), checkpoint, reader)
 
 
@@ -56,7 +56,7 @@ def load_objective(run: SavedRun) -> Any:
     return objective.eval()
 
 
-def _opened(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
+def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
     """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
     while True:
         whole, damaged = list_checkpoints(RunDir(folder).checkpoints)
@@ -65,10 +65,10 @@ def _opened(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
             path, damage = RunDir(folder).checkpoint(newest), damaged[newest]
         else:
             checkpoint = whole[manifest.select([c.manifest for c in whole], which, folder)]
-            path, damage = checkpoint.path, checkpoint.damage() or ""
-            with contextlib.suppress(
-                FileNotFoundError, RuntimeError
-            ):  # torch maps the file: gone in between is a RuntimeError
+            path, damage = checkpoint.path, ""
+            # Where the run drops the checkpoint meanwhile, hashing it finds no file, and torch, which maps it, a RuntimeError.
+            with contextlib.suppress(FileNotFoundError, RuntimeError):
+                damage = checkpoint.damage() or ""
                 if not damage:
                     return checkpoint, checkpoint.reader()
         if path.exists():

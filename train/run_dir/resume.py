@@ -27,7 +27,7 @@ INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activa
 """Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
 
 
-def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
+def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]:
     """What has changed since the run in ``run.dir`` was last started, a line a key; nothing if it is new.
 
     ``corpus_fingerprint`` is None before the corpus is known; the keys can be looked at even so.
@@ -57,11 +57,11 @@ def check(config: Config, corpus_fingerprint: str | None) -> list[str]:
         with contextlib.suppress(manifest.DamagedCheckpoint):
             was = manifest.read(run_dir.checkpoint(step))["corpus"]
             if corpus_fingerprint is not None:
-                same_corpus(folder, was, corpus_fingerprint)
+                require_same_corpus(folder, was, corpus_fingerprint)
     return [f"{key}: {was} -> {now}" for key, was, now in changes]
 
 
-def same_corpus(folder: Path, was: str, now: str) -> None:
+def require_same_corpus(folder: Path, was: str, now: str) -> None:
     """Raises UserError where a checkpoint comes from another corpus, by its fingerprint."""
     if was != now:
         raise UserError(
@@ -70,7 +70,7 @@ def same_corpus(folder: Path, was: str, now: str) -> None:
         )
 
 
-def finished(config: Config) -> dict[str, Any] | None:
+def finished_summary(config: Config) -> dict[str, Any] | None:
     """The summary of the run in ``run.dir`` if it has made all its steps, or enough of them."""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())

@@ -1,4 +1,4 @@
-"""When a run has had enough: its metric has not become better for ``stop.patience`` evaluations in a row."""
+"""Early stopping: ``stop.metric`` has not improved for ``stop.patience`` evaluations in a row."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from train.util.format import plural
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric is the better the lower it is."""
+    """Whether lower values of a metric are better: losses, errors and bits per byte."""
     return metric.endswith("loss") or metric in ("bits_per_byte", "mse")
 
 
-def update(stop: Stop, progress: TrainState, evaluated: dict[str, Any]) -> TrainState:
-    """The progress after an evaluation that found ``evaluated``; as it was where nothing was held out.
+def update(stop: Stop, state: TrainState, evaluated: dict[str, Any]) -> TrainState:
+    """The state with the score of an evaluation whose metrics are ``evaluated``; unchanged where nothing was held out.
 
-    Raises UserError where ``stop.metric`` is not among it. What is not a number is worse than any.
+    Raises UserError where ``stop.metric`` is not among them. A value that is not finite is worse than any other.
     """
     if not evaluated:
-        return progress
+        return state
     if stop.metric not in evaluated:
         raise UserError(f"stop.metric={stop.metric} is not measured here. There are: {', '.join(evaluated)}")
     value = evaluated[stop.metric]
     score = math.inf if value is None or not math.isfinite(value) else float(value)
-    return progress.measured(score if lower_is_better(stop.metric) or score == math.inf else -score)
+    return state.with_score(score if lower_is_better(stop.metric) or score == math.inf else -score)
 
 
-def should_stop(stop: Stop, progress: TrainState) -> bool:
-    """Whether the run ends here."""
-    return 0 < stop.patience <= progress.stale
+def should_stop(stop: Stop, state: TrainState) -> bool:
+    """Whether the run ends early: ``stop.patience`` evaluations have brought nothing better (0: never)."""
+    return 0 < stop.patience <= state.evals_since_best
 
 
-def reason(stop: Stop, progress: TrainState) -> str:
-    """Why it does."""
-    best = abs(progress.best or 0.0)
+def reason(stop: Stop, state: TrainState) -> str:
+    """The line that tells the user why the run ends early."""
+    best = abs(state.best or 0.0)
     return (
-        f"step {progress.step}: enough: {stop.metric} was best at step {progress.best_step} ({best:.4f}), "
-        f"{plural(progress.stale, 'evaluation')} ago (stop.patience={stop.patience})"
+        f"step {state.step}: enough: {stop.metric} was best at step {state.best_step} ({best:.4f}), "
+        f"{plural(state.evals_since_best, 'evaluation')} ago (stop.patience={stop.patience})"
     )

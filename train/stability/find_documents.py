@@ -1,4 +1,4 @@
-"""Which documents stood in a step: arithmetic over a run's folder and corpus, nothing is replayed."""
+"""Which documents are in a step: computed from a run's configuration and corpus, without replaying the run."""
 
 from __future__ import annotations
 
@@ -18,45 +18,47 @@ from train.util.io import read_records
 from train.util.run_layout import RunDir
 
 WORDS_SHOWN = 24
-"""Tokens of a part that its first words are decoded from."""
+"""Tokens at the beginning of a part that are decoded to show its first words."""
 
 
 @dataclass(frozen=True)
 class DocumentPart:
-    """A part of a document in a row of a step."""
+    """The part of a document that is in one row of a step."""
 
     row: int
     stream: int
     document: str
     """The key of its sample in the shards."""
     source: str
-    """The file that it came from."""
+    """The file that the document was read from."""
     tokens: tuple[int, int]
-    """Which tokens of the document are predicted, [first, end); one beyond the last is the end of the text."""
+    """Range [first, end) of the document's tokens that are predicted; one beyond the last is the end of the text."""
     skipped: bool
     words: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
-def parts(corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()) -> list[DocumentPart]:
-    """What stands in the step at a cursor, row by row; ``skipped`` are the rows that a ledger leaves out."""
-    shards, found = corpus.split("train"), []
+def documents_of_step(
+    corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()
+) -> list[DocumentPart]:
+    """The documents of the step at a cursor, row by row; ``skipped`` are the rows that ``skipped.jsonl`` leaves out."""
+    split, parts = corpus.split("train"), []
     for row, sample, start, length in plan.step_table(cursor).tolist():
-        text = shards.document(sample)[start : start + min(length, WORDS_SHOWN)]
+        text = split.document(sample)[start : start + min(length, WORDS_SHOWN)]
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
         document = f"train/{sample:09d}"
-        found.append(
-            DocumentPart(row, row % plan.shape.streams, document, shards.source(sample), span, row in skipped, words)
+        parts.append(
+            DocumentPart(row, row % plan.shape.streams, document, split.source(sample), span, row in skipped, words)
         )
-    return found
+    return parts
 
 
-def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
-    """The data_hash of a step of the run in ``folder``, counted as in metrics.jsonl, and the documents that stand in it.
+def trace_step(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
+    """The data_hash of a step of the run in ``folder``, counted as in metrics.jsonl, and the documents in it.
 
     Raises UserError for a step that the run does not have, and a corpus that is not the run's.
     """
@@ -71,4 +73,4 @@ def trace(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     plan = training_loader(corpus, config, RankShare(0, 1, 1)).plan
     cursor = plan.after(Cursor(), step - 1)
     skipped = rows_of(read_records(run_dir.skipped)).get(cursor, frozenset())
-    return plan.data_hash(cursor, skipped), parts(corpus, plan, cursor, skipped)
+    return plan.data_hash(cursor, skipped), documents_of_step(corpus, plan, cursor, skipped)

@@ -31,21 +31,21 @@ from train.engine.engine import Engine
 from train.errors import NotFinite, UserError
 from train.objectives import build_objective
 from train.pretrained import init_from
-from train.stability.find_documents import parts
-from train.stability.nonfinite import begin_anew, first_nonfinite
-from train.stability.skipped_rows import Entry, How, SkippedRows
+from train.stability.find_documents import documents_of_step
+from train.stability.nonfinite import first_nonfinite, reset_to_initial
+from train.stability.skipped_rows import How, SkippedRows, SkipRecord
 from train.state import loss_history
 from train.state.train_state import TrainState
 from train.util.format import plural
 from train.util.run_layout import RunDir
 
-LOOK_BACK = 8
+ROLLBACK_STEPS = 8
 """Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
 
-LOOK_AHEAD = 4096
+MAX_ROWS = 4096
 """Rows left out at once, about; what is bad beyond them will be found when its step is made."""
 
-Place = tuple[Cursor, int]
+StepRow = tuple[Cursor, int]
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Guard:
 
     def __post_init__(self) -> None:
         """The rows that the run's ledger leaves out are left out from here on. A collective."""
-        self.ledger = SkippedRows(RunDir(Path(self.config.run.dir or "")))
-        self.loader.skip_rows(self.ledger.rows)
+        self.skipped = SkippedRows(RunDir(Path(self.config.run.dir or "")))
+        self.loader.skip_rows(self.skipped.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
         """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.
@@ -76,31 +76,31 @@ class Guard:
         UserError when it comes again and again.
         """
         watched = self.config.spikes
-        limit = before.recent.limit(watched)
+        limit = before.history.limit(watched)
         trouble = loss_history.diagnose_step(loss, applied, limit)
         searching = self.config.precision.name == "fp16" and math.isfinite(loss) and not applied  # for the loss scale
         if watched.watch == "off" or trouble is None or searching:
             if not applied:
                 self._accept_skipped_update(before)
             return None
-        sound = self._loss_is_normal(before.recent.reference or self.loader.plan.after(before.cursor), limit)
+        sound = self._loss_is_normal(before.history.reference or self.loader.plan.after(before.cursor), limit)
         if trouble == "spike" and sound:
             return None
         how: How = "in place" if sound and not applied else "rolled back"
         target = before if how == "in place" else self._roll_back(before)
         skipped, layers = self._find_bad_rows(before, target, how)
-        entry = self._entry(before, trouble, skipped) | {
+        entry = self._make_record(before, trouble, skipped) | {
             "how": how,
             "back_to": target.step,
             "loss": loss if math.isfinite(loss) else None,
             "limit": limit if math.isfinite(limit) else None,
             "layers": layers,
         }
-        self.ledger.append(entry)
+        self.skipped.append(entry)
         self._enforce_limits(entry)
-        self.loader.skip_rows(self.ledger.rows)
+        self.loader.skip_rows(self.skipped.rows)
         self.loader.seek(target.cursor)
-        self.on_rollback(target, words(entry))
+        self.on_rollback(target, describe(entry))
         return target
 
     def _accept_skipped_update(self, before: TrainState) -> None:
@@ -130,16 +130,16 @@ class Guard:
         """
         self.wait_for_save()  # what is being saved must be copied first, and may be newer than what is gone back to
         found = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
-        good = next((c for c in reversed(found) if self._restored(c)), None)
+        good = next((c for c in reversed(found) if self._restore_if_sound(c)), None)
         if found and good is None:
             raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
-            begin_anew(self.engine, self._first_objective())
+            reset_to_initial(self.engine, self._first_objective())
         target = good.progress if good else TrainState()
-        process_group.run_on_rank0(lambda: _remove(c.path for c in found if c.progress.step > target.step))
+        process_group.run_on_rank0(lambda: _remove_checkpoints(c.path for c in found if c.progress.step > target.step))
         return target
 
     def _first_objective(self) -> nn.Module:
@@ -149,25 +149,25 @@ class Guard:
             init_from.load_weights(objective, self.config, self.corpus.tokenizer, self.world)
         return objective
 
-    def _restored(self, checkpoint: Checkpoint) -> bool:
+    def _restore_if_sound(self, checkpoint: Checkpoint) -> bool:
         mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))
         if any(process_group.gather_objects(mine)):
             return False
         restore(checkpoint, self.engine)
-        recent = checkpoint.progress.recent
+        recent = checkpoint.progress.history
         reference = recent.reference or checkpoint.progress.cursor
         return self._loss_is_normal(reference, recent.limit(self.config.spikes))
 
-    def _find_bad_rows(self, before: TrainState, target: TrainState, how: How) -> tuple[list[Place], list[str]]:
+    def _find_bad_rows(self, before: TrainState, target: TrainState, how: How) -> tuple[list[StepRow], list[str]]:
         """The rows to leave out, and the layers whose numbers are the first that are not finite."""
         plan, again = self.loader.plan, before.step - target.step
-        looked = [plan.after(target.cursor, n) for n in range(max(0, again - LOOK_BACK), again + 1)]
+        looked = [plan.after(target.cursor, n) for n in range(max(0, again - ROLLBACK_STEPS), again + 1)]
         with first_nonfinite(self.engine.module) as first:
             losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
             limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
             blamed = bad = [place for place, loss in losses.items() if loss_history.is_outlier(loss, limit)]
             ahead = before.cursor
-            while bad and len(blamed) < LOOK_AHEAD:  # a bad document may be long: its row goes on in the steps to come
+            while bad and len(blamed) < MAX_ROWS:  # a bad document may be long: its row goes on in the steps to come
                 ahead = plan.after(ahead)
                 bad = [place for place, loss in self._row_losses(ahead).items() if loss_history.is_outlier(loss, limit)]
                 blamed = blamed + bad
@@ -178,7 +178,7 @@ class Guard:
             blamed = [place for place in losses if place[0] in last]
         return blamed, sorted({name for names in process_group.gather_objects(sorted(set(first))) for name in names})
 
-    def _row_losses(self, cursor: Cursor) -> dict[Place, float]:
+    def _row_losses(self, cursor: Cursor) -> dict[StepRow, float]:
         """The loss of every row of the step at a cursor that weighs anything, each row alone."""
         rows = self.config.batch.global_
         sums, counts = [0.0] * rows, [0.0] * rows
@@ -192,14 +192,17 @@ class Guard:
         table = process_group.all_reduce_sum([*sums, *counts])
         return {(cursor, n): table[n] / table[rows + n] for n in range(rows) if table[rows + n]}
 
-    def _entry(self, before: TrainState, trouble: str, skipped: Sequence[Place]) -> Entry:
+    def _make_record(self, before: TrainState, trouble: str, skipped: Sequence[StepRow]) -> SkipRecord:
         groups: dict[Cursor, list[int]] = {}
         for cursor, row in skipped:
             groups.setdefault(cursor, []).append(row)
         documents: dict[str, str] = {}
         if self.world.is_rank0:
             standing = (
-                p for c, rows in groups.items() for p in parts(self.corpus, self.loader.plan, c) if p.row in rows
+                p
+                for c, rows in groups.items()
+                for p in documents_of_step(self.corpus, self.loader.plan, c)
+                if p.row in rows
             )
             documents = {part.document: part.source for part in standing}
         return {
@@ -210,44 +213,44 @@ class Guard:
             "documents": [{"document": document, "source": source} for document, source in documents.items()],
         }
 
-    def _enforce_limits(self, entry: Entry) -> None:
+    def _enforce_limits(self, entry: SkipRecord) -> None:
         watched, limit = self.config.spikes, self.config.optimizer.max_skipped
         if entry["how"] == "in place":
-            if self.ledger.in_a_row("in place", entry["step"], 1) > limit:
+            if self.skipped.count_in_a_row("in place", entry["step"], 1) > limit:
                 if (
                     entry["limit"] is None
                 ):  # too young a run to know what a loss should be: a rate far too high looks like this
                     raise NotFinite(
                         f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped="
                         f"{limit}), the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set "
-                        f"optimizer.clip. If the loss had been falling, look at {sources(entry)}"
+                        f"optimizer.clip. If the loss had been falling, look at {source_files(entry)}"
                     )
                 raise UserError(
                     f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
-                    f"from {sources(entry)}: look at these files, and take them out of the corpus"
+                    f"from {source_files(entry)}: look at these files, and take them out of the corpus"
                 )
-        elif self.ledger.in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
+        elif self.skipped.count_in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
             raise NotFinite(
-                f"step {entry['step']}: {words(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
+                f"step {entry['step']}: {describe(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
                 f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
                 f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "
                 "and give the same command; spikes.watch=nonfinite lets a spike of the loss pass"
             )
 
 
-def _remove(folders: Iterable[Path]) -> None:
+def _remove_checkpoints(folders: Iterable[Path]) -> None:
     for folder in folders:
         gone = folder.rename(folder.with_name(f".{folder.name}.deleting"))  # at once, so that none is ever half there
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def sources(entry: Entry) -> str:
+def source_files(entry: SkipRecord) -> str:
     """The files of an entry's documents, in words."""
     names = list(dict.fromkeys(document["source"] for document in entry["documents"]))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def words(entry: Entry) -> str:
+def describe(entry: SkipRecord) -> str:
     """One line of the ledger, as it is said."""
     what = "the numbers were not finite"
     if entry["kind"] == "spike":
@@ -255,4 +258,4 @@ def words(entry: Entry) -> str:
     layers = f", first in {', '.join(entry['layers'][:2])}" if entry["layers"] else ""
     rows = sum(len(part["rows"]) for part in entry["skipped"])
     how = "made again" if entry["how"] == "in place" else f"back to step {entry['back_to']}"
-    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {sources(entry)}"
+    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {source_files(entry)}"

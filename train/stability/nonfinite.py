@@ -1,4 +1,4 @@
-"""The second look at a model in trouble: which layer's numbers are the first not to be finite; and its way back to step 0."""
+"""Non-finite models: find the first layer whose output is not finite, or reset the weights to step 0."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from train.engine.engine import Engine
 
 @contextlib.contextmanager
 def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
-    """Inside, every forward pass of ``module`` adds the name of its first layer whose output is not finite, if there is one."""
-    found: list[str] = []
+    """Inside, each forward pass of ``module`` adds the name of its first layer with non-finite output, if there is one, to the list."""
+    names: list[str] = []
     clean = True
 
     def begin(layer: nn.Module, inputs: Any) -> None:
         nonlocal clean
         clean = True
 
-    def look(name: str) -> Any:
+    def check_output(name: str) -> Any:
         def after(layer: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal clean
-            if clean and not all(torch.isfinite(t).all() for t in tensors(output)):
+            if clean and not all(torch.isfinite(t).all() for t in float_tensors(output)):
                 clean = False
-                found.append(name)
+                names.append(name)
 
         return after
 
     hooks = [module.register_forward_pre_hook(begin)]
-    hooks += [layer.register_forward_hook(look(name)) for name, layer in module.named_modules()]
+    hooks += [layer.register_forward_hook(check_output(name)) for name, layer in module.named_modules()]
     try:
-        yield found
+        yield names
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of floating-point numbers in what a layer gives: itself, or what tuples, lists and dicts hold."""
+def float_tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in a layer's output, be it a tensor or nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+        yield from float_tensors(list(value.values()))
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from tensors(item)
+            yield from float_tensors(item)
 
 
-def begin_anew(engine: Engine, objective: nn.Module) -> None:
-    """Fill the engine with the weights of ``objective``, which are those of step 0, and with no moments."""
+def reset_to_initial(engine: Engine, objective: nn.Module) -> None:
+    """Fill the engine with the weights of ``objective``, those of step 0, and with zero moments."""
     weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
     kinds = {piece.name: list(engine.states(piece)) for piece in engine.param_shards}
 

@@ -1,10 +1,10 @@
-"""Whether a step may be kept: pure rules over its loss, its gradient, and the losses of the steps before it.
+"""Spike detection: pure rules over the loss and gradient of a step and the losses of the steps before it.
 
 A loss is *high* when it lies far above those of the last ``window`` steps: median + ``deviations`` standard deviations, both
-robust, so that a few odd steps move neither. High alone is only a suspicion, since hard text is high too. A *spike* is damage: a
-step that was not high, the reference, has become so under the weights of now. ``train.stability.guard`` looks at that.
+robust, so that a few odd steps move neither. A high loss alone may be hard text. A *spike* is damage to the model: the loss of
+the reference, a recent step that was not high, has become high under the current weights; ``train.stability.guard`` measures it.
 
-What the rule remembers is part of the progress that a checkpoint saves, so a resumed run judges as if it had never stopped.
+The history is part of the state in a checkpoint, so a resumed run decides as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from train.config.schema import Spikes
 from train.data.sampling.batch_plan import Cursor
 
 NORMAL = 1.4826
-"""Median absolute deviation to standard deviation, for normal noise."""
+"""Standard deviation over median absolute deviation, for normal noise."""
 LEAST_RISE = 0.1
-"""Nats: a smaller rise is none, however quiet the losses before it were."""
+"""Nats above the median below which no loss is high, however small the spread of the others."""
 
 Trouble = Literal["non-finite", "spike"]
 
 
 @dataclass(frozen=True)
 class LossHistory:
-    """What the rule knows of the steps before."""
+    """Losses of the last steps, and the newest step whose loss was not high."""
 
     losses: tuple[float, ...] = ()
     reference: Cursor | None = None
-    """Where the newest step whose loss was not high stands in the data."""
+    """Position in the data of the newest step whose loss was not high."""
 
     def limit(self, spikes: Spikes) -> float:
-        """The highest loss that is not high; infinite until the window is full, and where spikes are not watched."""
+        """The loss above which a step is high; infinite until the window is full, and where spikes are not watched."""
         if spikes.watch != "all" or len(self.losses) < spikes.window:
             return math.inf
         return outlier_limit(self.losses, spikes.deviations)
 
     def after(self, loss: float, cursor: Cursor, spikes: Spikes) -> LossHistory:
-        """With one more step, whose data begin at ``cursor``. A loss that is not finite leaves no trace."""
+        """The history with one more step, whose data begin at ``cursor``; unchanged by a loss that is not finite."""
         if not math.isfinite(loss):
             return self
         high = loss > self.limit(spikes)
@@ -49,7 +49,7 @@ class LossHistory:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> LossHistory:
-        """What a checkpoint keeps of it."""
+        """The history of a checkpoint's plain values."""
         reference = values["reference"]
         return LossHistory(tuple(values["losses"]), reference and Cursor.from_dict(reference))
 
@@ -62,17 +62,17 @@ def outlier_limit(losses: Sequence[float], deviations: float) -> float:
 
 
 def diagnose_step(loss: float, applied: bool, limit: float) -> Trouble | None:
-    """What is wrong with a step, by its loss and whether its gradient was finite and so its update made."""
+    """Classify a step by its loss and whether its update was ``applied`` (its gradient was finite); None if it is good."""
     if not applied or not math.isfinite(loss):
         return "non-finite"
     return "spike" if loss > limit else None
 
 
 def row_limit(losses: Sequence[float], deviations: float) -> float:
-    """Above it a row stands out among ``losses``, those of rows under good weights. Where any is not finite, only such rows do."""
+    """The loss above which a row is an outlier, of rows under good weights. Where any loss is not finite, only such rows are."""
     return outlier_limit(losses, deviations) if all(map(math.isfinite, losses)) else math.inf
 
 
 def is_outlier(loss: float, limit: float) -> bool:
-    """Whether a row of this loss is to blame."""
+    """Whether a row's loss is not finite or above the limit."""
     return not math.isfinite(loss) or loss > limit

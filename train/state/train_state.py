@@ -1,4 +1,4 @@
-"""How far a run has come: all that must be remembered beside weights and moments."""
+"""The state of a run beside weights and moments: where it is in its data, and what its rules remember."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 from train.data.sampling.batch_plan import Cursor
 from train.state.loss_history import LossHistory
+
+KEYS = {"history": "recent", "evals_since_best": "stale"}
+"""Keys of checkpoints that differ from the names of the fields."""
 
 
 @dataclass(frozen=True)
@@ -17,25 +20,26 @@ class TrainState:
     cursor: Cursor = field(default_factory=Cursor)
     """Where the data goes on: after the batch consumed, not the one prefetched."""
     tokens: int = 0
-    """Places trained on so far."""
+    """Tokens of the global batches so far."""
     updates: int = 0
     """Steps whose update was made; the moments have seen this many."""
     skipped_in_row: int = 0
-    """Steps in a row whose update was not made since its gradient was not finite."""
+    """Steps in a row, up to this one, whose update was skipped since its gradient was not finite."""
     train_s: float = 0.0
     """Seconds spent in the steps that count, without waiting for their data or for saves."""
     score: float | None = None
-    """How good the model of this very step was found to be, the lower the better; see ``train.stability.early_stopping``."""
+    """Of the model of this very step by ``stop.metric``, lower is better: see ``train.stability.early_stopping``. None: not evaluated."""
     best: float | None = None
-    """The lowest score so far, and the step that had it."""
+    """The lowest score so far."""
     best_step: int = 0
-    stale: int = 0
-    """Evaluations since then."""
-    recent: LossHistory = field(default_factory=LossHistory)
-    """What the next steps are judged by."""
+    """The step that had it."""
+    evals_since_best: int = 0
+    """Evaluations since ``best_step``."""
+    history: LossHistory = field(default_factory=LossHistory)
+    """What the losses of the next steps are compared with."""
 
     def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> TrainState:
-        """The progress after one more step."""
+        """The state after one more step, of ``tokens``, whose data end at ``cursor``; ``applied``: its update was made."""
         return replace(
             self,
             step=self.step + 1,
@@ -47,19 +51,22 @@ class TrainState:
             score=None,
         )
 
-    def measured(self, score: float) -> TrainState:
-        """The progress once the model of now has been found to be worth ``score``."""
+    def with_score(self, score: float) -> TrainState:
+        """The state once the model of this step is known to have ``score``."""
         if self.best is None or score < self.best:
-            return replace(self, score=score, best=score, best_step=self.step, stale=0)
-        return replace(self, score=score, stale=self.stale + 1)
+            return replace(self, score=score, best=score, best_step=self.step, evals_since_best=0)
+        return replace(self, score=score, evals_since_best=self.evals_since_best + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint's manifest."""
-        return asdict(self)
+        return {KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainState:
-        """What ``to_dict`` gave."""
-        # A checkpoint older than the rule has nothing recent.
-        recent = LossHistory.from_dict(values["recent"]) if "recent" in values else LossHistory()
-        return cls(**{**values, "cursor": Cursor.from_dict(values["cursor"]), "recent": recent})
+        """The state that ``to_dict`` was called on."""
+        names = {key: name for name, key in KEYS.items()}
+        fields = {names.get(key, key): value for key, value in values.items()}
+        fields["cursor"] = Cursor.from_dict(fields["cursor"])
+        if "history" in fields:  # older checkpoints have none
+            fields["history"] = LossHistory.from_dict(fields["history"])
+        return cls(**fields)

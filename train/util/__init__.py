@@ -1,1 +1,8 @@
-"""TODO."""
+"""Utilities below all other rooms; none imports torch.
+
+format      numbers, durations and counts as text
+io          atomic writes, JSON Lines and file locks
+redact      keeps secrets out of all that is printed and written
+run_layout  RunDir: the names of the files of a run
+seeding     random numbers and seeds as functions of names
+"""

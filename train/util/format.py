@@ -1,4 +1,4 @@
-"""Numbers as people say them."""
+"""Numbers, durations and counts as short text for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PREPARING = {"read": "reading and cleaning", "tokenizer": "making the tokenizer", "tokenize": "writing shards"}
-"""What a prepare does in each of its phases."""
+"""The phases of preparing a corpus, in words."""
 
 
 def finite(value: Any) -> bool:
@@ -16,7 +16,7 @@ def finite(value: Any) -> bool:
 
 
 def count(number: Any) -> str:
-    """A number as people say it: 950, 12.3k, 124M."""
+    """A number in three digits and a suffix: 950, 12.3k, 124M."""
     if not finite(number):
         return "?"
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -26,7 +26,7 @@ def count(number: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time as people say it: 8 s, 2 min 05 s, 3 h 10 min."""
+    """A duration in its two largest units: 8 s, 2 min 05 s, 3 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -36,12 +36,12 @@ def duration(seconds: float) -> str:
 
 
 def plural(number: Any, word: str) -> str:
-    """A count with its noun."""
+    """A count with its noun, in the plural unless it is 1."""
     return f"{number} {word}{'' if str(number) == '1' else 's'}"
 
 
 def shares(parts: dict[str, float], least: float = 0.001) -> str:
-    """What each part is of the whole, the largest first: train 93.1% · start 4.0%. Those below ``least`` are left out."""
+    """Percentages of the whole, the largest first: train 93.1% · start 4.0%. Those below ``least`` are left out."""
     whole = sum(parts.values()) or 1.0
     ranked = sorted(((value / whole, name) for name, value in parts.items()), reverse=True)
     return " · ".join(f"{name} {share:.1%}" for share, name in ranked if share >= least)

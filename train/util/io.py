@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written aside, flushed to disk, then renamed."""
+"""Atomic file writes, JSON Lines and file locks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ASIDE = ".aside-"
-"""How the name of a file that is still being written begins; one found later is what a kill left."""
+TEMPORARY_PREFIX = ".aside-"
+"""Prefix of the name of a file that is still being written; such a file found later was left by a killed process."""
 
 
-def aside(path: Path) -> Path:
-    """Where the content of ``path`` is written before it gets its name."""
-    return path.with_name(f"{ASIDE}{path.name}.{os.getpid()}")
+def temporary_path(path: Path) -> Path:
+    """The path where the content of ``path`` is written before it is renamed."""
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a file that was written aside (and flushed with fsync) its name, and make the name last."""
+    """Rename a complete temporary file (flushed with fsync) to ``path``, and fsync the folder so that the name is durable."""
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -31,8 +31,8 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write ``content`` so that a reader sees all of it or nothing."""
-    temporary = aside(path)
+    """Write ``content`` atomically: a reader sees the old file or the new one, whole."""
+    temporary = temporary_path(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -41,7 +41,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line; it is on the disk when this returns. One that a crash cut short stays apart, on a line of its own."""
+    """Append a line, on the disk when this returns. A line that a crash cut short before stays apart from it."""
     with path.open("a+b") as file:
         torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
         file.write((("\n" if torn else "") + line + "\n").encode())
@@ -50,7 +50,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Hex SHA-256 digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -97,14 +97,14 @@ class FileLock:
         self.file.flush()
 
     def close(self) -> None:
-        """Free the lock."""
+        """Release the lock and close the file."""
         self.file.close()
 
     def __enter__(self) -> FileLock:
-        """Wait for the lock."""
+        """Acquire the lock, waiting for another holder."""
         self.acquire()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Free it."""
+        """Release the lock and close the file."""
         self.close()

@@ -1,8 +1,8 @@
-"""Keeps secrets out of what is written: the terminal, logs, a run's folder, W&B.
+"""Redaction of secrets in all that is written: the terminal, logs, a run's folder, W&B.
 
-What counts as one: the value of an environment variable whose name ends like a secret's (``WANDB_API_KEY``, ``HF_TOKEN``), the
-user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and what is given to a key whose name
-ends like that (``wandb.key=...``). They still work; they are just not shown.
+Secrets are: the value of an environment variable whose name ends like a secret's (``WANDB_API_KEY``, ``HF_TOKEN``), the
+user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and the value of a key whose name
+ends like that (``wandb.key=...``). Only what is written is changed: the process still uses them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from typing import Any
 
 HIDDEN = "[hidden]"
-LEAST = 6
-"""Characters: a shorter value of a variable would blank out words that only look like it."""
+MIN_LENGTH = 6
+"""Characters of a variable's value below which it is not redacted: short values occur in ordinary text."""
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$", re.IGNORECASE)
 RULES = (
     # scheme://user:password@ (a password may hold slashes) and scheme://token@; as a path, such a URL loses a slash
@@ -37,9 +37,9 @@ RULES = (
 
 
 def redact(text: str) -> str:
-    """``text`` without the secrets in it."""
+    """``text`` with the secrets in it replaced by HIDDEN."""
     for name, value in os.environ.items():
-        if len(value) >= LEAST and value in text and SECRET_NAME.search(name):
+        if len(value) >= MIN_LENGTH and value in text and SECRET_NAME.search(name):
             text = text.replace(value, HIDDEN)
     for rule, instead in RULES:
         text = rule.sub(instead, text)
@@ -47,7 +47,7 @@ def redact(text: str) -> str:
 
 
 def redact_tree(value: Any) -> Any:
-    """Plain values, with every string in them redacted."""
+    """A tree of dicts and lists, with every string in it redacted."""
     if isinstance(value, dict):
         return {key: redact_tree(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -55,10 +55,8 @@ def redact_tree(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def cover() -> None:
-    """Has all that Python code of this process, and of its forks, prints pass through ``redact``, tracebacks and libraries' logs
-    included.
-    """
+def redact_output() -> None:
+    """Redact all that Python code of this process, and of its forks, writes to stdout and stderr, tracebacks included."""
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
         stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]

@@ -92,7 +92,7 @@ class RunDir:
 
     @property
     def starts(self) -> Path:
-        """What is kept over the starts of a run: their count, the seconds by cause, the W&B id."""
+        """State kept over the starts of a run: their count, the seconds by cause, the W&B id."""
         return self.path / "run.json"
 
     @property
@@ -112,7 +112,7 @@ class RunDir:
 
     @property
     def wandb(self) -> Path:
-        """W&B's own files."""
+        """The folder of W&B's own files."""
         return self.path / "wandb"
 
     @property

@@ -1,4 +1,4 @@
-"""Random numbers as a function of names: no state to carry, nothing that depends on who draws first."""
+"""Random numbers as pure functions of names: no generator state to save, no dependence on the order of draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def generator(*key: object) -> np.random.Generator:
-    """The generator of ``key``, say (seed, "init", name): equal keys give equal numbers, others unrelated ones.
+    """A NumPy generator seeded by ``key``, such as (seed, "init", name): equal keys give equal numbers.
 
     Philox, a counter-based generator (Salmon et al. 2011), with 128 bits of the key's hash as its key.
     """
@@ -19,6 +19,6 @@ def generator(*key: object) -> np.random.Generator:
 
 
 def seed_of(*key: object) -> int:
-    """A seed for torch from ``key``: the numbers of a step are a function of (seed, step, rank), so nothing is saved."""
+    """A 63-bit seed for torch from ``key``, such as (seed, step, rank): no generator state is saved in checkpoints."""
     text = "/".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -33,7 +33,7 @@ def judged(fault="kill", seen=SEEN, findings=SAME, ours=LOSSES) -> Row:
 
 
 def different(what: str) -> list[Comparison]:
-    return [Comparison(f.what, f.compared, "step 3: 1 and 2") if f.what == what else f for f in SAME]
+    return [Comparison(f.subject, f.compared, "step 3: 1 and 2") if f.subject == what else f for f in SAME]
 
 
 def test_a_row_holds_where_all_is_as_it_must_be():

@@ -52,7 +52,7 @@ def test_secrets_are_in_nothing_that_jobs_write_or_say(corpus, as_typed, tmp_pat
     assert code == 0, said
     assert list((tmp_path / "run" / "wandb").rglob("*.wandb"))
     assert "s3://[hidden]@bucket" in (tmp_path / "run" / "config.yaml").read_text()
-    assert resume.check(configuration.load(as_typed(*settings, "steps=4")), None) == []
+    assert resume.check_resumable(configuration.load(as_typed(*settings, "steps=4")), None) == []
 
     code, said = run_command(tmp_path, *train, *as_typed(*settings, "tracking.key=CANARY-IN-AN-OVERRIDE", name="b"))
     assert (code, "unknown key 'tracking.key'" in said) == (2, True)

@@ -69,7 +69,7 @@ def test_what_lies_between_two_starts(seen: float | None, command: float | None,
     times = TimeByCause(clock)
     clock.now += 2.0
     times.lap("start")
-    times.go_on({"train": 50.0, "start": 7.0}, seen, command)
+    times.add_earlier_starts({"train": 50.0, "start": 7.0}, seen, command)
     assert (times.spent["down"], times.spent["start"], times.spent["train"]) == (down, 9.0 + start, 50.0)
 
 

@@ -20,17 +20,18 @@ def test_what_differs_between_two_runs_is_named(make, corpus: Path, tmp_path: Pa
     shutil.copytree(ours, theirs)
     same = compare(ours, theirs, 4)
     assert [finding.difference for finding in same] == [None] * len(same)
-    assert {"loss", "data_hash", "tensors of weight", "tensors of exp_avg"} <= {finding.what for finding in same}
+    assert {"loss", "data_hash", "tensors of weight", "tensors of exp_avg"} <= {finding.subject for finding in same}
     lines = [json.loads(line) for line in (theirs / "metrics.jsonl").read_text().splitlines()]
     lines[2]["data_hash"] = "0"
     (theirs / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] != 4))
-    other = {finding.what: finding.difference for finding in compare(ours, theirs, 4)}
+    other = {finding.subject: finding.difference for finding in compare(ours, theirs, 4)}
     assert other["data_hash"].startswith("step 3")
     assert other["loss"].startswith("step 4")
     another = make("steps=4", "eval_every=0", "save_every=2", "optimizer.lr=2e-2", name="another")
     gloo_ranks.train_world(another, corpus)
     assert (
-        "apart by" in {f.what: f.difference for f in compare(ours, Path(another.run.dir or ""), 4)}["tensors of weight"]
+        "apart by"
+        in {f.subject: f.difference for f in compare(ours, Path(another.run.dir or ""), 4)}["tensors of weight"]
     )
     with pytest.raises(UserError, match="no complete checkpoint of step 3"):
         compare(ours, theirs, 3)

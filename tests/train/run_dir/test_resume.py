@@ -29,13 +29,13 @@ def started(make):
 
 
 def test_a_new_folder_and_the_same_configuration_are_fine(make, started):
-    assert resume.check(make(), "abc") == []
-    assert resume.check(started(), "abc") == []
+    assert resume.check_resumable(make(), "abc") == []
+    assert resume.check_resumable(started(), "abc") == []
 
 
 def test_what_changes_only_how_it_runs_is_allowed_and_said(make, started):
     started()
-    changes = resume.check(make("steps=20", "cluster.workers=1", "zero=3", "optimizer.lr=1e-4"), "abc")
+    changes = resume.check_resumable(make("steps=20", "cluster.workers=1", "zero=3", "optimizer.lr=1e-4"), "abc")
     assert {change.split(":")[0] for change in changes} == {"steps", "cluster.workers", "zero.stage", "optimizer.lr"}
 
 
@@ -45,7 +45,7 @@ def test_what_changes_only_how_it_runs_is_allowed_and_said(make, started):
 def test_another_run_under_the_same_name_is_refused_naming_the_key(make, started, override: str):
     started()
     with pytest.raises(UserError) as caught:
-        resume.check(make(override), "abc")
+        resume.check_resumable(make(override), "abc")
     assert override.split("=")[0].split(".")[-1].replace("optimizer", "optimizer.name") in str(caught.value)
     assert "run.name" in str(caught.value)
 
@@ -56,14 +56,14 @@ def test_another_corpus_is_refused(make, started):
     folder.mkdir(parents=True)
     (folder / "checkpoint.json").write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
     with pytest.raises(UserError, match="corpus"):
-        resume.check(config, "new")
+        resume.check_resumable(config, "new")
 
 
 def test_a_run_that_made_all_its_steps_is_finished(make, corpus: Path):
     config = make("steps=2")
-    assert resume.finished(config) is None
+    assert resume.finished_summary(config) is None
     gloo_ranks.train_world(config, corpus)
-    summary = resume.finished(config)
+    summary = resume.finished_summary(config)
     assert summary is not None
     assert {
         "step",
@@ -75,4 +75,4 @@ def test_a_run_that_made_all_its_steps_is_finished(make, corpus: Path):
         "wall_s",
         "goodput",
     } <= summary.keys()
-    assert resume.finished(make("steps=3")) is None
+    assert resume.finished_summary(make("steps=3")) is None

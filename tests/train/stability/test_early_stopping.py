@@ -32,16 +32,16 @@ def judged(stop: Stop, values: list[float | None]) -> list[tuple[int, int]]:
     progress, found = TrainState(), []
     for step, value in enumerate(values, 1):
         progress = update(stop, replace(progress, step=step), {"f1": value, "val_loss": value})
-        found.append((progress.best_step, progress.stale))
+        found.append((progress.best_step, progress.evals_since_best))
     return found
 
 
 def test_lower_is_better_for_losses_and_higher_for_the_rest():
     assert judged(Stop(), [3.0, 2.0, 2.5, 2.0, 1.0]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
     assert judged(Stop(metric="f1"), [0.3, 0.5, None, float("nan"), 0.6]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
-    assert should_stop(Stop(patience=2), TrainState(stale=2))
-    assert not should_stop(Stop(patience=2), TrainState(stale=1))
-    assert not should_stop(Stop(patience=0), TrainState(stale=9))
+    assert should_stop(Stop(patience=2), TrainState(evals_since_best=2))
+    assert not should_stop(Stop(patience=2), TrainState(evals_since_best=1))
+    assert not should_stop(Stop(patience=0), TrainState(evals_since_best=9))
     with pytest.raises(UserError, match=r"stop.metric=acc is not measured here. There are: val_loss"):
         update(Stop(metric="acc"), TrainState(), {"val_loss": 1.0})
 
@@ -58,7 +58,7 @@ def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path
     assert open_run(folder, "best").checkpoint.progress.step == best
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["step"], summary["stale"]) == (end, 3)
-    assert resume.finished(config) == summary
+    assert resume.finished_summary(config) == summary
 
 
 def test_the_best_is_saved_wherever_it_falls(make, corpus: Path):
@@ -78,7 +78,7 @@ def test_a_stop_between_changes_nothing_and_more_patience_goes_on(make, corpus: 
     gloo_ranks.train_world(parts, corpus)
     assert gloo_ranks.metrics(parts) == gloo_ranks.metrics(whole)
     patient = make(*WILD, "stop.patience=4", name="parts")
-    assert resume.finished(patient) is None
+    assert resume.finished_summary(patient) is None
     assert set(gloo_ranks.train_world(patient, corpus)) == {"done"}
     assert len(gloo_ranks.metrics(patient)) > end
     assert gloo_ranks.metrics(patient)[:end] == gloo_ranks.metrics(whole)

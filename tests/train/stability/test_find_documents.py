@@ -15,7 +15,7 @@ from train.data.corpus.shards import Corpus
 from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import Cursor
 from train.errors import UserError
-from train.stability.find_documents import trace
+from train.stability.find_documents import trace_step
 
 
 def test_every_document_knows_its_source(corpus: Path):
@@ -37,7 +37,7 @@ def test_the_parts_of_a_step_are_its_targets(make, corpus: Path, pack: str):
     lines = gloo_ranks.metrics(config)
     for step in (1, 2, 59):  # the last of them in a later epoch
         (batch,) = loader.peek(loader.plan.after(Cursor(), step - 1))
-        data_hash, parts = trace(folder, step)
+        data_hash, parts = trace_step(folder, step)
         assert data_hash == lines[step - 1]["data_hash"]
         for row in range(4):
             spans = [(int(p.document.removeprefix("train/")), *p.tokens) for p in parts if p.row == row]
@@ -63,4 +63,4 @@ def test_the_verb_prints_a_table_or_json_and_marks_what_is_left_out(make, corpus
     assert "begins with" in capsys.readouterr().out
     assert main(["trace", f"run.dir={folder}", "step=x"]) == 2
     with pytest.raises(UserError, match="has the steps 1 to 2"):
-        trace(folder, 3)
+        trace_step(folder, 3)

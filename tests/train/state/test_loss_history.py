@@ -65,8 +65,8 @@ def test_rows_that_are_not_finite_stand_out_alone_and_else_those_far_out():
 def test_what_is_remembered_survives_a_checkpoint_bit_for_bit():
     progress = TrainState()
     for n, loss in enumerate(np.random.default_rng(0).normal(3.0, 0.1, 20).tolist()):
-        recent = progress.recent.after(loss, progress.cursor, RULE)
-        progress = TrainState(step=n + 1, cursor=Cursor(0, n + 1), recent=recent)
+        recent = progress.history.after(loss, progress.cursor, RULE)
+        progress = TrainState(step=n + 1, cursor=Cursor(0, n + 1), history=recent)
         assert TrainState.from_dict(json.loads(json.dumps(progress.to_dict()))) == progress
 
 

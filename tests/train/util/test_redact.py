@@ -50,7 +50,7 @@ def test_the_values_of_secret_variables_are_hidden_wherever_they_come(monkeypatc
 
 def test_all_that_a_process_prints_is_covered_tracebacks_and_logs_too():
     program = (
-        "import logging, sys; from train.util import redact; redact.cover(); print('a', 'CANARY123'); "
+        "import logging, sys; from train.util import redact; redact.redact_output(); print('a', 'CANARY123'); "
         "logging.warning('b CANARY123'); sys.stderr.write('c CANARY123\\n'); raise ValueError('d s3://k:CANARY@x')"
     )
     done = subprocess.run(

@@ -83,7 +83,7 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     from webdataset import TarWriter  # 1.3 s, and only writers need it
 
     rows: list[tuple[int, int, int]] = []
-    temporary = files.aside(path)
+    temporary = files.temporary_path(path)
     with temporary.open("wb") as file:
         hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0) as writer:

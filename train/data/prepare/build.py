@@ -71,7 +71,7 @@ def claim_folder(folder: Path, spec: CorpusSpec) -> None:
 def build_corpus(build: CorpusBuild) -> None:
     """Write tokenizer, shards, tables and index; files that are there and whole are kept."""
     folder, spec = build.folder, build.spec
-    for leftover in [*folder.glob(f"{io.ASIDE}*"), *(folder / _RECEIPTS).glob(f"{io.ASIDE}*")]:
+    for leftover in [*folder.glob(f"{io.TEMPORARY_PREFIX}*"), *(folder / _RECEIPTS).glob(f"{io.TEMPORARY_PREFIX}*")]:
         leftover.unlink()  # of a prepare that was killed: we hold the lock
     verified = VerifiedFiles(folder)
     tokenizer = _make_tokenizer(build, verified)
