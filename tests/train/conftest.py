@@ -18,7 +18,7 @@ def make_config():
 
     def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, objective=None, **keys):
         chosen = yaml.safe_load((CONF / f"model/{model}.yaml").read_text())
-        name = (objective or {}).get("name", schema.kinds("model")[chosen["family"]].objectives[0])
+        name = (objective or {}).get("name", schema.variants("model")[chosen["family"]].objectives[0])
         usual = yaml.safe_load((CONF / f"objective/{name}.yaml").read_text())
         return schema.Config.model_validate(
             {

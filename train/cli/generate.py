@@ -14,7 +14,7 @@ import yaml
 
 from train.config import load as configuration
 from train.config import schema
-from train.config.validate import problems_of_generation
+from train.config.validate import generation_problems
 from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
@@ -70,9 +70,15 @@ def prompts(text: str, file: str) -> list[str]:
 
 def chosen(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
     """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
-    base = configuration.choice("generation", options["generation"]) if options["generation"] else trained.model_dump()
-    settings = configuration.typed(schema.Generation, base | {n: _value(n, options[n]) for n in NAMES if options[n]})
-    if found := problems_of_generation(settings):
+    base = (
+        configuration.read_choice("generation", options["generation"])
+        if options["generation"]
+        else trained.model_dump()
+    )
+    settings = configuration.parse_section(
+        schema.Generation, base | {n: _value(n, options[n]) for n in NAMES if options[n]}
+    )
+    if found := generation_problems(settings):
         raise configuration.ConfigError(found)
     return settings
 

@@ -1,6 +1,6 @@
-"""The typed tree of a run's configuration: every key, its type, unit and bounds.
+"""Typed tree of a run's configuration: every key with its type, unit and bounds.
 
-YAML files in ``conf/`` choose and set numbers; this file says what a key means. ``train.config.load`` fills the tree
+YAML files in ``conf/`` choose and set numbers; this module says what a key means. ``train.config.load`` fills the tree
 from the command line; everything else receives it resolved, and never changes it.
 """
 
@@ -18,9 +18,9 @@ from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
 from train.config.keys.recurrent import Recurrent
 
 Model = Annotated[Decoder | Encoder | EncDec | Recurrent, Field(discriminator="family")]
-"""A model: the keys depend on its family."""
+"""Keys of a model; its family decides which there are."""
 Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator="name")]
-"""What is trained: the keys depend on its name."""
+"""Keys of an objective; its name decides which there are."""
 
 
 class Run(Section):
@@ -276,7 +276,8 @@ class Sweep(Section):
     pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
     startup: Positive | None = Field(
         None,
-        description="of tpe: trials spread evenly before it looks at results; default: a fifth of sweep.trials, 4 to 10",
+        description="of tpe: trials spread evenly before it looks at results; "
+        "default: a fifth of sweep.trials, 4 to 10",
     )
     seed: NonNegative = Field(0, description="of the suggestions")
     parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
@@ -289,11 +290,11 @@ class CommandLine(Config):
     sweep: Sweep = Sweep()
 
 
-KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
-"""Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
+DISCRIMINATORS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
+"""Sections with several variants, and the key that tells them apart: {"model": "family", "objective": "name"}."""
 
 
-def kinds(section: str) -> dict[str, Any]:
-    """The kinds of one of the sections in ``KINDS``, by name."""
+def variants(section: str) -> dict[str, Any]:
+    """The classes of a section in ``DISCRIMINATORS``, by the value of its key: {"decoder": Decoder, ...}."""
     classes = get_args(Config.model_fields[section].annotation)
-    return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}
+    return {get_args(variant.model_fields[DISCRIMINATORS[section]].annotation)[0]: variant for variant in classes}

@@ -32,7 +32,7 @@ def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
     extra = ["data.paths=[x]"] if (group, choice) in OF_TEXT else []
     if group == "model":
         family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
-        extra += [f"objective={schema.kinds('model')[family].objectives[0]}"]
+        extra += [f"objective={schema.variants('model')[family].objectives[0]}"]
     if group == "objective":
         extra += FITTING[choice]
     extra += ["batch.seq_len=64"] if group == "experiment" else []
@@ -43,7 +43,7 @@ def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
     assert configuration.parse(configuration.to_dict(config)) == config
 
 
-def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
+def test_override_sets_its_key_with_or_without_a_yaml():
     config = configuration.load(["zero.stage=3", "data.dedup=false", "run.name=x", "zero=1", "batch.global=4"])
     assert (config.zero.stage, config.data.dedup, config.run.dir, config.batch.global_) == (3, False, "runs/x", 4)
 
@@ -73,19 +73,19 @@ def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
         (["model.heads=5"], ["model.heads=5", "model.width=192"]),
     ],
 )
-def test_a_mistake_is_named_with_its_cure(overrides: list[str], said: list[str]):
+def test_mistake_in_configuration_is_named_with_its_cure(overrides: list[str], said: list[str]):
     with pytest.raises(UserError) as caught:
         configuration.load(overrides)
     assert all(words in str(caught.value) for words in said), str(caught.value)
 
 
-def test_all_problems_are_reported_at_once():
+def test_several_problems_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         configuration.load(["lerning_rate=1", "steps=many", "seed=-1", "zero=7"])
     assert all(words in str(caught.value) for words in ("4 problems", "lerning_rate", "steps", "seed", "zero=7"))
 
 
-def test_the_digest_changes_with_any_value():
+def test_config_digest_changes_with_any_value():
     digests = [
         configuration.digest(configuration.load(o)) for o in ([], ["seed=1"], ["optimizer.eps=1e-7"], ["run.name=b"])
     ]
@@ -93,13 +93,13 @@ def test_the_digest_changes_with_any_value():
     assert configuration.digest(configuration.load([])) == digests[0]
 
 
-def test_help_names_every_group_and_key():
+def test_train_help_names_every_group_and_key():
     text = configuration.help_text()
     assert all(f"{group}=" in text for group in configuration.groups())
     assert all(key in text for key in configuration.keys())  # noqa: SIM118  a function of ours
 
 
-def test_a_sweep_is_made_of_hydras_own_words():
+def test_sweep_with_hydra_syntax_gives_axes_and_grid():
     words = [
         "model=glob(gpt_*)",
         "optimizer.lr=choice(1e-3,3e-3)",
@@ -121,7 +121,7 @@ def test_a_sweep_is_made_of_hydras_own_words():
     assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
 
 
-def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_path):
+def test_listed_points_are_combined_with_all_axis_values(tmp_path):
     file = tmp_path / "sizes.yaml"
     file.write_text('- [model.width=32, steps=80]\n- [model.width=64, model.heads=8, "generation.prompts=[a,b]"]\n')
     sweep = configuration.load_sweep([f"sweep.points={file}", "seed=0,1", "steps=40"])
@@ -157,7 +157,7 @@ def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_p
         ("- [steps=3]\n- [steps=3, model.heads=5]", [], "model.heads=5"),
     ],
 )
-def test_a_mistake_in_a_list_of_trials_is_named(text, more, said, tmp_path):
+def test_mistake_in_listed_points_is_named(text, more, said, tmp_path):
     (tmp_path / "points.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         load_all([f"sweep.points={tmp_path}/points.yaml", *more])
@@ -165,7 +165,7 @@ def test_a_mistake_in_a_list_of_trials_is_named(text, more, said, tmp_path):
 
 
 @pytest.mark.parametrize("choice", configuration.groups()["sweep"])
-def test_every_kind_of_sweep_composes(choice: str):
+def test_every_shipped_sweep_choice_composes(choice: str):
     more = {
         "grid": ["seed=1,2"],
         "nsga2": ["sweep.metric=[val_loss,tokens_per_s]", "sweep.direction=[minimize,maximize]"],
@@ -195,7 +195,7 @@ def test_every_kind_of_sweep_composes(choice: str):
         (["model.heads=2,5", "model.width=64"], ["model.heads=5"]),
     ],
 )
-def test_a_mistake_in_a_sweep_is_named_with_its_cure(overrides: list[str], said: list[str]):
+def test_mistake_in_sweep_is_named_with_its_cure(overrides: list[str], said: list[str]):
     with pytest.raises(UserError) as caught:
         load_all(overrides)
     assert all(words in str(caught.value) for words in said), str(caught.value)

@@ -69,7 +69,7 @@ def exhaustive(model, prompt, length, penalty):
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.sampled_from([0.0, 0.6, 1.0, 2.0, -0.5]))
-def test_wide_beams_find_what_an_exhaustive_search_finds(seed, length, penalty):
+def test_wide_beams_equal_exhaustive_search(seed, length, penalty):
     model, prompts = Table(seed), [[1, 2], [3], [2, 2, 2, 1]]
     found = beam_search(model, prompts, options(max_tokens=length, beams=3**4, n=5, length_penalty=penalty), EOT)
     for prompt, texts in zip(prompts, found, strict=True):
@@ -80,7 +80,7 @@ def test_wide_beams_find_what_an_exhaustive_search_finds(seed, length, penalty):
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 5))
-def test_what_narrow_beams_find_is_among_all_texts_with_its_score_and_does_not_depend_on_the_batch(seed, beams):
+def test_narrow_beams_give_true_scores_independent_of_batch(seed, beams):
     model, prompts, asked = Table(seed), [[1], [2, 3, 1]], options(max_tokens=4, beams=beams, n=beams)
     found = beam_search(model, prompts, asked, EOT)
     assert found == [beam_search(model, [prompt], asked, EOT)[0] for prompt in prompts]
@@ -90,7 +90,7 @@ def test_what_narrow_beams_find_is_among_all_texts_with_its_score_and_does_not_d
         assert [text.score for text in texts] == pytest.approx([scores[tuple(text.tokens)] for text in texts])
 
 
-def test_a_text_ends_where_it_is_told_to():
+def test_beam_text_ends_where_stopped_returns_true():
     model, asked = Table(5), options(max_tokens=4, beams=3**4, n=3**4)
     [texts] = beam_search(model, [[1]], asked, EOT, lambda prompt, tokens: tokens[-1] == 3)
     stopped = [text.tokens for text in texts if text.reason == "stop"]
@@ -100,7 +100,7 @@ def test_a_text_ends_where_it_is_told_to():
 
 
 @pytest.mark.parametrize("find", [generate, beam_search])
-def test_an_answer_has_the_whole_length_to_itself_whatever_the_prompt_has(find):
+def test_answer_may_fill_max_len_whatever_the_prompt_length(find):
     model = Table(1, continues=False, max_len=6)
     assert isinstance(model, Generative)
     never = V + 1

@@ -50,12 +50,12 @@ def uncached(model, prompt, count):
 PROMPTS = [[1, 2, 3], [7], list(range(20)), [200, 100, 0, 9, 9]]
 
 
-def test_it_is_generative(model):
+def test_objective_with_prefill_and_decode_is_generative(model):
     assert isinstance(model, Generative)
     assert not isinstance(model.backbone.embed, Generative)
 
 
-def test_cached_logits_equal_those_of_a_full_pass_and_rows_are_chosen_freely(model):
+def test_cached_logits_of_selected_rows_equal_full_forward_pass(model):
     tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(0))
     lengths, rows = torch.tensor([4, 9, 1]), torch.arange(3)
     batch = {"positions": torch.arange(20).expand(3, -1), "segments": torch.ones(3, 20, dtype=torch.int32)}
@@ -71,14 +71,14 @@ def test_cached_logits_equal_those_of_a_full_pass_and_rows_are_chosen_freely(mod
             logits, state = model.decode(tokens[rows, ends + 1], state)
 
 
-def test_greedy_text_equals_the_uncached_one_and_a_batch_its_rows(model):
+def test_greedy_text_in_a_batch_equals_uncached_text_of_each_row(model):
     found = texts(generate(model, PROMPTS, options(), EOT))
     assert found == [uncached(model, prompt, 12) for prompt in PROMPTS]
     assert found == [texts(generate(model, [prompt], options(), EOT))[0] for prompt in PROMPTS]
     assert len({tuple(text) for text in found}) > 1
 
 
-def test_it_ends_at_the_longest_sequence_and_says_so(model):
+def test_generation_ends_at_max_len_with_that_reason(model):
     found = generate(model, [list(range(37)), [5], list(range(40))], options(max_tokens=9), EOT)
     assert [len(text) for text in texts(found)] == [3, 9, 0]
     assert [several[0].reason for several in found] == ["max_len", "max_tokens", "max_len"]
@@ -87,7 +87,7 @@ def test_it_ends_at_the_longest_sequence_and_says_so(model):
         generate(model, [[1], list(range(41))], options(), EOT)
 
 
-def test_it_ends_at_the_end_of_text_which_is_not_returned_and_where_it_is_told_to(model):
+def test_generation_ends_at_eot_or_when_on_token_returns_true(model):
     text = texts(generate(model, [[1, 2, 3]], options(), EOT))[0]
     seen, end = [], text[4]
     [[cut]] = generate(model, [[1, 2, 3]], options(), end, lambda row, token: bool(seen.append(token)))
@@ -99,18 +99,18 @@ def test_it_ends_at_the_end_of_text_which_is_not_returned_and_where_it_is_told_t
     assert told[1] == generate(model, [[7]], options(), EOT)[0]
 
 
-def test_nothing_asked_for_is_nothing_done(model):
+def test_generate_without_prompts_or_tokens_returns_empty_texts(model):
     assert generate(model, [], options(), EOT) == []
     for find in (generate, beam_search):
         [[nothing]] = find(model, [[1]], options(max_tokens=0, beams=2), EOT)
         assert (nothing.tokens, nothing.reason) == ([], "max_tokens")
 
 
-def test_an_empty_prompt_starts_a_document(model):
+def test_empty_prompt_starts_a_document(model):
     assert generate(model, [[]], options(), EOT) == generate(model, [[EOT]], options(), EOT)
 
 
-def test_a_draw_is_a_function_of_seed_prompt_and_number_whatever_runs_beside_it(model):
+def test_draw_depends_on_seed_prompt_and_number_not_on_batch(model):
     sampled = options(temperature=1.0, seed=1, max_tokens=8, n=3, top_k=50, repetition_penalty=1.2)
     several = generate(model, [[1]], sampled, EOT)
     torch.manual_seed(5)
@@ -153,7 +153,7 @@ def twins(make_config):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_text_is_that_of_transformers(twins, penalty):
+def test_greedy_text_equals_transformers(twins, penalty):
     ours, theirs = twins
     for prompt in PROMPTS:
         [[mine]] = generate(ours, [prompt], options(repetition_penalty=penalty, max_tokens=15), EOT)
@@ -164,7 +164,7 @@ def test_greedy_text_is_that_of_transformers(twins, penalty):
 
 
 @pytest.mark.parametrize(("length_penalty", "penalty"), [(1.0, 1.0), (0.0, 1.0), (2.5, 1.2), (-1.0, 1.0)])
-def test_beams_are_those_of_transformers(twins, length_penalty, penalty):
+def test_beams_equal_those_of_transformers(twins, length_penalty, penalty):
     ours, theirs = twins
     asked = options(beams=4, n=4, length_penalty=length_penalty, repetition_penalty=penalty, max_tokens=8)
     ends = generate(ours, [[1, 2, 3]], options(max_tokens=8), EOT)[0][0].tokens[2:4]

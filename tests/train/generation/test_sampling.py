@@ -42,7 +42,7 @@ def by_definition(logits, o):
     st.sampled_from([1.0, 0.93, 0.61, 0.37, 1e-6]),
     st.sampled_from([0.0, 0.013, 0.21, 0.77, 1.0]),
 )
-def test_probabilities_are_those_of_the_definition(numbers, temperature, top_k, top_p, min_p):
+def test_probabilities_equal_their_definition(numbers, temperature, top_k, top_p, min_p):
     o = options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = [n * 0.137 for n in numbers]
     found = probabilities(torch.tensor([logits, logits[::-1]], dtype=torch.float64), o)
@@ -50,7 +50,7 @@ def test_probabilities_are_those_of_the_definition(numbers, temperature, top_k, 
     assert found[1].tolist() == pytest.approx(by_definition(logits[::-1], o), abs=1e-12)
 
 
-def test_temperature_top_k_top_p_and_min_p_by_hand():
+def test_temperature_top_k_top_p_and_min_p_equal_values_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def probs(**keys):
@@ -74,13 +74,13 @@ def test_temperature_top_k_top_p_and_min_p_by_hand():
     st.lists(st.lists(st.integers(0, 5)), min_size=2, max_size=2),
     st.floats(0.5, 2),
 )
-def test_the_repetition_penalty_is_that_of_the_definition(scores, held, penalty):
+def test_repetition_penalty_equals_its_definition(scores, held, penalty):
     found = apply_repetition_penalty(torch.tensor([scores, scores], dtype=torch.float64), held, penalty)
     for row, tokens in zip(found.tolist(), held, strict=True):
         assert row == [x if i not in tokens else x / penalty if x > 0 else x * penalty for i, x in enumerate(scores)]
 
 
-def test_draws_follow_the_probabilities_and_never_take_a_token_of_none():
+def test_draws_follow_probabilities_and_never_choose_weight_zero():
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).log()
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     drawn = choose_tokens(logits.expand(1000, -1), options(), grid)

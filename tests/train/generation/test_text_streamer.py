@@ -49,7 +49,7 @@ PLACES = st.lists(st.integers(0, 200), max_size=60)
     st.lists(st.text("ab\né中", min_size=1, max_size=4), max_size=3),
     LETTERS,
 )
-def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_string(text, places, stops, before):
+def test_shown_text_is_a_prefix_without_part_of_a_stop_string(text, places, stops, before):
     pieces = cut(text.encode(), places)
     prompt = [piece.encode() for piece in before]
     writer = TextStreamer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
@@ -67,14 +67,14 @@ def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_s
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=40), PLACES)
-def test_bytes_that_are_no_text_come_as_the_tokenizer_has_them(data, places):
+def test_invalid_bytes_are_shown_as_the_tokenizer_decodes_them(data, places):
     pieces = cut(data, places)
     writer = TextStreamer(Pieces(pieces), [], [])
     shown = "".join(writer.add(token) for token in range(len(pieces))) + writer.end()
     assert shown == data.decode("utf-8", "replace")
 
 
-def test_what_is_certain_is_shown_at_once():
+def test_complete_characters_are_shown_at_once():
     writer = TextStreamer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
     assert [writer.add(token) for token in range(7)] == ["a", "", "é", "", "ENT", "", ""]
     assert (writer.end(), writer.text, writer.stopped) == ("", "aéENT", True)
@@ -95,7 +95,7 @@ def options(**keys):
 
 
 @pytest.mark.parametrize("keys", [{}, {"n": 2}, {"beams": 3, "n": 2}])
-def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_shown(model, tokenizer, keys):
+def test_texts_equal_shown_pieces_for_any_batch_of_prompts(model, tokenizer, keys):
     prompts = ["one", "", "another, and longer", "one"]
     shown = {}
     found = []
@@ -109,7 +109,7 @@ def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_s
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
+def test_text_ends_before_a_stop_string(model, tokenizer, beams):
     [[whole]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0))
     stop = whole.text[3:5]
     [[text]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0, stop=["never", stop]))
@@ -118,7 +118,7 @@ def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
     assert stop not in text.text
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model, tokenizer):
+def test_too_long_prompt_is_refused_before_any_text(model, tokenizer):
     shown = []
     with pytest.raises(UserError, match=r"prompt 1 has 51 tokens.*40.*shorten"):
         next(

@@ -81,7 +81,7 @@ def shaken(reference):
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_gpt2_logits_equal_those_of_transformers(make_config, isolate):
+def test_gpt2_logits_equal_transformers(make_config, isolate):
     config = make_config("gpt_tiny", layers=3, width=96, heads=3, max_len=48, vocab_size=131, isolate=isolate)
     theirs = transformers.GPT2Config(vocab_size=131, n_positions=48, n_embd=96, n_layer=3, n_head=3)
     reference = shaken(transformers.GPT2LMHeadModel(theirs))
@@ -100,7 +100,7 @@ def test_gpt2_logits_equal_those_of_transformers(make_config, isolate):
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_llama_logits_equal_those_of_transformers(make_config, kv_heads, isolate):
+def test_llama_logits_equal_transformers(make_config, kv_heads, isolate):
     config = make_config(
         "llama_tiny", layers=3, width=96, kv_heads=kv_heads, max_len=64, vocab_size=131, rope_theta=5e5, isolate=isolate
     )
@@ -125,7 +125,7 @@ def test_llama_logits_equal_those_of_transformers(make_config, kv_heads, isolate
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_every_shipped_model_builds_on_meta_with_its_published_size(make_config, path):
+def test_shipped_models_on_meta_have_published_sizes(make_config, path):
     vocab, parameters = PUBLISHED.get(path.stem, (257, None))
     keys = yaml.safe_load(path.read_text()) | ({"vocab_size": vocab} if parameters else {})
     with torch.device("meta"):
@@ -136,12 +136,12 @@ def test_every_shipped_model_builds_on_meta_with_its_published_size(make_config,
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_no_shipped_model_is_without_a_vocabulary_that_is_a_multiple_of_64(path):
+def test_shipped_models_have_vocabularies_divisible_by_64(path):
     model = TypeAdapter(schema.Model).validate_python(yaml.safe_load(path.read_text()))
     assert padded_vocab(model, 257) % 64 == 0
 
 
-def test_weights_start_as_published(make_config):
+def test_initial_weights_have_published_deviations(make_config):
     config = make_config("gpt_tiny", width=256, heads=4, layers=8, max_len=512)
     backbone = build_objective(config, 4000).backbone
     for name, parameter in backbone.named_parameters():
@@ -155,7 +155,7 @@ def test_weights_start_as_published(make_config):
             assert parameter.mean().item() == pytest.approx(0, abs=4 * std / parameter.numel() ** 0.5)
 
 
-def test_weights_are_a_function_of_seed_and_name_alone(make_config):
+def test_initial_weights_depend_on_seed_and_name_alone(make_config):
     whole = build_objective(make_config("llama_tiny", seed=3), 257)
     torch.manual_seed(99)
     again = build_objective(make_config("llama_tiny", seed=3, layers=2), 257)
@@ -167,7 +167,7 @@ def test_weights_are_a_function_of_seed_and_name_alone(make_config):
     assert len({tuple(x.tolist()) for x in flat}) == len(flat), "two parameters hold the same numbers"
 
 
-def test_a_deferred_build_gets_the_weights_of_a_direct_one(make_config):
+def test_deferred_build_has_the_weights_of_a_direct_one(make_config):
     config = make_config("llama_tiny")
     with torch.device("meta"):
         deferred = build_objective(config, 257)
@@ -177,7 +177,7 @@ def test_a_deferred_build_gets_the_weights_of_a_direct_one(make_config):
     assert all(torch.equal(a, b) for a, b in zip(deferred.parameters(), direct.parameters(), strict=True))
 
 
-def test_sizes_that_do_not_fit_are_all_named(make_config):
+def test_model_sizes_that_do_not_fit_are_all_named(make_config):
     model = make_config("llama_tiny", width=66, heads=4, kv_heads=3).model
     with pytest.raises(UserError, match=r"heads=4 .*width=66.*; .*kv_heads=3 .*heads=4"):
         build_backbone(model, 64)
@@ -188,7 +188,7 @@ def test_sizes_that_do_not_fit_are_all_named(make_config):
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_recomputed_activations_change_nothing(make_config, pack, name):
+def test_activation_checkpointing_keeps_loss_and_gradients(make_config, pack, name):
     generator = torch.Generator().manual_seed(0)
     batch = pack([[torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20)] for _ in range(3)], 32)
     gradients = []
@@ -200,7 +200,7 @@ def test_recomputed_activations_change_nothing(make_config, pack, name):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_dropout_is_a_function_of_the_seed_and_off_in_eval(make_config):
+def test_dropout_depends_on_the_seed_and_is_off_in_eval(make_config):
     objective = build_objective(make_config(dropout=0.3), 257)
     batch = rows(torch.arange(32)[None])
 
@@ -215,7 +215,7 @@ def test_dropout_is_a_function_of_the_seed_and_off_in_eval(make_config):
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_float32_and_its_loss_is_float32(make_config, name, dtype):
+def test_half_precision_loss_is_float32_and_near_that_of_float32(make_config, name, dtype):
     objective = build_objective(make_config(name), 257)
     batch = rows(torch.arange(64).view(2, 32))
     right = objective(batch)["loss"][0]
@@ -238,7 +238,7 @@ def head_flops(hidden, weight, targets, ignore_index, label_smoothing, z_loss, f
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_flops_are_those_that_torch_counts(make_config, name):
+def test_flops_per_token_equal_torch_flop_counter(make_config, name):
     objective = build_objective(make_config(name, isolate=False, layers=3, seq_len=64), 257)
     batch = rows(torch.randint(0, 257, (2, 64)))
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

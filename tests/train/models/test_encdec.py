@@ -66,7 +66,7 @@ def translations(rows=3, source=150, target=20):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
-def test_weights_start_as_t5s(make_config, ours, theirs):
+def test_initial_weights_have_deviations_of_t5(make_config, ours, theirs):
     config = make_config("t5_tiny", **SIZES, activation=ours, tied=False)
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_weights_start_as_t5s(make_config, ours, theirs):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
-def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
+def test_t5_logits_equal_transformers(make_config, tied, ours, theirs):
     config = make_config("t5_tiny", **SIZES, activation=ours, tied=tied)
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     settings = transformers.T5Config(
@@ -105,7 +105,7 @@ def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_t5_writes_what_transformers_writes(make_config, beams):
+def test_t5_greedy_text_equals_transformers(make_config, beams):
     """Greedily and by beams, after sources of unequal length: tokens, order and scores."""
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     reference = shaken(
@@ -132,7 +132,7 @@ def test_t5_writes_what_transformers_writes(make_config, beams):
     assert len({tuple(text) for text in ours}) > 1
 
 
-def test_the_original_transformer_is_torchs(make_config):
+def test_original_transformer_equals_torch(make_config):
     sizes = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "vocab_size": 131, "norm_eps": 1e-5}
     objective = build_objective(make_config("transformer_tiny", **sizes), 131).eval()
     theirs = shaken(torch.nn.Transformer(32, 2, 2, 2, 48, 0.0, batch_first=True))
@@ -175,7 +175,7 @@ def test_the_original_transformer_is_torchs(make_config):
 
 
 @pytest.mark.parametrize("name", ["t5_tiny", "transformer_tiny"])
-def test_a_target_sees_what_is_before_it_its_own_source_and_nothing_else(make_config, name):
+def test_target_token_sees_earlier_targets_and_own_source_only(make_config, name):
     objective = build_objective(make_config(name, vocab_size=131), 131).eval()
     batch = translations(source=30)
     batch["segments"][:, 15:] = 2

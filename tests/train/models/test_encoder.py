@@ -71,7 +71,7 @@ def pairs(rows=3, length=40):
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu_new"), ("gelu_exact", "gelu"), ("relu", "relu")])
-def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, theirs):
+def test_bert_logits_of_both_heads_equal_transformers(make_config, ours, theirs):
     config = make_config("bert_tiny", **SIZES, activation=ours)
     sizes = {
         "vocab_size": 131,
@@ -95,7 +95,7 @@ def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, the
         assert (said - right.seq_relationship_logits).abs().max() < 1e-5
 
 
-def test_both_losses_are_sums_with_counts_of_their_own(make_config):
+def test_masked_and_next_losses_are_sums_with_own_counts(make_config):
     objective = build_objective(make_config("bert_tiny", **SIZES), 131)
     batch = pairs()
     batch["targets"][:, 3:8] = batch["tokens"][:, 3:8]
@@ -110,7 +110,7 @@ def test_both_losses_are_sums_with_counts_of_their_own(make_config):
     assert objective.eval()(batch).keys() == {"loss", "accuracy", "next_loss", "next_accuracy"}
 
 
-def test_padding_and_other_documents_are_not_seen(make_config):
+def test_encoder_token_sees_no_padding_or_other_document(make_config):
     objective = build_objective(make_config("bert_tiny", **SIZES), 131).eval()
     batch = pairs()
     batch["segments"][0, 20:] = 2

@@ -77,7 +77,7 @@ PROMPTS = [[1, 2, 3, START], [7, START], [*range(20), START], [200, 100, 0, 9, 9
     ],
     ids=["greedy", "drawn", "beams"],
 )
-def test_text_is_that_of_the_twin_without_a_state_and_of_each_prompt_alone(model, find, keys):
+def test_cached_text_equals_text_without_a_state_and_prompts_alone(model, find, keys):
     with torch.no_grad():
         found = find(model, PROMPTS, options(**keys), EOT)
         twin = find(Stateless(model), PROMPTS, options(**keys), EOT)

@@ -11,7 +11,7 @@ SIZES = {"layers": 2, "width": 32, "vocab_size": 64}
 
 
 @pytest.mark.parametrize("model", ["bert_tiny", "gpt_tiny", "lstm_tiny"])
-def test_the_mean_is_over_the_tokens_of_a_row_and_no_padding(make_config, model: str):
+def test_mean_pooling_leaves_out_padding(make_config, model: str):
     objective = {"name": "classify", "classes": ["a", "b", "c"], "pool": "mean"}
     built = build_objective(make_config(model, objective=objective, **SIZES), 64).eval()
     assert not [name for name, _ in built.named_parameters() if "pooler" in name]

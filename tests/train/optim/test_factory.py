@@ -13,7 +13,7 @@ from train.optim.muon import muon_update, orthogonalize
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_only_matrices_decay(make_config, name, tied):
+def test_parameter_groups_decay_matrices_only(make_config, name, tied):
     objective = build_objective(make_config(name, tied=tied), 257)
     matrices, rest = parameter_groups(objective, 0.1)
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
@@ -30,7 +30,7 @@ def test_only_matrices_decay(make_config, name, tied):
         assert all(named[path] is p for path, p in zip(group["names"], group["params"], strict=True))
 
 
-def test_a_parameter_that_has_no_shape_at_rest_is_judged_by_its_owner(make_config):
+def test_parameter_without_a_shape_is_grouped_by_its_module(make_config):
     objective = build_objective(make_config(), 257)
     before = [group["names"] for group in parameter_groups(objective, 0.1)]
     for parameter in objective.parameters():
@@ -38,7 +38,7 @@ def test_a_parameter_that_has_no_shape_at_rest_is_judged_by_its_owner(make_confi
     assert [group["names"] for group in parameter_groups(objective, 0.1)] == before
 
 
-def test_frozen_parameters_are_left_out_and_empty_groups_too(make_config):
+def test_parameter_groups_leave_out_frozen_parameters_and_empty_groups(make_config):
     objective = build_objective(make_config(), 257)
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_("norm" in name)
@@ -85,7 +85,7 @@ def newton_schulz(matrix):
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
 @pytest.mark.parametrize("kind", get_args(Optimizer.model_fields["name"].annotation))
-def test_update_rules_equal_their_formulas(kind, shape):
+def test_optimizer_updates_equal_their_formulas(kind, shape):
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(6))
     parameter = torch.nn.Parameter(start.float())
@@ -108,7 +108,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("kind", THEIRS)
-def test_rules_that_torch_has_too_equal_its_own(kind):
+def test_optimizers_that_torch_has_equal_torch(kind):
     generator = torch.Generator().manual_seed(1)
     ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
     chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
@@ -123,7 +123,7 @@ def test_rules_that_torch_has_too_equal_its_own(kind):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
-def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
+def test_muon_update_is_near_orthogonal_and_as_large_as_adamw(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(matrix))
     assert 0.6 < values.min() <= values.max() < 1.3
@@ -132,14 +132,14 @@ def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
         assert 0.1 < muon_update(matrix).square().mean().sqrt() < 0.3
 
 
-def test_biases_of_recurrent_layers_do_not_decay(make_config):
+def test_biases_of_recurrent_layers_are_not_decayed(make_config):
     matrices, rest = parameter_groups(build_objective(make_config("lstm_tiny"), 257), 0.1)
     assert not any("bias" in name for name in matrices["names"])
     assert sum("bias" in name for name in rest["names"]) == 4
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muon_turns_the_matrices_of_the_backbone_alone(make_config, tied):
+def test_muon_orthogonalises_matrices_of_the_backbone_only(make_config, tied):
     objective = build_objective(make_config("gpt_tiny", tied=tied), 257)
     groups = split_matrices(parameter_groups(objective, 0.1), 0.9)
     turned = [name for group in groups if "momentum" in group for name in group["names"]]

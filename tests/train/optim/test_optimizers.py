@@ -104,7 +104,7 @@ def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> 
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_every_rule_gives_the_weights_of_plain_torch_and_goes_on_bit_for_bit(stage: int, workers: int):
+def test_optimizers_at_any_stage_equal_torch_and_resume_exactly(stage: int, workers: int):
     ranks = gloo_ranks.run(workers, trained, tiny(stage), list(RULES), timeout=300)
     for rule in RULES:
         expected = plain(rule)
@@ -134,13 +134,13 @@ KINDS = {
 @pytest.mark.parametrize(
     ("stage", "rules"), [(0, list(RULES)), (1, ["lion", "muon"]), (2, ["muon"]), (3, ["adagrad", "muon"])]
 )
-def test_in_bf16_every_rule_keeps_its_state_in_full_and_goes_on_bit_for_bit(stage: int, rules: list[str]):
+def test_optimizers_in_bf16_keep_fp32_state_and_resume_exactly(stage: int, rules: list[str]):
     for rank in gloo_ranks.run(2, trained, tiny(stage, "bf16"), rules, timeout=300):
         assert {rule: found["kinds"] for rule, found in rank.items()} == {rule: KINDS[rule] for rule in rules}
         assert all(found["same"] for found in rank.values())
 
 
-def test_muon_stops_and_moves_to_another_world_and_stage(make, corpus: Path):
+def test_muon_resumes_in_another_world_size_and_stage(make, corpus: Path):
     muon = ("optimizer=muon", "optimizer.lr=1e-2", "steps=6", "save_every=3")
     whole = make(*muon, "zero=3", "cluster.workers=2", name="whole")
     parts = make(*muon, "zero=3", "cluster.workers=2", name="parts")

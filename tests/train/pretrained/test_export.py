@@ -45,7 +45,7 @@ def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
 
 
-def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path, tmp_path: Path):
+def test_export_of_bert_pretraining_t5_and_t5_1_1_is_verified(make, corpus: Path, tmp_path: Path):
     """Where the proof is in the export itself."""
     experiment = [
         f"data.paths=[{corpus.parent / 'text'}]",
@@ -76,7 +76,7 @@ def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path,
     assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
 
 
-def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
+def test_exported_bert_classifier_equals_ours_and_pooler_is_named(tmp_path: Path):
     """It starts from one that was trained without pairs and so has no pooler: that is drawn, and named."""
     lines = [{"text": f"{n} {word}", "label": word} for n in range(30) for word in ("joy", "woe", "so so")]
     (tmp_path / "moods.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -119,9 +119,7 @@ def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
 
 @pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_any_stage_and_world_transformers_loads_the_same_model(
-    make, corpus: Path, tmp_path: Path, family, zero, workers
-):
+def test_export_from_any_stage_and_world_size_equals_ours(make, corpus: Path, tmp_path: Path, family, zero, workers):
     run = trained(make, corpus, *FAMILIES[family], f"zero={zero}", f"cluster.workers={workers}")
     done = export(run, tmp_path / "there", "latest", ROOM)
     assert done.difference <= 1e-5
@@ -134,14 +132,14 @@ def test_from_any_stage_and_world_transformers_loads_the_same_model(
 
 
 @pytest.mark.parametrize("keys", [["model.tied=true"], ["model.bias=true", "model.kv_heads=1"]])
-def test_a_llama_tied_or_with_biases(make, corpus: Path, tmp_path: Path, keys: list[str]):
+def test_export_of_llama_tied_or_with_biases_equals_ours(make, corpus: Path, tmp_path: Path, keys: list[str]):
     run = trained(make, corpus, *FAMILIES["llama"], *keys)
     export(run, tmp_path / "there", "latest", ROOM)
     ours, theirs = logits_of(run, tmp_path / "there")
     assert (ours - theirs).abs().max() < 1e-5
 
 
-def test_a_large_model_is_written_in_shards(make, corpus: Path, tmp_path: Path):
+def test_export_over_shard_bytes_is_written_in_shards(make, corpus: Path, tmp_path: Path):
     run = trained(make, corpus, *FAMILIES["llama"])
     done = export(run, tmp_path / "there", "latest", 50_000)
     assert len(done.files) > 3
@@ -175,7 +173,7 @@ def peak_of_export(runs: list[str], report: Any) -> None:
     report.send(max(seen) - seen[0])
 
 
-def test_an_export_holds_one_model_in_memory(make, corpus: Path):
+def test_export_keeps_one_model_in_memory(make, corpus: Path):
     """Its moments would be two more, ours beside theirs one more."""
     large = ["model.width=384", "model.heads=8", "model.layers=6", "zero=3", "cluster.workers=2"]
     runs = [
@@ -194,7 +192,7 @@ def test_an_export_holds_one_model_in_memory(make, corpus: Path):
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
-def test_the_tokenizer_of_any_kind_is_the_same_there(corpus: Path, tmp_path: Path, tokenizer: str):
+def test_exported_tokenizer_of_any_kind_equals_ours(corpus: Path, tmp_path: Path, tokenizer: str):
     size = "data.tokenizer.vocab_size=300" if tokenizer == "bpe" else "data.tokenizer.vocab_size=null"
     keys = [f"data.paths=[{corpus.parent / 'text'}]", f"data.tokenizer.kind={tokenizer}", size]
     config = gloo_ranks.compose(
@@ -209,7 +207,7 @@ def test_the_tokenizer_of_any_kind_is_the_same_there(corpus: Path, tmp_path: Pat
     assert theirs.eos_token_id == ours.eot
 
 
-def test_a_run_goes_there_and_back_and_trains_on_from_its_loss(make, corpus: Path, tmp_path: Path):
+def test_export_and_import_of_a_run_trains_on_from_its_loss(make, corpus: Path, tmp_path: Path):
     """Its val_loss is the same at the start; and the losses that follow are those of a run that starts from the run itself."""
     first = make("model=llama_tiny", "zero=3", "cluster.workers=2", "steps=12", name="first")
     gloo_ranks.train_world(first, corpus)
@@ -228,7 +226,7 @@ def test_a_run_goes_there_and_back_and_trains_on_from_its_loss(make, corpus: Pat
     assert found["folder"][-1]["val_loss"] < gloo_ranks.metrics(first)[-1]["val_loss"]
 
 
-def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_export_that_differs_from_ours_is_refused(make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A table with a mistake in it: gate and up exchanged, then a tensor that lacks, then one too many."""
     run, llama = trained(make, corpus, *FAMILIES["llama"]), hf.FAMILIES[1]
     gate_up, norm = "backbone.blocks.#.mlp.gate_up", "backbone.blocks.#.mlp_norm"
@@ -247,9 +245,7 @@ def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pyt
         assert not [file for file in tmp_path.iterdir() if "there" in file.name]
 
 
-def test_a_folder_that_holds_something_is_not_touched_and_an_empty_one_is_taken(
-    make, corpus: Path, tmp_path: Path, capsys
-):
+def test_export_to_a_folder_in_use_is_refused_to_an_empty_one_done(make, corpus: Path, tmp_path: Path, capsys):
     run = trained(make, corpus, *FAMILIES["gpt2"])
     (tmp_path / "there").mkdir()
     command = ["export", f"run.dir={run}", f"to={tmp_path / 'there'}"]
@@ -264,7 +260,7 @@ def test_a_folder_that_holds_something_is_not_touched_and_an_empty_one_is_taken(
     assert main(["export", f"run.dir={run}", f"to={tmp_path / 'other'}", "shard_mb=none"]) == 2
 
 
-def test_a_model_that_transformers_does_not_have_is_refused_by_its_keys(make, corpus: Path, tmp_path: Path):
+def test_export_of_an_unknown_model_is_refused_naming_its_keys(make, corpus: Path, tmp_path: Path):
     run = trained(make, corpus, "model.activation=swiglu")
     with pytest.raises(UserError, match=r"model\.activation=gelu \(not swiglu\)"):
         export(run, tmp_path / "there", "latest", ROOM)

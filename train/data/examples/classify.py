@@ -47,7 +47,7 @@ class ClassifyExamples:
                 whole = [self.first, *text[: self.seq_len - 2], self.last]
                 tokens[row, : len(whole)], segments[row, : len(whole)] = whole, 1
                 said = self.tokenizer.decode(label.tolist()).strip()
-                if wrong := self.objective.wrong(said):
+                if wrong := self.objective.label_problem(said):
                     begins = self.tokenizer.decode(text[:32].tolist())
                     raise UserError(f"{shards.source(sample)}: of the document that begins {begins!r}, {wrong}")
                 targets[row] = self.classes[said] if self.classes else float(said)

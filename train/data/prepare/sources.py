@@ -69,7 +69,7 @@ def reading(data: schema.Data, objective: schema.Objective | None = None) -> Rea
 
     The standard library is taken as it is: the embedded corpus must work everywhere.
     """
-    wrong = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
+    wrong = objective.label_problem if isinstance(objective, schema.Classify) and data.label_key else None
     return ReadOptions(
         data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, wrong
     )
