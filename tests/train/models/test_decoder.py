@@ -1,4 +1,4 @@
-"""The decoder is GPT-2 and Llama: transformers' logits, published sizes and initialisation, and FLOPs."""
+"""Tests of the decoder as GPT-2 and Llama: logits of transformers, published sizes, weights, FLOPs."""
 
 import math
 from pathlib import Path
@@ -38,30 +38,31 @@ def gpt2_names(model):
     }
     parts |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     for i in range(model.layers):
-        for ours, theirs in parts.items():
-            for leaf in ("weight", "bias"):
-                names[f"blocks.{i}.{ours}.{leaf}"] = f"h.{i}.{theirs}.{leaf}", leaf == "weight" and "norm" not in ours
+        for own_name, hf_name in parts.items():
+            is_matrix = "norm" not in own_name
+            names[f"blocks.{i}.{own_name}.weight"] = f"h.{i}.{hf_name}.weight", is_matrix
+            names[f"blocks.{i}.{own_name}.bias"] = f"h.{i}.{hf_name}.bias", False
     return names | {f"norm.{leaf}": (f"ln_f.{leaf}", False) for leaf in ("weight", "bias")}
 
 
 def llama_weights(state, model):
-    """Our parameters from those of transformers' LlamaForCausalLM."""
-    ours = {
+    """Our parameters, made from those of transformers' LlamaForCausalLM."""
+    weights = {
         "backbone.embed.weight": state["model.embed_tokens.weight"],
         "backbone.norm.weight": state["model.norm.weight"],
     }
-    ours["head.weight"] = state["lm_head.weight"]
+    weights["head.weight"] = state["lm_head.weight"]
     for i in range(model.layers):
-        theirs, block = f"model.layers.{i}.", f"backbone.blocks.{i}."
-        qkv = [state[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv"]
-        ours[f"{block}attention.qkv.weight"] = torch.cat(qkv)
-        ours[f"{block}attention.out.weight"] = state[f"{theirs}self_attn.o_proj.weight"]
-        gate_up = [state[f"{theirs}mlp.{x}_proj.weight"] for x in ("gate", "up")]
-        ours[f"{block}mlp.gate_up.weight"] = torch.cat(gate_up)
-        ours[f"{block}mlp.down.weight"] = state[f"{theirs}mlp.down_proj.weight"]
-        ours[f"{block}attention_norm.weight"] = state[f"{theirs}input_layernorm.weight"]
-        ours[f"{block}mlp_norm.weight"] = state[f"{theirs}post_attention_layernorm.weight"]
-    return ours
+        layer, block = f"model.layers.{i}.", f"backbone.blocks.{i}."
+        qkv = [state[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]
+        weights[f"{block}attention.qkv.weight"] = torch.cat(qkv)
+        weights[f"{block}attention.out.weight"] = state[f"{layer}self_attn.o_proj.weight"]
+        gate_up = [state[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        weights[f"{block}mlp.gate_up.weight"] = torch.cat(gate_up)
+        weights[f"{block}mlp.down.weight"] = state[f"{layer}mlp.down_proj.weight"]
+        weights[f"{block}attention_norm.weight"] = state[f"{layer}input_layernorm.weight"]
+        weights[f"{block}mlp_norm.weight"] = state[f"{layer}post_attention_layernorm.weight"]
+    return weights
 
 
 def rows(tokens):
@@ -83,14 +84,13 @@ def shaken(reference):
 @pytest.mark.parametrize("isolate", [True, False])
 def test_gpt2_logits_equal_transformers(make_config, isolate):
     config = make_config("gpt_tiny", layers=3, width=96, heads=3, max_len=48, vocab_size=131, isolate=isolate)
-    theirs = transformers.GPT2Config(vocab_size=131, n_positions=48, n_embd=96, n_layer=3, n_head=3)
-    reference = shaken(transformers.GPT2LMHeadModel(theirs))
+    hf_config = transformers.GPT2Config(vocab_size=131, n_positions=48, n_embd=96, n_layer=3, n_head=3)
+    reference = shaken(transformers.GPT2LMHeadModel(hf_config))
     objective = build_objective(config, 131).eval()
     weights = reference.transformer.state_dict()
-    state = {
-        f"backbone.{ours}": weights[name].T if turned else weights[name]
-        for ours, (name, turned) in gpt2_names(config.model).items()
-    }
+    state = {}
+    for own_name, (hf_name, transposed) in gpt2_names(config.model).items():
+        state[f"backbone.{own_name}"] = weights[hf_name].T if transposed else weights[hf_name]
     objective.load_state_dict(state | {"head.weight": weights["wte.weight"]})
     tokens = torch.randint(0, 131, (3, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_llama_logits_equal_transformers(make_config, kv_heads, isolate):
     config = make_config(
         "llama_tiny", layers=3, width=96, kv_heads=kv_heads, max_len=64, vocab_size=131, rope_theta=5e5, isolate=isolate
     )
-    theirs = transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         vocab_size=131,
         hidden_size=96,
         intermediate_size=config.model.mlp_width,
@@ -115,7 +115,7 @@ def test_llama_logits_equal_transformers(make_config, kv_heads, isolate):
         rms_norm_eps=config.model.norm_eps,
         rope_theta=5e5,
     )
-    reference = shaken(transformers.LlamaForCausalLM(theirs))
+    reference = shaken(transformers.LlamaForCausalLM(hf_config))
     objective = build_objective(config, 131).eval()
     objective.load_state_dict(llama_weights(reference.state_dict(), config.model))
     tokens = torch.randint(0, 131, (3, 57), generator=torch.Generator().manual_seed(0))
@@ -164,7 +164,7 @@ def test_initial_weights_depend_on_seed_and_name_alone(make_config):
         assert torch.equal(a, b)
         assert "norm" in name or not torch.equal(a, c)
     flat = [p.detach().flatten()[:64] for name, p in whole.named_parameters() if "norm" not in name]
-    assert len({tuple(x.tolist()) for x in flat}) == len(flat), "two parameters hold the same numbers"
+    assert len({tuple(x.tolist()) for x in flat}) == len(flat), "two parameters have the same values"
 
 
 def test_deferred_build_has_the_weights_of_a_direct_one(make_config):
@@ -190,7 +190,8 @@ def test_model_sizes_that_do_not_fit_are_all_named(make_config):
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
 def test_activation_checkpointing_keeps_loss_and_gradients(make_config, pack, name):
     generator = torch.Generator().manual_seed(0)
-    batch = pack([[torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20)] for _ in range(3)], 32)
+    documents = [torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20, 9, 20, 9, 20)]
+    batch = pack([documents[:2], documents[2:4], documents[4:]], 32)
     gradients = []
     for recompute in (False, True):
         objective = build_objective(make_config(name, checkpoint_activations=recompute, dropout=0.2), 257)
@@ -233,7 +234,7 @@ HEAD = torch.ops.trireme.linear_cross_entropy_forward
 
 
 def head_flops(hidden, weight, targets, ignore_index, label_smoothing, z_loss, for_hidden, for_weight, *, out_shape):
-    """Of the head and its gradients, all made in the forward pass: the counter does not look into a registered op."""
+    """FLOPs of the head and its gradients, all computed in the forward pass; the counter cannot see into the op."""
     return 2 * math.prod((*hidden, weight[0])) * (1 + for_hidden + for_weight)
 
 

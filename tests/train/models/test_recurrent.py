@@ -1,4 +1,4 @@
-"""Recurrent networks: every document read alone, memory that goes on from row to row, and only there."""
+"""Tests of recurrent networks: isolated documents, state carried from step to step, decoding."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_recurrent_models_have_published_sizes(make_config, model, millions):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_token_changes_the_last_layer_of_an_untrained_model(make_config, cell):
-    """Else it says of every text what is said of none, for hundreds of steps: nothing normalises what the layers read."""
+    """If it did not, a model would ignore its input for hundreds of steps: nothing normalises the layers' inputs."""
     backbone = build(make_config, cell).backbone
     with torch.no_grad():
         last, _ = backbone.prefill(torch.arange(256)[:, None], torch.ones(256, dtype=torch.int64), 1)
@@ -50,15 +50,17 @@ def test_row_continues_previous_state_once_its_step_is_committed(make_config, pa
     objective = build(make_config, cell, isolate=isolate).double()
     tokens = torch.randint(0, 257, (65,), generator=torch.Generator().manual_seed(0)).tolist()
     whole = pack([[tokens]], 64)
-    halves = [{k: v[:, part] for k, v in whole.items()} for part in (slice(32), slice(32, 64))]
+    halves = [{}, {}]
+    for key, value in whole.items():
+        halves[0][key], halves[1][key] = value.split(32, dim=1)
     with torch.no_grad():
         right = objective.logits(whole)[0, 32:]
         for number, kept in ((1, False), (3, True)):
             objective({**halves[0], "memory": torch.tensor([-number])})
             objective.backbone.memory.commit(kept)
-            found = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
+            logits = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
             objective.backbone.memory.commit(False)
-            assert torch.allclose(found, right, rtol=0, atol=1e-5) == kept, "memory is float32"
+            assert torch.allclose(logits, right, rtol=0, atol=1e-5) == kept, "memory is float32"
         anew = objective.logits({**halves[1], "memory": torch.tensor([-3])})[0]
     assert not torch.allclose(anew, right, rtol=0, atol=1e-5)
     assert objective.backbone.memory.rows[1:2].eq(0).all()
@@ -72,10 +74,10 @@ def test_state_is_staged_in_training_only_from_the_last_document(make_config, pa
     objective.eval()({**batch, "memory": torch.tensor([1])})
     assert not objective.backbone.memory.staged
     objective.train()({**batch, "memory": torch.tensor([1])})
-    [(_, left)] = objective.backbone.memory.staged
+    [(_, staged)] = objective.backbone.memory.staged
     alone = build(make_config, cell)
     alone({**pack([[second]], 4), "memory": torch.tensor([-1])})
-    torch.testing.assert_close(left, alone.backbone.memory.staged[0][1])
+    torch.testing.assert_close(staged, alone.backbone.memory.staged[0][1])
 
 
 def test_carried_state_stays_float32_and_ignores_unnumbered_rows():

@@ -1,4 +1,4 @@
-"""What a model says before it has learnt anything: of a token little more than that it is one of so many."""
+"""Tests of untrained models: their loss is about that of a uniform distribution over tokens."""
 
 from __future__ import annotations
 

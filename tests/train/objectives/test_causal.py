@@ -1,4 +1,4 @@
-"""The causal objective: sums and counts that add up over any split of the batch, and documents that never meet."""
+"""Tests of the causal objective: losses as sums and counts, isolation of documents, parameter names."""
 
 import pytest
 import torch
@@ -15,9 +15,8 @@ def documents(sizes, seed=0):
 
 
 def split(batch, micro):
-    return [
-        dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
-    ]
+    parts = [value.split(micro) for value in batch.values()]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,9 +107,9 @@ def test_unsupported_objective_is_refused_with_supported_pairs(make_config):
 def test_regularisers_change_training_loss_but_not_evaluation_loss(make_config, pack):
     batch = pack([documents([30]), documents([20], seed=1)], 32)
     plain = build_objective(make_config("gpt_tiny"), 257)
-    more = build_objective(make_config("gpt_tiny", objective={"label_smoothing": 0.1, "z_loss": 0.01}), 257)
-    assert torch.equal(plain(batch)["loss"][0], more.eval()(batch)["loss"][0])
-    total, count = more.train()(batch)["loss"]
+    regularised = build_objective(make_config("gpt_tiny", objective={"label_smoothing": 0.1, "z_loss": 0.01}), 257)
+    assert torch.equal(plain(batch)["loss"][0], regularised.eval()(batch)["loss"][0])
+    total, count = regularised.train()(batch)["loss"]
     trained = batch["targets"] != -100
     logits = plain.head(plain.backbone(batch))[trained].double()
     smooth = torch.nn.functional.cross_entropy(logits, batch["targets"][trained], reduction="sum", label_smoothing=0.1)

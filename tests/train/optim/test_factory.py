@@ -1,5 +1,6 @@
-"""Groups decided by what a parameter is, and update rules against their formulas."""
+"""Tests of parameter groups, and of optimizers against their formulas."""
 
+import itertools
 from typing import get_args
 
 import pytest
@@ -46,26 +47,26 @@ def test_parameter_groups_leave_out_frozen_parameters_and_empty_groups(make_conf
     assert group["name"] == "rest"
 
 
-def by_hand(kind, weight, gradients, lr, decay):
-    """The rules as their papers write them, in float64."""
+def by_hand(name, weight, gradients, lr, decay):
+    """Weights after the updates of an optimizer, as its paper writes them, in float64."""
     m = v = torch.zeros_like(weight)
     for t, gradient in enumerate(gradients, 1):
-        apart = kind in ("adamw", "lion", "muon")  # the weights decay themselves
-        g = gradient if apart else gradient + decay * weight
-        weight = weight - lr * decay * weight if apart else weight
-        if kind in ("sgd", "momentum", "nesterov"):
-            m = (0.0 if kind == "sgd" else 0.8) * m + g
-            weight = weight - lr * (g + 0.8 * m if kind == "nesterov" else m)
-        elif kind == "adagrad":
+        decoupled = name in ("adamw", "lion", "muon")
+        g = gradient if decoupled else gradient + decay * weight
+        weight = weight - lr * decay * weight if decoupled else weight
+        if name in ("sgd", "momentum", "nesterov"):
+            m = (0.0 if name == "sgd" else 0.8) * m + g
+            weight = weight - lr * (g + 0.8 * m if name == "nesterov" else m)
+        elif name == "adagrad":
             v = v + g * g
             weight = weight - lr * g / (v.sqrt() + 1e-6)
-        elif kind == "rmsprop":
+        elif name == "rmsprop":
             v = 0.95 * v + 0.05 * g * g
             weight = weight - lr * g / (v.sqrt() + 1e-6)
-        elif kind == "lion":
+        elif name == "lion":
             weight = weight - lr * (0.7 * m + 0.3 * g).sign()
             m = 0.95 * m + 0.05 * g
-        elif kind == "muon":
+        elif name == "muon":
             m = 0.8 * m + 0.2 * g
             weight = weight - lr * 0.2 * max(weight.shape) ** 0.5 * newton_schulz(0.8 * m + 0.2 * g)
         else:
@@ -84,42 +85,42 @@ def newton_schulz(matrix):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
-@pytest.mark.parametrize("kind", get_args(Optimizer.model_fields["name"].annotation))
-def test_optimizer_updates_equal_their_formulas(kind, shape):
+@pytest.mark.parametrize("name", get_args(Optimizer.model_fields["name"].annotation))
+def test_optimizer_updates_equal_their_formulas(name, shape):
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(6))
     parameter = torch.nn.Parameter(start.float())
-    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    chosen = Optimizer(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
     group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
     optimizer = build_optimizer(chosen, [group])
     for gradient in gradients:
         parameter.grad = gradient.float()
         optimizer.step()
     assert torch.allclose(
-        parameter.double(), by_hand(kind, start, gradients, 0.1, 0.2), atol=1e-4 if kind == "muon" else 1e-5
+        parameter.double(), by_hand(name, start, gradients, 0.1, 0.2), atol=1e-4 if name == "muon" else 1e-5
     )
 
 
-THEIRS = {
+TORCH_OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-6, weight_decay=0.2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.95, eps=1e-6, weight_decay=0.2),
     "muon": lambda p: torch.optim.Muon(p, lr=0.1, momentum=0.8, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
 }
 
 
-@pytest.mark.parametrize("kind", THEIRS)
-def test_optimizers_that_torch_has_equal_torch(kind):
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_optimizers_that_torch_has_equal_torch(name):
     generator = torch.Generator().manual_seed(1)
-    ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
-    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
-    group = {"params": [ours], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
-    rules = [build_optimizer(chosen, [group]), THEIRS[kind]([theirs])]
+    parameter, reference = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
+    chosen = Optimizer(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
+    optimizers = [build_optimizer(chosen, [group]), TORCH_OPTIMIZERS[name]([reference])]
     for _ in range(4):
-        ours.grad = torch.randn(24, 16, generator=generator)
-        theirs.grad = ours.grad.clone()
-        for rule in rules:
-            rule.step()
-    assert torch.allclose(ours, theirs, atol=3e-2 if kind == "muon" else 1e-6), "torch's Muon works in bfloat16"
+        parameter.grad = torch.randn(24, 16, generator=generator)
+        reference.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(parameter, reference, atol=3e-2 if name == "muon" else 1e-6), "torch's Muon works in bfloat16"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
@@ -142,12 +143,13 @@ def test_biases_of_recurrent_layers_are_not_decayed(make_config):
 def test_muon_orthogonalises_matrices_of_the_backbone_only(make_config, tied):
     objective = build_objective(make_config("gpt_tiny", tied=tied), 257)
     groups = split_matrices(parameter_groups(objective, 0.1), 0.9)
-    turned = [name for group in groups if "momentum" in group for name in group["names"]]
-    assert len(turned) == 4 * len(objective.backbone.blocks)
-    assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in turned)
-    assert sorted(name for group in groups for name in group["names"]) == sorted(
-        name for name, _ in objective.named_parameters()
-    )
+    with_momentum = [group["names"] for group in groups if "momentum" in group]
+    orthogonalised = list(itertools.chain(*with_momentum))
+    assert len(orthogonalised) == 4 * len(objective.backbone.blocks)
+    assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in orthogonalised)
+    all_names = itertools.chain(*(group["names"] for group in groups))
+    assert sorted(all_names) == sorted(name for name, _ in objective.named_parameters())
     assert [g["weight_decay"] for g in groups if "head.weight" in g["names"]] == ([] if tied else [0.1])
     named = dict(objective.named_parameters())
-    assert all(named[n] is p for g in groups for n, p in zip(g["names"], g["params"], strict=True))
+    for group in groups:
+        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
