@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.supervision.job import Job
 from cluster.worker.agent import WorkerAgent
-from train.config.schema import Cluster
+from train.config.schema import ClusterConfig
 from train.errors import UserError
 
 REJOIN_S = 8.0
@@ -27,7 +27,7 @@ REJOIN_S = 8.0
 LOOK_S, ANSWER_S, KNOCK_S = 0.2, 5.0, 1.0
 
 
-def _bundle(cluster: Cluster, device: str) -> dict[str, float]:
+def _bundle(cluster: ClusterConfig, device: str) -> dict[str, float]:
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
 
 
@@ -67,14 +67,14 @@ class Slot:
         self.empty_until = time.monotonic() + seconds
 
 
-def gang(cluster: Cluster, device: str, size: int) -> list[Slot]:
+def gang(cluster: ClusterConfig, device: str, size: int) -> list[Slot]:
     """Asks Ray for so many workers' places, all of them or none; they are there once ``placed``."""
     bundle = _bundle(cluster, device)
     group = placement_group([bundle] * size, strategy="PACK")
     return [Slot(group, index, bundle) for index in range(size)]
 
 
-def fits(places: Sequence[Slot], cluster: Cluster, device: str) -> bool:
+def fits(places: Sequence[Slot], cluster: ClusterConfig, device: str) -> bool:
     """Whether places are what a job's workers ask for."""
     return [slot.bundle for slot in places] == [_bundle(cluster, device)] * cluster.workers
 

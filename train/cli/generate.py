@@ -20,7 +20,7 @@ from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 
-NAMES = [name for name in schema.Generation.model_fields if name != "prompts"]
+NAMES = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
 """The keys that the verb takes as they are, without their section."""
 
 
@@ -68,7 +68,7 @@ def prompts(text: str, file: str) -> list[str]:
     return found
 
 
-def chosen(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
+def chosen(trained: schema.GenerationConfig, options: Mapping[str, str]) -> schema.GenerationConfig:
     """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
     base = (
         configuration.read_choice("generation", options["generation"])
@@ -76,7 +76,7 @@ def chosen(trained: schema.Generation, options: Mapping[str, str]) -> schema.Gen
         else trained.model_dump()
     )
     settings = configuration.parse_section(
-        schema.Generation, base | {n: _value(n, options[n]) for n in NAMES if options[n]}
+        schema.GenerationConfig, base | {n: _value(n, options[n]) for n in NAMES if options[n]}
     )
     if found := generation_problems(settings):
         raise configuration.ConfigError(found)

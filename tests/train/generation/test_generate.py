@@ -15,7 +15,7 @@ EOT = 256
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 12} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 12} | keys)
 
 
 def texts(continuations):

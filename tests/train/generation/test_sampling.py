@@ -12,7 +12,7 @@ from train.generation.sampling import apply_repetition_penalty, choose_tokens, p
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 1.0} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 1.0} | keys)
 
 
 def by_definition(logits, o):

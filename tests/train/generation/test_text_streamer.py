@@ -83,7 +83,7 @@ def test_complete_characters_are_shown_at_once():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def model(make_config):
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "max_tokens": 12, "temperature": 1.0} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "max_tokens": 12, "temperature": 1.0} | keys)
 
 
 @pytest.mark.parametrize("keys", [{}, {"n": 2}, {"beams": 3, "n": 2}])
@@ -132,6 +132,6 @@ def test_too_long_prompt_is_refused_before_any_text(model, tokenizer):
             )
         )
     assert not shown
-    chars = Tokenizer(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    chars = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
     with pytest.raises(UserError, match=r"prompt 'abd'.*'d'"):
         next(generate_text(model, chars, ["abd"], options()))

@@ -119,7 +119,7 @@ def test_t5_greedy_and_beam_texts_equal_transformers(make_config, beams):
     sources = [row[: int(n)].tolist() for row, n in zip(batch["tokens"], batch["segments"].sum(1), strict=True)]
     options = {"prompts": [], "temperature": 0.0, "max_tokens": 10, "beams": beams, "n": beams}
     find = beam_search if beams > 1 else generate
-    texts = find(objective, [[*source, 0] for source in sources], schema.Generation.model_validate(options), end)
+    texts = find(objective, [[*source, 0] for source in sources], schema.GenerationConfig.model_validate(options), end)
     options = {
         "num_beams": beams,
         "num_return_sequences": beams,

@@ -64,7 +64,7 @@ def model(request, make_config):
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 9} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 9} | keys)
 
 
 def tokens_and_reason(text):

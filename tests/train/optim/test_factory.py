@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from train.config.schema import Optimizer
+from train.config.schema import OptimizerConfig
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups, split_matrices
 from train.optim.muon import muon_update, orthogonalize
@@ -85,12 +85,12 @@ def newton_schulz(matrix):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
-@pytest.mark.parametrize("name", get_args(Optimizer.model_fields["name"].annotation))
+@pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["name"].annotation))
 def test_optimizer_updates_equal_their_formulas(name, shape):
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(6))
     parameter = torch.nn.Parameter(start.float())
-    chosen = Optimizer(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    chosen = OptimizerConfig(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
     group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
     optimizer = build_optimizer(chosen, [group])
     for gradient in gradients:
@@ -112,7 +112,7 @@ TORCH_OPTIMIZERS = {
 def test_optimizers_that_torch_has_equal_torch(name):
     generator = torch.Generator().manual_seed(1)
     parameter, reference = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
-    chosen = Optimizer(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    chosen = OptimizerConfig(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
     group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
     optimizers = [build_optimizer(chosen, [group]), TORCH_OPTIMIZERS[name]([reference])]
     for _ in range(4):

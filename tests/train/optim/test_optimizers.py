@@ -13,7 +13,7 @@ from helpers import gloo_ranks
 from train.config import load as configuration
 from train.config import schema
 
-RULES = get_args(schema.Optimizer.model_fields["name"].annotation)
+RULES = get_args(schema.OptimizerConfig.model_fields["name"].annotation)
 STEPS, LR = 4, 0.01
 
 

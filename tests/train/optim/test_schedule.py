@@ -2,12 +2,12 @@
 
 import pytest
 
-from train.config.schema import Schedule
+from train.config.schema import ScheduleConfig
 from train.optim.schedule import learning_rate, warmup_steps
 
 
 def rates(steps, at, **keys):
-    return [learning_rate(Schedule(**keys), 1.0, step, steps) for step in at]
+    return [learning_rate(ScheduleConfig(**keys), 1.0, step, steps) for step in at]
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
@@ -18,7 +18,7 @@ def test_warmup_is_linear_from_the_first_step(name):
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt", "wsd"])
 def test_learning_rate_is_proportional_to_its_peak(name):
-    schedule = Schedule(name=name, warmup=3, final=0.1)
+    schedule = ScheduleConfig(name=name, warmup=3, final=0.1)
     for step in (0, 2, 7, 19):
         assert learning_rate(schedule, 6e-4, step, 20) == pytest.approx(6e-4 * learning_rate(schedule, 1.0, step, 20))
 
@@ -52,9 +52,9 @@ def test_wsd_schedule_is_stable_then_decays():
 
 
 def test_warmup_is_a_number_or_a_fraction_of_steps():
-    assert warmup_steps(Schedule(name="cosine", warmup=1), 1000) == 1
-    assert warmup_steps(Schedule(name="cosine", warmup=1.0), 1000) == 1000
-    assert warmup_steps(Schedule(name="cosine", warmup=0.02), 1000) == 20
+    assert warmup_steps(ScheduleConfig(name="cosine", warmup=1), 1000) == 1
+    assert warmup_steps(ScheduleConfig(name="cosine", warmup=1.0), 1000) == 1000
+    assert warmup_steps(ScheduleConfig(name="cosine", warmup=0.02), 1000) == 20
 
 
 def test_single_step_and_warmup_over_all_steps_are_legal():

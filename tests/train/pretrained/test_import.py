@@ -102,7 +102,7 @@ def probe() -> torch.Tensor:
 
 
 def bytes_for(config) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")).extended(config.model.special)
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "")).extended(config.model.special)
 
 
 def hf_logits(model, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -236,12 +236,12 @@ def test_truncated_weights_file_is_refused(copy: Path):
 
 
 def test_other_tokenizer_is_refused_unless_embedding_is_skipped(copy: Path):
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
     assert "its tokens are not those of this corpus" in load(model_overrides(LLAMA), copy)
     report, _ = load([*model_overrides(LLAMA), "init.skip=['*embed*']"], copy)
     assert report.fresh == ["backbone.embed.weight"]
     assert report.left == ["model.embed_tokens.weight"]
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
     assert load(model_overrides(LLAMA), copy)[0].fresh == []
 
 

@@ -38,7 +38,7 @@ _PROBE_CHARACTERS = 1 << 16
 class Making:
     """All that the making of one corpus needs."""
 
-    data: schema.Data
+    data: schema.DataConfig
     sources: list[SourceFile]
     recipe: CorpusSpec
     folder: Path

@@ -37,7 +37,7 @@ class CorpusSpec:
     characters: str
 
 
-def settings(data: schema.Data) -> dict[str, Any]:
+def settings(data: schema.DataConfig) -> dict[str, Any]:
     """The keys of ``data`` that decide what the shards hold, and of labelled text what is held out by."""
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
     chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
@@ -45,7 +45,7 @@ def settings(data: schema.Data) -> dict[str, Any]:
 
 
 def build_spec(
-    data: schema.Data, sources: list[SourceFile], how: ReadOptions, run: workers.Run, report: Report
+    data: schema.DataConfig, sources: list[SourceFile], how: ReadOptions, run: workers.Run, report: Report
 ) -> CorpusSpec:
     """Read all text once, as ``how`` says. Raises UserError with every problem of every file, or if nothing is left."""
     total = sum(file.size for file in sources)
@@ -89,7 +89,7 @@ def _spans(sources: list[SourceFile]) -> Iterator[list[workers.Span]]:
 
 
 def _split(
-    documents: workers.Documents, data: schema.Data, sources: list[SourceFile], how: ReadOptions
+    documents: workers.Documents, data: schema.DataConfig, sources: list[SourceFile], how: ReadOptions
 ) -> dict[str, workers.Documents]:
     """Hold out the documents whose place, the hash of the text as a number in [0, 1), lies below ``data.val_fraction``.
 

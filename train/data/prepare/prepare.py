@@ -36,7 +36,7 @@ _NO_PLACE = (
 )
 
 
-def prepare(data: schema.Data, report: Report, objective: schema.Objective | None = None) -> Path:
+def prepare(data: schema.DataConfig, report: Report, objective: schema.Objective | None = None) -> Path:
     """The folder of the prepared corpus; what is there and whole is kept, what is missing or damaged is made.
 
     Raises UserError for text that cannot be read, a label that ``objective`` does not know, a folder that holds another corpus, or
@@ -65,7 +65,7 @@ def prepare(data: schema.Data, report: Report, objective: schema.Objective | Non
     return folder
 
 
-def resolve(data: schema.Data) -> Path | None:
+def resolve(data: schema.DataConfig) -> Path | None:
     """The folder of the corpus if it is prepared, whole and of these very sources; nothing is read but stamps.
 
     Raises UserError, with the cure, where it is prepared and a file is no longer what the index says.
@@ -79,7 +79,7 @@ def resolve(data: schema.Data) -> Path | None:
     return found
 
 
-def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
+def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     """A digest of the settings and of path, size and time of every file: while it lasts, the corpus is current."""
     given = Path(data.tokenizer.path).stat() if data.tokenizer.kind == "file" and data.tokenizer.path else None
     known = [shards.VERSION, clean.VERSION, settings(data), given and (given.st_size, given.st_mtime_ns)]
@@ -87,11 +87,11 @@ def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
     return sha256(json.dumps([known, listed]).encode()).hexdigest()
 
 
-def _current(data: schema.Data, sources: list[SourceFile]) -> Path | None:
+def _current(data: schema.DataConfig, sources: list[SourceFile]) -> Path | None:
     return next((folder for folder in _of_these(data, sources) if _whole(folder)), None)
 
 
-def _of_these(data: schema.Data, sources: list[SourceFile]) -> Iterator[Path]:
+def _of_these(data: schema.DataConfig, sources: list[SourceFile]) -> Iterator[Path]:
     """The corpora that were made, to the end, of these sources as they are now."""
     try:
         stamp = _stamp(data, sources)

@@ -14,7 +14,7 @@ from train.data.prepare.prepare import prepare
 from train.util.format import PREPARING, plural
 
 
-def prepare_with_progress(data: schema.Data, console: Console, objective: schema.Objective | None = None) -> Path:
+def prepare_with_progress(data: schema.DataConfig, console: Console, objective: schema.Objective | None = None) -> Path:
     """As `prepare`, shown on ``console``; ends with what the corpus holds, or with the word that nothing was to do."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}

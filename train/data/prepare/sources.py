@@ -64,7 +64,7 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
     """A document that cannot be read; the message names the file and the place."""
 
 
-def reading(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
+def reading(data: schema.DataConfig, objective: schema.Objective | None = None) -> ReadOptions:
     """How this corpus is read, its labels being those of ``objective``.
 
     The standard library is taken as it is: the embedded corpus must work everywhere.
@@ -83,7 +83,7 @@ def complain(problems: list[str]) -> None:
     raise UserError("\n".join(["The corpus cannot be read:", *(f"  - {p}" for p in problems[:MAX_SHOWN] + more)]))
 
 
-def list_files(data: schema.Data) -> list[SourceFile]:
+def list_files(data: schema.DataConfig) -> list[SourceFile]:
     """The files of the corpus in their fixed order, each once. Raises UserError with every path that is wrong."""
     problems: list[str] = []
     if data.source == "stdlib":

@@ -13,7 +13,7 @@ def quiet(_event):
     pass
 
 
-def names(data: schema.Data) -> list[str]:
+def names(data: schema.DataConfig) -> list[str]:
     return [file.name for file in list_files(data)]
 
 
@@ -29,7 +29,7 @@ def test_folders_globs_and_files_are_taken_once_and_in_order(tmp_path, text_data
 
 
 def test_the_standard_library_is_there_without_its_tests():
-    data = schema.Data(source="stdlib", tokenizer=schema.Tokenizer(kind="bytes"))
+    data = schema.DataConfig(source="stdlib", tokenizer=schema.TokenizerConfig(kind="bytes"))
     found = list_files(data)
     assert "argparse.py" in [file.name for file in found]
     assert sum(file.size for file in found) > 5_000_000
