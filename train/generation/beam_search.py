@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.config import schema
 from train.distributed import heartbeat
-from train.generation.generate import Continuation, PromptBatch, Reason
+from train.generation.sample_loop import Continuation, PromptBatch, Reason
 from train.generation.sampling import apply_repetition_penalty
 from train.models.generation_api import Generative
 

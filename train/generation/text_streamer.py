@@ -9,7 +9,7 @@ from train.config import schema
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.generation.beam_search import beam_search
-from train.generation.generate import PromptBatch, Reason, generate
+from train.generation.sample_loop import PromptBatch, Reason, generate
 from train.models.generation_api import Generative
 
 ShowText = Callable[[int, str], None]

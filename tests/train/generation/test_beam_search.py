@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from train.config import schema
 from train.generation.beam_search import beam_search
-from train.generation.generate import generate
+from train.generation.sample_loop import generate
 from train.models.generation_api import Generative
 from train.util import seeding
 

@@ -8,7 +8,7 @@ import transformers
 
 from train.config import schema
 from train.generation.beam_search import beam_search
-from train.generation.generate import generate
+from train.generation.sample_loop import generate
 from train.models.encdec import sinusoidal_positions
 from train.objectives import build_objective
 

@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from train.config import schema
 from train.errors import UserError
 from train.generation.beam_search import beam_search
-from train.generation.generate import generate
+from train.generation.sample_loop import generate
 from train.models.generation_api import Generative
 from train.objectives import build_objective
 
