@@ -99,18 +99,19 @@ def options(**keys):
 def test_texts_equal_shown_pieces_for_any_batch_of_prompts(model, tokenizer, keys):
     prompts = ["one", "", "another, and longer", "one"]
     shown = {}
-    results = []
+    generated, texts = [], []
 
     def show(row, piece):
         shown[row] = shown.get(row, "") + piece
 
     for batch in (1, 3):
         shown.clear()
-        generated = list(generate_text(model, tokenizer, prompts, options(batch=batch, **keys), show))
-        results.append([text.text for text in itertools.chain(*generated)])
-        assert [shown[row] for row in range(len(shown))] == results[-1]
-        assert generated[0] == generated[3], "the same prompt and seed, the same text"
-    assert results[0] == results[1]
+        generated.append(list(generate_text(model, tokenizer, prompts, options(batch=batch, **keys), show)))
+        texts.append([text.text for text in itertools.chain(*generated[-1])])
+        assert [shown[row] for row in range(len(shown))] == texts[-1]
+    assert texts[0] == texts[1]
+    assert [len(of_prompt) for of_prompt in generated[0]] == list(map(len, generated[1]))
+    assert generated[0][0] == generated[0][3], "the same prompt and seed, the same text"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
