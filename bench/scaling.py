@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     plan, out = PLANS[options.sizes], options.out
     try:
-        planned = planned_runs(plan, [text for text in options.overrides if not sweep_space.of_sweep(text)])
+        planned = planned_runs(plan, [text for text in options.overrides if not sweep_space.is_sweep_override(text)])
     except UserError as error:
         print(f"bench scaling: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ MACHINE = re.compile(
 SAVED = {
     "evaluate": {"run.dir", "checkpoint", "split"},
     "trace": {"run.dir", "step"},
-    "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.Generation.model_fields},
+    "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.GenerationConfig.model_fields},
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
 """Verbs that take a run's folder, and the options of each."""

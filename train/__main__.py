@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv[1:]):
         OUT.print(verb.__doc__, markup=False)
         if verb is generate:
-            known = configuration.keys(schema.Generation)
+            known = configuration.keys(schema.GenerationConfig)
             OUT.print(
                 "\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False
             )

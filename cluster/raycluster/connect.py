@@ -7,13 +7,13 @@ from pathlib import Path
 from cluster.host import network, resources
 from cluster.raycluster import node_daemon, ray_auth, ray_node, remote_hosts, versions
 from cluster.raycluster.local_cluster import LocalRayCluster
-from train.config.schema import Cluster
+from train.config.schema import ClusterConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def connect(
-    cluster: Cluster, name: str, folder: Path, target: str
+    cluster: ClusterConfig, name: str, folder: Path, target: str
 ) -> tuple[LocalRayCluster | None, remote_hosts.RemoteNodes | None]:
     """Joins the cluster that is configured, or starts one; the nodes of it on other hosts, if the job called ``name`` has such.
 

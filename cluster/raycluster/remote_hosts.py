@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host import job_dir
-from train.config.schema import Cluster
+from train.config.schema import ClusterConfig
 from train.errors import UserError
 
 SSH = (
@@ -118,7 +118,7 @@ def slurm_others(environment: dict[str, str]) -> list[str]:
     return [name for name in names if name != mine]
 
 
-def others(cluster: Cluster) -> tuple[str, list[str]]:
+def others(cluster: ClusterConfig) -> tuple[str, list[str]]:
     """("ssh" or "slurm", the other hosts that the job's cluster is to have); none: it is this host alone."""
     if cluster.start == "here":
         return "", []

@@ -21,7 +21,7 @@ from cluster.supervision.job import Job
 from cluster.supervision.timeouts import REJOIN_S, SLOT_CHECK_S
 from cluster.worker.agent import WorkerAgent
 from cluster.worker.messages import SlotInfo
-from train.config.schema import Cluster
+from train.config.schema import ClusterConfig
 from train.errors import UserError
 
 AGENT_ANSWER_S = 5.0
@@ -30,7 +30,7 @@ RAYLET_CONNECT_S = 1.0
 """How long the raylet of a node may take to accept a connection."""
 
 
-def _bundle(cluster: Cluster, device: str) -> dict[str, float]:
+def _bundle(cluster: ClusterConfig, device: str) -> dict[str, float]:
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
 
 
@@ -73,14 +73,14 @@ class Slot:
         self.empty_until = time.monotonic() + seconds
 
 
-def request_gang(cluster: Cluster, device: str, size: int) -> list[Slot]:
+def request_gang(cluster: ClusterConfig, device: str, size: int) -> list[Slot]:
     """Asks Ray for slots of ``size`` workers, all of them or none; they are there once ``gang_is_placed``."""
     bundle = _bundle(cluster, device)
     group = placement_group([bundle] * size, strategy="PACK")
     return [Slot(group, index, bundle) for index in range(size)]
 
 
-def gang_fits(gang: Sequence[Slot], cluster: Cluster, device: str) -> bool:
+def gang_fits(gang: Sequence[Slot], cluster: ClusterConfig, device: str) -> bool:
     """Whether the slots are as many and as large as a job's workers need."""
     return [slot.bundle for slot in gang] == [_bundle(cluster, device)] * cluster.workers
 

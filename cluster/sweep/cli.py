@@ -20,7 +20,7 @@ from cluster.sweep.slot_pool import FindCorpus, SweepResources
 from train.config import load as configuration
 from train.config import sweep_space
 from train.config.sweep_dir import LOCK, RESULTS
-from train.config.sweep_space import Sweeping
+from train.config.sweep_space import SweepSpace
 from train.errors import ExitCode
 from train.util.format import plural
 from train.util.io import FileLock, write_whole
@@ -97,7 +97,7 @@ class SweepDriver:
         return code
 
 
-def open_sweep(sweep: Sweeping, folder: Path, board: Board) -> SweepScheduler:
+def open_sweep(sweep: SweepSpace, folder: Path, board: Board) -> SweepScheduler:
     """The trials of a sweep as its folder has them, which is begun where it is new. UserError where it is another sweep's."""
     if sweep.settings.sampler == "grid":
         return SweepScheduler(sweep, SweepLedger(folder, sweep, sweep_space.grid(sweep)), None, board)

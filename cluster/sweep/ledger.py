@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train.config.sweep_dir import LEDGER
-from train.config.sweep_space import Params, Sweeping
+from train.config.sweep_space import Params, SweepSpace
 from train.errors import UserError
 from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
 from train.util.io import append_line, read_records
@@ -47,7 +47,7 @@ class TrialRecord:
 class SweepLedger:
     """A sweep's ledger, in the hands of the one driver that runs it."""
 
-    def __init__(self, folder: Path, sweep: Sweeping, grid: Sequence[Params] | None) -> None:
+    def __init__(self, folder: Path, sweep: SweepSpace, grid: Sequence[Params] | None) -> None:
         """Reads it, where it is begun; UserError, in words, where it is another sweep's."""
         self.file = folder / LEDGER
         self.trials: dict[int, TrialRecord] = {}
@@ -94,7 +94,7 @@ class SweepLedger:
         self._write(TrialEndedRecord(number, **facts).to_json())
 
 
-def identity(sweep: Sweeping) -> dict[str, Any]:
+def identity(sweep: SweepSpace) -> dict[str, Any]:
     """What makes a sweep what it is, as plain values without secrets."""
     fixed = dict(text.partition("=")[::2] for text in sweep.fixed)
     axes = {axis.key: axis.text for axis in sweep.axes}

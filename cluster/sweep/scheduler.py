@@ -25,7 +25,7 @@ from cluster.sweep.slot_pool import SlotPool, SweepResources
 from cluster.sweep.trial import Shared, Trial, TrialJob, best, final, from_outside, history
 from train.config import load as configuration
 from train.config.sweep_dir import ENDED, FINAL
-from train.config.sweep_space import Params, Sweeping
+from train.config.sweep_space import Params, SweepSpace
 from train.errors import UserError
 from train.run_dir import resume
 from train.util.io import FileLock
@@ -52,7 +52,7 @@ class Chooser(Protocol):
 class SweepScheduler:
     """One sweep's trials."""
 
-    def __init__(self, sweep: Sweeping, ledger: SweepLedger, search: Chooser | None, board: Board) -> None:
+    def __init__(self, sweep: SweepSpace, ledger: SweepLedger, search: Chooser | None, board: Board) -> None:
         """What the ledger knows is taken over. UserError where a trial's configuration makes no sense."""
         self.sweep, self.ledger, self.search, self.board = sweep, ledger, search, board
         self.trials = [self._known(number, entry) for number, entry in sorted(ledger.trials.items())]

@@ -15,7 +15,7 @@ import optuna
 from optuna import distributions, pruners, samplers
 from optuna.trial import TrialState
 
-from train.config.sweep_space import Axis, Params, Sweeping
+from train.config.sweep_space import Params, SweepAxis, SweepSpace
 
 STATES = {
     "done": TrialState.COMPLETE,
@@ -32,7 +32,7 @@ rest it does not tell who will be best before the learning rate falls. docs/log.
 class TrialSearch:
     """The study of one sweep. Trials are known by their numbers, 0, 1, 2 and so on."""
 
-    def __init__(self, sweep: Sweeping) -> None:
+    def __init__(self, sweep: SweepSpace) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.axes = sweep.settings, sweep.axes
         self.space = {axis.key: distribution(axis) for axis in sweep.axes}
@@ -87,7 +87,7 @@ class TrialSearch:
         return sorted(trial.number for trial in self.study.best_trials)
 
 
-def distribution(axis: Axis) -> distributions.BaseDistribution:
+def distribution(axis: SweepAxis) -> distributions.BaseDistribution:
     """Optuna's word for an axis: numbers where it is a range or an interval, else a choice among texts."""
     if axis.low is None or axis.high is None:
         return distributions.CategoricalDistribution(axis.values)
@@ -96,7 +96,7 @@ def distribution(axis: Axis) -> distributions.BaseDistribution:
     return distributions.FloatDistribution(axis.low, axis.high, axis.log, axis.step)
 
 
-def value_of(axis: Axis, text: str) -> str | int | float:
+def value_of(axis: SweepAxis, text: str) -> str | int | float:
     """A value of an axis from its text on the command line."""
     return text if axis.low is None else int(text) if axis.whole else float(text)
 
@@ -112,7 +112,7 @@ def sampler(name: str, seed: int, startup: int) -> samplers.BaseSampler:
     return samplers.RandomSampler(seed=seed)
 
 
-def spread(axes: Sequence[Axis], seed: int, number: int) -> dict[str, str | int | float]:
+def spread(axes: Sequence[SweepAxis], seed: int, number: int) -> dict[str, str | int | float]:
     """The point of that number in a sequence that covers the space evenly however long it is: the additive recurrence R_d
     (Roberts 2018), shifted by ``seed``.
     """
@@ -123,7 +123,7 @@ def spread(axes: Sequence[Axis], seed: int, number: int) -> dict[str, str | int 
     return {axis.key: _at(axis, (shift.random() + (number + 1) / ratio**n) % 1) for n, axis in enumerate(axes, 1)}
 
 
-def _at(axis: Axis, share: float) -> str | int | float:
+def _at(axis: SweepAxis, share: float) -> str | int | float:
     """The value of an axis so far along it, 0 <= ``share`` < 1."""
     if axis.low is None or axis.high is None:
         return axis.values[int(share * len(axis.values))]

@@ -14,7 +14,7 @@ from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import slots
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
-from train.config.schema import Cluster, Config
+from train.config.schema import ClusterConfig, Config
 from train.errors import UserError
 from train.util.format import plural
 
@@ -53,7 +53,7 @@ class SlotPool:
         self.looked = 0.0
         self.rebuilt = 0
 
-    def take(self, cluster: Cluster, running: int) -> list[Slot]:
+    def take(self, cluster: ClusterConfig, running: int) -> list[Slot]:
         """The places of a trial's workers; none where they are not there yet: they are asked for, and who holds them is said, with
         ``running`` trials of this sweep.
         """

@@ -1,4 +1,4 @@
-"""What the tests of training build on: whole configurations of small runs, and batches of packed documents."""
+"""Fixtures of training tests: configurations of small runs, and batches of packed documents."""
 
 from pathlib import Path
 
@@ -14,12 +14,15 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture
 def make_config():
-    """config(model="gpt_tiny", seq_len=, isolate=, objective=, **keys of the model): by default the first objective that fits."""
+    """Builds a configuration: make(model="gpt_tiny", seq_len=, isolate=, seed=, objective=, **keys of the model).
+
+    The default objective is the first that the model supports.
+    """
 
     def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, objective=None, **keys):
         chosen = yaml.safe_load((CONF / f"model/{model}.yaml").read_text())
-        name = (objective or {}).get("name", schema.kinds("model")[chosen["family"]].objectives[0])
-        usual = yaml.safe_load((CONF / f"objective/{name}.yaml").read_text())
+        name = (objective or {}).get("name", schema.variants("model")[chosen["family"]].objectives[0])
+        defaults = yaml.safe_load((CONF / f"objective/{name}.yaml").read_text())
         return schema.Config.model_validate(
             {
                 "run": {},
@@ -32,7 +35,7 @@ def make_config():
                 "keep_best": 0,
                 "batch": {"global": 8, "seq_len": seq_len},
                 "model": {**chosen, **keys},
-                "objective": usual | (objective or {}),
+                "objective": defaults | (objective or {}),
                 "data": {"source": "stdlib", "tokenizer": {"kind": "bytes"}, "isolate": isolate},
                 "optimizer": {"name": "adamw", "lr": 1e-3},
                 "schedule": {"name": "constant"},
@@ -49,7 +52,7 @@ def make_config():
 
 @pytest.fixture
 def pack():
-    """pack([[tokens of a document, ...], ... rows], seq_len) -> Batch: each row's documents in turn, padded."""
+    """Builds a padded batch of packed documents: pack([[document, ...] of each row], seq_len)."""
 
     def build(rows, seq_len):
         shape = len(rows), seq_len
@@ -63,11 +66,11 @@ def pack():
             start = 0
             for number, document in enumerate(documents, 1):
                 size = len(document) - 1
-                place = slice(start, start + size)
-                batch["tokens"][row, place] = torch.tensor(document[:-1])
-                batch["targets"][row, place] = torch.tensor(document[1:])
-                batch["positions"][row, place] = torch.arange(size)
-                batch["segments"][row, place] = number
+                span = slice(start, start + size)
+                batch["tokens"][row, span] = torch.tensor(document[:-1])
+                batch["targets"][row, span] = torch.tensor(document[1:])
+                batch["positions"][row, span] = torch.arange(size)
+                batch["segments"][row, span] = number
                 start += size
         return batch
 

@@ -14,13 +14,13 @@ import yaml
 
 from train.config import load as configuration
 from train.config import schema
-from train.config.validate import problems_of_generation
+from train.config.validate import generation_problems
 from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 
-SETTING_KEYS = [name for name in schema.Generation.model_fields if name != "prompts"]
+SETTING_KEYS = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
 """The keys that the verb takes as they are, without their section."""
 
 
@@ -68,13 +68,17 @@ def read_prompts(text: str, file: str) -> list[str]:
     return found
 
 
-def choose_settings(trained: schema.Generation, options: Mapping[str, str]) -> schema.Generation:
+def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]) -> schema.GenerationConfig:
     """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
-    base = configuration.choice("generation", options["generation"]) if options["generation"] else trained.model_dump()
-    settings = configuration.typed(
-        schema.Generation, base | {n: _value(n, options[n]) for n in SETTING_KEYS if options[n]}
+    base = (
+        configuration.read_choice("generation", options["generation"])
+        if options["generation"]
+        else trained.model_dump()
     )
-    if found := problems_of_generation(settings):
+    settings = configuration.parse_section(
+        schema.GenerationConfig, base | {n: _value(n, options[n]) for n in SETTING_KEYS if options[n]}
+    )
+    if found := generation_problems(settings):
         raise configuration.ConfigError(found)
     return settings
 

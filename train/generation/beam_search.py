@@ -11,7 +11,7 @@ from torch import Tensor
 
 from train.config import schema
 from train.distributed import heartbeat
-from train.generation.generate import Continuation, PromptBatch, Reason
+from train.generation.sample_loop import Continuation, PromptBatch, Reason
 from train.generation.sampling import apply_repetition_penalty
 from train.models.generation_api import Generative
 
@@ -29,7 +29,7 @@ class Beam:
 class PromptBeams:
     """Beam search of one prompt: the unfinished beams, and the best finished texts, best first."""
 
-    options: schema.Generation
+    options: schema.GenerationConfig
     room: int
     """Tokens that a text may have."""
     full: Reason
@@ -75,7 +75,7 @@ class PromptBeams:
 def beam_search(
     model: Generative,
     prompts: Sequence[Sequence[int]],
-    options: schema.Generation,
+    options: schema.GenerationConfig,
     eot: int,
     stopped: Callable[[int, Sequence[int]], bool] = lambda prompt, tokens: False,
 ) -> list[list[Continuation]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from train.config import schema
 
 
-def choose_tokens(logits: Tensor, options: schema.Generation, uniform: Sequence[float]) -> list[int]:
+def choose_tokens(logits: Tensor, options: schema.GenerationConfig, uniform: Sequence[float]) -> list[int]:
     """Next token per row of logits (B, V), by one uniform number in [0, 1) each; at temperature 0 the most likely."""
     if options.temperature == 0:
         return logits.argmax(-1).tolist()
@@ -32,7 +32,7 @@ def apply_repetition_penalty(scores: Tensor, written: Sequence[Sequence[int]], p
     return torch.where(repeated.to(scores.device), torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
-def probabilities(logits: Tensor, options: schema.Generation) -> Tensor:
+def probabilities(logits: Tensor, options: schema.GenerationConfig) -> Tensor:
     """Distribution that a row of logits (B, V) is sampled from, float64: temperature, then truncation in this order.
 
     ``top_k``: the k most likely (and ties with the last of them). ``top_p``: the most likely until their sum reaches p,

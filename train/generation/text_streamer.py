@@ -9,7 +9,7 @@ from train.config import schema
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 from train.generation.beam_search import beam_search
-from train.generation.generate import PromptBatch, Reason, generate
+from train.generation.sample_loop import PromptBatch, Reason, generate
 from train.models.generation_api import Generative
 
 ShowText = Callable[[int, str], None]
@@ -85,7 +85,7 @@ def generate_text(
     model: Generative,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    options: schema.Generation,
+    options: schema.GenerationConfig,
     show: ShowText = lambda row, piece: None,
 ) -> Iterator[list[GeneratedText]]:
     """Generate ``options.n`` texts per prompt, ``options.batch`` prompts at a time; with beams the best text first.
@@ -105,7 +105,7 @@ def generate_text(
 
 
 def encode_prompts(
-    model: Generative, tokenizer: Tokenizer, prompts: Sequence[str], options: schema.Generation
+    model: Generative, tokenizer: Tokenizer, prompts: Sequence[str], options: schema.GenerationConfig
 ) -> list[list[int]]:
     """Token ids of each prompt: the start of a document where the text continues it, else a whole document.
 
@@ -123,7 +123,11 @@ def encode_prompts(
 
 
 def _sample_texts(
-    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: ShowText
+    model: Generative,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    options: schema.GenerationConfig,
+    show: ShowText,
 ) -> list[list[GeneratedText]]:
     streamers: list[TextStreamer] = []
     for prompt in prompts:
@@ -145,7 +149,11 @@ def _sample_texts(
 
 
 def _beam_search_texts(
-    model: Generative, tokenizer: Tokenizer, prompts: Sequence[list[int]], options: schema.Generation, show: ShowText
+    model: Generative,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    options: schema.GenerationConfig,
+    show: ShowText,
 ) -> list[list[GeneratedText]]:
     def decode(prompt: int, tokens: Sequence[int]) -> TextStreamer:
         streamer = TextStreamer(tokenizer, prompts[prompt] if model.continues else [], options.stop)

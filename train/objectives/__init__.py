@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from train.config import schema
-from train.config.validate import mismatch
+from train.config.validate import family_mismatch
 from train.errors import UserError
 from train.models.layers import init_weights
 from train.objectives.causal import build_causal
@@ -36,7 +36,7 @@ def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
 
     ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated or drawn.
     """
-    if problems := [*mismatch(config), *config.model.problems(config.batch.seq_len)]:
+    if problems := [*family_mismatch(config), *config.model.problems(config.batch.seq_len)]:
         raise UserError("; ".join(problems))
     objective: nn.Module = OBJECTIVES[config.objective.name](config, vocab_size)
     init_weights(objective, config.seed)

@@ -38,7 +38,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[Group]:
     return [group for group in (matrices, rest) if group["params"]]
 
 
-def build_optimizer(optimizer: schema.Optimizer, groups: list[Group]) -> torch.optim.Optimizer:
+def build_optimizer(optimizer: schema.OptimizerConfig, groups: list[Group]) -> torch.optim.Optimizer:
     """The optimizer over ``groups`` at its peak learning rate; the loop sets ``lr`` every step.
 
     Weight decay is decoupled for ``adamw`` (Loshchilov and Hutter 2019), ``lion`` and ``muon``, and added to the

@@ -7,7 +7,7 @@ import math
 from train.config import schema
 
 
-def learning_rate(schedule: schema.Schedule, peak: float, step: int, steps: int) -> float:
+def learning_rate(schedule: schema.ScheduleConfig, peak: float, step: int, steps: int) -> float:
     """Learning rate of the update made at ``step``, counted from 0, in a run of ``steps``.
 
     Warm-up is linear, peak/warmup at step 0 and ``peak`` at its last step. Then, until the last step (steps - 1):
@@ -34,6 +34,6 @@ def learning_rate(schedule: schema.Schedule, peak: float, step: int, steps: int)
     return peak * (1 - fallen * (1 - schedule.final))
 
 
-def warmup_steps(schedule: schema.Schedule, steps: int) -> int:
+def warmup_steps(schedule: schema.ScheduleConfig, steps: int) -> int:
     """Steps of warm-up in a run of ``steps``: as given, or a fraction of ``steps`` where it is a float."""
     return schedule.warmup if isinstance(schedule.warmup, int) else round(schedule.warmup * steps)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from train.config.schema import Config, Tracking
+from train.config.schema import Config, TrackingConfig
 from train.reporting.goodput import TimeByCause
 from train.util.io import read_records, write_whole
 from train.util.redact import redact_tree
@@ -226,7 +226,7 @@ def _keep_out_of_home() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def _mode(tracking: Tracking) -> Literal["online", "offline"]:
+def _mode(tracking: TrackingConfig) -> Literal["online", "offline"]:
     """What "auto" means asks nobody: online where a key lies at hand, offline elsewhere."""
     asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
     if asked == "online":

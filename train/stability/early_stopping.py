@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.config.schema import Stop
+from train.config.schema import StopConfig
 from train.errors import UserError
 from train.state.train_state import TrainState
 from train.util.format import plural
@@ -16,7 +16,7 @@ def lower_is_better(metric: str) -> bool:
     return metric.endswith("loss") or metric in ("bits_per_byte", "mse")
 
 
-def update(stop: Stop, state: TrainState, evaluated: dict[str, Any]) -> TrainState:
+def update(stop: StopConfig, state: TrainState, evaluated: dict[str, Any]) -> TrainState:
     """The state with the score of an evaluation whose metrics are ``evaluated``; unchanged where nothing was held out.
 
     Raises UserError where ``stop.metric`` is not among them. A value that is not finite is worse than any other.
@@ -30,12 +30,12 @@ def update(stop: Stop, state: TrainState, evaluated: dict[str, Any]) -> TrainSta
     return state.with_score(score if lower_is_better(stop.metric) or score == math.inf else -score)
 
 
-def should_stop(stop: Stop, state: TrainState) -> bool:
+def should_stop(stop: StopConfig, state: TrainState) -> bool:
     """Whether the run ends early: ``stop.patience`` evaluations have brought nothing better (0: never)."""
     return 0 < stop.patience <= state.evals_since_best
 
 
-def reason(stop: Stop, state: TrainState) -> str:
+def reason(stop: StopConfig, state: TrainState) -> str:
     """The line that tells the user why the run ends early."""
     best = abs(state.best or 0.0)
     return (

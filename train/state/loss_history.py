@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train.config.schema import Spikes
+from train.config.schema import SpikesConfig
 from train.data.sampling.batch_plan import Cursor
 
 NORMAL = 1.4826
@@ -34,13 +34,13 @@ class LossHistory:
     reference: Cursor | None = None
     """Position in the data of the newest step whose loss was not high."""
 
-    def limit(self, spikes: Spikes) -> float:
+    def limit(self, spikes: SpikesConfig) -> float:
         """The loss above which a step is high; infinite until the window is full, and where spikes are not watched."""
         if spikes.watch != "all" or len(self.losses) < spikes.window:
             return math.inf
         return outlier_limit(self.losses, spikes.deviations)
 
-    def after(self, loss: float, cursor: Cursor, spikes: Spikes) -> LossHistory:
+    def after(self, loss: float, cursor: Cursor, spikes: SpikesConfig) -> LossHistory:
         """The history with one more step, whose data begin at ``cursor``; unchanged by a loss that is not finite."""
         if not math.isfinite(loss):
             return self

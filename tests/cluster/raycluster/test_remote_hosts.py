@@ -11,7 +11,7 @@ import pytest
 
 from cluster.host import network
 from cluster.raycluster import node_daemon, ray_auth, remote_hosts, versions
-from train.config.schema import Cluster
+from train.config.schema import ClusterConfig
 from train.errors import UserError
 
 SCONTROL = """#!/bin/sh
@@ -35,35 +35,35 @@ def alone(monkeypatch):
 
 
 def test_without_hosts_or_an_allocation_the_job_stays_here(alone):
-    assert remote_hosts.others(Cluster())[1] == []
+    assert remote_hosts.others(ClusterConfig())[1] == []
     with pytest.raises(UserError, match="no SLURM job"):
-        remote_hosts.others(Cluster(start="slurm"))
+        remote_hosts.others(ClusterConfig(start="slurm"))
     with pytest.raises(UserError, match=r"needs cluster.hosts"):
-        remote_hosts.others(Cluster(start="ssh"))
+        remote_hosts.others(ClusterConfig(start="ssh"))
 
 
 def test_hosts_are_listed_or_named_in_a_file(alone, tmp_path):
-    assert remote_hosts.others(Cluster(hosts=["a", "me@b"])) == ("ssh", ["a", "me@b"])
+    assert remote_hosts.others(ClusterConfig(hosts=["a", "me@b"])) == ("ssh", ["a", "me@b"])
     (tmp_path / "file").write_text("# mine\na\n\n  b  # fast\n")
-    assert remote_hosts.others(Cluster(hosts=str(tmp_path / "file"))) == ("ssh", ["a", "b"])
+    assert remote_hosts.others(ClusterConfig(hosts=str(tmp_path / "file"))) == ("ssh", ["a", "b"])
     (tmp_path / "file").write_text("# none\n")
     with pytest.raises(UserError, match="names no host"):
-        remote_hosts.others(Cluster(hosts=str(tmp_path / "file")))
+        remote_hosts.others(ClusterConfig(hosts=str(tmp_path / "file")))
     with pytest.raises(UserError, match="is no file of host names"):
-        remote_hosts.others(Cluster(hosts="nowhere.txt"))
+        remote_hosts.others(ClusterConfig(hosts="nowhere.txt"))
 
 
 def test_in_an_allocation_the_others_are_its_other_nodes(slurm, monkeypatch):
-    assert remote_hosts.others(Cluster()) == ("slurm", ["n2", "n3"])
-    assert remote_hosts.others(Cluster(start="here"))[1] == []
+    assert remote_hosts.others(ClusterConfig()) == ("slurm", ["n2", "n3"])
+    assert remote_hosts.others(ClusterConfig(start="here"))[1] == []
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
-    assert remote_hosts.others(Cluster()) == ("slurm", ["n1", "n3"])
+    assert remote_hosts.others(ClusterConfig()) == ("slurm", ["n1", "n3"])
     monkeypatch.delenv("SLURMD_NODENAME")
     with pytest.raises(UserError, match=r"submit with `sbatch launch\.sh train"):
-        remote_hosts.others(Cluster())
+        remote_hosts.others(ClusterConfig())
     monkeypatch.setenv("SLURM_JOB_NODELIST", "m[")
     with pytest.raises(UserError, match=r"SLURM_JOB_NODELIST=m\["):
-        remote_hosts.others(Cluster())
+        remote_hosts.others(ClusterConfig())
 
 
 def test_the_command_of_a_host_survives_its_shell_and_asks_no_questions(monkeypatch):

@@ -113,7 +113,7 @@ def test_generate_takes_prompts_from_a_file_and_standard_input(
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in schema.Generation.model_fields if name != "prompts")
+    assert all(f"  {name} " in out for name in schema.GenerationConfig.model_fields if name != "prompts")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""From overrides to a checked configuration: every shipped choice works, and every mistake is answered with its cure."""
+"""Tests of loading: every shipped choice works, and every mistake is named with its cure."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from train.config import schema, sweep_space
 from train.errors import UserError
 from train.objectives import build_objective
 
-CHOICES = [
-    (group, choice) for group, choices in configuration.groups().items() for choice in choices if group != "sweep"
-]
+CHOICES: list[tuple[str, str]] = []
+for _group, _choices in configuration.groups().items():
+    CHOICES += [(_group, choice) for choice in _choices if _group != "sweep"]
 FITTING = {
     "causal": [],
     "masked": ["model=bert_tiny"],
     "seq2seq": ["model=t5_tiny"],
     "classify": ["model=bert_tiny", "data.label_key=label", "data.pack=false"],
 }
-"""What an objective needs beside the default."""
-OF_TEXT = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
+"""Overrides that an objective needs beside the default configuration."""
+NEEDING_PATHS = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
 """Choices that need data.paths."""
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
 def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
-    extra = ["data.paths=[x]"] if (group, choice) in OF_TEXT else []
+    extra = ["data.paths=[x]"] if (group, choice) in NEEDING_PATHS else []
     if group == "model":
         family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
-        extra += [f"objective={schema.kinds('model')[family].objectives[0]}"]
+        extra += [f"objective={schema.variants('model')[family].objectives[0]}"]
     if group == "objective":
         extra += FITTING[choice]
     extra += ["batch.seq_len=64"] if group == "experiment" else []
@@ -43,13 +43,13 @@ def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
     assert configuration.parse(configuration.to_dict(config)) == config
 
 
-def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
+def test_override_sets_its_key_with_or_without_a_yaml():
     config = configuration.load(["zero.stage=3", "data.dedup=false", "run.name=x", "zero=1", "batch.global=4"])
     assert (config.zero.stage, config.data.dedup, config.run.dir, config.batch.global_) == (3, False, "runs/x", 4)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["lerning_rate=1"], ["'lerning_rate'", "'optimizer.lr'"]),
         (["optimizer.lrr=1"], ["'optimizer.lr'"]),
@@ -73,19 +73,19 @@ def test_an_override_reaches_its_key_whether_or_not_a_yaml_mentions_it():
         (["model.heads=5"], ["model.heads=5", "model.width=192"]),
     ],
 )
-def test_a_mistake_is_named_with_its_cure(overrides: list[str], said: list[str]):
+def test_mistake_in_configuration_is_named_with_its_cure(overrides: list[str], expected: list[str]):
     with pytest.raises(UserError) as caught:
         configuration.load(overrides)
-    assert all(words in str(caught.value) for words in said), str(caught.value)
+    assert all(words in str(caught.value) for words in expected), str(caught.value)
 
 
-def test_all_problems_are_reported_at_once():
+def test_several_problems_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         configuration.load(["lerning_rate=1", "steps=many", "seed=-1", "zero=7"])
     assert all(words in str(caught.value) for words in ("4 problems", "lerning_rate", "steps", "seed", "zero=7"))
 
 
-def test_the_digest_changes_with_any_value():
+def test_config_digest_changes_with_any_value():
     digests = [
         configuration.digest(configuration.load(o)) for o in ([], ["seed=1"], ["optimizer.eps=1e-7"], ["run.name=b"])
     ]
@@ -93,13 +93,13 @@ def test_the_digest_changes_with_any_value():
     assert configuration.digest(configuration.load([])) == digests[0]
 
 
-def test_help_names_every_group_and_key():
+def test_train_help_names_every_group_and_key():
     text = configuration.help_text()
     assert all(f"{group}=" in text for group in configuration.groups())
     assert all(key in text for key in configuration.keys())  # noqa: SIM118  a function of ours
 
 
-def test_a_sweep_is_made_of_hydras_own_words():
+def test_sweep_with_hydra_syntax_gives_axes_and_grid():
     words = [
         "model=glob(gpt_*)",
         "optimizer.lr=choice(1e-3,3e-3)",
@@ -121,7 +121,7 @@ def test_a_sweep_is_made_of_hydras_own_words():
     assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
 
 
-def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_path):
+def test_listed_points_are_combined_with_all_axis_values(tmp_path):
     file = tmp_path / "sizes.yaml"
     file.write_text('- [model.width=32, steps=80]\n- [model.width=64, model.heads=8, "generation.prompts=[a,b]"]\n')
     sweep = configuration.load_sweep([f"sweep.points={file}", "seed=0,1", "steps=40"])
@@ -131,7 +131,8 @@ def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_p
         {"model.width": "32", "steps": "80"},
         {"model.width": "64", "model.heads": "8", "generation.prompts": "[a,b]"},
     )
-    assert sweep_space.grid(sweep) == [{**point, "seed": seed} for point in (small, large) for seed in "01"]
+    expected = [{**small, "seed": "0"}, {**small, "seed": "1"}, {**large, "seed": "0"}, {**large, "seed": "1"}]
+    assert sweep_space.grid(sweep) == expected
     trial = configuration.load_trial(sweep, 3, sweep_space.grid(sweep)[3])
     assert (trial.model.width, trial.model.heads, trial.steps, trial.seed, trial.generation.prompts) == (
         64,
@@ -143,7 +144,7 @@ def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("text", "more", "said"),
+    ("text", "overrides", "expected"),
     [
         ("steps: 3", [], "list of lists"),
         ("[]", [], "list of lists"),
@@ -157,27 +158,27 @@ def test_trials_that_are_listed_one_by_one_are_each_combined_with_the_rest(tmp_p
         ("- [steps=3]\n- [steps=3, model.heads=5]", [], "model.heads=5"),
     ],
 )
-def test_a_mistake_in_a_list_of_trials_is_named(text, more, said, tmp_path):
+def test_mistake_in_listed_points_is_named(text, overrides, expected, tmp_path):
     (tmp_path / "points.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
-        load_all([f"sweep.points={tmp_path}/points.yaml", *more])
-    assert said in str(caught.value)
+        load_all([f"sweep.points={tmp_path}/points.yaml", *overrides])
+    assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("choice", configuration.groups()["sweep"])
-def test_every_kind_of_sweep_composes(choice: str):
-    more = {
+def test_every_shipped_sweep_choice_composes(choice: str):
+    extra = {
         "grid": ["seed=1,2"],
         "nsga2": ["sweep.metric=[val_loss,tokens_per_s]", "sweep.direction=[minimize,maximize]"],
     }
     axes = ["optimizer.lr=tag(log,interval(1e-4,1e-2))", "model.layers=range(1,5)"]
-    sweep = configuration.load_sweep([f"sweep={choice}", *more.get(choice, []), *([] if choice == "grid" else axes)])
+    sweep = configuration.load_sweep([f"sweep={choice}", *extra.get(choice, []), *([] if choice == "grid" else axes)])
     assert sweep.settings.sampler == choice
     assert choice == "grid" or (sweep.axes[0].log, sweep.axes[0].low, sweep.axes[1].high) == (True, 1e-4, 4)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["steps=8"], ["-m", "several values"]),
         (["optimizer.lr=interval(1e-4,1e-2)"], ["optimizer.lr=interval(1e-4,1e-2)", "sweep=tpe"]),
@@ -195,10 +196,10 @@ def test_every_kind_of_sweep_composes(choice: str):
         (["model.heads=2,5", "model.width=64"], ["model.heads=5"]),
     ],
 )
-def test_a_mistake_in_a_sweep_is_named_with_its_cure(overrides: list[str], said: list[str]):
+def test_mistake_in_sweep_is_named_with_its_cure(overrides: list[str], expected: list[str]):
     with pytest.raises(UserError) as caught:
         load_all(overrides)
-    assert all(words in str(caught.value) for words in said), str(caught.value)
+    assert all(words in str(caught.value) for words in expected), str(caught.value)
 
 
 def load_all(overrides: list[str]) -> None:

@@ -20,7 +20,7 @@ def build_corpus(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         verified = VerifiedFiles(folder)
-        content = tokenizer.build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")
+        content = tokenizer.build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "")
         io.write_whole(folder / tokenizer.FILE, content.encode())
         loaded = tokenizer.load_tokenizer(folder)
         random = np.random.default_rng(0)
@@ -47,9 +47,9 @@ def text_data(tmp_path, monkeypatch):
     """text_data(*paths, ...) returns the data section for some text files, in an empty current folder."""
     monkeypatch.chdir(tmp_path)
 
-    def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.Data:
-        section = schema.Tokenizer(kind=kind, vocab_size=vocab_size, path=keys.pop("tokenizer_path", None))
+    def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.DataConfig:
+        section = schema.TokenizerConfig(kind=kind, vocab_size=vocab_size, path=keys.pop("tokenizer_path", None))
         keys = {"workers": 1, **keys}
-        return schema.Data(source="text", paths=[str(path) for path in paths], tokenizer=section, **keys)
+        return schema.DataConfig(source="text", paths=[str(path) for path in paths], tokenizer=section, **keys)
 
     return data

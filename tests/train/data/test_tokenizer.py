@@ -17,15 +17,15 @@ TEXTS = ["def main():\n    return 0\n" * 40, "静夜思：床前明月光，疑�
 
 
 def bpe(vocab_size: int = 400) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bpe", vocab_size=vocab_size), TEXTS, ""))
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bpe", vocab_size=vocab_size), TEXTS, ""))
 
 
 def chars(characters: str) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="chars"), [], characters))
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], characters))
 
 
 BPE = bpe()
-BYTES = Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+BYTES = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
 
 
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("床前 \n\t明a"))))
@@ -57,7 +57,7 @@ def test_text_that_spells_the_end_token_is_text():
 def test_bpe_is_a_function_of_its_text():
     code = (
         "from train.data.tokenizer import build_tokenizer; from train.config import schema; import hashlib;"
-        f"t = build_tokenizer(schema.Tokenizer(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
+        f"t = build_tokenizer(schema.TokenizerConfig(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )
     root = Path(__file__).parents[3]
@@ -96,11 +96,11 @@ def test_bpe_too_small_for_all_bytes_is_refused(vocab_size):
 
 
 def test_given_tokenizer_keeps_its_end_token(tmp_path):
-    content = json.loads(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    content = json.loads(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
     content["added_tokens"][0]["content"] = "</s>"
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    assert Tokenizer(given_tokenizer(schema.Tokenizer(kind="file", path=str(path)))).eot == 256
+    assert Tokenizer(given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))).eot == 256
 
 
 @pytest.mark.parametrize(
@@ -119,5 +119,5 @@ def test_given_tokenizer_without_an_end_token_is_refused(tmp_path, content, mess
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        given_tokenizer(schema.Tokenizer(kind="file", path=str(path)))
+        given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))
     assert str(path) in str(caught.value)

@@ -1,4 +1,4 @@
-"""What tokens are drawn from, against the definitions written out one token at a time in Python's own floats."""
+"""Tests of sampling against the definitions, written out token by token in Python floats."""
 
 import math
 
@@ -12,7 +12,7 @@ from train.generation.sampling import apply_repetition_penalty, choose_tokens, p
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 1.0} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 1.0} | keys)
 
 
 def by_definition(logits, o):
@@ -23,11 +23,11 @@ def by_definition(logits, o):
         kth = sorted(logits, reverse=True)[o.top_k - 1]
         kept = {i for i in kept if logits[i] >= kth}
     if o.top_p < 1:
-        total, taken, first = sum(weights[i] for i in kept), 0.0, sorted(kept, key=lambda i: (-weights[i], i))
+        total, cumulative, first = sum(weights[i] for i in kept), 0.0, sorted(kept, key=lambda i: (-weights[i], i))
         kept = set()
-        while taken / total < o.top_p and len(kept) < len(first):
+        while cumulative / total < o.top_p and len(kept) < len(first):
             kept.add(first[len(kept)])
-            taken += weights[first[len(kept) - 1]]
+            cumulative += weights[first[len(kept) - 1]]
     most = max(weights[i] for i in kept)
     kept = {i for i in kept if weights[i] >= o.min_p * most}
     total = sum(weights[i] for i in kept)
@@ -42,15 +42,15 @@ def by_definition(logits, o):
     st.sampled_from([1.0, 0.93, 0.61, 0.37, 1e-6]),
     st.sampled_from([0.0, 0.013, 0.21, 0.77, 1.0]),
 )
-def test_probabilities_are_those_of_the_definition(numbers, temperature, top_k, top_p, min_p):
+def test_probabilities_equal_their_definition(numbers, temperature, top_k, top_p, min_p):
     o = options(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = [n * 0.137 for n in numbers]
-    found = probabilities(torch.tensor([logits, logits[::-1]], dtype=torch.float64), o)
-    assert found[0].tolist() == pytest.approx(by_definition(logits, o), abs=1e-12)
-    assert found[1].tolist() == pytest.approx(by_definition(logits[::-1], o), abs=1e-12)
+    actual = probabilities(torch.tensor([logits, logits[::-1]], dtype=torch.float64), o)
+    assert actual[0].tolist() == pytest.approx(by_definition(logits, o), abs=1e-12)
+    assert actual[1].tolist() == pytest.approx(by_definition(logits[::-1], o), abs=1e-12)
 
 
-def test_temperature_top_k_top_p_and_min_p_by_hand():
+def test_temperature_top_k_top_p_and_min_p_equal_values_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
     def probs(**keys):
@@ -65,7 +65,9 @@ def test_temperature_top_k_top_p_and_min_p_by_hand():
     assert probs(top_k=3, top_p=0.6) == pytest.approx([0.625, 0.375, 0, 0])
     assert probs(min_p=0.5) == pytest.approx([0.625, 0.375, 0, 0])
     assert probs(min_p=1.0) == pytest.approx([1, 0, 0, 0])
-    assert probs(temperature=0.5, min_p=0.5) == pytest.approx([1, 0, 0, 0]), "of what the temperature has made of them"
+    assert probs(temperature=0.5, min_p=0.5) == pytest.approx([1, 0, 0, 0]), (
+        "the cut applies to probabilities after the temperature"
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,13 +76,13 @@ def test_temperature_top_k_top_p_and_min_p_by_hand():
     st.lists(st.lists(st.integers(0, 5)), min_size=2, max_size=2),
     st.floats(0.5, 2),
 )
-def test_the_repetition_penalty_is_that_of_the_definition(scores, held, penalty):
-    found = apply_repetition_penalty(torch.tensor([scores, scores], dtype=torch.float64), held, penalty)
-    for row, tokens in zip(found.tolist(), held, strict=True):
+def test_repetition_penalty_equals_its_definition(scores, written, penalty):
+    actual = apply_repetition_penalty(torch.tensor([scores, scores], dtype=torch.float64), written, penalty)
+    for row, tokens in zip(actual.tolist(), written, strict=True):
         assert row == [x if i not in tokens else x / penalty if x > 0 else x * penalty for i, x in enumerate(scores)]
 
 
-def test_draws_follow_the_probabilities_and_never_take_a_token_of_none():
+def test_draws_follow_probabilities_and_never_choose_weight_zero():
     logits = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]]).log()
     grid = [(i + 0.5) / 1000 for i in range(1000)]
     drawn = choose_tokens(logits.expand(1000, -1), options(), grid)

@@ -1,5 +1,6 @@
-"""Tokens to text as they come: what is shown is always a beginning of the text, whole characters and never half a stop string."""
+"""Tests of incremental decoding: shown text is whole characters, without part of a stop string."""
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from train.objectives import build_objective
 
 
 class Pieces:
-    """A tokenizer of given pieces of bytes."""
+    """A tokenizer whose tokens are the given pieces of bytes."""
 
     def __init__(self, pieces):
         self.pieces = pieces
@@ -23,23 +24,23 @@ class Pieces:
         return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
 
 
-def cut(data, places):
-    """Bytes cut at some places, wherever they fall in a character."""
-    edges = [0, *sorted({p % (len(data) + 1) for p in places}), len(data)]
+def cut(data, offsets):
+    """Bytes cut at some offsets, also inside a character."""
+    edges = [0, *sorted({offset % (len(data) + 1) for offset in offsets}), len(data)]
     return [data[a:b] for a, b in pairwise(edges)]
 
 
 def ended(text, stops):
-    """The text before the stop string that is whole first, the longest of them where several are."""
+    """The text before the first complete stop string, the longest of those that end there."""
     for end in range(len(text) + 1):
-        found = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
-        if found:
-            return text[: min(found)], True
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
     return text, False
 
 
 LETTERS = st.text(st.sampled_from("ab\n é中\U0001f6a3\ufffd"), max_size=40)
-PLACES = st.lists(st.integers(0, 200), max_size=60)
+OFFSETS = st.lists(st.integers(0, 200), max_size=60)
 
 
 @settings(max_examples=150, deadline=None)
@@ -49,40 +50,40 @@ PLACES = st.lists(st.integers(0, 200), max_size=60)
     st.lists(st.text("ab\né中", min_size=1, max_size=4), max_size=3),
     LETTERS,
 )
-def test_what_is_shown_is_always_a_beginning_of_the_text_and_never_half_a_stop_string(text, places, stops, before):
-    pieces = cut(text.encode(), places)
+def test_shown_text_is_a_prefix_without_part_of_a_stop_string(text, offsets, stops, before):
+    pieces = cut(text.encode(), offsets)
     prompt = [piece.encode() for piece in before]
-    writer = TextStreamer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
+    streamer = TextStreamer(Pieces([*prompt, *pieces]), range(len(prompt)), stops)
     expected, stopped = ended(text, stops)
     shown = ""
     for token in range(len(prompt), len(prompt) + len(pieces)):
-        shown += writer.add(token)
+        shown += streamer.add(token)
         assert expected.startswith(shown)
-        if writer.stopped:
+        if streamer.stopped:
             break
-    shown += writer.end()
-    assert shown == writer.text == expected
-    assert writer.stopped is stopped
+    shown += streamer.end()
+    assert shown == streamer.text == expected
+    assert streamer.stopped is stopped
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=40), PLACES)
-def test_bytes_that_are_no_text_come_as_the_tokenizer_has_them(data, places):
-    pieces = cut(data, places)
-    writer = TextStreamer(Pieces(pieces), [], [])
-    shown = "".join(writer.add(token) for token in range(len(pieces))) + writer.end()
+@given(st.binary(max_size=40), OFFSETS)
+def test_invalid_bytes_are_shown_as_the_tokenizer_decodes_them(data, offsets):
+    pieces = cut(data, offsets)
+    streamer = TextStreamer(Pieces(pieces), [], [])
+    shown = "".join(streamer.add(token) for token in range(len(pieces))) + streamer.end()
     assert shown == data.decode("utf-8", "replace")
 
 
-def test_what_is_certain_is_shown_at_once():
-    writer = TextStreamer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
-    assert [writer.add(token) for token in range(7)] == ["a", "", "é", "", "ENT", "", ""]
-    assert (writer.end(), writer.text, writer.stopped) == ("", "aéENT", True)
+def test_complete_characters_are_shown_at_once():
+    streamer = TextStreamer(Pieces([b"a", "é".encode()[:1], "é".encode()[1:], b"EN", b"T", b"EN", b"D"]), [], ["END"])
+    assert [streamer.add(token) for token in range(7)] == ["a", "", "é", "", "ENT", "", ""]
+    assert (streamer.end(), streamer.text, streamer.stopped) == ("", "aéENT", True)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
 
 
 @pytest.fixture
@@ -91,25 +92,30 @@ def model(make_config):
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "max_tokens": 12, "temperature": 1.0} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "max_tokens": 12, "temperature": 1.0} | keys)
 
 
 @pytest.mark.parametrize("keys", [{}, {"n": 2}, {"beams": 3, "n": 2}])
-def test_texts_do_not_depend_on_how_many_prompts_run_at_a_time_and_are_what_is_shown(model, tokenizer, keys):
+def test_texts_equal_shown_pieces_for_any_batch_of_prompts(model, tokenizer, keys):
     prompts = ["one", "", "another, and longer", "one"]
     shown = {}
-    found = []
+    generated, texts = [], []
+
+    def show(row, piece):
+        shown[row] = shown.get(row, "") + piece
+
     for batch in (1, 3):
         shown.clear()
-        show = lambda row, piece: shown.__setitem__(row, shown.get(row, "") + piece)  # noqa: E731
-        found.append(list(generate_text(model, tokenizer, prompts, options(batch=batch, **keys), show)))
-        assert [shown[row] for row in range(len(shown))] == [text.text for several in found[-1] for text in several]
-    assert [[t.text for t in several] for several in found[0]] == [[t.text for t in several] for several in found[1]]
-    assert found[0][0] == found[0][3], "the same prompt and seed, the same text"
+        generated.append(list(generate_text(model, tokenizer, prompts, options(batch=batch, **keys), show)))
+        texts.append([text.text for text in itertools.chain(*generated[-1])])
+        assert [shown[row] for row in range(len(shown))] == texts[-1]
+    assert texts[0] == texts[1]
+    assert [len(of_prompt) for of_prompt in generated[0]] == list(map(len, generated[1]))
+    assert generated[0][0] == generated[0][3], "the same prompt and seed, the same text"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
+def test_text_ends_before_a_stop_string(model, tokenizer, beams):
     [[whole]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0))
     stop = whole.text[3:5]
     [[text]] = generate_text(model, tokenizer, ["x"], options(beams=beams, temperature=0.0, stop=["never", stop]))
@@ -118,7 +124,7 @@ def test_a_stop_string_ends_a_text_before_it(model, tokenizer, beams):
     assert stop not in text.text
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model, tokenizer):
+def test_too_long_prompt_is_refused_before_any_text(model, tokenizer):
     shown = []
     with pytest.raises(UserError, match=r"prompt 1 has 51 tokens.*40.*shorten"):
         next(
@@ -127,6 +133,6 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_written(model,
             )
         )
     assert not shown
-    chars = Tokenizer(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
+    chars = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
     with pytest.raises(UserError, match=r"prompt 'abd'.*'d'"):
         next(generate_text(model, chars, ["abd"], options()))

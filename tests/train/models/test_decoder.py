@@ -1,4 +1,4 @@
-"""The decoder is GPT-2 and Llama: transformers' logits, published sizes and initialisation, and FLOPs."""
+"""Tests of the decoder as GPT-2 and Llama: logits of transformers, published sizes, weights, FLOPs."""
 
 import math
 from pathlib import Path
@@ -38,30 +38,31 @@ def gpt2_names(model):
     }
     parts |= {"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
     for i in range(model.layers):
-        for ours, theirs in parts.items():
-            for leaf in ("weight", "bias"):
-                names[f"blocks.{i}.{ours}.{leaf}"] = f"h.{i}.{theirs}.{leaf}", leaf == "weight" and "norm" not in ours
+        for own_name, hf_name in parts.items():
+            is_matrix = "norm" not in own_name
+            names[f"blocks.{i}.{own_name}.weight"] = f"h.{i}.{hf_name}.weight", is_matrix
+            names[f"blocks.{i}.{own_name}.bias"] = f"h.{i}.{hf_name}.bias", False
     return names | {f"norm.{leaf}": (f"ln_f.{leaf}", False) for leaf in ("weight", "bias")}
 
 
 def llama_weights(state, model):
-    """Our parameters from those of transformers' LlamaForCausalLM."""
-    ours = {
+    """Our parameters, made from those of transformers' LlamaForCausalLM."""
+    weights = {
         "backbone.embed.weight": state["model.embed_tokens.weight"],
         "backbone.norm.weight": state["model.norm.weight"],
     }
-    ours["head.weight"] = state["lm_head.weight"]
+    weights["head.weight"] = state["lm_head.weight"]
     for i in range(model.layers):
-        theirs, block = f"model.layers.{i}.", f"backbone.blocks.{i}."
-        qkv = [state[f"{theirs}self_attn.{x}_proj.weight"] for x in "qkv"]
-        ours[f"{block}attention.qkv.weight"] = torch.cat(qkv)
-        ours[f"{block}attention.out.weight"] = state[f"{theirs}self_attn.o_proj.weight"]
-        gate_up = [state[f"{theirs}mlp.{x}_proj.weight"] for x in ("gate", "up")]
-        ours[f"{block}mlp.gate_up.weight"] = torch.cat(gate_up)
-        ours[f"{block}mlp.down.weight"] = state[f"{theirs}mlp.down_proj.weight"]
-        ours[f"{block}attention_norm.weight"] = state[f"{theirs}input_layernorm.weight"]
-        ours[f"{block}mlp_norm.weight"] = state[f"{theirs}post_attention_layernorm.weight"]
-    return ours
+        layer, block = f"model.layers.{i}.", f"backbone.blocks.{i}."
+        qkv = [state[f"{layer}self_attn.{x}_proj.weight"] for x in "qkv"]
+        weights[f"{block}attention.qkv.weight"] = torch.cat(qkv)
+        weights[f"{block}attention.out.weight"] = state[f"{layer}self_attn.o_proj.weight"]
+        gate_up = [state[f"{layer}mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        weights[f"{block}mlp.gate_up.weight"] = torch.cat(gate_up)
+        weights[f"{block}mlp.down.weight"] = state[f"{layer}mlp.down_proj.weight"]
+        weights[f"{block}attention_norm.weight"] = state[f"{layer}input_layernorm.weight"]
+        weights[f"{block}mlp_norm.weight"] = state[f"{layer}post_attention_layernorm.weight"]
+    return weights
 
 
 def rows(tokens):
@@ -81,16 +82,15 @@ def shaken(reference):
 
 
 @pytest.mark.parametrize("isolate", [True, False])
-def test_gpt2_logits_equal_those_of_transformers(make_config, isolate):
+def test_gpt2_logits_equal_transformers(make_config, isolate):
     config = make_config("gpt_tiny", layers=3, width=96, heads=3, max_len=48, vocab_size=131, isolate=isolate)
-    theirs = transformers.GPT2Config(vocab_size=131, n_positions=48, n_embd=96, n_layer=3, n_head=3)
-    reference = shaken(transformers.GPT2LMHeadModel(theirs))
+    hf_config = transformers.GPT2Config(vocab_size=131, n_positions=48, n_embd=96, n_layer=3, n_head=3)
+    reference = shaken(transformers.GPT2LMHeadModel(hf_config))
     objective = build_objective(config, 131).eval()
     weights = reference.transformer.state_dict()
-    state = {
-        f"backbone.{ours}": weights[name].T if turned else weights[name]
-        for ours, (name, turned) in gpt2_names(config.model).items()
-    }
+    state = {}
+    for own_name, (hf_name, transposed) in gpt2_names(config.model).items():
+        state[f"backbone.{own_name}"] = weights[hf_name].T if transposed else weights[hf_name]
     objective.load_state_dict(state | {"head.weight": weights["wte.weight"]})
     tokens = torch.randint(0, 131, (3, 48), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -100,11 +100,11 @@ def test_gpt2_logits_equal_those_of_transformers(make_config, isolate):
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_llama_logits_equal_those_of_transformers(make_config, kv_heads, isolate):
+def test_llama_logits_equal_transformers(make_config, kv_heads, isolate):
     config = make_config(
         "llama_tiny", layers=3, width=96, kv_heads=kv_heads, max_len=64, vocab_size=131, rope_theta=5e5, isolate=isolate
     )
-    theirs = transformers.LlamaConfig(
+    hf_config = transformers.LlamaConfig(
         vocab_size=131,
         hidden_size=96,
         intermediate_size=config.model.mlp_width,
@@ -115,7 +115,7 @@ def test_llama_logits_equal_those_of_transformers(make_config, kv_heads, isolate
         rms_norm_eps=config.model.norm_eps,
         rope_theta=5e5,
     )
-    reference = shaken(transformers.LlamaForCausalLM(theirs))
+    reference = shaken(transformers.LlamaForCausalLM(hf_config))
     objective = build_objective(config, 131).eval()
     objective.load_state_dict(llama_weights(reference.state_dict(), config.model))
     tokens = torch.randint(0, 131, (3, 57), generator=torch.Generator().manual_seed(0))
@@ -125,7 +125,7 @@ def test_llama_logits_equal_those_of_transformers(make_config, kv_heads, isolate
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_every_shipped_model_builds_on_meta_with_its_published_size(make_config, path):
+def test_shipped_models_on_meta_have_published_sizes(make_config, path):
     vocab, parameters = PUBLISHED.get(path.stem, (257, None))
     keys = yaml.safe_load(path.read_text()) | ({"vocab_size": vocab} if parameters else {})
     with torch.device("meta"):
@@ -136,12 +136,12 @@ def test_every_shipped_model_builds_on_meta_with_its_published_size(make_config,
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
-def test_no_shipped_model_is_without_a_vocabulary_that_is_a_multiple_of_64(path):
+def test_shipped_models_have_vocabularies_divisible_by_64(path):
     model = TypeAdapter(schema.Model).validate_python(yaml.safe_load(path.read_text()))
     assert padded_vocab(model, 257) % 64 == 0
 
 
-def test_weights_start_as_published(make_config):
+def test_initial_weights_have_published_deviations(make_config):
     config = make_config("gpt_tiny", width=256, heads=4, layers=8, max_len=512)
     backbone = build_objective(config, 4000).backbone
     for name, parameter in backbone.named_parameters():
@@ -155,7 +155,7 @@ def test_weights_start_as_published(make_config):
             assert parameter.mean().item() == pytest.approx(0, abs=4 * std / parameter.numel() ** 0.5)
 
 
-def test_weights_are_a_function_of_seed_and_name_alone(make_config):
+def test_initial_weights_depend_on_seed_and_name_alone(make_config):
     whole = build_objective(make_config("llama_tiny", seed=3), 257)
     torch.manual_seed(99)
     again = build_objective(make_config("llama_tiny", seed=3, layers=2), 257)
@@ -164,10 +164,10 @@ def test_weights_are_a_function_of_seed_and_name_alone(make_config):
         assert torch.equal(a, b)
         assert "norm" in name or not torch.equal(a, c)
     flat = [p.detach().flatten()[:64] for name, p in whole.named_parameters() if "norm" not in name]
-    assert len({tuple(x.tolist()) for x in flat}) == len(flat), "two parameters hold the same numbers"
+    assert len({tuple(x.tolist()) for x in flat}) == len(flat), "two parameters have the same values"
 
 
-def test_a_deferred_build_gets_the_weights_of_a_direct_one(make_config):
+def test_deferred_build_has_the_weights_of_a_direct_one(make_config):
     config = make_config("llama_tiny")
     with torch.device("meta"):
         deferred = build_objective(config, 257)
@@ -177,7 +177,7 @@ def test_a_deferred_build_gets_the_weights_of_a_direct_one(make_config):
     assert all(torch.equal(a, b) for a, b in zip(deferred.parameters(), direct.parameters(), strict=True))
 
 
-def test_sizes_that_do_not_fit_are_all_named(make_config):
+def test_model_sizes_that_do_not_fit_are_all_named(make_config):
     model = make_config("llama_tiny", width=66, heads=4, kv_heads=3).model
     with pytest.raises(UserError, match=r"heads=4 .*width=66.*; .*kv_heads=3 .*heads=4"):
         build_backbone(model, 64)
@@ -188,9 +188,10 @@ def test_sizes_that_do_not_fit_are_all_named(make_config):
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_recomputed_activations_change_nothing(make_config, pack, name):
+def test_activation_checkpointing_keeps_loss_and_gradients(make_config, pack, name):
     generator = torch.Generator().manual_seed(0)
-    batch = pack([[torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20)] for _ in range(3)], 32)
+    documents = [torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20, 9, 20, 9, 20)]
+    batch = pack([documents[:2], documents[2:4], documents[4:]], 32)
     gradients = []
     for recompute in (False, True):
         objective = build_objective(make_config(name, checkpoint_activations=recompute, dropout=0.2), 257)
@@ -200,7 +201,7 @@ def test_recomputed_activations_change_nothing(make_config, pack, name):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_dropout_is_a_function_of_the_seed_and_off_in_eval(make_config):
+def test_dropout_depends_on_the_seed_and_is_off_in_eval(make_config):
     objective = build_objective(make_config(dropout=0.3), 257)
     batch = rows(torch.arange(32)[None])
 
@@ -215,7 +216,7 @@ def test_dropout_is_a_function_of_the_seed_and_off_in_eval(make_config):
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near_float32_and_its_loss_is_float32(make_config, name, dtype):
+def test_half_precision_loss_is_float32_and_near_that_of_float32(make_config, name, dtype):
     objective = build_objective(make_config(name), 257)
     batch = rows(torch.arange(64).view(2, 32))
     right = objective(batch)["loss"][0]
@@ -233,12 +234,12 @@ HEAD = torch.ops.trireme.linear_cross_entropy_forward
 
 
 def head_flops(hidden, weight, targets, ignore_index, label_smoothing, z_loss, for_hidden, for_weight, *, out_shape):
-    """Of the head and its gradients, all made in the forward pass: the counter does not look into a registered op."""
+    """FLOPs of the head and its gradients, all computed in the forward pass; the counter cannot see into the op."""
     return 2 * math.prod((*hidden, weight[0])) * (1 + for_hidden + for_weight)
 
 
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_flops_are_those_that_torch_counts(make_config, name):
+def test_flops_per_token_equal_torch_flop_counter(make_config, name):
     objective = build_objective(make_config(name, isolate=False, layers=3, seq_len=64), 257)
     batch = rows(torch.randint(0, 257, (2, 64)))
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

@@ -1,4 +1,6 @@
-"""The encoder-decoder is T5, of both versions, and the original Transformer: transformers' logits, and torch's own layers."""
+"""Tests of the encoder-decoder as T5 1.0 and 1.1 and as the original Transformer."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import transformers
 
 from train.config import schema
 from train.generation.beam_search import beam_search
-from train.generation.generate import generate
+from train.generation.sample_loop import generate
 from train.models.encdec import sinusoidal_positions
 from train.objectives import build_objective
 
@@ -14,32 +16,34 @@ SIZES = {"layers": 3, "width": 96, "heads": 3, "mlp_width": 160, "head_dim": 20,
 
 
 def our_weights(state, layers, gated):
-    """Our parameters from those of transformers' T5ForConditionalGeneration."""
-    found = {"backbone.embed.weight": state["shared.weight"], "head.weight": state["lm_head.weight"]}
+    """Our parameters, made from those of transformers' T5ForConditionalGeneration."""
+    weights = {"backbone.embed.weight": state["shared.weight"], "head.weight": state["lm_head.weight"]}
     for side, middle in (("encoder", 1), ("decoder", 2)):
-        found[f"backbone.{side}.norm.weight"] = state[f"{side}.final_layer_norm.weight"]
+        weights[f"backbone.{side}.norm.weight"] = state[f"{side}.final_layer_norm.weight"]
         bias = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        found[f"backbone.{side}.relative.weight"] = state[bias]
+        weights[f"backbone.{side}.relative.weight"] = state[bias]
         for i in range(layers):
-            ours, theirs = f"backbone.{side}.blocks.{i}.", f"{side}.block.{i}.layer."
-            own = theirs + "0.SelfAttention."
-            found[ours + "attention.layer.qkv.weight"] = torch.cat([state[f"{own}{x}.weight"] for x in "qkv"])
-            found[ours + "attention.layer.out.weight"] = state[f"{own}o.weight"]
-            found[ours + "attention.norm.weight"] = state[theirs + "0.layer_norm.weight"]
+            own_block, layers_of_block = f"backbone.{side}.blocks.{i}.", f"{side}.block.{i}.layer."
+            own = layers_of_block + "0.SelfAttention."
+            weights[own_block + "attention.layer.qkv.weight"] = torch.cat([state[f"{own}{x}.weight"] for x in "qkv"])
+            weights[own_block + "attention.layer.out.weight"] = state[f"{own}o.weight"]
+            weights[own_block + "attention.norm.weight"] = state[layers_of_block + "0.layer_norm.weight"]
             if side == "decoder":
-                across = theirs + "1.EncDecAttention."
-                found[ours + "cross.layer.q.weight"] = state[across + "q.weight"]
-                found[ours + "cross.layer.kv.weight"] = torch.cat([state[f"{across}{x}.weight"] for x in "kv"])
-                found[ours + "cross.layer.out.weight"] = state[across + "o.weight"]
-                found[ours + "cross.norm.weight"] = state[theirs + "1.layer_norm.weight"]
-            dense = f"{theirs}{middle}.DenseReluDense."
+                across = layers_of_block + "1.EncDecAttention."
+                weights[own_block + "cross.layer.q.weight"] = state[across + "q.weight"]
+                weights[own_block + "cross.layer.kv.weight"] = torch.cat([state[f"{across}{x}.weight"] for x in "kv"])
+                weights[own_block + "cross.layer.out.weight"] = state[across + "o.weight"]
+                weights[own_block + "cross.norm.weight"] = state[layers_of_block + "1.layer_norm.weight"]
+            dense = f"{layers_of_block}{middle}.DenseReluDense."
             if gated:
-                found[ours + "mlp.layer.gate_up.weight"] = torch.cat([state[f"{dense}wi_{n}.weight"] for n in (0, 1)])
+                weights[own_block + "mlp.layer.gate_up.weight"] = torch.cat(
+                    [state[f"{dense}wi_{n}.weight"] for n in (0, 1)]
+                )
             else:
-                found[ours + "mlp.layer.up.weight"] = state[dense + "wi.weight"]
-            found[ours + "mlp.layer.down.weight"] = state[dense + "wo.weight"]
-            found[ours + "mlp.norm.weight"] = state[f"{theirs}{middle}.layer_norm.weight"]
-    return found
+                weights[own_block + "mlp.layer.up.weight"] = state[dense + "wi.weight"]
+            weights[own_block + "mlp.layer.down.weight"] = state[dense + "wo.weight"]
+            weights[own_block + "mlp.norm.weight"] = state[f"{layers_of_block}{middle}.layer_norm.weight"]
+    return weights
 
 
 def shaken(reference):
@@ -52,50 +56,48 @@ def shaken(reference):
 
 
 def translations(rows=3, source=150, target=20):
-    """Sources that are longer than the furthest distance, the later rows with padding behind."""
+    """A batch whose sources are longer than the furthest distance; later rows end in padding."""
     generator = torch.Generator().manual_seed(0)
-    place = torch.arange(source).expand(rows, source)
+    positions = torch.arange(source).expand(rows, source)
     return {
         "tokens": torch.randint(0, 131, (rows, source), generator=generator),
-        "positions": place,
-        "segments": (place < source - 7 * torch.arange(rows)[:, None]).int(),
+        "positions": positions,
+        "segments": (positions < source - 7 * torch.arange(rows)[:, None]).int(),
         "target_tokens": torch.randint(0, 131, (rows, target), generator=generator),
         "target_segments": torch.ones(rows, target, dtype=torch.int32),
         "targets": torch.randint(0, 131, (rows, target), generator=generator),
     }
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
-def test_weights_start_as_t5s(make_config, ours, theirs):
-    config = make_config("t5_tiny", **SIZES, activation=ours, tied=False)
+@pytest.mark.parametrize(("activation", "hf_activation"), [("relu", "relu"), ("geglu", "gated-gelu")])
+def test_initial_weights_have_deviations_of_t5(make_config, activation, hf_activation):
+    config = make_config("t5_tiny", **SIZES, activation=activation, tied=False)
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     torch.manual_seed(0)
-    reference = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, feed_forward_proj=theirs))
-    expected = our_weights(reference.state_dict(), 3, theirs != "relu")
-    found = build_objective(config, 131).state_dict()
-    assert found.keys() == expected.keys()
-    expected["head.weight"] = (
-        expected["head.weight"] * 96**-0.5
-    )  # t5x's; transformers' logits have a deviation of sqrt(96)
+    reference = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, feed_forward_proj=hf_activation))
+    expected = our_weights(reference.state_dict(), 3, hf_activation != "relu")
+    weights = build_objective(config, 131).state_dict()
+    assert weights.keys() == expected.keys()
+    expected["head.weight"] = expected["head.weight"] * 96**-0.5  # as t5x; transformers' logits deviate by sqrt(96)
     for name, weight in expected.items():
-        parts = 3 if "qkv" in name else 1  # queries have a deviation of their own
-        for part, own in zip(weight.chunk(parts), found[name].chunk(parts), strict=True):
+        parts = 3 if "qkv" in name else 1  # queries, keys and values differ in deviation
+        for part, own in zip(weight.chunk(parts), weights[name].chunk(parts), strict=True):
             torch.testing.assert_close(
                 own.square().mean().sqrt(), part.square().mean().sqrt(), rtol=0.2, atol=0, msg=name
             )
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("ours", "theirs"), [("relu", "relu"), ("geglu", "gated-gelu")])
-def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
-    config = make_config("t5_tiny", **SIZES, activation=ours, tied=tied)
+@pytest.mark.parametrize(("activation", "hf_activation"), [("relu", "relu"), ("geglu", "gated-gelu")])
+def test_t5_logits_equal_transformers(make_config, tied, activation, hf_activation):
+    config = make_config("t5_tiny", **SIZES, activation=activation, tied=tied)
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     settings = transformers.T5Config(
-        **sizes, feed_forward_proj=theirs, tie_word_embeddings=tied, decoder_start_token_id=0
+        **sizes, feed_forward_proj=hf_activation, tie_word_embeddings=tied, decoder_start_token_id=0
     )
     reference = shaken(transformers.T5ForConditionalGeneration(settings))
     objective = build_objective(config, 131).eval()
-    assert objective.load_state_dict(our_weights(reference.state_dict(), 3, theirs != "relu"))
+    assert objective.load_state_dict(our_weights(reference.state_dict(), 3, hf_activation != "relu"))
     batch = translations()
     with torch.no_grad():
         right = reference(
@@ -105,8 +107,8 @@ def test_t5_logits_equal_those_of_transformers(make_config, tied, ours, theirs):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_t5_writes_what_transformers_writes(make_config, beams):
-    """Greedily and by beams, after sources of unequal length: tokens, order and scores."""
+def test_t5_greedy_and_beam_texts_equal_transformers(make_config, beams):
+    """Greedy search and beam search after sources of unequal length."""
     sizes = {"vocab_size": 131, "d_model": 96, "d_kv": 20, "d_ff": 160, "num_layers": 3, "num_heads": 3}
     reference = shaken(
         transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
@@ -115,49 +117,47 @@ def test_t5_writes_what_transformers_writes(make_config, beams):
     objective.load_state_dict(our_weights(reference.state_dict(), 3, False))
     batch, end = translations(), 1
     sources = [row[: int(n)].tolist() for row, n in zip(batch["tokens"], batch["segments"].sum(1), strict=True)]
-    asked = {"prompts": [], "temperature": 0.0, "max_tokens": 10, "beams": beams, "n": beams}
+    options = {"prompts": [], "temperature": 0.0, "max_tokens": 10, "beams": beams, "n": beams}
     find = beam_search if beams > 1 else generate
-    found = find(objective, [[*source, 0] for source in sources], schema.Generation.model_validate(asked), end)
-    how = {
+    texts = find(objective, [[*source, 0] for source in sources], schema.GenerationConfig.model_validate(options), end)
+    options = {
         "num_beams": beams,
         "num_return_sequences": beams,
         "max_new_tokens": 10,
         "eos_token_id": end,
         "pad_token_id": 0,
     }
-    how |= {"early_stopping": "never"} if beams > 1 else {}
-    right = reference.generate(batch["tokens"], attention_mask=batch["segments"], do_sample=False, **how)
-    ours = [text.tokens + ([end] if text.reason == "eot" else []) for several in found for text in several]
-    assert ours == [row[1 : 1 + len(mine)] for row, mine in zip(right.tolist(), ours, strict=True)]
-    assert len({tuple(text) for text in ours}) > 1
+    options |= {"early_stopping": "never"} if beams > 1 else {}
+    right = reference.generate(batch["tokens"], attention_mask=batch["segments"], do_sample=False, **options)
+    own_texts = [text.tokens + ([end] if text.reason == "eot" else []) for text in itertools.chain(*texts)]
+    assert own_texts == [row[1 : 1 + len(text)] for row, text in zip(right.tolist(), own_texts, strict=True)]
+    assert len({tuple(text) for text in own_texts}) > 1
 
 
-def test_the_original_transformer_is_torchs(make_config):
+def test_original_transformer_equals_torch(make_config):
     sizes = {"layers": 2, "width": 32, "heads": 2, "mlp_width": 48, "vocab_size": 131, "norm_eps": 1e-5}
     objective = build_objective(make_config("transformer_tiny", **sizes), 131).eval()
-    theirs = shaken(torch.nn.Transformer(32, 2, 2, 2, 48, 0.0, batch_first=True))
-    theirs.encoder.norm = theirs.decoder.norm = None  # Vaswani et al. have no norm behind the last sublayer's own
-    state, found = theirs.state_dict(), {}
+    reference = shaken(torch.nn.Transformer(32, 2, 2, 2, 48, 0.0, batch_first=True))
+    reference.encoder.norm = reference.decoder.norm = None  # Vaswani et al. have no norm after the last block
+    state, weights = reference.state_dict(), {}
     attention = {"self_attn": "attention", "multihead_attn": "cross"}
     for side in ("encoder", "decoder"):
         for i in range(2):
-            there, here = f"{side}.layers.{i}.", f"backbone.{side}.blocks.{i}."
+            layer, block = f"{side}.layers.{i}.", f"backbone.{side}.blocks.{i}."
             for leaf in ("weight", "bias"):
-                for n, (name, ours) in enumerate(list(attention.items())[: 1 + (side == "decoder")]):
-                    inner = state[f"{there}{name}.in_proj_{leaf}"]
-                    if ours == "attention":
-                        found[f"{here}attention.layer.qkv.{leaf}"] = inner
+                for n, (name, own_name) in enumerate(list(attention.items())[: 1 + (side == "decoder")]):
+                    inner = state[f"{layer}{name}.in_proj_{leaf}"]
+                    if own_name == "attention":
+                        weights[f"{block}attention.layer.qkv.{leaf}"] = inner
                     else:
-                        found[f"{here}cross.layer.q.{leaf}"], found[f"{here}cross.layer.kv.{leaf}"] = (
-                            inner[:32],
-                            inner[32:],
-                        )
-                    found[f"{here}{ours}.layer.out.{leaf}"] = state[f"{there}{name}.out_proj.{leaf}"]
-                    found[f"{here}{ours}.norm.{leaf}"] = state[f"{there}norm{n + 1}.{leaf}"]
-                for ours, name in (("up", "linear1"), ("down", "linear2")):
-                    found[f"{here}mlp.layer.{ours}.{leaf}"] = state[f"{there}{name}.{leaf}"]
-                found[f"{here}mlp.norm.{leaf}"] = state[f"{there}norm{3 if side == 'decoder' else 2}.{leaf}"]
-    missing, unexpected = objective.load_state_dict(found, strict=False)
+                        weights[f"{block}cross.layer.q.{leaf}"] = inner[:32]
+                        weights[f"{block}cross.layer.kv.{leaf}"] = inner[32:]
+                    weights[f"{block}{own_name}.layer.out.{leaf}"] = state[f"{layer}{name}.out_proj.{leaf}"]
+                    weights[f"{block}{own_name}.norm.{leaf}"] = state[f"{layer}norm{n + 1}.{leaf}"]
+                for own_name, name in (("up", "linear1"), ("down", "linear2")):
+                    weights[f"{block}mlp.layer.{own_name}.{leaf}"] = state[f"{layer}{name}.{leaf}"]
+                weights[f"{block}mlp.norm.{leaf}"] = state[f"{layer}norm{3 if side == 'decoder' else 2}.{leaf}"]
+    missing, unexpected = objective.load_state_dict(weights, strict=False)
     assert (set(missing), unexpected) == ({"backbone.embed.weight", "head.weight"}, [])
     batch = translations(source=30)
     embed = objective.backbone.embed
@@ -168,14 +168,14 @@ def test_the_original_transformer_is_torchs(make_config):
         )
         padding = batch["segments"] == 0
         ahead = torch.nn.Transformer.generate_square_subsequent_mask(20)
-        how = {"tgt_mask": ahead, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
-        hidden = theirs(source, target, **how)
+        options = {"tgt_mask": ahead, "src_key_padding_mask": padding, "memory_key_padding_mask": padding}
+        hidden = reference(source, target, **options)
         assert (objective.backbone(batch) - hidden).abs().max() < 1e-5
         assert torch.equal(sinusoidal_positions(torch.tensor([[0]]), 4), torch.tensor([[[0.0, 1.0, 0.0, 1.0]]]))
 
 
 @pytest.mark.parametrize("name", ["t5_tiny", "transformer_tiny"])
-def test_a_target_sees_what_is_before_it_its_own_source_and_nothing_else(make_config, name):
+def test_target_token_sees_earlier_targets_and_own_source_only(make_config, name):
     objective = build_objective(make_config(name, vocab_size=131), 131).eval()
     batch = translations(source=30)
     batch["segments"][:, 15:] = 2

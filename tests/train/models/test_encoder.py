@@ -1,4 +1,4 @@
-"""The encoder is BERT: transformers' logits of both heads, and padding that nobody sees."""
+"""Tests of the encoder as BERT: logits of both heads of transformers, losses, attention masks."""
 
 import pytest
 import torch
@@ -28,21 +28,20 @@ OUTSIDE = {
 
 
 def our_weights(state, layers):
-    """Our parameters from those of transformers' BertForPreTraining."""
+    """Our parameters, made from those of transformers' BertForPreTraining."""
     names = dict(OUTSIDE)
     for i in range(layers):
-        names |= {f"backbone.blocks.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in LAYER.items()}
-    found = {
-        f"{a}.{leaf}": state[f"{b}.{leaf}"]
-        for a, b in names.items()
-        for leaf in ("weight", "bias")
-        if f"{b}.{leaf}" in state
-    }
+        names |= {f"backbone.blocks.{i}.{own}": f"bert.encoder.layer.{i}.{hf_name}" for own, hf_name in LAYER.items()}
+    weights = {}
+    for own_name, hf_name in names.items():
+        for leaf in ("weight", "bias"):
+            if f"{hf_name}.{leaf}" in state:
+                weights[f"{own_name}.{leaf}"] = state[f"{hf_name}.{leaf}"]
     for i in range(layers):
         for leaf in ("weight", "bias"):
             parts = [state[f"bert.encoder.layer.{i}.attention.self.{x}.{leaf}"] for x in ("query", "key", "value")]
-            found[f"backbone.blocks.{i}.attention.qkv.{leaf}"] = torch.cat(parts)
-    return found
+            weights[f"backbone.blocks.{i}.attention.qkv.{leaf}"] = torch.cat(parts)
+    return weights
 
 
 def shaken(reference):
@@ -56,23 +55,25 @@ def shaken(reference):
 
 
 def pairs(rows=3, length=40):
-    """Rows of two texts, shorter and shorter, with padding behind."""
+    """A batch of rows of two texts, each shorter than the one before, with padding at their ends."""
     generator = torch.Generator().manual_seed(0)
-    place = torch.arange(length).expand(rows, length)
-    real = place < length - 7 * torch.arange(rows)[:, None]
+    positions = torch.arange(length).expand(rows, length)
+    real = positions < length - 7 * torch.arange(rows)[:, None]
     return {
         "tokens": torch.randint(0, 131, (rows, length), generator=generator),
         "targets": torch.full((rows, length), -100),
-        "positions": place,
+        "positions": positions,
         "segments": real.int(),
-        "types": ((place > 15) & real).long(),
+        "types": ((positions > 15) & real).long(),
         "next_targets": torch.zeros(rows, dtype=torch.int64),
     }
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("gelu", "gelu_new"), ("gelu_exact", "gelu"), ("relu", "relu")])
-def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, theirs):
-    config = make_config("bert_tiny", **SIZES, activation=ours)
+@pytest.mark.parametrize(
+    ("activation", "hf_activation"), [("gelu", "gelu_new"), ("gelu_exact", "gelu"), ("relu", "relu")]
+)
+def test_bert_logits_of_both_heads_equal_transformers(make_config, activation, hf_activation):
+    config = make_config("bert_tiny", **SIZES, activation=activation)
     sizes = {
         "vocab_size": 131,
         "hidden_size": 96,
@@ -81,7 +82,9 @@ def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, the
         "intermediate_size": 384,
     }
     reference = shaken(
-        transformers.BertForPreTraining(transformers.BertConfig(**sizes, max_position_embeddings=48, hidden_act=theirs))
+        transformers.BertForPreTraining(
+            transformers.BertConfig(**sizes, max_position_embeddings=48, hidden_act=hf_activation)
+        )
     )
     objective = build_objective(config, 131).eval()
     objective.load_state_dict(our_weights(reference.state_dict(), 3))
@@ -91,11 +94,11 @@ def test_logits_of_both_heads_equal_those_of_transformers(make_config, ours, the
         real = batch["segments"] > 0
         assert (objective.logits(batch) - right.prediction_logits)[real].abs().max() < 1e-5
         hidden = objective.backbone(batch)
-        said = objective.head["next"](objective.backbone.pooler(hidden))
-        assert (said - right.seq_relationship_logits).abs().max() < 1e-5
+        next_logits = objective.head["next"](objective.backbone.pooler(hidden))
+        assert (next_logits - right.seq_relationship_logits).abs().max() < 1e-5
 
 
-def test_both_losses_are_sums_with_counts_of_their_own(make_config):
+def test_masked_and_next_losses_are_sums_with_own_counts(make_config):
     objective = build_objective(make_config("bert_tiny", **SIZES), 131)
     batch = pairs()
     batch["targets"][:, 3:8] = batch["tokens"][:, 3:8]
@@ -110,7 +113,7 @@ def test_both_losses_are_sums_with_counts_of_their_own(make_config):
     assert objective.eval()(batch).keys() == {"loss", "accuracy", "next_loss", "next_accuracy"}
 
 
-def test_padding_and_other_documents_are_not_seen(make_config):
+def test_encoder_token_sees_no_padding_or_other_document(make_config):
     objective = build_objective(make_config("bert_tiny", **SIZES), 131).eval()
     batch = pairs()
     batch["segments"][0, 20:] = 2

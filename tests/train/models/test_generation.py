@@ -1,5 +1,6 @@
-"""Every family that writes, beside a twin that has no state: it reads everything again for each token, a row at a time."""
+"""Tests that each generative family equals a twin that recomputes everything for each token."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from train.config import schema
 from train.generation.beam_search import beam_search
-from train.generation.generate import generate
+from train.generation.sample_loop import generate
 from train.models.generation_api import Generative
 from train.objectives import build_objective
 
@@ -15,35 +16,36 @@ EOT, START = 256, 255
 
 
 @dataclass
-class Read:
-    """All that was read: the prompts, and what was written since, a list a row."""
+class TokensSoFar:
+    """Decoding state of the twin: the prompt and the written tokens of each row."""
 
     prompts: list[list[int]]
     written: list[list[int]]
 
     def rows(self, index):
-        return Read([self.prompts[i] for i in index], [list(self.written[i]) for i in index])
+        prompts = [self.prompts[i] for i in index]
+        return TokensSoFar(prompts, [list(self.written[i]) for i in index])
 
 
 class Stateless(torch.nn.Module):
-    """The twin of a model, by its ``logits`` alone."""
+    """The twin of a model: uses its ``logits`` alone."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.continues, self.max_len = model, model.continues, model.max_len
 
     def prefill(self, tokens, lengths, capacity):
-        state = Read([row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)], [[] for _ in lengths])
-        return self.after(state), state
+        prompts = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        state = TokensSoFar(prompts, [[] for _ in lengths])
+        return self.next_logits(state), state
 
     def decode(self, token, state):
-        state = Read(state.prompts, [[*row, t] for row, t in zip(state.written, token.tolist(), strict=True)])
-        return self.after(state), state
+        state = TokensSoFar(state.prompts, [[*row, t] for row, t in zip(state.written, token.tolist(), strict=True)])
+        return self.next_logits(state), state
 
-    def after(self, state):
-        return torch.stack(
-            [self.model.logits(self.batch(p, w))[0, -1] for p, w in zip(state.prompts, state.written, strict=True)]
-        )
+    def next_logits(self, state):
+        batches = map(self.batch, state.prompts, state.written)
+        return torch.stack([self.model.logits(batch)[0, -1] for batch in batches])
 
     def batch(self, prompt, written):
         read = [*prompt, *written] if self.continues else prompt[:-1]
@@ -55,14 +57,18 @@ class Stateless(torch.nn.Module):
 
 @pytest.fixture(params=["gpt_tiny", "llama_tiny", "rnn_tiny", "lstm_tiny", "gru_tiny", "t5_tiny", "transformer_tiny"])
 def model(request, make_config):
-    """In float64, for comparisons to be exact in effect, with weights large enough for text that varies."""
+    """A float64 model, so that comparisons are exact in effect, with weights large enough for text that varies."""
     objective = build_objective(make_config(request.param, init_std=0.3), 257).double().eval()
     assert isinstance(objective, Generative)
     return objective
 
 
 def options(**keys):
-    return schema.Generation.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 9} | keys)
+    return schema.GenerationConfig.model_validate({"prompts": [], "temperature": 0.0, "max_tokens": 9} | keys)
+
+
+def tokens_and_reason(text):
+    return text.tokens, text.reason
 
 
 PROMPTS = [[1, 2, 3, START], [7, START], [*range(20), START], [200, 100, 0, 9, 9, START]]
@@ -77,13 +83,12 @@ PROMPTS = [[1, 2, 3, START], [7, START], [*range(20), START], [200, 100, 0, 9, 9
     ],
     ids=["greedy", "drawn", "beams"],
 )
-def test_text_is_that_of_the_twin_without_a_state_and_of_each_prompt_alone(model, find, keys):
+def test_cached_text_equals_text_without_a_state_and_prompts_alone(model, find, keys):
     with torch.no_grad():
-        found = find(model, PROMPTS, options(**keys), EOT)
+        cached = find(model, PROMPTS, options(**keys), EOT)
         twin = find(Stateless(model), PROMPTS, options(**keys), EOT)
         alone = [find(model, [prompt], options(**keys), EOT)[0] for prompt in PROMPTS]
     for others in (twin, alone):
-        assert [[(t.tokens, t.reason) for t in several] for several in found] == [
-            [(t.tokens, t.reason) for t in s] for s in others
-        ]
-    assert len({tuple(text.tokens) for several in found for text in several}) > 1
+        for expected, actual in zip(others, cached, strict=True):
+            assert list(map(tokens_and_reason, actual)) == list(map(tokens_and_reason, expected))
+    assert len({tuple(text.tokens) for text in itertools.chain(*cached)}) > 1

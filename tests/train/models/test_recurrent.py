@@ -1,4 +1,4 @@
-"""Recurrent networks: every document read alone, memory that goes on from row to row, and only there."""
+"""Tests of recurrent networks: isolated documents, state carried from step to step, decoding."""
 
 import pytest
 import torch
@@ -15,15 +15,15 @@ def build(make_config, cell, **keys):
 
 
 @pytest.mark.parametrize(("model", "millions"), [("lstm_medium", 20), ("lstm_large", 66)])
-def test_published_sizes(make_config, model, millions):
+def test_recurrent_models_have_published_sizes(make_config, model, millions):
     with torch.device("meta"):
         objective = build_objective(make_config(model), 10_000)
     assert round(sum(p.numel() for p in objective.parameters()) / 1e6) == millions  # Zaremba et al. 2014, section 4.1
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_a_token_says_reaches_the_last_layer_of_a_model_that_has_learnt_nothing(make_config, cell):
-    """Else it says of every text what is said of none, for hundreds of steps: nothing normalises what the layers read."""
+def test_token_changes_the_last_layer_of_an_untrained_model(make_config, cell):
+    """If it did not, a model would ignore its input for hundreds of steps: nothing normalises the layers' inputs."""
     backbone = build(make_config, cell).backbone
     with torch.no_grad():
         last, _ = backbone.prefill(torch.arange(256)[:, None], torch.ones(256, dtype=torch.int64), 1)
@@ -31,7 +31,7 @@ def test_what_a_token_says_reaches_the_last_layer_of_a_model_that_has_learnt_not
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_documents_are_read_as_if_alone(make_config, pack, cell):
+def test_packed_documents_have_the_hidden_states_they_have_alone(make_config, pack, cell):
     objective = build(make_config, cell, seq_len=64).double().eval()
     draw = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 257, (n,), generator=draw).tolist() for n in (9, 2, 30, 17)]
@@ -46,39 +46,41 @@ def test_packed_documents_are_read_as_if_alone(make_config, pack, cell):
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_row_goes_on_from_the_row_before_it_once_the_step_is_kept(make_config, pack, cell, isolate):
+def test_row_continues_previous_state_once_its_step_is_committed(make_config, pack, cell, isolate):
     objective = build(make_config, cell, isolate=isolate).double()
     tokens = torch.randint(0, 257, (65,), generator=torch.Generator().manual_seed(0)).tolist()
     whole = pack([[tokens]], 64)
-    halves = [{k: v[:, part] for k, v in whole.items()} for part in (slice(32), slice(32, 64))]
+    halves = [{}, {}]
+    for key, value in whole.items():
+        halves[0][key], halves[1][key] = value.split(32, dim=1)
     with torch.no_grad():
         right = objective.logits(whole)[0, 32:]
         for number, kept in ((1, False), (3, True)):
             objective({**halves[0], "memory": torch.tensor([-number])})
             objective.backbone.memory.commit(kept)
-            found = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
+            logits = objective.logits({**halves[1], "memory": torch.tensor([number])})[0]
             objective.backbone.memory.commit(False)
-            assert torch.allclose(found, right, rtol=0, atol=1e-5) == kept, "memory is float32"
+            assert torch.allclose(logits, right, rtol=0, atol=1e-5) == kept, "memory is float32"
         anew = objective.logits({**halves[1], "memory": torch.tensor([-3])})[0]
     assert not torch.allclose(anew, right, rtol=0, atol=1e-5)
     assert objective.backbone.memory.rows[1:2].eq(0).all()
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_memory_is_left_by_training_alone_and_begins_after_the_last_border(make_config, pack, cell):
+def test_state_is_staged_in_training_only_from_the_last_document(make_config, pack, cell):
     objective = build(make_config, cell)
     first, second = [5, 6, 7, 8], [256, 9, 10, 11, 12]
     batch = pack([[first, second]], 7)
     objective.eval()({**batch, "memory": torch.tensor([1])})
-    assert not objective.backbone.memory.left
+    assert not objective.backbone.memory.staged
     objective.train()({**batch, "memory": torch.tensor([1])})
-    [(_, left)] = objective.backbone.memory.left
+    [(_, staged)] = objective.backbone.memory.staged
     alone = build(make_config, cell)
     alone({**pack([[second]], 4), "memory": torch.tensor([-1])})
-    torch.testing.assert_close(left, alone.backbone.memory.left[0][1])
+    torch.testing.assert_close(staged, alone.backbone.memory.staged[0][1])
 
 
-def test_memory_keeps_its_precision_and_rows_of_no_number_leave_nothing():
+def test_carried_state_stays_float32_and_ignores_unnumbered_rows():
     memory = CarriedState(3, 2).to(torch.bfloat16)
     assert memory.rows.dtype == torch.float32
     memory.stage_vectors(torch.tensor([2, 0, -3]), torch.tensor([[1.5, 2], [7, 7], [3, 4]]))
@@ -88,7 +90,7 @@ def test_memory_keeps_its_precision_and_rows_of_no_number_leave_nothing():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_is_read_token_by_token_is_what_is_read_at_once(make_config, cell):
+def test_decoding_by_token_equals_one_pass(make_config, cell):
     objective = build(make_config, cell).eval()
     tokens = torch.randint(0, 257, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"tokens": tokens, "segments": torch.ones_like(tokens)}
@@ -103,13 +105,13 @@ def test_what_is_read_token_by_token_is_what_is_read_at_once(make_config, cell):
 
 
 @pytest.mark.parametrize(("cell", "gates"), [("rnn", 1), ("gru", 3), ("lstm", 4)])
-def test_flops_are_six_a_weight(make_config, cell, gates):
+def test_recurrent_flops_are_six_per_weight(make_config, cell, gates):
     objective = build(make_config, cell)
     weights = sum(p.numel() for name, p in objective.backbone.rnn.named_parameters() if "weight" in name)
     assert objective.backbone.flops_per_token(64) == 6 * weights == 6 * 2 * gates * 2 * 64**2
 
 
-def test_biases_do_not_decay(make_config):
+def test_recurrent_biases_have_no_weight_decay(make_config):
     matrices, rest = parameter_groups(build(make_config, "lstm"), 0.1)
     assert {name.rsplit(".")[-1][:6] for name in matrices["names"]} == {"weight"}
     assert len(matrices["names"]) == 4

@@ -1,4 +1,4 @@
-"""What a model says before it has learnt anything: of a token little more than that it is one of so many."""
+"""Tests of untrained models: their loss is about that of a uniform distribution over tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helpers import gloo_ranks
 
 from train.config import load as configuration
 from train.config.keys.decoder import Decoder
-from train.config.schema import kinds
+from train.config.schema import variants
 from train.data.corpus.shards import Corpus
 from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import Cursor
@@ -22,8 +22,8 @@ CHOICES = sorted(path.stem for path in (configuration.CONF / "model").glob("*.ya
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_a_fresh_model_is_no_worse_than_chance(corpus: Path, choice: str):
-    family = kinds("model")[yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]]
+def test_untrained_loss_is_at_most_that_of_chance(corpus: Path, choice: str):
+    family = variants("model")[yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]]
     small = ["model.vocab_size=512", "batch.seq_len=64", "batch.global=4", "model.dropout=0", "cluster.workers=1"]
     small += ["model.layers=2"] if family is Decoder else []
     keys = [

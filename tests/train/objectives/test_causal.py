@@ -1,4 +1,4 @@
-"""The causal objective: sums and counts that add up over any split of the batch, and documents that never meet."""
+"""Tests of the causal objective: losses as sums and counts, isolation of documents, parameter names."""
 
 import pytest
 import torch
@@ -15,13 +15,12 @@ def documents(sizes, seed=0):
 
 
 def split(batch, micro):
-    return [
-        dict(zip(batch, values, strict=True)) for values in zip(*(x.split(micro) for x in batch.values()), strict=True)
-    ]
+    parts = [value.split(micro) for value in batch.values()]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_loss_is_the_sum_of_minus_log_probabilities_and_the_count(make_config, pack, name):
+def test_causal_loss_is_sum_of_negative_log_likelihoods_and_count(make_config, pack, name):
     objective = build_objective(make_config(name), 257)
     batch = pack([documents([9, 12]), documents([30], seed=1), []], 32)
     total, count = objective(batch)["loss"]
@@ -34,7 +33,7 @@ def test_the_loss_is_the_sum_of_minus_log_probabilities_and_the_count(make_confi
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_accumulation_gives_the_gradients_of_the_whole_batch(make_config, pack, name):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(make_config, pack, name):
     ragged = [[3, 5, 2], [30], [2], [15, 16], [], [7, 7, 7], [33], [2, 3]]
     batch = pack([documents(sizes, seed=i) for i, sizes in enumerate(ragged)], 32)
     count = (batch["targets"] != -100).sum()
@@ -49,7 +48,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(make_config, pack, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_changing_a_document_leaves_the_others_of_its_row_unchanged(make_config, pack, name):
+def test_changed_document_leaves_others_of_its_row_unchanged(make_config, pack, name):
     objective = build_objective(make_config(name), 257).eval()
     first, middle, last = documents([9, 12, 10])
     with torch.no_grad():
@@ -64,7 +63,7 @@ def test_changing_a_document_leaves_the_others_of_its_row_unchanged(make_config,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_packed_document_has_the_logits_it_has_alone(make_config, pack, name):
+def test_packed_document_has_the_logits_it_has_alone(make_config, pack, name):
     objective = build_objective(make_config(name), 257).double().eval()
     parts = documents([9, 2, 16])
     with torch.no_grad():
@@ -79,7 +78,7 @@ def test_a_packed_document_has_the_logits_it_has_alone(make_config, pack, name):
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_of_zero_weight_trains_nothing_and_stays_finite(make_config, pack, name, isolate):
+def test_row_without_targets_gives_zero_finite_gradients(make_config, pack, name, isolate):
     objective = build_objective(make_config(name, isolate=isolate), 257)
     total, count = objective(pack([[], []], 32))["loss"]
     total.backward()
@@ -87,7 +86,7 @@ def test_a_row_of_zero_weight_trains_nothing_and_stays_finite(make_config, pack,
     assert all(p.grad.eq(0).all() for p in objective.parameters())
 
 
-def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_config):
+def test_parameter_names_of_tied_and_untied_heads(make_config):
     tied, untied = (build_objective(make_config(tied=tied), 257) for tied in (True, False))
     for objective in (tied, untied):
         assert {key.split(".")[0] for key in objective.state_dict()} == {"backbone", "head"}
@@ -96,7 +95,7 @@ def test_keys_are_of_backbone_and_head_and_a_tied_head_has_none_of_its_own(make_
     assert tied.head.weight is tied.backbone.embed.weight
 
 
-def test_what_makes_no_sense_is_refused_with_what_does(make_config):
+def test_unsupported_objective_is_refused_with_supported_pairs(make_config):
     with pytest.raises(UserError, match=r"seq_len=129 .*max_len=128"):
         build_objective(make_config(seq_len=129, max_len=128), 257)
     with pytest.raises(
@@ -105,12 +104,12 @@ def test_what_makes_no_sense_is_refused_with_what_does(make_config):
         build_objective(make_config("bert_tiny", objective={"name": "causal"}), 257)
 
 
-def test_label_smoothing_and_z_loss_are_trained_with_and_not_evaluated_with(make_config, pack):
+def test_regularisers_change_training_loss_but_not_evaluation_loss(make_config, pack):
     batch = pack([documents([30]), documents([20], seed=1)], 32)
     plain = build_objective(make_config("gpt_tiny"), 257)
-    more = build_objective(make_config("gpt_tiny", objective={"label_smoothing": 0.1, "z_loss": 0.01}), 257)
-    assert torch.equal(plain(batch)["loss"][0], more.eval()(batch)["loss"][0])
-    total, count = more.train()(batch)["loss"]
+    regularised = build_objective(make_config("gpt_tiny", objective={"label_smoothing": 0.1, "z_loss": 0.01}), 257)
+    assert torch.equal(plain(batch)["loss"][0], regularised.eval()(batch)["loss"][0])
+    total, count = regularised.train()(batch)["loss"]
     trained = batch["targets"] != -100
     logits = plain.head(plain.backbone(batch))[trained].double()
     smooth = torch.nn.functional.cross_entropy(logits, batch["targets"][trained], reduction="sum", label_smoothing=0.1)

@@ -1,11 +1,12 @@
-"""Groups decided by what a parameter is, and update rules against their formulas."""
+"""Tests of parameter groups, and of optimizers against their formulas."""
 
+import itertools
 from typing import get_args
 
 import pytest
 import torch
 
-from train.config.schema import Optimizer
+from train.config.schema import OptimizerConfig
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups, split_matrices
 from train.optim.muon import muon_update, orthogonalize
@@ -13,7 +14,7 @@ from train.optim.muon import muon_update, orthogonalize
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("name", ["gpt_tiny", "llama_tiny"])
-def test_only_matrices_decay(make_config, name, tied):
+def test_parameter_groups_decay_matrices_only(make_config, name, tied):
     objective = build_objective(make_config(name, tied=tied), 257)
     matrices, rest = parameter_groups(objective, 0.1)
     assert (matrices["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
@@ -30,7 +31,7 @@ def test_only_matrices_decay(make_config, name, tied):
         assert all(named[path] is p for path, p in zip(group["names"], group["params"], strict=True))
 
 
-def test_a_parameter_that_has_no_shape_at_rest_is_judged_by_its_owner(make_config):
+def test_parameter_without_a_shape_is_grouped_by_its_module(make_config):
     objective = build_objective(make_config(), 257)
     before = [group["names"] for group in parameter_groups(objective, 0.1)]
     for parameter in objective.parameters():
@@ -38,7 +39,7 @@ def test_a_parameter_that_has_no_shape_at_rest_is_judged_by_its_owner(make_confi
     assert [group["names"] for group in parameter_groups(objective, 0.1)] == before
 
 
-def test_frozen_parameters_are_left_out_and_empty_groups_too(make_config):
+def test_parameter_groups_leave_out_frozen_parameters_and_empty_groups(make_config):
     objective = build_objective(make_config(), 257)
     for name, parameter in objective.named_parameters():
         parameter.requires_grad_("norm" in name)
@@ -46,26 +47,26 @@ def test_frozen_parameters_are_left_out_and_empty_groups_too(make_config):
     assert group["name"] == "rest"
 
 
-def by_hand(kind, weight, gradients, lr, decay):
-    """The rules as their papers write them, in float64."""
+def by_hand(name, weight, gradients, lr, decay):
+    """Weights after the updates of an optimizer, as its paper writes them, in float64."""
     m = v = torch.zeros_like(weight)
     for t, gradient in enumerate(gradients, 1):
-        apart = kind in ("adamw", "lion", "muon")  # the weights decay themselves
-        g = gradient if apart else gradient + decay * weight
-        weight = weight - lr * decay * weight if apart else weight
-        if kind in ("sgd", "momentum", "nesterov"):
-            m = (0.0 if kind == "sgd" else 0.8) * m + g
-            weight = weight - lr * (g + 0.8 * m if kind == "nesterov" else m)
-        elif kind == "adagrad":
+        decoupled = name in ("adamw", "lion", "muon")
+        g = gradient if decoupled else gradient + decay * weight
+        weight = weight - lr * decay * weight if decoupled else weight
+        if name in ("sgd", "momentum", "nesterov"):
+            m = (0.0 if name == "sgd" else 0.8) * m + g
+            weight = weight - lr * (g + 0.8 * m if name == "nesterov" else m)
+        elif name == "adagrad":
             v = v + g * g
             weight = weight - lr * g / (v.sqrt() + 1e-6)
-        elif kind == "rmsprop":
+        elif name == "rmsprop":
             v = 0.95 * v + 0.05 * g * g
             weight = weight - lr * g / (v.sqrt() + 1e-6)
-        elif kind == "lion":
+        elif name == "lion":
             weight = weight - lr * (0.7 * m + 0.3 * g).sign()
             m = 0.95 * m + 0.05 * g
-        elif kind == "muon":
+        elif name == "muon":
             m = 0.8 * m + 0.2 * g
             weight = weight - lr * 0.2 * max(weight.shape) ** 0.5 * newton_schulz(0.8 * m + 0.2 * g)
         else:
@@ -84,46 +85,46 @@ def newton_schulz(matrix):
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
-@pytest.mark.parametrize("kind", get_args(Optimizer.model_fields["name"].annotation))
-def test_update_rules_equal_their_formulas(kind, shape):
+@pytest.mark.parametrize("name", get_args(OptimizerConfig.model_fields["name"].annotation))
+def test_optimizer_updates_equal_their_formulas(name, shape):
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(6))
     parameter = torch.nn.Parameter(start.float())
-    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    chosen = OptimizerConfig(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
     group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
     optimizer = build_optimizer(chosen, [group])
     for gradient in gradients:
         parameter.grad = gradient.float()
         optimizer.step()
     assert torch.allclose(
-        parameter.double(), by_hand(kind, start, gradients, 0.1, 0.2), atol=1e-4 if kind == "muon" else 1e-5
+        parameter.double(), by_hand(name, start, gradients, 0.1, 0.2), atol=1e-4 if name == "muon" else 1e-5
     )
 
 
-THEIRS = {
+TORCH_OPTIMIZERS = {
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, eps=1e-6, weight_decay=0.2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, alpha=0.95, eps=1e-6, weight_decay=0.2),
     "muon": lambda p: torch.optim.Muon(p, lr=0.1, momentum=0.8, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"),
 }
 
 
-@pytest.mark.parametrize("kind", THEIRS)
-def test_rules_that_torch_has_too_equal_its_own(kind):
+@pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
+def test_optimizers_that_torch_has_equal_torch(name):
     generator = torch.Generator().manual_seed(1)
-    ours, theirs = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
-    chosen = Optimizer(name=kind, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
-    group = {"params": [ours], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
-    rules = [build_optimizer(chosen, [group]), THEIRS[kind]([theirs])]
+    parameter, reference = (torch.nn.Parameter(torch.ones(24, 16)) for _ in range(2))
+    chosen = OptimizerConfig(name=name, lr=0.1, betas=(0.7, 0.95), eps=1e-6, momentum=0.8)
+    group = {"params": [parameter], "weight_decay": 0.2, "name": "matrices", "names": ["backbone.w"]}
+    optimizers = [build_optimizer(chosen, [group]), TORCH_OPTIMIZERS[name]([reference])]
     for _ in range(4):
-        ours.grad = torch.randn(24, 16, generator=generator)
-        theirs.grad = ours.grad.clone()
-        for rule in rules:
-            rule.step()
-    assert torch.allclose(ours, theirs, atol=3e-2 if kind == "muon" else 1e-6), "torch's Muon works in bfloat16"
+        parameter.grad = torch.randn(24, 16, generator=generator)
+        reference.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(parameter, reference, atol=3e-2 if name == "muon" else 1e-6), "torch's Muon works in bfloat16"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
-def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
+def test_muon_update_is_near_orthogonal_and_as_large_as_adamw(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(orthogonalize(matrix))
     assert 0.6 < values.min() <= values.max() < 1.3
@@ -132,22 +133,23 @@ def test_what_muon_applies_is_about_orthogonal_and_as_large_as_adamw_s(shape):
         assert 0.1 < muon_update(matrix).square().mean().sqrt() < 0.3
 
 
-def test_biases_of_recurrent_layers_do_not_decay(make_config):
+def test_biases_of_recurrent_layers_are_not_decayed(make_config):
     matrices, rest = parameter_groups(build_objective(make_config("lstm_tiny"), 257), 0.1)
     assert not any("bias" in name for name in matrices["names"])
     assert sum("bias" in name for name in rest["names"]) == 4
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_muon_turns_the_matrices_of_the_backbone_alone(make_config, tied):
+def test_muon_orthogonalises_matrices_of_the_backbone_only(make_config, tied):
     objective = build_objective(make_config("gpt_tiny", tied=tied), 257)
     groups = split_matrices(parameter_groups(objective, 0.1), 0.9)
-    turned = [name for group in groups if "momentum" in group for name in group["names"]]
-    assert len(turned) == 4 * len(objective.backbone.blocks)
-    assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in turned)
-    assert sorted(name for group in groups for name in group["names"]) == sorted(
-        name for name, _ in objective.named_parameters()
-    )
+    with_momentum = [group["names"] for group in groups if "momentum" in group]
+    orthogonalised = list(itertools.chain(*with_momentum))
+    assert len(orthogonalised) == 4 * len(objective.backbone.blocks)
+    assert all(name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight")) for name in orthogonalised)
+    all_names = itertools.chain(*(group["names"] for group in groups))
+    assert sorted(all_names) == sorted(name for name, _ in objective.named_parameters())
     assert [g["weight_decay"] for g in groups if "head.weight" in g["names"]] == ([] if tied else [0.1])
     named = dict(objective.named_parameters())
-    assert all(named[n] is p for g in groups for n, p in zip(g["names"], g["params"], strict=True))
+    for group in groups:
+        assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))

@@ -1,4 +1,4 @@
-"""Every update rule under every ZeRO stage: the weights of plain torch on one device, and a state that goes on bit for bit."""
+"""Tests of every optimizer at every ZeRO stage: weights of plain torch, and exact resumes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from helpers import gloo_ranks
 from train.config import load as configuration
 from train.config import schema
 
-RULES = get_args(schema.Optimizer.model_fields["name"].annotation)
+RULES = get_args(schema.OptimizerConfig.model_fields["name"].annotation)
 STEPS, LR = 4, 0.01
 
 
 def tiny(stage: int, precision: str = "fp32") -> dict[str, Any]:
-    """Without biases: those of keys have gradients of rounding alone, which most rules blow up."""
+    """A configuration without biases: those of keys have gradients of rounding errors alone, which Adam scales up."""
     sizes = ("model.layers=1", "model.width=16", "model.bias=false")
     return configuration.to_dict(
         gloo_ranks.compose(
@@ -35,7 +35,7 @@ def with_rule(values: dict[str, Any], rule: str) -> Any:
 def batches(rank: int, size: int) -> list[Any]:
     """This rank's rows of the global batch of each step."""
     generator = torch.Generator().manual_seed(0)
-    found = []
+    own_batches = []
     for _ in range(STEPS):
         tokens = torch.randint(0, 257, (4, 17), generator=generator)
         whole = {
@@ -44,8 +44,8 @@ def batches(rank: int, size: int) -> list[Any]:
             "positions": torch.arange(16).expand(4, -1),
             "segments": torch.ones(4, 16, dtype=torch.int32),
         }
-        found.append({key: value[rank::size].contiguous() for key, value in whole.items()})
-    return found
+        own_batches.append({key: value[rank::size].contiguous() for key, value in whole.items()})
+    return own_batches
 
 
 def build(config: Any) -> tuple[Any, Any]:
@@ -72,53 +72,61 @@ def plain(rule: str) -> dict[str, torch.Tensor]:
 
 
 def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> dict[str, Any]:
-    """For each rule, the weights after STEPS steps, and whether going on once more from the state half-way gives the same bits."""
+    """For each optimizer, weights after STEPS steps, and whether resuming half-way once more gives the same bits."""
     from train.engine.engine import Engine
 
-    found = {}
+    results = {}
     for rule in rules:
         config = with_rule(values, rule)
         engine, ends = Engine(*build(config), config, world, 4 // world.size, 1), []
 
-        def go(part: slice) -> None:
+        def train_steps(part: slice) -> None:
             for batch in batches(world.rank, world.size)[part]:
                 assert engine.train_step([batch], {"loss": 64}, LR, lambda: None).update_applied  # noqa: B023
 
-        go(slice(0, 2))
-        saved = {(p.name, kind): view.clone() for p in engine.param_shards for kind, view in engine.states(p).items()}
+        train_steps(slice(0, 2))
+        saved = {(name, kind): view for (kind, name, _), view in copied_states(engine).items()}
         kinds: dict[str, list[str]] = {}
         for name, kind in saved:
             kinds.setdefault(name, []).append(kind)
         for _ in range(2):
-            go(slice(2, None))
-            pieces = {(k, p.name, p.start): v.clone() for p in engine.param_shards for k, v in engine.states(p).items()}
-            ends.append(pieces | {("forward", name, 0): weight for name, weight in engine.whole_weights()})
-            engine.load(lambda piece, kind: saved[piece.name, kind], kinds, 2)  # noqa: B023
-        found[rule] = {
-            "same": ends[0].keys() == ends[1].keys()
-            and all(torch.equal(v, ends[1][key]) for key, v in ends[0].items()),
-            "kinds": sorted({k for k, *_ in ends[0]} - {"weight", "forward"}),
-            "weights": {(n, s): v.numpy() for (k, n, s), v in ends[0].items() if k == "weight"},
+            train_steps(slice(2, None))
+            end = copied_states(engine)
+            ends.append(end | {("forward", name, 0): weight for name, weight in engine.whole_weights()})
+            engine.load(lambda shard, kind: saved[shard.name, kind], kinds, 2)  # noqa: B023
+        first, second = ends
+        results[rule] = {
+            "same": first.keys() == second.keys() and all(torch.equal(v, second[key]) for key, v in first.items()),
+            "kinds": sorted({kind for kind, *_ in first} - {"weight", "forward"}),
+            "weights": {(name, start): v.numpy() for (kind, name, start), v in first.items() if kind == "weight"},
         }
-    return found
+    return results
+
+
+def copied_states(engine: Any) -> dict[tuple[str, str, int], torch.Tensor]:
+    """A copy of this rank's state: (kind, parameter, start of the shard) -> values."""
+    states = {}
+    for shard in engine.param_shards:
+        states |= {(kind, shard.name, shard.start): view.clone() for kind, view in engine.states(shard).items()}
+    return states
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)])
-def test_every_rule_gives_the_weights_of_plain_torch_and_goes_on_bit_for_bit(stage: int, workers: int):
+def test_optimizers_at_any_stage_equal_torch_and_resume_exactly(stage: int, workers: int):
     ranks = gloo_ranks.run(workers, trained, tiny(stage), list(RULES), timeout=300)
     for rule in RULES:
         expected = plain(rule)
-        held = dict.fromkeys(expected, 0)
+        covered = dict.fromkeys(expected, 0)
         for rank in ranks:
             assert rank[rule]["same"], rule
             for (name, start), values in rank[rule]["weights"].items():
                 right = expected[name].flatten()[start : start + len(values)]
                 torch.testing.assert_close(torch.from_numpy(values), right, rtol=1e-4, atol=1e-5)
-                held[name] += len(values)
-        assert all(n >= expected[name].numel() for name, n in held.items())
+                covered[name] += len(values)
+        assert all(n >= expected[name].numel() for name, n in covered.items())
 
 
-KINDS = {
+STATE_KINDS = {
     "sgd": [],
     "momentum": ["momentum_buffer"],
     "nesterov": ["momentum_buffer"],
@@ -134,13 +142,14 @@ KINDS = {
 @pytest.mark.parametrize(
     ("stage", "rules"), [(0, list(RULES)), (1, ["lion", "muon"]), (2, ["muon"]), (3, ["adagrad", "muon"])]
 )
-def test_in_bf16_every_rule_keeps_its_state_in_full_and_goes_on_bit_for_bit(stage: int, rules: list[str]):
+def test_optimizers_in_bf16_keep_fp32_state_and_resume_exactly(stage: int, rules: list[str]):
     for rank in gloo_ranks.run(2, trained, tiny(stage, "bf16"), rules, timeout=300):
-        assert {rule: found["kinds"] for rule, found in rank.items()} == {rule: KINDS[rule] for rule in rules}
-        assert all(found["same"] for found in rank.values())
+        assert list(rank) == rules
+        assert all(result["kinds"] == STATE_KINDS[rule] for rule, result in rank.items())
+        assert all(result["same"] for result in rank.values())
 
 
-def test_muon_stops_and_moves_to_another_world_and_stage(make, corpus: Path):
+def test_muon_resumes_in_another_world_size_and_stage(make, corpus: Path):
     muon = ("optimizer=muon", "optimizer.lr=1e-2", "steps=6", "save_every=3")
     whole = make(*muon, "zero=3", "cluster.workers=2", name="whole")
     parts = make(*muon, "zero=3", "cluster.workers=2", name="parts")
@@ -148,8 +157,9 @@ def test_muon_stops_and_moves_to_another_world_and_stage(make, corpus: Path):
     assert gloo_ranks.train_world(parts, corpus, {"event": "step", "step": 3}) == ["stopped", "stopped"]
     moved = make(*muon, "zero=1", "cluster.workers=1", name="parts")
     assert gloo_ranks.train_world(moved, corpus) == ["done"]
-    found, expected = gloo_ranks.metrics(moved), gloo_ranks.metrics(whole)
-    assert [line["data_hash"] for line in found] == [line["data_hash"] for line in expected]
-    losses = [torch.tensor([line["loss"] for line in lines]) for lines in (found, expected)]
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
-    assert losses[0][-1] < losses[0][0]
+    actual, expected = gloo_ranks.metrics(moved), gloo_ranks.metrics(whole)
+    for line, expected_line in zip(actual, expected, strict=True):
+        assert line["data_hash"] == expected_line["data_hash"]
+    losses = torch.tensor([line["loss"] for line in actual])
+    torch.testing.assert_close(losses, torch.tensor([line["loss"] for line in expected]), rtol=1e-5, atol=0)
+    assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""Exported runs: what transformers loads is the same model and tokenizer, or there is no export."""
+"""Tests of export: transformers loads the same model and tokenizer, or nothing is exported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAMILIES = {
     "llama": ["model=llama_tiny", "model.layers=2"],
 }
 SHORT = ["steps=2", "eval_every=0", "save_every=0"]
-ROOM = 5_000_000_000
+SHARD_BYTES = 5_000_000_000
 
 
 def trained(make, corpus: Path, *overrides: str, name: str = "run") -> Path:
@@ -37,16 +37,16 @@ def trained(make, corpus: Path, *overrides: str, name: str = "run") -> Path:
     return Path(config.run.dir)
 
 
-def logits_of(run: Path, there: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ours and those of what transformers finds in a folder by itself, for 16 tokens."""
+def logits_of(run: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Our logits and those of the model that transformers' auto class loads from ``folder``, for 16 tokens."""
     tokens = torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ours = head_logits(open_run(run).objective, tokens)[0]
-        return ours, transformers.AutoModelForCausalLM.from_pretrained(there)(tokens).logits[..., :257]
+        own = head_logits(open_run(run).objective, tokens)[0]
+        return own, transformers.AutoModelForCausalLM.from_pretrained(folder)(tokens).logits[..., :257]
 
 
-def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path, tmp_path: Path):
-    """Where the proof is in the export itself."""
+def test_export_of_bert_pretraining_t5_and_t5_1_1_is_verified(make, corpus: Path, tmp_path: Path):
+    """The export verifies itself: a wrong one raises UserError."""
     experiment = [
         f"data.paths=[{corpus.parent / 'text'}]",
         f"data.dir={corpus}",
@@ -55,7 +55,7 @@ def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path,
         *SHORT,
     ]
     untied = ["model.tied=false", "model.activation=geglu"]
-    for name, tiny, heads, more in (
+    for name, tiny, heads, overrides in (
         ("bert_tiny", "bert_tiny", 2, []),
         ("t5_tiny", "t5_tiny", 1, []),
         ("1_1", "t5_tiny", 1, untied),
@@ -63,22 +63,24 @@ def test_a_bert_with_both_heads_a_t5_and_a_t5_of_version_1_1(make, corpus: Path,
         keys = [
             f"experiment={tiny}",
             *experiment,
-            *more,
+            *overrides,
             f"run.dir={tmp_path / name}",
             "batch.seq_len=16",
             "batch.global=4",
         ]
         gloo_ranks.train_world(configuration.load(keys), corpus)
-        done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", ROOM)
+        done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", SHARD_BYTES)
         assert done.difference <= 1e-5
         assert len(head_logits(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert_tiny-there")
     assert (tokenizer.mask_token, tokenizer.pad_token, tokenizer.cls_token) == ("[MASK]", "[PAD]", "[CLS]")
 
 
-def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
-    """It starts from one that was trained without pairs and so has no pooler: that is drawn, and named."""
-    lines = [{"text": f"{n} {word}", "label": word} for n in range(30) for word in ("joy", "woe", "so so")]
+def test_exported_bert_classifier_equals_ours_and_pooler_is_named(tmp_path: Path):
+    """It starts from a BERT trained without sentence pairs, so without a pooler, which is initialised and named."""
+    lines: list[dict[str, str]] = []
+    for n in range(30):
+        lines += [{"text": f"{n} {word}", "label": word} for word in ("joy", "woe", "so so")]
     (tmp_path / "moods.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     same = [
         "experiment=bert_tiny",
@@ -105,28 +107,26 @@ def test_a_bert_that_became_a_classifier_says_the_same_there(tmp_path: Path):
     drawn = {name: json.loads((tmp_path / name / "init.json").read_text())["fresh"] for name in ("own", "mean")}
     head = ["head.weight", "head.bias"]
     assert drawn == {"own": ["backbone.pooler.weight", "backbone.pooler.bias", *head], "mean": head}
-    export(tmp_path / "own", tmp_path / "there", "latest", ROOM)
-    theirs = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "there").eval()
-    assert theirs.config.id2label == {0: "joy", 1: "woe", 2: "so so"}
+    export(tmp_path / "own", tmp_path / "there", "latest", SHARD_BYTES)
+    exported = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "there").eval()
+    assert exported.config.id2label == {0: "joy", 1: "woe", 2: "so so"}
     tokens = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        ours = head_logits(open_run(tmp_path / "own").objective, tokens)[0]
-        assert ours.shape == (3, 3)
-        assert (theirs(tokens).logits - ours).abs().max() < 1e-5
+        own = head_logits(open_run(tmp_path / "own").objective, tokens)[0]
+        assert own.shape == (3, 3)
+        assert (exported(tokens).logits - own).abs().max() < 1e-5
     with pytest.raises(UserError, match=r"objective\.pool=mean"):
-        export(tmp_path / "mean", tmp_path / "other", "latest", ROOM)
+        export(tmp_path / "mean", tmp_path / "other", "latest", SHARD_BYTES)
 
 
 @pytest.mark.parametrize(("zero", "workers"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_from_any_stage_and_world_transformers_loads_the_same_model(
-    make, corpus: Path, tmp_path: Path, family, zero, workers
-):
+def test_export_from_any_stage_and_world_size_equals_ours(make, corpus: Path, tmp_path: Path, family, zero, workers):
     run = trained(make, corpus, *FAMILIES[family], f"zero={zero}", f"cluster.workers={workers}")
-    done = export(run, tmp_path / "there", "latest", ROOM)
+    done = export(run, tmp_path / "there", "latest", SHARD_BYTES)
     assert done.difference <= 1e-5
-    ours, theirs = logits_of(run, tmp_path / "there")
-    assert (ours - theirs).abs().max() < 1e-5
+    own, exported = logits_of(run, tmp_path / "there")
+    assert (own - exported).abs().max() < 1e-5
     assert {f.name for f in (tmp_path / "there").iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
@@ -134,14 +134,14 @@ def test_from_any_stage_and_world_transformers_loads_the_same_model(
 
 
 @pytest.mark.parametrize("keys", [["model.tied=true"], ["model.bias=true", "model.kv_heads=1"]])
-def test_a_llama_tied_or_with_biases(make, corpus: Path, tmp_path: Path, keys: list[str]):
+def test_export_of_llama_tied_or_with_biases_equals_ours(make, corpus: Path, tmp_path: Path, keys: list[str]):
     run = trained(make, corpus, *FAMILIES["llama"], *keys)
-    export(run, tmp_path / "there", "latest", ROOM)
-    ours, theirs = logits_of(run, tmp_path / "there")
-    assert (ours - theirs).abs().max() < 1e-5
+    export(run, tmp_path / "there", "latest", SHARD_BYTES)
+    own, exported = logits_of(run, tmp_path / "there")
+    assert (own - exported).abs().max() < 1e-5
 
 
-def test_a_large_model_is_written_in_shards(make, corpus: Path, tmp_path: Path):
+def test_export_over_shard_bytes_is_written_in_shards(make, corpus: Path, tmp_path: Path):
     run = trained(make, corpus, *FAMILIES["llama"])
     done = export(run, tmp_path / "there", "latest", 50_000)
     assert len(done.files) > 3
@@ -150,42 +150,42 @@ def test_a_large_model_is_written_in_shards(make, corpus: Path, tmp_path: Path):
     assert all(
         file.stat().st_size < 60_000 or list(index["weight_map"].values()).count(file.name) == 1 for file in done.files
     )
-    ours, theirs = logits_of(run, tmp_path / "there")
-    assert (ours - theirs).abs().max() < 1e-5
+    own, exported = logits_of(run, tmp_path / "there")
+    assert (own - exported).abs().max() < 1e-5
 
 
 def peak_of_export(runs: list[str], report: Any) -> None:
-    """Send the memory of its own that the process of the second export came to have; the first one has imported all there is."""
+    """Send the growth of this process's anonymous memory in the second export; the first imports all modules."""
 
-    def own() -> int:  # not the pages of files that are read: the system takes those back when it wants to
+    def anonymous_bytes() -> int:  # without pages of files that are read, which the system can drop
         return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
-    export(Path(runs[0]), Path(f"{runs[0]}-there"), "latest", ROOM)
-    seen, done = [own()], threading.Event()
+    export(Path(runs[0]), Path(f"{runs[0]}-there"), "latest", SHARD_BYTES)
+    samples, done = [anonymous_bytes()], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not done.wait(0.002):
-            seen.append(own())
+            samples.append(anonymous_bytes())
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    export(Path(runs[1]), Path(f"{runs[1]}-there"), "latest", ROOM)
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    export(Path(runs[1]), Path(f"{runs[1]}-there"), "latest", SHARD_BYTES)
     done.set()
-    looking.join()
-    report.send(max(seen) - seen[0])
+    sampler.join()
+    report.send(max(samples) - samples[0])
 
 
-def test_an_export_holds_one_model_in_memory(make, corpus: Path):
-    """Its moments would be two more, ours beside theirs one more."""
+def test_export_keeps_one_model_in_memory(make, corpus: Path):
+    """Loading the optimizer's moments would take two more, our model beside transformers' one more."""
     large = ["model.width=384", "model.heads=8", "model.layers=6", "zero=3", "cluster.workers=2"]
     runs = [
-        str(trained(make, corpus, *FAMILIES["gpt2"], *more, name=name))
-        for name, more in (("small", []), ("large", large))
+        str(trained(make, corpus, *FAMILIES["gpt2"], name="small")),
+        str(trained(make, corpus, *FAMILIES["gpt2"], *large, name="large")),
     ]
-    ours, theirs = gloo_ranks.FORKS.Pipe()
-    process = gloo_ranks.FORKS.Process(target=peak_of_export, args=(runs, theirs))
+    receiver, sender = gloo_ranks.FORKS.Pipe()
+    process = gloo_ranks.FORKS.Process(target=peak_of_export, args=(runs, sender))
     process.start()
-    peak = ours.recv()
+    peak = receiver.recv()
     process.join()
     shapes = open_run(Path(runs[1])).checkpoint.manifest["shapes"].values()
     model = 4 * sum(math.prod(shape) for shape in shapes)
@@ -194,45 +194,45 @@ def test_an_export_holds_one_model_in_memory(make, corpus: Path):
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "chars"])
-def test_the_tokenizer_of_any_kind_is_the_same_there(corpus: Path, tmp_path: Path, tokenizer: str):
+def test_exported_tokenizer_of_any_kind_equals_ours(corpus: Path, tmp_path: Path, tokenizer: str):
     size = "data.tokenizer.vocab_size=300" if tokenizer == "bpe" else "data.tokenizer.vocab_size=null"
     keys = [f"data.paths=[{corpus.parent / 'text'}]", f"data.tokenizer.kind={tokenizer}", size]
     config = gloo_ranks.compose(
         *gloo_ranks.TEXT, *SHORT, *keys, f"data.dir={tmp_path / 'corpus'}", f"run.dir={tmp_path / 'run'}"
     )
     gloo_ranks.train_world(config, prepare(config.data, lambda event: None))
-    export(tmp_path / "run", tmp_path / "there", "latest", ROOM)
-    ours, theirs = open_run(tmp_path / "run").tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    export(tmp_path / "run", tmp_path / "there", "latest", SHARD_BYTES)
+    own, exported = open_run(tmp_path / "run").tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
     text = "tea mate  sonata"
-    assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
-    assert theirs.decode(ours.encode(text)) == text
-    assert theirs.eos_token_id == ours.eot
+    assert exported.encode(text, add_special_tokens=False) == own.encode(text)
+    assert exported.decode(own.encode(text)) == text
+    assert exported.eos_token_id == own.eot
 
 
-def test_a_run_goes_there_and_back_and_trains_on_from_its_loss(make, corpus: Path, tmp_path: Path):
-    """Its val_loss is the same at the start; and the losses that follow are those of a run that starts from the run itself."""
+def test_export_and_import_of_a_run_trains_on_from_its_loss(make, corpus: Path, tmp_path: Path):
+    """Its first val_loss equals the last of the exported run; later losses equal those with init.from=<run>."""
     first = make("model=llama_tiny", "zero=3", "cluster.workers=2", "steps=12", name="first")
     gloo_ranks.train_world(first, corpus)
     export(Path(first.run.dir), tmp_path / "there", "latest", 100_000)
-    found = {}
+    metrics = {}
     for name, origin in (("folder", tmp_path / "there"), ("run", first.run.dir)):
         still = make("model=llama_tiny", f"init.from={origin}", "steps=1", "optimizer.lr=1e-12", name=f"{name}-still")
         gloo_ranks.train_world(still, corpus)
         assert gloo_ranks.metrics(still)[-1]["val_loss"] == pytest.approx(
             gloo_ranks.metrics(first)[-1]["val_loss"], rel=1e-6
         )
-        more = make("model=llama_tiny", f"init.from={origin}", "steps=8", name=name)
-        gloo_ranks.train_world(more, corpus)
-        found[name] = gloo_ranks.metrics(more)
-    assert found["folder"] == found["run"]
-    assert found["folder"][-1]["val_loss"] < gloo_ranks.metrics(first)[-1]["val_loss"]
+        tuned = make("model=llama_tiny", f"init.from={origin}", "steps=8", name=name)
+        gloo_ranks.train_world(tuned, corpus)
+        metrics[name] = gloo_ranks.metrics(tuned)
+    assert metrics["folder"] == metrics["run"]
+    assert metrics["folder"][-1]["val_loss"] < gloo_ranks.metrics(first)[-1]["val_loss"]
 
 
-def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A table with a mistake in it: gate and up exchanged, then a tensor that lacks, then one too many."""
+def test_export_that_differs_from_ours_is_refused(make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a mistake in the family's table: gate and up exchanged, or a norm written under another name."""
     run, llama = trained(make, corpus, *FAMILIES["llama"]), hf.FAMILIES[1]
     gate_up, norm = "backbone.blocks.#.mlp.gate_up", "backbone.blocks.#.mlp_norm"
-    for module, wrong, said in (
+    for module, mapping, message in (
         (gate_up, map_to("model.layers.#.mlp.up_proj", "model.layers.#.mlp.gate_proj"), "logits differ from ours by"),
         (
             norm,
@@ -240,16 +240,14 @@ def test_no_match_no_export(make, corpus: Path, tmp_path: Path, monkeypatch: pyt
             r"missing keys: model\.layers\.0\.post_attention_layernorm\.weight",
         ),
     ):
-        broken = replace(llama, modules=llama.modules | {module: wrong})
+        broken = replace(llama, modules=llama.modules | {module: mapping})
         monkeypatch.setattr(hf, "FAMILIES", (broken,))
-        with pytest.raises(UserError, match=said):
-            export(run, tmp_path / "there", "latest", ROOM)
+        with pytest.raises(UserError, match=message):
+            export(run, tmp_path / "there", "latest", SHARD_BYTES)
         assert not [file for file in tmp_path.iterdir() if "there" in file.name]
 
 
-def test_a_folder_that_holds_something_is_not_touched_and_an_empty_one_is_taken(
-    make, corpus: Path, tmp_path: Path, capsys
-):
+def test_export_to_a_folder_in_use_is_refused_to_an_empty_one_done(make, corpus: Path, tmp_path: Path, capsys):
     run = trained(make, corpus, *FAMILIES["gpt2"])
     (tmp_path / "there").mkdir()
     command = ["export", f"run.dir={run}", f"to={tmp_path / 'there'}"]
@@ -264,8 +262,8 @@ def test_a_folder_that_holds_something_is_not_touched_and_an_empty_one_is_taken(
     assert main(["export", f"run.dir={run}", f"to={tmp_path / 'other'}", "shard_mb=none"]) == 2
 
 
-def test_a_model_that_transformers_does_not_have_is_refused_by_its_keys(make, corpus: Path, tmp_path: Path):
+def test_export_of_an_unknown_model_is_refused_naming_its_keys(make, corpus: Path, tmp_path: Path):
     run = trained(make, corpus, "model.activation=swiglu")
     with pytest.raises(UserError, match=r"model\.activation=gelu \(not swiglu\)"):
-        export(run, tmp_path / "there", "latest", ROOM)
+        export(run, tmp_path / "there", "latest", SHARD_BYTES)
     assert not (tmp_path / "there").exists()

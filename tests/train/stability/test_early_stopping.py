@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import gloo_ranks
 
-from train.config.schema import Stop
+from train.config.schema import StopConfig
 from train.errors import UserError
 from train.run_dir import resume
 from train.run_dir.open_run import open_run
@@ -28,7 +28,7 @@ WILD = [
 """The loss goes up and down."""
 
 
-def judged(stop: Stop, values: list[float | None]) -> list[tuple[int, int]]:
+def judged(stop: StopConfig, values: list[float | None]) -> list[tuple[int, int]]:
     progress, found = TrainState(), []
     for step, value in enumerate(values, 1):
         progress = update(stop, replace(progress, step=step), {"f1": value, "val_loss": value})
@@ -37,13 +37,19 @@ def judged(stop: Stop, values: list[float | None]) -> list[tuple[int, int]]:
 
 
 def test_lower_is_better_for_losses_and_higher_for_the_rest():
-    assert judged(Stop(), [3.0, 2.0, 2.5, 2.0, 1.0]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
-    assert judged(Stop(metric="f1"), [0.3, 0.5, None, float("nan"), 0.6]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
-    assert should_stop(Stop(patience=2), TrainState(evals_since_best=2))
-    assert not should_stop(Stop(patience=2), TrainState(evals_since_best=1))
-    assert not should_stop(Stop(patience=0), TrainState(evals_since_best=9))
+    assert judged(StopConfig(), [3.0, 2.0, 2.5, 2.0, 1.0]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
+    assert judged(StopConfig(metric="f1"), [0.3, 0.5, None, float("nan"), 0.6]) == [
+        (1, 0),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (5, 0),
+    ]
+    assert should_stop(StopConfig(patience=2), TrainState(evals_since_best=2))
+    assert not should_stop(StopConfig(patience=2), TrainState(evals_since_best=1))
+    assert not should_stop(StopConfig(patience=0), TrainState(evals_since_best=9))
     with pytest.raises(UserError, match=r"stop.metric=acc is not measured here. There are: val_loss"):
-        update(Stop(metric="acc"), TrainState(), {"val_loss": 1.0})
+        update(StopConfig(metric="acc"), TrainState(), {"val_loss": 1.0})
 
 
 def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path):

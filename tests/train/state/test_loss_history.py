@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from train.config.schema import Spikes
+from train.config.schema import SpikesConfig
 from train.data.sampling.batch_plan import Cursor
 from train.state.loss_history import LEAST_RISE, LossHistory, diagnose_step, is_outlier, outlier_limit, row_limit
 from train.state.train_state import TrainState
 
-RULE = Spikes(window=8, deviations=5)
+RULE = SpikesConfig(window=8, deviations=5)
 QUIET = (2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0, 2.1)
 
 
@@ -77,7 +77,7 @@ def test_healthy_curves_are_seldom_suspected_and_a_broken_one_at_once(noise: str
     odd = {"normal": draw.normal, "laplace": draw.laplace, "student": lambda size: draw.standard_t(4, size)}[noise](
         size=3000
     )
-    rule, recent, high = Spikes(), LossHistory(), 0
+    rule, recent, high = SpikesConfig(), LossHistory(), 0
     for n, error in enumerate(odd.tolist()):
         loss = 3.0 + 6.0 * math.exp(-n / 300) + 0.1 * error
         high += loss > recent.limit(rule)

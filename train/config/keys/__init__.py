@@ -1,4 +1,4 @@
-"""The keys of each model family and of the objectives. Light: the driver reads them without torch.
+"""Keys of each model family and of the objectives, without torch: the driver reads them too.
 
 base        base classes of all sections and families
 decoder     GPT-2, Llama

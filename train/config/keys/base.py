@@ -28,17 +28,18 @@ class Section(BaseModel):
 
 
 class Family(Section):
-    """Keys that every model family has. A subclass lists a family's keys; its backbone is ``train/models/<family>.py``."""
+    """Keys that every model family has.
 
-    objectives: ClassVar[tuple[str, ...]]
-    """Those that make sense for it."""
-    special: ClassVar[tuple[str, ...]] = ()
-    """Tokens that it knows beside the text's: they stand behind the vocabulary where the tokenizer has none of that
-    name.
+    A subclass adds those of one family; its backbone is the class of the same name in ``train/models/<family>.py``.
     """
 
-    averaged: ClassVar[bool] = True
-    """Whether the mean of a row's hidden states can stand for it."""
+    objectives: ClassVar[tuple[str, ...]]
+    """Names of the objectives that can train it."""
+    special: ClassVar[tuple[str, ...]] = ()
+    """Tokens that it needs beside the text's; those that the tokenizer lacks are added after its vocabulary."""
+
+    mean_pooling: ClassVar[bool] = True
+    """Whether a row can be pooled by the mean of its hidden states."""
 
     layers: Positive
     width: Positive = Field(description="features of the residual stream, or of a recurrent layer")
@@ -53,13 +54,11 @@ class Family(Section):
 
     @property
     def carries_state(self) -> bool:
-        """Whether a row of a step goes on from the hidden state that the row before it in its stream ended with."""
+        """Whether a row starts from the final hidden state of the previous row of its stream."""
         return False
 
     def problems(self, seq_len: int) -> list[str]:
-        """Combinations of values that make no sense, or are too small for rows of ``seq_len`` tokens, each with its
-        cure.
-        """
+        """Problems of these values with each other and with rows of ``seq_len`` tokens, each with its cure."""
         return []
 
 
@@ -72,13 +71,13 @@ class Transformer(Family):
     checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
 
 
-def too_long(seq_len: int, max_len: int) -> list[str]:
+def length_problem(seq_len: int, max_len: int) -> list[str]:
     """The problem of rows longer than the model's positions, as a list of at most one."""
     if seq_len <= max_len:
         return []
     return [f"batch.seq_len={seq_len} is longer than model.max_len={max_len}: lower the one or raise the other"]
 
 
-def not_divided(width: int, heads: int) -> list[str]:
+def heads_problem(width: int, heads: int) -> list[str]:
     """The problem of a width that is not divisible by the number of heads, as a list of at most one."""
     return [f"model.heads={heads} does not divide model.width={width}"] if width % heads else []

@@ -1,4 +1,4 @@
-"""The keys of a decoder-only transformer: GPT-2 and Llama are settings of it."""
+"""Keys of the decoder-only transformer, with settings for GPT-2 and Llama."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from train.config.keys.base import Above0, Positive, Transformer, not_divided, too_long
+from train.config.keys.base import Above0, Positive, Transformer, heads_problem, length_problem
 
 
 class Decoder(Transformer):
-    """A decoder-only transformer: GPT-2 and Llama are settings of it."""
+    """Keys of a decoder-only transformer, such as GPT-2 and Llama."""
 
     objectives = ("causal", "classify")
     head_dim: ClassVar[None] = None
@@ -30,9 +30,11 @@ class Decoder(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size, positions, grouped heads."""
-        found = [*too_long(seq_len, self.max_len), *not_divided(self.width, self.heads)]
+        problems = [*length_problem(seq_len, self.max_len), *heads_problem(self.width, self.heads)]
         if self.position == "rope" and not self.width % self.heads and self.width // self.heads % 2:
-            found.append(f"rope turns pairs, but model.width/model.heads is {self.width // self.heads}, which is odd")
+            problems.append(
+                f"rope turns pairs, but model.width/model.heads is {self.width // self.heads}, which is odd"
+            )
         if self.kv_heads is not None and self.heads % self.kv_heads:
-            found.append(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
-        return found
+            problems.append(f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}")
+        return problems

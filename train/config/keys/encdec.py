@@ -1,4 +1,4 @@
-"""The keys of an encoder-decoder: T5, and the original Transformer."""
+"""Keys of the encoder-decoder, with settings for T5 and the original Transformer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from train.config.keys.base import ENCDEC_TOKENS, InitStd, Positive, Transformer, not_divided
+from train.config.keys.base import ENCDEC_TOKENS, InitStd, Positive, Transformer, heads_problem
 
 
 class EncDec(Transformer):
-    """An encoder-decoder: T5 and the original Transformer are settings of it."""
+    """Keys of an encoder-decoder, such as T5 and the original Transformer."""
 
     objectives = ("seq2seq", "classify")
     special = ENCDEC_TOKENS
-    averaged = False
+    mean_pooling = False
     kv_heads: ClassVar[None] = None
 
     family: Literal["encdec"]
@@ -35,12 +35,12 @@ class EncDec(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size and position buckets."""
-        found = [] if self.head_dim else not_divided(self.width, self.heads)
+        problems = [] if self.head_dim else heads_problem(self.width, self.heads)
         if self.position == "relative" and (self.buckets % 4 or self.max_distance <= self.buckets // 2):
-            found.append(
+            problems.append(
                 f"model.buckets={self.buckets} must be a multiple of 4, and "
                 f"model.max_distance={self.max_distance} more than half of it"
             )
         if self.position == "sinusoidal" and self.width % 2:
-            found.append(f"sinusoidal positions come in pairs, but model.width={self.width} is odd")
-        return found
+            problems.append(f"sinusoidal positions come in pairs, but model.width={self.width} is odd")
+        return problems

@@ -1,4 +1,4 @@
-"""The keys of a bidirectional encoder: BERT."""
+"""Keys of the bidirectional encoder: BERT."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from train.config.keys.base import ENCODER_TOKENS, Above0, Positive, Transformer, not_divided, too_long
+from train.config.keys.base import ENCODER_TOKENS, Above0, Positive, Transformer, heads_problem, length_problem
 
 
 class Encoder(Transformer):
-    """A bidirectional encoder, normalised after each sum: BERT."""
+    """Keys of a bidirectional encoder with post-norm blocks, such as BERT."""
 
     objectives = ("masked", "classify")
     special = ENCODER_TOKENS
@@ -33,4 +33,4 @@ class Encoder(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size, positions, types."""
-        return [*too_long(seq_len, self.max_len), *not_divided(self.width, self.heads)]
+        return [*length_problem(seq_len, self.max_len), *heads_problem(self.width, self.heads)]

@@ -62,15 +62,19 @@ class Classify(Section):
     )
     pool: Literal["own", "mean"] = Field(
         "own",
-        description="what stands for a row: own: a first or last token, as the model has it; mean: of its hidden states",
+        description="what stands for a row: own: a first or last token, as the model has it; "
+        "mean: of its hidden states",
     )
 
-    def wrong(self, label: str) -> str | None:
-        """The problem of a label that is not one of the classes (or not a number), with its cure; empty if it is fine."""
+    def label_problem(self, label: str) -> str | None:
+        """The problem, with its cure, of a label that is not one of the classes or not a number; None if it is fine."""
         if self.classes:
             if label in self.classes:
                 return None
-            return f"the label {label!r} is none of objective.classes ({', '.join(self.classes)}): name it there, or mend the data"
+            return (
+                f"the label {label!r} is none of objective.classes ({', '.join(self.classes)}): "
+                "name it there, or mend the data"
+            )
         try:
             float(label)
         except ValueError:

@@ -1,4 +1,4 @@
-"""The keys of a recurrent network."""
+"""Keys of the recurrent networks: RNN, LSTM and GRU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.config.keys.base import Family
 
 
 class Recurrent(Family):
-    """A recurrent network: RNN, LSTM, GRU."""
+    """Keys of a recurrent network: RNN, LSTM or GRU."""
 
     objectives = ("causal", "classify")
 

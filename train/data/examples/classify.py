@@ -47,7 +47,7 @@ class ClassifyExamples:
                 whole = [self.first, *text[: self.seq_len - 2], self.last]
                 tokens[row, : len(whole)], segments[row, : len(whole)] = whole, 1
                 label = self.tokenizer.decode(label_ids.tolist()).strip()
-                if problem := self.objective.wrong(label):
+                if problem := self.objective.label_problem(label):
                     begins = self.tokenizer.decode(text[:32].tolist())
                     raise UserError(f"{split.source(sample)}: of the document that begins {begins!r}, {problem}")
                 targets[row] = self.classes[label] if self.classes else float(label)

@@ -38,7 +38,7 @@ _PROBE_CHARACTERS = 1 << 16
 class CorpusBuild:
     """The inputs of building one corpus."""
 
-    data: schema.Data
+    data: schema.DataConfig
     sources: list[SourceFile]
     spec: CorpusSpec
     folder: Path

@@ -39,7 +39,7 @@ class CorpusSpec:
     characters: str
 
 
-def corpus_settings(data: schema.Data) -> dict[str, Any]:
+def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     """The keys of ``data`` that determine the content of a corpus.
 
     "place" records that labelled documents are split by a hash of their text without the label.
@@ -50,7 +50,7 @@ def corpus_settings(data: schema.Data) -> dict[str, Any]:
 
 
 def build_spec(
-    data: schema.Data,
+    data: schema.DataConfig,
     sources: list[SourceFile],
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
@@ -98,7 +98,7 @@ def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
 
 
 def _split_documents(
-    documents: workers.Documents, data: schema.Data, sources: list[SourceFile], options: ReadOptions
+    documents: workers.Documents, data: schema.DataConfig, sources: list[SourceFile], options: ReadOptions
 ) -> dict[str, workers.Documents]:
     """Hold out the documents whose hash of the text, as a number in [0, 1), is below ``data.val_fraction``.
 

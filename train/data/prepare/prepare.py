@@ -36,7 +36,7 @@ _CANNOT_WRITE = (
 )
 
 
-def prepare(data: schema.Data, report: ReportProgress, objective: schema.Objective | None = None) -> Path:
+def prepare(data: schema.DataConfig, report: ReportProgress, objective: schema.Objective | None = None) -> Path:
     """Prepare the corpus and return its folder; files that are there and whole are kept.
 
     Raises UserError for text that cannot be read, a label that ``objective`` does not know, a folder that holds another
@@ -65,7 +65,7 @@ def prepare(data: schema.Data, report: ReportProgress, objective: schema.Objecti
     return folder
 
 
-def find_prepared(data: schema.Data) -> Path | None:
+def find_prepared(data: schema.DataConfig) -> Path | None:
     """The folder of the corpus if it is prepared, whole and up to date with its sources, else None; fast.
 
     No text is read, only sizes and times of files. Raises UserError, with the cure, if a file is damaged.
@@ -79,7 +79,7 @@ def find_prepared(data: schema.Data) -> Path | None:
     return current
 
 
-def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
+def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     """A digest of the settings and of path, size and mtime of every source: a corpus with an equal one is current."""
     given = Path(data.tokenizer.path).stat() if data.tokenizer.kind == "file" and data.tokenizer.path else None
     fixed = [shards.VERSION, clean.VERSION, corpus_settings(data), given and (given.st_size, given.st_mtime_ns)]
@@ -87,11 +87,11 @@ def _stamp(data: schema.Data, sources: list[SourceFile]) -> str:
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 
 
-def _find_current(data: schema.Data, sources: list[SourceFile]) -> Path | None:
+def _find_current(data: schema.DataConfig, sources: list[SourceFile]) -> Path | None:
     return next((folder for folder in _corpora_of(data, sources) if _is_whole(folder)), None)
 
 
-def _corpora_of(data: schema.Data, sources: list[SourceFile]) -> Iterator[Path]:
+def _corpora_of(data: schema.DataConfig, sources: list[SourceFile]) -> Iterator[Path]:
     """The folders of complete corpora that were made from these sources in their present state."""
     try:
         stamp = _stamp(data, sources)

@@ -14,7 +14,7 @@ from train.data.prepare.prepare import prepare
 from train.util.format import PREPARING, plural
 
 
-def prepare_with_progress(data: schema.Data, console: Console, objective: schema.Objective | None = None) -> Path:
+def prepare_with_progress(data: schema.DataConfig, console: Console, objective: schema.Objective | None = None) -> Path:
     """Call ``prepare`` and show its progress on ``console``, then a summary of the corpus; returns its folder."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}

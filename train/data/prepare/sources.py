@@ -65,12 +65,12 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
     """A document that cannot be read; the message names the file and the offset."""
 
 
-def read_options(data: schema.Data, objective: schema.Objective | None = None) -> ReadOptions:
+def read_options(data: schema.DataConfig, objective: schema.Objective | None = None) -> ReadOptions:
     """The options of reading a corpus, with its labels checked by ``objective``.
 
     In the standard library undecodable bytes are replaced: that corpus must work on every machine.
     """
-    label_problem = objective.wrong if isinstance(objective, schema.Classify) and data.label_key else None
+    label_problem = objective.label_problem if isinstance(objective, schema.Classify) and data.label_key else None
     return ReadOptions(
         data.text_key, "replace" if data.source == "stdlib" else data.encoding_errors, data.label_key, label_problem
     )
@@ -84,7 +84,7 @@ def raise_problems(problems: list[str]) -> None:
     raise UserError("\n".join(["The corpus cannot be read:", *(f"  - {p}" for p in problems[:MAX_SHOWN] + more)]))
 
 
-def list_files(data: schema.Data) -> list[SourceFile]:
+def list_files(data: schema.DataConfig) -> list[SourceFile]:
     """The files of the corpus in a fixed order, each once. Raises UserError with every path that is wrong."""
     problems: list[str] = []
     if data.source == "stdlib":

@@ -179,8 +179,8 @@ import sys
 from train.config import schema
 from train.data.prepare.prepare import prepare
 if __name__ == "__main__":
-    tokenizer = schema.Tokenizer(kind="bpe", vocab_size=300)
-    data = schema.Data(
+    tokenizer = schema.TokenizerConfig(kind="bpe", vocab_size=300)
+    data = schema.DataConfig(
         source="text",
         paths=["a.jsonl"],
         tokenizer=tokenizer,

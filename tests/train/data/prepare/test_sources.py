@@ -16,7 +16,7 @@ def quiet(_event):
     pass
 
 
-def names(data: schema.Data) -> list[str]:
+def names(data: schema.DataConfig) -> list[str]:
     return [file.name for file in list_files(data)]
 
 
@@ -32,7 +32,7 @@ def test_folders_globs_and_files_are_listed_once_and_in_order(tmp_path, text_dat
 
 
 def test_standard_library_is_listed_without_its_tests():
-    data = schema.Data(source="stdlib", tokenizer=schema.Tokenizer(kind="bytes"))
+    data = schema.DataConfig(source="stdlib", tokenizer=schema.TokenizerConfig(kind="bytes"))
     files = list_files(data)
     assert "argparse.py" in [file.name for file in files]
     assert sum(file.size for file in files) > 5_000_000

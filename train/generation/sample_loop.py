@@ -37,7 +37,7 @@ class PromptBatch:
     """Validated prompts of unequal length, padded to one tensor, with the room that each row has left."""
 
     def __init__(
-        self, model: Generative, prompts: Sequence[Sequence[int]], options: schema.Generation, eot: int
+        self, model: Generative, prompts: Sequence[Sequence[int]], options: schema.GenerationConfig, eot: int
     ) -> None:
         """An empty prompt becomes ``eot``, the start of a document. Raises UserError for one that is too long."""
         self.model, self.filler = model, eot
@@ -73,7 +73,7 @@ class PromptBatch:
 def generate(
     model: Generative,
     prompts: Sequence[Sequence[int]],
-    options: schema.Generation,
+    options: schema.GenerationConfig,
     eot: int,
     on_token: Callable[[int, int], bool] = lambda row, token: False,
 ) -> list[list[Continuation]]:
