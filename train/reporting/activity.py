@@ -17,7 +17,7 @@ from train.reporting.goodput import TimeByCause
 
 
 class PhaseMarks(NamedTuple):
-    """What a phase of a run is called by each of the three; None: it does not tell it apart from the phase before."""
+    """The names of a phase of a run for its three readers; None: that reader does not distinguish it from the phase before."""
 
     heartbeat: str | None = None
     event: str | None = None

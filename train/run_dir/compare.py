@@ -1,4 +1,4 @@
-"""Whether two runs are the same up to a step: their metrics, and every weight and moment of a checkpoint, bit for bit."""
+"""Comparison of two runs up to a step: their metrics, and every weight and moment of a checkpoint, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many of some things were compared, and the first that differs, in words, if any does."""
+    """Result for one subject: how many items were compared, and the first that differs, in words, if any does."""
 
     subject: str
     compared: int
@@ -25,12 +25,12 @@ class Comparison:
 
 
 def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """What two runs' folders hold up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
+    """Compare two runs' folders up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
     return [*compare_lines(ours, theirs, step), *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
 
 
 def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """The lines of two runs' metrics up to ``step``, number by number: one that only one of them has is a difference, too."""
+    """Compare the metrics of two runs up to ``step``, number by number; a step that only one of them has is a difference."""
     lines = [
         {r["step"]: r for r in read_records(RunDir(folder).metrics) if r["step"] <= step} for folder in (ours, theirs)
     ]
@@ -55,7 +55,7 @@ def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Compa
 def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
     readers = [ours.reader(), theirs.reader()]
     kinds = sorted({kind for reader in readers for _, kind in reader.where}, reverse=True)
-    found = []
+    comparisons = []
     for kind in kinds:
         names = sorted({name for reader in readers for name, k in reader.where if k == kind})
         difference = None
@@ -64,8 +64,8 @@ def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
             whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.where[name, kind])) for r in readers]
             if missing or not torch.equal(*whole):
                 difference = difference or f"{name}: {'missing in one' if missing else _apart(*whole)}"
-        found.append(Comparison(f"tensors of {kind}", len(names), difference))
-    return found
+        comparisons.append(Comparison(f"tensors of {kind}", len(names), difference))
+    return comparisons
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> str:
