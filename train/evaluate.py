@@ -81,8 +81,9 @@ def evaluate(
 ) -> Sums:
     """Sum losses and metrics over the split, each rank its share of the groups (fixed sets of rows). A collective.
 
-    Each group has its own row in one table, which is summed in one order: the result does not depend on which rank computed a
-    group. Counts are integers, exact in any order, and share a row. Raises Stopped on every rank once any is asked to stop.
+    Each group has its own row in one table, which is summed in one order: the result does not depend on which rank
+    computed a group. Counts are integers, exact in any order, and share a row. Raises Stopped on every rank once any is
+    asked to stop.
     """
     tables: dict[str, _GroupSums] = {}
     for turn, batch in enumerate(held_out):

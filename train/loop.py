@@ -52,7 +52,9 @@ class Training:
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
 
     def due(self, every: int, step: int) -> bool:
-        """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else never."""
+        """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else
+        never.
+        """
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 

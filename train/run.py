@@ -53,8 +53,8 @@ def train_rank(
 ) -> None:
     """Run one rank of a job: train to the last step, evaluate, sample, summarise.
 
-    Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
-    UserError for bad input. The default target of every worker.
+    Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and
+    saved, and UserError for bad input. The default target of every worker.
     """
     run_dir, activity = RunDir(Path(config.run.dir or "")), RankActivity(emit)
     activity.enter("open corpus")
@@ -103,7 +103,9 @@ def build_engine(
     loader: Loader,
     start: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where given."""
+    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where
+    given.
+    """
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)
@@ -142,7 +144,9 @@ def _find_checkpoint(
     note: Callable[[str], None],
     mirror: Mirror | None,
 ) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A collective."""
+    """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A
+    collective.
+    """
     checkpoint = reader.find_newest(run_dir.checkpoints, world, note, mirror)
     if checkpoint:
         resume.require_same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)

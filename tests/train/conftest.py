@@ -14,7 +14,9 @@ CONF = Path(__file__).parents[2] / "conf"
 
 @pytest.fixture
 def make_config():
-    """config(model="gpt_tiny", seq_len=, isolate=, objective=, **keys of the model): by default the first objective that fits."""
+    """config(model="gpt_tiny", seq_len=, isolate=, objective=, **keys of the model): by default the first objective
+    that fits.
+    """
 
     def make(model="gpt_tiny", seq_len=32, isolate=True, seed=0, objective=None, **keys):
         chosen = yaml.safe_load((CONF / f"model/{model}.yaml").read_text())

@@ -1,4 +1,4 @@
-"""The JSON of events: the keys are a contract with the console, the sweep, the ledger and whoever reads ``python -m train worker``."""
+"""The JSON of events: its keys are a contract with all readers of events."""
 
 import json
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""The verb ``generate``: continues prompts from the command line, a file or standard input with a run's model."""
+"""The verb ``generate``: continues prompts with the model of a run's checkpoint."""
 
 from __future__ import annotations
 

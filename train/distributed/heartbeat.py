@@ -1,8 +1,9 @@
-"""Heartbeat of a rank: its step, phase and current collective, in shared memory that its agent reads even while the rank hangs.
+"""Heartbeat of a rank: its step, phase and current collective, in shared memory.
 
-Each phase is marked (``train.reporting.activity`` and the engine) and each collective counted. A mark is a few stores into memory,
-about a microsecond, without any communication. Until ``attach`` gives a file, the memory is private to the process, which has one
-heartbeat.
+Its agent reads the memory even while the rank hangs.
+Each phase is marked (``train.reporting.activity`` and the engine) and each collective counted. A mark is a few stores
+into memory, about a microsecond, without any communication. Until ``attach`` gives a file, the memory is private to the
+process, which has one heartbeat.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 PHASES = ("start", "data", "forward", "backward", "step", "save", "eval", "sample", "end")
-"""Phases of a rank; ``start`` is all before its first step, ``end`` all after its last, "step" the optimizer's update."""
+"""Phases of a rank; ``start`` is all before its first step, ``end`` all after its last, "step" the optimizer's update.
+"""
 STEP_PHASES = ("data", "forward", "backward", "step")
 """The phases of a training step: their time without waiting shows which rank is a straggler."""
 
@@ -72,7 +74,9 @@ class HeartbeatWriter:
         self._times[0] = time.monotonic()
 
     def count_calls(self, collective: F, called: str = "") -> F:
-        """Wrap a collective so that each call is marked: its name, the number of calls so far, and that the rank is inside it."""
+        """Wrap a collective so that each call is marked: its name, the number of calls so far, and that the rank is
+        inside it.
+        """
         name = (called or collective.__name__).encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
 
         @functools.wraps(collective)

@@ -1,7 +1,7 @@
 """Parameter shards: the state of a model in training, independent of ZeRO stage and world size.
 
-A shard is a contiguous range of one flattened parameter, with its fp32 master weights and moments, as this rank holds them. Engines
-expose their state as shards and are filled from them; checkpoints consist of them.
+A shard is a contiguous range of one flattened parameter, with its fp32 master weights and moments, as this rank holds
+them. Engines expose their state as shards and are filled from them; checkpoints consist of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class ShardedState(Protocol):
     param_shards: list[ParamShard]
     """Shards of parameters that this rank holds."""
     carried: list[ParamShard]
-    """Shards of states carried from step to step (`train.models.carried_state`): this rank's rows, which no other rank has."""
+    """Shards of states carried from step to step (`train.models.carried_state`): this rank's rows, which no other rank
+    has.
+    """
 
     @property
     def replicated(self) -> bool:
@@ -54,7 +56,9 @@ class ShardedState(Protocol):
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
-        """Fill every shard from ``read(shard, kind)`` for its parameter's ``kinds``; ``updates`` is the count behind the moments."""
+        """Fill every shard from ``read(shard, kind)`` for its parameter's ``kinds``; ``updates`` is the count behind
+        the moments.
+        """
 
     def scalars(self) -> dict[str, float]:
         """Other numbers to save, such as a loss scale."""

@@ -1,8 +1,8 @@
 """The process group of a run, and small collectives outside DeepSpeed.
 
-The group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that the caller has bound
-already, so no port is chosen twice, and each attempt has its own prefix in the store, so nothing that an earlier one left is read.
-Objects travel as JSON: nothing is unpickled.
+The group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that the caller
+has bound already, so no port is chosen twice, and each attempt has its own prefix in the store, so nothing that an
+earlier one left is read. Objects travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class DistContext:
 class Rendezvous:
     """Address of the store where the ranks of one attempt meet.
 
-    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``attempt`` counts the starts of a job.
+    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``attempt`` counts the starts
+    of a job.
     """
 
     host: str
@@ -161,7 +162,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_rank0(act: Callable[[], None]) -> str | None:
-    """Call ``act`` on rank 0 while the others wait; returns on every rank the text of its UserError or OSError, or None."""
+    """Call ``act`` on rank 0 while the others wait; returns on every rank the text of its UserError or OSError, or
+    None.
+    """
     error = None
     if dist.get_rank() == 0:
         try:
@@ -204,7 +207,9 @@ class StoreMailbox:
 
 
 def assert_equal_across_ranks(name: str, digest: str) -> None:
-    """Raise UserError on every rank, naming those that differ, unless all have the same ``digest`` of the thing ``name``."""
+    """Raise UserError on every rank, naming those that differ, unless all have the same ``digest`` of the thing
+    ``name``.
+    """
     digests = gather_objects(digest[:DIGEST_BYTES])
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if odd:

@@ -1,7 +1,8 @@
 """Console of a run: renders events as lines on the terminal.
 
-On a terminal a live status line stays below a log of past events; elsewhere the same log is plain text, with a line of progress
-every few seconds. An event that lacks a field is shown without it: the console never ends a run. Imports no torch.
+On a terminal a live status line stays below a log of past events; elsewhere the same log is plain text, with a line of
+progress every few seconds. An event that lacks a field is shown without it: the console never ends a run. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class RunConsole:
         self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
         self._fact(
             "workers",
-            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, {self._config.get('precision', {}).get('name')}",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
+            f"{self._config.get('precision', {}).get('name')}",
         )
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 

@@ -1,4 +1,4 @@
-"""Goodput: the wall time of a run by cause, over all its starts. The causes are disjoint and sum to the wall time.
+"""Goodput: the wall time of a run by cause, over all its starts; causes sum to the wall time.
 
 train   forward, backward and update of the steps that were kept: its share of the wall time is the goodput
 redo    the same of steps made again after a rollback or a restart, and the rollback itself
@@ -29,7 +29,9 @@ class TimeByCause:
         self.began = self.last = clock()
 
     def lap(self, cause: str, **within: float) -> float:
-        """Charge the seconds since the last lap to ``cause``, minus those of other causes ``within`` it; returns what it was charged."""
+        """Charge the seconds since the last lap to ``cause``, minus those of other causes ``within`` it; returns what
+        it was charged.
+        """
         now = self.clock()
         seconds = max(0.0, now - self.last)
         for other, part in within.items():
@@ -43,8 +45,8 @@ class TimeByCause:
     def add_earlier_starts(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
         """Add what earlier starts spent until ``seen``; ``command`` is the time of this start's command, if known.
 
-        The time between the two is "down". Without a command after ``seen``, as in a restart within a job, this start began when
-        this stopwatch did.
+        The time between the two is "down". Without a command after ``seen``, as in a restart within a job, this start
+        began when this stopwatch did.
         """
         began = self.began
         if command is not None and (seen is None or command > seen):

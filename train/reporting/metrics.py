@@ -1,4 +1,4 @@
-"""Metrics of model quality, one formula each, from sums over all ranks: the same for any number of ranks."""
+"""Metrics of model quality, one formula each, from sums over all ranks."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from train.state.train_state import TrainState
 def outline(
     config: Config, world: process_group.DistContext, corpus: Corpus, objective: Any, progress: TrainState
 ) -> dict[str, Any]:
-    """Fields of the plan event: sizes of model, work and corpus, and ``estimate_s`` seconds for the steps that are left."""
+    """Fields of the plan event: sizes of model, work and corpus, and ``estimate_s`` seconds for the steps that are
+    left.
+    """
     tokens_per_step = config.batch.global_ * config.batch.seq_len
     train_tokens, flops = corpus.split("train").tokens, objective.flops_per_token(config.batch.seq_len)
     left = (config.steps - progress.step) * tokens_per_step * flops

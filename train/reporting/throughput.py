@@ -52,7 +52,8 @@ TYPICAL_SHARE = 0.5
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02) -> float:
     """FLOP/s of matrix products of random numbers on ``device``, measured for about ``seconds``.
 
-    Random, since a GPU clocks higher on numbers that flip fewer bits; several at once, so that it does not wait for the host.
+    Random, since a GPU clocks higher on numbers that flip fewer bits; several at once, so that it does not wait for the
+    host.
     """
     size, at_once = (8192, 4) if device.type == "cuda" else (256, 1)
     a = torch.randn(size, size, device=device, dtype=dtype)

@@ -1,8 +1,8 @@
 """Tracking of a run: a local append-only file first, then W&B, which may be absent, offline or down.
 
-``metrics.jsonl`` is the source of truth. W&B is fed by a thread of its own, so that it can neither delay nor stop a step. Its run id
-is kept in the run's folder, so a restarted job continues the same W&B run; an offline run is written anew from ``metrics.jsonl``,
-so that it has each step once, whatever was killed.
+``metrics.jsonl`` is the source of truth. W&B is fed by a thread of its own, so that it can neither delay nor stop a
+step. Its run id is kept in the run's folder, so a restarted job continues the same W&B run; an offline run is written
+anew from ``metrics.jsonl``, so that it has each step once, whatever was killed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class MetricsFile:
 
 
 class RunFile:
-    """``run.json``: state kept over the starts of a run, the W&B id and the seconds by cause until it was last ``seen``."""
+    """``run.json``: state kept over the starts of a run, the W&B id and the seconds by cause until it was last
+    ``seen``.
+    """
 
     def __init__(self, folder: Path, times: TimeByCause) -> None:
         """``times`` is this start's; the seconds of earlier starts are added to it."""
@@ -114,7 +116,8 @@ class WandbRun:
         except Exception as error:  # W&B must never stop a run, whatever it raises
             why = str(error).strip().partition("\n")[0] or type(error).__name__
             self.note(
-                f"W&B failed and was left behind; metrics.jsonl has it all, and tracking.wandb=offline keeps a copy to sync ({why})"
+                "W&B failed and was left behind; metrics.jsonl has it all, "
+                f"and tracking.wandb=offline keeps a copy to sync ({why})"
             )
 
     def _lineage(self) -> dict[str, Any]:

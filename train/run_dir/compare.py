@@ -1,4 +1,4 @@
-"""Comparison of two runs up to a step: their metrics, and every weight and moment of a checkpoint, bit for bit."""
+"""Comparison of two runs up to a step, bit for bit: metrics, and every weight and moment."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
 
 
 def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """Compare the metrics of two runs up to ``step``, number by number; a step that only one of them has is a difference."""
+    """Compare the metrics of two runs up to ``step``, number by number; a step that only one of them has is a
+    difference.
+    """
     lines = [
         {r["step"]: r for r in read_records(RunDir(folder).metrics) if r["step"] <= step} for folder in (ours, theirs)
     ]

@@ -1,4 +1,4 @@
-"""Lineage of a run: versions, commit and machine. No environment variables and no arguments, hence no secrets."""
+"""Lineage of a run: versions, commit and machine; no environment variables, hence no secrets."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def load_objective(run: SavedRun) -> Any:
 
 
 def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
-    """The checkpoint ``which``, verified and open. Tries again where the run, still training, deletes it for a newer one."""
+    """The checkpoint ``which``, verified and open. Tries again where the run, still training, deletes it for a newer
+    one.
+    """
     while True:
         whole, damaged = list_checkpoints(RunDir(folder).checkpoints)
         newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
@@ -66,7 +68,8 @@ def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointRe
         else:
             checkpoint = whole[manifest.select([c.manifest for c in whole], which, folder)]
             path, damage = checkpoint.path, ""
-            # Where the run drops the checkpoint meanwhile, hashing it finds no file, and torch, which maps it, a RuntimeError.
+            # Where the run drops the checkpoint meanwhile, hashing it finds no file, and torch, which maps it, a
+            # RuntimeError.
             with contextlib.suppress(FileNotFoundError, RuntimeError):
                 damage = checkpoint.damage() or ""
                 if not damage:

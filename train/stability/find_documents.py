@@ -1,4 +1,4 @@
-"""Which documents are in a step: computed from a run's configuration and corpus, without replaying the run."""
+"""Which documents are in a step, computed from a run's configuration and corpus."""
 
 from __future__ import annotations
 

@@ -1,12 +1,14 @@
 """Guard against bad steps: re-evaluate, roll back, mask the bad rows and retry, at most N times.
 
-    non-finite step, sound model    bad data: the update was skipped, so the step is made again in place, without the bad rows
+    non-finite step, sound model    bad data: the update was skipped, so the step is made again in place, without the
+    bad rows
     non-finite step, broken model   roll back to the newest checkpoint with a normal loss on its own data
     high loss, sound model          hard text: nothing is done
     high loss, broken model         a spike: roll back to such a checkpoint
 
-A model is sound while its loss on the reference, a recent step with a normal loss, is not high. The rows masked are those whose
-loss is an outlier under the restored weights; where none is, all rows of the step. All ranks take part in each of these.
+A model is sound while its loss on the reference, a recent step with a normal loss, is not high. The rows masked are
+those whose loss is an outlier under the restored weights; where none is, all rows of the step. All ranks take part in
+each of these.
 """
 
 from __future__ import annotations
@@ -71,10 +73,11 @@ class Guard:
         self.loader.skip(self.skipped.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
-        """None where the step made from ``before`` is kept; else the state to go on from, to which engine and loader are reset.
+        """None where the step made from ``before`` is kept; else the state to go on from, to which engine and loader
+        are reset.
 
-        ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective for a bad step. Raises
-        UserError where bad steps exceed the limits of the configuration.
+        ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective for a bad step.
+        Raises UserError where bad steps exceed the limits of the configuration.
         """
         watched = self.config.spikes
         limit = before.history.limit(watched)
@@ -112,8 +115,8 @@ class Guard:
             self.wait_for_save()
             raise NotFinite(
                 f"{limit} updates in a row had a gradient that is not finite, the last at step {step} "
-                f"(optimizer.max_skipped={limit}). The weights of step {step - limit} are intact and the newest checkpoint "
-                "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
+                f"(optimizer.max_skipped={limit}). The weights of step {step - limit} are intact and the newest "
+                "checkpoint holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
             )
 
     def _loss_is_normal(self, reference: Cursor, limit: float) -> bool:
@@ -125,9 +128,11 @@ class Guard:
         return count > 0 and math.isfinite(total) and total / count <= limit
 
     def _roll_back(self, before: TrainState) -> TrainState:
-        """Restore the newest checkpoint that is whole and sound, or the initial weights where the run has no checkpoint yet.
+        """Restore the newest checkpoint that is whole and sound, or the initial weights where the run has no checkpoint
+        yet.
 
-        Newer checkpoints are removed, so that the next start does not resume from them. Raises NotFinite where none is sound.
+        Newer checkpoints are removed, so that the next start does not resume from them. Raises NotFinite where none is
+        sound.
         """
         self.wait_for_save()  # it reads the weights that are about to be overwritten, and may be newer than the target
         checkpoints = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
@@ -181,7 +186,9 @@ class Guard:
         return blamed, sorted({name for names in process_group.gather_objects(sorted(set(first))) for name in names})
 
     def _row_losses(self, cursor: Cursor) -> dict[StepRow, float]:
-        """The loss of each row of the step at a cursor, evaluated alone; rows without targets are left out. A collective."""
+        """The loss of each row of the step at a cursor, evaluated alone; rows without targets are left out. A
+        collective.
+        """
         rows = self.config.batch.global_
         sums, counts = [0.0] * rows, [0.0] * rows
         mine = iter(self.loader.row_numbers())
@@ -219,32 +226,31 @@ class Guard:
         watched, limit = self.config.spikes, self.config.optimizer.max_skipped
         if record["how"] == "in place":
             if self.skipped.count_in_a_row("in place", record["step"], 1) > limit:
-                if (
-                    record["limit"] is None
-                ):  # before the loss history is full: a learning rate far too high looks like this
+                # Before the loss history is full, a learning rate that is far too high looks like bad data.
+                if record["limit"] is None:
                     raise NotFinite(
-                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped="
-                        f"{limit}), the last at step {record['step']}: lower optimizer.lr, lengthen schedule.warmup or set "
-                        f"optimizer.clip. If the loss had been falling, look at {source_files(record)}"
+                        f"{limit} steps in a row had numbers that are not finite, each on other data "
+                        f"(optimizer.max_skipped={limit}), the last at step {record['step']}: lower optimizer.lr, "
+                        f"lengthen schedule.warmup or set optimizer.clip. If the loss had been falling, look at {source_files(record)}"
                     )
                 raise UserError(
-                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
-                    f"from {source_files(record)}: look at these files, and take them out of the corpus"
+                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "
+                    f"the last from {source_files(record)}: look at these files, and take them out of the corpus"
                 )
         elif self.skipped.count_in_a_row("rolled back", record["step"], watched.window) > watched.max_rollbacks:
             raise NotFinite(
-                f"step {record['step']}: {describe(record)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
-                f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
-                f"at step {record['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "
+                f"step {record['step']}: {describe(record)}. It has come {watched.max_rollbacks + 1} times in a row, "
+                f"on other data each time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and "
+                f"not the text. The run stands at step {record['back_to']}, which is good: lower optimizer.lr, "
+                "lengthen schedule.warmup or set optimizer.clip "
                 "and give the same command; spikes.watch=nonfinite lets a spike of the loss pass"
             )
 
 
 def _remove_checkpoints(folders: Iterable[Path]) -> None:
     for folder in folders:
-        gone = folder.rename(
-            folder.with_name(f".{folder.name}.deleting")
-        )  # first, since a folder of that name is complete
+        # Renamed first, since a folder of that name is complete.
+        gone = folder.rename(folder.with_name(f".{folder.name}.deleting"))
         shutil.rmtree(gone, ignore_errors=True)
 
 

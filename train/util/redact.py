@@ -1,8 +1,8 @@
 """Redaction of secrets in all that is written: the terminal, logs, a run's folder, W&B.
 
 Secrets are: the value of an environment variable whose name ends like a secret's (``WANDB_API_KEY``, ``HF_TOKEN``), the
-user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and the value of a key whose name
-ends like that (``wandb.key=...``). Only what is written is changed: the process still uses them.
+user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and the value of a key whose
+name ends like that (``wandb.key=...``). Only what is written is changed: the process still uses them.
 """
 
 from __future__ import annotations

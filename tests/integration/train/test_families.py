@@ -1,4 +1,6 @@
-"""Every family with its objective, on real gloo ranks under real ZeRO: the same promises as the decoder's (`test_run.py`)."""
+"""Every family with its objective, on real gloo ranks under real ZeRO: the same promises as the decoder's
+(`test_run.py`).
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def agree(lines: list[dict], others: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_a_family_learns_goes_on_bit_for_bit_and_moves_between_worlds_and_stages(tiny, corpus: Path, family: str):
+def test_family_learns_resumes_bit_for_bit_and_changes_world_and_stage(tiny, corpus: Path, family: str):
     lines = whole_and_killed(tiny, corpus, family, STAGES[family], 2)
     assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
     assert lines[-1]["val_loss"] < 0.95 * lines[0]["loss"]
@@ -90,8 +92,10 @@ def test_a_family_learns_goes_on_bit_for_bit_and_moves_between_worlds_and_stages
     agree(lines, gloo_ranks.metrics(part))
 
 
-def test_the_gradients_of_an_lstm_are_its_own_at_stage_2(tiny, corpus: Path):
-    """They were added to each other's: they came in another order on each rank, and ZeRO 2 fills its buckets as they come."""
+def test_lstm_gradients_at_stage_2_belong_to_their_parameters(tiny, corpus: Path):
+    """They were added to each other's: they came in another order on each rank, and ZeRO 2 fills its buckets as they
+    come.
+    """
     one, two = (tiny("lstm", "zero=2", f"cluster.workers={n}", "steps=2", name=f"workers{n}") for n in (1, 2))
     for config in (one, two):
         gloo_ranks.train_world(config, corpus)
@@ -102,5 +106,5 @@ def test_the_gradients_of_an_lstm_are_its_own_at_stage_2(tiny, corpus: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "stage"), itertools.product(("gpt", *TINY), range(4)))
-def test_a_family_is_the_same_in_every_stage_and_world(tiny, corpus: Path, family: str, stage: int):
+def test_family_has_the_same_losses_in_every_stage_and_world(tiny, corpus: Path, family: str, stage: int):
     agree(*(whole_and_killed(tiny, corpus, family, stage, workers) for workers in (1, 2)))
