@@ -94,8 +94,8 @@ def evaluate(
             table = tables.setdefault(name, _GroupSums(total, held_out.groups))
             if number < held_out.groups:
                 table.add(number, total, count)
-    flat = [value for table in tables.values() for value in table.flat()]
-    whole = np.array(process_group.all_reduce_sum(flat))
+    flat = np.concatenate([table.flat() for table in tables.values()]) if tables else np.zeros(0)
+    whole = np.array(process_group.all_reduce_sum(flat.tolist()))
     sums = {}
     for name, table in tables.items():
         part, whole = np.split(whole, [len(table.flat())])

@@ -118,7 +118,7 @@ def build_engine(
 
 
 def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[TrainState, Record | None]:
-    """Fill engine and loader from a checkpoint, or start at step 0: the state, and a record that lacks its evaluation."""
+    """Fill engine and loader from a checkpoint, if given: the state, and the record that lacks its evaluation."""
     if checkpoint is None:
         return TrainState(), None
     reader.restore(checkpoint, engine)
@@ -129,7 +129,7 @@ def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tu
 def _load_initial(
     config: Config, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], objective: Any
 ) -> None:
-    """Fill a new run's objective from ``init.from``, note it, and write where its weights come from to ``init.json``."""
+    """Fill a new run's objective from ``init.from``, and write the origin of its weights to ``init.json``."""
     report = init_from.load_weights(objective, config, corpus.tokenizer, world)
     note(report.words())
     file = RunDir(Path(config.run.dir or "")).init
@@ -162,7 +162,7 @@ def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
 def _open_folder(
     config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit, mirror: Mirror | None
 ) -> None:
-    """Rank 0: refuse a folder of another run, note what changed, and write what evaluating and exporting the run needs."""
+    """Rank 0: refuse a folder of another run, note what changed, and write configuration, tokenizer and lineage."""
     run_dir = RunDir(Path(config.run.dir or ""))
     if mirror and not run_dir.config.exists():
         mirror.fetch_run()

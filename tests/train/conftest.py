@@ -1,4 +1,4 @@
-"""What the tests of training build on: whole configurations of small runs, and batches of packed documents."""
+"""Fixtures of the tests of training: whole configurations of small runs, and batches of packed documents."""
 
 from pathlib import Path
 

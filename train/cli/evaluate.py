@@ -32,7 +32,7 @@ class EvaluatedRun:
 
 
 def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
-    """Evaluate checkpoint ``which`` of the run in ``folder`` on the whole ``split``, "val" or "test". Raises UserError."""
+    """Evaluate checkpoint ``which`` of the run in ``folder`` on all of ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
     about = json.loads(RunDir(folder).corpus.read_text())
     corpus = Corpus(about["folder"], run.config.model.special)

@@ -51,7 +51,7 @@ def run(options: Mapping[str, str], *, as_json: bool) -> None:
 
 
 def read_prompts(text: str, file: str) -> list[str]:
-    """The prompt ``text`` (``-``: all of standard input), or those of ``file``, one a line (``-``: of standard input)."""
+    """The prompt ``text``, or those of ``file``, one a line; ``-`` for either is standard input."""
     if text and file:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
     try:
@@ -80,7 +80,7 @@ def choose_settings(trained: schema.Generation, options: Mapping[str, str]) -> s
 
 
 def _value(name: str, text: str) -> Any:
-    """Parse the value of ``name=text``: a number, or for ``stop`` a YAML list of strings, or one string as it stands."""
+    """Parse the value of ``name=text``: a number, or for ``stop`` a YAML list of strings, or else a string."""
     if name == "stop":
         with contextlib.suppress(yaml.YAMLError):
             return yaml.safe_load(text) if text.startswith("[") else [text]

@@ -32,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class HeartbeatWriter:
-    """Writes this process's heartbeat. All times are seconds of the host's monotonic clock, which its processes share."""
+    """Writes this process's heartbeat. Times are seconds of the host's monotonic clock, which its processes share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._map(memory)

@@ -21,7 +21,7 @@ MASTER = "weight"
 
 @dataclass(frozen=True)
 class ParamShard:
-    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
+    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` at ``offset``."""
 
     name: str
     start: int
@@ -85,6 +85,6 @@ def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
 
 
 def row_shards(name: str, rows: Tensor, world: DistContext) -> list[ParamShard]:
-    """This rank's rows of a tensor, a shard each: row r belongs to rank r mod world size, as stream r of the data does."""
+    """This rank's rows of a tensor, a shard each: row r belongs to rank r mod world size, as stream r does."""
     size = rows[0].numel()
     return [ParamShard(name, row * size, size, rows, row * size) for row in range(world.rank, len(rows), world.size)]

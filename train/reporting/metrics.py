@@ -69,7 +69,8 @@ def classification_metrics(table: ConfusionMatrix) -> dict[str, float]:
 def per_class_metrics(table: ConfusionMatrix, names: list[str]) -> dict[str, Any]:
     """Precision, recall, F1 and count of each class, and the confusion matrix."""
     columns = {"precision": precision(table), "recall": recall(table), "f1": f1(table), "count": table.sum(1)}
-    classes = {name: {key: float(values[i]) for key, values in columns.items()} for i, name in enumerate(names)}
+    rows = np.stack(list(columns.values()), axis=1).astype(float).tolist()
+    classes = {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=False)}
     return {"classes": classes, "confusion": table.astype(int).tolist()}
 
 

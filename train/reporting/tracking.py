@@ -84,7 +84,7 @@ class WandbRun:
     """One W&B run, fed by a thread from a queue; every call returns at once."""
 
     def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
-        """``history`` has the records of metrics.jsonl so far: an offline run is written anew, from its first step on."""
+        """``history`` has the records of metrics.jsonl so far, from which an offline run is written anew."""
         self.config, self.run_id, self.history, self.note = config, run_id, history, note
         self.run_dir = RunDir(Path(config.run.dir or ""))
         self.mode = _mode(config.tracking)

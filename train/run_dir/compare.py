@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint.reader import Checkpoint, complete
+from train.checkpoint.reader import Checkpoint, CheckpointReader, complete
 from train.errors import UserError
 from train.util.io import read_records
 from train.util.run_layout import RunDir
@@ -25,7 +25,7 @@ class Comparison:
 
 
 def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """Compare two runs' folders up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
+    """Compare two runs' folders up to ``step``. Raises UserError where one has no checkpoint of that step."""
     return [*compare_lines(ours, theirs, step), *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
 
 
@@ -33,10 +33,13 @@ def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
     """Compare the metrics of two runs up to ``step``, number by number; a step that only one of them has is a
     difference.
     """
-    lines = [
-        {r["step"]: r for r in read_records(RunDir(folder).metrics) if r["step"] <= step} for folder in (ours, theirs)
-    ]
+    lines = (_lines_by_step(ours, step), _lines_by_step(theirs, step))
     return [_of_lines(key, *lines) for key in COMPARED]
+
+
+def _lines_by_step(folder: Path, step: int) -> dict[int, dict]:
+    records = read_records(RunDir(folder).metrics)
+    return {record["step"]: record for record in records if record["step"] <= step}
 
 
 def checkpoint_of(folder: Path, step: int) -> Checkpoint:
@@ -56,18 +59,24 @@ def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Compa
 
 def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
     readers = [ours.reader(), theirs.reader()]
-    kinds = sorted({kind for reader in readers for _, kind in reader.where}, reverse=True)
+    keys = readers[0].where.keys() | readers[1].where.keys()
+    kinds = sorted({kind for _, kind in keys}, reverse=True)
     comparisons = []
     for kind in kinds:
-        names = sorted({name for reader in readers for name, k in reader.where if k == kind})
+        names = sorted(name for name, k in keys if k == kind)
         difference = None
         for name in names:
             missing = any((name, kind) not in reader.where for reader in readers)
-            whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.where[name, kind])) for r in readers]
+            whole = [] if missing else [_whole_tensor(reader, name, kind) for reader in readers]
             if missing or not torch.equal(*whole):
                 difference = difference or f"{name}: {'missing in one' if missing else _apart(*whole)}"
         comparisons.append(Comparison(f"tensors of {kind}", len(names), difference))
     return comparisons
+
+
+def _whole_tensor(reader: CheckpointReader, name: str, kind: str) -> torch.Tensor:
+    numel = sum(shard[1] for shard in reader.where[name, kind])
+    return reader.read(name, kind, 0, numel)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> str:

@@ -37,7 +37,7 @@ class DocumentPart:
     words: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 

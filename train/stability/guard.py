@@ -108,7 +108,7 @@ class Guard:
         return target
 
     def _accept_skipped_update(self, before: TrainState) -> None:
-        """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row. A collective then."""
+        """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row."""
         step, limit = before.step + 1, self.config.optimizer.max_skipped
         self.note(f"step {step}: the gradient is not finite, the update is skipped")
         if before.skipped_in_row + 1 >= limit:
@@ -122,9 +122,8 @@ class Guard:
     def _loss_is_normal(self, reference: Cursor, limit: float) -> bool:
         """Whether the loss of the step at ``reference`` is below ``limit`` under the current weights. A collective."""
         losses = [self.engine.evaluate(to_device(b, self.world.device))["loss"] for b in self.loader.peek(reference)]
-        total, count = process_group.all_reduce_sum(
-            [sum(float(s) for s, _ in losses), sum(float(n) for _, n in losses)]
-        )
+        totals, counts = zip(*losses, strict=True)
+        total, count = process_group.all_reduce_sum([sum(map(float, totals)), sum(map(float, counts))])
         return count > 0 and math.isfinite(total) and total / count <= limit
 
     def _roll_back(self, before: TrainState) -> TrainState:
@@ -171,7 +170,9 @@ class Guard:
         plan, redone = self.loader.plan, before.step - target.step
         cursors = [plan.after(target.cursor, n) for n in range(max(0, redone - ROLLBACK_STEPS), redone + 1)]
         with first_nonfinite(self.engine.module) as first:
-            losses = {row: loss for cursor in cursors for row, loss in self._row_losses(cursor).items()}
+            losses: dict[StepRow, float] = {}
+            for cursor in cursors:
+                losses |= self._row_losses(cursor)
             limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
             blamed = bad = [row for row, loss in losses.items() if loss_history.is_outlier(loss, limit)]
             ahead = before.cursor
@@ -183,7 +184,8 @@ class Guard:
             # A loss is measured before its update: after a rollback, the step before may be to blame, too.
             last = cursors[-1:] if how == "in place" else cursors[-2:]
             blamed = [row for row in losses if row[0] in last]
-        return blamed, sorted({name for names in process_group.gather_objects(sorted(set(first))) for name in names})
+        layers = process_group.gather_objects(sorted(set(first)))
+        return blamed, sorted(set().union(*layers))
 
     def _row_losses(self, cursor: Cursor) -> dict[StepRow, float]:
         """The loss of each row of the step at a cursor, evaluated alone; rows without targets are left out. A
@@ -231,7 +233,8 @@ class Guard:
                     raise NotFinite(
                         f"{limit} steps in a row had numbers that are not finite, each on other data "
                         f"(optimizer.max_skipped={limit}), the last at step {record['step']}: lower optimizer.lr, "
-                        f"lengthen schedule.warmup or set optimizer.clip. If the loss had been falling, look at {source_files(record)}"
+                        "lengthen schedule.warmup or set optimizer.clip. If the loss had been falling, "
+                        f"look at {source_files(record)}"
                     )
                 raise UserError(
                     f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "

@@ -65,7 +65,7 @@ def outlier_limit(losses: Sequence[float], deviations: float) -> float:
 
 
 def diagnose_step(loss: float, applied: bool, limit: float) -> Trouble | None:
-    """Classify a step by its loss and whether its update was ``applied`` (its gradient was finite); None if it is good."""
+    """Classify a step by its loss and whether its update was ``applied`` (its gradient finite); None if good."""
     if not applied or not math.isfinite(loss):
         return "non-finite"
     return "spike" if loss > limit else None

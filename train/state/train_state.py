@@ -38,10 +38,10 @@ class TrainState:
     evals_since_best: int = 0
     """Evaluations since ``best_step``."""
     history: LossHistory = field(default_factory=LossHistory)
-    """What the losses of the next steps are compared with."""
+    """Losses that those of the next steps are compared with."""
 
     def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> TrainState:
-        """The state after one more step, of ``tokens``, whose data end at ``cursor``; ``applied``: its update was made."""
+        """The state after a step of ``tokens`` whose data end at ``cursor``; ``applied``: its update was made."""
         return replace(
             self,
             step=self.step + 1,

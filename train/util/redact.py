@@ -56,7 +56,7 @@ def redact_tree(value: Any) -> Any:
 
 
 def redact_output() -> None:
-    """Redact all that Python code of this process, and of its forks, writes to stdout and stderr, tracebacks included."""
+    """Redact all that Python code of this process and its forks writes to stdout and stderr, tracebacks included."""
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
         stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]

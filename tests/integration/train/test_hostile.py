@@ -32,7 +32,7 @@ def canary(tmp_path: Path):
 
 
 class Touch:
-    """What makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -70,7 +70,7 @@ def test_override_that_would_execute_code_is_refused(as_typed, canary: Path, tmp
 
 
 def read_text(settings: list[str], folder: Path) -> None:
-    """What a command does first with its settings."""
+    """Load settings and prepare their corpus, as a command does first."""
     prepare(configuration.load(settings).data.model_copy(update={"dir": str(folder)}), print)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows, on a terminal and in a file, from the events that it is given."""
+"""Lines of the console, on a terminal and in a file, from the events that it is given."""
 
 import io
 import subprocess

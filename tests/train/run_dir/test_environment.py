@@ -1,4 +1,4 @@
-"""What a run writes down of where it was made."""
+"""Lineage of a run: versions, commit and machine, without the environment."""
 
 from __future__ import annotations
 

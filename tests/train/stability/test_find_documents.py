@@ -1,4 +1,4 @@
-"""What trace says stood in a step is what the step was made of."""
+"""The documents that trace finds in a step are those that the step was made of."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_documents_of_a_step_are_its_targets(make, corpus: Path, pack: str):
         assert data_hash == lines[step - 1]["data_hash"]
         for row in range(4):
             spans = [(int(p.document.removeprefix("train/")), *p.tokens) for p in parts if p.row == row]
-            expected = [
-                token for n, *span in spans for token in [*opened.split("train").document(n), 256][slice(*span)]
-            ]
+            expected = []
+            for n, *span in spans:
+                expected += [*opened.split("train").document(n), 256][slice(*span)]
             targets = batch["targets"][row]
             assert targets[targets != IGNORE].tolist() == expected
         assert {part.row for part in parts} <= set(range(4))

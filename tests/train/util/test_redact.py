@@ -1,4 +1,4 @@
-"""What counts as a secret, and what does not."""
+"""Redaction hides what counts as a secret, and nothing else."""
 
 import subprocess
 import sys
