@@ -22,7 +22,8 @@ OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP] [split=val|test] [--json]: all that is measured on held-out text."""
+    """evaluate run.dir=FOLDER [checkpoint=latest|best|STEP] [split=val|test] [--json]: \
+all that is measured on held-out text."""
     options = _options([a for a in argv if a != "--json"], {"run.dir": None, "checkpoint": "latest", "split": "val"})
     from train.cli import evaluate as evaluate_verb
 
@@ -65,7 +66,8 @@ def export(argv: Sequence[str]) -> int:
         f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB"
     )
     OUT.print(
-        f"transformers {done.version} loads it: the same names and tokens; logits differ by at most {done.difference:.1g}",
+        f"transformers {done.version} loads it: the same names and tokens; "
+        f"logits differ by at most {done.difference:.1g}",
         end="",
     )
     OUT.print(f" where the largest is {done.largest:.3g}")
@@ -114,7 +116,8 @@ def worker(argv: Sequence[str]) -> int:
 
 
 def prepare(argv: Sequence[str]) -> int:
-    """prepare [data=stdlib|text|...] [data.paths=[...]] [key=value ...]: text to tokenised shards; resumable, idempotent."""
+    """prepare [data=stdlib|text|...] [data.paths=[...]] [key=value ...]: \
+text to tokenised shards; resumable, idempotent."""
     from train.data.prepare.progress_bar import prepare_with_progress
 
     config = configuration.load(argv)

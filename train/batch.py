@@ -18,10 +18,12 @@ Batch = dict[str, Tensor]
 
 and what only some objectives and families have:
 
-    memory           (B,) int64    slot, from 1, of the state that the row continues (`train.models.carried_state`); negative: reset it; 0: none
+    memory           (B,) int64    slot, from 1, of the state that the row continues; negative: reset it first; 0: none
+                                   (`train.models.carried_state`)
     types            (B, T) int64  0 in the first text of a pair, 1 in the second
     next_targets     (B,) int64    0: the second text follows the first, 1: it is from elsewhere
-    targets          (B, U)        of an encoder-decoder: the ids to predict after target_tokens (B, U), of target_segments (B, U)
+    targets          (B, U)        of an encoder-decoder: the ids to predict after target_tokens (B, U),
+                                   whose segments are target_segments (B, U)
     targets          (B,)          of a classifier: int64 the class, or float32 the score
 
 A row of zero weight, as short ranks and short last batches run, has every target IGNORE (a score: NaN) and all else 0.
@@ -30,8 +32,8 @@ A row of zero weight, as short ranks and short last batches run, has every targe
 Losses = dict[str, tuple[Tensor, Tensor]]
 """Named losses of one micro-batch: name -> (sum over trained targets, float32 scalar; count of them, int64 scalar).
 
-Sums are divided once, by the count over all micro-batches and ranks; a mean of means is never taken. The loss over the targets
-``x_targets`` is called ``x_loss``. In evaluation there are other pairs too: see ``train.evaluate``.
+Sums are divided once, by the count over all micro-batches and ranks; a mean of means is never taken. The loss over the
+targets ``x_targets`` is called ``x_loss``. In evaluation there are other pairs too: see ``train.evaluate``.
 """
 
 IGNORE = -100

@@ -81,8 +81,9 @@ def evaluate(
 ) -> Sums:
     """Sum losses and metrics over the split, each rank its share of the groups (fixed sets of rows). A collective.
 
-    Each group has its own row in one table, which is summed in one order: the result does not depend on which rank computed a
-    group. Counts are integers, exact in any order, and share a row. Raises Stopped on every rank once any is asked to stop.
+    Each group has its own row in one table, which is summed in one order: the result does not depend on which rank
+    computed a group. Counts are integers, exact in any order, and share a row. Raises Stopped on every rank once any is
+    asked to stop.
     """
     tables: dict[str, _GroupSums] = {}
     for turn, batch in enumerate(held_out):
@@ -93,8 +94,8 @@ def evaluate(
             table = tables.setdefault(name, _GroupSums(total, held_out.groups))
             if number < held_out.groups:
                 table.add(number, total, count)
-    flat = [value for table in tables.values() for value in table.flat()]
-    whole = np.array(process_group.all_reduce_sum(flat))
+    flat = np.concatenate([table.flat() for table in tables.values()]) if tables else np.zeros(0)
+    whole = np.array(process_group.all_reduce_sum(flat.tolist()))
     sums = {}
     for name, table in tables.items():
         part, whole = np.split(whole, [len(table.flat())])

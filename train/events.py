@@ -1,7 +1,8 @@
-"""Events: the messages by which ranks, the driver and a sweep say what happens, one dataclass for each kind.
+"""Events: the messages of ranks, driver and sweeps, one dataclass for each kind.
 
-A rank emits events; they travel as JSON lines to the driver, which shows them and acts on some. The keys of their JSON are a contract:
-``python -m train worker`` prints them, and ``ledger.jsonl`` and ``restarts.jsonl`` keep some of them. Imports no torch.
+A rank emits events; they travel as JSON lines to the driver, which shows them and acts on some. The keys of their JSON
+are a contract: ``python -m train worker`` prints them, and ``ledger.jsonl`` and ``restarts.jsonl`` keep some of them.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Event:
     event: ClassVar[str]
     """The kind: the value of the key "event"."""
     open_field: ClassVar[str] = ""
-    """The field whose items stand in the JSON beside the others, where a kind has keys that are not known beforehand."""
+    """The field whose items stand in the JSON beside the others, where a kind has keys that are not known beforehand.
+    """
 
     def __init_subclass__(cls, event: str, open_field: str = "") -> None:
         cls.event, cls.open_field = event, open_field
@@ -45,7 +47,9 @@ class Event:
 
 
 def from_json(record: Json) -> Event | None:
-    """The event of a record, with defaults for fields that it lacks; None for another kind, or where it lacks one that must be."""
+    """The event of a record, with defaults for fields that it lacks; None for another kind, or where it lacks one that
+    must be.
+    """
     kind = KINDS.get(record.get("event", ""))
     if kind is None:
         return None
@@ -293,7 +297,8 @@ class RecoveredEvent(Event, event="recovered", open_field="marks"):
     generation: int = 0
     workers: int | None = None
     marks: Json = field(default_factory=dict)
-    """When each phase was reached, seconds since 1970: "failed", "ended", then those of the new attempt; and "fault"."""
+    """When each phase was reached, seconds since 1970: "failed", "ended", then those of the new attempt; and "fault".
+    """
 
 
 # ------------------------------------------------------------------------------------------------------- of a sweep

@@ -1,4 +1,4 @@
-"""Choice of kernels, and tuning of Triton's tiles before the first step by one process of each host."""
+"""Choice of kernels, and tuning of Triton's tiles before the first step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_kernels(config: Config, vocab_size: int, world: process_group.DistContext, batch: Batch) -> str:
     """Use ``config.kernels`` on this rank's device; returns the choice and its reason, in words. A collective.
 
-    Tiles are measured on ``batch``, one of the run's, for shapes that are new to this machine; the other ranks of a host wait for
-    its first one and load its table and compiled kernels from disk. Raises UserError where Triton is asked for and cannot run.
+    Tiles are measured on ``batch``, one of the run's, for shapes that are new to this machine; the other ranks of a
+    host wait for its first one and load its table and compiled kernels from disk. Raises UserError where Triton is
+    asked for and cannot run.
     """
     try:
         chosen = kernels.use(config.kernels, world.device)

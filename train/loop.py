@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
@@ -52,7 +53,9 @@ class Training:
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
 
     def due(self, every: int, step: int) -> bool:
-        """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else never."""
+        """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else
+        never.
+        """
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 
@@ -140,25 +143,27 @@ def sync_step(micro_batches: Sequence[Batch], stop: bool, save_failed: bool) -> 
 
     One all-reduce, before the first backward pass, since every gradient is divided by the count of the whole batch.
     """
-    by_batch = [count_targets(batch) for batch in micro_batches]
-    names = list(by_batch[0])
-    targets = [float(sum(counts[name] for counts in by_batch)) for name in names]
+    counts: Counter[str] = Counter()
+    for batch in micro_batches:
+        counts.update(count_targets(batch))
     tokens = float(sum(count_tokens(batch) for batch in micro_batches))
-    *sums, tokens, stops, fails = process_group.all_reduce_sum([*targets, tokens, float(stop), float(save_failed)])
-    counts = dict(zip(names, map(int, sums), strict=True))
-    return StepSync(counts, int(tokens) if counts["loss"] else 0, stops > 0, fails > 0)
+    mine = [*map(float, counts.values()), tokens, float(stop), float(save_failed)]
+    *sums, tokens, stops, fails = process_group.all_reduce_sum(mine)
+    whole = dict(zip(counts, map(int, sums), strict=True))
+    return StepSync(whole, int(tokens) if whole["loss"] else 0, stops > 0, fails > 0)
 
 
 def mean_losses(result: StepResult) -> dict[str, float]:
     """The losses of the global batch, each per trained target; NaN where it has no target. One small all-reduce."""
-    sums = process_group.all_reduce_sum([float(value) for pair in result.losses.values() for value in pair])
+    pairs = torch.stack([torch.stack([total.double(), count.double()]) for total, count in result.losses.values()])
+    sums = process_group.all_reduce_sum(pairs.flatten().tolist())
     totals, counts = sums[::2], sums[1::2]
     means = [total / count if count else math.nan for total, count in zip(totals, counts, strict=True)]
     return dict(zip(result.losses, means, strict=True))
 
 
 def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Record) -> Record:
-    """The line of ``metrics.jsonl`` of the step whose data begin at ``cursor``, without its speed and its evaluation."""
+    """The line of ``metrics.jsonl`` of the step whose data begin at ``cursor``, without speed and evaluation."""
     return {
         "step": state.step,
         **measured,
@@ -169,7 +174,7 @@ def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Reco
 
 
 def evaluate(run: Training, state: TrainState, record: Record) -> TrainState:
-    """Evaluate the model and add its metrics to ``record``; the state then knows whether the model is the best so far."""
+    """Evaluate the model and add its metrics to ``record``; the state then has its score."""
     try:
         metrics = run.services.evaluate(state)
     except Stopped:

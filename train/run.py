@@ -53,8 +53,8 @@ def train_rank(
 ) -> None:
     """Run one rank of a job: train to the last step, evaluate, sample, summarise.
 
-    Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and saved, and
-    UserError for bad input. The default target of every worker.
+    Goes on from the newest whole checkpoint of ``run.dir`` if there is one. Raises Stopped once asked to stop and
+    saved, and UserError for bad input. The default target of every worker.
     """
     run_dir, activity = RunDir(Path(config.run.dir or "")), RankActivity(emit)
     activity.enter("open corpus")
@@ -103,7 +103,9 @@ def build_engine(
     loader: Loader,
     start: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where given."""
+    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where
+    given.
+    """
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)
@@ -118,7 +120,7 @@ def build_engine(
 
 
 def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[TrainState, Record | None]:
-    """Fill engine and loader from a checkpoint, or start at step 0: the state, and a record that lacks its evaluation."""
+    """Fill engine and loader from a checkpoint, if given: the state, and the record that lacks its evaluation."""
     if checkpoint is None:
         return TrainState(), None
     reader.restore(checkpoint, engine)
@@ -129,7 +131,7 @@ def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tu
 def _load_initial(
     config: Config, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], objective: Any
 ) -> None:
-    """Fill a new run's objective from ``init.from``, note it, and write where its weights come from to ``init.json``."""
+    """Fill a new run's objective from ``init.from``, and write the origin of its weights to ``init.json``."""
     report = init_from.load_weights(objective, config, corpus.tokenizer, world)
     note(report.summary())
     file = RunDir(Path(config.run.dir or "")).init
@@ -144,7 +146,9 @@ def _find_checkpoint(
     note: Callable[[str], None],
     mirror: Mirror | None,
 ) -> Checkpoint | None:
-    """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A collective."""
+    """The newest whole checkpoint of the run, if there is one; UserError where it was made on another corpus. A
+    collective.
+    """
     checkpoint = reader.find_newest(run_dir.checkpoints, world, note, mirror)
     if checkpoint:
         resume.require_same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)
@@ -160,7 +164,7 @@ def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
 def _open_folder(
     config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit, mirror: Mirror | None
 ) -> None:
-    """Rank 0: refuse a folder of another run, note what changed, and write what evaluating and exporting the run needs."""
+    """Rank 0: refuse a folder of another run, note what changed, and write configuration, tokenizer and lineage."""
     run_dir = RunDir(Path(config.run.dir or ""))
     if mirror and not run_dir.config.exists():
         mirror.fetch_run()

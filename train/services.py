@@ -76,7 +76,8 @@ class RunServices:
         return metrics
 
     def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
-        """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is complete.
+        """Begin a checkpoint of now, after the one before. The metrics up to it are forced to the disk before it is
+        complete.
 
         ``pending`` is the record of this step where it still lacks its evaluation, which the next start then makes.
         """

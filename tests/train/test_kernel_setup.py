@@ -27,7 +27,7 @@ def as_before(tmp_path, monkeypatch):
     kernels.use("auto", torch.device("cpu"))
 
 
-def test_the_choice_is_told_with_its_reason():
+def test_choose_kernels_returns_its_choice_with_the_reason():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert kernels.use("auto", cpu) == "torch's own: no CUDA device"
     assert kernels.use("auto", cuda) == "Triton's, on CUDA"
@@ -35,7 +35,7 @@ def test_the_choice_is_told_with_its_reason():
     assert kernels.use("triton", cpu) == "Triton's, as kernels=triton asks, interpreted on the CPU: slow"
 
 
-def test_triton_on_a_cpu_without_the_interpreter_is_refused_with_the_cure():
+def test_triton_on_a_cpu_without_interpreter_is_refused_with_the_cure():
     code = "import torch, kernels; kernels.use('triton', torch.device('cpu'))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -43,7 +43,7 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused_with_the_cure():
     assert "set TRITON_INTERPRET=1 in the environment" in done.stderr.splitlines()[-1]
 
 
-def test_tiles_are_measured_on_request_only_and_kept(tmp_path):
+def test_tiles_are_measured_on_request_only_and_stored(tmp_path):
     slow, fast = {"BLOCK": 1}, {"BLOCK": 2}
     ran = []
 
@@ -64,7 +64,7 @@ def test_tiles_are_measured_on_request_only_and_kept(tmp_path):
     assert len(ran) == measured
 
 
-def test_a_damaged_table_is_measured_anew(tmp_path):
+def test_damaged_tile_table_is_measured_anew(tmp_path):
     with tuning.measuring_tiles():
         tuning.best_tiles("op", (64,), [{"BLOCK": 1}, {"BLOCK": 2}], lambda choice: None)
     [file] = tmp_path.rglob("*.json")

@@ -1,4 +1,4 @@
-"""The verb ``evaluate``: what a run's weights say of text that was kept from training."""
+"""The verb ``evaluate``: metrics of a run's checkpoint on held-out text."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from train.util.run_layout import RunDir
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """A run at one of its checkpoints, by what it says of a split."""
+    """Evaluation of a run's checkpoint on a split of its corpus."""
 
     evaluation: Evaluation
     step: int
-    places: int
+    targets: int
     classes: list[str]
     corpus: Corpus
 
 
 def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
-    """What checkpoint ``which`` of the run in ``folder`` says of the whole ``split``, "val" or "test". Raises UserError."""
+    """Evaluate checkpoint ``which`` of the run in ``folder`` on all of ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
     about = json.loads(RunDir(folder).corpus.read_text())
     corpus = Corpus(about["folder"], run.config.model.special)
@@ -48,37 +48,37 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
     finally:
         process_group.destroy_group()
-    found = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
+    evaluation = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
-    return EvaluatedRun(found, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
+    return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
 
 
 def run(options: Mapping[str, str], console: Console, *, as_json: bool) -> None:
-    """Show what ``options`` ask for. Raises UserError."""
+    """Evaluate as ``options`` say, and print a table or JSON. Raises UserError."""
     split = options["split"]
     if split not in ("val", "test"):
         raise UserError(
             f"split={split}: there is val, by which the best checkpoint is chosen, and test (data.test_fraction)"
         )
-    found = evaluate_run(Path(options["run.dir"]), options["checkpoint"], split)
-    numbers = found.evaluation.numbers()
+    evaluated = evaluate_run(Path(options["run.dir"]), options["checkpoint"], split)
+    numbers = evaluated.evaluation.numbers()
     if as_json:
-        more: dict[str, Any] = {"step": found.step, "split": split, "places": found.places}
-        console.print_json(data=more | numbers | found.evaluation.details(found.classes))
+        more: dict[str, Any] = {"step": evaluated.step, "split": split, "places": evaluated.targets}
+        console.print_json(data=more | numbers | evaluated.evaluation.details(evaluated.classes))
         return
-    title = f"{options['run.dir']}, step {found.step}, {found.places:,} held-out places" + (
+    title = f"{options['run.dir']}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
         ", test" if split == "test" else ""
     )
     table = Table(title=title, title_justify="left")
     for column in ("measure", "value"):
         table.add_column(column, justify="left" if column == "measure" else "right")
-    perplexity = found.evaluation.perplexity
+    perplexity = evaluated.evaluation.perplexity
     table.add_row("loss (nats per token)" if perplexity else "loss", f"{numbers.pop('val_loss'):.4f}")
     if perplexity:
         table.add_row("perplexity", f"{perplexity:.2f}")
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}")
-    if found.evaluation.bytes:
-        text = b"".join(held_out_text(found.corpus, split))
+    if evaluated.evaluation.bytes:
+        text = b"".join(held_out_text(evaluated.corpus, split))
         table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
     console.print(table)

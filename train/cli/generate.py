@@ -1,4 +1,4 @@
-"""The verb ``generate``: a run's weights, prompts from the command line, a file or standard input, and text as it comes."""
+"""The verb ``generate``: continues prompts with the model of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 
 SETTING_KEYS = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
-"""The keys that the verb takes as they are, without their section."""
+"""Keys of the section ``generation`` that the verb takes without its name."""
 
 
 def run(options: Mapping[str, str], *, as_json: bool) -> None:
-    """Write on from the prompts that ``options`` name. Raises UserError."""
+    """Generate from the prompts that ``options`` name, and print the texts. Raises UserError."""
     given = read_prompts(options["prompt"], options["prompts"])
     saved = open_run(Path(options["run.dir"]), options["checkpoint"])
     settings = choose_settings(saved.config.generation, options)
@@ -36,22 +36,22 @@ def run(options: Mapping[str, str], *, as_json: bool) -> None:
         )
     begin = (lambda prompt: prompt) if model.continues else (lambda prompt: "")
     if len(given) == settings.n == settings.beams == 1 and not as_json:
-        _say(begin(given[0]))
-        list(generate_text(model, saved.tokenizer, given, settings, lambda row, piece: _say(piece)))
-        _say("\n")
+        _write(begin(given[0]))
+        list(generate_text(model, saved.tokenizer, given, settings, lambda row, piece: _write(piece)))
+        _write("\n")
         return
     for number, (prompt, texts) in enumerate(
         zip(given, generate_text(model, saved.tokenizer, given, settings), strict=True), 1
     ):
         for text in texts:
             if as_json:
-                _say(json.dumps({"prompt": prompt, **vars(text)}, ensure_ascii=False) + "\n")
+                _write(json.dumps({"prompt": prompt, **vars(text)}, ensure_ascii=False) + "\n")
             else:
-                _say(f"{_title(number, len(given), text)}\n{begin(prompt)}{text.text}\n")
+                _write(f"{_title(number, len(given), text)}\n{begin(prompt)}{text.text}\n")
 
 
 def read_prompts(text: str, file: str) -> list[str]:
-    """One prompt (``-``: all of standard input), or those of a file, one a line (``-``: of standard input)."""
+    """The prompt ``text``, or those of ``file``, one a line; ``-`` for either is standard input."""
     if text and file:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
     try:
@@ -62,14 +62,14 @@ def read_prompts(text: str, file: str) -> list[str]:
         raise UserError(f"prompts={file}: {error.strerror} (looked from {Path.cwd()})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompts are not UTF-8 text: {error}") from None
-    found = [line for line in lines if line.strip()]
-    if not found:
+    nonempty = [line for line in lines if line.strip()]
+    if not nonempty:
         raise UserError(f"prompts={file} has no line with a prompt")
-    return found
+    return nonempty
 
 
 def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]) -> schema.GenerationConfig:
-    """The run's own settings, or those of a choice of ``generation=``, and over them what is given by name."""
+    """The run's own settings, or those of a choice of ``generation=``, overridden by the keys given by name."""
     base = (
         configuration.read_choice("generation", options["generation"])
         if options["generation"]
@@ -78,13 +78,13 @@ def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]
     settings = configuration.parse_section(
         schema.GenerationConfig, base | {n: _value(n, options[n]) for n in SETTING_KEYS if options[n]}
     )
-    if found := generation_problems(settings):
-        raise configuration.ConfigError(found)
+    if problems := generation_problems(settings):
+        raise configuration.ConfigError(problems)
     return settings
 
 
 def _value(name: str, text: str) -> Any:
-    """What is meant by ``name=text``: a number, or for ``stop`` a YAML list of strings, or one string as it stands."""
+    """Parse the value of ``name=text``: a number, or for ``stop`` a YAML list of strings, or else a string."""
     if name == "stop":
         with contextlib.suppress(yaml.YAMLError):
             return yaml.safe_load(text) if text.startswith("[") else [text]
@@ -98,6 +98,6 @@ def _title(number: int, of: int, text: GeneratedText) -> str:
     return f"--- prompt {number} of {of}" + ("" if text.score is None else f", score {text.score:.4f}")
 
 
-def _say(text: str) -> None:
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -1,7 +1,9 @@
-"""The pulse of a rank: what it is doing, in a small shared memory that others may look at while it works, hangs or is stopped.
+"""Heartbeat of a rank: its step, phase and current collective, in shared memory.
 
-The loop marks each phase with a line, and each collective is counted; a mark is a few stores into memory, about a microsecond, and
-talks to nobody. Until ``share`` gives a file, the record is private to the process. One process has one pulse.
+Its agent reads the memory even while the rank hangs.
+Each phase is marked (``train.reporting.activity`` and the engine) and each collective counted. A mark is a few stores
+into memory, about a microsecond, without any communication. Until ``attach`` gives a file, the memory is private to the
+process, which has one heartbeat.
 """
 
 from __future__ import annotations
@@ -14,22 +16,23 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 PHASES = ("start", "data", "forward", "backward", "step", "save", "eval", "sample", "end")
-"""What a rank does; ``start`` is all before its first step, ``end`` all after its last. "step" is the optimizer's."""
+"""Phases of a rank; ``start`` is all before its first step, ``end`` all after its last, "step" the optimizer's update.
+"""
 STEP_PHASES = ("data", "forward", "backward", "step")
-"""The phases that make a training step: a rank that takes longer in them than others holds them up."""
+"""The phases of a training step: their time without waiting shows which rank is a straggler."""
 
 _FIELDS = ("step", "phase", "micro", "count", "inside")
 _TIMES = ("changed", "busy", *(f"longest_{phase}" for phase in PHASES))
 _NAME_AT, _NAME_BYTES = 8 * (len(_FIELDS) + len(_TIMES)), 32
 SIZE = mmap.PAGESIZE
-"""Bytes of the record."""
+"""Bytes of the shared memory: one page."""
 _LAYOUT = struct.Struct(f"={len(_FIELDS)}q{len(_TIMES)}d{_NAME_BYTES}s")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class HeartbeatWriter:
-    """The writer's side. All times are seconds of the host's monotonic clock, which its processes share."""
+    """Writes this process's heartbeat. Times are seconds of the host's monotonic clock, which its processes share."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._map(memory)
@@ -42,14 +45,14 @@ class HeartbeatWriter:
         self._numbers, self._times = view[:end].cast("q"), view[end:_NAME_AT].cast("d")
 
     def attach(self, fd: int) -> None:
-        """From here on the record is in the open file ``fd``, of ``SIZE`` bytes."""
+        """Move the heartbeat into the open file ``fd``, of ``SIZE`` bytes, which another process maps too."""
         memory = mmap.mmap(fd, SIZE)
         memory[:] = self._memory[:]
         self._map(memory)
         self._since = self._times[0] = time.monotonic()
 
     def enter_phase(self, phase: str, micro: int = 0) -> None:
-        """A phase begins, and the last one ends. ``micro`` is the micro-batch, from 0."""
+        """End the last phase and begin ``phase``; ``micro`` is the micro-batch, from 0."""
         now = time.monotonic()
         took, numbers, times = now - self._since, self._numbers, self._times
         if 1 <= self._phase <= len(STEP_PHASES):
@@ -63,15 +66,17 @@ class HeartbeatWriter:
         times[0] = now
 
     def set_step(self, number: int) -> None:
-        """The optimizer step that is being made, from 1."""
+        """Set the optimizer step that is being made, from 1."""
         self._numbers[0] = number
 
     def touch(self) -> None:
-        """Something moved within a long phase."""
+        """Show that a long phase makes progress."""
         self._times[0] = time.monotonic()
 
     def count_calls(self, collective: F, called: str = "") -> F:
-        """The function, with each call marked: what it is ``called``, how many there were, and that the rank is inside it."""
+        """Wrap a collective so that each call is marked: its name, the number of calls so far, and that the rank is
+        inside it.
+        """
         name = (called or collective.__name__).encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
 
         @functools.wraps(collective)
@@ -92,20 +97,20 @@ class HeartbeatWriter:
 
 
 def read(memory: bytes | mmap.mmap) -> dict[str, Any]:
-    """What a record says now, for people and machines: see ``cluster.supervision.hang_detector.Beat``, which has the same names."""
+    """Decode a heartbeat's memory, with the field names of ``cluster.supervision.outcome.Heartbeat``."""
     values = _LAYOUT.unpack(memory[: _LAYOUT.size])
-    found: dict[str, Any] = dict(zip((*_FIELDS, *_TIMES), values[:-1], strict=True))
-    phase = PHASES[found["phase"]]
+    fields: dict[str, Any] = dict(zip((*_FIELDS, *_TIMES), values[:-1], strict=True))
+    phase = PHASES[fields["phase"]]
     return {
-        "step": found["step"],
+        "step": fields["step"],
         "phase": phase,
-        "micro": found["micro"],
+        "micro": fields["micro"],
         "collective": values[-1].rstrip(b"\0").decode(),
-        "count": found["count"],
-        "inside": bool(found["inside"]),
-        "still_s": time.monotonic() - found["changed"],
-        "longest_s": found[f"longest_{phase}"],
-        "busy_s": found["busy"],
+        "count": fields["count"],
+        "inside": bool(fields["inside"]),
+        "still_s": time.monotonic() - fields["changed"],
+        "longest_s": fields[f"longest_{phase}"],
+        "busy_s": fields["busy"],
     }
 
 

@@ -1,7 +1,7 @@
-"""Pieces: the state of a model in training, without its ZeRO stage or world size.
+"""Parameter shards: the state of a model in training, independent of ZeRO stage and world size.
 
-A piece is a flat run of one parameter: its fp32 master weights and its moments, as this rank holds them. Engines show their
-state as pieces and are filled from them; checkpoints are made of them.
+A shard is a contiguous range of one flattened parameter, with its fp32 master weights and moments, as this rank holds
+them. Engines expose their state as shards and are filled from them; checkpoints consist of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from train.distributed.process_group import DistContext
 
 MASTER = "weight"
-"""The kind of a piece that holds fp32 weights; the others are the optimizer's own names, such as ``exp_avg``."""
+"""The kind of state that is fp32 weights; other kinds have the optimizer's names, such as ``exp_avg``."""
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` from ``offset`` on."""
+    """Elements [start, start + numel) of a flattened parameter, which this rank holds in ``holder`` at ``offset``."""
 
     name: str
     start: int
@@ -30,43 +30,47 @@ class ParamShard:
     offset: int
 
     def view_of(self, tensor: Tensor) -> Tensor:
-        """This piece's view of ``tensor``, which has the layout of the holder: (numel,)."""
+        """The shard's view of ``tensor``, which has the layout of the holder: (numel,)."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
 class ShardedState(Protocol):
-    """What can be saved and restored by pieces."""
+    """Interface of state that is saved and restored by shards; the engine has it."""
 
     shapes: dict[str, torch.Size]
-    """Every parameter's whole shape, by name; and that of what is carried."""
+    """Whole shapes of all parameters, and of the carried states, by name."""
     param_shards: list[ParamShard]
-    """Those of parameters that this rank holds."""
+    """Shards of parameters that this rank holds."""
     carried: list[ParamShard]
-    """Rows of what is carried from step to step beside weights (`train.models.carried_state`): those that no other rank has."""
+    """Shards of states carried from step to step (`train.models.carried_state`): this rank's rows, which no other rank
+    has.
+    """
 
     @property
     def replicated(self) -> bool:
-        """Whether every rank holds every piece."""
+        """Whether every rank holds every shard."""
 
-    def states(self, piece: ParamShard) -> dict[str, Tensor]:
-        """The kinds of a piece (MASTER, and the optimizer's moments) and views of them: (numel,) float32."""
+    def states(self, shard: ParamShard) -> dict[str, Tensor]:
+        """Views of a shard's state by kind, MASTER and the optimizer's moments: (numel,) float32 each."""
 
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
-        """Fill every piece from ``read(piece, kind)``, its parameter's ``kinds``; ``updates`` is how many the moments have seen."""
+        """Fill every shard from ``read(shard, kind)`` for its parameter's ``kinds``; ``updates`` is the count behind
+        the moments.
+        """
 
     def scalars(self) -> dict[str, float]:
-        """What else must be remembered, such as a loss scale."""
+        """Other numbers to save, such as a loss scale."""
 
     def load_scalars(self, values: dict[str, float]) -> None:
-        """Set what ``scalars`` gave."""
+        """Restore the numbers of ``scalars``."""
 
 
 def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
-    """The pieces of a module's parameters that are not trained, as ``rank`` of ``ranks`` keeps them: float32, beside the engine.
+    """Shards of a module's frozen parameters, as ``rank`` of ``ranks`` keeps them: float32, beside the engine.
 
-    Made before the engine is: it may make their working copies low in precision, or shard them.
+    To be made before the engine, which may lower the precision of the parameters or shard them.
     """
     shards = []
     for name, parameter in module.named_parameters():
@@ -81,6 +85,6 @@ def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
 
 
 def row_shards(name: str, rows: Tensor, world: DistContext) -> list[ParamShard]:
-    """The rows of a tensor that are this rank's, a piece each: row r belongs to rank r mod world, as stream r does."""
+    """This rank's rows of a tensor, a shard each: row r belongs to rank r mod world size, as stream r does."""
     size = rows[0].numel()
     return [ParamShard(name, row * size, size, rows, row * size) for row in range(world.rank, len(rows), world.size)]

@@ -1,8 +1,8 @@
-"""The world of a run: who this rank is, how the ranks meet, and the few words they say to each other outside DeepSpeed.
+"""The process group of a run, and small collectives outside DeepSpeed.
 
-The process group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that
-the caller has bound already, so no port is chosen twice, and each start of a world talks under its own prefix, so
-nothing that an earlier start left behind is ever read. Objects travel as JSON: nothing is unpickled.
+The group made here becomes torch's default group, which DeepSpeed adopts. Its store listens on a socket that the caller
+has bound already, so no port is chosen twice, and each attempt has its own prefix in the store, so nothing that an
+earlier one left is read. Objects travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIRST_POLL_S, MAX_POLL_S = 0.005, 0.25
 
 @dataclass(frozen=True)
 class DistContext:
-    """Who this rank is among ``size``: rank, its place on its host, and the device that is its own."""
+    """This rank among ``size``: its global rank, its rank on its host, and its device."""
 
     rank: int
     size: int
@@ -39,16 +39,16 @@ class DistContext:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0, which writes files and speaks."""
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of one start of a world meet.
+    """Address of the store where the ranks of one attempt meet.
 
-    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``generation`` counts the
-    starts.
+    ``listen_fd`` is the bound, listening socket behind ``host:port``; only rank 0 has it. ``attempt`` counts the starts
+    of a job.
     """
 
     host: str
@@ -59,7 +59,7 @@ class Rendezvous:
 
 
 def init_group(rank: int, size: int, local_rank: int, device: str, rendezvous: Rendezvous) -> DistContext:
-    """Joins the world: returns when every rank has; raises torch's DistStoreError when one stays away too long.
+    """Make the default process group: returns once all ranks joined; raises torch's DistStoreError after the timeout.
 
     ``device``: "cpu" or "gpu". A GPU rank sees its own device only, as ``cuda:0``.
     """
@@ -74,7 +74,7 @@ def init_group(rank: int, size: int, local_rank: int, device: str, rendezvous: R
 
 
 def init_from_env() -> DistContext:
-    """Joins the world that torchrun (or a like launcher) describes in the environment; alone where it describes none.
+    """Make the process group that torchrun, or a like launcher, describes in the environment; of one rank without any.
 
     One rank a device: on a machine with GPUs a rank takes the one of its local rank.
     """
@@ -105,19 +105,19 @@ def _initialise(world: DistContext, store: dist.Store | None) -> None:
 
 
 def destroy_group() -> None:
-    """Leaves the world, if this process is in one."""
+    """Destroy the process group, if this process has one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
-    """Waits until every rank is here; over the CPU, so that it says nothing to the devices' queues."""
+    """Wait until every rank is here; over the CPU, so that no device is synchronised."""
     all_reduce_sum([0.0])
 
 
 @heartbeat.count_calls
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """The sums of ``values`` over all ranks, place by place, in float64; the same number of values on each rank."""
+    """Sum ``values`` elementwise over all ranks, in float64; the same number of values on each rank."""
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
@@ -125,7 +125,7 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 @heartbeat.count_calls
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The JSON-able ``value`` of rank ``source``, on every rank; what the others pass is not looked at."""
+    """The JSON-able ``value`` of rank ``source``, on every rank; the values of others are ignored."""
     mine = dist.get_rank() == source
     data = bytearray(json.dumps(value).encode()) if mine else bytearray()
     length = torch.tensor([len(data)])
@@ -137,19 +137,19 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 @heartbeat.count_calls
 def reduce_(tensor: Tensor, rank: int) -> None:
-    """On ``rank``, the sum of all ranks' tensors, in place; what the others hold then means nothing."""
+    """Sum the tensors of all ranks into that of ``rank``, in place; those of the others are undefined then."""
     dist.reduce(tensor, rank)
 
 
 @heartbeat.count_calls
 def broadcast_(tensor: Tensor, rank: int) -> None:
-    """On every rank, in place, what ``rank`` holds."""
+    """Overwrite the tensor of every rank with that of ``rank``."""
     dist.broadcast(tensor, rank)
 
 
 @heartbeat.count_calls
 def gather_objects(value: Any) -> list[Any]:
-    """The JSON-able values of all ranks, by rank, on every rank."""
+    """The JSON-able values of all ranks, ordered by rank, on every rank."""
     data = json.dumps(value).encode()
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(data)]))
@@ -162,7 +162,9 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_rank0(act: Callable[[], None]) -> str | None:
-    """Rank 0 acts while the others wait; on every rank, what it found wrong (its UserError's or OSError's text), or None."""
+    """Call ``act`` on rank 0 while the others wait; returns on every rank the text of its UserError or OSError, or
+    None.
+    """
     error = None
     if dist.get_rank() == 0:
         try:
@@ -172,8 +174,8 @@ def run_on_rank0(act: Callable[[], None]) -> str | None:
     return broadcast_object(error)
 
 
-class WaitCancelled(Exception):  # noqa: N818  it is nobody's error
-    """Nobody waits for a message any more."""
+class WaitCancelled(Exception):  # noqa: N818  it is no error
+    """The receiver of a message has stopped waiting for it."""
 
 
 class StoreMailbox:
@@ -190,7 +192,7 @@ class StoreMailbox:
         self.store.set(key, json.dumps(value))
 
     def receive(self, key: str, given_up: Callable[[], bool]) -> Any:
-        """What was, or will be, put under ``key``. Raises GivenUp once ``given_up()`` holds."""
+        """The message sent under ``key``, waiting for it. Raises WaitCancelled once ``given_up()`` holds."""
         pause = FIRST_POLL_S
         while not self.store.check([key]):  # not ``wait``: it would hold the store's connection
             if given_up():
@@ -200,13 +202,13 @@ class StoreMailbox:
         return json.loads(self.store.get(key))
 
     def delete(self, key: str) -> None:
-        """Forget what all have taken."""
+        """Delete a message that all have received."""
         self.store.delete_key(key)
 
 
 def assert_equal_across_ranks(name: str, digest: str) -> None:
-    """Raises UserError on every rank unless all have the same ``digest`` of what ``name`` calls; names those that
-    differ.
+    """Raise UserError on every rank, naming those that differ, unless all have the same ``digest`` of the thing
+    ``name``.
     """
     digests = gather_objects(digest[:DIGEST_BYTES])
     odd = [rank for rank, other in enumerate(digests) if other != digests[0]]

@@ -1,8 +1,9 @@
-"""One owner of "what is this rank doing": its heartbeat, its ``phase`` events and the cause of its seconds.
+"""Phase of a rank: its heartbeat, ``phase`` events and the cause of its seconds, marked together.
 
-Three readers follow a rank: the driver's hang detector (heartbeat), people and restart records (events), and the goodput of the summary
-(seconds by cause). PHASES says what each phase of a run means to each of them, so that no caller marks them by hand. Within a training
-step the engine marks the heartbeat alone: forward, backward and the optimizer's step are too short for the other two.
+Three readers follow a rank: the driver's hang detector (heartbeat), people and restart records (events), and the
+goodput of the summary (seconds by cause). PHASES says what each phase of a run means to each of them, so that no caller
+marks them by hand. Within a training step the engine marks the heartbeat alone: forward, backward and the optimizer's
+step are too short for the other two.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from train.reporting.goodput import TimeByCause
 
 
 class PhaseMarks(NamedTuple):
-    """What a phase of a run is called by each of the three; None: it does not tell it apart from the phase before."""
+    """The names of a phase of a run for its three readers; None: that reader does not distinguish it from the phase
+    before.
+    """
 
     heartbeat: str | None = None
     event: str | None = None
@@ -58,7 +61,8 @@ class RankActivity:
 
     @contextmanager
     def phase(self, phase: str) -> Iterator[None]:
-        """Inside, the rank is in ``phase``; then it trains again, and the seconds since the last charge go to the phase's cause.
+        """Inside, the rank is in ``phase``; then it trains again, and the seconds since the last charge go to the
+        phase's cause.
 
         Where an exception leaves it, nothing is marked: the run is ending, and its seconds go to what ends it.
         """
@@ -71,5 +75,7 @@ class RankActivity:
             self.charge(marks.cause)
 
     def charge(self, cause: str, **within: float) -> float:
-        """Give the seconds since the last charge to ``cause``, but for those of others ``within`` them: see ``TimeByCause.lap``."""
+        """Give the seconds since the last charge to ``cause``, but for those of others ``within`` them: see
+        ``TimeByCause.lap``.
+        """
         return self.times.lap(cause, **within)

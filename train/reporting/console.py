@@ -1,8 +1,8 @@
-"""What a run shows: events in, lines on the terminal out.
+"""Console of a run: renders events as lines on the terminal.
 
-On a terminal a live line moves below a quiet record of what happened; elsewhere the same record is plain text, with a
-line of progress every few seconds. An event that lacks a field shows without it: the console never ends a run. Imports
-no torch.
+On a terminal a live status line stays below a log of past events; elsewhere the same log is plain text, with a line of
+progress every few seconds. An event that lacks a field is shown without it: the console never ends a run. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from train.util.format import PREPARING, count, duration, finite, plural, shares
 
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
-"""What is done sooner is not worth an estimate: starting takes longer."""
+"""Least estimate that is shown: a shorter run takes longer to start than to train."""
 BAR_WIDTH = 28
 PHASES = {
     "ray": "starting Ray",
@@ -54,7 +54,7 @@ class RunConsole:
         self._preparing: str | None = None
 
     def show(self, record: dict[str, Any]) -> None:
-        """Shows one event, as JSON has it; kinds that are not for people are not shown."""
+        """Shows one event, given as its JSON; kinds that are not for people are ignored."""
         match events.from_json(record):
             case events.JobEvent() as event:
                 self._job(event)
@@ -89,12 +89,12 @@ class RunConsole:
                 self._line(Text(text, style="yellow"))
 
     def close(self) -> None:
-        """Takes the live line away and gives the cursor back."""
+        """Removes the live line and restores the cursor."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    # what the run is
+    # at the start
 
     def _job(self, event: events.JobEvent) -> None:
         self._config = event.config
@@ -110,7 +110,8 @@ class RunConsole:
         self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
         self._fact(
             "workers",
-            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, {self._config.get('precision', {}).get('name')}",
+            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
+            f"{self._config.get('precision', {}).get('name')}",
         )
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 
@@ -144,7 +145,7 @@ class RunConsole:
         self._preparing = words
         self._status(Text(text + (f", {done / total:.0%}" if finite(done) and total else ""), style="dim"))
 
-    # how it goes
+    # during training
 
     def _step(self, event: events.StepEvent) -> None:
         now = time.monotonic()
@@ -202,7 +203,7 @@ class RunConsole:
 
     def _sample(self, event: events.SampleEvent) -> None:
         if event.step < self._config.get("steps", 0):
-            return  # samples.jsonl has those of earlier evaluations; here they would bury the losses
+            return  # samples.jsonl has those of earlier evaluations, which would hide the losses here
         body = Text.assemble((event.prompt, "cyan"), event.text)
         if self.terminal.is_terminal:
             self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
@@ -236,7 +237,7 @@ class RunConsole:
         if spent := summary.get("time_by_cause"):
             self._fact("time", shares(spent))
 
-    # what the driver says
+    # called by the driver
 
     def startup(self, marks: dict[str, float]) -> None:
         """One line: the seconds after the command at which each phase of the start was reached."""
@@ -252,7 +253,7 @@ class RunConsole:
         self._line(Text("  seconds to the first step: " + " · ".join(facts), style="dim"))
 
     def finished(self, config: Any) -> None:
-        """Where the run lies, and what to type next."""
+        """Shows where the run's files are, and the commands to use next."""
         where = config.run.dir
         self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
         generate = f'./launch.sh generate run.dir={where} prompt="..."'
@@ -261,7 +262,7 @@ class RunConsole:
             self._fact(word, line)
 
     def complete(self, config: Any, summary: dict[str, Any]) -> None:
-        """What an earlier start has come to, and how to go further."""
+        """Shows the summary of a run that was complete already, and how to train it further."""
         self._done(summary)
         self._line(
             Text(
@@ -272,7 +273,7 @@ class RunConsole:
         self.finished(config)
 
     def stopped(self, config: Any) -> None:
-        """How to go on after a stop."""
+        """Shows how to continue after a stop."""
         self.close()
         self._line(
             Text.assemble(
@@ -281,11 +282,11 @@ class RunConsole:
         )
 
     def bad_input(self, message: str) -> None:
-        """What is wrong with the input, where, and the cure."""
+        """Shows an error of the input: its cause, its location and its cure."""
         self.close()
         self.errors.print(Text.assemble(("error: ", "bold red"), message))
 
-    # how it is drawn
+    # drawing
 
     def _fact(self, name: str, text: str) -> None:
         self._line(Text.assemble((f"  {name:9}", "dim"), text))

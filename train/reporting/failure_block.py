@@ -1,4 +1,4 @@
-"""How a failure and a recovery look on the terminal. Imports no torch."""
+"""Rendering of failures and recoveries on the terminal. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PHASES = {
     "first_step": "engine and checkpoint",
     "train": "first step",
 }
-"""The marks of a recovery, in order, and what was done by then."""
+"""Marks of a recovery, in order, and the part of it that is done by then."""
 
 
 def render_failure(event: FailureEvent, run_dir: str | None, terminal: bool) -> RenderableType:
-    """The block of a failure: its lines, where the logs are, and what comes next."""
+    """The block of a failure: its lines, the folder of the logs, and the driver's next action."""
     lines = event.lines or ["the job failed"]
     title, body = lines[0], "\n".join(lines[1:])
     same = "" if event.again else "run the same command again to go on from the newest checkpoint"

@@ -1,12 +1,12 @@
-"""Where the seconds of a run went, over all its starts. Every moment belongs to one cause, so the causes sum to the wall time.
+"""Goodput: the wall time of a run by cause, over all its starts; causes sum to the wall time.
 
 train   forward, backward and update of the steps that were kept: its share of the wall time is the goodput
-redo    the same of steps made again after a rollback or a restart, and going back
+redo    the same of steps made again after a rollback or a restart, and the rollback itself
 start   from the command to the first step
 data    waiting for the batch of every rank
 save    waiting for checkpoints
 eval    held-out loss and samples
-down    from the last that is known of one start to the next
+down    between two starts, from the last time that the first is known to have run
 other   the rest
 """
 
@@ -20,16 +20,18 @@ Seconds = dict[str, float]
 
 
 class TimeByCause:
-    """A stopwatch that never stops: ``lap`` says what the time since the last lap went to. Rank 0's is the run's."""
+    """A stopwatch whose every lap is charged to a cause. Rank 0's is the run's."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """``clock`` gives seconds since 1970, which also mean something to the next start; it may be set back at any time."""
+        """``clock`` gives seconds since 1970, comparable between starts; it may be set back at any time."""
         self.clock = clock
         self.spent: Seconds = dict.fromkeys(CAUSES, 0.0)
         self.began = self.last = clock()
 
     def lap(self, cause: str, **within: float) -> float:
-        """Give the time since the last lap to ``cause``, but for what went to others ``within`` it; returns its seconds."""
+        """Charge the seconds since the last lap to ``cause``, minus those of other causes ``within`` it; returns what
+        it was charged.
+        """
         now = self.clock()
         seconds = max(0.0, now - self.last)
         for other, part in within.items():
@@ -41,9 +43,9 @@ class TimeByCause:
         return seconds
 
     def add_earlier_starts(self, spent: Mapping[str, float], seen: float | None, command: float | None) -> None:
-        """Add what earlier starts spent until ``seen``; ``command`` is when this one was asked for, if that is known.
+        """Add what earlier starts spent until ``seen``; ``command`` is the time of this start's command, if known.
 
-        What lies between ``seen`` and it is "down". Without a command after ``seen``, as in a restart within a job, this start
+        The time between the two is "down". Without a command after ``seen``, as in a restart within a job, this start
         began when this stopwatch did.
         """
         began = self.began
@@ -56,11 +58,11 @@ class TimeByCause:
             self.spent[cause] += seconds
 
     def by_cause(self, kept: float) -> Seconds:
-        """Seconds by cause, of which steps that count took ``kept``: what all steps took beyond it was for nothing."""
+        """Seconds by cause, given the seconds of the steps that were ``kept``: the rest of "train" becomes "redo"."""
         redo = max(0.0, self.spent["train"] - kept)
         return self.spent | {"train": self.spent["train"] - redo, "redo": self.spent["redo"] + redo}
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
-    """The share of the wall time that became kept progress."""
+    """Share of the wall time spent on training steps that were kept."""
     return seconds["train"] / max(sum(seconds.values()), 1e-9)

@@ -1,4 +1,4 @@
-"""What a run is about to be, in numbers: said before its first step."""
+"""Outline of a run in numbers, shown before its first step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from train.state.train_state import TrainState
 def outline(
     config: Config, world: process_group.DistContext, corpus: Corpus, objective: Any, progress: TrainState
 ) -> dict[str, Any]:
-    """Sizes of the model, the work and the corpus; ``estimate_s`` seconds for the steps that are left."""
+    """Fields of the plan event: sizes of model, work and corpus, and ``estimate_s`` seconds for the steps that are
+    left.
+    """
     tokens_per_step = config.batch.global_ * config.batch.seq_len
-    train_places, flops = corpus.split("train").tokens, objective.flops_per_token(config.batch.seq_len)
+    train_tokens, flops = corpus.split("train").tokens, objective.flops_per_token(config.batch.seq_len)
     left = (config.steps - progress.step) * tokens_per_step * flops
     return {
         "model": config.run.name,
@@ -28,8 +30,8 @@ def outline(
         "start_step": progress.step,
         "tokens": tokens_per_step * config.steps,
         "tokens_per_step": tokens_per_step,
-        "corpus_tokens": train_places,
-        "epochs": tokens_per_step * config.steps / max(train_places, 1),
+        "corpus_tokens": train_tokens,
+        "epochs": tokens_per_step * config.steps / max(train_tokens, 1),
         "flops_per_token": flops,
         "zero_stage": config.zero.stage,
         "precision": config.precision.name,

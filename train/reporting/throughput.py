@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second, and the share of the device's peak that its matrix products reach."""
+"""Speed of a run: tokens per second, and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float:
-    """Tokens of all workers over the time they took; 0 where no time has passed."""
+    """Tokens of all workers per second; 0 where no time has passed."""
     return tokens / seconds if seconds > 0 else 0.0
 
 
 def utilization(tokens_per_s: float, flops_per_token: float, devices: int, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, between 0 and 1 (PaLM, appendix B): FLOPs that the model needs over what devices can do.
+    """Model FLOPs utilisation, between 0 and 1 (PaLM, appendix B): FLOPs of the model over peak FLOPs of the devices.
 
     ``tokens_per_s`` is of all devices together. Recomputed activations do not count as work. None without a peak.
     """
@@ -46,13 +46,14 @@ def utilization(tokens_per_s: float, flops_per_token: float, devices: int, peak:
 
 
 TYPICAL_SHARE = 0.5
-"""Of the rate of bare matrix products, what a training step of a small model reaches: for estimates only."""
+"""Share of the rate of bare matrix products that a training step of a small model reaches: for estimates only."""
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02) -> float:
     """FLOP/s of matrix products of random numbers on ``device``, measured for about ``seconds``.
 
-    Random, since a GPU clocks higher on numbers that flip fewer bits; some at a time, so that it does not wait for the host.
+    Random, since a GPU clocks higher on numbers that flip fewer bits; several at once, so that it does not wait for the
+    host.
     """
     size, at_once = (8192, 4) if device.type == "cuda" else (256, 1)
     a = torch.randn(size, size, device=device, dtype=dtype)
@@ -72,5 +73,5 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.02)
 
 
 def estimated_seconds(flops: float, devices: int, rate: float) -> float:
-    """How long a run of ``flops`` will take on so many devices of that matmul rate, about."""
+    """Estimated seconds of ``flops`` on so many devices with a matmul ``rate`` in FLOP/s each."""
     return flops / (devices * rate * TYPICAL_SHARE)

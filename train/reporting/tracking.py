@@ -1,8 +1,8 @@
-"""Where a run's numbers go: a local append-only file first, then W&B, which may be absent, offline or down.
+"""Tracking of a run: a local append-only file first, then W&B, which may be absent, offline or down.
 
-``metrics.jsonl`` is the truth. W&B is fed from it by a thread of its own, so nothing it does can delay or stop a step. Its run id
-lives in the run's folder, so a restarted job goes on in the same W&B run; offline, the run is written anew from ``metrics.jsonl``,
-so each step is in it once, whatever was killed when.
+``metrics.jsonl`` is the source of truth. W&B is fed by a thread of its own, so that it can neither delay nor stop a
+step. Its run id is kept in the run's folder, so a restarted job continues the same W&B run; an offline run is written
+anew from ``metrics.jsonl``, so that it has each step once, whatever was killed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """``metrics.jsonl``: a line a logged step, each step once."""
+    """Writer of ``metrics.jsonl``: one line for each logged step, each step once."""
 
     def __init__(self, file: Path, last_step: int) -> None:
-        """Lines after ``last_step``, the step that the run goes on from, are dropped: they will come again."""
+        """Drop the lines after ``last_step``, from which the run resumes: these steps are made again."""
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
         self.earlier = [r for r in read_records(file) if r["step"] <= last_step]
@@ -44,20 +44,22 @@ class MetricsFile:
         self.out = file.open("a")
 
     def append(self, record: Record) -> None:
-        """Add a line; it is in the kernel's hands when this returns."""
+        """Append a line; it survives a kill of the process when this returns."""
         self.out.write(_line(record))
         self.out.flush()
 
     def sync(self) -> None:
-        """Force what was written to the disk: before a checkpoint, so that a resume finds every line up to it."""
+        """fsync: before a checkpoint, so that a resume finds every line up to it."""
         os.fsync(self.out.fileno())
 
 
 class RunFile:
-    """``run.json``: what the run keeps over its starts: the W&B id, and where the seconds went until it was last ``seen``."""
+    """``run.json``: state kept over the starts of a run, the W&B id and the seconds by cause until it was last
+    ``seen``.
+    """
 
     def __init__(self, folder: Path, times: TimeByCause) -> None:
-        """``times`` is this start's; what earlier ones spent is added to it."""
+        """``times`` is this start's; the seconds of earlier starts are added to it."""
         self.file, self.times = RunDir(folder).starts, times
         self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -69,12 +71,12 @@ class RunFile:
         self.save()
 
     def save_if_due(self) -> None:
-        """Write it if the last time is some seconds ago: a kill loses little, and no step waits for the disk."""
+        """Write the file every SAVE_EVERY_S: a kill loses little, and steps seldom wait for the disk."""
         if time.monotonic() - self.saved > SAVE_EVERY_S:
             self.save()
 
     def save(self) -> None:
-        """Write it."""
+        """Write the file now, atomically."""
         self.saved = time.monotonic()
         self.values |= {"seen": self.times.last, "seconds": self.times.spent}
         write_whole(self.file, json.dumps(self.values).encode())
@@ -84,7 +86,7 @@ class WandbRun:
     """One W&B run, fed by a thread from a queue; every call returns at once."""
 
     def __init__(self, config: Config, run_id: str, history: Sequence[Record], note: Callable[[str], None]) -> None:
-        """``history`` is what metrics.jsonl holds already: an offline run is written anew, from its first step on."""
+        """``history`` has the records of metrics.jsonl so far, from which an offline run is written anew."""
         self.config, self.run_id, self.history, self.note = config, run_id, history, note
         self.run_dir = RunDir(Path(config.run.dir or ""))
         self.mode = _mode(config.tracking)
@@ -93,15 +95,15 @@ class WandbRun:
         self.thread.start()
 
     def log(self, record: Record) -> None:
-        """Metrics of one step."""
+        """Queue the metrics of one step."""
         self.queue.put(("log", record))
 
     def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
-        """(prompt, text) pairs drawn at a step, for the table of samples."""
+        """Queue the (prompt, text) pairs of a step, for the table of samples."""
         self.queue.put(("samples", [(step, *row) for row in rows]))
 
     def finish(self, summary: Record) -> None:
-        """Hand over the summary and wait for what is queued, but not for ever."""
+        """Queue the summary and wait, at most FINISH_TIMEOUT_S, until all is sent."""
         self.queue.put(("summary", summary))
         self.queue.put(None)
         self.thread.join(FINISH_TIMEOUT_S)
@@ -116,11 +118,12 @@ class WandbRun:
         except Exception as error:  # W&B must never stop a run, whatever it raises
             why = str(error).strip().partition("\n")[0] or type(error).__name__
             self.note(
-                f"W&B failed and was left behind; metrics.jsonl has it all, and tracking.wandb=offline keeps a copy to sync ({why})"
+                "W&B failed and was left behind; metrics.jsonl has it all, "
+                f"and tracking.wandb=offline keeps a copy to sync ({why})"
             )
 
     def _lineage(self) -> dict[str, Any]:
-        """What made the run, beside its configuration, as ``environment.json`` has it."""
+        """The content of ``environment.json``: versions, commit and machine."""
         with contextlib.suppress(OSError, ValueError):
             return dict(json.loads(self.run_dir.environment.read_text()))
         return {}
@@ -164,7 +167,7 @@ class WandbRun:
 
 
 class Tracker:
-    """Rank 0's one place for numbers."""
+    """Rank 0's tracking of a run: metrics, samples and summary, to files and to W&B."""
 
     def __init__(self, config: Config, last_step: int, times: TimeByCause, note: Callable[[str], None]) -> None:
         self.config, self.note = config, note
@@ -180,38 +183,38 @@ class Tracker:
         )
 
     def drop_after(self, step: int) -> None:
-        """The steps after ``step`` will come again: what was logged of them is dropped."""
+        """Drop what was logged of the steps after ``step``, which are made again."""
         if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
             return
         self.close({})
         self._open(step)
 
     def sync(self) -> None:
-        """Force to the disk what a checkpoint of now stands for: every line up to it, and the seconds spent."""
+        """Force all that was logged so far, and the seconds spent, to the disk."""
         self.metrics.sync()
         self.run.save()
 
     def log(self, record: Record) -> None:
-        """One step's numbers: to the file, then to W&B."""
+        """Log a step's record, to the file, then to W&B."""
         self.metrics.append(record)
         self.run.save_if_due()
         if self.wandb:
             self.wandb.log(record)
 
     def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
-        """(prompt, text) pairs: to ``samples.jsonl``, then to W&B."""
+        """Log (prompt, text) pairs, to ``samples.jsonl``, then to W&B."""
         with self.run_dir.samples.open("a") as out:
             out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
         if self.wandb:
             self.wandb.samples(step, rows)
 
     def finish(self, summary: Record) -> None:
-        """The run's last word: ``summary.json``, and W&B closed."""
+        """Write ``summary.json`` of a complete run, and close W&B."""
         write_whole(self.run_dir.summary, (json.dumps(summary, indent=1) + "\n").encode())
         self.close(summary)
 
     def close(self, summary: Record) -> None:
-        """Close W&B; the run may go on later."""
+        """Close W&B; a later start may continue the run."""
         self.sync()
         if self.wandb:
             self.wandb.finish(summary)
@@ -227,7 +230,7 @@ def _keep_out_of_home() -> tempfile.TemporaryDirectory[str]:
 
 
 def _mode(tracking: TrackingConfig) -> Literal["online", "offline"]:
-    """What "auto" means asks nobody: online where a key lies at hand, offline elsewhere."""
+    """The mode of W&B; "auto" never prompts: online where an API key is configured, offline elsewhere."""
     asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
     if asked == "online":
         return "online"

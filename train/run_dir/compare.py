@@ -1,4 +1,4 @@
-"""Whether two runs are the same up to a step: their metrics, and every weight and moment of a checkpoint, bit for bit."""
+"""Comparison of two runs up to a step, bit for bit: metrics, and every weight and moment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint.reader import Checkpoint, complete
+from train.checkpoint.reader import Checkpoint, CheckpointReader, complete
 from train.errors import UserError
 from train.util.io import read_records
 from train.util.run_layout import RunDir
@@ -17,7 +17,7 @@ COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many of some things were compared, and the first that differs, in words, if any does."""
+    """Result for one subject: how many items were compared, and the first that differs, in words, if any does."""
 
     subject: str
     compared: int
@@ -25,16 +25,21 @@ class Comparison:
 
 
 def compare(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """What two runs' folders hold up to ``step``, of which both have a checkpoint. Raises UserError where one has none."""
+    """Compare two runs' folders up to ``step``. Raises UserError where one has no checkpoint of that step."""
     return [*compare_lines(ours, theirs, step), *_of_states(checkpoint_of(ours, step), checkpoint_of(theirs, step))]
 
 
 def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
-    """The lines of two runs' metrics up to ``step``, number by number: one that only one of them has is a difference, too."""
-    lines = [
-        {r["step"]: r for r in read_records(RunDir(folder).metrics) if r["step"] <= step} for folder in (ours, theirs)
-    ]
+    """Compare the metrics of two runs up to ``step``, number by number; a step that only one of them has is a
+    difference.
+    """
+    lines = (_lines_by_step(ours, step), _lines_by_step(theirs, step))
     return [_of_lines(key, *lines) for key in COMPARED]
+
+
+def _lines_by_step(folder: Path, step: int) -> dict[int, dict]:
+    records = read_records(RunDir(folder).metrics)
+    return {record["step"]: record for record in records if record["step"] <= step}
 
 
 def checkpoint_of(folder: Path, step: int) -> Checkpoint:
@@ -54,18 +59,24 @@ def _of_lines(key: str, ours: dict[int, dict], theirs: dict[int, dict]) -> Compa
 
 def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
     readers = [ours.reader(), theirs.reader()]
-    kinds = sorted({kind for reader in readers for _, kind in reader.pieces}, reverse=True)
-    found = []
+    keys = readers[0].pieces.keys() | readers[1].pieces.keys()
+    kinds = sorted({kind for _, kind in keys}, reverse=True)
+    comparisons = []
     for kind in kinds:
-        names = sorted({name for reader in readers for name, k in reader.pieces if k == kind})
+        names = sorted(name for name, k in keys if k == kind)
         difference = None
         for name in names:
             missing = any((name, kind) not in reader.pieces for reader in readers)
-            whole = [] if missing else [r.read(name, kind, 0, sum(p[1] for p in r.pieces[name, kind])) for r in readers]
+            whole = [] if missing else [_whole_tensor(reader, name, kind) for reader in readers]
             if missing or not torch.equal(*whole):
                 difference = difference or f"{name}: {'missing in one' if missing else _apart(*whole)}"
-        found.append(Comparison(f"tensors of {kind}", len(names), difference))
-    return found
+        comparisons.append(Comparison(f"tensors of {kind}", len(names), difference))
+    return comparisons
+
+
+def _whole_tensor(reader: CheckpointReader, name: str, kind: str) -> torch.Tensor:
+    numel = sum(shard[1] for shard in reader.pieces[name, kind])
+    return reader.read(name, kind, 0, numel)
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> str:

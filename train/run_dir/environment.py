@@ -1,4 +1,4 @@
-"""What made a run, beside its configuration and its corpus: versions, commit, machine. No environment, no arguments: no secret."""
+"""Lineage of a run: versions, commit and machine; no environment variables, hence no secrets."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def lineage(device: torch.device, workers: int) -> dict[str, str | int]:
-    """For ``environment.json``: plain values, each what the run had at its newest start."""
-    found: dict[str, str | int] = {"commit": commit(), "python": platform.python_version()}
+    """The content of ``environment.json``, of the newest start of the run: plain values."""
+    versions: dict[str, str | int] = {"commit": commit(), "python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
+        versions |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     else:
-        found["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return found | {"workers": workers, "system": platform.platform(terse=True)}
+        versions["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return versions | {"workers": workers, "system": platform.platform(terse=True)}
 
 
 def commit() -> str:
-    """The commit of this code, with ``-dirty`` where files differ from it; empty outside a git repository."""
+    """The commit of this code, with ``-dirty`` for uncommitted changes; empty outside a git repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""A run as its folder keeps it: what evaluating, sampling and exporting start from."""
+"""Opening a run's folder at a checkpoint, to evaluate, generate or export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from train.util.run_layout import RunDir
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run at one of its checkpoints, which is verified and open: it may be dropped from the folder meanwhile."""
+    """A run at one of its checkpoints, verified and open: it stays readable when the run deletes it meanwhile."""
 
     config: Config
     tokenizer: Tokenizer
@@ -33,7 +33,7 @@ class SavedRun:
 
     @cached_property
     def objective(self) -> Any:
-        """The trained objective, in fp32 and ready to be asked; loaded when it is first asked for."""
+        """The trained objective, in fp32 and in eval mode; loaded at first use."""
         return load_objective(self)
 
 
@@ -57,7 +57,9 @@ def load_objective(run: SavedRun) -> Any:
 
 
 def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointReader]:
-    """The checkpoint that is asked for, verified and open: the run may go on meanwhile, and drop it for a newer one."""
+    """The checkpoint ``which``, verified and open. Tries again where the run, still training, deletes it for a newer
+    one.
+    """
     while True:
         whole, damaged = list_checkpoints(RunDir(folder).checkpoints)
         newest = max([*damaged, *(c.progress.step for c in whole)], default=None)
@@ -66,7 +68,8 @@ def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointRe
         else:
             checkpoint = whole[manifest.select([c.manifest for c in whole], which, folder)]
             path, damage = checkpoint.path, ""
-            # Where the run drops the checkpoint meanwhile, hashing it finds no file, and torch, which maps it, a RuntimeError.
+            # Where the run drops the checkpoint meanwhile, hashing it finds no file, and torch, which maps it, a
+            # RuntimeError.
             with contextlib.suppress(FileNotFoundError, RuntimeError):
                 damage = checkpoint.damage() or ""
                 if not damage:

@@ -1,6 +1,6 @@
-"""What a run's folder says of the runs before: whether they are done, and whether this configuration may go on from them.
+"""Resuming: whether the run in a folder is complete, and whether a configuration may continue it.
 
-Light on purpose: the driver asks before anything is started.
+Imports no torch: the driver asks before anything is started.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from train.util.redact import redact_tree
 from train.util.run_layout import RunDir, checkpoint_steps
 
 IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
-"""Keys that make a run what it is; a run with other values is another run."""
+"""Keys that identify a run: a run with other values is another run."""
 BEGINNING = ("init.", "stop.metric")
-"""Keys that join them once a run has begun: a start that was refused for them may be given others."""
+"""Keys that are fixed once a run has logged or saved; before, a start that failed may be repeated with others."""
 INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations")
-"""Among them, keys that change nothing of what is trained: the corpus itself is known by its fingerprint."""
+"""Keys among them that may change, since they do not affect the result: the corpus is identified by its fingerprint."""
 
 
 def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]:
-    """What has changed since the run in ``run.dir`` was last started, a line a key; nothing if it is new.
+    """Changes of the configuration since the run in ``run.dir`` was last started, a line a key; empty for a new run.
 
-    ``corpus_fingerprint`` is None before the corpus is known; the keys can be looked at even so.
+    ``corpus_fingerprint`` is None before the corpus is known; the keys are compared all the same.
 
     Raises UserError where going on would train something else under the same name.
     """
@@ -62,7 +62,7 @@ def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]
 
 
 def require_same_corpus(folder: Path, was: str, now: str) -> None:
-    """Raises UserError where a checkpoint comes from another corpus, by its fingerprint."""
+    """Raise UserError unless the fingerprint of a checkpoint's corpus is that of the corpus now."""
     if was != now:
         raise UserError(
             f"{folder} was trained on the corpus {was[:12]}, and this one is {now[:12]}: the text, its "
@@ -71,7 +71,7 @@ def require_same_corpus(folder: Path, was: str, now: str) -> None:
 
 
 def finished_summary(config: Config) -> dict[str, Any] | None:
-    """The summary of the run in ``run.dir`` if it has made all its steps, or enough of them."""
+    """The summary of the run in ``run.dir`` if it has made all its steps or was stopped early; else None."""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())
         if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):

@@ -1,4 +1,4 @@
-"""Which documents are in a step: computed from a run's configuration and corpus, without replaying the run."""
+"""Which documents are in a step, computed from a run's configuration and corpus."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DocumentPart:
     words: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The fields as plain values, for JSON."""
         return asdict(self)
 
 

@@ -1,12 +1,14 @@
-"""What a run does about a step that may not be kept: look again, go back, leave out what is to blame, go on; bounded.
+"""Guard against bad steps: re-evaluate, roll back, mask the bad rows and retry, at most N times.
 
-    non-finite, the model sound   the data are to blame. The update was not made, so the step is made again, in place
-    non-finite, the model not     back to the newest checkpoint that does well on its own data
-    a high loss, the model sound  hard text: nothing happens
-    a high loss, the model not    a spike: back to such a checkpoint
+    non-finite step, sound model    bad data: the update was skipped, so the step is made again in place, without the
+    bad rows
+    non-finite step, broken model   roll back to the newest checkpoint with a normal loss on its own data
+    high loss, sound model          hard text: nothing is done
+    high loss, broken model         a spike: roll back to such a checkpoint
 
-The model is sound where its loss on the reference, a step that it did well on lately, still is not high. Left out are the rows
-whose loss stands out under the weights gone back to; where none does, all rows of the step. All ranks look, go back and agree.
+A model is sound while its loss on the reference, a recent step with a normal loss, is not high. The rows masked are
+those whose loss is an outlier under the restored weights; where none is, all rows of the step. All ranks take part in
+each of these.
 """
 
 from __future__ import annotations
@@ -40,17 +42,18 @@ from train.util.format import plural
 from train.util.run_layout import RunDir
 
 ROLLBACK_STEPS = 8
-"""Steps before the one in trouble whose rows are looked at after a rollback: the cause may lie before what was seen."""
+"""Steps before the bad one whose rows are evaluated after a rollback: the cause may lie before its effect."""
 
 MAX_ROWS = 4096
-"""Rows left out at once, about; what is bad beyond them will be found when its step is made."""
+"""Rows masked at once, about; bad rows beyond them are found when their step is made."""
 
 StepRow = tuple[Cursor, int]
+"""A row of the global batch: the cursor of its step, and its number there."""
 
 
 @dataclass
 class Guard:
-    """One rank's part in it."""
+    """Detects non-finite or spiking steps, rolls back and masks the rows to blame."""
 
     config: Config
     world: process_group.DistContext
@@ -62,18 +65,19 @@ class Guard:
     on_rollback: Callable[[TrainState, str], None]
     """Called with the state that the run goes on from, and why."""
     note: Callable[[str], None]
-    """Shows the user a line."""
+    """Shows the user a line of text."""
 
     def __post_init__(self) -> None:
-        """The rows that the run's ledger leaves out are left out from here on. A collective."""
+        """Mask the rows that earlier starts of the run found bad. A collective."""
         self.skipped = SkippedRows(RunDir(Path(self.config.run.dir or "")))
         self.loader.skip_rows(self.skipped.rows)
 
     def check(self, before: TrainState, loss: float, applied: bool) -> TrainState | None:
-        """None where the step made from ``before`` may be kept; else the progress to go on from, engine and loader being there.
+        """None where the step made from ``before`` is kept; else the state to go on from, to which engine and loader
+        are reset.
 
-        ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective where something is wrong. Raises
-        UserError when it comes again and again.
+        ``loss`` is that of the global batch, ``applied`` whether the update was made. A collective for a bad step.
+        Raises UserError where bad steps exceed the limits of the configuration.
         """
         watched = self.config.spikes
         limit = before.history.limit(watched)
@@ -89,49 +93,50 @@ class Guard:
         how: How = "in place" if sound and not applied else "rolled back"
         target = before if how == "in place" else self._roll_back(before)
         skipped, layers = self._find_bad_rows(before, target, how)
-        entry = self._make_record(before, trouble, skipped) | {
+        record = self._make_record(before, trouble, skipped) | {
             "how": how,
             "back_to": target.step,
             "loss": loss if math.isfinite(loss) else None,
             "limit": limit if math.isfinite(limit) else None,
             "layers": layers,
         }
-        self.skipped.append(entry)
-        self._enforce_limits(entry)
+        self.skipped.append(record)
+        self._enforce_limits(record)
         self.loader.skip_rows(self.skipped.rows)
         self.loader.seek(target.cursor)
-        self.on_rollback(target, describe(entry))
+        self.on_rollback(target, describe(record))
         return target
 
     def _accept_skipped_update(self, before: TrainState) -> None:
-        """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row. A collective then."""
+        """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row."""
         step, limit = before.step + 1, self.config.optimizer.max_skipped
         self.note(f"step {step}: the gradient is not finite, the update is skipped")
         if before.skipped_in_row + 1 >= limit:
             self.wait_for_save()
             raise NotFinite(
                 f"{limit} updates in a row had a gradient that is not finite, the last at step {step} "
-                f"(optimizer.max_skipped={limit}). The weights of step {step - limit} are intact and the newest checkpoint "
-                "holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
+                f"(optimizer.max_skipped={limit}). The weights of step {step - limit} are intact and the newest "
+                "checkpoint holds good ones: lower optimizer.lr, set optimizer.clip, or look at the data of these steps"
             )
 
     def _loss_is_normal(self, reference: Cursor, limit: float) -> bool:
-        """Whether the loss at ``reference`` is not high under the weights of now."""
+        """Whether the loss of the step at ``reference`` is below ``limit`` under the current weights. A collective."""
         losses = [self.engine.evaluate(to_device(b, self.world.device))["loss"] for b in self.loader.peek(reference)]
-        total, count = process_group.all_reduce_sum(
-            [sum(float(s) for s, _ in losses), sum(float(n) for _, n in losses)]
-        )
+        totals, counts = zip(*losses, strict=True)
+        total, count = process_group.all_reduce_sum([sum(map(float, totals)), sum(map(float, counts))])
         return count > 0 and math.isfinite(total) and total / count <= limit
 
     def _roll_back(self, before: TrainState) -> TrainState:
-        """Fill the engine from the newest checkpoint that is whole and sound, or with its first weights where none was ever made.
+        """Restore the newest checkpoint that is whole and sound, or the initial weights where the run has no checkpoint
+        yet.
 
-        Newer ones are removed: the next start must not go on from them.
+        Newer checkpoints are removed, so that the next start does not resume from them. Raises NotFinite where none is
+        sound.
         """
-        self.wait_for_save()  # what is being saved must be copied first, and may be newer than what is gone back to
-        found = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
-        good = next((c for c in reversed(found) if self._restore_if_sound(c)), None)
-        if found and good is None:
+        self.wait_for_save()  # it reads the weights that are about to be overwritten, and may be newer than the target
+        checkpoints = complete(RunDir(Path(self.config.run.dir or "")).checkpoints)
+        good = next((c for c in reversed(checkpoints) if self._restore_if_sound(c)), None)
+        if checkpoints and good is None:
             raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
                 "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
@@ -139,11 +144,13 @@ class Guard:
         if good is None:
             reset_to_initial(self.engine, self._first_objective())
         target = good.progress if good else TrainState()
-        process_group.run_on_rank0(lambda: _remove_checkpoints(c.path for c in found if c.progress.step > target.step))
+        process_group.run_on_rank0(
+            lambda: _remove_checkpoints(c.path for c in checkpoints if c.progress.step > target.step)
+        )
         return target
 
     def _first_objective(self) -> nn.Module:
-        """What the run began with: a function of its configuration, and of what ``init.from`` holds."""
+        """The objective with the weights of step 0: a function of the configuration and of ``init.from``."""
         objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
         if self.config.init.from_:
             init_from.load_weights(objective, self.config, self.corpus.tokenizer, self.world)
@@ -159,34 +166,38 @@ class Guard:
         return self._loss_is_normal(reference, recent.limit(self.config.spikes))
 
     def _find_bad_rows(self, before: TrainState, target: TrainState, how: How) -> tuple[list[StepRow], list[str]]:
-        """The rows to leave out, and the layers whose numbers are the first that are not finite."""
-        plan, again = self.loader.plan, before.step - target.step
-        looked = [plan.after(target.cursor, n) for n in range(max(0, again - ROLLBACK_STEPS), again + 1)]
+        """The rows to mask, and the first layers with non-finite output, by name. A collective."""
+        plan, redone = self.loader.plan, before.step - target.step
+        cursors = [plan.after(target.cursor, n) for n in range(max(0, redone - ROLLBACK_STEPS), redone + 1)]
         with first_nonfinite(self.engine.module) as first:
-            losses = {place: loss for cursor in looked for place, loss in self._row_losses(cursor).items()}
+            losses: dict[StepRow, float] = {}
+            for cursor in cursors:
+                losses |= self._row_losses(cursor)
             limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
-            blamed = bad = [place for place, loss in losses.items() if loss_history.is_outlier(loss, limit)]
+            blamed = bad = [row for row, loss in losses.items() if loss_history.is_outlier(loss, limit)]
             ahead = before.cursor
-            while bad and len(blamed) < MAX_ROWS:  # a bad document may be long: its row goes on in the steps to come
+            while bad and len(blamed) < MAX_ROWS:  # a long bad document continues in the next steps
                 ahead = plan.after(ahead)
-                bad = [place for place, loss in self._row_losses(ahead).items() if loss_history.is_outlier(loss, limit)]
+                bad = [row for row, loss in self._row_losses(ahead).items() if loss_history.is_outlier(loss, limit)]
                 blamed = blamed + bad
         if not blamed:
-            last = (
-                looked[-1:] if how == "in place" else looked[-2:]
-            )  # a loss is taken before its update: the one before, too
-            blamed = [place for place in losses if place[0] in last]
-        return blamed, sorted({name for names in process_group.gather_objects(sorted(set(first))) for name in names})
+            # A loss is measured before its update: after a rollback, the step before may be to blame, too.
+            last = cursors[-1:] if how == "in place" else cursors[-2:]
+            blamed = [row for row in losses if row[0] in last]
+        layers = process_group.gather_objects(sorted(set(first)))
+        return blamed, sorted(set().union(*layers))
 
     def _row_losses(self, cursor: Cursor) -> dict[StepRow, float]:
-        """The loss of every row of the step at a cursor that weighs anything, each row alone."""
+        """The loss of each row of the step at a cursor, evaluated alone; rows without targets are left out. A
+        collective.
+        """
         rows = self.config.batch.global_
         sums, counts = [0.0] * rows, [0.0] * rows
         mine = iter(self.loader.row_numbers())
         for batch in (to_device(b, self.world.device) for b in self.loader.peek(cursor)):
-            for place in range(len(batch["tokens"])):
-                row = {key: value[place : place + 1] for key, value in batch.items()}
-                total, _ = self.engine.evaluate(row)["loss"]  # of padding too: under ZeRO-3 all ranks go together
+            for index in range(len(batch["tokens"])):
+                row = {key: value[index : index + 1] for key, value in batch.items()}
+                total, _ = self.engine.evaluate(row)["loss"]  # padding too: under ZeRO-3 all ranks gather together
                 if (number := next(mine, None)) is not None:
                     sums[number], counts[number] = float(total), count_targets(row)["loss"]
         table = process_group.all_reduce_sum([*sums, *counts])
@@ -213,49 +224,51 @@ class Guard:
             "documents": [{"document": document, "source": source} for document, source in documents.items()],
         }
 
-    def _enforce_limits(self, entry: SkipRecord) -> None:
+    def _enforce_limits(self, record: SkipRecord) -> None:
         watched, limit = self.config.spikes, self.config.optimizer.max_skipped
-        if entry["how"] == "in place":
-            if self.skipped.count_in_a_row("in place", entry["step"], 1) > limit:
-                if (
-                    entry["limit"] is None
-                ):  # too young a run to know what a loss should be: a rate far too high looks like this
+        if record["how"] == "in place":
+            if self.skipped.count_in_a_row("in place", record["step"], 1) > limit:
+                # Before the loss history is full, a learning rate that is far too high looks like bad data.
+                if record["limit"] is None:
                     raise NotFinite(
-                        f"{limit} steps in a row had numbers that are not finite, each on other data (optimizer.max_skipped="
-                        f"{limit}), the last at step {entry['step']}: lower optimizer.lr, lengthen schedule.warmup or set "
-                        f"optimizer.clip. If the loss had been falling, look at {source_files(entry)}"
+                        f"{limit} steps in a row had numbers that are not finite, each on other data "
+                        f"(optimizer.max_skipped={limit}), the last at step {record['step']}: lower optimizer.lr, "
+                        "lengthen schedule.warmup or set optimizer.clip. If the loss had been falling, "
+                        f"look at {source_files(record)}"
                     )
                 raise UserError(
-                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), the last "
-                    f"from {source_files(entry)}: look at these files, and take them out of the corpus"
+                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "
+                    f"the last from {source_files(record)}: look at these files, and take them out of the corpus"
                 )
-        elif self.skipped.count_in_a_row("rolled back", entry["step"], watched.window) > watched.max_rollbacks:
+        elif self.skipped.count_in_a_row("rolled back", record["step"], watched.window) > watched.max_rollbacks:
             raise NotFinite(
-                f"step {entry['step']}: {describe(entry)}. It has come {watched.max_rollbacks + 1} times in a row, on other data each "
-                f"time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and not the text. The run stands "
-                f"at step {entry['back_to']}, which is good: lower optimizer.lr, lengthen schedule.warmup or set optimizer.clip "
+                f"step {record['step']}: {describe(record)}. It has come {watched.max_rollbacks + 1} times in a row, "
+                f"on other data each time (spikes.max_rollbacks={watched.max_rollbacks}), so the model is at fault and "
+                f"not the text. The run stands at step {record['back_to']}, which is good: lower optimizer.lr, "
+                "lengthen schedule.warmup or set optimizer.clip "
                 "and give the same command; spikes.watch=nonfinite lets a spike of the loss pass"
             )
 
 
 def _remove_checkpoints(folders: Iterable[Path]) -> None:
     for folder in folders:
-        gone = folder.rename(folder.with_name(f".{folder.name}.deleting"))  # at once, so that none is ever half there
+        # Renamed first, since a folder of that name is complete.
+        gone = folder.rename(folder.with_name(f".{folder.name}.deleting"))
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def source_files(entry: SkipRecord) -> str:
-    """The files of an entry's documents, in words."""
-    names = list(dict.fromkeys(document["source"] for document in entry["documents"]))
+def source_files(record: SkipRecord) -> str:
+    """The files of a record's documents, in words."""
+    names = list(dict.fromkeys(document["source"] for document in record["documents"]))
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def describe(entry: SkipRecord) -> str:
-    """One line of the ledger, as it is said."""
+def describe(record: SkipRecord) -> str:
+    """A record of ``skipped.jsonl`` in words, for the user."""
     what = "the numbers were not finite"
-    if entry["kind"] == "spike":
-        what = f"the loss was {entry['loss']:.3f}, where {entry['limit']:.3f} is high, and the model damaged"
-    layers = f", first in {', '.join(entry['layers'][:2])}" if entry["layers"] else ""
-    rows = sum(len(part["rows"]) for part in entry["skipped"])
-    how = "made again" if entry["how"] == "in place" else f"back to step {entry['back_to']}"
-    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {source_files(entry)}"
+    if record["kind"] == "spike":
+        what = f"the loss was {record['loss']:.3f}, where {record['limit']:.3f} is high, and the model damaged"
+    layers = f", first in {', '.join(record['layers'][:2])}" if record["layers"] else ""
+    rows = sum(len(part["rows"]) for part in record["skipped"])
+    how = "made again" if record["how"] == "in place" else f"back to step {record['back_to']}"
+    return f"{what}{layers}; {how} without {plural(rows, 'row')} of {source_files(record)}"

@@ -1,4 +1,4 @@
-"""Non-finite models: find the first layer whose output is not finite, or reset the weights to step 0."""
+"""Non-finite models: find the first layer with bad output, or reset the weights to step 0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from train.engine.engine import Engine
 
 @contextlib.contextmanager
 def first_nonfinite(module: nn.Module) -> Iterator[list[str]]:
-    """Inside, each forward pass of ``module`` adds the name of its first layer with non-finite output, if there is one, to the list."""
+    """Inside, each forward pass of ``module`` adds the name of its first layer with non-finite output, if there is one,
+    to the list.
+    """
     names: list[str] = []
     clean = True
 

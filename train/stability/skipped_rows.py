@@ -1,10 +1,11 @@
-"""Rows of training data that a run leaves out: ``skipped.jsonl``, a line a bad step, with cause and documents; append-only.
+"""Rows of training data that a run leaves out: ``skipped.jsonl``, a line for each bad step.
 
-    {"step", "kind", "how", "back_to", "loss", "limit", "layers", "skipped": [{"epoch", "position", "rows"}], "documents": [...]}
+    {"step", "kind", "how", "back_to", "loss", "limit", "layers",
+     "skipped": [{"epoch", "position", "rows"}], "documents": [...]}
 
-A listed row is masked whenever its step is made, by any number of ranks. Every other row keeps its step and position, so the global
-batch of a step does not depend on the world size and each other sample still comes exactly once. A step without rows makes no
-update. A run that has these lines from its first step on ends with the very same weights.
+A listed row is masked whenever its step is made, by any number of ranks. Every other row keeps its step and position,
+so the global batch of a step does not depend on the world size and each other sample still comes exactly once. A step
+without rows makes no update. A run that has these lines from its first step on ends with the very same weights.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class SkippedRows:
 def rows_of(records: list[SkipRecord]) -> Rows:
     """The rows that some records leave out, by the cursor of their step."""
     rows: dict[Cursor, frozenset[int]] = {}
-    for part in (part for record in records for part in record["skipped"]):
-        at = Cursor(part["epoch"], part["position"])
-        rows[at] = rows.get(at, frozenset()) | frozenset(part["rows"])
+    for record in records:
+        for part in record["skipped"]:
+            at = Cursor(part["epoch"], part["position"])
+            rows[at] = rows.get(at, frozenset()) | frozenset(part["rows"])
     return rows

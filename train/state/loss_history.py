@@ -1,8 +1,9 @@
-"""Spike detection: pure rules over the loss and gradient of a step and the losses of the steps before it.
+"""Spike detection: pure rules over the loss and gradient of a step and the losses before it.
 
-A loss is *high* when it lies far above those of the last ``window`` steps: median + ``deviations`` standard deviations, both
-robust, so that a few odd steps move neither. A high loss alone may be hard text. A *spike* is damage to the model: the loss of
-the reference, a recent step that was not high, has become high under the current weights; ``train.stability.guard`` measures it.
+A loss is *high* when it lies far above those of the last ``window`` steps: median + ``deviations`` standard deviations,
+both robust, so that a few odd steps move neither. A high loss alone may be hard text. A *spike* is damage to the model:
+the loss of the reference, a recent step that was not high, has become high under the current weights;
+``train.stability.guard`` measures it.
 
 The history is part of the state in a checkpoint, so a resumed run decides as if it had never stopped.
 """
@@ -55,21 +56,25 @@ class LossHistory:
 
 
 def outlier_limit(losses: Sequence[float], deviations: float) -> float:
-    """median + ``deviations`` robust standard deviations of finite ``losses``, and at least LEAST_RISE above the median."""
+    """median + ``deviations`` robust standard deviations of finite ``losses``, and at least LEAST_RISE above the
+    median.
+    """
     middle = statistics.median(losses)
     spread = NORMAL * statistics.median([abs(loss - middle) for loss in losses])
     return middle + max(deviations * spread, LEAST_RISE)
 
 
 def diagnose_step(loss: float, applied: bool, limit: float) -> Trouble | None:
-    """Classify a step by its loss and whether its update was ``applied`` (its gradient was finite); None if it is good."""
+    """Classify a step by its loss and whether its update was ``applied`` (its gradient finite); None if good."""
     if not applied or not math.isfinite(loss):
         return "non-finite"
     return "spike" if loss > limit else None
 
 
 def row_limit(losses: Sequence[float], deviations: float) -> float:
-    """The loss above which a row is an outlier, of rows under good weights. Where any loss is not finite, only such rows are."""
+    """The loss above which a row is an outlier, of rows under good weights. Where any loss is not finite, only such
+    rows are.
+    """
     return outlier_limit(losses, deviations) if all(map(math.isfinite, losses)) else math.inf
 
 

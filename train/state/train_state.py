@@ -1,4 +1,4 @@
-"""The state of a run beside weights and moments: where it is in its data, and what its rules remember."""
+"""The state of a run beside weights and moments: data position, counts, best score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class TrainState:
     train_s: float = 0.0
     """Seconds spent in the steps that count, without waiting for their data or for saves."""
     score: float | None = None
-    """Of the model of this very step by ``stop.metric``, lower is better: see ``train.stability.early_stopping``. None: not evaluated."""
+    """Of the model of this very step by ``stop.metric``, lower is better: see ``train.stability.early_stopping``. None:
+    not evaluated.
+    """
     best: float | None = None
     """The lowest score so far."""
     best_step: int = 0
@@ -36,10 +38,10 @@ class TrainState:
     evals_since_best: int = 0
     """Evaluations since ``best_step``."""
     history: LossHistory = field(default_factory=LossHistory)
-    """What the losses of the next steps are compared with."""
+    """Losses that those of the next steps are compared with."""
 
     def after(self, cursor: Cursor, tokens: int, applied: bool, seconds: float) -> TrainState:
-        """The state after one more step, of ``tokens``, whose data end at ``cursor``; ``applied``: its update was made."""
+        """The state after a step of ``tokens`` whose data end at ``cursor``; ``applied``: its update was made."""
         return replace(
             self,
             step=self.step + 1,

@@ -21,7 +21,9 @@ def temporary_path(path: Path) -> Path:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename a complete temporary file (flushed with fsync) to ``path``, and fsync the folder so that the name is durable."""
+    """Rename a complete temporary file (flushed with fsync) to ``path``, and fsync the folder so that the name is
+    durable.
+    """
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -56,7 +58,9 @@ def sha256_of(path: Path) -> str:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file, in order; a line cut short by a crash is left out. Empty where there is no file."""
+    """The whole lines of a JSON Lines file, in order; a line cut short by a crash is left out. Empty where there is no
+    file.
+    """
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in file.read_text().splitlines():
@@ -72,7 +76,8 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, create: bool = True, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Opens the file, and makes it where that is allowed; ``on_wait`` is called before another holder is waited for.
+        """Opens the file, and makes it where that is allowed; ``on_wait`` is called before another holder is waited
+        for.
 
         Raises OSError where it cannot be opened.
         """

@@ -1,8 +1,8 @@
 """Redaction of secrets in all that is written: the terminal, logs, a run's folder, W&B.
 
 Secrets are: the value of an environment variable whose name ends like a secret's (``WANDB_API_KEY``, ``HF_TOKEN``), the
-user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and the value of a key whose name
-ends like that (``wandb.key=...``). Only what is written is changed: the process still uses them.
+user and password in a URL (``s3://key:secret@bucket``), a signature or key in its query, and the value of a key whose
+name ends like that (``wandb.key=...``). Only what is written is changed: the process still uses them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def redact_tree(value: Any) -> Any:
 
 
 def redact_output() -> None:
-    """Redact all that Python code of this process, and of its forks, writes to stdout and stderr, tracebacks included."""
+    """Redact all that Python code of this process and its forks writes to stdout and stderr, tracebacks included."""
     for stream in (sys.stdout, sys.stderr):
         write = stream.write
         stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Layout of a run's folder: the name of every file in it, spelled once for those who write and those who read. Imports no torch.
+"""Layout of a run's folder: the name of every file in it, spelled once. Imports no torch.
 
 config.yaml, tokenizer.json, corpus.json, environment.json, init.json   what the run is, and what it came from
 metrics.jsonl, samples.jsonl, skipped.jsonl                              lines by step
@@ -29,7 +29,9 @@ def checkpoint_step(name: str) -> int | None:
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
-    """The steps in a folder of checkpoints, in order: a folder of that name is complete, whether or not it is damaged since."""
+    """The steps in a folder of checkpoints, in order: a folder of that name is complete, whether or not it is damaged
+    since.
+    """
     steps = [checkpoint_step(path.name) for path in checkpoints.glob("step_*")]
     return sorted(step for step in steps if step is not None)
 

@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of names: no generator state to save, no dependence on the order of draws."""
+"""Random numbers as pure functions of names: no generator state to save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every family with its objective, on real gloo ranks under real ZeRO: the same promises as the decoder's (`test_run.py`)."""
+"""Every family with its objective, on real gloo ranks under real ZeRO: the same promises as the decoder's
+(`test_run.py`).
+"""
 
 from __future__ import annotations
 
@@ -71,14 +73,18 @@ def whole_and_killed(tiny, corpus: Path, family: str, stage: int, workers: int) 
 
 def agree(lines: list[dict], others: list[dict]) -> None:
     """The same data, and losses that differ by the order of sums at most."""
-    assert [line["data_hash"] for line in lines] == [line["data_hash"] for line in others]
+    assert column(lines, "data_hash") == column(others, "data_hash")
     for key in ("loss", "next_loss", "val_loss"):
-        values = ([line[key] for line in part if key in line] for part in (lines, others))
+        values = (column(part, key) for part in (lines, others))
         torch.testing.assert_close(*map(torch.tensor, values), rtol=1e-5, atol=0)
 
 
+def column(lines: list[dict], key: str) -> list:
+    return [line[key] for line in lines if key in line]
+
+
 @pytest.mark.parametrize("family", TINY)
-def test_a_family_learns_goes_on_bit_for_bit_and_moves_between_worlds_and_stages(tiny, corpus: Path, family: str):
+def test_family_learns_resumes_bit_for_bit_and_changes_world_and_stage(tiny, corpus: Path, family: str):
     lines = whole_and_killed(tiny, corpus, family, STAGES[family], 2)
     assert lines[-1]["loss"] < 0.95 * lines[0]["loss"]
     assert lines[-1]["val_loss"] < 0.95 * lines[0]["loss"]
@@ -90,17 +96,19 @@ def test_a_family_learns_goes_on_bit_for_bit_and_moves_between_worlds_and_stages
     agree(lines, gloo_ranks.metrics(part))
 
 
-def test_the_gradients_of_an_lstm_are_its_own_at_stage_2(tiny, corpus: Path):
-    """They were added to each other's: they came in another order on each rank, and ZeRO 2 fills its buckets as they come."""
+def test_lstm_gradients_at_stage_2_belong_to_their_parameters(tiny, corpus: Path):
+    """They were added to each other's: they came in another order on each rank, and ZeRO 2 fills its buckets as they
+    come.
+    """
     one, two = (tiny("lstm", "zero=2", f"cluster.workers={n}", "steps=2", name=f"workers{n}") for n in (1, 2))
     for config in (one, two):
         gloo_ranks.train_world(config, corpus)
     agree(gloo_ranks.metrics(one), gloo_ranks.metrics(two))
-    norms = [[line["grad_norm"] for line in gloo_ranks.metrics(config)] for config in (one, two)]
+    norms = [column(gloo_ranks.metrics(config), "grad_norm") for config in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "stage"), itertools.product(("gpt", *TINY), range(4)))
-def test_a_family_is_the_same_in_every_stage_and_world(tiny, corpus: Path, family: str, stage: int):
+def test_family_has_the_same_losses_in_every_stage_and_world(tiny, corpus: Path, family: str, stage: int):
     agree(*(whole_and_killed(tiny, corpus, family, stage, workers) for workers in (1, 2)))

@@ -1,4 +1,6 @@
-"""Input made to harm: each is refused in words, and nothing in it is executed. Every one would leave a canary if it were."""
+"""Input made to harm: each is refused in words, and nothing in it is executed. Every one would leave a canary if it
+were.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def canary(tmp_path: Path):
 
 
 class Touch:
-    """What makes a file when it is unpickled."""
+    """An object that makes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -39,7 +41,7 @@ class Touch:
         return os.system, (f"touch {self.file}",)
 
 
-def test_the_canary_sings_where_it_is_unpickled(tmp_path: Path):
+def test_unpickling_the_canary_would_leave_its_file(tmp_path: Path):
     pickle.loads(pickle.dumps(Touch(tmp_path / "sings")))
     assert (tmp_path / "sings").exists()
 
@@ -59,7 +61,7 @@ def test_the_canary_sings_where_it_is_unpickled(tmp_path: Path):
         ("data.tokenizer.path=${{oc.create:{{_target_:os.system}}}}", "data.tokenizer.path="),
     ],
 )
-def test_an_override_that_would_run_something(as_typed, canary: Path, tmp_path: Path, override: str, words: str):
+def test_override_that_would_execute_code_is_refused(as_typed, canary: Path, tmp_path: Path, override: str, words: str):
     override, words = override.format(canary), words.format(canary)
     settings = [setting for setting in as_typed() if not setting.startswith(override.partition("=")[0] + "=")]
     with pytest.raises(UserError) as caught:
@@ -68,7 +70,7 @@ def test_an_override_that_would_run_something(as_typed, canary: Path, tmp_path: 
 
 
 def read_text(settings: list[str], folder: Path) -> None:
-    """What a command does first with its settings."""
+    """Load settings and prepare their corpus, as a command does first."""
     prepare(configuration.load(settings).data.model_copy(update={"dir": str(folder)}), print)
 
 
@@ -82,8 +84,9 @@ def member(name: str, content: bytes = b"", **about) -> tuple[tarfile.TarInfo, b
 
 @pytest.fixture
 def hostile(corpus: Path, tmp_path: Path):
-    """hostile(change, entry): a copy of the corpus whose first shard holds ``entry`` too, and whose index ``change`` was given;
-    all its hashes are right."""
+    """hostile(change, entry): a copy of the corpus whose first shard holds ``entry`` too, and whose index ``change``
+    was given; all its hashes are right.
+    """
 
     def made(change=lambda index: None, *entries) -> Path:
         folder = tmp_path / "hostile"
@@ -138,7 +141,7 @@ def read(folder: Path) -> None:
     ],
     ids=["pickle", "pth", "up", "absolute", "symlink", "hardlink", "device", "fifo"],
 )
-def test_a_tar_that_holds_more_than_samples(hostile, canary: Path, entry, words: str):
+def test_tar_shard_with_other_entries_than_samples_is_refused(hostile, canary: Path, entry, words: str):
     folder = hostile(lambda index: None, entry(canary))
     for _ in range(2):  # the second time its hash is not taken for a proof
         with pytest.raises(UserError, match=r"train-000000\.tar: ") as caught:
@@ -173,7 +176,7 @@ def lie(*path, value):
         (("_target_",), "os.system", "splits.train._target_ is 'os.system'"),
     ],
 )
-def test_an_index_that_lies(hostile, canary: Path, path, value, words: str):
+def test_corpus_index_with_false_values_is_refused(hostile, canary: Path, path, value, words: str):
     def change(index) -> None:
         split = index["splits"]["train"]
         split |= {"_target_": None} if path[0] == "_target_" else {}
@@ -185,7 +188,7 @@ def test_an_index_that_lies(hostile, canary: Path, path, value, words: str):
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_a_table_that_leads_out_of_its_shard(hostile, row: int):
+def test_offset_table_beyond_its_shard_is_refused(hostile, row: int):
     import numpy as np
 
     folder = hostile()
@@ -201,7 +204,7 @@ def test_a_table_that_leads_out_of_its_shard(hostile, row: int):
             read(folder)
 
 
-def test_a_table_that_is_a_pickle(hostile, canary: Path):
+def test_offset_table_that_is_a_pickle_is_refused(hostile, canary: Path):
     def change(index) -> None:
         entry = index["splits"]["train"]["table"]
         content = pickle.dumps(Touch(canary))
@@ -212,7 +215,7 @@ def test_a_table_that_is_a_pickle(hostile, canary: Path):
         read(hostile(change))
 
 
-def test_a_checkpoint_that_is_a_pickle_is_not_used(make, corpus: Path, canary: Path):
+def test_checkpoint_that_is_a_pickle_is_not_loaded(make, corpus: Path, canary: Path):
     """With a manifest that is right about it; and one of DeepSpeed's own kind."""
     config = make("steps=4", "save_every=2")
     gloo_ranks.train_world(config, corpus)

@@ -13,7 +13,7 @@ LLAMA = ["model=llama_tiny", "model.checkpoint_activations=true", "model.dropout
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("model", "zero"), [(GPT, 2), (LLAMA, 3)], ids=["gpt", "llama-checkpointed"])
-def test_triton_and_torch_train_alike(make, corpus, model, zero):
+def test_triton_and_torch_kernels_train_alike(make, corpus, model, zero):
     curves = []
     for choice in ("torch", "triton"):
         config = make(*model, *SMALL, f"zero={zero}", f"kernels={choice}", name=choice)

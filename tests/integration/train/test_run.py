@@ -15,7 +15,7 @@ from train.data.loader import loaders
 from train.distributed.process_group import DistContext
 
 
-def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: Path):
+def test_run_trains_evaluates_and_writes_its_files(make, corpus: Path):
     config = make("cluster.workers=2", "steps=12")
     assert gloo_ranks.train_world(config, corpus) == ["done", "done"]
     lines = gloo_ranks.metrics(config)
@@ -28,7 +28,7 @@ def test_a_run_trains_evaluates_and_leaves_what_the_design_names(make, corpus: P
     assert {"config.yaml", "summary.json", "tokenizer.json", "environment.json"} <= {f.name for f in folder.iterdir()}
 
 
-def test_every_stage_and_world_gives_the_same_losses(make, corpus: Path):
+def test_losses_are_the_same_in_every_stage_and_world(make, corpus: Path):
     curves = {}
     for stage, workers in itertools.product((0, 1, 2, 3), (1, 2)):
         config = make(
@@ -42,7 +42,7 @@ def test_every_stage_and_world_gives_the_same_losses(make, corpus: Path):
 
 
 @pytest.mark.parametrize("zero", ["0", "2", "3"])
-def test_a_stopped_run_goes_on_bit_for_bit(make, corpus: Path, zero: str):
+def test_stopped_run_resumes_bit_for_bit(make, corpus: Path, zero: str):
     whole = make(f"zero={zero}", "cluster.workers=2", "model.dropout=0.1", name="whole")
     parts = make(f"zero={zero}", "cluster.workers=2", "model.dropout=0.1", name="parts")
     assert gloo_ranks.train_world(whole, corpus) == ["done", "done"]
@@ -54,7 +54,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(make, corpus: Path, zero: str):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_stop_during_evaluation_loses_no_line(make, corpus: Path):
+def test_stop_during_evaluation_loses_no_metrics_line(make, corpus: Path):
     whole, parts = make(name="whole"), make(name="parts")
     gloo_ranks.train_world(whole, corpus)
     assert gloo_ranks.train_world(parts, corpus, {"event": "phase", "name": "eval"}) == ["stopped", "stopped"]
@@ -63,7 +63,7 @@ def test_a_stop_during_evaluation_loses_no_line(make, corpus: Path):
     assert gloo_ranks.metrics(parts) == gloo_ranks.metrics(whole)
 
 
-def test_a_run_moves_between_worlds_and_stages(make, corpus: Path):
+def test_run_resumes_in_another_world_size_and_stage(make, corpus: Path):
     whole = make("cluster.workers=2", "zero=2", "steps=9", name="whole")
     gloo_ranks.train_world(whole, corpus)
     for workers, zero, stop in ((2, 2, 3), (1, 3, 6), (2, 1, None)):
@@ -71,12 +71,16 @@ def test_a_run_moves_between_worlds_and_stages(make, corpus: Path):
         end = gloo_ranks.train_world(part, corpus, stop and {"event": "step", "step": stop})
         assert set(end) == {"stopped" if stop else "done"}
     found, expected = gloo_ranks.metrics(part), gloo_ranks.metrics(whole)
-    assert [line["data_hash"] for line in found] == [line["data_hash"] for line in expected]
-    losses = [torch.tensor([line["loss"] for line in lines]) for lines in (found, expected)]
+    assert column(found, "data_hash") == column(expected, "data_hash")
+    losses = [torch.tensor(column(lines, "loss")) for lines in (found, expected)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
 
 
-def test_evaluation_is_the_same_number_for_any_world(make, corpus: Path):
+def column(lines: list[dict], key: str) -> list:
+    return [line[key] for line in lines]
+
+
+def test_evaluation_is_equal_for_any_world_size(make, corpus: Path):
     found = set()
     for workers in (1, 2, 3):
         config = make(f"cluster.workers={workers}", "steps=1", "optimizer.lr=1e-9", name=f"w{workers}")
@@ -86,22 +90,24 @@ def test_evaluation_is_the_same_number_for_any_world(make, corpus: Path):
 
 
 @pytest.mark.parametrize("zero", ["0", "1", "3"])
-def test_gradients_that_are_not_finite_are_skipped_and_end_the_run_with_a_reason(make, corpus: Path, zero: str):
+def test_non_finite_gradients_are_skipped_and_end_the_run_with_a_reason(make, corpus: Path, zero: str):
     wild = ("optimizer.lr=1e30", "optimizer.clip=0", "optimizer.max_skipped=3", "spikes.watch=off")
     config = make(f"zero={zero}", *wild, "cluster.workers=2")
     ends = gloo_ranks.train_world(config, corpus)
     assert all("3 updates in a row" in end and "optimizer.lr" in end for end in ends)
 
 
-def test_a_rate_that_is_far_too_high_is_not_blamed_on_the_data(make, corpus: Path):
-    """Where weights are merely huge, their loss is a number and only the gradient is none: nothing but age tells it from poison."""
+def test_learning_rate_far_too_high_is_not_blamed_on_the_data(make, corpus: Path):
+    """Where weights are merely huge, their loss is a number and only the gradient is none: nothing but age tells it
+    from poison.
+    """
     wild = ("optimizer.lr=1e4", "optimizer.max_skipped=3", "steps=40")
     [end] = gloo_ranks.train_world(make("zero=0", *wild, "cluster.workers=1"), corpus)
     assert "lower optimizer.lr" in end
     assert "take them out" not in end
 
 
-def test_ranks_that_differ_in_their_configuration_refuse(make, corpus: Path):
+def test_ranks_with_different_configurations_refuse_to_start(make, corpus: Path):
     ranks = gloo_ranks.run(2, differing, configuration.to_dict(make("cluster.workers=2")), str(corpus))
     assert all("the workers do not agree on the configuration" in text and "rank 1" in text for text in ranks)
 
@@ -114,9 +120,7 @@ def differing(world, emit, config, folder) -> str:
     ("workers", "here", "micro", "micro_batches"),
     [(3, 3, 2, 1), (3, 2, 2, 2), (4, 2, 2, 2), (6, 1, 1, 6), (4, 4, 2, 1)],
 )
-def test_a_world_that_lost_workers_takes_more_micro_batches_of_the_usual_size(
-    make, corpus, workers, here, micro, micro_batches
-):
+def test_fewer_workers_take_more_micro_batches_of_the_usual_size(make, corpus, workers, here, micro, micro_batches):
     config = make(f"cluster.workers={workers}", "batch.global=6")
     loader, _ = loaders(Corpus(corpus), config, DistContext(0, here, 0, torch.device("cpu")))
     assert (loader.micro, loader.micro_batches) == (micro, micro_batches)

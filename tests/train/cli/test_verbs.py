@@ -40,7 +40,7 @@ def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
 
-def test_evaluate_prints_the_run_s_own_loss_and_gzip_on_the_same_bytes(trained: Config, corpus: Path):
+def test_evaluate_prints_the_loss_of_the_run_and_gzip_on_the_same_bytes(trained: Config, corpus: Path):
     done = verb("evaluate", f"run.dir={trained.run.dir}")
     assert done.returncode == 0, done.stderr
     loss = gloo_ranks.metrics(trained)[-1]["val_loss"]
@@ -50,7 +50,7 @@ def test_evaluate_prints_the_run_s_own_loss_and_gzip_on_the_same_bytes(trained: 
     assert re.search(r"bits_per_byte .* \d\.\d{4}", done.stdout)
 
 
-def test_evaluate_measures_the_test_split_that_no_step_and_no_evaluation_has_read(corpus: Path, tmp_path: Path, capsys):
+def test_evaluate_of_the_test_split_reads_text_that_no_step_has_read(corpus: Path, tmp_path: Path, capsys):
     keys = [
         f"data.paths=[{corpus.parent / 'text'}]",
         "data.test_fraction=0.3",
@@ -73,22 +73,20 @@ def test_evaluate_measures_the_test_split_that_no_step_and_no_evaluation_has_rea
     assert f"{splits['test']['tokens']:,} held-out places, test" in capsys.readouterr().out
 
 
-def test_generate_writes_on_from_the_prompt_the_same_for_a_seed(trained: Config):
+def test_generate_with_the_same_seed_gives_the_same_text(trained: Config):
     texts = [verb("generate", f"run.dir={trained.run.dir}", "prompt=ab =", "max_tokens=12", "seed=3") for _ in range(2)]
     assert texts[0].returncode == 0, texts[0].stderr
     assert texts[0].stdout.startswith("ab =")
     assert texts[0].stdout == texts[1].stdout
 
 
-def test_generate_writes_what_the_run_wrote_when_its_weights_were_shards(
-    trained: Config, capsys: pytest.CaptureFixture[str]
-):
+def test_generate_equals_the_samples_that_a_sharded_run_wrote(trained: Config, capsys: pytest.CaptureFixture[str]):
     samples = [json.loads(line) for line in (Path(trained.run.dir or "") / "samples.jsonl").read_text().splitlines()]
     assert main(["generate", f"run.dir={trained.run.dir}", "prompt=ab"]) == 0
     assert capsys.readouterr().out == "ab" + samples[-1]["text"] + "\n"
 
 
-def test_generate_takes_prompts_from_a_file_and_standard_input(
+def test_generate_reads_prompts_from_a_file_and_standard_input(
     trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "prompts.txt").write_text("ab\n\nnö\n", "utf-8")
@@ -138,7 +136,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
         (["sing"], "usage"),
     ],
 )
-def test_a_mistake_is_answered_with_code_2(
+def test_bad_arguments_exit_with_code_2(
     trained: Config, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ):
     assert main([a.replace("RUN", str(trained.run.dir)) for a in arguments]) == 2

@@ -19,7 +19,7 @@ def shared():
     return record, mmap.mmap(fd, heartbeat.SIZE)
 
 
-def test_a_reader_sees_the_phase_the_step_and_the_collective_that_the_rank_is_in():
+def test_heartbeat_shows_phase_step_and_current_collective():
     record, memory = shared()
     record.set_step(12)
     record.enter_phase("backward", 3)
@@ -36,7 +36,7 @@ def test_a_reader_sees_the_phase_the_step_and_the_collective_that_the_rank_is_in
     assert (after["collective"], after["count"], after["inside"]) == ("all_gather", 1, False)
 
 
-def test_every_mark_ends_the_stillness_and_the_longest_of_each_phase_is_kept():
+def test_heartbeat_mark_resets_still_time_and_keeps_longest_phases():
     record, memory = shared()
     record.enter_phase("save")
     time.sleep(0.03)
@@ -48,7 +48,7 @@ def test_every_mark_ends_the_stillness_and_the_longest_of_each_phase_is_kept():
     assert 0.03 <= heartbeat.read(memory)["longest_s"] < 1
 
 
-def test_the_time_that_a_rank_works_leaves_out_what_it_waits_for_others():
+def test_busy_time_excludes_waiting_in_collectives():
     record, memory = shared()
     wait = record.count_calls(time.sleep)
     record.enter_phase("forward")
@@ -60,7 +60,7 @@ def test_the_time_that_a_rank_works_leaves_out_what_it_waits_for_others():
     assert 0.02 <= heartbeat.read(memory)["busy_s"] < 0.1
 
 
-def test_a_mark_costs_microseconds():
+def test_heartbeat_mark_costs_microseconds():
     record, _ = shared()
     began = time.perf_counter()
     for _ in range(10_000):
@@ -89,7 +89,7 @@ def pulses(world, emit, config, corpus):
     return seen, last, heartbeat.read(memory)
 
 
-def test_a_real_run_marks_its_phases_and_the_collectives_of_deepspeed_too(make, corpus):
+def test_heartbeat_of_a_run_has_its_phases_and_deepspeed_collectives(make, corpus):
     config = make("steps=4", "zero=2", "cluster.workers=2", "generation.prompts=[ab]", "generation.max_tokens=3")
     for seen, last, theirs in gloo_ranks.run(2, pulses, configuration.to_dict(config), str(corpus)):
         steps = [(event["step"], beat["step"]) for event, beat in seen if event["event"] == "step"]

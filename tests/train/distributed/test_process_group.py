@@ -50,12 +50,13 @@ def run_world(tmp_path, body, size=2):
     return outs
 
 
-def test_the_ranks_meet_on_a_socket_bound_beforehand_and_speak(tmp_path):
+def test_ranks_join_over_a_bound_socket_and_exchange_messages(tmp_path):
     outs = run_world(
         tmp_path,
         """
         out["sum"] = dist.all_reduce_sum([1.0 + rank, 2**53 + 0.0])
-        out["object"] = dist.broadcast_object({"text": "三层桨", "n": [1, None]} if rank == 1 else "unread", source=1)
+        value = {"text": "三层桨", "n": [1, None]} if rank == 1 else "unread"
+        out["object"] = dist.broadcast_object(value, source=1)
         out["all"] = dist.gather_objects({"r": rank, "pad": "x" * (rank * 100)})
         dist.barrier()
         dist.assert_equal_across_ranks("configuration", "abc")
@@ -75,7 +76,7 @@ def test_the_ranks_meet_on_a_socket_bound_beforehand_and_speak(tmp_path):
         assert "rank 1 has digest1" in out["refused"]
 
 
-def test_a_process_without_a_launcher_is_a_world_of_one():
+def test_process_without_a_launcher_is_a_group_of_one():
     code = """
 from train.distributed import process_group as dist
 world = dist.init_from_env()
@@ -97,7 +98,7 @@ dist.destroy_group()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_torchrun_s_environment_is_understood(tmp_path, size):
+def test_init_from_env_reads_the_environment_of_torchrun(tmp_path, size):
     script = tmp_path / "worker.py"
     script.write_text(
         "import sys; from train.distributed import process_group as dist\n"

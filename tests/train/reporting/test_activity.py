@@ -22,13 +22,13 @@ def memory():
     return shared
 
 
-def test_every_row_of_the_table_uses_words_that_its_readers_know():
+def test_phase_table_uses_known_heartbeats_and_causes_only():
     for marks in PHASES.values():
         assert marks.heartbeat in (None, *heartbeat.PHASES)
         assert marks.cause in (None, *CAUSES)
 
 
-def test_phase_marks_heartbeat_and_event_first_and_its_seconds_at_the_end(memory):
+def test_phase_marks_heartbeat_and_event_first_and_seconds_at_the_end(memory):
     emitted = []
     activity = RankActivity(lambda event: emitted.append((event.name, heartbeat.read(memory)["phase"])))
     activity.begin_step(3)
@@ -41,7 +41,7 @@ def test_phase_marks_heartbeat_and_event_first_and_its_seconds_at_the_end(memory
     assert heartbeat.read(memory)["step"] == 3
 
 
-def test_phase_left_by_an_exception_leaves_its_seconds_to_what_ends_the_run():
+def test_phase_left_by_an_exception_charges_no_seconds():
     emitted = []
     activity = RankActivity(emitted.append)
     with pytest.raises(KeyError), activity.phase("evaluate"):

@@ -1,4 +1,4 @@
-"""What a run shows, on a terminal and in a file, from the events that it is given."""
+"""Lines of the console, on a terminal and in a file, from the events that it is given."""
 
 import io
 import subprocess
@@ -48,7 +48,7 @@ def shown(events, terminal=False, width=100):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_life_of_a_run_is_told(terminal):
+def test_console_shows_all_events_of_a_run(terminal):
     text, errors = shown(LIFE, terminal)
     for words in (
         "gpt_mini-stdlib",
@@ -67,31 +67,31 @@ def test_the_life_of_a_run_is_told(terminal):
     assert errors == ""
 
 
-def test_a_file_gets_plain_lines_without_control_characters():
+def test_console_into_a_file_writes_no_control_characters():
     text, _ = shown(LIFE)
     assert "\x1b" not in text
     assert "\r" not in text
     assert "step 10/1,000  loss 6.5000  12.3k tokens/s" in text
 
 
-def test_samples_before_the_end_are_left_to_their_file():
+def test_console_hides_samples_before_the_last_step():
     for terminal in (True, False):
         text, _ = shown([LIFE[0], {"event": "sample", "step": 400, "prompt": "def ", "text": "early"}], terminal)
         assert "early" not in text
 
 
-def test_the_live_line_keeps_the_last_loss_between_logged_steps():
+def test_live_line_between_logged_steps_keeps_the_last_loss():
     steps = [{"event": "step", "step": 10, "steps": 1000, "loss": 6.5}, {"event": "step", "step": 11, "steps": 1000}]
     text, _ = shown([LIFE[0], *steps], terminal=True)
     assert "loss 6.5000" in text.split("step 11/")[-1]
 
 
-def test_a_file_gets_no_line_of_progress_without_a_loss():
+def test_console_into_a_file_skips_steps_without_a_loss():
     text, _ = shown([{"event": "step", "step": 3, "steps": 1000}])
     assert text == ""
 
 
-def test_a_run_that_is_complete_says_so_and_how_to_go_further():
+def test_console_for_a_complete_run_says_how_to_train_it_further():
     out = io.StringIO()
     console = RunConsole(Terminal(file=out, width=200, highlight=False))
     console.complete(
@@ -103,7 +103,7 @@ def test_a_run_that_is_complete_says_so_and_how_to_go_further():
         assert words in text
 
 
-def test_progress_in_a_file_is_a_line_now_and_then_and_the_last_step():
+def test_console_into_a_file_shows_progress_seldom_and_the_last_step():
     steps = [{"event": "step", "step": n, "steps": 1000, "loss": 1.0} for n in range(1, 1001)]
     text, _ = shown(steps)
     lines = [line for line in text.splitlines() if "step" in line]
@@ -130,11 +130,11 @@ def test_progress_in_a_file_is_a_line_now_and_then_and_the_last_step():
     ],
 )
 @pytest.mark.parametrize("terminal", [True, False])
-def test_an_event_without_its_fields_ends_nothing(kind, terminal):
+def test_console_survives_events_without_fields(kind, terminal):
     shown([{"event": kind}, {}], terminal)
 
 
-def test_a_failure_is_one_block_on_stderr_with_what_happens_next():
+def test_failure_is_one_block_on_stderr_with_the_next_action():
     lines = ["rank 1 on oar (pid 7) killed by SIGKILL", "", "the last lines of its log:", "  step 12"]
     out, errors = shown([LIFE[0], {"event": "failure", "lines": lines, "next": None}])
     assert errors.splitlines()[0] == "FAILED: rank 1 on oar (pid 7) killed by SIGKILL"
@@ -144,7 +144,7 @@ def test_a_failure_is_one_block_on_stderr_with_what_happens_next():
     assert "SIGKILL" not in out
 
 
-def test_the_end_names_the_folder_and_the_next_commands():
+def test_end_of_a_run_names_its_folder_and_the_next_commands():
     out = io.StringIO()
     console = RunConsole(Terminal(file=out, width=60))
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal"))
@@ -174,21 +174,22 @@ def test_the_end_names_the_folder_and_the_next_commands():
         (float("nan"), "?"),
     ],
 )
-def test_large_numbers_are_short(number, words):
+def test_count_shortens_large_numbers(number, words):
     assert count(number) == words
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(7.6, "8 s"), (125, "2 min 05 s"), (11400, "3 h 10 min")])
-def test_times_are_as_people_say_them(seconds, words):
+def test_duration_uses_the_two_largest_units(seconds, words):
     assert duration(seconds) == words
 
 
-def test_the_console_and_the_driver_import_no_torch():
-    code = "import sys, cluster.driver.driver, train.reporting.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
+def test_console_and_driver_import_no_torch():
+    code = "import sys, cluster.driver.driver, train.reporting.console; "
+    code += "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=True)
 
 
-def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_line():
+def test_failure_with_a_restart_says_so_and_recovery_is_one_line():
     next_ = "starting again from the checkpoint of step 40 (restart 1 of 3 without progress)"
     marks = {
         "failed": 100.0,
@@ -206,7 +207,7 @@ def test_a_failure_that_is_answered_says_what_follows_and_the_recovery_is_one_li
     assert "recovered in 1.0 s with 2 workers: noticed and ended 0.1 · workers started 0.2 · met 0.3" in out
 
 
-def test_nobody_is_told_to_generate_from_what_cannot_write():
+def test_end_of_a_classifier_suggests_no_generate_command():
     out = io.StringIO()
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="classify"))
     RunConsole(Terminal(file=out, width=60)).finished(config)

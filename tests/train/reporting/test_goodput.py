@@ -22,7 +22,7 @@ class Clock:
         return self.now
 
 
-def test_every_moment_goes_to_one_cause():
+def test_time_by_cause_charges_every_moment_to_one_cause():
     clock = Clock()
     times = TimeByCause(clock)
     for cause, seconds in (
@@ -41,7 +41,7 @@ def test_every_moment_goes_to_one_cause():
     assert sum(times.spent.values()) == clock.now - 1000.0
 
 
-def test_steps_that_do_not_count_are_redone():
+def test_train_seconds_beyond_the_kept_ones_are_redo():
     clock = Clock()
     times = TimeByCause(clock)
     clock.now += 10.0
@@ -64,7 +64,7 @@ def test_steps_that_do_not_count_are_redone():
         (1005.0, None, 0.0, 0.0),  # a clock that was set back
     ],
 )
-def test_what_lies_between_two_starts(seen: float | None, command: float | None, down: float, start: float):
+def test_time_between_two_starts_is_down_time(seen: float | None, command: float | None, down: float, start: float):
     clock = Clock(1000.0)
     times = TimeByCause(clock)
     clock.now += 2.0
@@ -73,7 +73,7 @@ def test_what_lies_between_two_starts(seen: float | None, command: float | None,
     assert (times.spent["down"], times.spent["start"], times.spent["train"]) == (down, 9.0 + start, 50.0)
 
 
-def test_a_killed_and_resumed_run_accounts_for_its_whole_time(make, corpus: Path):
+def test_seconds_of_a_killed_and_resumed_run_sum_to_its_wall_time(make, corpus: Path):
     config = make("steps=40", "save_every=4", "eval_every=0", "cluster.workers=2")
     from train.config import load as configuration
 

@@ -23,7 +23,7 @@ from train.reporting import metrics
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("seed", range(3))
-def test_numbers_of_classes_are_scikit_learns(classes: int, seed: int):
+def test_classification_metrics_equal_those_of_scikit_learn(classes: int, seed: int):
     draw = np.random.default_rng(seed)
     true = draw.integers(0, classes - (seed == 2), 101)  # the last class may never be true
     said = np.where(draw.random(101) < 0.6, true, draw.integers(0, classes, 101))
@@ -44,7 +44,7 @@ def test_numbers_of_classes_are_scikit_learns(classes: int, seed: int):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_numbers_of_scores_are_scipys(seed: int):
+def test_regression_metrics_equal_those_of_scipy(seed: int):
     draw = np.random.default_rng(seed)
     said, true = draw.normal(size=97), draw.integers(0, 5, 97).astype(float)  # with many ties
     found = metrics.regression_metrics(said, true)
@@ -53,7 +53,7 @@ def test_numbers_of_scores_are_scipys(seed: int):
     assert math.isnan(metrics.spearman(np.ones(3), np.arange(3.0)))
 
 
-def test_numbers_of_language_models_are_their_definitions():
+def test_perplexity_and_bits_per_byte_follow_their_definitions():
     assert metrics.perplexity(math.log(7)) == pytest.approx(7)
     assert metrics.bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)
 
@@ -98,8 +98,10 @@ def measured(world, emit, scores: bool) -> dict:
 
 
 @pytest.mark.parametrize("scores", [False, True])
-def test_sums_are_the_same_numbers_on_any_count_of_ranks(scores: bool):
-    found = [result for size in (1, 2, 3) for result in gloo_ranks.run(size, measured, scores)]
+def test_evaluation_sums_are_equal_for_any_number_of_ranks(scores: bool):
+    found = []
+    for size in (1, 2, 3):
+        found += gloo_ranks.run(size, measured, scores)
     assert all(other == found[0] for other in found[1:])
     counts = {name: count for name, (_, count) in found[0].items()}
     assert counts == {"loss": HELD_OUT, "scores" if scores else "confusion": HELD_OUT}
@@ -130,7 +132,7 @@ def labelled(tmp_path: Path):
 @pytest.mark.parametrize(
     ("model", "scores"), [("bert", False), ("bert", True), ("gpt", False), ("t5", True), ("gru", False)]
 )
-def test_a_classifier_of_any_family_learns_and_reports(tmp_path: Path, labelled, model: str, scores: bool):
+def test_classifier_of_any_family_learns_and_reports_metrics(tmp_path: Path, labelled, model: str, scores: bool):
     data = [
         f"data.paths=[{labelled(scores)}]",
         "data.label_key=label",

@@ -13,7 +13,7 @@ from train.reporting.throughput import (
 )
 
 
-def test_tokens_per_second():
+def test_tokens_per_second_is_tokens_over_seconds():
     assert tokens_per_second(4096, 2.0) == 2048
     assert tokens_per_second(4096, 0.0) == 0
 
@@ -35,21 +35,21 @@ def test_tokens_per_second():
         ("AMD Instinct MI300X", 1307),
     ],
 )
-def test_peaks_by_device_name(device, tflops):
+def test_peak_flops_by_device_name(device, tflops):
     assert peak_flops(device, "bf16") == peak_flops(device, "fp16") == tflops * 1e12
 
 
-def test_no_peak_is_claimed_where_none_is_known():
+def test_peak_flops_of_an_unknown_device_is_none():
     assert peak_flops("NVIDIA H200", "fp32") is None
     assert peak_flops("cpu", "bf16") is None
     assert utilization(1000, 1e9, 1, None) is None
 
 
-def test_utilization():
+def test_utilization_is_model_flops_over_peak_flops():
     # 8 devices of 1e15 FLOP/s; 4e6 tokens a second of 1e9 FLOPs each: half of what they can do
     assert utilization(4e6, 1e9, 8, 1e15) == pytest.approx(0.5)
 
 
-def test_an_estimate_is_work_over_the_rate_that_was_measured():
+def test_estimated_seconds_are_flops_over_the_measured_rate():
     assert estimated_seconds(1e12, 2, 1e11) == pytest.approx(5 / TYPICAL_SHARE)
     assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32, 0.005) < 1e14

@@ -12,7 +12,7 @@ from train.reporting.tracking import MetricsFile, RunFile
 from train.util.io import read_records
 
 
-def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_path: Path):
+def test_metrics_file_drops_torn_lines_and_steps_after_the_checkpoint(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 8)) + '{"step": 8, "lo')
     metrics = MetricsFile(file, last_step=5)
@@ -21,14 +21,14 @@ def test_steps_after_the_checkpoint_are_dropped_and_a_torn_line_is_no_line(tmp_p
     assert read_records(file)[-1]["loss"] == 2.0
 
 
-def test_a_run_keeps_its_wandb_id_and_counts_its_starts(tmp_path: Path):
+def test_run_file_keeps_the_wandb_id_and_counts_starts(tmp_path: Path):
     first = RunFile(tmp_path, TimeByCause()).values
     second = RunFile(tmp_path, TimeByCause()).values
     assert first["wandb_id"] == second["wandb_id"]
     assert (first["starts"], second["starts"]) == (1, 2)
 
 
-def test_offline_a_resumed_run_is_one_wandb_run_with_each_step_once(make, corpus: Path):
+def test_resumed_offline_run_is_one_wandb_run_with_each_step_once(make, corpus: Path):
     config = make("tracking=wandb", "tracking.wandb=offline", "generation.prompts=[a]", "generation.max_tokens=3")
     gloo_ranks.train_world(config, corpus, {"event": "step", "step": 3})
     gloo_ranks.train_world(config, corpus)
@@ -53,7 +53,7 @@ def read_wandb(file: Path) -> tuple[list[int], int, str]:
     return steps, tables, run_id
 
 
-def test_wandb_that_cannot_be_reached_is_left_behind(make, corpus: Path, monkeypatch):
+def test_unreachable_wandb_does_not_stop_a_run(make, corpus: Path, monkeypatch):
     config = make("tracking=wandb", "tracking.wandb=online")
     ranks = gloo_ranks.start(1 + 1, unreachable, gloo_ranks.configuration.to_dict(config), str(corpus)).wait()
     assert [rank.result for rank in ranks] == ["done", "done"]

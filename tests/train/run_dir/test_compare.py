@@ -13,7 +13,7 @@ from train.errors import UserError
 from train.run_dir.compare import compare
 
 
-def test_what_differs_between_two_runs_is_named(make, corpus: Path, tmp_path: Path):
+def test_compare_names_the_differences_of_two_runs(make, corpus: Path, tmp_path: Path):
     config = make("steps=4", "eval_every=0", "save_every=2", "zero=2", "cluster.workers=2")
     gloo_ranks.train_world(config, corpus)
     ours, theirs = Path(config.run.dir or ""), tmp_path / "theirs"

@@ -1,4 +1,4 @@
-"""What a run writes down of where it was made."""
+"""Lineage of a run: versions, commit and machine, without the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from train.run_dir import environment
 
 
-def test_versions_commit_and_machine_are_told_and_nothing_of_the_environment(monkeypatch):
+def test_lineage_has_versions_commit_and_machine_and_no_environment(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     found = environment.lineage(torch.device("cpu"), 3)
     assert found["torch"] == metadata.version("torch")
@@ -19,6 +19,6 @@ def test_versions_commit_and_machine_are_told_and_nothing_of_the_environment(mon
     assert "canary" not in str(found)
 
 
-def test_outside_a_repository_the_commit_is_empty(monkeypatch, tmp_path):
+def test_commit_outside_a_repository_is_empty(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert environment.commit() == ""

@@ -28,12 +28,12 @@ def started(make):
     return start
 
 
-def test_a_new_folder_and_the_same_configuration_are_fine(make, started):
+def test_new_folder_or_same_configuration_is_accepted(make, started):
     assert resume.check_resumable(make(), "abc") == []
     assert resume.check_resumable(started(), "abc") == []
 
 
-def test_what_changes_only_how_it_runs_is_allowed_and_said(make, started):
+def test_changes_of_how_a_run_executes_are_accepted_and_listed(make, started):
     started()
     changes = resume.check_resumable(make("steps=20", "cluster.workers=1", "zero=3", "optimizer.lr=1e-4"), "abc")
     assert {change.split(":")[0] for change in changes} == {"steps", "cluster.workers", "zero.stage", "optimizer.lr"}
@@ -42,7 +42,7 @@ def test_what_changes_only_how_it_runs_is_allowed_and_said(make, started):
 @pytest.mark.parametrize(
     "override", ["model.layers=3", "seed=1", "batch.global=8", "data.dedup=false", "optimizer=sgd", "batch.seq_len=8"]
 )
-def test_another_run_under_the_same_name_is_refused_naming_the_key(make, started, override: str):
+def test_other_run_under_the_same_name_is_refused_naming_the_key(make, started, override: str):
     started()
     with pytest.raises(UserError) as caught:
         resume.check_resumable(make(override), "abc")
@@ -50,7 +50,7 @@ def test_another_run_under_the_same_name_is_refused_naming_the_key(make, started
     assert "run.name" in str(caught.value)
 
 
-def test_another_corpus_is_refused(make, started):
+def test_other_corpus_than_the_checkpoint_s_is_refused(make, started):
     config = started()
     folder = Path(config.run.dir) / "checkpoints" / "step_1"
     folder.mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_another_corpus_is_refused(make, started):
         resume.check_resumable(config, "new")
 
 
-def test_a_run_that_made_all_its_steps_is_finished(make, corpus: Path):
+def test_run_with_all_its_steps_is_finished(make, corpus: Path):
     config = make("steps=2")
     assert resume.finished_summary(config) is None
     gloo_ranks.train_world(config, corpus)

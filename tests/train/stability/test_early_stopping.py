@@ -36,7 +36,7 @@ def judged(stop: StopConfig, values: list[float | None]) -> list[tuple[int, int]
     return found
 
 
-def test_lower_is_better_for_losses_and_higher_for_the_rest():
+def test_lower_is_better_for_losses_and_higher_for_other_metrics():
     assert judged(StopConfig(), [3.0, 2.0, 2.5, 2.0, 1.0]) == [(1, 0), (2, 0), (2, 1), (2, 2), (5, 0)]
     assert judged(StopConfig(metric="f1"), [0.3, 0.5, None, float("nan"), 0.6]) == [
         (1, 0),
@@ -52,7 +52,7 @@ def test_lower_is_better_for_losses_and_higher_for_the_rest():
         update(StopConfig(metric="acc"), TrainState(), {"val_loss": 1.0})
 
 
-def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path):
+def test_run_without_improvement_ends_early_and_keeps_its_best(make, corpus: Path):
     keys = [*WILD, "keep_last=1", "keep_best=1", "cluster.workers=2"]
     config = make(*keys, "stop.patience=3")
     assert gloo_ranks.train_world(config, corpus) == ["done", "done"]
@@ -67,7 +67,7 @@ def test_a_run_ends_when_it_has_had_enough_and_keeps_its_best(make, corpus: Path
     assert resume.finished_summary(config) == summary
 
 
-def test_the_best_is_saved_wherever_it_falls(make, corpus: Path):
+def test_best_model_between_saves_is_saved(make, corpus: Path):
     config = make(*WILD, "save_every=0", "keep_last=1", "keep_best=1", "stop.patience=3", "cluster.workers=2")
     assert gloo_ranks.train_world(config, corpus) == ["done", "done"]
     losses = [line["val_loss"] for line in gloo_ranks.metrics(config)]
@@ -76,7 +76,7 @@ def test_the_best_is_saved_wherever_it_falls(make, corpus: Path):
     assert open_run(folder, "best").checkpoint.progress.score == min(losses)
 
 
-def test_a_stop_between_changes_nothing_and_more_patience_goes_on(make, corpus: Path):
+def test_early_stopping_across_a_resume_counts_on_and_obeys_new_patience(make, corpus: Path):
     whole, parts = (make(*WILD, "stop.patience=3", name=name) for name in ("whole", "parts"))
     gloo_ranks.train_world(whole, corpus)
     end = len(gloo_ranks.metrics(whole))

@@ -1,4 +1,4 @@
-"""What trace says stood in a step is what the step was made of."""
+"""The documents that trace finds in a step are those that the step was made of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.errors import UserError
 from train.stability.find_documents import trace_step
 
 
-def test_every_document_knows_its_source(corpus: Path):
+def test_every_document_of_the_corpus_has_its_source_file(corpus: Path):
     opened = Corpus(corpus).split("train")
     expected = []
     for shard in sorted(corpus.glob("train-*.tar")):
@@ -29,7 +29,7 @@ def test_every_document_knows_its_source(corpus: Path):
 
 
 @pytest.mark.parametrize("pack", ["true", "false"])
-def test_the_parts_of_a_step_are_its_targets(make, corpus: Path, pack: str):
+def test_documents_of_a_step_are_its_targets(make, corpus: Path, pack: str):
     config = make(f"data.pack={pack}", "steps=60", "log_every=1", "eval_every=0", "save_every=0")
     gloo_ranks.train_world(config, corpus)
     folder, opened = Path(config.run.dir or ""), Corpus(corpus)
@@ -41,15 +41,15 @@ def test_the_parts_of_a_step_are_its_targets(make, corpus: Path, pack: str):
         assert data_hash == lines[step - 1]["data_hash"]
         for row in range(4):
             spans = [(int(p.document.removeprefix("train/")), *p.tokens) for p in parts if p.row == row]
-            expected = [
-                token for n, *span in spans for token in [*opened.split("train").document(n), 256][slice(*span)]
-            ]
+            expected = []
+            for n, *span in spans:
+                expected += [*opened.split("train").document(n), 256][slice(*span)]
             targets = batch["targets"][row]
             assert targets[targets != IGNORE].tolist() == expected
         assert {part.row for part in parts} <= set(range(4))
 
 
-def test_the_verb_prints_a_table_or_json_and_marks_what_is_left_out(make, corpus: Path, capsys):
+def test_trace_prints_a_table_or_json_and_marks_skipped_rows(make, corpus: Path, capsys):
     config = make("steps=2", "eval_every=0")
     gloo_ranks.train_world(config, corpus)
     folder = Path(config.run.dir or "")

@@ -17,7 +17,7 @@ RULE = SpikesConfig(window=8, deviations=5)
 QUIET = (2.0, 2.1, 1.9, 2.0, 2.2, 1.8, 2.0, 2.1)
 
 
-def test_the_limit_is_the_median_and_so_many_robust_deviations():
+def test_outlier_limit_is_median_plus_robust_deviations():
     # median 2.0; distances from it .0 .1 .1 .0 .2 .2 .0 .1, whose median is .1
     assert LossHistory(QUIET).limit(RULE) == pytest.approx(2.0 + 5 * 0.14826)
     assert outlier_limit([3.0] * 8, 5) == 3.0 + LEAST_RISE
@@ -26,7 +26,7 @@ def test_the_limit_is_the_median_and_so_many_robust_deviations():
     )  # one odd step moves nothing
 
 
-def test_nothing_is_high_before_the_window_is_full_or_where_spikes_are_not_watched():
+def test_limit_is_infinite_without_full_window_or_with_spikes_unwatched():
     assert LossHistory(QUIET[:7]).limit(RULE) == math.inf
     assert LossHistory(QUIET).limit(RULE.model_copy(update={"watch": "nonfinite"})) == math.inf
 
@@ -44,25 +44,25 @@ def test_nothing_is_high_before_the_window_is_full_or_where_spikes_are_not_watch
         (9.0, False, 3.0, "non-finite"),
     ],
 )
-def test_verdicts(loss: float, applied: bool, limit: float, verdict: str | None):
+def test_diagnose_step_by_loss_update_and_limit(loss: float, applied: bool, limit: float, verdict: str | None):
     assert diagnose_step(loss, applied, limit) == verdict
 
 
-def test_a_high_step_is_remembered_but_is_no_reference_and_one_that_is_not_finite_is_not_remembered():
+def test_high_loss_enters_the_history_without_being_the_reference():
     recent = LossHistory(QUIET, Cursor(0, 7))
     assert recent.after(9.0, Cursor(0, 8), RULE) == LossHistory((*QUIET[1:], 9.0), Cursor(0, 7))
     assert recent.after(2.2, Cursor(0, 8), RULE) == LossHistory((*QUIET[1:], 2.2), Cursor(0, 8))
     assert recent.after(math.nan, Cursor(0, 8), RULE) is recent
 
 
-def test_rows_that_are_not_finite_stand_out_alone_and_else_those_far_out():
+def test_row_outliers_are_non_finite_rows_or_else_far_ones():
     rows = [2.0, 2.1, 1.9, 2.2, 30.0]
     assert [is_outlier(loss, row_limit(rows, 5)) for loss in rows] == [False] * 4 + [True]
     rows[0] = math.nan
     assert [is_outlier(loss, row_limit(rows, 5)) for loss in rows] == [True] + [False] * 4
 
 
-def test_what_is_remembered_survives_a_checkpoint_bit_for_bit():
+def test_loss_history_survives_a_checkpoint_bit_for_bit():
     progress = TrainState()
     for n, loss in enumerate(np.random.default_rng(0).normal(3.0, 0.1, 20).tolist()):
         recent = progress.history.after(loss, progress.cursor, RULE)
@@ -71,8 +71,10 @@ def test_what_is_remembered_survives_a_checkpoint_bit_for_bit():
 
 
 @pytest.mark.parametrize("noise", ["normal", "laplace", "student"])
-def test_healthy_curves_are_seldom_suspected_and_a_broken_one_at_once(noise: str):
-    """Warm-up, a steep fall and a plateau, with noise of light and heavy tails; what is suspected here costs a look, no more."""
+def test_healthy_curves_are_seldom_high_and_a_broken_one_is_at_once(noise: str):
+    """Warm-up, a steep fall and a plateau, with noise of light and heavy tails; what is suspected here costs a look, no
+    more.
+    """
     draw = np.random.default_rng(1)
     odd = {"normal": draw.normal, "laplace": draw.laplace, "student": lambda size: draw.standard_t(4, size)}[noise](
         size=3000

@@ -1,4 +1,4 @@
-"""What counts as a secret, and what does not."""
+"""Redaction hides what counts as a secret, and nothing else."""
 
 import subprocess
 import sys
@@ -28,16 +28,16 @@ INNOCENT = [
 
 
 @pytest.mark.parametrize(("text", "shown"), SHOWN_AS.items())
-def test_secrets_are_hidden(text, shown):
+def test_redact_hides_secrets_in_text(text, shown):
     assert redact(text) == shown
 
 
 @pytest.mark.parametrize("text", INNOCENT)
-def test_what_only_looks_like_one_is_shown(text):
+def test_redact_keeps_text_that_only_resembles_a_secret(text):
     assert redact(text) == text
 
 
-def test_the_values_of_secret_variables_are_hidden_wherever_they_come(monkeypatch):
+def test_redact_hides_values_of_secret_variables_anywhere(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "CANARY123")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
     monkeypatch.setenv("PIN_TOKEN", "12")
@@ -48,7 +48,7 @@ def test_the_values_of_secret_variables_are_hidden_wherever_they_come(monkeypatc
     }
 
 
-def test_all_that_a_process_prints_is_covered_tracebacks_and_logs_too():
+def test_redact_output_covers_prints_tracebacks_and_logs():
     program = (
         "import logging, sys; from train.util import redact; redact.redact_output(); print('a', 'CANARY123'); "
         "logging.warning('b CANARY123'); sys.stderr.write('c CANARY123\\n'); raise ValueError('d s3://k:CANARY@x')"

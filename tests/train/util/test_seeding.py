@@ -5,7 +5,7 @@ import numpy as np
 from train.util import seeding
 
 
-def test_equal_keys_draw_equal_numbers_and_others_do_not():
+def test_generators_of_equal_keys_are_equal_and_others_differ():
     def draw(*key):
         return seeding.generator(*key).random(1000)
 
@@ -14,7 +14,7 @@ def test_equal_keys_draw_equal_numbers_and_others_do_not():
         assert abs(np.corrcoef(draw(1, "init", "a"), draw(*other))[0, 1]) < 0.1
 
 
-def test_numbers_are_those_of_earlier_runs():
+def test_seeds_equal_those_of_earlier_versions():
     # a change here is a change of every run's weights and samples
     drawn = seeding.generator(0, "init", "backbone.embed.weight")
     assert drawn.standard_normal(3, np.float32).tolist() == [
