@@ -1,4 +1,4 @@
-"""The first moments of a driver: what takes longest is begun before anything else is even imported."""
+"""Starts what takes longest, the imports of torch and DeepSpeed in a fork server, before the driver imports the rest."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ TARGET = "train.run:train_rank"
 
 @dataclass(frozen=True)
 class EarlyStart:
-    """What is under way: the job's private folder, its warm process, and the moment the command was given."""
+    """The job's private folder and its fork server, which are there before the command line is even read."""
 
     folder: Path
     fork_server: job_dir.ForkServerProcess
     target: str
+    """The function that each rank runs, ``module:function``."""
     since: float
+    """When the command was given, in seconds since 1970."""
     signals: Signals
 
-    def clear(self) -> None:
-        """Removes the folder."""
+    def remove_folder(self) -> None:
+        """Removes the job's private folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def start_early(signals: Signals, target: str = TARGET) -> EarlyStart:
-    """Makes the job's folder and starts this host's warm process, which will run ``target`` (module:function) in each
-    rank. ``signals`` listens already.
+    """Makes the job's private folder and starts this host's fork server, whose workers will run ``target``.
+
+    The handlers of ``signals`` are installed already; ``TRIREME_T0`` is the moment at which launch.sh was called.
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
     os.environ[job_dir.MARK] = str(folder)
-    begun = EarlyStart(folder, job_dir.ForkServerProcess(folder, target), target, since, signals)
-    signals.on_end.append(begun.clear)
-    return begun
+    early = EarlyStart(folder, job_dir.ForkServerProcess(folder, target), target, since, signals)
+    signals.on_end.append(early.remove_folder)
+    return early

@@ -165,10 +165,10 @@ class Supervisor:
         """A new private cluster, and all places taken anew on it."""
         assert self.job.private is not None
         for slot in slots:  # Ray can no longer be asked to end them
-            if slot.info is not None and slot.info["ip"] == self.job.private.start.ip:
+            if slot.info is not None and slot.info["ip"] == self.job.private.spec.ip:
                 with contextlib.suppress(OSError):
                     os.kill(slot.info["pid"], signal.SIGKILL)
-        self.job.private.again()
+        self.job.private.restart()
         self.job.signals.listen()
         self.slots = JobSlots(self.job, self.device)
         self.slots.take(self.size)

@@ -15,7 +15,7 @@ from cluster.raycluster.local_cluster import LocalRayCluster
 @contextlib.contextmanager
 def private(cores: int, target: str, *places: Path) -> Iterator[LocalRayCluster]:
     """A cluster of this host, which Ray takes for one of so many cores, and the warm process of ``target`` in its folder
-    (``.start.folder``). ``places`` are where its processes look for modules.
+    (``.spec.folder``). ``places`` are where its processes look for modules.
     """
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, places))
@@ -26,9 +26,9 @@ def private(cores: int, target: str, *places: Path) -> Iterator[LocalRayCluster]
         warm = job_dir.ForkServerProcess(folder, target)
         ends.callback(warm.close)
         warm.set_device("cpu")
-        ray_auth.make(folder / "token")
+        ray_auth.create_token(folder / "token")
         cluster = LocalRayCluster(
-            ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
+            ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
         )
         ends.callback(cluster.end)
         yield cluster

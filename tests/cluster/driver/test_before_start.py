@@ -1,11 +1,11 @@
-"""What the driver refuses, or finds done, before Ray or a worker is started; and the folder that it takes back."""
+"""The checks of the driver before Ray or a worker is started, and the empty run folder that it removes after them."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.cli.train import find_corpus
+from cluster.driver.prepared_corpus import find_corpus
 from cluster.host import run_lock
 from cluster.worker import exit_record
 from train.checkpoint import manifest
@@ -27,45 +27,47 @@ def started(as_typed):
     return start
 
 
-def silent(event):
-    """Nobody looks."""
+def ignore(event):
+    """Takes the events of preparation, which these tests do not look at."""
 
 
-def test_another_model_is_refused_before_the_corpus_is_looked_at(as_typed, started):
+def test_another_model_is_refused_before_the_corpus_is_read(as_typed, started):
     started()
     config = configuration.load(as_typed("model.layers=3", "data.paths=[/nowhere]"))
     with pytest.raises(UserError, match=r"model.layers: 2 there, 3 here"):
-        find_corpus(config, silent)
+        find_corpus(config, ignore)
 
 
-def test_another_corpus_is_refused(corpus, started):
+def test_another_corpus_than_the_checkpoints_is_refused(corpus, started):
     config = started()
-    assert find_corpus(config, silent) == str(corpus)
-    kept = Path(config.run.dir) / "checkpoints" / "step_1"
-    kept.mkdir(parents=True)
-    (kept / manifest.MANIFEST).write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
+    assert find_corpus(config, ignore) == str(corpus)
+    checkpoint = Path(config.run.dir) / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / manifest.MANIFEST).write_bytes(
+        manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}})
+    )
     with pytest.raises(UserError, match="was trained on the corpus old"):
-        find_corpus(config, silent)
+        find_corpus(config, ignore)
 
 
-def test_a_folder_that_only_the_refused_start_made_is_taken_back(tmp_path):
+def test_empty_run_folder_of_a_refused_start_is_removed(tmp_path):
     with run_lock.take(tmp_path / "new"):
         run_lock.take_back(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_holds_anything_else_stays_whole(tmp_path):
+def test_run_folder_with_other_files_is_kept_after_a_refused_start(tmp_path):
     with run_lock.take(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").write_text("steps: 1")
         run_lock.take_back(tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "lock", "logs"]
 
 
-def test_a_last_word_is_heard_by_the_start_that_it_is_meant_for(tmp_path):
+def test_exit_record_is_read_only_by_the_attempt_it_is_meant_for(tmp_path):
     order = {"log": str(tmp_path / "rank_0.log"), "job": "a", "meeting": {"generation": 0}}
     assert exit_record.read(order) is None
     exit_record.leave(order, 75, None)
-    found = exit_record.read(order)
-    assert (found["code"], found["error"]) == (75, None)
+    record = exit_record.read(order)
+    assert (record["code"], record["error"]) == (75, None)
     assert exit_record.read({**order, "job": "b"}) is None
     assert exit_record.read({**order, "meeting": {"generation": 1}}) is None

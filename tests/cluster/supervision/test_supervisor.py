@@ -27,7 +27,7 @@ TARGET = "helpers.toy:train_rank"
 def job_folder():
     """A private cluster of two cores, and the folder with the warm process of its host."""
     with private(2, TARGET, REPOSITORY, TESTS) as cluster:
-        yield cluster.start.folder
+        yield cluster.spec.folder
 
 
 class Run:

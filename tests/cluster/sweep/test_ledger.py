@@ -1,4 +1,4 @@
-"""What a sweep's ledger knows after a crash, and whom it refuses."""
+"""A sweep's ledger after a crash, and the sweeps that it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_ledger(folder, words):
     return SweepLedger(folder, sweep, sweep_space.grid(sweep))
 
 
-def test_every_line_counts_but_a_torn_one(tmp_path):
+def test_ledger_with_a_torn_last_line_keeps_all_others(tmp_path):
     ledger = open_ledger(tmp_path, TWO)
     ledger.start(0, 2, ["here", "here"])
     ledger.end(0, {"state": "done", "step": 8, "values": [2.5], "why": ""})
@@ -36,7 +36,7 @@ def test_every_line_counts_but_a_torn_one(tmp_path):
     assert [t.params for t in again.trials.values()][1] == {"optimizer.lr": "0.001", "model": "llama_tiny"}
 
 
-def test_another_sweep_is_refused_with_every_difference(tmp_path):
+def test_ledger_of_another_sweep_is_refused_naming_each_difference(tmp_path):
     open_ledger(tmp_path, [*TWO, "steps=8"]).start(0, 2, [])
     open_ledger(tmp_path, [*TWO, "steps=8", "cluster.workers=1", "sweep.retries=3"])
     with pytest.raises(UserError) as caught:
@@ -50,7 +50,7 @@ def test_another_sweep_is_refused_with_every_difference(tmp_path):
         assert words in str(caught.value)
 
 
-def test_a_shuffled_grid_keeps_the_order_that_it_was_begun_in(tmp_path):
+def test_shuffled_grid_keeps_its_first_order_after_a_restart(tmp_path):
     words = ["seed=shuffle(range(50))"]
     first = open_ledger(tmp_path, words)
     first.start(0, 1, [])

@@ -31,7 +31,7 @@ def three(tmp_path_factory):
         yield a, b, c, form_cluster(a, b, c)
 
 
-def test_up_makes_a_private_token_once_and_says_how_to_join(three):
+def test_cluster_up_creates_a_private_token_once_and_says_how_to_join(three):
     a, b, c, said = three
     address = f"{a.ip}:{PORT}"
     assert f"./launch.sh cluster join {address}" in said
@@ -63,7 +63,7 @@ def test_training_on_three_hosts_equals_training_on_one(three, corpus, make, as_
     assert gloo_ranks.metrics(spread) == gloo_ranks.metrics(alone)
 
 
-def test_more_workers_than_fit_fail_at_once_naming_what_each_host_lacks(three, as_typed, tmp_path):
+def test_too_many_workers_fail_at_once_naming_each_hosts_shortage(three, as_typed, tmp_path):
     a, b, c, _ = three
     began = time.monotonic()
     done = trireme(a, "train", *as_typed("cluster.workers=4", "cluster.address=auto"), cwd=tmp_path)
@@ -74,7 +74,7 @@ def test_more_workers_than_fit_fail_at_once_naming_what_each_host_lacks(three, a
         assert f"  {host.name}: 1 core, 0 GPUs: room for 1, 1 core short of another" in done.stdout
 
 
-def test_status_says_which_job_holds_what_and_a_stopped_job_holds_nothing(three, as_typed, tmp_path):
+def test_status_shows_what_each_job_holds_until_it_is_stopped(three, as_typed, tmp_path):
     a, _, c, _ = three
     overrides = as_typed(
         "cluster.workers=2", "cluster.address=auto", "steps=100000", "run.name=long", "eval_every=0", name="long"
@@ -138,7 +138,7 @@ for name, action in {
 """
 
 
-def test_a_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
+def test_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     a, _, c, _ = three
     sockets = a.run(["ss", "-ltnp"]).stdout.splitlines()[1:]
     assert {re.search(r'\(\("([^"]+)"', line)[1] for line in sockets} <= {"gcs_server", "raylet", "ray::RuntimeEnv"}, (
@@ -169,7 +169,7 @@ def test_a_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     assert (tmp_path / "right.mark").exists()
 
 
-def test_the_token_is_in_its_file_and_nowhere_else(three):
+def test_token_is_in_its_file_and_nowhere_else(three):
     a, b, c, _ = three
     token = a.run(["cat", TOKEN]).stdout
     for host in (a, b, c):
@@ -181,7 +181,7 @@ def test_the_token_is_in_its_file_and_nowhere_else(three):
     assert len(token) == 64
 
 
-def test_a_host_that_was_cut_off_is_missed_and_comes_back_by_itself(three):
+def test_host_that_was_cut_off_is_missed_and_rejoins_by_itself(three):
     a, b, c, _ = three
     address = f"{a.ip}:{PORT}"
     b.cut_off()
@@ -190,7 +190,7 @@ def test_a_host_that_was_cut_off_is_missed_and_comes_back_by_itself(three):
     wait_for(lambda: living_hosts(a, address) == {a.ip, b.ip, c.ip}, 60)
 
 
-def test_down_ends_the_host_and_on_the_head_everything(three):
+def test_cluster_down_ends_a_member_alone_and_on_the_head_all(three):
     a, b, c, _ = three
     gone = trireme(b, "cluster", "down")
     assert gone.returncode == 0, gone.stdout
@@ -206,7 +206,7 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     assert "no cluster is up on this host" in refused.stdout
 
 
-def test_two_that_say_up_at_once_get_one_cluster(tmp_path):
+def test_two_cluster_up_at_once_make_one_cluster(tmp_path):
     with hosts(1, shared=tmp_path) as [a]:
         outs = [tmp_path / name for name in ("first", "second")]
         both = [
@@ -220,7 +220,7 @@ def test_two_that_say_up_at_once_get_one_cluster(tmp_path):
         assert trireme(a, "cluster", "down").returncode == 0
 
 
-def test_a_host_that_does_not_belong_is_refused_in_words(as_typed, tmp_path_factory, tmp_path):
+def test_host_without_token_or_cluster_is_refused_with_the_cure(as_typed, tmp_path_factory, tmp_path):
     """And a cluster that plain ``ray start`` has made, with a token, is as good as ours."""
     with hosts(2, shared=tmp_path_factory.getbasetemp()) as (a, b):
         address = f"{a.ip}:{PORT}"

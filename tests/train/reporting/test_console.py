@@ -184,7 +184,7 @@ def test_times_are_as_people_say_them(seconds, words):
 
 
 def test_the_console_and_the_driver_import_no_torch():
-    code = "import sys, cluster.driver.driver, train.reporting.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
+    code = "import sys, cluster.driver.train_driver, train.reporting.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=True)
 
 
