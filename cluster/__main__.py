@@ -1,4 +1,4 @@
-"""The command line: ``python -m cluster train [group=choice] [key=value]`` and ``python -m cluster cluster VERB``."""
+"""The command line: ``python -m cluster train [key=value]`` and ``python -m cluster cluster VERB``."""
 
 from __future__ import annotations
 

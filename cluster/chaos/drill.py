@@ -1,4 +1,4 @@
-"""The verb ``drill``: injects real faults, one after another, on the user's own cluster and configuration."""
+"""The verb ``drill``: injects real faults on the user's own cluster and configuration."""
 
 from __future__ import annotations
 
@@ -53,12 +53,16 @@ WIDTH = 120
 """Characters of the table's lines where it is not on a terminal."""
 HELP = """usage: ./launch.sh drill [faults=kill,stop,...] [group=choice ...] [key=value ...]
 
-Trains this configuration twice, for some hundred steps: once undisturbed, and once with real faults injected one after another.
-Each must be named as what it is, the job must go on from it, and the run must then be the undisturbed one: the same samples in
+Trains this configuration twice, for some hundred steps: once undisturbed, and once with real \
+faults injected one after another.
+Each must be named as what it is, the job must go on from it, and the run must then be the \
+undisturbed one: the same samples in
 every step, the same loss. Exit code 0 only if all that holds, 1 if not, 2 for bad input.
 
-It has its own folder beside the run's, <run.dir>-drill, where drill.json and drill.md (for a pull request) are left; the run
-itself and its corpus are not touched. Faults on hosts need a lasting cluster of two or more (cluster.address). None needs root.
+It has its own folder beside the run's, <run.dir>-drill, where drill.json and drill.md (for a pull \
+request) are left; the run
+itself and its corpus are not touched. Faults on hosts need a lasting cluster of two or more \
+(cluster.address). None needs root.
 
 The faults, in their order (./launch.sh drill --list):
 """

@@ -1,4 +1,4 @@
-"""Injects faults into the processes of a job, on this host and on others: signals, limits, cut-off and killed hosts.
+"""Injects faults into the processes of a job: signals, limits, cut-off and killed hosts.
 
 Nothing here needs root: the processes are the user's own. On another host a task that Ray runs there does it. The
 methods of ``FaultInjector`` return the moment of the injection (``time.monotonic()``).
@@ -22,7 +22,7 @@ from cluster.chaos.train_process import RankLocation, TrainProcess
 from cluster.raycluster import connect
 
 DELAY_S = 0.5
-"""Before all of a host is stopped or killed: the task that gives the order runs on that host and has to return first."""
+"""Before all of a host is stopped or killed: the task that orders it runs on that host and has to return first."""
 ANSWER_S = 60.0
 BACK_S = 90.0
 """How long hosts may take to join again."""
@@ -115,9 +115,9 @@ def set_file_limit(pid: int, size: int) -> None:
 
 
 def run_for_host(locations: Sequence[RankLocation], line: str) -> None:
-    """Runs the shell command ``line`` after ``DELAY_S`` in the background; {0} in it are pids of the job and of Ray here.
+    """Runs the shell command ``line`` in the background, after ``DELAY_S``, for this host's processes.
 
-    ``locations``: all ranks on this host.
+    {0} in it stands for the pids of the job and of Ray here; ``locations``: all ranks on this host.
     """
     raylets = [psutil.Process(location.agent_pid).parent() for location in locations]
     processes: set[psutil.Process] = set()

@@ -1,4 +1,4 @@
-"""The faults of a drill, what the job must say of each, and the verdict on what was observed, as pure functions.
+"""The faults of a drill, what the job must print about each, and the verdict on what it did. Pure.
 
 A row of the table holds where the job named the fault correctly, went on from it, and the run is then the undisturbed
 one: the same samples in every step and the same loss, bit for bit at the same number of workers, within ``TOLERANCE``

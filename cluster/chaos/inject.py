@@ -1,4 +1,4 @@
-"""Injects each fault of a drill into a run that goes on by itself, and observes how the run deals with it.
+"""Injects each fault of a drill into a run that goes on by itself, and observes its recovery.
 
 One run lives through all of them, one after another. Where a fault ends it, as it should, the same command is given
 again.
@@ -48,11 +48,10 @@ class Injection:
 
 @dataclass(frozen=True)
 class FaultReport:
-    """What the job printed about a fault."""
+    """The output of the job about a fault, and whether it names the fault correctly."""
 
     text: str
     right: bool
-    """Whether it names the fault."""
     seconds: float | None
     """Since the injection."""
     furthest_step: int
@@ -60,7 +59,7 @@ class FaultReport:
 
 
 class DisturbedRun:
-    """The run that is disturbed, in a folder of its own below ``folder``; one that is given up is followed by another."""
+    """The run that is disturbed, in a folder of its own below ``folder``; after a killed one comes another."""
 
     def __init__(self, folder: Path, settings: Sequence[str], config: Config, injector: FaultInjector) -> None:
         self.folder, self.settings, self.config, self.injector = folder, settings, config, injector

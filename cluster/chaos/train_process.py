@@ -1,4 +1,4 @@
-"""The command ``train`` as its user gives it, in a process and a run folder of its own, followed from outside."""
+"""The command ``train`` in a process and a run folder of its own, followed from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs of ``python -m cluster``: they parse the command line, start the work and print its results.
+"""The verbs of ``python -m cluster``: they parse words, start the work and print results.
 
 train           train: one job, or with -m a sweep
 cluster         cluster up, join, status, down: a lasting Ray cluster

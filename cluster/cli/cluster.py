@@ -147,7 +147,7 @@ def down(options: Options, words: Sequence[str]) -> int:
 def _node_order(
     folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None
 ) -> node_daemon.NodeOrder:
-    """The node to be started, in a new folder. ``address``: the cluster to join; None: this is the head of a new one."""
+    """A node to be started in a new folder. ``address``: the cluster to join; None: this is the head of a new one."""
     cpus, gpus = _number(options, "cpus", job_dir.count_cpus()), _number(options, "gpus", job_dir.count_gpus())
     made, token = node_daemon.make_node_folder(folder), ray_auth.token_path()
     return node_daemon.NodeOrder(str(made), str(token), ip, port, cpus, gpus, address)

@@ -13,7 +13,7 @@ MULTIRUN = ("-m", "--multirun")
 
 
 def run(overrides: Sequence[str], early: EarlyStart | None) -> int:
-    """Runs the job or the sweep that ``overrides`` ask for, or prints the help where ``early`` is None; the exit code."""
+    """Runs the job or sweep that ``overrides`` ask for, or prints the help if ``early`` is None; the exit code."""
     if early is None:
         print(configuration.help_text())
         return ExitCode.OK

@@ -1,4 +1,4 @@
-"""The verb ``verify-resume``: N + N steps with a real stop between them against 2 N steps at once, bit for bit.
+"""The verb ``verify-resume``: N + N steps with a real stop between against 2 N at once.
 
 Both are runs of the user's own configuration, each by the command ``train`` in a process and a temporary folder of its
 own. ``steps``, and so the schedule, stays as configured; the runs are ended once they have what is compared.

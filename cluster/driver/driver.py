@@ -49,7 +49,7 @@ class Driver(ABC):
             if isinstance(error, OSError) and error.errno in NO_ROOM:
                 self.show_bad_input(no_room(error))
                 code = ExitCode.BAD_INPUT
-            else:  # not left to the interpreter: its exit would first close the fork server, which then kills the workers
+            else:  # not left to the interpreter, which would first close the fork server, which would kill the workers
                 self.close_console()
                 traceback.print_exc()
                 code = ExitCode.FAILURE

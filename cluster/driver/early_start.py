@@ -1,4 +1,4 @@
-"""Starts what takes longest, the imports of torch and DeepSpeed in a fork server, before the driver imports the rest."""
+"""Starts the imports of torch and DeepSpeed, which take longest, before the driver imports the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver of one job: configuration, corpus, Ray cluster, placement of the workers, supervision, exit code.
+"""The driver of one job: configuration, corpus, Ray cluster, placement, supervision, exit code.
 
 Importing torch and DeepSpeed takes longest, so the fork server does it (``cluster.driver.early_start``) while the
 driver composes the configuration, which fails within a second if it is wrong, and then connects to Ray.

@@ -1,4 +1,4 @@
-"""This process as a client of a Ray cluster: errors in words, what the head runs, draining, the driver of a job."""
+"""This process as a client of a Ray cluster: opened, told the versions, drained, driven."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the configuration to a Ray cluster that this process is a driver of: an existing one, or one for this job alone."""
+"""From the configuration to a Ray cluster: an existing one, or one for this job alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine for one job or one sweep, which can be restarted when one of Ray's processes ends."""
+"""A Ray cluster on this host for one job or one sweep, restarted when Ray's processes end."""
 
 from __future__ import annotations
 

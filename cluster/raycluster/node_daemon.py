@@ -2,10 +2,10 @@
 
     python -m cluster.raycluster.node_daemon ORDER        (started by ``./launch.sh cluster up`` and ``join``)
 
-It stays in the background. A lasting cluster's node lives until ``./launch.sh cluster down``, or until the head is gone.
-A node that joined for one job lives as long as the standard input that the job's driver holds open for it through ssh or
-srun: so it ends with the driver, however that ends. All that Ray keeps is in one folder of this user's, which goes with
-the node.
+It stays in the background. A lasting cluster's node lives until ``./launch.sh cluster down``, or until the head is
+gone. A node that joined for one job lives as long as the standard input that the job's driver holds open for it through
+ssh or srun: so it ends with the driver, however that ends. All that Ray keeps is in one folder of this user's, which
+goes with the node.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many workers fit on which nodes, or why they do not: pure arithmetic, done before anything is requested of Ray."""
+"""How many workers fit on which nodes, or why they do not: pure arithmetic before Ray is asked."""
 
 from __future__ import annotations
 

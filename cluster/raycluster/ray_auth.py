@@ -1,7 +1,7 @@
-"""The token of a cluster: a file that only its user can read. It is never shown, logged or given as an argument.
+"""The token of a cluster: a file that only its user can read, never shown, logged or an argument.
 
-A lasting cluster uses the file that Ray's own tools know, so that they and we can be used side by side. A cluster of one
-job has a token of its own in the job's private folder.
+A lasting cluster uses the file that Ray's own tools know, so that they and we can be used side by side. A cluster of
+one job has a token of its own in the job's private folder.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_token(path: Path) -> None:
     """Raises UserError where there is no token, or where others can read it."""
     if not path.is_file():
         raise UserError(
-            f"this host has no token: copy {DEFAULT_PATH} of the host where `./launch.sh cluster up` was said to {path} "
-            f"here, readable by you only (mode 600)"
+            f"this host has no token: copy {DEFAULT_PATH} of the host where `./launch.sh cluster up` was said "
+            f"to {path} here, readable by you only (mode 600)"
         )
     if path.stat().st_mode & 0o077:
         raise UserError(

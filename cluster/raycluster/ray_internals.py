@@ -1,6 +1,7 @@
-"""All uses of Ray's private API, each with its reason. No other module imports ``ray._private`` or ``ray._raylet``.
+"""All uses of Ray's private API (``ray._private``, ``ray._raylet``), each with its reason.
 
-Ray may change these names in any minor release, so pyproject.toml pins one: a new one is tried with this file in hand.
+No other module imports them. Ray may change these names in any minor release, so pyproject.toml pins one: a new one is
+tried with this file in hand.
 """
 
 from __future__ import annotations

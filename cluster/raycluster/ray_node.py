@@ -1,4 +1,4 @@
-"""Starts Ray's processes on this host, as the head of a new cluster or as a member of one: lean, and with a token.
+"""Starts Ray's processes on this host: lean, with a token, as the head of a cluster or a member.
 
 ``ray.init`` and ``ray start`` also start a dashboard, an autoscaler's monitor and a log forwarder, wait for them, and
 rewrite a loopback address to the machine's public one. A job needs none of that: the same ``Node`` that they make is
@@ -7,6 +7,7 @@ made here without them, which halves the time. It listens where it is told to, a
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from dataclasses import dataclass
@@ -64,8 +65,8 @@ class LeanNode(ray_internals.BaseNode):
 
     def lost(self) -> bool:
         """Whether one of the node's processes has ended."""
-        processes = [info.process for infos in self.all_processes.values() for info in infos]
-        return any(process.poll() is not None for process in processes)
+        infos = itertools.chain.from_iterable(self.all_processes.values())
+        return any(info.process.poll() is not None for info in infos)
 
     def end(self) -> None:
         """Kills the node's processes at once."""

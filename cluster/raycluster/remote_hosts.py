@@ -1,4 +1,4 @@
-"""A job's nodes on other hosts: one command a host over ssh, or one srun for all hosts of a SLURM allocation.
+"""A job's nodes on other hosts: one command a host over ssh, or one srun for all hosts of SLURM.
 
 Each command runs ``./launch.sh cluster join`` there and lives as long as the node. The job's token goes through its
 standard input, which stays open: it closes when the driver ends, however that happens, and then the nodes end.
@@ -82,7 +82,7 @@ def ssh_address(name: str) -> str:
 
 
 def ssh_commands(hosts: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
-    """One command a host, which runs ``./launch.sh`` with the arguments ``join`` in ``folder`` there, the repository."""
+    """One command a host, which runs ``./launch.sh`` with the arguments ``join`` in ``folder``, the repository."""
     passed = [f"{key}={os.environ[key]}" for key in ("TRIREME_VENV",) if key in os.environ]
     line = f"cd {shlex.quote(folder)} && exec {shlex.join(['env', *passed, './launch.sh', *join])}"
     remote = f"exec sh -c {shlex.quote(line)}"

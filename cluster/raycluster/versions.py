@@ -1,4 +1,4 @@
-"""The versions that a host runs (Python, Ray, torch, DeepSpeed, our code), and whether two hosts run the same."""
+"""Versions of Python, libraries and code on a host, and whether two hosts run the same."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ LIBRARIES = ("ray", "torch", "deepspeed")
 
 def local_versions() -> dict[str, str]:
     """The version of each on this host, by name. Of our code it is a hash of all files, which sees edits too."""
-    files = sorted(path for package in PACKAGES for path in (REPOSITORY / package).rglob("*.py"))
+    files: list[Path] = []
+    for package in PACKAGES:
+        files += (REPOSITORY / package).rglob("*.py")
     code = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         code.update(file.relative_to(REPOSITORY).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     libraries = {name: metadata.version(name) for name in LIBRARIES}
     return {"Python": platform.python_version(), **libraries, "Trireme's code": code.hexdigest()[:12]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,34 +68,34 @@ class Board:
             self._live.stop()
             self._live = None
 
-    # ------------------------------------------------------------------------------------------------------------ events
+    # ----------------------------------------------------------------------------------------------------------- events
 
     def print_line(self, text: str, style: str = "") -> None:
         """Prints a line that stays, above the live table."""
         self.terminal.print(Text(text, style=style), soft_wrap=not self.terminal.is_terminal)
 
-    def prepare(self, event: dict[str, Any]) -> None:
+    def show_preparing(self, event: dict[str, Any]) -> None:
         """Shows a phase of the corpus' preparation, once."""
         words = PREPARING.get(event.get("phase", ""))
         if words is not None and words != self._preparing:
             self._preparing = words
             self.print_line(f"  preparing the corpus: {words}", "dim")
 
-    def started(self, trial: Trial, workers: int, hosts: Sequence[str]) -> None:
+    def show_started(self, trial: Trial, workers: int, hosts: Sequence[str]) -> None:
         """Shows that a trial starts: its workers have their slots, on ``hosts``."""
         if self._live is None:
             self.print_line(
                 f"  {trial.title}: starts, {plural(workers, 'worker')} on {', '.join(dict.fromkeys(hosts))}"
             )
 
-    def measured(self, trial: Trial, event: dict[str, Any]) -> None:
+    def show_metrics(self, trial: Trial, event: dict[str, Any]) -> None:
         """Shows the metrics of a trial's evaluation."""
         values = [f"{metric} {event[metric]:.5g}" for metric in self.metrics if finite(event.get(metric))]
         if self._live is None and values:
             step = f"step {event['step']:,}/{trial.config.steps:,}"
             self.print_line(f"  {trial.title}: {step}  {'  '.join(values)}", "dim")
 
-    def failed(self, trial: Trial, event: dict[str, Any]) -> None:
+    def show_failure(self, trial: Trial, event: dict[str, Any]) -> None:
         """Shows all that is known of a trial's failure, at once."""
         lines = [
             f"{trial.title}: {event['lines'][0]}" if event.get("lines") else trial.title,
@@ -105,7 +106,7 @@ class Board:
             failure_block.block({**event, "lines": lines, "again": True}, run_dir, self.errors.is_terminal)
         )
 
-    def ended(self, trial: Trial) -> None:
+    def show_end(self, trial: Trial) -> None:
         """Shows how a trial has ended."""
         values = "  ".join(f"{m} {v:.5g}" for m, v in zip(self.metrics, trial.values or [], strict=False))
         why = f": {trial.why}" if trial.why else ""
@@ -120,12 +121,12 @@ class Board:
         """Where errors go: above the live table, which owns the terminal, or else to standard error."""
         return self.errors if self._live is None else self.terminal
 
-    def bad_input(self, message: str) -> None:
+    def show_bad_input(self, message: str) -> None:
         """Shows what is wrong with the input and how to correct it."""
         self.close()
         self.errors.print(Text.assemble(("error: ", "bold red"), message))
 
-    # ------------------------------------------------------------------------------------------------------------- table
+    # ------------------------------------------------------------------------------------------------------------ table
 
     def print_table(self) -> None:
         """Ends the live display and prints the whole table."""
@@ -170,7 +171,8 @@ class Board:
 
         On a narrow terminal the names of columns are folded, and numbers never are.
         """
-        keys, best = list(dict.fromkeys(key for trial in self.trials() for key in trial.params)), self.best()
+        keys = list(dict.fromkeys(itertools.chain.from_iterable(trial.params for trial in self.trials())))
+        best = self.best()
         rows = [self._cells(trial, keys, " *" if trial in best else "") for trial in trials]
         names = ["trial", *keys, "state", "step", *self.metrics, "left"]
         columns = {}

@@ -1,8 +1,8 @@
-"""``ledger.jsonl``: what became of each trial of a sweep, as the next start of the same command reads it.
+"""``ledger.jsonl``: what became of each trial of a sweep, for the next start of the same command.
 
 Lines are only added, and each is on the disk before anything follows from it:
 
-    {"event": "sweep", "fixed": {key: value}, "axes": {key: values}, "sweep": {...}, "grid": [{key: value}, ...] or null}
+    {"event": "sweep", "fixed": {key: value}, "axes": {key: values}, "sweep": {...}, "grid": [{key: value}] or null}
     {"event": "trial", "trial": 7, "params": {key: value}, "attrs": {...}}                 a search has decided on it
     {"event": "start", "trial": 7, "workers": 2, "hosts": [...], "t": ...}                its workers have their slots
     {"event": "end", "trial": 7, "state": "done", "step": 800, "values": [2.41], "why": "", "t": ...}
@@ -88,15 +88,15 @@ class SweepLedger:
             self._write(head)
         append_line(self.file, json.dumps({**record, "t": round(time.time(), 3)}, ensure_ascii=False))
 
-    def add(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
+    def record_trial(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
         """Records that a search has decided on a trial."""
         self._write({"event": "trial", "trial": number, "params": params, "attrs": attrs})
 
-    def start(self, number: int, workers: int, hosts: Sequence[str]) -> None:
+    def record_start(self, number: int, workers: int, hosts: Sequence[str]) -> None:
         """Records that a trial starts: its workers have their slots, on ``hosts``."""
         self._write({"event": "start", "trial": number, "workers": workers, "hosts": list(hosts)})
 
-    def end(self, number: int, facts: dict[str, Any]) -> None:
+    def record_end(self, number: int, facts: dict[str, Any]) -> None:
         """Records that all processes of a trial have ended; ``facts``: "state", "step", "values" and "why"."""
         self._write({"event": "end", "trial": number, **facts})
 

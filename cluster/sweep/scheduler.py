@@ -135,7 +135,7 @@ class SweepScheduler:
             return self.waiting.popleft()
         assert self.search is not None
         number, params, attrs = self.search.suggest()
-        self.ledger.add(number, params, attrs)
+        self.ledger.record_trial(number, params, attrs)
         trial = Trial(number, params, self.sweep.base)
         self.trials.append(trial)
         try:
@@ -153,7 +153,7 @@ class SweepScheduler:
             return
         try:
             self.locks[trial.number] = run_lock.take(trial.folder)
-            corpus = find_corpus(trial.config, self.board.prepare)
+            corpus = find_corpus(trial.config, self.board.show_preparing)
         except UserError as error:
             self._end_trial(trial, "failed", str(error))
             self.pool.return_gang(gang)
@@ -166,8 +166,8 @@ class SweepScheduler:
             self.events.put((trial.number, event))
 
         hosts = slots.hosts(gang)
-        self.ledger.start(trial.number, len(hosts), hosts)
-        self.board.started(trial, len(hosts), hosts)
+        self.ledger.record_start(trial.number, len(hosts), hosts)
+        self.board.show_started(trial, len(hosts), hosts)
         target, folder, local_cluster = resources.target, resources.folder, resources.local_cluster
         job = Job(trial.config, corpus, target, folder, show, signals, clock, local_cluster)
         self.running[trial.number] = TrialJob(job, resources.device, gang, show)
@@ -195,7 +195,7 @@ class SweepScheduler:
         job.job.clock.first_step(event, trial.folder)
         if kind == "failure":
             job.why = (event.get("lines") or [""])[0]
-            self.board.failed(trial, event)
+            self.board.show_failure(trial, event)
         elif kind == "note":
             self.board.print_line(f"  {trial.title}: {event['text']}", "yellow")
         elif kind == "plan" and event.get("start_step"):
@@ -203,7 +203,7 @@ class SweepScheduler:
                 f"  {trial.title}: goes on from its checkpoint of step {event['start_step']:,}", "dim"
             )
         elif kind == "eval":
-            self.board.measured(trial, event)
+            self.board.show_metrics(trial, event)
         value = event.get(self.sweep.metrics[0]) if kind in ("eval", "step") else None
         if value is None or self.search is None or event["step"] >= trial.config.steps:
             return
@@ -243,7 +243,7 @@ class SweepScheduler:
         if lock := self.locks.pop(trial.number, None):
             lock.close()
         self._write_end(trial)
-        self.board.ended(trial)
+        self.board.show_end(trial)
         if retry:
             trial.state, trial.tries = "queued", trial.tries + 1
             self.waiting.append(trial)
@@ -255,4 +255,4 @@ class SweepScheduler:
 
     def _write_end(self, trial: Trial) -> None:
         facts = {"state": trial.state, "step": trial.step, "values": trial.values, "why": trial.why}
-        self.ledger.end(trial.number, facts)
+        self.ledger.record_end(trial.number, facts)

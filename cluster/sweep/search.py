@@ -1,8 +1,8 @@
-"""Searches over hyperparameters: Optuna suggests the next trial's values and decides which trials to prune.
+"""Searches: Optuna suggests the next trial's values and decides which trials to prune.
 
 Only the driver asks it. The study lives in memory and is rebuilt from the ledger and the runs' own metrics, so the disk
-holds each fact once. What a sampler draws depends on the seed, the trial's number and what was known then, and on nothing
-that a restart would lose.
+holds each fact once. What a sampler draws depends on the seed, the trial's number and what was known then, and on
+nothing that a restart would lose.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ STATES = {
 RUNGS = ((1 / 8, 1 / 3), (1 / 2, 1 / 2))
 """Successive halving: (share of the steps, share of the trials that goes on from there).
 
-Early, a loss tells which trials are hopeless, and most are; among the rest it does not tell which will be best before the
-learning rate falls. docs/log.md has the curves, and what else was tried."""
+Early, a loss tells which trials are hopeless, and most are; among the rest it does not tell which will be best before
+the learning rate falls. docs/log.md has the curves, and what else was tried."""
 
 
 class TrialSearch:
@@ -46,7 +46,7 @@ class TrialSearch:
         self.open: dict[int, optuna.Trial] = {}
 
     def suggest(self) -> tuple[int, Params, dict[str, Any]]:
-        """The next trial: number, values as on the command line, and attributes that ``restore`` needs after a restart."""
+        """The next trial: number, values as on the command line, and attributes for ``restore`` after a restart."""
         number = len(self.study.trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that may change with the next version: ours is pinned

@@ -1,6 +1,7 @@
-"""The slots of a sweep's next trial: requested while others run, and handed out once all of them are placed.
+"""The slots of a sweep's next trial: requested while others run, used once all are placed.
 
-A gang is the slots of all workers of one trial. Ray places all of a gang or none, so a trial never waits with half of it.
+A gang is the slots of all workers of one trial. Ray places all of a gang or none, so a trial never waits with half of
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MOST_RESTARTS = 3
 
 @dataclass(frozen=True)
 class SweepResources:
-    """What all trials of a sweep share: device, fork servers, signal handlers, Ray cluster."""
+    """Device, fork servers, signal handlers and Ray cluster that all trials of a sweep share."""
 
     device: str
     target: str

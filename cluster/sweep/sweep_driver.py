@@ -1,4 +1,4 @@
-"""``train -m``: from a command line with several values to a sweep's exit code and its table of results."""
+"""``train -m``: from a command line with several values to a sweep's exit code and results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SweepDriver(Driver):
 
     def show_bad_input(self, message: str) -> None:
         """Shows the user what is wrong with the input and how to correct it."""
-        self.console.bad_input(message)
+        self.console.show_bad_input(message)
 
     def close_console(self) -> None:
         """Ends the live table and gives the cursor back."""

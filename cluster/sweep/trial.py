@@ -92,7 +92,7 @@ def metric_history(folder: Path, metric: str) -> list[tuple[int, float]]:
 
 
 def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
-    """The metrics of a finished run, from its summary or else its last step that has them; None where one is missing."""
+    """The metrics of a finished run, of its summary or else of its last step with them; None where one is missing."""
     summary: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads((folder / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""The checks of the driver before Ray or a worker is started, and the empty run folder that it removes after them."""
+"""The checks of the driver before Ray or a worker is started, and the folder that it removes."""
 
 from pathlib import Path
 

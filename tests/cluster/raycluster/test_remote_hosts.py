@@ -1,4 +1,4 @@
-"""The other hosts of a job's cluster, the commands that start its nodes there, versions, tokens and daemons."""
+"""The other hosts of a job, the commands that start its nodes there, versions, tokens, daemons."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_one_srun_command_starts_a_node_on_each_other_host():
 
 
 def script(*lines, code=0, sleep=0):
-    """Arguments of Python for a command that reads the token, prints lines, and ends with ``code`` or with its input."""
+    """Arguments of Python for a command that reads the token, prints lines, and ends with ``code`` or its input."""
     words = [f"print({line!r}, flush=True)" for line in lines]
     end = [f"time.sleep({sleep})", f"sys.exit({code})"] if code else ["sys.stdin.read()"]
     return ["; ".join(["import sys, time", "assert sys.stdin.readline() == 'secret\\n'", *words, *end])]

@@ -1,4 +1,4 @@
-"""A sweep's driver, killed in the middle of a trial: the same command goes on and ends as an unbroken one does."""
+"""A sweep's driver killed in the middle of a trial: the same command goes on as if unbroken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweeps of real runs on real Ray: each trial equals the same run alone, and no more run than there is room for."""
+"""Sweeps of real runs on real Ray: each trial equals the same run alone, within the room there is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real Ray on three hosts, each with its own address: the cluster verbs, training over the network, and who is kept out."""
+"""Real Ray on three hosts: the cluster verbs, training over the network, and the token."""
 
 import re
 import secrets
@@ -149,7 +149,7 @@ def test_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     (tmp_path / "wrong").write_text(secrets.token_hex(32))
 
     def client(mark, **env):
-        """What a program on c, of a user whose home is elsewhere, can do."""
+        """The output of a client on c that belongs to a user with another home."""
         words = [sys.executable, tmp_path / "client.py", f"{a.ip}:{PORT}", tmp_path / mark, ports]
         return c.run(words, env={"HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "2", **env}, timeout=120).stdout
 
@@ -174,10 +174,10 @@ def test_token_is_in_its_file_and_nowhere_else(three):
     token = a.run(["cat", TOKEN]).stdout
     for host in (a, b, c):
         with Path(f"/proc/{host.init}/root{TOKEN}").open() as pattern:
-            found = host.run(
+            holders = host.run(
                 ["sh", "-c", "grep -rlF -f - /tmp /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"], stdin=pattern
             )
-        assert found.stdout.split() == [TOKEN], found.stdout
+        assert holders.stdout.split() == [TOKEN], holders.stdout
     assert len(token) == 64
 
 
@@ -213,7 +213,8 @@ def test_two_cluster_up_at_once_make_one_cluster(tmp_path):
             a.start([sys.executable, "-m", "cluster", "cluster", "up"], stdout=out.open("w"), stderr=subprocess.STDOUT)
             for out in outs
         ]
-        assert [one.wait(120) for one in both] == [0, 0], [out.read_text() for out in outs]
+        codes = [one.wait(120) for one in both]
+        assert codes == [0, 0], [out.read_text() for out in outs]
         said = sorted("is up already" in out.read_text() for out in outs)
         assert said == [False, True]
         assert len([pid for pid in a.pids() if psutil.Process(pid).name() == "gcs_server"]) == 1

@@ -1,4 +1,4 @@
-"""Hosts joined over ssh, with a real sshd on each, and the nodes of a real SLURM: started, stopped and ended with the driver."""
+"""Hosts joined over ssh with real sshd, and nodes of a real SLURM, from start to the driver's end."""
 
 import os
 import re
@@ -49,7 +49,7 @@ SetEnv HOME={1}
 
 @pytest.fixture
 def reachable(tmp_path, tmp_path_factory):
-    """Three hosts of a core each; a can reach b, which its configuration of ssh calls bee, and c. And a's environment."""
+    """Three hosts of a core each, of which a reaches b (its ssh calls it bee) and c; and a's environment."""
     folder = tmp_path / "ssh"
     (folder / "bin").mkdir(parents=True)
     for name in ("host", "key"):
