@@ -1,4 +1,4 @@
-"""The command line: ``python -m cluster train [group=choice] [key=value]`` and ``python -m cluster cluster VERB``."""
+"""The command line: ``python -m cluster train [key=value]`` and ``python -m cluster cluster VERB``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VERBS = ("train", "cluster", "verify-resume", "drill")
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the verb that ``arguments`` name, and returns the exit code."""
+    """Runs the verb that ``arguments`` begin with, ``train`` if there are none, and returns the exit code."""
     redact.redact_output()
     verb, *rest = arguments or ["train"]
     if verb not in VERBS:
@@ -34,11 +34,11 @@ def main(arguments: list[str]) -> int:
     signals.install()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.driver.early_start import start_early
 
-    begun = None if {"-h", "--help"} & set(rest) else start_early(signals)
-    # Only now: these imports take a second, in which the warm process gets on with its own.
+    early = None if {"-h", "--help"} & set(rest) else start_early(signals)
+    # Imported only now: it takes a second, in which the fork server imports torch.
     from cluster.cli import train
 
-    return train.run(rest, begun)
+    return train.run(rest, early)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def test_each_heavy_dependency_has_one_fence(file: Path):
     assert not [d for d, fence in FENCES.items() if d in tops and not name(file).startswith(fence)]
 
 
+def test_private_api_of_ray_is_used_in_one_module():
+    """Ray may change it in any release: ``ray_internals`` gives the reason for each use."""
+    private = ("ray._private", "ray._raylet")
+    users = {name(file) for file in FILES if any(i.startswith(private) for i in imports(file))}
+    assert users == {"cluster/raycluster/ray_internals.py"}
+
+
 def test_no_modules_import_each_other_in_a_ring():
     modules = {module(f): f for f in FILES}
     # A package's __init__ counts only where it is named itself: importing a sibling is no ring.

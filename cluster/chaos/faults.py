@@ -1,7 +1,8 @@
-"""What a drill injects, what must be said of it, and whether what was seen is right. Pure.
+"""The faults of a drill, what the job must print about each, and the verdict on what it did. Pure.
 
-A row holds where the fault was named as it is, the job went on from it, and the run is then the undisturbed one: the same samples
-in every step, and the same loss; bit for bit at the same number of workers, within ``TOLERANCE`` where it changed.
+A row of the table holds where the job named the fault correctly, went on from it, and the run is then the undisturbed
+one: the same samples in every step and the same loss, bit for bit at the same number of workers, within ``TOLERANCE``
+where their number changed.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from typing import Any
 from train.run_dir.compare import Comparison
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-"""By precision: how far a loss may be off, relatively, where another number of workers adds in another order."""
-JUDGED = 50
-"""Steps, from the first that differs, in which that can be nothing but rounding."""
+"""Largest relative difference of a loss by precision, where another number of workers adds in another order."""
+JUDGED_STEPS = 50
+"""Steps from the first that differs in which losses are compared: later, training has amplified the rounding."""
 COLUMNS = ("fault", "detected in s", "named right", "recovered in s", "steps redone", "data_hash equal", "loss equal")
 Losses = Mapping[int, float]
-"""By step."""
+"""Step -> loss of a run."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault. ``says``: a pattern of the words that name it, with {places} that are known once it was injected."""
+    """One kind of fault.
+
+    ``says``: a regular expression of the output that names it, with fields such as {rank}, which are known once it was
+    injected.
+    """
 
     name: str
     title: str
@@ -33,7 +38,7 @@ class Fault:
     """Whether the job goes on with another number of workers."""
 
     def pattern(self, where: Mapping[str, Any]) -> re.Pattern[str]:
-        """What the job must say of it."""
+        """The regular expression of what the job must print; ``where``: values of the fields of ``says``."""
         return re.compile(self.says.format(**{key: re.escape(str(value)) for key, value in where.items()}))
 
 
@@ -54,50 +59,52 @@ FAULTS = {
         Fault("cut", "a host cut off", r"rank \d+ on {host} \(pid \d+\) was cut off", True),
     )
 }
-"""In the order in which they are injected: at the end, those after which the losses are no longer equal bit for bit."""
+"""In the order of injection: those after which losses are no longer equal bit for bit come last."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen of one fault. Seconds since it was injected; None: never."""
+    """How a run dealt with one fault: seconds from its injection (None: never), and what the job printed."""
 
     detected_s: float | None
     recovered_s: float | None
     steps_redone: int
     words: str
-    """The words that named it, or what was said instead."""
+    """The output that named the fault, or what was printed instead."""
     named: bool
     step: int
-    """Up to which the run is compared with the undisturbed one."""
+    """The step up to which the run is compared with the undisturbed one."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The verdict on one fault. ``impossible``: why it could not be injected here; then nothing else is set."""
+    """The verdict on one fault, as a row of the table and of drill.json."""
 
     fault: str
     title: str
     impossible: str = ""
+    """Why it could not be injected here; then nothing else is set."""
     seen: Observation | None = None
     data: str = ""
-    """What of the samples differs; empty: nothing."""
+    """The first difference between the samples; empty: none."""
     loss: str = ""
+    """The first difference between the losses; empty: none."""
     how: str = ""
-    """How equal the losses had to be."""
+    """How equal the losses had to be, in words."""
     failed: str = ""
-    """What the run did instead of going on."""
+    """Why the run did not go on after the fault, in words."""
 
     @property
     def holds(self) -> bool:
-        """Whether all is as it must be."""
+        """Whether the fault was named, the job went on, and the run is the undisturbed one."""
         seen = self.seen
-        return bool(
-            not self.failed and seen and seen.named and seen.recovered_s is not None and not (self.data or self.loss)
-        )
+        if self.failed or seen is None:
+            return False
+        return seen.named and seen.recovered_s is not None and not (self.data or self.loss)
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """As ``COLUMNS`` has them."""
+        """The cells of the row, in the order of ``COLUMNS``."""
         if self.seen is None:
             return (self.title, "", "not possible here" if self.impossible else "FAILED", *[""] * 4)
         seen = self.seen
@@ -107,68 +114,74 @@ class Row:
 
     @property
     def remark(self) -> str:
-        """What does not hold, or why nothing was tried, in words; empty if all holds."""
+        """The reasons why the row does not hold or was not tried, in words; empty where it holds."""
         if self.impossible:
             return f"{self.title}: not possible here: {self.impossible}"
         if self.holds:
             return ""
         if self.failed or self.seen is None:
             return f"{self.title}: {self.failed}"
-        found = [] if self.seen.named else [f"not named right, but: {self.seen.words or 'nothing'}"]
-        return f"{self.title}: " + "; ".join([*found, *filter(None, (self.data, self.loss))])
+        problems = [] if self.seen.named else [f"not named right, but: {self.seen.words or 'nothing'}"]
+        return f"{self.title}: " + "; ".join([*problems, *filter(None, (self.data, self.loss))])
 
 
-def judge(
-    fault: Fault, seen: Observation, findings: Sequence[Comparison], precision: str, losses: tuple[Losses, Losses]
+def judge_fault(
+    fault: Fault, seen: Observation, comparisons: Sequence[Comparison], precision: str, losses: tuple[Losses, Losses]
 ) -> Row:
-    """``findings``: the lines of both runs up to ``seen.step``, compared; ``losses``: theirs, by step."""
-    by_name = {finding.subject: finding.difference for finding in findings}
+    """The verdict on an observed fault.
+
+    ``comparisons``: of the metrics of both runs up to ``seen.step``; ``losses``: of the disturbed run and the other.
+    """
+    by_name = {comparison.subject: comparison.difference for comparison in comparisons}
     data = by_name.pop("data_hash")
     if fault.resizes:
         tolerance = TOLERANCE[precision]
-        loss, how = apart(*losses, tolerance), f"within {tolerance:g}"
+        loss, how = compare_losses(*losses, tolerance), f"within {tolerance:g}"
     else:
         loss, how = next((f"{what}: {d}" for what, d in by_name.items() if d), ""), "bit for bit"
     return Row(fault.name, fault.title, seen=seen, data=f"data_hash: {data}" if data else "", loss=loss, how=how)
 
 
-def apart(ours: Losses, theirs: Losses, tolerance: float) -> str:
-    """The first step whose losses are more apart than ``tolerance``, relatively; empty if none is.
+def compare_losses(ours: Losses, theirs: Losses, tolerance: float) -> str:
+    """The first step whose losses differ by more than ``tolerance``, relatively, in words; empty where there is none.
 
-    Sums in another order differ in their last bits, and training makes more of any difference, so only ``JUDGED`` steps from the
-    first one on are compared.
+    Sums in another order differ in their last bits, and training amplifies any difference, so only ``JUDGED_STEPS``
+    steps from the first different one on are compared.
     """
     first = min((step for step in {*ours, *theirs} if ours.get(step) != theirs.get(step)), default=0)
-    for step in sorted(step for step in {*ours, *theirs} if first <= step < first + JUDGED):
+    for step in sorted(step for step in {*ours, *theirs} if first <= step < first + JUDGED_STEPS):
         a, b = ours.get(step), theirs.get(step)
         if a is None or b is None or not abs(a - b) <= tolerance * abs(b):  # NaN too
             return f"loss: step {step}: {a} and {b}"
     return ""
 
 
-def impossible(fault: Fault, workers: int, alone: str) -> str:
-    """Why a fault cannot be injected into a job of so many workers; ``alone``: why there is no other host, or nothing."""
+def why_impossible(fault: Fault, workers: int, no_other_host: str) -> str:
+    """The reason why a fault cannot be injected into a job of so many workers; empty where it can.
+
+    ``no_other_host``: why there is no other host; empty where there is one.
+    """
     if fault.name in ("host", "cut"):
-        return alone
+        return no_other_host
     if fault.name == "size" and workers == 1:
         return "the job has one worker (cluster.workers=1)"
     return ""
 
 
-def choose(names: str) -> list[Fault]:
-    """The faults of a list like "kill,stop", in their own order. KeyError for one that is not known."""
+def parse_faults(names: str) -> list[Fault]:
+    """The faults that a list like "kill,stop" names, in the order of ``FAULTS``. KeyError for an unknown name."""
     wanted = {FAULTS[name.strip()].name for name in names.strip("[]").split(",") if name.strip()}
     return [fault for fault in FAULTS.values() if fault.name in wanted]
 
 
 def to_dict(row: Row) -> dict[str, Any]:
-    """A row for drill.json."""
+    """A row as plain values, for drill.json."""
     return {"holds": row.holds, **asdict(row)}
 
 
 def markdown(rows: Sequence[Row], about: str) -> str:
-    """The table for a pull request."""
+    """The table and the remarks in Markdown, for a pull request."""
     lines = [f"**Drill**: {about}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     lines += [f"| {' | '.join(row.cells)} |" for row in rows]
-    said = [f"- {' '.join(row.remark.split())}" for row in rows if row.remark]
-    return "\n".join([*lines, *(["", *said] if said else [])]) + "\n"
+    remarks = [f"- {' '.join(row.remark.split())}" for row in rows if row.remark]
+    return "\n".join([*lines, *(["", *remarks] if remarks else [])]) + "\n"

@@ -1,4 +1,4 @@
-"""The command ``train`` as its user gives it: in a process of its own, on a folder of its own, watched from outside."""
+"""The command ``train`` in a process and a run folder of its own, followed from outside."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMEOUT_S = 1800.0
 PROGRESS_CHECK_S = 0.02
 LAST_LINES = 15
 
-BESIDE = [
+COMPARABLE_SETTINGS = [
     "keep_best=0",
     "log_every=1",
     "eval_every=0",
@@ -31,44 +31,51 @@ BESIDE = [
     "tracking.wandb=off",
     "generation.prompts=[]",
 ]
-"""What two runs that are compared have of every configuration: a line a step, and nothing that leaves their folder."""
+"""Settings of two runs that are compared: a line of metrics a step, and nothing that leaves their folders."""
 
 
 @dataclass(frozen=True)
 class RankLocation:
-    """Where a rank of a running world is, as ``world.json`` has it: ``pid`` is its trainer's, ``steward`` its steward's."""
+    """Where a rank of a running job is, as ``world.json`` has it."""
 
     rank: int
     pid: int
-    steward: int
+    """Of its worker."""
+    agent_pid: int
     host: str
     ip: str
     node: str
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> RankLocation:
+        """The location in one entry of the "ranks" of ``world.json``."""
+        keys = ("rank", "pid", "steward", "host", "ip", "node")
+        return cls(*(record[key] for key in keys))
+
 
 def with_settings(overrides: Sequence[str], ours: Sequence[str]) -> list[str]:
-    """The overrides, with ``ours`` in the place of those of the same keys."""
+    """``overrides`` with the settings ``ours`` in place of those of the same keys, and without ``run.dir``."""
     keys = {setting.partition("=")[0] for setting in ours} | {"run.dir"}
     return [o for o in overrides if o.partition("=")[0].lstrip("+") not in keys] + list(ours)
 
 
 class TrainProcess:
-    """The command on one folder, given as often as need be. What it says lies beside the folder."""
+    """The command on one run folder, given as often as need be. Its output goes to ``<folder>.log``."""
 
     def __init__(self, folder: Path, overrides: Sequence[str]) -> None:
         self.folder, self.overrides = folder, overrides
         self.log = folder.with_name(f"{folder.name}.log")
         self.process: subprocess.Popen[bytes] | None = None
-        self.furthest = 0
+        self.furthest_step = 0
         """The last step that it was ever seen to have made."""
-        self.before = 0
-        """Restarts before the last start."""
+        self.restarts_before = 0
+        """Restarts of the job before the command was last given."""
 
-    # --------------------------------------------------------------------------------------------------------- its life
+    # ------------------------------------------------------------------------------------------------------ the process
 
     def start(self, *more: str) -> None:
-        """Give the command, with ``more`` settings this once. It ends with this process, however that ends."""
-        words = [
+        """Gives the command, with the settings ``more`` this once. It ends with this process, however that ends."""
+        argv = [
             sys.executable,
             "-m",
             "cluster",
@@ -76,10 +83,10 @@ class TrainProcess:
             *with_settings(self.overrides, more),
             f"run.dir={self.folder}",
         ]
-        parent, self.before = os.getpid(), len(self.restarts)
+        parent, self.restarts_before = os.getpid(), len(self.restarts)
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                words,
+                argv,
                 env={key: value for key, value in os.environ.items() if key != "TRIREME_T0"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -88,82 +95,84 @@ class TrainProcess:
                 preexec_fn=lambda: ipc.die_with_parent(parent),
             )
 
-    def until(self, reached: Callable[[], object], what: str, look_s: float = PROGRESS_CHECK_S) -> None:
-        """Wait until something is reached. UserError, with the run's last words, where it ends before or takes too long."""
+    def wait_until(self, reached: Callable[[], object], what: str, check_s: float = PROGRESS_CHECK_S) -> None:
+        """Waits until ``reached()``, checking every ``check_s`` seconds.
+
+        UserError, with the last lines of its output, where the run ends before or takes too long; ``what`` names there
+        what was waited for.
+        """
         deadline = time.monotonic() + TIMEOUT_S
         while True:
-            over = self.over
-            self.furthest = max(self.furthest, self.step)
+            ended = self.ended
+            self.furthest_step = max(self.furthest_step, self.step)
             if reached():
                 return
-            if over or time.monotonic() > deadline:
-                how = f"ended with exit code {self.code}" if over else f"went on for {TIMEOUT_S:.0f} s"
-                last = "\n".join(self.said().splitlines()[-LAST_LINES:])
+            if ended or time.monotonic() > deadline:
+                how = f"ended with exit code {self.exit_code}" if ended else f"went on for {TIMEOUT_S:.0f} s"
+                last = "\n".join(self.read_output().splitlines()[-LAST_LINES:])
                 raise UserError(f"the run {how}, and not to {what}:\n{last}")
-            time.sleep(look_s)
+            time.sleep(check_s)
 
-    def end(self, number: int) -> int | None:
-        """Send the driver a signal and wait for its end; the exit code."""
-        if self.process is not None and not self.over:
+    def stop(self, number: int) -> int | None:
+        """Sends signal ``number`` to the driver and waits for its end; the exit code."""
+        if self.process is not None and not self.ended:
             self.process.send_signal(number)
             try:
                 self.process.wait(DRIVER_STOP_S)
             except subprocess.TimeoutExpired:
                 self.kill()
-        return self.code
+        return self.exit_code
 
     def kill(self) -> None:
-        """End it now, with all that it started."""
+        """Kills the driver, and with it all processes that it started."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
     @property
-    def over(self) -> bool:
-        """Whether it has ended, or was not begun."""
+    def ended(self) -> bool:
+        """Whether the command has ended, or was not given yet."""
         return self.process is None or self.process.poll() is not None
 
     @property
-    def code(self) -> int | None:
-        """Its exit code once it is over."""
+    def exit_code(self) -> int | None:
+        """The exit code of the command, once it has ended."""
         return self.process.returncode if self.process else None
 
-    # ------------------------------------------------------------------------------------------------------ what it did
+    # ---------------------------------------------------------------------------------------------------- what it wrote
 
-    def said(self, offset: int = 0) -> str:
-        """What it has said from byte ``offset`` on, all starts together."""
+    def read_output(self, offset: int = 0) -> str:
+        """The output of all starts together, from byte ``offset`` on."""
         with self.log.open("rb") as file:
             file.seek(offset)
             return file.read().decode(errors="replace")
 
     @property
     def step(self) -> int:
-        """The last step that metrics.jsonl has."""
+        """The last step in ``metrics.jsonl``; 0 where there is none."""
         return max((record["step"] for record in read_records(RunDir(self.folder).metrics)), default=0)
 
     @property
-    def saved(self) -> int:
+    def saved_step(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
         return manifest.newest_step(RunDir(self.folder).checkpoints)
 
     @property
     def restarts(self) -> list[dict]:
-        """The lines of restarts.jsonl: a world that trains after another had ended."""
+        """The records of ``restarts.jsonl``: one for each attempt that trains after another had ended."""
         return read_records(RunDir(self.folder).restarts)
 
     @property
-    def places(self) -> list[RankLocation]:
-        """Where the ranks are."""
-        return [RankLocation(**place) for place in self._world["ranks"]]
+    def locations(self) -> list[RankLocation]:
+        """Where the ranks are, in their order."""
+        return [RankLocation.from_json(record) for record in self._world["ranks"]]
 
     @property
-    def size(self) -> int:
-        """How many workers train now; 0 while they are being started again."""
+    def world_size(self) -> int:
+        """How many workers train now; 0 while they are being restarted."""
         world = self._world
-        trains = not world["generation"] or world["generation"] in {
-            line["generation"] for line in self.restarts[self.before :]
-        }
-        return len(world["ranks"]) if trains else 0
+        attempts = {record["generation"] for record in self.restarts[self.restarts_before :]}
+        return len(world["ranks"]) if not world["generation"] or world["generation"] in attempts else 0
 
     @property
     def _world(self) -> dict[str, Any]:

@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.host import network, resources
-from cluster.raycluster import node_daemon, ray_auth, ray_node
-from cluster.raycluster import status as view
+from cluster.raycluster import cluster_client, node_daemon, ray_auth
+from cluster.raycluster import status as cluster_status
 from train.errors import ExitCode, UserError
 from train.util.format import duration, plural
 from train.util.io import FileLock
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 PORT = 6379
-"""Where Ray's heads listen by custom."""
+"""The port on which Ray's heads listen by default."""
 Options = dict[str, str]
 
 
@@ -36,31 +36,33 @@ def up(options: Options, words: Sequence[str]) -> int:
     The token is made once, in ~/.ray/auth_token, readable by you only.
     """
     folder = node_daemon.lasting_folder()
-    found = node_daemon.living(folder)
-    if found is not None:
-        if not found["head"]:
+    node = node_daemon.read_living_node(folder)
+    if node is not None:
+        if not node["head"]:
             raise UserError(
-                f"this host is a node of the cluster at {found['address']}: `./launch.sh cluster down` ends that"
+                f"this host is a node of the cluster at {node['address']}: `./launch.sh cluster down` ends that"
             )
-        OUT.print(f"The cluster is up already, at {found['address']}.")
-        return _how_to_go_on(found["address"])
-    ip, port = options.get("bind", ray_node.LOOPBACK), _number(options, "port", PORT)
-    _free(ip, port)
-    ray_auth.make(ray_auth.place())
-    found = _background(_order(folder, ip, options, port=port))
-    OUT.print(f"The cluster is up at [bold]{found['address']}[/], with {_offer(found)} of this host.")
-    return _how_to_go_on(found["address"])
+        OUT.print(f"The cluster is up already, at {node['address']}.")
+        return _print_next_steps(node["address"])
+    ip, port = options.get("bind", ray_auth.LOOPBACK), _number(options, "port", PORT)
+    _check_port_is_free(ip, port)
+    ray_auth.create_token(ray_auth.token_path())
+    node = _start_daemon(_node_order(folder, ip, options, port=port))
+    OUT.print(f"The cluster is up at [bold]{node['address']}[/], with {_resources(node)} of this host.")
+    return _print_next_steps(node["address"])
 
 
-def _how_to_go_on(address: str) -> int:
-    file, where = ray_auth.place(), address.rpartition(":")[0]
-    if where == ray_node.LOOPBACK:
+def _print_next_steps(address: str) -> int:
+    file, ip = ray_auth.token_path(), address.rpartition(":")[0]
+    if ip == ray_auth.LOOPBACK:
         OUT.print(
             "  join    no other host can reach it: for that, take it down and say ./launch.sh cluster up bind=ADDRESS"
         )
     else:
         OUT.print(f"  join    on every other host, once it has your token: ./launch.sh cluster join {address}")
-        OUT.print(f"  token   the file {file}: copy it to {ray_auth.PLACE} there, mode 600 (scp -p keeps the mode)")
+        OUT.print(
+            f"  token   the file {file}: copy it to {ray_auth.DEFAULT_PATH} there, mode 600 (scp -p keeps the mode)"
+        )
     OUT.print("  train   ./launch.sh train cluster.address=auto")
     OUT.print("  end     ./launch.sh cluster down")
     return ExitCode.OK
@@ -73,48 +75,47 @@ def join(options: Options, words: Sequence[str]) -> int:
 
     Needs the head's token in ~/.ray/auth_token, and the same Python, Ray, torch and code.
     """
-    if "job" in options:  # a job's driver says this, over ssh or srun
+    if "job" in options:  # a job's driver gives this command, over ssh or srun
         return node_daemon.serve_job(words[0], options["job"], options["device"], options["target"])
     if len(words) != 1 or ":" not in words[0]:
         raise UserError(
             "join needs the address of a head, such as 10.0.0.1:6379: `./launch.sh cluster status` shows it there"
         )
     address, folder = words[0], node_daemon.lasting_folder()
-    found = node_daemon.living(folder)
-    if found is not None:
-        if found["address"] != address:
+    node = node_daemon.read_living_node(folder)
+    if node is not None:
+        if node["address"] != address:
             raise UserError(
-                f"this host is a node of the cluster at {found['address']}: `./launch.sh cluster down` ends that"
+                f"this host is a node of the cluster at {node['address']}: `./launch.sh cluster down` ends that"
             )
         OUT.print(f"This host is a node of the cluster at {address} already.")
         return ExitCode.OK
-    ray_auth.check(ray_auth.place())
+    ray_auth.check_token(ray_auth.token_path())
     ip = options.get("bind") or network.address_towards(address)
-    found = _background(_order(folder, ip, options, address=address))
-    OUT.print(
-        f"This host ({found['host']}, {found['ip']}) has joined the cluster at [bold]{address}[/], with {_offer(found)}."
-    )
+    node = _start_daemon(_node_order(folder, ip, options, address=address))
+    host = f"{node['host']}, {node['ip']}"
+    OUT.print(f"This host ({host}) has joined the cluster at [bold]{address}[/], with {_resources(node)}.")
     return ExitCode.OK
 
 
 def status(options: Options, words: Sequence[str]) -> int:
     """cluster status [ADDRESS]: the nodes of the cluster, what they have, and the jobs that hold it."""
-    seen = view.read_status(words[0] if words else node_daemon.local()["address"])
-    table = Table(title=f"cluster at {seen.address}", title_justify="left")
+    cluster = cluster_status.read_status(words[0] if words else node_daemon.local_node()["address"])
+    table = Table(title=f"cluster at {cluster.address}", title_justify="left")
     for column in ("host", "address", "cores free", "GPUs free", ""):
         table.add_column(column, justify="right" if "free" in column else "left")
-    for node, where in seen.nodes:
-        row = [node.name, where.address, f"{node.free_cpus:g} of {node.cpus:g}", f"{node.free_gpus:g} of {node.gpus:g}"]
-        table.add_row(*row, "head" if where.head else "")
+    for node, location in cluster.nodes:
+        cpus, gpus = f"{node.free_cpus:g} of {node.cpus:g}", f"{node.free_gpus:g} of {node.gpus:g}"
+        table.add_row(node.name, location.address, cpus, gpus, "head" if location.head else "")
     OUT.print(table)
-    if not seen.jobs:
+    if not cluster.jobs:
         OUT.print("No job holds any of it.")
         return ExitCode.OK
     table = Table(title="jobs", title_justify="left")
     for column in ("job", "driver", "running for", "holds"):
         table.add_column(column)
-    for job in seen.jobs:
-        holds = ", ".join(f"{name}: {what}" for name, what in job.holds.items()) or "nothing yet"
+    for job in cluster.jobs:
+        holds = ", ".join(f"{host}: {resources}" for host, resources in job.holds.items()) or "nothing yet"
         table.add_row(job.name, f"pid {job.pid} on {job.host}", duration(job.seconds), holds)
     OUT.print(table)
     return ExitCode.OK
@@ -126,32 +127,36 @@ def down(options: Options, words: Sequence[str]) -> int:
     --all   said on a host that joined: end the whole cluster
     """
     folder = node_daemon.lasting_folder()
-    found = node_daemon.living(folder)
-    if found is None:
-        node_daemon.end(folder)  # what a crash has left
+    node = node_daemon.read_living_node(folder)
+    if node is None:
+        node_daemon.end_node(folder)  # what a crash has left
         OUT.print("No cluster's node is up on this host.")
         return ExitCode.OK
-    everything = found["head"] or "--all" in words
-    ray_node.authenticate(ray_auth.place(), found["address"])
+    everything = node["head"] or "--all" in words
+    ray_auth.authenticate(ray_auth.token_path(), node["address"])
     try:
-        ray_node.drain(found["address"], None if everything else found["node"])
+        cluster_client.drain_nodes(node["address"], None if everything else node["node"])
     except UserError as error:
         ERR.print(f"the others were not told: {error}", markup=False)
-    node_daemon.end(folder)
+    node_daemon.end_node(folder)
     what = "The cluster" if everything else "This host's node"
-    OUT.print(f"{what} at {found['address']} is down.")
+    OUT.print(f"{what} at {node['address']} is down.")
     return ExitCode.OK
 
 
-def _order(folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None) -> node_daemon.NodeOrder:
+def _node_order(
+    folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None
+) -> node_daemon.NodeOrder:
+    """A node to be started in a new folder. ``address``: the cluster to join; None: this is the head of a new one."""
     cpus, gpus = _number(options, "cpus", resources.count_cpus()), _number(options, "gpus", resources.count_gpus())
-    return node_daemon.NodeOrder(str(node_daemon.fresh(folder)), str(ray_auth.place()), ip, port, cpus, gpus, address)
+    made, token = node_daemon.make_node_folder(folder), ray_auth.token_path()
+    return node_daemon.NodeOrder(str(made), str(token), ip, port, cpus, gpus, address)
 
 
-def _background(order: node_daemon.NodeOrder) -> dict:
-    """Starts the process that keeps the node, and leaves it behind once the node is up."""
+def _start_daemon(order: node_daemon.NodeOrder) -> dict:
+    """Starts the node's daemon in the background; returns the node's description once it is up, or raises UserError."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.raycluster.node_daemon", node_daemon.order_line(order)],
+        [sys.executable, "-m", "cluster.raycluster.node_daemon", node_daemon.to_argument(order)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -169,8 +174,8 @@ def _background(order: node_daemon.NodeOrder) -> dict:
     return dict(answer)
 
 
-def _free(ip: str, port: int) -> None:
-    """Raises UserError unless a head can listen there."""
+def _check_port_is_free(ip: str, port: int) -> None:
+    """Raises UserError unless a head can listen on this address and port."""
     if ip in ("0.0.0.0", "::"):
         raise UserError(f"bind={ip} is no address that others can be told: give the one by which they reach this host")
     with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as probe:
@@ -183,8 +188,9 @@ def _free(ip: str, port: int) -> None:
             ) from error
 
 
-def _offer(found: dict) -> str:
-    return plural(found["cpus"], "core") + (f" and {plural(found['gpus'], 'GPU')}" if found["gpus"] else "")
+def _resources(node: dict) -> str:
+    """Cores and GPUs of a node, in words."""
+    return plural(node["cpus"], "core") + (f" and {plural(node['gpus'], 'GPU')}" if node["gpus"] else "")
 
 
 def _number(options: Options, key: str, default: int) -> int:
@@ -202,31 +208,32 @@ VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
 }
 
 
-def _alone(name: str, given: Options) -> contextlib.AbstractContextManager[object]:
-    """Two commands that change this user's node on this host follow each other; one job's node (see ``join``) is held by none."""
-    if name == "status" or "job" in given:
+def _exclusive(name: str, options: Options) -> contextlib.AbstractContextManager[object]:
+    """Serializes commands that change this user's lasting node on this host; a node of one job waits for none."""
+    if name == "status" or "job" in options:
         return contextlib.nullcontext()
-    folder = Path(ray_auth.PLACE).expanduser().parent
+    folder = Path(ray_auth.DEFAULT_PATH).expanduser().parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     wait = partial(ERR.print, f"waiting for another `cluster` command on {socket.gethostname()}")
     return FileLock(folder / f"trireme-{socket.gethostname()}.lock", on_wait=wait)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs ``cluster VERB ...``; the exit code."""
+    """Runs ``cluster VERB [key=value] [word]`` and returns the exit code."""
     name, *rest = arguments or ["--help"]
     verb, known = VERBS.get(name, (None, set()))
     if verb is None or {"-h", "--help"} & set(rest):
-        chosen = [verb] if verb else [one for one, _ in VERBS.values()]
-        OUT.print("\n\n".join((one.__doc__ or "").rstrip().replace("\n    ", "\n") for one in chosen), markup=False)
+        shown = [verb] if verb else [function for function, _ in VERBS.values()]
+        texts = [(function.__doc__ or "").rstrip().replace("\n    ", "\n") for function in shown]
+        OUT.print("\n\n".join(texts), markup=False)
         return ExitCode.OK if verb or name in ("-h", "--help") else ExitCode.BAD_INPUT
-    given = dict(word.removeprefix("cluster.").split("=", 1) for word in rest if "=" in word)
+    options = dict(word.removeprefix("cluster.").split("=", 1) for word in rest if "=" in word)
     words = [word for word in rest if "=" not in word]
     try:
-        if unknown := [key for key in given if key not in known]:
+        if unknown := [key for key in options if key not in known]:
             raise UserError(f"{name} knows no {unknown[0]}=...: try `./launch.sh cluster {name} --help`")
-        with _alone(name, given):
-            return verb(given, words)
+        with _exclusive(name, options):
+            return verb(options, words)
     except UserError as error:
         ERR.print("[bold red]error:[/] ", end="")
         ERR.print(str(error), markup=False)

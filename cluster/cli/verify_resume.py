@@ -1,7 +1,7 @@
-"""The verb ``verify-resume``: N steps and N more, a real stop between them, against 2 N at once, on the user's own configuration.
+"""The verb ``verify-resume``: N + N steps with a real stop between against 2 N at once.
 
-Each run is the command ``train`` in a process of its own and a folder of its own, which are gone afterwards. The configuration
-stays as it is, ``steps`` and so the schedule included; the runs are ended once they have what is compared.
+Both are runs of the user's own configuration, each by the command ``train`` in a process and a temporary folder of its
+own. ``steps``, and so the schedule, stays as configured; the runs are ended once they have what is compared.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from cluster.chaos.train_process import BESIDE, TrainProcess, with_settings
+from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_settings
 from train.config import load as configuration
 from train.errors import ExitCode, UserError
 from train.run_dir.compare import Comparison, compare
 from train.util.run_layout import RunDir
 
 HALF = 10
-"""Steps before the stop, and after it."""
-WAYS = (signal.SIGTERM, signal.SIGKILL)
+"""Steps before the stop, and as many after it."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 
 def run(overrides: Sequence[str]) -> int:
@@ -34,12 +34,12 @@ def run(overrides: Sequence[str]) -> int:
         half = min(HALF, config.steps // 2)
         if not half:
             raise UserError(f"steps={config.steps}: it takes two to stop between them")
-        beside = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
-        beside.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=beside))
+        parent = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=parent))
         try:
-            settings = with_settings(overrides, [f"save_every={max(1, half // 2)}", "keep_last=1000", *BESIDE])
-            return _verify(out, folder, settings, half)
+            ours = [f"save_every={max(1, half // 2)}", "keep_last=1000", *COMPARABLE_SETTINGS]
+            return _verify(out, folder, with_settings(overrides, ours), half)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     except UserError as error:
@@ -48,28 +48,28 @@ def run(overrides: Sequence[str]) -> int:
 
 
 def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> int:
-    whole = TrainProcess(folder / "whole", settings)
+    unbroken = TrainProcess(folder / "whole", settings)
     out.print(f"{2 * half} steps at once")
-    _make(whole, 2 * half)
+    _train_to_checkpoint(unbroken, 2 * half)
     table = Table(title=f"{half} + {half} steps against {2 * half}", title_justify="left")
     for column in ("stopped by", "after step", "compared", "of them", "equal"):
         table.add_column(column, justify="right" if column in ("after step", "of them") else "left")
     equal = True
-    for way in WAYS:
-        part = TrainProcess(folder / way.name, settings)
-        out.print(f"the same, stopped by {way.name}")
-        part.start()
-        part.until(lambda part=part: part.step >= half, f"step {half}")  # type: ignore[misc]
-        part.end(way)
-        stopped = part.step
-        if stopped >= 2 * half:
+    for number in STOP_SIGNALS:
+        stopped = TrainProcess(folder / number.name, settings)
+        out.print(f"the same, stopped by {number.name}")
+        stopped.start()
+        stopped.wait_until(lambda run=stopped: run.step >= half, f"step {half}")  # type: ignore[misc]
+        stopped.stop(number)
+        step = stopped.step
+        if step >= 2 * half:
             raise UserError(
                 f"the steps are too short to stop between step {half} and {2 * half}: take a larger batch.global"
             )
-        _make(part, 2 * half)
-        for n, finding in enumerate(compare(part.folder, whole.folder, 2 * half)):
-            equal = equal and finding.difference is None
-            table.add_row(way.name if not n else "", str(stopped) if not n else "", *_cells(finding))
+        _train_to_checkpoint(stopped, 2 * half)
+        for n, comparison in enumerate(compare(stopped.folder, unbroken.folder, 2 * half)):
+            equal = equal and comparison.difference is None
+            table.add_row(number.name if not n else "", str(step) if not n else "", *_cells(comparison))
     out.print(table)
     out.print(
         "a stopped run is the undisturbed one, bit for bit" if equal else "[bold red]a stopped run is another run[/]"
@@ -77,12 +77,13 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     return ExitCode.OK if equal else ExitCode.FAILURE
 
 
-def _make(run: TrainProcess, step: int) -> None:
-    """Has it go on until it has the checkpoint of a step, and ends it."""
+def _train_to_checkpoint(run: TrainProcess, step: int) -> None:
+    """Starts or continues a run, and ends it once it has the checkpoint of ``step``."""
     run.start()
-    run.until(RunDir(run.folder).checkpoint(step).is_dir, f"the checkpoint of step {step}")
-    run.end(signal.SIGTERM)
+    run.wait_until(RunDir(run.folder).checkpoint(step).is_dir, f"the checkpoint of step {step}")
+    run.stop(signal.SIGTERM)
 
 
-def _cells(finding: Comparison) -> tuple[str, str, str]:
-    return finding.subject, str(finding.compared), "yes" if finding.difference is None else f"no: {finding.difference}"
+def _cells(comparison: Comparison) -> tuple[str, str, str]:
+    equal = "yes" if comparison.difference is None else f"no: {comparison.difference}"
+    return comparison.subject, str(comparison.compared), equal

@@ -1,11 +1,11 @@
-"""From the configuration to a Ray cluster that this process is a driver of: one that is up, or one for this job alone."""
+"""From the configuration to a Ray cluster: an existing one, or one for this job alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from cluster.host import network, resources
-from cluster.raycluster import node_daemon, ray_auth, ray_node, remote_hosts, versions
+from cluster.raycluster import cluster_client, node_daemon, ray_auth, ray_node, remote_hosts, versions
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import ClusterConfig
 
@@ -13,49 +13,53 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def connect(
-    cluster: ClusterConfig, name: str, folder: Path, target: str
+    cluster: ClusterConfig, job_name: str, folder: Path, target: str, shared: bool = False
 ) -> tuple[LocalRayCluster | None, remote_hosts.RemoteNodes | None]:
-    """Joins the cluster that is configured, or starts one; the nodes of it on other hosts, if the job called ``name`` has such.
+    """Joins the cluster that is configured, or starts one; also on other hosts where the configuration names some.
 
-    Returns the cluster, where it is this job's own and this machine's alone, so that it can be started anew; and the other hosts'
-    nodes. To be called from the main thread. UserError says in words what does not work, and on which host.
+    Returns the cluster if this process started it and it is of this host alone, so that it can be restarted, and the
+    nodes on other hosts if there are any. ``folder`` is the job's private folder, ``target`` what its ranks run,
+    ``shared`` whether several jobs will run on the cluster. To be called from the main thread. UserError says what does
+    not work, and on which host.
     """
     if cluster.address is not None:
-        join(cluster.address, name)
+        join_lasting_cluster(cluster.address, job_name)
         return None, None
-    kind, names = remote_hosts.others(cluster)
-    ip = ray_node.LOOPBACK
-    if names:
-        seen = [remote_hosts.ssh_address(name) for name in names] if kind == "ssh" else names
-        ip = cluster.bind or network.address_towards(f"{seen[0]}:22")
-    secret = folder / "token"
-    ray_auth.make(secret)
-    start = ray_node.NodeSpec(ip, folder, secret, resources.count_cpus(), resources.count_gpus())
-    if not names:
-        return LocalRayCluster(start, name), None
-    node = ray_node.start_head(start)
-    ray_node.publish(node.address, versions.here())
-    words = [
+    kind, hosts = remote_hosts.other_hosts(cluster)
+    ip = ray_auth.LOOPBACK
+    if hosts:
+        first = remote_hosts.ssh_address(hosts[0]) if kind == "ssh" else hosts[0]
+        ip = cluster.bind or network.address_towards(f"{first}:22")
+    token = folder / "token"
+    ray_auth.create_token(token)
+    spec = ray_node.NodeSpec(ip, folder, token, resources.count_cpus(), resources.count_gpus())
+    if not hosts:
+        return LocalRayCluster(spec, job_name, shared), None
+    head = ray_node.start_head(spec)
+    cluster_client.publish_versions(head.address, versions.local_versions())
+    join = [
         "cluster",
         "join",
-        node.address,
+        head.address,
         f"job={folder.name}",
         f"device={cluster.device}",
         f"target={target}",
     ]
-    over = remote_hosts.over_ssh if kind == "ssh" else remote_hosts.over_srun
-    others = remote_hosts.RemoteNodes(
-        over(names, words, cluster.remote_dir or str(REPOSITORY)), secret.read_text(), folder
-    )
-    ray_node.drive(node.address, name, None, ip)
-    others.wait(cluster.start_timeout)
-    return None, others
+    commands_for = remote_hosts.ssh_commands if kind == "ssh" else remote_hosts.srun_commands
+    commands = commands_for(hosts, join, cluster.remote_dir or str(REPOSITORY))
+    remote_nodes = remote_hosts.RemoteNodes(commands, token.read_text(), folder)
+    cluster_client.init_driver(head.address, job_name, None, ip)
+    remote_nodes.wait_until_joined(cluster.start_timeout)
+    return None, remote_nodes
 
 
-def join(address: str, name: str) -> None:
-    """On a cluster that is up, the workers import our code from where we do: its path must be the same on every host."""
+def join_lasting_cluster(address: str, job_name: str) -> None:
+    """Makes this process a driver on a cluster that exists; "auto": the one that this host is a node of.
+
+    Its workers import our code from the path that it has here: it must be the same on every host.
+    """
     if address == "auto":
-        found = node_daemon.local()
-        ray_node.join(found["address"], name, str(REPOSITORY), found["ip"])
+        node = node_daemon.local_node()
+        cluster_client.join_as_driver(node["address"], job_name, str(REPOSITORY), node["ip"])
     else:
-        ray_node.join(address, name, str(REPOSITORY))
+        cluster_client.join_as_driver(address, job_name, str(REPOSITORY))

@@ -1,4 +1,4 @@
-"""Where the workers go: pure arithmetic over what the nodes have, or the reason why not, before anything is queued."""
+"""How many workers fit on which nodes, or why they do not: pure arithmetic before Ray is asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.errors import UserError
 
 @dataclass(frozen=True)
 class Node:
-    """One machine of the cluster: all it has, and what nobody uses now. Cores and GPUs."""
+    """Cores and GPUs of one machine of the cluster: all that it has, and what is free now."""
 
     name: str
     cpus: float
@@ -21,25 +21,26 @@ class Node:
 
 @dataclass(frozen=True)
 class WorkerRequest:
-    """What a job asks for: so many workers of so many cores and GPUs each, between which nothing is split."""
+    """The workers of a job, each with so many cores and GPUs of one node."""
 
     workers: int
     cpus: int
     gpus: int
     least: int | None = None
-    """So many are enough to begin with; None: all."""
+    """Workers with which the job may begin; None: all."""
 
     @property
     def each(self) -> str:
-        """One worker's share, in words."""
+        """Cores and GPUs of one worker, in words."""
         gpus = f" and {_count(self.gpus, 'GPU')}" if self.gpus else ""
         return f"{_count(self.cpus, 'core')}{gpus}"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Workers per node, by name, as they would be packed now; ``waiting``: how many must wait for others to end, or, where
-    fewer are enough, for more nodes.
+    """Workers per node, by name, as they would be packed now.
+
+    ``waiting``: workers for which there is no room until other jobs end or, beyond ``least``, more nodes join.
     """
 
     workers: dict[str, int]
@@ -47,8 +48,9 @@ class Placement:
 
 
 def choose_device(asked: str, nodes: Sequence[Node]) -> str:
-    """ "cpu" or "gpu": what ``cluster.device`` means on these nodes. Raises UserError where GPUs are asked for and none
-    is.
+    """The device, "cpu" or "gpu", that ``cluster.device`` means on these nodes.
+
+    UserError where GPUs are asked for and no node has one.
     """
     any_gpu = any(node.gpus for node in nodes)
     if asked == "gpu" and not any_gpu:
@@ -59,13 +61,13 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
 
 
 def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:
-    """Packs the workers on the nodes. Raises UserError when they cannot fit even when nobody else uses the cluster."""
-    room = {node.name: _fits(node.cpus, node.gpus, request) for node in nodes}
-    if sum(room.values()) < (request.least or request.workers):
-        raise UserError(_too_few(nodes, request, room))
+    """Packs the workers on the nodes. UserError where they cannot fit even if nobody else uses the cluster."""
+    capacity = {node.name: _count_fitting(node.cpus, node.gpus, request) for node in nodes}
+    if sum(capacity.values()) < (request.least or request.workers):
+        raise UserError(_explain_shortage(nodes, request, capacity))
     placed: dict[str, int] = {}
     left = request.workers
-    free = {node.name: _fits(node.free_cpus, node.free_gpus, request) for node in nodes}
+    free = {node.name: _count_fitting(node.free_cpus, node.free_gpus, request) for node in nodes}
     for name in sorted(free, key=lambda name: -free[name]):
         here = min(left, free[name])
         if here:
@@ -75,17 +77,17 @@ def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:
 
 
 def initial_workers(placement: Placement, request: WorkerRequest) -> int:
-    """With how many workers to begin: all, or as many as there is room for now where that is enough."""
+    """Workers with which to begin: all, or as many as there is room for now where that is enough."""
     return max(sum(placement.workers.values()), request.least or request.workers)
 
 
-def _fits(cpus: float, gpus: float, request: WorkerRequest) -> int:
+def _count_fitting(cpus: float, gpus: float, request: WorkerRequest) -> int:
     by_cpu = int(cpus // request.cpus)
     return min(by_cpu, int(gpus // request.gpus)) if request.gpus else by_cpu
 
 
-def _too_few(nodes: Sequence[Node], request: WorkerRequest, room: dict[str, int]) -> str:
-    total = sum(room.values())
+def _explain_shortage(nodes: Sequence[Node], request: WorkerRequest, capacity: dict[str, int]) -> str:
+    total = sum(capacity.values())
     key, least = ("min_workers", request.least) if request.least else ("workers", request.workers)
     lines = [
         f"cluster.{key}={least} asks for {least} workers of {request.each}; "
@@ -93,7 +95,7 @@ def _too_few(nodes: Sequence[Node], request: WorkerRequest, room: dict[str, int]
     ]
     for node in nodes:
         has = f"{_count(node.cpus, 'core')}, {_count(node.gpus, 'GPU')}"
-        lines.append(f"  {node.name}: {has}: room for {room[node.name]}{_shortage(node, request)}")
+        lines.append(f"  {node.name}: {has}: room for {capacity[node.name]}{_missing_for_another(node, request)}")
     cures = [f"cluster.{key}={total}"] if total else []
     if request.cpus > 1:
         cures.append("fewer cluster.cpus_per_worker")
@@ -103,11 +105,11 @@ def _too_few(nodes: Sequence[Node], request: WorkerRequest, room: dict[str, int]
     return "\n".join([*lines, f"Use {', or '.join(cures)}."])
 
 
-def _shortage(node: Node, request: WorkerRequest) -> str:
-    """What one more worker would need on a node, in words."""
-    after = _fits(node.cpus, node.gpus, request) + 1
-    cpus = after * request.cpus - node.cpus
-    gpus = after * request.gpus - node.gpus
+def _missing_for_another(node: Node, request: WorkerRequest) -> str:
+    """Cores and GPUs that a node lacks for one more worker, in words."""
+    workers = _count_fitting(node.cpus, node.gpus, request) + 1
+    cpus = workers * request.cpus - node.cpus
+    gpus = workers * request.gpus - node.gpus
     missing = [_count(n, unit) for n, unit in ((cpus, "core"), (gpus, "GPU")) if n > 0]
     return f", {' and '.join(missing)} short of another"
 

@@ -1,7 +1,7 @@
-"""A job's nodes on other hosts: one command a host over ssh, or one srun for all in a SLURM allocation.
+"""A job's nodes on other hosts: one command a host over ssh, or one srun for all hosts of SLURM.
 
-Each command runs ``./launch.sh cluster join`` there and lives as long as the node. The job's token goes through its standard
-input, which stays open: when the driver ends, however that comes, it closes, and the nodes end.
+Each command runs ``./launch.sh cluster join`` there and lives as long as the node. The job's token goes through its
+standard input, which stays open: it closes when the driver ends, however that happens, and then the nodes end.
 """
 
 from __future__ import annotations
@@ -35,67 +35,69 @@ SSH = (
     "-o",
     "ServerAliveCountMax=3",
 )
-"""No questions asked; a host that is cut off is given up after 15 s."""
-AGAIN_S = 10.0
-"""How long after its end a host is asked to join again."""
+"""Asks no questions, and gives up a host that is cut off after 15 s."""
+REPEAT_S = 10.0
+"""After the end of a host's command, how long until the host is asked to join again."""
 CLOSE_S = 10.0
-WORDS = 5
-"""Last lines of what a command said, shown where it failed."""
+OUTPUT_LINES = 5
+"""Last lines of a failed command's output that are shown."""
 
 
 @dataclass(frozen=True)
 class RemoteCommand:
-    """What starts ``nodes`` nodes, and keeps them."""
+    """A command on this host that starts ``nodes`` nodes on others and keeps them alive."""
 
     name: str
-    words: list[str]
+    argv: list[str]
     nodes: int
-    again: bool
-    """Whether to say it again when it has ended: the host may be back."""
+    repeat: bool
+    """Whether to run it again when it has ended: the host may be back."""
 
 
-def hosts(named: Sequence[str] | str) -> list[str]:
-    """The names of ``cluster.hosts``: as listed, or one a line of a file."""
+def read_hosts(named: Sequence[str] | str) -> list[str]:
+    """The host names of ``cluster.hosts``: a list, or the path of a file with one name a line."""
     if not isinstance(named, str):
         return list(named)
     try:
         lines = Path(named).read_text().splitlines()
     except OSError as error:
         raise UserError(
-            f"cluster.hosts={named} is no file of host names ({error.strerror}): write one name a line, or say cluster.hosts=[a,b]"
+            f"cluster.hosts={named} is no file of host names ({error.strerror}): write one name a line, "
+            "or say cluster.hosts=[a,b]"
         ) from error
-    found = [line.partition("#")[0].strip() for line in lines]
-    if not any(found):
+    names = [line.partition("#")[0].strip() for line in lines]
+    if not any(names):
         raise UserError(f"cluster.hosts={named} names no host: write one a line")
-    return [name for name in found if name]
+    return [name for name in names if name]
 
 
 def ssh_address(name: str) -> str:
-    """The name or address that ssh connects to for ``name``, which its configuration may say."""
+    """The name or address that ssh connects to for ``name``, which its configuration may define."""
     try:
-        shown = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, timeout=10).stdout
+        output = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, timeout=10).stdout
     except FileNotFoundError:
         raise UserError("cluster.hosts needs the command ssh, and there is none here: install openssh-client") from None
-    settings = dict(line.split(" ", 1) for line in shown.splitlines() if " " in line)
+    settings = dict(line.split(" ", 1) for line in output.splitlines() if " " in line)
     return settings.get("hostname", name)
 
 
-def over_ssh(names: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
-    """The commands that have each of ``names`` join; ``folder``: the repository there."""
-    kept = [f"{key}={os.environ[key]}" for key in ("TRIREME_VENV",) if key in os.environ]
-    line = f"cd {shlex.quote(folder)} && exec {shlex.join(['env', *kept, './launch.sh', *join])}"
-    return [RemoteCommand(name, [*SSH, "--", name, f"exec sh -c {shlex.quote(line)}"], 1, again=True) for name in names]
+def ssh_commands(hosts: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
+    """One command a host, which runs ``./launch.sh`` with the arguments ``join`` in ``folder``, the repository."""
+    passed = [f"{key}={os.environ[key]}" for key in ("TRIREME_VENV",) if key in os.environ]
+    line = f"cd {shlex.quote(folder)} && exec {shlex.join(['env', *passed, './launch.sh', *join])}"
+    remote = f"exec sh -c {shlex.quote(line)}"
+    return [RemoteCommand(host, [*SSH, "--", host, remote], 1, repeat=True) for host in hosts]
 
 
-def over_srun(names: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
-    """The command that has ``names``, the other nodes of a SLURM allocation, join."""
-    number = str(len(names))
-    srun = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={','.join(names)}"]
+def srun_commands(hosts: Sequence[str], join: Sequence[str], folder: str) -> list[RemoteCommand]:
+    """The one command that runs ``./launch.sh`` with the arguments ``join`` on each of ``hosts``, nodes of SLURM."""
+    number = str(len(hosts))
+    srun = ["srun", f"--nodes={number}", f"--ntasks={number}", "--ntasks-per-node=1", f"--nodelist={','.join(hosts)}"]
     srun += ["--overlap", "--mem=0", "--cpu-bind=none", "--kill-on-bad-exit=0", "--unbuffered", "--job-name=trireme"]
-    return [RemoteCommand("srun", [*srun, f"{folder}/launch.sh", *join], len(names), again=False)]
+    return [RemoteCommand("srun", [*srun, f"{folder}/launch.sh", *join], len(hosts), repeat=False)]
 
 
-def slurm_others(environment: dict[str, str]) -> list[str]:
+def other_slurm_nodes(environment: dict[str, str]) -> list[str]:
     """The other nodes of the SLURM allocation that this process is in; none where it is in none."""
     nodes = environment.get("SLURM_JOB_NODELIST")
     if not nodes:
@@ -112,66 +114,67 @@ def slurm_others(environment: dict[str, str]) -> list[str]:
     mine = environment.get("SLURMD_NODENAME")
     if mine not in names:
         raise UserError(
-            f"this host is not one of the SLURM allocation's ({nodes}): submit with `sbatch launch.sh train ...`, or say "
-            "`srun --nodes=1 --ntasks=1 --overlap ./launch.sh train ...` in it; cluster.start=here stays on this host"
+            f"this host is not one of the SLURM allocation's ({nodes}): submit with `sbatch launch.sh train ...`, "
+            "or say `srun --nodes=1 --ntasks=1 --overlap ./launch.sh train ...` in it; "
+            "cluster.start=here stays on this host"
         )
     return [name for name in names if name != mine]
 
 
-def others(cluster: ClusterConfig) -> tuple[str, list[str]]:
-    """("ssh" or "slurm", the other hosts that the job's cluster is to have); none: it is this host alone."""
+def other_hosts(cluster: ClusterConfig) -> tuple[str, list[str]]:
+    """How other hosts are reached, "ssh" or "slurm", and their names; none where the job stays on this host."""
     if cluster.start == "here":
         return "", []
     if cluster.hosts or cluster.start == "ssh":
         if not cluster.hosts:
             raise UserError("cluster.start=ssh needs cluster.hosts=[a,b], or a file that names one host a line")
-        return "ssh", hosts(cluster.hosts)
-    names = slurm_others(dict(os.environ))
+        return "ssh", read_hosts(cluster.hosts)
+    names = other_slurm_nodes(dict(os.environ))
     if cluster.start == "slurm" and not os.environ.get("SLURM_JOB_NODELIST"):
         raise UserError("cluster.start=slurm, but this is no SLURM job: submit it with `sbatch launch.sh train ...`")
     return "slurm", names
 
 
 class RemoteNodes:
-    """The running commands. They end with this process, or by ``close``."""
+    """The nodes on other hosts, as the running commands that keep them; they end with this process or by ``close``."""
 
-    def __init__(self, commands: Sequence[RemoteCommand], secret: str, folder: Path) -> None:
+    def __init__(self, commands: Sequence[RemoteCommand], token: str, folder: Path) -> None:
         self.commands = commands
-        self.secret = secret
+        self.token = token
         self.folder = folder
         self.processes: dict[str, subprocess.Popen[str]] = {}
-        self.said: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self.messages: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        """(name of a command, line that a node printed or {"error", "code"} at its end)."""
         self.closing = False
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != job_dir.JOB_ENV}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != job_dir.JOB_ENV}
         for command in commands:
-            threading.Thread(target=self._keep, args=(command, kept), daemon=True).start()
+            threading.Thread(target=self._run_repeatedly, args=(command, environment), daemon=True).start()
 
-    def wait(self, seconds: float) -> None:
-        """Returns when every node has joined; UserError names each that has not, and why."""
+    def wait_until_joined(self, seconds: float) -> None:
+        """Returns when every node has joined. UserError names each that has not within ``seconds``, and why."""
         missing = {command.name: command.nodes for command in self.commands}
-        failed: list[str] = []
+        problems: list[str] = []
         deadline = time.monotonic() + seconds
         while missing:
             try:
-                name, said = self.said.get(timeout=max(0.0, deadline - time.monotonic()))
+                name, message = self.messages.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                failed += [
-                    f"{name}: has not joined within cluster.start_timeout={seconds:.0f} s{self._words(name)}"
-                    for name in missing
-                ]
+                late = f"has not joined within cluster.start_timeout={seconds:.0f} s"
+                problems += [f"{name}: {late}{self._last_output(name)}" for name in missing]
                 break
             if name not in missing:
                 continue
-            if "error" in said:
-                failed.append(f"{said.get('host', name)}: {said['error']}")
+            if "error" in message:
+                problems.append(f"{message.get('host', name)}: {message['error']}")
             missing[name] -= 1
-            if not missing[name] or "code" in said:
+            if not missing[name] or "code" in message:
                 del missing[name]
-        if failed:
-            raise UserError("the other hosts could not all join the job:\n" + "\n".join(f"  {line}" for line in failed))
+        if problems:
+            lines = "\n".join(f"  {line}" for line in problems)
+            raise UserError(f"the other hosts could not all join the job:\n{lines}")
 
     def close(self) -> None:
-        """Ends the nodes, and waits until they have."""
+        """Ends the nodes, and waits until they have ended."""
         self.closing = True
         for process in self.processes.values():
             if process.stdin is not None:
@@ -182,19 +185,20 @@ class RemoteNodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
-    def _keep(self, command: RemoteCommand, environment: dict[str, str]) -> None:
-        """One command, again and again if that is asked for. Runs in a thread of its own."""
+    def _run_repeatedly(self, command: RemoteCommand, environment: dict[str, str]) -> None:
+        """Runs one command in a thread of its own, again and again where it is to be repeated."""
         while not self.closing:
             code = self._run(command, environment)
-            self.said.put((command.name, {"error": f"ended with code {code}{self._words(command.name)}", "code": code}))
-            if not command.again:
+            error = f"ended with code {code}{self._last_output(command.name)}"
+            self.messages.put((command.name, {"error": error, "code": code}))
+            if not command.repeat:
                 return
-            time.sleep(AGAIN_S)
+            time.sleep(REPEAT_S)
 
     def _run(self, command: RemoteCommand, environment: dict[str, str]) -> int:
         with self._log(command.name).open("w") as log:
             process = subprocess.Popen(
-                command.words,
+                command.argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -206,22 +210,22 @@ class RemoteNodes:
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(OSError):
-            process.stdin.write(self.secret + "\n")
+            process.stdin.write(self.token + "\n")
             process.stdin.flush()
         for line in process.stdout:
             with contextlib.suppress(ValueError):  # what a shell's start-up files print
-                said = json.loads(line)
-                if isinstance(said, dict):
-                    self.said.put((command.name, said))
+                message = json.loads(line)
+                if isinstance(message, dict):
+                    self.messages.put((command.name, message))
         return process.wait()
 
     def _log(self, name: str) -> Path:
         return self.folder / f"host_{name.replace('/', '_')}.log"
 
-    def _words(self, name: str) -> str:
-        """The last words of a command, as an addition to a sentence."""
+    def _last_output(self, name: str) -> str:
+        """The last lines of a command's errors, to be appended to a sentence; empty where there are none."""
         with contextlib.suppress(OSError):
             lines = [line for line in self._log(name).read_text(errors="replace").splitlines() if line.strip()]
-            lines = [line for line in lines if not line.startswith("+ ")][-WORDS:]
+            lines = [line for line in lines if not line.startswith("+ ")][-OUTPUT_LINES:]
             return ": " + " / ".join(lines) if lines else ""
         return ""

@@ -1,4 +1,4 @@
-"""What a host runs, and whether two hosts run the same: Python, Ray, torch and our own code."""
+"""Versions of Python, libraries and code on a host, and whether two hosts run the same."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ PACKAGES = ("kernels", "train", "cluster")
 LIBRARIES = ("ray", "torch", "deepspeed")
 
 
-def here() -> dict[str, str]:
-    """The version of each, by name; of our code the hash, which says what a commit would and sees an edit too."""
-    files = sorted(file for package in PACKAGES for file in (REPOSITORY / package).rglob("*.py"))
+def local_versions() -> dict[str, str]:
+    """The version of each on this host, by name. Of our code it is a hash of all files, which sees edits too."""
+    files: list[Path] = []
+    for package in PACKAGES:
+        files += (REPOSITORY / package).rglob("*.py")
     code = hashlib.sha256()
-    for file in files:
+    for file in sorted(files):
         code.update(file.relative_to(REPOSITORY).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    found = {"Python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
-    return found | {"Trireme's code": code.hexdigest()[:12]}
+    libraries = {name: metadata.version(name) for name in LIBRARIES}
+    return {"Python": platform.python_version(), **libraries, "Trireme's code": code.hexdigest()[:12]}
 
 
-def compare(there: Mapping[str, str], where: str) -> None:
-    """Raises UserError naming each version that differs from what the cluster at ``where`` runs."""
-    mine = here()
+def check_versions(there: Mapping[str, str], where: str) -> None:
+    """Raises UserError naming each version that differs here from what the cluster at ``where`` runs."""
+    here = local_versions()
     different = [
-        f"  {name}: {there[name]} there, {mine[name]} here"
-        for name in mine
-        if name in there and there[name] != mine[name]
+        f"  {name}: {there[name]} there, {here[name]} here"
+        for name in here
+        if name in there and there[name] != here[name]
     ]
     if different:
         cure = "Check out the same commit on both and run ./launch.sh again (it installs what requirements.lock names)"

@@ -174,10 +174,10 @@ class Supervisor:
         """Starts a new private cluster, and reserves all slots anew on it."""
         assert self.job.private is not None
         for slot in slots:  # Ray can no longer be asked to end their agents
-            if slot.info is not None and slot.info.ip == self.job.private.start.ip:
+            if slot.info is not None and slot.info.ip == self.job.private.spec.ip:
                 with contextlib.suppress(OSError):
                     os.kill(slot.info.pid, signal.SIGKILL)
-        self.job.private.again()
+        self.job.private.restart()
         if self.job.signals is not None:
             self.job.signals.install()
         self.slots = JobSlots(self.job, self.device)

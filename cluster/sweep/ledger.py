@@ -1,12 +1,14 @@
-"""``ledger.jsonl``: what became of a sweep so far. Lines are only added, each is on the disk before anything follows from it.
+"""``ledger.jsonl``: what became of each trial of a sweep, for the next start of the same command.
 
-    {"event": "sweep", "fixed": {key: value}, "axes": {key: values}, "sweep": {...}, "grid": [{key: value}, ...] or null}
+Lines are only added, and each is on the disk before anything follows from it:
+
+    {"event": "sweep", "fixed": {key: value}, "axes": {key: values}, "sweep": {...}, "grid": [{key: value}] or null}
     {"event": "trial", "trial": 7, "params": {key: value}, "attrs": {...}}                 a search has decided on it
-    {"event": "start", "trial": 7, "workers": 2, "hosts": [...], "t": ...}                its places are taken
+    {"event": "start", "trial": 7, "workers": 2, "hosts": [...], "t": ...}                its workers have their slots
     {"event": "end", "trial": 7, "state": "done", "step": 800, "values": [2.41], "why": "", "t": ...}
 
-A trial that has started and not ended was cut off with its driver; its own checkpoints say from where it goes on. A last line that
-a crash cut short counts for nothing.
+A trial that has started and not ended was cut off with its driver; its own checkpoints say from where it goes on. A
+last line that a crash cut short is ignored.
 """
 
 from __future__ import annotations
@@ -27,51 +29,54 @@ from train.util.redact import redact_tree
 
 FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
 MAY_CHANGE = ("cluster.", "tracking.", "log_every", "keep_", *FREE)
-"""What another start of the same sweep may have otherwise."""
+"""Prefixes of keys that may differ when the same sweep is started again."""
 
 
 @dataclass
 class TrialRecord:
-    """What the ledger knows of a trial."""
+    """One trial as the ledger knows it: its choices, its state and its results."""
 
     params: Params
     attrs: dict[str, Any] = field(default_factory=dict)
-    """What the sampler wants to know of it again."""
+    """Attributes that the sampler stored with its suggestion and needs after a restart."""
     state: str = "queued"
-    """Of the last line: queued, cut off, stopped, failed, or one of FINAL."""
+    """By its last line: queued, cut off, stopped, failed, or one of FINAL."""
     step: int = 0
     values: list[float] | None = None
     why: str = ""
 
 
 class SweepLedger:
-    """A sweep's ledger, in the hands of the one driver that runs it."""
+    """Reads and writes a sweep's ledger, for the one driver that runs the sweep."""
 
     def __init__(self, folder: Path, sweep: SweepSpace, grid: Sequence[Params] | None) -> None:
-        """Reads it, where it is begun; UserError, in words, where it is another sweep's."""
+        """Reads the ledger in ``folder`` where there is one. UserError names the differences if it is another sweep's.
+
+        ``grid``: the trials of a sweep that is not a search, of which a new ledger is made.
+        """
         self.file = folder / LEDGER
         self.trials: dict[int, TrialRecord] = {}
-        """As it was when it was opened."""
+        """By number, as they were when the ledger was opened."""
         records = read_records(self.file)
         head = SweepBegunRecord(identity(sweep), grid).to_json()
         self.head = None if records else head
-        """Still to be written, before the first other line."""
+        """The first line, while it is still to be written, before any other."""
         if records:
             _refuse_other(records[0], head, folder)
             grid = records[0]["grid"]  # a shuffled one comes in another order each time
         for number, params in enumerate(grid or []):
             self.trials[number] = TrialRecord(params)
         for record in records[1:]:
-            self._take(record)
+            self._apply(record)
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _apply(self, record: dict[str, Any]) -> None:
         if record["event"] == "trial":
             self.trials[record["trial"]] = TrialRecord(record["params"], record["attrs"])
         elif record["event"] == "start":
             self.trials[record["trial"]].state = "cut off"
         elif record["event"] == "end":
-            entry = self.trials[record["trial"]]
-            entry.state, entry.step, entry.values, entry.why = (
+            trial = self.trials[record["trial"]]
+            trial.state, trial.step, trial.values, trial.why = (
                 record[key] for key in ("state", "step", "values", "why")
             )
 
@@ -81,33 +86,34 @@ class SweepLedger:
             self._write(head)
         append_line(self.file, json.dumps({**record, "t": round(time.time(), 3)}, ensure_ascii=False))
 
-    def add(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
-        """A search has decided on a trial."""
+    def record_trial(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
+        """Records that a search has decided on a trial."""
         self._write(TrialAddedRecord(number, params, attrs).to_json())
 
-    def start(self, number: int, workers: int, hosts: Sequence[str]) -> None:
-        """A trial's places are taken."""
+    def record_start(self, number: int, workers: int, hosts: Sequence[str]) -> None:
+        """Records that a trial starts: its workers have their slots, on ``hosts``."""
         self._write(TrialStartedRecord(number, workers, list(hosts)).to_json())
 
-    def end(self, number: int, facts: dict[str, Any]) -> None:
-        """A trial has ended, all its processes are gone; ``facts``: its state, step, values, and why."""
+    def record_end(self, number: int, facts: dict[str, Any]) -> None:
+        """Records that all processes of a trial have ended; ``facts``: "state", "step", "values" and "why"."""
         self._write(TrialEndedRecord(number, **facts).to_json())
 
 
 def identity(sweep: SweepSpace) -> dict[str, Any]:
-    """What makes a sweep what it is, as plain values without secrets."""
+    """The settings by which a sweep is recognised, as plain values without secrets: "fixed", "axes" and "sweep"."""
     fixed = dict(text.partition("=")[::2] for text in sweep.fixed)
     axes = {axis.key: axis.text for axis in sweep.axes}
-    settings = sweep.settings.model_dump(mode="json") | {"points": list(sweep.points)}  # not where they are listed
+    settings = sweep.settings.model_dump(mode="json")
+    settings |= {"points": list(sweep.points)}  # the points themselves, not the file that lists them
     return dict(redact_tree({"fixed": fixed, "axes": axes, "sweep": settings}))
 
 
 def _refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
     """Raises UserError that names every difference between the sweep in ``folder`` and this one."""
     lines = []
-    both = [{**s["fixed"], **s["axes"], **{f"sweep.{k}": v for k, v in s["sweep"].items()}} for s in (there, here)]
-    for key in sorted({*both[0], *both[1]}):
-        was, now = (values.get(key, "nothing") for values in both)
+    old, new = _flatten(there), _flatten(here)
+    for key in sorted({*old, *new}):
+        was, now = old.get(key, "nothing"), new.get(key, "nothing")
         if was != now and not key.startswith(MAY_CHANGE):
             lines.append(f"  - {key}: {was} there, {now} here")
     if lines:
@@ -116,3 +122,8 @@ def _refuse_other(there: dict[str, Any], here: dict[str, Any], folder: Path) -> 
             + "\n".join(lines)
             + "\nGive the old values to go on with it, or another sweep.name"
         )
+
+
+def _flatten(head: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a ledger's first line by the keys of the command line."""
+    return {**head["fixed"], **head["axes"], **{f"sweep.{key}": value for key, value in head["sweep"].items()}}

@@ -1,7 +1,7 @@
-"""The trials of a sweep, from the first to the last: as many at once as the cluster has room for, the others in a queue.
+"""Schedules the trials of a sweep: as many at once as the cluster has room for, the others in a queue.
 
-Places are taken by the gang: a trial starts with all its workers or waits. What the trials say comes in through one queue to one
-thread, which alone decides: what runs next, what ends early, what is tried again.
+A trial starts with all its workers or waits (see ``slot_pool``). The events of all trials come in through one queue to
+one thread, which alone decides what runs next, what ends early and what is tried again.
 """
 
 from __future__ import annotations
@@ -10,78 +10,73 @@ import collections
 import queue
 import signal
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.driver.prepared_corpus import find_corpus
 from cluster.host import run_lock
 from cluster.host.stop_request import StopRequest
-from cluster.raycluster import placement, ray_node
+from cluster.raycluster import placement, status
 from cluster.supervision import slots
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
 from cluster.sweep.ledger import SweepLedger, TrialRecord
+from cluster.sweep.search import TrialSearch
 from cluster.sweep.slot_pool import SlotPool, SweepResources
-from cluster.sweep.trial import Shared, Trial, TrialJob, best, final, from_outside, history
+from cluster.sweep.trial import (
+    Trial,
+    TrialJob,
+    best_trials,
+    failed_from_outside,
+    final_metrics,
+    metric_history,
+)
 from train.config import load as configuration
 from train.config.sweep_dir import ENDED, FINAL
-from train.config.sweep_space import Params, SweepSpace
+from train.config.sweep_space import SweepSpace
 from train.errors import UserError
 from train.run_dir import resume
 from train.util.io import FileLock
 
-HEAR_S = 0.2
-
-
-class Chooser(Protocol):
-    """What a search knows and does: see ``search.Search``."""
-
-    def suggest(self) -> tuple[int, Params, dict[str, Any]]:
-        """The next trial."""
-
-    def know(self, params: Params, attrs: dict[str, Any], reports: Sequence[tuple[int, float]]) -> None:
-        """Takes over the next trial of an earlier driver."""
-
-    def report(self, number: int, step: int, value: float) -> bool:
-        """Takes a metric at a step; whether the trial should end."""
-
-    def tell(self, number: int, state: str, values: Sequence[float] | None) -> None:
-        """How a trial has ended."""
+EVENTS_S = 0.2
+"""How long the scheduler waits for events at a time."""
 
 
 class SweepScheduler:
-    """One sweep's trials."""
+    """The trials of one sweep, from what its ledger knows to the end of the last one."""
 
-    def __init__(self, sweep: SweepSpace, ledger: SweepLedger, search: Chooser | None, board: Board) -> None:
-        """What the ledger knows is taken over. UserError where a trial's configuration makes no sense."""
+    def __init__(self, sweep: SweepSpace, ledger: SweepLedger, search: TrialSearch | None, board: Board) -> None:
+        """Takes over what the ledger knows. UserError where a trial's configuration makes no sense."""
         self.sweep, self.ledger, self.search, self.board = sweep, ledger, search, board
-        self.trials = [self._known(number, entry) for number, entry in sorted(ledger.trials.items())]
+        self.trials = [self._restore(number, record) for number, record in sorted(ledger.trials.items())]
         self.waiting = collections.deque(trial for trial in self.trials if trial.state == "queued")
         self.running: dict[int, TrialJob] = {}
         self.locks: dict[int, FileLock] = {}
-        self.news: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[tuple[int, dict[str, Any]]] = queue.SimpleQueue()
+        """(number of a trial, event of its job)."""
         self.stopping = False
         self.pruning: set[int] = set()
         board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
         board.total = sweep.settings.trials if search else len(self.trials)
 
-    def _known(self, number: int, entry: TrialRecord) -> Trial:
-        """A trial of the ledger as it stands now."""
-        trial = Trial(number, entry.params, configuration.load_trial(self.sweep, number, entry.params))
+    def _restore(self, number: int, record: TrialRecord) -> Trial:
+        """A trial of the ledger as it stands now, which the search is told of as well."""
+        trial = Trial(number, record.params, configuration.load_trial(self.sweep, number, record.params))
         summary = resume.finished_summary(trial.config)
         if self.search:
-            self.search.know(entry.params, entry.attrs, history(trial.folder, self.sweep.metrics[0]))
-        if entry.state in FINAL:
-            trial.state, trial.step, trial.values, trial.why = entry.state, entry.step, entry.values, entry.why
-        elif summary is not None:  # its driver was killed before it could note it
-            trial.state, trial.step, trial.values = "done", summary["step"], final(trial.folder, self.sweep.metrics)
-            self._note(trial)
+            self.search.restore(record.params, record.attrs, metric_history(trial.folder, self.sweep.metrics[0]))
+        if record.state in FINAL:
+            trial.state, trial.step, trial.values, trial.why = record.state, record.step, record.values, record.why
+        elif summary is not None:  # its driver was killed before it could write that into the ledger
+            trial.state, trial.step = "done", summary["step"]
+            trial.values = final_metrics(trial.folder, self.sweep.metrics)
+            self._write_end(trial)
         if self.search and trial.state in FINAL:
-            self.search.tell(number, trial.state, trial.values)
+            self.search.record_end(number, trial.state, trial.values)
         return trial
 
-    def more(self) -> bool:
-        """Whether there are trials to start."""
+    def has_more(self) -> bool:
+        """Whether there are trials left to start: in the queue, or within the search's number and budget."""
         if self.waiting or self.search is None:
             return bool(self.waiting)
         settings, steps = self.sweep.settings, self.sweep.base.steps
@@ -89,171 +84,176 @@ class SweepScheduler:
         return len(self.trials) < settings.trials and (settings.budget is None or spent + steps <= settings.budget)
 
     def best(self) -> list[Trial]:
-        """See ``trial.best``."""
-        return best(self.trials, self.sweep.directions)
+        """The best finished trials; see ``trial.best_trials``."""
+        return best_trials(self.trials, self.sweep.directions)
 
-    # ---------------------------------------------------------------------------------------------------------- running
+    # -------------------------------------------------------------------------------------------------- starting trials
 
-    def run(self, ground: SweepResources) -> None:
-        """Runs what is left, until all has ended or a signal came and all is saved. UserError where a trial can never fit."""
-        self.ground, self.places = ground, SlotPool(ground, self.board)
-        known = ray_node.inventory()
+    def run(self, resources: SweepResources) -> None:
+        """Runs the trials that are left, until all have ended, or a signal came and all are saved.
+
+        UserError where a trial can never fit on the cluster.
+        """
+        self.resources, self.pool = resources, SlotPool(resources, self.board)
+        nodes = status.living_nodes()
         for trial in [*self.waiting] or [Trial(-1, {}, self.sweep.base)]:
             cluster = trial.config.cluster
-            placement.place_workers(
-                known, placement.WorkerRequest(cluster.workers, cluster.cpus_per_worker, int(ground.device == "gpu"))
-            )
-        ground.signals.training_began()
-        while self.running or (self.more() and not self.stopping):
-            if ground.signals.stop.signal is not None and not self.stopping:
-                self._stop(ground.signals.stop.signal)
+            request = placement.WorkerRequest(cluster.workers, cluster.cpus_per_worker, int(resources.device == "gpu"))
+            placement.place_workers(nodes, request)
+        resources.signals.training_began()
+        while self.running or (self.has_more() and not self.stopping):
+            if resources.signals.stop.signal is not None and not self.stopping:
+                self._stop_all(resources.signals.stop.signal)
             if not self.stopping:
-                self._admit()
-            self._hear()
-        self.places.give_up()
+                self._start_trials()
+            self._handle_events()
+        self.pool.release_all()
 
-    def _stop(self, number: int) -> None:
+    def _stop_all(self, number: int) -> None:
         self.stopping = True
         what = f"{', '.join(f'trial {n}' for n in self.running) or 'nothing'} has to finish a step and save"
-        self.board.say(f"  stopping: {what} (once more to end at once)", "yellow")
-        for running in self.running.values():
-            running.stop(number)
+        self.board.print_line(f"  stopping: {what} (once more to end at once)", "yellow")
+        for job in self.running.values():
+            job.request_stop(number)
 
-    def _admit(self) -> None:
-        """Starts trials for as long as there is room for their gangs."""
-        if self.ground.lost() and not self.running:
-            self.places.rebuild()
+    def _start_trials(self) -> None:
+        """Starts trials for as long as the slots of all their workers are there."""
+        if self.resources.lost() and not self.running:
+            self.pool.restart_cluster()
         most = self.sweep.settings.parallel
-        while self.more() and not self.ground.lost() and (most is None or len(self.running) < most):
+        while self.has_more() and not self.resources.lost() and (most is None or len(self.running) < most):
             cluster = (self.waiting[0].config if self.waiting else self.sweep.base).cluster
-            gang = self.places.take(cluster, len(self.running))
+            gang = self.pool.take_gang(cluster, len(self.running))
             if not gang:
                 return
-            self._start(gang)
-        if not self.more():
-            self.places.give_up()
+            self._start_next(gang)
+        if not self.has_more():
+            self.pool.release_all()
 
-    def _next(self) -> Trial | None:
-        """The next trial: the first that waits, or one that the search suggests. None where that makes no sense."""
+    def _next_trial(self) -> Trial | None:
+        """The first trial that waits, or one that the search suggests; None where its configuration makes no sense."""
         if self.waiting:
             return self.waiting.popleft()
         assert self.search is not None
         number, params, attrs = self.search.suggest()
-        self.ledger.add(number, params, attrs)
+        self.ledger.record_trial(number, params, attrs)
         trial = Trial(number, params, self.sweep.base)
         self.trials.append(trial)
         try:
             trial.config = configuration.load_trial(self.sweep, number, params)
         except UserError as error:
-            self._settle(trial, "failed", str(error))
+            self._end_trial(trial, "failed", str(error))
             return None
         return trial
 
-    def _start(self, gang: list[Slot]) -> None:
-        """Starts the next trial in a gang's places."""
-        trial = self._next()
+    def _start_next(self, gang: list[Slot]) -> None:
+        """Starts the next trial in the slots of ``gang``, or returns them where it cannot start."""
+        trial = self._next_trial()
         if trial is None:
-            self.places.leave(gang)
+            self.pool.return_gang(gang)
             return
         try:
             self.locks[trial.number] = run_lock.lock_run_dir(trial.folder)
-            corpus = self.ground.find_corpus(trial.config, self.board.prepare)
+            corpus = find_corpus(trial.config, self.board.show_preparing)
         except UserError as error:
-            self._settle(trial, "failed", str(error))
-            self.places.leave(gang)
+            self._end_trial(trial, "failed", str(error))
+            self.pool.return_gang(gang)
             return
-        private = Shared(self.ground.private) if self.ground.private is not None else None
+        resources = self.resources
         stop, clock = StopRequest(), StartupClock(time.time())
-        trial.state, trial.pace = "starting", None
+        trial.state, trial.first_heard = "starting", None
 
         def show(event: dict[str, Any]) -> None:
-            self.news.put((trial.number, event))
+            self.events.put((trial.number, event))
 
         hosts = slots.gang_hosts(gang)
-        self.ledger.start(trial.number, len(hosts), hosts)
-        self.board.started(trial, len(hosts), hosts)
-        job = Job(trial.config, corpus, self.ground.target, self.ground.folder, show, stop, clock, private)
-        self.running[trial.number] = TrialJob(job, self.ground.device, gang, show)
+        self.ledger.record_start(trial.number, len(hosts), hosts)
+        self.board.show_started(trial, len(hosts), hosts)
+        target, folder, local_cluster = resources.target, resources.folder, resources.local_cluster
+        job = Job(trial.config, corpus, target, folder, show, stop, clock, local_cluster)
+        self.running[trial.number] = TrialJob(job, resources.device, gang, show)
 
-    # ---------------------------------------------------------------------------------------------------------- hearing
+    # -------------------------------------------------------------------------------------------------- handling events
 
-    def _hear(self) -> None:
-        """Takes what the trials have said by now, after a moment's wait."""
-        wait = HEAR_S
+    def _handle_events(self) -> None:
+        """Handles all events that have arrived, after waiting a moment for the first."""
+        wait = EVENTS_S
         while True:
             try:
-                number, event = self.news.get(timeout=wait)
+                number, event = self.events.get(timeout=wait)
             except queue.Empty:
                 return
             wait = 0.0
-            trial, running = self.trials[number], self.running[number]
+            trial, job = self.trials[number], self.running[number]
             if event["event"] == "ended":
-                self._ended(trial, event)
+                self._on_job_ended(trial, event)
             else:
-                trial.hear(event)
-                self._tell(trial, running, event)
+                trial.update(event)
+                self._on_event(trial, job, event)
 
-    def _tell(self, trial: Trial, running: TrialJob, event: dict[str, Any]) -> None:
+    def _on_event(self, trial: Trial, job: TrialJob, event: dict[str, Any]) -> None:
         kind = event["event"]
-        running.job.clock.first_step(event, trial.folder)
+        job.job.clock.first_step(event, trial.folder)
         if kind == "failure":
-            running.why = (event.get("lines") or [""])[0]
-            self.board.failed(trial, event)
+            job.why = (event.get("lines") or [""])[0]
+            self.board.show_failure(trial, event)
         elif kind == "note":
-            self.board.say(f"  {trial.words}: {event['text']}", "yellow")
+            self.board.print_line(f"  {trial.title}: {event['text']}", "yellow")
         elif kind == "plan" and event.get("start_step"):
-            self.board.say(f"  {trial.words}: goes on from its checkpoint of step {event['start_step']:,}", "dim")
+            self.board.print_line(
+                f"  {trial.title}: goes on from its checkpoint of step {event['start_step']:,}", "dim"
+            )
         elif kind == "eval":
-            self.board.measured(trial, event)
+            self.board.show_metrics(trial, event)
         value = event.get(self.sweep.metrics[0]) if kind in ("eval", "step") else None
         if value is None or self.search is None or event["step"] >= trial.config.steps:
             return
         if self.search.report(trial.number, event["step"], value) and trial.number not in self.pruning:
             self.pruning.add(trial.number)
-            running.stop(signal.SIGTERM)
+            job.request_stop(signal.SIGTERM)
 
-    def _ended(self, trial: Trial, event: dict[str, Any]) -> None:
-        """All processes of a trial are gone: what that means for it."""
-        running, verdict = self.running.pop(trial.number), event["verdict"]
+    def _on_job_ended(self, trial: Trial, event: dict[str, Any]) -> None:
+        """All processes of a trial's job have ended: decides what that means for the trial."""
+        job, verdict = self.running.pop(trial.number), event["verdict"]
         if event["lost"]:  # the ledger has it as cut off, which it is
             trial.state = "queued"
             self.waiting.appendleft(trial)
             self.locks.pop(trial.number).close()
             return
-        self.places.rebuilt = 0
-        self.places.leave(running.left)
-        why = event["why"] or running.why
+        self.pool.restarts = 0
+        self.pool.return_gang(job.reusable_slots)
+        why = event["why"] or job.why
         if verdict.kind == "done":
-            self._settle(trial, "done", "")
+            self._end_trial(trial, "done", "")
         elif verdict.kind == "stopped" and (trial.number in self.pruning or self.stopping):
-            self._settle(trial, "pruned" if trial.number in self.pruning else "stopped", "")
+            self._end_trial(trial, "pruned" if trial.number in self.pruning else "stopped", "")
         else:
             why = why or "it was told to end from outside"
-            again = (verdict.kind == "stopped" or from_outside(verdict)) and trial.tries < self.sweep.settings.retries
-            self._settle(
-                trial, "diverged" if verdict.fault == "not finite" else "failed", why, again and not self.stopping
-            )
+            from_outside = verdict.kind == "stopped" or failed_from_outside(verdict)
+            retry = from_outside and trial.tries < self.sweep.settings.retries and not self.stopping
+            self._end_trial(trial, "diverged" if verdict.fault == "not finite" else "failed", why, retry)
 
-    def _settle(self, trial: Trial, state: str, why: str, again: bool = False) -> None:
-        """Notes how a trial has ended, and puts it back into the queue where it is to be tried ``again``."""
+    def _end_trial(self, trial: Trial, state: str, why: str, retry: bool = False) -> None:
+        """Records how a trial has ended; with ``retry`` it goes to the end of the queue."""
         trial.state, trial.why = state, why
         if state == "done":
-            trial.step, trial.values = trial.config.steps, final(trial.folder, self.sweep.metrics)
+            trial.step, trial.values = trial.config.steps, final_metrics(trial.folder, self.sweep.metrics)
         elif state == "pruned":
-            trial.values = [value for _, value in history(trial.folder, self.sweep.metrics[0])[-1:]] or None
-        if held := self.locks.pop(trial.number, None):
-            held.close()
-        self._note(trial)
-        self.board.ended(trial)
-        if again:
+            history = metric_history(trial.folder, self.sweep.metrics[0])
+            trial.values = [history[-1][1]] if history else None
+        if lock := self.locks.pop(trial.number, None):
+            lock.close()
+        self._write_end(trial)
+        self.board.show_end(trial)
+        if retry:
             trial.state, trial.tries = "queued", trial.tries + 1
             self.waiting.append(trial)
-            self.board.say(
-                f"  {trial.words}: will be tried again (sweep.retries={self.sweep.settings.retries})", "yellow"
+            self.board.print_line(
+                f"  {trial.title}: will be tried again (sweep.retries={self.sweep.settings.retries})", "yellow"
             )
         elif self.search is not None and state != "stopped":
-            self.search.tell(trial.number, state, trial.values)
+            self.search.record_end(trial.number, state, trial.values)
 
-    def _note(self, trial: Trial) -> None:
+    def _write_end(self, trial: Trial) -> None:
         facts = {"state": trial.state, "step": trial.step, "values": trial.values, "why": trial.why}
-        self.ledger.end(trial.number, facts)
+        self.ledger.record_end(trial.number, facts)

@@ -1,7 +1,8 @@
-"""A search among the runs of a sweep: Optuna says what to try next and which trials are no good. Only the driver asks it.
+"""Searches: Optuna suggests the next trial's values and decides which trials to prune.
 
-Its study lives in memory and is made again of the ledger and the runs' own metrics, so there is one truth on the disk. What a
-sampler draws depends on the seed, the trial's number and what was known then, and on nothing that a restart would lose.
+Only the driver asks it. The study lives in memory and is rebuilt from the ledger and the runs' own metrics, so the disk
+holds each fact once. What a sampler draws depends on the seed, the trial's number and what was known then, and on
+nothing that a restart would lose.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ STATES = {
     "diverged": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
-"""A trial that diverged tells a sampler as much as one that was no good."""
+"""Optuna's state for each of ours: to a sampler a trial that diverged is as bad as a pruned one."""
 RUNGS = ((1 / 8, 1 / 3), (1 / 2, 1 / 2))
-"""After this share of the steps, this share of the trials goes on. Early, a loss tells who is hopeless, which most are; among the
-rest it does not tell who will be best before the learning rate falls. docs/log.md has the curves, and what else was tried."""
+"""Successive halving: (share of the steps, share of the trials that goes on from there).
+
+Early, a loss tells which trials are hopeless, and most are; among the rest it does not tell which will be best before
+the learning rate falls. docs/log.md has the curves, and what else was tried."""
 
 
 class TrialSearch:
-    """The study of one sweep. Trials are known by their numbers, 0, 1, 2 and so on."""
+    """The Optuna study of one sweep. Trials are identified by their numbers: 0, 1, 2 and so on."""
 
     def __init__(self, sweep: SweepSpace) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -43,7 +46,7 @@ class TrialSearch:
         self.open: dict[int, optuna.Trial] = {}
 
     def suggest(self) -> tuple[int, Params, dict[str, Any]]:
-        """The next trial: its number, its values as on the command line, and what the sampler wants to know of it again."""
+        """The next trial: number, values as on the command line, and attributes for ``restore`` after a restart."""
         number = len(self.study.trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of options that may change with the next version: ours is pinned
@@ -55,8 +58,8 @@ class TrialSearch:
         params = {key: str(value) for key, value in trial.params.items()}
         return number, params, self.study.trials[number].system_attrs
 
-    def know(self, params: Params, attrs: dict[str, Any], reports: Sequence[tuple[int, float]]) -> None:
-        """Takes over the next trial of an earlier driver, with the metric that it has reported so far."""
+    def restore(self, params: Params, attrs: dict[str, Any], reports: Sequence[tuple[int, float]]) -> None:
+        """Adds the next trial of an earlier driver to the study, with its metric so far as (step, value)."""
         number = len(self.study.trials)
         values = {axis.key: value_of(axis, params[axis.key]) for axis in self.axes}
         frozen = optuna.trial.create_trial(
@@ -68,27 +71,23 @@ class TrialSearch:
             self.report(number, step, value)  # also puts it on its rungs again
 
     def report(self, number: int, step: int, value: float) -> bool:
-        """Takes a trial's metric at a step; whether the trial should end."""
+        """Records a running trial's metric at a step. Returns whether the trial should be pruned."""
         trial = self.open.get(number)
         if trial is None or len(self.study.directions) > 1 or step in self.study.trials[number].intermediate_values:
             return False
         trial.report(value, step)
         return trial.should_prune()
 
-    def tell(self, number: int, state: str, values: Sequence[float] | None) -> None:
-        """How a trial has ended."""
-        told = STATES[state] if values is not None or state != "done" else TrialState.FAIL
-        if told is TrialState.PRUNED and len(self.study.directions) > 1:
-            told = TrialState.FAIL
-        self.study.tell(self.open.pop(number), values if told is TrialState.COMPLETE else None, told)
-
-    def front(self) -> list[int]:
-        """The trials that no other is better than in every metric."""
-        return sorted(trial.number for trial in self.study.best_trials)
+    def record_end(self, number: int, state: str, values: Sequence[float] | None) -> None:
+        """Records how a trial has ended; ``state`` is a key of ``STATES``, ``values`` its metrics where it has them."""
+        optuna_state = STATES[state] if values is not None or state != "done" else TrialState.FAIL
+        if optuna_state is TrialState.PRUNED and len(self.study.directions) > 1:
+            optuna_state = TrialState.FAIL
+        self.study.tell(self.open.pop(number), values if optuna_state is TrialState.COMPLETE else None, optuna_state)
 
 
 def distribution(axis: SweepAxis) -> distributions.BaseDistribution:
-    """Optuna's word for an axis: numbers where it is a range or an interval, else a choice among texts."""
+    """The Optuna distribution of an axis: numbers for a range or an interval, else a choice among texts."""
     if axis.low is None or axis.high is None:
         return distributions.CategoricalDistribution(axis.values)
     if axis.whole:
@@ -97,12 +96,12 @@ def distribution(axis: SweepAxis) -> distributions.BaseDistribution:
 
 
 def value_of(axis: SweepAxis, text: str) -> str | int | float:
-    """A value of an axis from its text on the command line."""
+    """Parses a value of an axis from its text on the command line."""
     return text if axis.low is None else int(text) if axis.whole else float(text)
 
 
 def sampler(name: str, seed: int, startup: int) -> samplers.BaseSampler:
-    """Optuna's sampler of that name, as if it had just been made."""
+    """A new Optuna sampler by the name that ``sweep.sampler`` has for it."""
     if name == "tpe":
         return samplers.TPESampler(n_startup_trials=startup, seed=seed, multivariate=True, constant_liar=True)
     if name == "cmaes":
@@ -113,8 +112,9 @@ def sampler(name: str, seed: int, startup: int) -> samplers.BaseSampler:
 
 
 def spread(axes: Sequence[SweepAxis], seed: int, number: int) -> dict[str, str | int | float]:
-    """The point of that number in a sequence that covers the space evenly however long it is: the additive recurrence R_d
-    (Roberts 2018), shifted by ``seed``.
+    """Point ``number`` of a low-discrepancy sequence over the axes, which covers them evenly however long it is.
+
+    It is the additive recurrence R_d (Roberts 2018), shifted by ``seed``.
     """
     ratio = 2.0
     for _ in range(50):  # the root of x ** (d + 1) = x + 1; the golden ratio for one key
@@ -124,7 +124,7 @@ def spread(axes: Sequence[SweepAxis], seed: int, number: int) -> dict[str, str |
 
 
 def _at(axis: SweepAxis, share: float) -> str | int | float:
-    """The value of an axis so far along it, 0 <= ``share`` < 1."""
+    """The value of an axis at the fraction 0 <= ``share`` < 1 of its length."""
     if axis.low is None or axis.high is None:
         return axis.values[int(share * len(axis.values))]
     step = axis.step or float(axis.whole)
@@ -136,7 +136,7 @@ def _at(axis: SweepAxis, share: float) -> str | int | float:
 
 
 def pruner(name: str, steps: int) -> pruners.BasePruner:
-    """The pruner of that name."""
+    """A new Optuna pruner by the name that ``sweep.pruner`` has for it."""
     if name == "asha":
         return Halving(steps)
     if name == "median":
@@ -145,33 +145,32 @@ def pruner(name: str, steps: int) -> pruners.BasePruner:
 
 
 class Halving(pruners.BasePruner):
-    """Successive halving that judges a trial when it comes to a rung, among all that came there before (ASHA; Li et al. 2020)."""
+    """Asynchronous successive halving (ASHA; Li et al. 2020).
+
+    A trial is judged when it comes to a rung, among all trials that came there before.
+    """
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
-        """Whether the trial's newest value is its first on a rung, and too many had a better one there."""
+        """Whether the trial's newest value is its first on a rung, and too many other trials were better there."""
         sign = 1 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1
         known = [other for other in study.get_trials(deepcopy=False) if other.number != trial.number]
         for share, keep in RUNGS:
-            step, mine = _first(trial, share * self.steps)
+            step, mine = _first_report(trial, share * self.steps)
             if step != trial.last_step:
                 continue
-            others = [
-                value
-                for reached, value in (_first(other, share * self.steps) for other in known)
-                if reached is not None
-            ]
-            better = sum(
-                not sign * mine <= sign * value for value in others
-            )  # one that is not a number is worse than all
+            reports = [_first_report(other, share * self.steps) for other in known]
+            others = [value for reached, value in reports if reached is not None]
+            # written so that a value that is not a number is worse than all others
+            better = sum(not sign * mine <= sign * value for value in others)
             if better >= max(1, int((len(others) + 1) * keep)):
                 return True
         return False
 
 
-def _first(trial: optuna.trial.FrozenTrial, least: float) -> tuple[int | None, float]:
-    """A trial's first value from a step on: (the step or None, the value)."""
+def _first_report(trial: optuna.trial.FrozenTrial, least: float) -> tuple[int | None, float]:
+    """The first report of a trial at step ``least`` or later: (step, value), or (None, 0.0) where there is none."""
     step = min((step for step in trial.intermediate_values if step >= least), default=None)
     return step, 0.0 if step is None else trial.intermediate_values[step]

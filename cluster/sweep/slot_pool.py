@@ -1,12 +1,14 @@
-"""The places of a sweep's next trial: asked for while others run, and there when all of its workers have theirs."""
+"""The slots of a sweep's next trial: requested while others run, used once all are placed.
+
+A gang is the slots of all workers of one trial. Ray places all of a gang or none, so a trial never waits with half of
+them.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from cluster.host.stop_request import StopSignals
 from cluster.raycluster import status
@@ -14,93 +16,94 @@ from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import slots
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
-from train.config.schema import ClusterConfig, Config
+from train.config.schema import ClusterConfig
 from train.errors import UserError
 from train.util.format import plural
 
 HOLDERS_S = 5.0
-"""Between two looks at who else holds the cluster."""
-MOST_REBUILDS = 3
-"""Of the sweep's own Ray cluster, between two trials that end."""
-
-FindCorpus = Callable[[Config, Callable[[dict[str, Any]], None]], str]
+"""Between two checks of who else holds the cluster."""
+MOST_RESTARTS = 3
+"""Of the sweep's own Ray cluster, between the ends of two trials."""
 
 
 @dataclass(frozen=True)
 class SweepResources:
-    """What trials run on."""
+    """Device, fork servers, signal handlers and Ray cluster that all trials of a sweep share."""
 
     device: str
     target: str
     folder: str
-    """Name of the private folder, with its warm process, on every host."""
+    """Name of the private folder, with its fork server, on every host."""
     signals: StopSignals
-    find_corpus: FindCorpus
-    private: LocalRayCluster | None
+    local_cluster: LocalRayCluster | None
+    """The Ray cluster of this sweep alone, where it has one."""
 
     def lost(self) -> bool:
         """Whether the sweep's own Ray cluster has ended."""
-        return self.private is not None and self.private.lost()
+        return self.local_cluster is not None and self.local_cluster.lost()
 
 
 class SlotPool:
-    """What the next trial waits for."""
+    """Gangs that no trial uses now: left by trials that have ended, or requested for the next one."""
 
-    def __init__(self, ground: SweepResources, board: Board) -> None:
-        self.ground, self.board = ground, board
+    def __init__(self, resources: SweepResources, board: Board) -> None:
+        self.resources, self.board = resources, board
         self.gangs: list[list[Slot]] = []
-        """Left by trials that have ended, with their stewards; last, asked for."""
-        self.looked = 0.0
-        self.rebuilt = 0
+        """Those of ended trials, with their agents, before a requested one."""
+        self.holders_checked = 0.0
+        self.restarts = 0
 
-    def take(self, cluster: ClusterConfig, running: int) -> list[Slot]:
-        """The places of a trial's workers; none where they are not there yet: they are asked for, and who holds them is said, with
-        ``running`` trials of this sweep.
+    def take_gang(self, cluster: ClusterConfig, running: int) -> list[Slot]:
+        """The slots of a trial's workers; empty while they are not placed: then they are requested.
+
+        Says who holds the cluster meanwhile. ``running``: how many trials of this sweep do.
         """
         fitting: list[list[Slot]] = []
         for gang in self.gangs:
-            if slots.gang_fits(gang, cluster, self.ground.device):
+            if slots.gang_fits(gang, cluster, self.resources.device):
                 fitting.append(gang)
             else:
                 slots.release_gang(gang)
-        self.gangs = fitting or [slots.request_gang(cluster, self.ground.device, cluster.workers)]
+        self.gangs = fitting or [slots.request_gang(cluster, self.resources.device, cluster.workers)]
         for n, gang in enumerate(self.gangs):
             if slots.gang_is_placed(gang):
-                self.board.foot = ""
+                self.board.footer = ""
                 return self.gangs.pop(n)
-        if time.monotonic() > self.looked + HOLDERS_S:
-            self.looked = time.monotonic()
-            self._say_who_holds(cluster.workers, running)
+        if time.monotonic() > self.holders_checked + HOLDERS_S:
+            self.holders_checked = time.monotonic()
+            self._show_holders(cluster.workers, running)
         return []
 
-    def leave(self, gang: list[Slot]) -> None:
-        """A trial has ended: the next one that asks for as much has its places and its stewards."""
+    def return_gang(self, gang: list[Slot]) -> None:
+        """Keeps the slots and agents of a trial that has ended for the next one that needs as many."""
         if gang:
             self.gangs.insert(0, gang)
 
-    def give_up(self) -> None:
-        """No trial needs any more."""
-        for gang in self.gangs if not self.ground.lost() else ():
+    def release_all(self) -> None:
+        """Gives all slots back to Ray, when no trial needs them any more."""
+        for gang in self.gangs if not self.resources.lost() else ():
             slots.release_gang(gang)
         self.gangs = []
 
-    def rebuild(self) -> None:
-        """A new private Ray cluster in place of one that has ended, when the trials on it have. UserError where it never lasts."""
-        assert self.ground.private is not None
-        self.rebuilt += 1
-        if self.rebuilt > MOST_REBUILDS:
+    def restart_cluster(self) -> None:
+        """Starts the sweep's own Ray cluster anew, once the trials on it have ended. UserError if that never lasts."""
+        assert self.resources.local_cluster is not None
+        self.restarts += 1
+        if self.restarts > MOST_RESTARTS:
             raise UserError(
-                f"Ray's processes on this host have ended {self.rebuilt} times and no trial with them: see {self.ground.folder}"
+                f"Ray's processes on this host have ended {self.restarts} times and no trial with them: "
+                f"see {self.resources.folder}"
             )
-        self.board.say("  Ray's processes on this host have ended: starting them anew", "yellow")
-        self.ground.private.again()
-        self.ground.signals.install()
+        self.board.print_line("  Ray's processes on this host have ended: starting them anew", "yellow")
+        self.resources.local_cluster.restart(by_sweep=True)
+        self.resources.signals.install()
         self.gangs = []
 
-    def _say_who_holds(self, workers: int, running: int) -> None:
-        others = [str(holder) for holder in status.holders() if holder.pid != os.getpid()]
+    def _show_holders(self, workers: int, running: int) -> None:
+        others = [str(holding) for holding in status.job_holdings() if holding.pid != os.getpid()]
         mine = [f"{plural(running, 'trial')} of this sweep"] if running else []
-        text = f"the next trial waits for room for {plural(workers, 'worker')}: held by {'; '.join([*mine, *others]) or 'nobody yet'}"
-        if others and text != self.board.foot:
-            self.board.say(f"  {text}", "yellow")
-        self.board.foot = text
+        held_by = "; ".join([*mine, *others]) or "nobody yet"
+        text = f"the next trial waits for room for {plural(workers, 'worker')}: held by {held_by}"
+        if others and text != self.board.footer:
+            self.board.print_line(f"  {text}", "yellow")
+        self.board.footer = text

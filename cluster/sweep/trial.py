@@ -1,4 +1,4 @@
-"""One trial of a sweep: what is known of it, and the job that it is while it runs."""
+"""One trial of a sweep: what is known of it, and its job while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome, restart_policy
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot
@@ -27,12 +26,12 @@ from train.util.run_layout import RunDir
 
 Event = dict[str, Any]
 SHORT = 8
-"""Characters of a number that are shown as they are."""
+"""Characters of a number that is shown in full."""
 
 
 @dataclass
 class Trial:
-    """What the driver knows of a trial."""
+    """One run of a sweep as its driver knows it: its choices, how far it is, and how it ended."""
 
     number: int
     params: Params
@@ -40,107 +39,93 @@ class Trial:
     state: str = "queued"
     """queued, starting, running, saving, or one of ENDED."""
     step: int = 0
-    seen: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
     """The newest value of each metric."""
     values: list[float] | None = None
-    """Of the metrics that the sweep is about, once it has ended."""
+    """The sweep's metrics, once the trial has ended."""
     why: str = ""
-    """It failed."""
+    """Why it failed."""
     tries: int = 0
     """Starts by this command that failed from outside."""
-    pace: tuple[int, float] | None = None
-    """The first step that was heard of, and when (monotonic)."""
+    first_heard: tuple[int, float] | None = None
+    """The first step that was reported after its start, and when (monotonic); its pace is measured from there."""
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """Absolute path of its run folder."""
         return Path(self.config.run.dir or ".").absolute()
 
     @property
-    def words(self) -> str:
-        """How it is spoken of."""
-        return f"trial {self.number} ({', '.join(f'{key}={short(value)}' for key, value in self.params.items())})"
+    def title(self) -> str:
+        """Its number and its choices, for messages."""
+        return f"trial {self.number} ({', '.join(f'{key}={shorten(value)}' for key, value in self.params.items())})"
 
-    def hear(self, event: Event) -> None:
-        """Takes what the job says into account."""
+    def update(self, event: Event) -> None:
+        """Takes over what an event of its job says about state, step and metrics."""
         if event["event"] == "step" and event.get("step"):
             self.step = event["step"]
-            self.pace = self.pace or (self.step, time.monotonic())
-        if event["event"] == "save":  # the last one is where it ends; steps are told from time to time
+            self.first_heard = self.first_heard or (self.step, time.monotonic())
+        if event["event"] == "save":  # not every step is reported, but the last save is at the last step
             self.step = max(self.step, event["step"])
         if event["event"] == "phase":
             self.state = {"train": "running", "save": "saving"}.get(event["name"], self.state)
         if event["event"] in ("step", "eval"):
-            self.seen |= {key: value for key, value in event.items() if isinstance(value, float)}
+            self.latest |= {key: value for key, value in event.items() if isinstance(value, float)}
 
     def seconds_left(self) -> float | None:
-        """By its pace so far."""
-        if self.pace is None or self.step <= self.pace[0]:
+        """Estimated seconds to its last step, by its pace so far; None before two steps were reported."""
+        if self.first_heard is None or self.step <= self.first_heard[0]:
             return None
-        return (time.monotonic() - self.pace[1]) / (self.step - self.pace[0]) * (self.config.steps - self.step)
+        step, moment = self.first_heard
+        return (time.monotonic() - moment) / (self.step - step) * (self.config.steps - self.step)
 
 
-def short(value: str) -> str:
-    """A value as it is shown: of a long number, the digits that matter."""
+def shorten(value: str) -> str:
+    """A value for display: of a long number four significant digits, anything else as it is."""
     with contextlib.suppress(ValueError):
         return value if len(value) <= SHORT else f"{float(value):.4g}"
     return value
 
 
-def history(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric, as far as the run has come."""
+def metric_history(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric in ``metrics.jsonl``, as far as the run in ``folder`` has come."""
     rows = read_records(RunDir(folder).metrics)
     return [(row["step"], float(row[metric])) for row in rows if isinstance(row.get(metric), int | float)]
 
 
-def final(folder: Path, metrics: Sequence[str]) -> list[float] | None:
-    """The metrics of a finished run: of its summary, or of the last step that has them. None where one was not measured."""
+def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
+    """The metrics of a finished run, of its summary or else of its last step with them; None where one is missing."""
     summary: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads(RunDir(folder).summary.read_text())
-    found = []
+    values: list[float] = []
     for metric in metrics:
-        known = [value for _, value in history(folder, metric)[-1:]]
         value = summary.get(metric)
-        found.append(float(value) if isinstance(value, int | float) else known[0] if known else None)
-    return None if None in found else [value for value in found if value is not None]
-
-
-class ClusterLost(Exception):  # noqa: N818  it is what the sweep is told
-    """The sweep's own Ray cluster has ended under a trial."""
-
-
-class Shared(LocalRayCluster):
-    """The sweep's own cluster, as its trials see it: the sweep alone may start it anew, when they all have ended."""
-
-    def __init__(self, private: LocalRayCluster) -> None:
-        self.private, self.start = private, private.start
-
-    def lost(self) -> bool:
-        """Whether one of Ray's processes has ended."""
-        return self.private.lost()
-
-    def again(self) -> None:
-        """Not here."""
-        raise ClusterLost
+        if isinstance(value, int | float):
+            values.append(float(value))
+        elif history := metric_history(folder, metric):
+            values.append(history[-1][1])
+        else:
+            return None
+    return values
 
 
 class TrialJob:
-    """A trial's job, followed in a thread of its own until all its processes have ended."""
+    """A trial's job, supervised in a thread of its own until all its processes have ended."""
 
-    def __init__(self, job: Job, device: str, gang: Sequence[Slot], tell: Callable[[Event], None]) -> None:
-        """``tell`` gets what the job says, and last a ``JobEndedEvent``."""
-        self.job, self.tell = job, tell
+    def __init__(self, job: Job, device: str, gang: Sequence[Slot], send_event: Callable[[Event], None]) -> None:
+        """``send_event`` gets the job's events, and last {"event": "ended", "verdict", "why", "lost"}."""
+        self.job, self.send_event = job, send_event
         self.why = ""
-        """The first line of the newest failure."""
-        self.left: list[Slot] = []
-        """Its places with their stewards, when it has ended and nothing was wrong with them."""
+        """First line of the newest failure."""
+        self.reusable_slots: list[Slot] = []
+        """Its slots with their agents, once the job has ended and nothing was wrong with them."""
         self.supervisor = Supervisor(job, device, gang=gang)
         self.thread = threading.Thread(target=self._run, name=job.config.run.name, daemon=True)
         self.thread.start()
 
-    def stop(self, number: int) -> None:
-        """Has it save and end."""
+    def request_stop(self, number: int) -> None:
+        """Asks the job to save and end, as signal ``number`` would."""
         self.job.stop.request(number)
 
     def _run(self) -> None:
@@ -155,24 +140,24 @@ class TrialJob:
             why = traceback.format_exc()
         lost = self.job.private is not None and self.job.private.lost()
         if not lost and verdict.kind in ("done", "stopped") and verdict.fault is None:
-            self.left = self.supervisor.slots.hand_over_slots()
-        self.tell(JobEndedEvent(verdict, why, lost).to_json())
+            self.reusable_slots = self.supervisor.slots.hand_over_slots()
+        self.send_event(JobEndedEvent(verdict, why, lost).to_json())
         if not lost:  # Ray would not answer
             self.supervisor.release_slots()
 
 
-def from_outside(verdict: outcome.Verdict) -> bool:
-    """Whether a failure says nothing of the trial itself, so that another try may do better."""
+def failed_from_outside(verdict: outcome.Verdict) -> bool:
+    """Whether a failure says nothing about the trial's own configuration, so that another try may succeed."""
     return verdict.kind == "failed" and verdict.fault in (*restart_policy.FROM_OUTSIDE, "hung")
 
 
-def best(trials: Sequence[Trial], directions: Sequence[str]) -> list[Trial]:
-    """The best of the finished trials; with several metrics, all that no other is better than in each."""
-    signs = [1.0 if way == "minimize" else -1.0 for way in directions]
+def best_trials(trials: Sequence[Trial], directions: Sequence[str]) -> list[Trial]:
+    """The best of the finished trials; with several metrics their Pareto front: those that no other dominates."""
+    signs = [1.0 if direction == "minimize" else -1.0 for direction in directions]
     points = {
-        t.number: [s * v for s, v in zip(signs, t.values, strict=True)]
-        for t in trials
-        if t.state == "done" and t.values
+        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for trial in trials
+        if trial.state == "done" and trial.values
     }
     if len(directions) == 1 and points:
         return [trials[min(points, key=lambda number: points[number])]]

@@ -21,14 +21,21 @@ if __name__ == "__main__":
     signals.install()
     begun = start_early(signals, "helpers.toy:train_rank")
 
-    from cluster.driver import driver
+    from cluster.driver.train_driver import TrainDriver
     from train.config import load as configuration
 
     run_dir, fault, *settings = sys.argv[1:]
     base = configuration.to_dict(configuration.load([f"run.dir={run_dir}", "steps=5", "schedule.warmup=0"]))
     more = json.loads(settings[0]) if settings else {}
     if more.pop("bug", False):
-        driver.TrainDriver._finish = raise_error
+        TrainDriver._finish = raise_error
     values = {**base, "steps": more.pop("steps", 5), "cluster": {**base["cluster"], **more}}
-    what = driver.Plan(lambda: configuration.parse(values), lambda config, report: fault)
-    sys.exit(driver.run(what, begun))
+
+    class ToyDriver(TrainDriver):
+        def load_config(self):
+            return configuration.parse(values)
+
+        def find_corpus(self, config):
+            return fault
+
+    sys.exit(ToyDriver([], begun).main())

@@ -15,7 +15,7 @@ from cluster.worker import fork_server_client
 
 @contextlib.contextmanager
 def private(cores: int, target: str, *module_folders: Path) -> Iterator[LocalRayCluster]:
-    """A private Ray cluster of this host with a job folder (``.start.folder``) and a fork server that runs ``target``.
+    """A private Ray cluster of this host with a job folder (``.spec.folder``) and a fork server that runs ``target``.
 
     Ray takes the host for one of ``cores`` cores. ``module_folders`` become the processes' PYTHONPATH.
     """
@@ -28,9 +28,9 @@ def private(cores: int, target: str, *module_folders: Path) -> Iterator[LocalRay
         fork_server = fork_server_client.ForkServerProcess(folder, target)
         cleanup.callback(fork_server.close)
         fork_server.set_device("cpu")
-        ray_auth.make(folder / "token")
+        ray_auth.create_token(folder / "token")
         cluster = LocalRayCluster(
-            ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
+            ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
         )
         cleanup.callback(cluster.end)
         yield cluster

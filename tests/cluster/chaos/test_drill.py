@@ -1,4 +1,4 @@
-"""The drill: its judgement as tables, and all of its faults for real, on one host and on three."""
+"""The drill: its verdicts as pure functions, and all of its faults for real, on one host and on three."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.netns_hosts import PORT, WHY_NOT, form_cluster, hosts, living_hosts
 from cluster.chaos import drill as drill_verb
 from cluster.chaos import faults
 from cluster.chaos.faults import FAULTS, Observation, Row
-from cluster.chaos.inject import poisoned
+from cluster.chaos.inject import copy_with_damaged_shard
 from train.data.corpus.shards import Corpus
 from train.errors import UserError
 from train.run_dir.compare import Comparison
@@ -28,15 +28,15 @@ SEEN = Observation(0.5, 1.5, 3, "rank 1 on a (pid 7) killed by SIGKILL", True, 1
 LOSSES = {1: 2.0, 2: 1.0}
 
 
-def judged(fault="kill", seen=SEEN, findings=SAME, ours=LOSSES) -> Row:
-    return faults.judge(FAULTS[fault], seen, findings, "fp32", (ours, LOSSES))
+def judged(fault="kill", seen=SEEN, comparisons=SAME, ours=LOSSES) -> Row:
+    return faults.judge_fault(FAULTS[fault], seen, comparisons, "fp32", (ours, LOSSES))
 
 
 def different(what: str) -> list[Comparison]:
     return [Comparison(f.subject, f.compared, "step 3: 1 and 2") if f.subject == what else f for f in SAME]
 
 
-def test_a_row_holds_where_all_is_as_it_must_be():
+def test_row_of_a_named_and_survived_fault_holds():
     row = judged()
     assert row.holds
     assert row.cells == ("a worker killed", "0.5", "yes", "1.5", "3", "yes", "bit for bit")
@@ -47,53 +47,53 @@ def test_a_row_holds_where_all_is_as_it_must_be():
     ("row", "words"),
     [
         (judged(seen=Observation(None, 1.5, 3, "something else", False, 10)), "not named right, but: something else"),
-        (judged(findings=different("data_hash")), "data_hash: step 3: 1 and 2"),
-        (judged(findings=different("loss")), "loss: step 3: 1 and 2"),
-        (judged(findings=different("grad_norm")), "grad_norm: step 3: 1 and 2"),
+        (judged(comparisons=different("data_hash")), "data_hash: step 3: 1 and 2"),
+        (judged(comparisons=different("loss")), "loss: step 3: 1 and 2"),
+        (judged(comparisons=different("grad_norm")), "grad_norm: step 3: 1 and 2"),
         (judged("size", ours={1: 2.0, 2: 1.001}), "loss: step 2: 1.001 and 1.0"),
         (judged("size", ours={1: 2.0}), "loss: step 2: None and 1.0"),
         (judged("size", ours={1: 2.0, 2: float("nan")}), "loss: step 2: nan and 1.0"),
-        (judged("size", findings=different("data_hash")), "data_hash: step 3"),
+        (judged("size", comparisons=different("data_hash")), "data_hash: step 3"),
         (Row("kill", "a worker killed", failed="the run ended"), "a worker killed: the run ended"),
     ],
 )
-def test_what_does_not_hold_is_said(row: Row, words: str):
+def test_row_that_does_not_hold_gives_the_reason(row: Row, words: str):
     assert not row.holds
     assert words in row.remark
     assert words in faults.markdown([row], "x")
 
 
-def test_where_the_number_of_workers_changes_the_losses_may_differ_by_their_order_of_sums():
-    row = judged("size", findings=different("loss"), ours={1: 2.0, 2: 1.00005})
+def test_losses_after_a_resize_may_differ_by_the_order_of_sums():
+    row = judged("size", comparisons=different("loss"), ours={1: 2.0, 2: 1.00005})
     assert row.holds
     assert row.cells[-1] == "within 0.0001"
 
 
-def test_what_training_makes_of_such_a_difference_later_is_not_judged():
+def test_losses_long_after_the_first_difference_are_not_compared():
     steps = range(1, 201)
-    apart = {step: 1.0 if step < 10 else 1.0 + 1e-6 * 1.05 ** (step - 10) for step in steps}
+    amplified = {step: 1.0 if step < 10 else 1.0 + 1e-6 * 1.05 ** (step - 10) for step in steps}
     whole = dict.fromkeys(steps, 1.0)
-    assert abs(apart[200] - 1.0) > 1e-3
-    assert faults.apart(apart, whole, 1e-4) == ""
-    assert faults.apart({**apart, 30: 1.001}, whole, 1e-4).startswith("loss: step 30")
+    assert abs(amplified[200] - 1.0) > 1e-3
+    assert faults.compare_losses(amplified, whole, 1e-4) == ""
+    assert faults.compare_losses({**amplified, 30: 1.001}, whole, 1e-4).startswith("loss: step 30")
 
 
-def test_what_is_not_possible_here_is_said_with_its_reason():
-    assert faults.impossible(FAULTS["cut"], 4, "one host") == "one host"
-    assert faults.impossible(FAULTS["kill"], 1, "one host") == ""
-    assert "one worker" in faults.impossible(FAULTS["size"], 1, "")
+def test_impossible_fault_is_shown_with_its_reason():
+    assert faults.why_impossible(FAULTS["cut"], 4, "one host") == "one host"
+    assert faults.why_impossible(FAULTS["kill"], 1, "one host") == ""
+    assert "one worker" in faults.why_impossible(FAULTS["size"], 1, "")
     row = Row("cut", "a host cut off", impossible="one host")
     assert "not possible here" in row.cells
     assert row.remark == "a host cut off: not possible here: one host"
 
 
-def test_faults_are_chosen_by_name_and_keep_their_order():
-    assert [fault.name for fault in faults.choose("stop,kill")] == ["kill", "stop"]
+def test_parse_faults_keeps_the_order_of_injection():
+    assert [fault.name for fault in faults.parse_faults("stop,kill")] == ["kill", "stop"]
     with pytest.raises(KeyError, match="flood"):
-        faults.choose("kill,flood")
+        faults.parse_faults("kill,flood")
 
 
-def test_the_words_that_name_a_fault_are_those_of_its_victim():
+def test_pattern_of_a_fault_matches_its_own_victim_only():
     where = {"rank": 1, "host": "a.b", "pid": 7}
     said = "FAILED: rank 1 on a.b (pid 7) killed by SIGKILL in forward of step 4"
     assert FAULTS["kill"].pattern(where).search(said)
@@ -102,8 +102,9 @@ def test_the_words_that_name_a_fault_are_those_of_its_victim():
 
 
 @pytest.mark.parametrize("inside", ["", "  it is in all_reduce #112\n"])
-def test_a_stopped_worker_is_named_wherever_it_was_stopped(inside: str):
-    said = f"FAILED: rank 1 on a (pid 7) hung: nothing moved in step of step 28\n{inside}  it is stopped by a signal (SIGSTOP)\n"
+def test_pattern_of_stop_matches_with_or_without_a_collective(inside: str):
+    hung = "FAILED: rank 1 on a (pid 7) hung: nothing moved in step of step 28\n"
+    said = f"{hung}{inside}  it is stopped by a signal (SIGSTOP)\n"
     pattern = FAULTS["stop"].pattern({"rank": 1, "host": "a", "pid": 7})
     assert pattern.search(said)
     assert not pattern.search(said.replace("  it is stopped by a signal", "  rank 0 waits"))
@@ -115,9 +116,9 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def test_a_poisoned_shard_is_one_of_a_copy(corpus: Path, tmp_path: Path):
+def test_damaged_shard_is_in_a_copy_and_the_corpus_stays_whole(corpus: Path, tmp_path: Path):
     before = digests(corpus)
-    shard, copy = poisoned(corpus, tmp_path / "copy")
+    shard, copy = copy_with_damaged_shard(corpus, tmp_path / "copy")
     assert digests(corpus) == before
     with pytest.raises(UserError, match=f"{shard}: damaged"):
         Corpus(copy).split("train").document(0)
@@ -157,7 +158,7 @@ def run_drill(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(900)
-def test_two_workers_of_one_host_bear_every_fault(as_typed, corpus: Path, tmp_path: Path):
+def test_drill_with_two_workers_of_one_host_survives_every_fault(as_typed, corpus: Path, tmp_path: Path):
     before = digests(corpus)
     done = run_drill(*as_typed("cluster.workers=2", *SETTINGS))
     assert done.returncode == 0, done.stdout
@@ -177,7 +178,7 @@ def test_two_workers_of_one_host_bear_every_fault(as_typed, corpus: Path, tmp_pa
 
 @pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 @pytest.mark.timeout(900)
-def test_three_hosts_bear_the_loss_of_one_and_another_cut_off(as_typed, tmp_path_factory, tmp_path: Path):
+def test_drill_on_three_hosts_survives_a_lost_and_a_cut_off_host(as_typed, tmp_path_factory, tmp_path: Path):
     with hosts(3, shared=tmp_path_factory.getbasetemp()) as (a, b, c):
         form_cluster(a, b, c)
         words = as_typed("cluster.workers=3", "cluster.address=auto", *SETTINGS)
@@ -196,7 +197,7 @@ def test_three_hosts_bear_the_loss_of_one_and_another_cut_off(as_typed, tmp_path
         )  # the drill leaves the cluster as it was
 
 
-def test_bad_input_is_refused_in_words(as_typed, capsys: pytest.CaptureFixture[str]):
+def test_drill_refuses_bad_input_and_lists_its_faults(as_typed, capsys: pytest.CaptureFixture[str]):
     for words, said in (
         (["faults=kill,flood"], "there is no fault 'flood'"),
         ([*as_typed("lerning_rate=1")], "lerning_rate"),
@@ -209,7 +210,7 @@ def test_bad_input_is_refused_in_words(as_typed, capsys: pytest.CaptureFixture[s
     assert all(fault.title in listed for fault in FAULTS.values())
 
 
-def test_a_drill_that_is_interrupted_leaves_no_process_behind(as_typed, tmp_path: Path):
+def test_interrupted_drill_leaves_no_process_behind(as_typed, tmp_path: Path):
     mark = f"TRIREME_DRILL={tmp_path}"
     name, _, value = mark.partition("=")
     with (tmp_path / "out").open("w") as out:
@@ -226,16 +227,16 @@ def test_a_drill_that_is_interrupted_leaves_no_process_behind(as_typed, tmp_path
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, (tmp_path / "out").read_text()
     assert "The drill was stopped" in (tmp_path / "out").read_text()
-    wait_for(lambda: not of(mark), 30)
+    wait_for(lambda: not processes_with(mark), 30)
 
 
-def of(mark: str) -> list[str]:
-    """The living processes that inherited ``mark``."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
+def processes_with(mark: str) -> list[str]:
+    """Command lines of the living processes whose environment has ``mark``."""
+    commands = []
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if mark.encode() in (place / "environ").read_bytes().split(b"\0"):
-                found.append((place / "cmdline").read_text())
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                commands.append((process / "cmdline").read_text())
         except OSError:
             continue
-    return found
+    return commands

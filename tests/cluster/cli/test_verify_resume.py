@@ -1,4 +1,4 @@
-"""The verb verify-resume, on real jobs: 10 + 10 steps around a real signal are 20, and what is not so is said."""
+"""The verb verify-resume on real jobs: 10 + 10 steps around a real signal equal 20 steps at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_stopped_run_is_found_to_be_the_undisturbed_one(as_typed, tmp_path: Path):
+def test_verify_resume_finds_stopped_runs_equal_to_the_unbroken_one(as_typed, tmp_path: Path):
     done = run(*as_typed("cluster.workers=2", "zero=2", "steps=400", "cluster.max_failures=0"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bit for bit" in done.stdout
@@ -31,7 +31,7 @@ def test_a_stopped_run_is_found_to_be_the_undisturbed_one(as_typed, tmp_path: Pa
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
-def test_bad_input_is_said_before_anything_is_started(as_typed, capsys: pytest.CaptureFixture[str]):
+def test_verify_resume_refuses_bad_input_before_any_start(as_typed, capsys: pytest.CaptureFixture[str]):
     assert configuration.load(as_typed("steps=8"))
     assert verify_resume.run(as_typed("lerning_rate=1")) == 2
     assert "lerning_rate" in capsys.readouterr().err

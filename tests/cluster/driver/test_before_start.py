@@ -1,11 +1,11 @@
-"""What the driver refuses, or finds done, before Ray or a worker is started; and the folder that it takes back."""
+"""The checks of the driver before Ray or a worker is started, and the folder that it removes."""
 
 from pathlib import Path
 
 import pytest
 import yaml
 
-from cluster.cli.train import find_corpus
+from cluster.driver.prepared_corpus import find_corpus
 from cluster.host import run_lock
 from train.checkpoint import manifest
 from train.config import load as configuration
@@ -26,34 +26,36 @@ def started(as_typed):
     return start
 
 
-def silent(event):
-    """Nobody looks."""
+def ignore(event):
+    """Takes the events of preparation, which these tests do not look at."""
 
 
-def test_another_model_is_refused_before_the_corpus_is_looked_at(as_typed, started):
+def test_another_model_is_refused_before_the_corpus_is_read(as_typed, started):
     started()
     config = configuration.load(as_typed("model.layers=3", "data.paths=[/nowhere]"))
     with pytest.raises(UserError, match=r"model.layers: 2 there, 3 here"):
-        find_corpus(config, silent)
+        find_corpus(config, ignore)
 
 
-def test_another_corpus_is_refused(corpus, started):
+def test_another_corpus_than_the_checkpoints_is_refused(corpus, started):
     config = started()
-    assert find_corpus(config, silent) == str(corpus)
-    kept = Path(config.run.dir) / "checkpoints" / "step_1"
-    kept.mkdir(parents=True)
-    (kept / manifest.MANIFEST).write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
+    assert find_corpus(config, ignore) == str(corpus)
+    checkpoint = Path(config.run.dir) / "checkpoints" / "step_1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / manifest.MANIFEST).write_bytes(
+        manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}})
+    )
     with pytest.raises(UserError, match="was trained on the corpus old"):
-        find_corpus(config, silent)
+        find_corpus(config, ignore)
 
 
-def test_a_folder_that_only_the_refused_start_made_is_taken_back(tmp_path):
+def test_empty_run_folder_of_a_refused_start_is_removed(tmp_path):
     with run_lock.lock_run_dir(tmp_path / "new"):
         run_lock.remove_empty_run_dir(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_holds_anything_else_stays_whole(tmp_path):
+def test_run_folder_with_other_files_is_kept_after_a_refused_start(tmp_path):
     with run_lock.lock_run_dir(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").write_text("steps: 1")
         run_lock.remove_empty_run_dir(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Where workers fit, and what is said when they do not. Tables of pure cases."""
+"""Placement of workers on nodes, and the messages where they do not fit, as tables of pure cases."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def node(name, cpus, gpus=0, free_cpus=None, free_gpus=None):
         ([node("a", 8, 8, free_gpus=0)], WorkerRequest(1, 1, 1), {}, 1),
     ],
 )
-def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, workers, waiting):
+def test_place_workers_packs_free_nodes_and_counts_the_waiting(nodes, request_, workers, waiting):
     placement = place_workers(nodes, request_)
     assert placement.workers == workers
     assert placement.waiting == waiting
@@ -46,7 +46,7 @@ def test_workers_are_packed_and_busy_places_are_waited_for(nodes, request_, work
         ([], WorkerRequest(1, 1, 0), ["none fits"]),
     ],
 )
-def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_, words):
+def test_request_that_never_fits_is_refused_with_each_nodes_shortage(nodes, request_, words):
     with pytest.raises(UserError) as refused:
         place_workers(nodes, request_)
     for word in words:
@@ -64,12 +64,12 @@ def test_what_can_never_fit_is_refused_with_what_each_node_lacks(nodes, request_
         ([node("a", 4, free_cpus=0)], None, 4),
     ],
 )
-def test_a_job_begins_with_as_many_workers_as_there_is_room_for(nodes, least, size):
+def test_initial_workers_are_as_many_as_there_is_room_for(nodes, least, size):
     request = WorkerRequest(4, 1, 0, least)
     assert initial_workers(place_workers(nodes, request), request) == size
 
 
-def test_fewer_cores_than_the_fewest_workers_need_are_refused():
+def test_fewer_cores_than_min_workers_need_are_refused():
     with pytest.raises(UserError, match=r"cluster.min_workers=3 asks for 3 workers of 1 core; only 2 fit"):
         place_workers([node("a", 2)], WorkerRequest(4, 1, 0, 3))
 
@@ -78,10 +78,10 @@ def test_fewer_cores_than_the_fewest_workers_need_are_refused():
     ("asked", "gpus", "device"),
     [("auto", 0, "cpu"), ("auto", 2, "gpu"), ("cpu", 2, "cpu"), ("gpu", 2, "gpu")],
 )
-def test_auto_means_gpus_where_there_are_any(asked, gpus, device):
+def test_device_auto_is_gpu_where_a_node_has_one(asked, gpus, device):
     assert choose_device(asked, [node("a", 4, 0), node("b", 4, gpus)]) == device
 
 
-def test_asking_for_gpus_where_there_are_none_is_refused():
+def test_device_gpu_without_gpus_is_refused():
     with pytest.raises(UserError, match="no node has a GPU"):
         choose_device("gpu", [node("a", 4)])

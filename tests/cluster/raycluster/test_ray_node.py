@@ -1,4 +1,4 @@
-"""Ray's own processes, started for real."""
+"""Ray's own processes, started for real, one of which is killed at once."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cluster.host import job_dir
-from cluster.raycluster import ray_auth, ray_node
+from cluster.raycluster import cluster_client, ray_auth, ray_node
 from train.errors import UserError
 
 
@@ -21,15 +21,15 @@ def folder():
     """A job's private folder, with a token."""
     before = dict(os.environ)
     made = job_dir.make_folder()
-    ray_auth.make(made / "token")
+    ray_auth.create_token(made / "token")
     yield made
     os.environ.clear()
     os.environ.update(before)
     shutil.rmtree(made, ignore_errors=True)
 
 
-def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
-    def strike():
+def test_raylet_that_ends_at_its_start_raises_a_user_error(folder):
+    def kill_raylet():
         end = time.monotonic() + 30
         while time.monotonic() < end:
             for child in psutil.Process().children():
@@ -38,11 +38,11 @@ def test_a_raylet_that_does_not_come_up_is_said_in_words(folder):
                     return
             time.sleep(0.001)
 
-    other = threading.Thread(target=strike)
-    other.start()
+    killer = threading.Thread(target=kill_raylet)
+    killer.start()
     with pytest.raises(UserError, match="Ray's processes on this host ended as they started"):
-        ray_node.start_head(ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
-    other.join()
+        ray_node.start_head(ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
+    killer.join()
     assert not [
         child for child in psutil.Process().children() if child.name() == "gcs_server" and child.status() != "zombie"
     ]
@@ -53,7 +53,9 @@ def test_worker_environment_starts_python_in_path_with_spaces(tmp_path: Path, mo
     python.parent.mkdir()
     python.symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    assert ray_node.worker_environment("/code") == {"env_vars": {"PYTHONPATH": "/code"}}
+    assert cluster_client.worker_environment("/code") == {"env_vars": {"PYTHONPATH": "/code"}}
     monkeypatch.setattr(sys, "executable", str(python))
-    command = f"exec {ray_node.worker_environment('/code')['py_executable']} -c 'print(1)'"  # as Ray gives it to bash
+    command = (
+        f"exec {cluster_client.worker_environment('/code')['py_executable']} -c 'print(1)'"  # as Ray gives it to bash
+    )
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == "1\n"

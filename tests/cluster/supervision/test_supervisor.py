@@ -27,7 +27,7 @@ TARGET = "helpers.toy:train_rank"
 def job_folder():
     """Job folder of a private cluster of two cores, with its host's fork server."""
     with private(2, TARGET, REPOSITORY, TESTS) as cluster:
-        yield cluster.start.folder
+        yield cluster.spec.folder
 
 
 class JobRun:

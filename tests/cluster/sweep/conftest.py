@@ -1,4 +1,4 @@
-"""A private Ray cluster of two cores with real trainers, which the sweeps of a module share."""
+"""A private Ray cluster of two cores with real workers, which the sweeps of a module share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from helpers import gloo_ranks
 from helpers.ray_cluster import private
 from rich.console import Console
 
-from cluster.cli.train import find_corpus
 from cluster.driver import early_start
 from cluster.host.stop_request import StopSignals
 from cluster.sweep.board import Board
-from cluster.sweep.cli import open_sweep, results
 from cluster.sweep.scheduler import SweepScheduler
 from cluster.sweep.slot_pool import SweepResources
+from cluster.sweep.sweep_driver import open_sweep, results_csv
 from train.config import load as configuration
 from train.config.sweep_dir import RESULTS
 
@@ -28,13 +27,13 @@ def made():
 
 
 @pytest.fixture
-def ground(private) -> SweepResources:
-    return SweepResources("cpu", early_start.TARGET, private.start.folder.name, StopSignals(), find_corpus, private)
+def resources(private) -> SweepResources:
+    return SweepResources("cpu", early_start.TARGET, private.spec.folder.name, StopSignals(), private)
 
 
 @pytest.fixture
 def given(corpus: Path) -> list[str]:
-    """What is typed for tiny runs on the tests' corpus."""
+    """Overrides of tiny runs on the tests' corpus."""
     return [
         *gloo_ranks.TINY,
         *gloo_ranks.TEXT,
@@ -44,21 +43,21 @@ def given(corpus: Path) -> list[str]:
     ]
 
 
-class Swept:
-    """A sweep that was run here, on the shared cluster: its trials, its folder and what it said."""
+class FinishedSweep:
+    """A sweep that was run here, on the shared cluster: its trials, its folder and what it printed."""
 
-    def __init__(self, ground: SweepResources, overrides: list[str]) -> None:
+    def __init__(self, resources: SweepResources, overrides: list[str]) -> None:
         self.said = io.StringIO()
         self.sweep = configuration.load_sweep(overrides)
         self.folder = Path(self.sweep.settings.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.queue: SweepScheduler = open_sweep(
+        self.scheduler: SweepScheduler = open_sweep(
             self.sweep, self.folder, Board(*[Console(file=self.said, width=300)] * 2)
         )
-        self.trials = self.queue.trials
-        if self.queue.more():
-            self.queue.run(ground)
-        (self.folder / RESULTS).write_text(results(self.queue))
+        self.trials = self.scheduler.trials
+        if self.scheduler.has_more():
+            self.scheduler.run(resources)
+        (self.folder / RESULTS).write_text(results_csv(self.scheduler))
 
     @property
     def states(self) -> list[str]:
@@ -66,6 +65,6 @@ class Swept:
 
 
 @pytest.fixture
-def swept(ground: SweepResources, given: list[str]):
-    """swept(*overrides) -> the sweep of tiny runs that they ask for, run to its end."""
-    return lambda *overrides: Swept(ground, [*given, *overrides])
+def swept(resources: SweepResources, given: list[str]):
+    """swept(*overrides) -> the FinishedSweep of tiny runs that they ask for."""
+    return lambda *overrides: FinishedSweep(resources, [*given, *overrides])

@@ -1,4 +1,4 @@
-"""The table of a sweep can be read: every number whole, on a narrow terminal and in a file."""
+"""The table of a sweep is readable on a narrow terminal and in a file: no number is cut."""
 
 from __future__ import annotations
 
@@ -21,39 +21,43 @@ def board(terminal: Console | None) -> Board:
     failed = Trial(
         11, PARAMS | {"optimizer.lr": "0.0046"}, gloo_ranks.compose("steps=4398"), "failed", 784, values=[2.2065]
     )
-    found = Board(terminal)
-    found.metrics, found.trials, found.best = ("val_loss",), lambda: [done, failed], lambda: [done]
-    return found
+    made = Board(terminal)
+    made.metrics, made.trials, made.best = ("val_loss",), lambda: [done, failed], lambda: [done]
+    return made
 
 
-def readable(said: str) -> None:
+def contains(line: str, cells: list[str]) -> bool:
+    return all(cell in line for cell in cells)
+
+
+def check_rows(said: str) -> None:
     for row in (
         ["0", "96", "3", "256", "0.0033", "4,398/4,398", "done", "1.4924 *"],
         ["0.0046", "784/4,398", "failed", "2.2065"],
     ):
-        assert any(all(cell in line for cell in row) for line in said.splitlines()), said
+        assert any(contains(line, row) for line in said.splitlines()), said
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_numbers_stay_whole_on_a_terminal(width: int):
+def test_table_on_a_narrow_terminal_keeps_numbers_whole(width: int):
     out = io.StringIO()
-    board(Console(file=out, width=width, force_terminal=True, color_system=None)).final()
-    readable(out.getvalue())
+    board(Console(file=out, width=width, force_terminal=True, color_system=None)).print_table()
+    check_rows(out.getvalue())
 
 
-def test_a_file_is_as_wide_as_the_table():
-    command = [sys.executable, "-c", "import test_board; test_board.board(None).final()"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
-    readable(told.stdout)
-    assert "optimizer.lr" in told.stdout
+def test_table_in_a_file_is_not_cut():
+    command = [sys.executable, "-c", "import test_board; test_board.board(None).print_table()"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
+    check_rows(done.stdout)
+    assert "optimizer.lr" in done.stdout
 
 
-def test_keys_of_one_last_name_are_told_apart():
+def test_table_tells_keys_with_the_same_last_part_apart():
     params = {"model.name": "a", "optimizer.name": "b"}
     trial = Trial(0, params, gloo_ranks.compose(), "done", 8, values=[1.0])
     out = io.StringIO()
-    found = board(Console(file=out, width=120, force_terminal=True, color_system=None))
-    found.trials, found.best = lambda: [trial], lambda: [trial]
-    found.final()
+    shown = board(Console(file=out, width=120, force_terminal=True, color_system=None))
+    shown.trials, shown.best = lambda: [trial], lambda: [trial]
+    shown.print_table()
     assert "model.name" in out.getvalue()
     assert "optimizer.name" in out.getvalue()

@@ -1,4 +1,4 @@
-"""What a sweep's ledger knows after a crash, and whom it refuses."""
+"""A sweep's ledger after a crash, and the sweeps that it refuses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ def open_ledger(folder, words):
     return SweepLedger(folder, sweep, sweep_space.grid(sweep))
 
 
-def test_every_line_counts_but_a_torn_one(tmp_path):
+def choices(ledger):
+    return [trial.params for trial in ledger.trials.values()]
+
+
+def test_ledger_with_a_torn_last_line_keeps_all_others(tmp_path):
     ledger = open_ledger(tmp_path, TWO)
-    ledger.start(0, 2, ["here", "here"])
-    ledger.end(0, {"state": "done", "step": 8, "values": [2.5], "why": ""})
-    ledger.start(1, 2, ["here", "here"])
+    ledger.record_start(0, 2, ["here", "here"])
+    ledger.record_end(0, {"state": "done", "step": 8, "values": [2.5], "why": ""})
+    ledger.record_start(1, 2, ["here", "here"])
     with ledger.file.open("a") as file:
         file.write('{"event": "end", "trial": 1, "sta')
     again = open_ledger(tmp_path, TWO)
@@ -31,13 +35,13 @@ def test_every_line_counts_but_a_torn_one(tmp_path):
         ("queued", None),
         ("queued", None),
     ]
-    again.end(1, {"state": "failed", "step": 3, "values": None, "why": "it broke"})
+    again.record_end(1, {"state": "failed", "step": 3, "values": None, "why": "it broke"})
     assert open_ledger(tmp_path, TWO).trials[1].why == "it broke"
     assert [t.params for t in again.trials.values()][1] == {"optimizer.lr": "0.001", "model": "llama_tiny"}
 
 
-def test_another_sweep_is_refused_with_every_difference(tmp_path):
-    open_ledger(tmp_path, [*TWO, "steps=8"]).start(0, 2, [])
+def test_ledger_of_another_sweep_is_refused_naming_each_difference(tmp_path):
+    open_ledger(tmp_path, [*TWO, "steps=8"]).record_start(0, 2, [])
     open_ledger(tmp_path, [*TWO, "steps=8", "cluster.workers=1", "sweep.retries=3"])
     with pytest.raises(UserError) as caught:
         open_ledger(tmp_path, ["optimizer.lr=1e-3,1e-1", "model=gpt_tiny,llama_tiny", "steps=9", "seed=3"])
@@ -50,8 +54,8 @@ def test_another_sweep_is_refused_with_every_difference(tmp_path):
         assert words in str(caught.value)
 
 
-def test_a_shuffled_grid_keeps_the_order_that_it_was_begun_in(tmp_path):
+def test_shuffled_grid_keeps_its_first_order_after_a_restart(tmp_path):
     words = ["seed=shuffle(range(50))"]
     first = open_ledger(tmp_path, words)
-    first.start(0, 1, [])
-    assert [t.params for t in open_ledger(tmp_path, words).trials.values()] == [t.params for t in first.trials.values()]
+    first.record_start(0, 1, [])
+    assert choices(open_ledger(tmp_path, words)) == choices(first)

@@ -1,4 +1,4 @@
-"""The search that a restarted driver has is the one that went on undisturbed."""
+"""Searches: samplers, pruners, and a search restored from a ledger, which equals the unbroken one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def measure(params) -> float:
     return (math.log10(float(params["optimizer.lr"])) + 2.5) ** 2 + float(params.get("optimizer.weight_decay", 0))
 
 
-def go_on(study: TrialSearch, trials: int) -> list[dict[str, str]]:
+def run_trials(study: TrialSearch, trials: int) -> list[dict[str, str]]:
     tried = []
     for _ in range(trials):
         number, params, _ = study.suggest()
-        study.tell(number, "done", [measure(params)] * len(study.study.directions))
+        study.record_end(number, "done", [measure(params)] * len(study.study.directions))
         tried.append(params)
     return tried
 
@@ -32,34 +32,34 @@ def go_on(study: TrialSearch, trials: int) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "words", [["sweep=tpe"], ["sweep=random"], ["sweep=cmaes"], ["sweep=nsga2", "sweep.metric=[a,b]"]], ids=str
 )
-def test_a_study_made_again_of_the_ledger_suggests_what_the_undisturbed_one_does(words):
+def test_search_restored_from_the_ledger_suggests_as_the_unbroken_one(words):
     whole, study, known = search(*words, *SPACE), search(*words, *SPACE), []
-    expected = go_on(whole, 14)
+    expected = run_trials(whole, 14)
     for _ in range(9):
         number, params, attrs = study.suggest()
         known.append((params, dict(attrs)))
-        study.tell(number, "done", [measure(params)] * len(study.study.directions))
+        study.record_end(number, "done", [measure(params)] * len(study.study.directions))
     again = search(*words, *SPACE)
     for number, (params, attrs) in enumerate(known):
-        again.know(params, attrs, [])
-        again.tell(number, "done", [measure(params)] * len(again.study.directions))
-    assert [params for params, _ in known] + go_on(again, 5) == expected
+        again.restore(params, attrs, [])
+        again.record_end(number, "done", [measure(params)] * len(again.study.directions))
+    assert [params for params, _ in known] + run_trials(again, 5) == expected
     assert len({str(params) for params in expected}) > 10  # NSGA-II may keep a whole parent
 
 
-def test_tpe_comes_closer_to_the_best_than_it_began():
-    tried = [measure(params) for params in go_on(search("sweep=tpe", *SPACE), 40)]
+def test_tpe_comes_closer_to_the_optimum_than_its_first_trials():
+    tried = [measure(params) for params in run_trials(search("sweep=tpe", *SPACE), 40)]
     assert min(tried[20:]) < min(tried[:5])
 
 
-def test_ends_of_ranges_and_intervals_are_kept_and_choices_stay_as_they_were_typed():
+def test_suggestions_stay_within_ranges_and_keep_choices_as_typed():
     words = [
         "model.layers=range(2,9,3)",
         "optimizer.lr=interval(1e-3,2e-3)",
         "model=gpt_tiny,llama_tiny",
         "batch.global=int(interval(4,6))",
     ]
-    tried = go_on(search("sweep=random", *words), 30)
+    tried = run_trials(search("sweep=random", *words), 30)
     assert {p["model.layers"] for p in tried} == {"2", "5", "8"}
     assert {p["model"] for p in tried} == {"gpt_tiny", "llama_tiny"}
     assert {p["batch.global"] for p in tried} == {"4", "5", "6"}
@@ -67,16 +67,16 @@ def test_ends_of_ranges_and_intervals_are_kept_and_choices_stay_as_they_were_typ
 
 
 @pytest.mark.parametrize("pruner", ["asha", "median"])
-def test_a_trial_that_is_no_good_is_to_end_and_a_good_one_is_not(pruner):
+def test_pruner_ends_a_bad_trial_and_not_a_good_one(pruner):
     study = search("sweep=random", f"sweep.pruner={pruner}", *SPACE)
 
     def run(level: float) -> int:
         number, _, _ = study.suggest()
         for step in range(10, 80, 10):
             if study.report(number, step, level - step / 100):
-                study.tell(number, "pruned", None)
+                study.record_end(number, "pruned", None)
                 return step
-        study.tell(number, "done", [level])
+        study.record_end(number, "done", [level])
         return 80
 
     first = [run(3.0 + n / 10) for n in range(5)]
@@ -85,12 +85,12 @@ def test_a_trial_that_is_no_good_is_to_end_and_a_good_one_is_not(pruner):
     assert run(2.0) == 80
 
 
-def test_what_a_restart_reports_again_puts_a_trial_on_its_rungs():
+def test_restored_trial_stands_on_the_rungs_that_it_had_reached():
     study, again = (search("sweep=random", "sweep.pruner=asha", *SPACE) for _ in range(2))
     reports = [(step, 3.0) for step in range(10, 80, 10)]
     number, params, _ = study.suggest()
     assert not any(study.report(number, *report) for report in reports)
-    again.know(params, {}, reports)
+    again.restore(params, {}, reports)
     assert not again.report(0, 70, 9.0), "a step that is known already is not judged again"
     for known in (study, again):
         known.suggest()
@@ -99,7 +99,7 @@ def test_what_a_restart_reports_again_puts_a_trial_on_its_rungs():
         )
 
 
-def test_of_many_a_third_goes_on_at_an_eighth_and_half_of_those_at_a_half_however_they_come():
+def test_asha_keeps_a_third_at_one_eighth_and_half_of_those_at_one_half():
     study = search("sweep=random", "sweep.pruner=asha", *SPACE)
     ended = {10: 0, 40: 0}
     for n in range(40):
@@ -109,26 +109,26 @@ def test_of_many_a_third_goes_on_at_an_eighth_and_half_of_those_at_a_half_howeve
             step for step in (10, 20, 30, 40, 50, 60, 70) if study.report(number, step, early if step < 40 else late)
         ]
         ended |= {ends[0]: ended[ends[0]] + 1} if ends else {}
-        study.tell(number, "pruned" if ends else "done", None if ends else [late])
+        study.record_end(number, "pruned" if ends else "done", None if ends else [late])
     assert set(ended) == {10, 40}
     assert 22 <= ended[10] <= 30
     assert (40 - ended[10]) / 4 <= ended[40] <= (40 - ended[10]) * 3 / 4
 
 
-def test_the_best_of_many_comes_to_its_end_and_most_of_the_others_do_not():
+def test_asha_finishes_the_best_of_many_and_few_others():
     study = search("sweep=random", "sweep.pruner=asha", *SPACE)
     done = []
     for n in range(40):
         number, _, _ = study.suggest()
         level = (n * 17) % 40  # each level once, in no order
         ends = any(study.report(number, step, level - step / 10) for step in (10, 20, 30, 40, 50, 60, 70))
-        study.tell(number, "pruned" if ends else "done", None if ends else [level])
+        study.record_end(number, "pruned" if ends else "done", None if ends else [level])
         done += [] if ends else [level]
     assert len(done) < 20
     assert study.study.best_value == 0
 
 
-def test_tpe_begins_with_points_that_cover_the_space_evenly():
+def test_tpe_starts_with_points_spread_evenly_over_the_space():
     words = [
         "sweep=tpe",
         "sweep.startup=8",
@@ -136,7 +136,7 @@ def test_tpe_begins_with_points_that_cover_the_space_evenly():
         "model.layers=range(2,10)",
         "zero=0,1",
     ]
-    first, other = (go_on(search(*words, f"sweep.seed={seed}"), 8) for seed in (0, 1))
+    first, other = (run_trials(search(*words, f"sweep.seed={seed}"), 8) for seed in (0, 1))
     assert first != other
     for tried in (first, other):
         assert {int(math.log10(float(p["optimizer.lr"])) + 4) for p in tried} == {0, 1, 2, 3}, (

@@ -1,4 +1,4 @@
-"""Sweeps of real runs, placed by real Ray: each trial is the run that it would be alone, and no more run than there is room for."""
+"""Sweeps of real runs on real Ray: each trial equals the same run alone, within the room there is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 from helpers import wandb_files
 from helpers.chromium import NO_BROWSER, Browser
 
+from cluster.driver.prepared_corpus import find_corpus
 from cluster.host.stop_request import StopRequest
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
-from cluster.sweep.cli import verdict
+from cluster.sweep.sweep_driver import exit_code
 from review import __main__ as review
 from review.run_differences import best_runs
 from review.run_reader import read_runs
@@ -26,19 +27,19 @@ from train.util.io import read_records
 pytestmark = pytest.mark.timeout(900)  # on a loaded machine
 
 
-def alone(config, ground):
-    """The run of a configuration, started as a job of its own."""
+def run_alone(config, resources):
+    """Runs a configuration as a job of its own."""
     (configuration.Path(config.run.dir) / "logs").mkdir(parents=True)
-    corpus = ground.find_corpus(config, lambda event: None)
+    corpus = find_corpus(config, lambda event: None)
     job = Job(
         config,
         corpus,
-        ground.target,
-        ground.folder,
+        resources.target,
+        resources.folder,
         lambda event: None,
         StopRequest(),
         StartupClock(time.time()),
-        ground.private,
+        resources.local_cluster,
     )
     supervisor = Supervisor(job, "cpu")
     try:
@@ -47,8 +48,8 @@ def alone(config, ground):
         supervisor.release_slots()
 
 
-def look_at_page(folder, out, runs):
-    """Reviews a sweep, and opens the page where there is a browser."""
+def check_page(folder, out, runs):
+    """Reviews a sweep, and checks its page where there is a browser."""
     assert review.main([str(folder), "--out", str(out), "--format", "html"]) == 0
     if not NO_BROWSER:
         with Browser() as browser:
@@ -64,8 +65,8 @@ def look_at_page(folder, out, runs):
             assert browser.messages == []
 
 
-def at_once(folder) -> int:
-    """The most workers that had places at any moment, by the ledger."""
+def most_workers(folder) -> int:
+    """The most workers that had slots at any moment, by the ledger."""
     records = read_records(folder / "ledger.jsonl")
     workers = {r["trial"]: r["workers"] for r in records if r["event"] == "start"}
     changes = [
@@ -80,16 +81,16 @@ def at_once(folder) -> int:
     return max(sums)
 
 
-def test_four_trials_of_two_workers_on_two_slots_are_the_runs_that_they_are_alone(swept, ground, tmp_path):
-    found = swept(
+def test_four_trials_of_two_workers_on_two_slots_equal_runs_alone(swept, resources, tmp_path):
+    sweep = swept(
         *("model.layers=1,2", "optimizer.lr=1e-3,1e-2", "cluster.workers=2"),
         *("tracking=wandb", "tracking.wandb=offline", f"sweep.dir={tmp_path}/s", "sweep.name=two-by-two"),
     )
-    assert found.states == ["done"] * 4
-    assert sorted(path.name for path in found.folder.iterdir() if path.is_dir()) == ["000", "001", "002", "003"]
-    assert at_once(found.folder) == 2
+    assert sweep.states == ["done"] * 4
+    assert sorted(path.name for path in sweep.folder.iterdir() if path.is_dir()) == ["000", "001", "002", "003"]
+    assert most_workers(sweep.folder) == 2
     groups, ids = set(), set()
-    for trial in found.trials:
+    for trial in sweep.trials:
         [file] = trial.folder.glob("wandb/offline-run-*/*.wandb")
         [about] = [record.run for record in wandb_files.records(file) if record.HasField("run")]
         groups.add(about.run_group)
@@ -98,18 +99,18 @@ def test_four_trials_of_two_workers_on_two_slots_are_the_runs_that_they_are_alon
         assert {"optimizer", "lineage"} <= keys
         assert list(about.tags) == ["sweep"]
         other = trial.config.run.model_copy(update={"dir": str(tmp_path / f"alone{trial.number}")})
-        alone(
+        run_alone(
             trial.config.model_copy(update={"run": other, "tracking": configuration.load(["tracking=off"]).tracking}),
-            ground,
+            resources,
         )
         findings = compare(trial.folder, tmp_path / f"alone{trial.number}", 8)
         assert all(finding.compared and finding.difference is None for finding in findings), findings
     assert groups == {"two-by-two"}
     assert len(ids) == 4
-    assert len({tuple(trial.values) for trial in found.trials}) == 4, "they differ from each other"
+    assert len({tuple(trial.values) for trial in sweep.trials}) == 4, "they differ from each other"
 
 
-def test_a_trial_is_configured_as_the_same_words_alone_would_be(given, tmp_path):
+def test_trial_is_configured_as_the_same_overrides_alone(given, tmp_path):
     sweep = configuration.load_sweep(
         [*given, "optimizer.lr=1e-3,1e-2", "zero=0,2", f"sweep.dir={tmp_path}", "sweep.name=s"]
     )
@@ -126,12 +127,12 @@ def test_a_trial_is_configured_as_the_same_words_alone_would_be(given, tmp_path)
 
 
 def test_trials_of_one_worker_run_two_at_once_on_two_slots(swept, tmp_path):
-    found = swept("seed=range(4)", "cluster.workers=1", "steps=20", f"sweep.dir={tmp_path}/s")
-    assert found.states == ["done"] * 4
-    assert at_once(found.folder) == 2
+    sweep = swept("seed=range(4)", "cluster.workers=1", "steps=20", f"sweep.dir={tmp_path}/s")
+    assert sweep.states == ["done"] * 4
+    assert most_workers(sweep.folder) == 2
 
 
-def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, given, tmp_path):
+def test_sweep_with_a_diverging_and_a_raising_trial_finishes_the_others(swept, resources, given, tmp_path):
     (tmp_path / "s" / "002" / "metrics.jsonl").mkdir(parents=True)
     words = [
         "optimizer.lr=1e-3,1e30,2e-3,3e-3",
@@ -140,34 +141,34 @@ def test_one_trial_diverges_and_one_raises_and_the_others_finish(swept, ground, 
         "sweep.parallel=1",
         f"sweep.dir={tmp_path}/s",
     ]
-    found = swept(*words)
-    assert found.states == ["done", "diverged", "failed", "done"], found.said.getvalue()
-    assert verdict(found.queue) == 1
-    ends = {r["trial"]: r for r in read_records(found.folder / "ledger.jsonl") if r["event"] == "end"}
+    sweep = swept(*words)
+    assert sweep.states == ["done", "diverged", "failed", "done"], sweep.said.getvalue()
+    assert exit_code(sweep.scheduler) == 1
+    ends = {r["trial"]: r for r in read_records(sweep.folder / "ledger.jsonl") if r["event"] == "end"}
     assert "optimizer.lr" in ends[1]["why"]
     assert "IsADirectoryError" in ends[2]["why"]
-    said = found.said.getvalue()
+    said = sweep.said.getvalue()
     assert said.index("trial 1 (optimizer.lr=1e+30): diverged") < said.index("trial 2 (optimizer.lr=0.002): starts")
     assert said.index("IsADirectoryError: ") < said.index("trial 3 (optimizer.lr=0.003): starts")
 
-    runs = read_runs([found.folder])
-    assert [run.state for run in runs] == found.states
+    runs = read_runs([sweep.folder])
+    assert [run.state for run in runs] == sweep.states
     assert "optimizer.lr" in runs[1].end_reason
     assert "IsADirectoryError" in runs[2].end_reason
     assert (
         best_runs(runs)[0].name
-        == min((trial.values, run.name) for trial, run in zip(found.trials, runs, strict=True) if trial.values)[1]
+        == min((trial.values, run.name) for trial, run in zip(sweep.trials, runs, strict=True) if trial.values)[1]
     )
-    look_at_page(found.folder, tmp_path / "review", runs)
+    check_page(sweep.folder, tmp_path / "review", runs)
 
     (tmp_path / "s" / "002" / "metrics.jsonl").rmdir()
-    before = {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
+    before = {n: (sweep.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
     again = swept(*words)
     assert again.states == ["done", "diverged", "done", "done"], "what failed is tried again, what diverged is not"
-    assert before == {n: (found.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
+    assert before == {n: (sweep.folder / f"{n:03}" / "summary.json").stat().st_mtime_ns for n in (0, 3)}
 
 
-def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tmp_path):
+def test_search_prunes_bad_trials_and_retries_killed_ones(swept, tmp_path):
     folder = tmp_path / "s"
 
     def kill() -> None:
@@ -178,7 +179,7 @@ def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tm
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    found = swept(
+    sweep = swept(
         *(
             "optimizer.lr=tag(log,interval(1e-6,1e-2))",
             "sweep=random",
@@ -189,22 +190,22 @@ def test_a_search_ends_what_is_no_good_and_tries_again_what_was_killed(swept, tm
         *("steps=200", "eval_every=25", "save_every=50", "cluster.workers=1", f"sweep.dir={folder}"),
     )
     thread.join()
-    said = found.said.getvalue()
+    said = sweep.said.getvalue()
     assert "will be tried again (sweep.retries=1)" in said
     ends = [(r["trial"], r["state"], r["step"]) for r in read_records(folder / "ledger.jsonl") if r["event"] == "end"]
     assert (ends[0][:2], len(ends)) == ((0, "failed"), 5)
-    assert set(found.states) == {"done", "pruned"}, said
-    for trial in found.trials:
+    assert set(sweep.states) == {"done", "pruned"}, said
+    for trial in sweep.trials:
         assert (trial.number, trial.state, trial.step) in ends
         if trial.state == "pruned":
             assert 25 <= trial.step < 200
             assert (trial.folder / "checkpoints" / f"step_{trial.step}").is_dir()
-    found.queue.board.final()
-    assert "│ pruned │" in found.said.getvalue()[len(said) :]
-    assert verdict(found.queue) == 0
+    sweep.scheduler.board.print_table()
+    assert "│ pruned │" in sweep.said.getvalue()[len(said) :]
+    assert exit_code(sweep.scheduler) == 0
 
 
-def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, given, tmp_path, monkeypatch):
+def test_stopped_sweep_saves_running_trials_and_goes_on_when_restarted(swept, resources, given, tmp_path, monkeypatch):
     words = [
         "seed=range(3)",
         "cluster.workers=1",
@@ -213,20 +214,20 @@ def test_a_stop_saves_all_that_runs_and_the_next_start_goes_on(swept, ground, gi
         "eval_every=0",
         f"sweep.dir={tmp_path}/s",
     ]
-    stop = ground.signals.stop
+    stop = resources.signals.stop
     from cluster.sweep import scheduler
 
     class Stopping(scheduler.SweepScheduler):
-        def _tell(self, trial, running, event):
-            super()._tell(trial, running, event)
+        def _on_event(self, trial, job, event):
+            super()._on_event(trial, job, event)
             if event["event"] == "save" and not stop.requested:
                 stop.request(15)
 
-    monkeypatch.setattr("cluster.sweep.cli.SweepScheduler", Stopping)
-    found = swept(*words)
-    assert found.queue.stopping
-    assert set(found.states) <= {"stopped", "done", "queued"}
-    assert "stopped" in found.states
+    monkeypatch.setattr("cluster.sweep.sweep_driver.SweepScheduler", Stopping)
+    sweep = swept(*words)
+    assert sweep.scheduler.stopping
+    assert set(sweep.states) <= {"stopped", "done", "queued"}
+    assert "stopped" in sweep.states
     monkeypatch.undo()
     stop.signal = None
     again = swept(*words)

@@ -12,7 +12,7 @@ from helpers import gloo_ranks
 from helpers.ray_cluster import private
 
 from cluster.host.stop_request import StopRequest
-from cluster.raycluster import ray_node
+from cluster.raycluster import ray_auth, ray_node
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
@@ -25,7 +25,7 @@ TESTS = REPOSITORY / "tests"
 def another_node(head, folder):
     """One more node of one core on this machine."""
     return ray_node.start_member(
-        ray_node.NodeSpec(ray_node.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address
+        ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cpus=1, gpus=0), head.address
     )
 
 
@@ -40,7 +40,7 @@ def until(condition, seconds=120):
 def two():
     """A private cluster of two nodes of a core each, for the toy: its folder, the head and the other node."""
     with private(1, "helpers.toy:train_rank", REPOSITORY, TESTS) as cluster:
-        yield cluster.start.folder, cluster.node, another_node(cluster.node, cluster.start.folder)
+        yield cluster.spec.folder, cluster.node, another_node(cluster.node, cluster.spec.folder)
 
 
 def test_killed_host_is_named_and_a_new_host_is_taken_in(two, tmp_path):
@@ -81,7 +81,7 @@ def test_killed_host_is_named_and_a_new_host_is_taken_in(two, tmp_path):
 def three():
     """The folder of a private cluster that Ray takes for one of three cores."""
     with private(3, TARGET, REPOSITORY) as cluster:
-        yield cluster.start.folder
+        yield cluster.spec.folder
 
 
 @pytest.mark.timeout(600)

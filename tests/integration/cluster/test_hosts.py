@@ -1,4 +1,4 @@
-"""Real Ray on three hosts, each with its own address: the cluster verbs, training over the network, and who is kept out."""
+"""Real Ray on three hosts: the cluster verbs, training over the network, and the token."""
 
 import re
 import secrets
@@ -31,7 +31,7 @@ def three(tmp_path_factory):
         yield a, b, c, form_cluster(a, b, c)
 
 
-def test_up_makes_a_private_token_once_and_says_how_to_join(three):
+def test_cluster_up_creates_a_private_token_once_and_says_how_to_join(three):
     a, b, c, said = three
     address = f"{a.ip}:{PORT}"
     assert f"./launch.sh cluster join {address}" in said
@@ -63,7 +63,7 @@ def test_training_on_three_hosts_equals_training_on_one(three, corpus, make, as_
     assert gloo_ranks.metrics(spread) == gloo_ranks.metrics(alone)
 
 
-def test_more_workers_than_fit_fail_at_once_naming_what_each_host_lacks(three, as_typed, tmp_path):
+def test_too_many_workers_fail_at_once_naming_each_hosts_shortage(three, as_typed, tmp_path):
     a, b, c, _ = three
     began = time.monotonic()
     done = trireme(a, "train", *as_typed("cluster.workers=4", "cluster.address=auto"), cwd=tmp_path)
@@ -74,7 +74,7 @@ def test_more_workers_than_fit_fail_at_once_naming_what_each_host_lacks(three, a
         assert f"  {host.name}: 1 core, 0 GPUs: room for 1, 1 core short of another" in done.stdout
 
 
-def test_status_says_which_job_holds_what_and_a_stopped_job_holds_nothing(three, as_typed, tmp_path):
+def test_status_shows_what_each_job_holds_until_it_is_stopped(three, as_typed, tmp_path):
     a, _, c, _ = three
     overrides = as_typed(
         "cluster.workers=2", "cluster.address=auto", "steps=100000", "run.name=long", "eval_every=0", name="long"
@@ -138,7 +138,7 @@ for name, action in {
 """
 
 
-def test_a_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
+def test_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     a, _, c, _ = three
     sockets = a.run(["ss", "-ltnp"]).stdout.splitlines()[1:]
     assert {re.search(r'\(\("([^"]+)"', line)[1] for line in sockets} <= {"gcs_server", "raylet", "ray::RuntimeEnv"}, (
@@ -149,7 +149,7 @@ def test_a_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     (tmp_path / "wrong").write_text(secrets.token_hex(32))
 
     def client(mark, **env):
-        """What a program on c, of a user whose home is elsewhere, can do."""
+        """The output of a client on c that belongs to a user with another home."""
         words = [sys.executable, tmp_path / "client.py", f"{a.ip}:{PORT}", tmp_path / mark, ports]
         return c.run(words, env={"HOME": str(tmp_path), "RAY_NUM_REDIS_GET_RETRIES": "2", **env}, timeout=120).stdout
 
@@ -169,19 +169,19 @@ def test_a_client_without_the_token_cannot_list_read_or_submit(three, tmp_path):
     assert (tmp_path / "right.mark").exists()
 
 
-def test_the_token_is_in_its_file_and_nowhere_else(three):
+def test_token_is_in_its_file_and_nowhere_else(three):
     a, b, c, _ = three
     token = a.run(["cat", TOKEN]).stdout
     for host in (a, b, c):
         with Path(f"/proc/{host.init}/root{TOKEN}").open() as pattern:
-            found = host.run(
+            holders = host.run(
                 ["sh", "-c", "grep -rlF -f - /tmp /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>/dev/null"], stdin=pattern
             )
-        assert found.stdout.split() == [TOKEN], found.stdout
+        assert holders.stdout.split() == [TOKEN], holders.stdout
     assert len(token) == 64
 
 
-def test_a_host_that_was_cut_off_is_missed_and_comes_back_by_itself(three):
+def test_host_that_was_cut_off_is_missed_and_rejoins_by_itself(three):
     a, b, c, _ = three
     address = f"{a.ip}:{PORT}"
     b.cut_off()
@@ -190,7 +190,7 @@ def test_a_host_that_was_cut_off_is_missed_and_comes_back_by_itself(three):
     wait_for(lambda: living_hosts(a, address) == {a.ip, b.ip, c.ip}, 60)
 
 
-def test_down_ends_the_host_and_on_the_head_everything(three):
+def test_cluster_down_ends_a_member_alone_and_on_the_head_all(three):
     a, b, c, _ = three
     gone = trireme(b, "cluster", "down")
     assert gone.returncode == 0, gone.stdout
@@ -206,21 +206,22 @@ def test_down_ends_the_host_and_on_the_head_everything(three):
     assert "no cluster is up on this host" in refused.stdout
 
 
-def test_two_that_say_up_at_once_get_one_cluster(tmp_path):
+def test_two_cluster_up_at_once_make_one_cluster(tmp_path):
     with hosts(1, shared=tmp_path) as [a]:
         outs = [tmp_path / name for name in ("first", "second")]
         both = [
             a.start([sys.executable, "-m", "cluster", "cluster", "up"], stdout=out.open("w"), stderr=subprocess.STDOUT)
             for out in outs
         ]
-        assert [one.wait(120) for one in both] == [0, 0], [out.read_text() for out in outs]
+        codes = [one.wait(120) for one in both]
+        assert codes == [0, 0], [out.read_text() for out in outs]
         said = sorted("is up already" in out.read_text() for out in outs)
         assert said == [False, True]
         assert len([pid for pid in a.pids() if psutil.Process(pid).name() == "gcs_server"]) == 1
         assert trireme(a, "cluster", "down").returncode == 0
 
 
-def test_a_host_that_does_not_belong_is_refused_in_words(as_typed, tmp_path_factory, tmp_path):
+def test_host_without_token_or_cluster_is_refused_with_the_cure(as_typed, tmp_path_factory, tmp_path):
     """And a cluster that plain ``ray start`` has made, with a token, is as good as ours."""
     with hosts(2, shared=tmp_path_factory.getbasetemp()) as (a, b):
         address = f"{a.ip}:{PORT}"

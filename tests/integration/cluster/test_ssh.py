@@ -1,4 +1,4 @@
-"""Hosts joined over ssh, with a real sshd on each, and the nodes of a real SLURM: started, stopped and ended with the driver."""
+"""Hosts joined over ssh with real sshd, and nodes of a real SLURM, from start to the driver's end."""
 
 import os
 import re
@@ -49,7 +49,7 @@ SetEnv HOME={1}
 
 @pytest.fixture
 def reachable(tmp_path, tmp_path_factory):
-    """Three hosts of a core each; a can reach b, which its configuration of ssh calls bee, and c. And a's environment."""
+    """Three hosts of a core each, of which a reaches b (its ssh calls it bee) and c; and a's environment."""
     folder = tmp_path / "ssh"
     (folder / "bin").mkdir(parents=True)
     for name in ("host", "key"):
@@ -70,7 +70,7 @@ def reachable(tmp_path, tmp_path_factory):
 
 
 @missing("ssh", "ssh-keygen", "/usr/sbin/sshd")
-def test_a_job_over_ssh_ends_on_every_host_with_its_driver(reachable, as_typed, tmp_path):
+def test_job_over_ssh_ends_on_every_host_with_its_driver(reachable, as_typed, tmp_path):
     (a, b, c), env = reachable
     (tmp_path / "others").write_text("bee  # by another name\n\nc\n")
     overrides = as_typed("cluster=ssh", "cluster.workers=3", "steps=100000", "eval_every=0", "save_every=0", name="run")
@@ -149,7 +149,7 @@ def allocation(tmp_path, tmp_path_factory):
 
 
 @missing("slurmctld", "slurmd", "munged", "sbatch")
-def test_a_job_of_slurm_spans_its_nodes_and_saves_when_it_is_cancelled(allocation, as_typed, tmp_path):
+def test_slurm_job_spans_its_nodes_and_saves_when_cancelled(allocation, as_typed, tmp_path):
     (a, b, c), env = allocation
     overrides = as_typed("cluster.workers=3", "steps=100000", "eval_every=0", "save_every=0", name="run")
     words = ["sbatch", "--parsable", "--nodes=3", f"--output={tmp_path}/out", LAUNCH, "train", *overrides]

@@ -1,0 +1,32 @@
+"""Finds the prepared corpus of a run, or prepares it; refuses a run that could not go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from train.config.schema import Config
+from train.data.corpus import shards
+from train.data.prepare import prepare
+from train.events import PrepareEvent
+from train.pretrained import inspect_source
+from train.run_dir import resume
+
+
+def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str:
+    """The folder of the prepared corpus, which is prepared first where it is missing or old.
+
+    ``report`` gets the events of the preparation. UserError where the run in ``run.dir`` cannot go on with this
+    configuration or this corpus, or where a new run cannot start from what ``init.from`` names.
+    """
+    resume.check_resumable(config, None)
+    inspect_source.check_source(config)
+    ready = prepare.find_prepared(config.data)
+    if ready is None:
+
+        def report_progress(progress: dict[str, Any]) -> None:
+            report(PrepareEvent(progress["phase"], progress).to_json())
+
+        ready = prepare.prepare(config.data, report_progress, config.objective)
+    resume.check_resumable(config, shards.fingerprint(shards.read_index(ready)))
+    return str(ready.absolute())

@@ -1,0 +1,127 @@
+"""The driver of one job: configuration, corpus, Ray cluster, placement, supervision, exit code.
+
+Importing torch and DeepSpeed takes longest, so the fork server does it (``cluster.driver.early_start``) while the
+driver composes the configuration, which fails within a second if it is wrong, and then connects to Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.driver import prepared_corpus
+from cluster.driver.driver import Driver
+from cluster.driver.early_start import EarlyStart
+from cluster.host import run_lock
+from cluster.raycluster import connect, placement, status
+from cluster.raycluster.local_cluster import LocalRayCluster
+from cluster.supervision import outcome
+from cluster.supervision.job import Job, StartupClock
+from cluster.supervision.supervisor import Supervisor
+from train.config import load as configuration
+from train.config.schema import Config
+from train.errors import ExitCode
+from train.events import JobEvent, NoteEvent, PhaseEvent
+from train.reporting.console import RunConsole
+from train.run_dir import resume
+from train.util.format import plural
+from train.util.io import FileLock
+
+
+class TrainDriver(Driver):
+    """Runs the job of one command line: exit code 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
+
+    def __init__(self, overrides: Sequence[str], early: EarlyStart) -> None:
+        super().__init__(early)
+        self.overrides = overrides
+        self.console = RunConsole()
+        self.signals = early.signals
+        self.clock = StartupClock(early.since)
+        self.run_dir = Path()
+        self.lock: FileLock | None = None
+        """Held on the run's folder for as long as this driver lives."""
+        self.local_cluster: LocalRayCluster | None = None
+
+    def load_config(self) -> Config:
+        """The configuration that the command line asks for."""
+        return configuration.load(self.overrides)
+
+    def find_corpus(self, config: Config) -> str:
+        """The folder of the prepared corpus; see ``prepared_corpus.find_corpus``."""
+        return prepared_corpus.find_corpus(config, self.console.show)
+
+    def show_bad_input(self, message: str) -> None:
+        """Shows the user what is wrong with the input and how to correct it."""
+        self.console.bad_input(message)
+
+    def close_console(self) -> None:
+        """Ends the live display and gives the cursor back."""
+        self.console.close()
+
+    def remove_empty_folder(self) -> None:
+        """After bad input: removes the run's folder where this command made it and nothing else has come into it."""
+        if self.lock is not None:
+            run_lock.remove_empty_run_dir(self.run_dir)
+
+    def run(self) -> int:
+        """Runs the job to its verdict, or finds that the run has made all its steps already."""
+        clock = self.clock
+        clock.mark("driver")
+        config = self.load_config()
+        clock.mark("config")
+        self.run_dir = Path(config.run.dir or ".").absolute()
+        self.lock = run_lock.lock_run_dir(self.run_dir)
+        self.signals.on_exit.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
+        if summary := resume.finished_summary(config):
+            self.console.complete(config, summary)
+            return ExitCode.OK
+        corpus = self.find_corpus(config)
+        clock.mark("corpus")
+        self._connect_to_ray(config)
+        nodes = status.living_nodes()
+        device = placement.choose_device(config.cluster.device, nodes)
+        self.early.fork_server.set_device(device)
+        cluster = config.cluster
+        request = placement.WorkerRequest(
+            cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
+        )
+        packed = placement.place_workers(nodes, request)
+        if packed.waiting:
+            held = "; ".join(map(str, status.job_holdings()))
+            text = f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}"
+            self.console.show(NoteEvent(text).to_json())
+        self.console.show(JobEvent(config.model_dump(by_alias=True), device, len(nodes)).to_json())
+        self.console.show(PhaseEvent("workers").to_json())
+        folder = self.early.folder.name
+        stop, signals = self.signals.stop, self.signals
+        job = Job(
+            config, corpus, self.early.target, folder, self._show, stop, clock, self.local_cluster, signals=signals
+        )
+        verdict = Supervisor(job, device, placement.initial_workers(packed, request)).run()
+        return self._finish(verdict, config)
+
+    def _connect_to_ray(self, config: Config) -> None:
+        """Makes this process a driver of the configured Ray cluster, or of one that it starts for this job."""
+        self.console.show(PhaseEvent("ray").to_json())
+        self.local_cluster, self.remote_nodes = connect.connect(
+            config.cluster, config.run.name or "", self.early.folder, self.early.target
+        )
+        self.signals.install()
+        self.clock.mark("ray")
+
+    def _show(self, event: dict) -> None:
+        self.console.show(event)
+        if self.clock.first_step(event, self.run_dir):
+            self.console.startup(self.clock.marks)
+
+    def _finish(self, verdict: outcome.Verdict, config: Config) -> int:
+        if verdict.kind == "done":
+            self.console.finished(config)
+            return ExitCode.OK
+        if verdict.kind == "stopped":
+            self.console.stopped(config)
+            return ExitCode.STOPPED
+        if verdict.kind == "bad_input" and verdict.cause is not None:
+            self.console.bad_input(verdict.cause.error or "")
+            return ExitCode.BAD_INPUT
+        return ExitCode.FAILURE
