@@ -20,7 +20,7 @@ from review.sweep_reader import (
     VAL_LOSS_GOAL,
     Goal,
     SweepRecord,
-    TrialRecord,
+    TrialSummary,
     find_sweep_folders,
     read_sweep,
 )
@@ -67,7 +67,7 @@ class RunRecord:
     corpus: str = ""
     """Fingerprint of the corpus."""
     sweep: SweepRecord | None = None
-    trial: TrialRecord | None = None
+    trial: TrialSummary | None = None
     """Its entry in the ledger of that sweep."""
     goal: Goal = VAL_LOSS_GOAL
     """The metric that runs are compared by: the first goal of their common sweep, else held-out loss."""
@@ -243,7 +243,7 @@ def _state(run: RunRecord) -> str:
     return "broken" if run.notes else "stopped" if run.config else "empty"
 
 
-def _apply_ledger(run: RunRecord, sweep: SweepRecord, trial: TrialRecord) -> None:
+def _apply_ledger(run: RunRecord, sweep: SweepRecord, trial: TrialSummary) -> None:
     """Takes the state from the ledger, which outranks the look of the folder, unless the run has finished since."""
     if run.state == "done" and trial.state not in FINAL:
         trial.state = "done"

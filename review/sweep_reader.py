@@ -49,7 +49,7 @@ VAL_LOSS_GOAL = Goal()
 
 
 @dataclass
-class TrialRecord:
+class TrialSummary:
     """A trial as the ledger records it."""
 
     params: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class SweepRecord:
     """Search space of each key, as typed on the command line."""
     trials_requested: int = 0
     """Number of trials asked for when the sweep was started."""
-    trials: dict[int, TrialRecord] = field(default_factory=dict)
+    trials: dict[int, TrialSummary] = field(default_factory=dict)
     running: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -88,11 +88,11 @@ class SweepRecord:
         """The run folder of a trial."""
         return sweep_dir.trial_dir(self.folder, trial)
 
-    def trial_of_folder(self, folder: Path) -> TrialRecord | None:
+    def trial_of_folder(self, folder: Path) -> TrialSummary | None:
         """The trial whose run folder is ``folder``, or None."""
         return self.trials.get(int(folder.name)) if re.fullmatch(r"\d{3,6}", folder.name) else None
 
-    def early_end_text(self, trial: TrialRecord) -> str:
+    def early_end_text(self, trial: TrialSummary) -> str:
         """One line on why the trial ended before its last step; empty if it did not."""
         if trial.state == "pruned":
             score = f" with {self.goals[0].metric} {trial.values[0]:.4g}" if trial.values else ""
@@ -153,7 +153,7 @@ def _read_head(sweep: SweepRecord, record: dict[str, Any]) -> None:
     sweep.goals = tuple(goals) or sweep.goals
     grid = record.get("grid")
     for i, params in enumerate(grid[:MAX_TRIALS] if isinstance(grid, list) else []):
-        sweep.trials[i] = TrialRecord(_params(params))
+        sweep.trials[i] = TrialSummary(_params(params))
     sweep.trials_requested = len(sweep.trials) if isinstance(grid, list) else _whole(settings.get("trials"))
 
 
@@ -161,7 +161,7 @@ def _read_trial_event(sweep: SweepRecord, event: str, record: dict[str, Any]) ->
     number = record.get("trial")
     if type(number) is not int or not 0 <= number < MAX_TRIALS:
         return
-    trial = sweep.trials.setdefault(number, TrialRecord())
+    trial = sweep.trials.setdefault(number, TrialSummary())
     if event == "trial":
         trial.params = _params(record.get("params"))
     elif event == "start":

@@ -1,4 +1,4 @@
-"""The rules of the code that a machine can check: which way imports go, who may know a heavy dependency, how large things grow."""
+"""Rules of the code that a machine can check: direction of imports, fences of dependencies, rooms, names and sizes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAX_LINES, MAX_STATEMENTS, MAX_ARGUMENTS, MAX_COLUMNS, MAX_MODULES = 400, 40, 6,
 
 SAME_MODULE_NAME = {"__init__", "__main__", "evaluate", "generate"}  # verbs in cli/, named after what they call
 SAME_CLASS_NAME: set[str] = set()
-"""Names that more than one module or class may have, each with its reason; a family's or an objective's are excepted."""
+"""Names that more than one module or class may have, with the reason; those of families and objectives are excepted."""
 
 CODE = sorted(f for folder in (*PACKAGES, "bench", "tests") for f in (ROOT / folder).rglob("*.py"))
 
@@ -80,14 +80,16 @@ def test_each_heavy_dependency_has_one_fence(file: Path):
 def test_private_api_of_ray_is_used_in_one_module():
     """Ray may change it in any release: ``ray_internals`` gives the reason for each use."""
     private = ("ray._private", "ray._raylet")
-    users = {name(file) for file in FILES if any(i.startswith(private) for i in imports(file))}
+    users = set()
+    for file in FILES:
+        users |= {name(file) for module in imports(file) if module.startswith(private)}
     assert users == {"cluster/raycluster/ray_internals.py"}
 
 
 def test_no_modules_import_each_other_in_a_ring():
     modules = {module(f): f for f in FILES}
     # A package's __init__ counts only where it is named itself: importing a sibling is no ring.
-    edges = {m: {i for i in imports(f) if i in modules and i != m} for m, f in modules.items()}
+    edges = {m: imports(f) & modules.keys() - {m} for m, f in modules.items()}
     assert_no_ring(edges)
 
 
@@ -127,7 +129,9 @@ def test_yaml_files_only_choose_and_set_numbers():
 
 
 def test_only_its_own_files_and_one_list_know_a_family():
-    """Loop, engine, checkpoint, loader, objectives, cluster: none imports a family, or has its name or its class's in its code."""
+    """No loop, engine, checkpoint, loader, objective or cluster imports a family, or names one or its class in its
+    code.
+    """
     families = {"decoder": "Decoder", "encoder": "Encoder", "encdec": "EncDec", "recurrent": "Recurrent"}
     own = {f"train/{part}/{family}.py" for part in ("models", "config/keys") for family in families}
     assert own <= {name(file) for file in FILES}
@@ -152,7 +156,7 @@ def test_only_its_own_files_and_one_list_know_a_family():
 
 
 def room(file: Path) -> str:
-    """The folder of a module; a module that lies beside rooms (``train/loop.py``, ``train/data/loader.py``) is its own."""
+    """The folder of a module; a module beside rooms, such as ``train/loop.py``, is a room of its own."""
     folder, rooms = file.parent, [f for f in file.parent.iterdir() if (f / "__init__.py").exists()]
     return name(file) if rooms or file.name == "__init__.py" else name(folder)
 
@@ -198,20 +202,20 @@ def assert_no_ring(edges: dict[str, set[str]]) -> None:
         visit(start, ())
 
 
+def stems(folder: str) -> set[str]:
+    return {file.stem for file in (ROOT / folder).glob("*.py")}
+
+
 def kinds() -> set[str]:
-    """Modules that several rooms have by design: a family's or objective's keys, module, and rows have one name."""
-    families = {f.stem for f in (ROOT / "train/config/keys").glob("*.py")} & {
-        f.stem for f in (ROOT / "train/models").glob("*.py")
-    }
-    objectives = {f.stem for f in (ROOT / "train/objectives").glob("*.py")} & {
-        f.stem for f in (ROOT / "train/data/examples").glob("*.py")
-    }
+    """Modules that several rooms have by design: a family's or an objective's keys, module and rows have one name."""
+    families = stems("train/config/keys") & stems("train/models")
+    objectives = stems("train/objectives") & stems("train/data/examples")
     return families | objectives
 
 
 def test_module_names_occur_once():
-    stems = [f.stem for f in FILES if f.stem not in SAME_MODULE_NAME | kinds()]
-    assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
+    names = [f.stem for f in FILES if f.stem not in SAME_MODULE_NAME | kinds()]
+    assert sorted({stem for stem in names if names.count(stem) > 1}) == []
 
 
 def test_class_names_occur_once():

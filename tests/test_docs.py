@@ -179,8 +179,8 @@ def table(page: str, heading: str) -> list[list[str]]:
     """The rows of the first table below a heading of a page of docs/, without its head."""
     text = (ROOT / "docs" / page).read_text("utf-8")
     lines = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0].splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
-    return rows[2:]
+    rows = [line.strip("|").split(" | ") for line in lines if line.startswith("|")]
+    return [list(map(str.strip, row)) for row in rows[2:]]
 
 
 def defined_in(file: str) -> set[str]:

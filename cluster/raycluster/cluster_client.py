@@ -113,7 +113,7 @@ def init_driver(address: str, job_name: str, import_from: str | None, ip: str | 
 
 
 def worker_environment(import_from: str) -> dict[str, Any]:
-    """Ray's runtime environment for workers that import our code from ``import_from``, the same folder on every host."""
+    """Ray's runtime environment for workers that import this code from ``import_from``, the same on every host."""
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": import_from}}
     quoted = shlex.quote(sys.executable)
     if quoted != sys.executable:  # Ray gives the shell the path of Python as it is, and a space would cut it in two

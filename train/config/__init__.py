@@ -6,4 +6,5 @@ keys         the keys of each model family and objective
 validate     rules between keys
 suggest      "did you mean ...?" for unknown keys
 sweep_space  keys with several values, and their combinations
+sweep_dir    file names and trial states of a sweep's folder
 """

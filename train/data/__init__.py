@@ -2,8 +2,8 @@
 
 tokenizer   text to token ids and back
 loader      the micro-batches of one rank: training steps and held-out groups
-corpus/     a prepared corpus on disk: shards, index, verification
-sampling/   which tokens make up each step, as pure functions of seed, epoch and position
-examples/   rows of a batch from stored documents, one module an objective
-prepare/    text files to a prepared corpus
+corpus      a prepared corpus on disk: shards, index, verification
+sampling    which tokens make up each step, as pure functions of seed, epoch and position
+examples    rows of a batch from stored documents, one module an objective
+prepare     text files to a prepared corpus
 """

@@ -111,13 +111,13 @@ def test_job_of_3_2_3_workers_has_the_losses_of_an_unbroken_run(three, make, cor
     assert supervisor.run().kind == "stopped"
     script.join()
     supervisor.release_slots()
-    assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], [
-        e for e in events if e["event"] in ("note", "failure")
-    ]
+    told = [event for event in events if event["event"] in ("note", "failure")]
+    assert [len(event["pids"]) for event in of("started")] == [3, 2, 3], told
     ours = gloo_ranks.metrics(config)
     whole = make(*settings, f"steps={ours[-1]['step']}", name="whole")
     assert gloo_ranks.train_world(whole, corpus, timeout=250) == ["done"] * 3
     theirs = gloo_ranks.metrics(whole)
-    hashes, losses = [line["data_hash"] for line in theirs], [line["loss"] for line in theirs]
+    hashes = [line["data_hash"] for line in theirs]
+    losses = [line["loss"] for line in theirs]
     assert [line["data_hash"] for line in ours] == hashes
     assert [line["loss"] for line in ours] == pytest.approx(losses, rel=1e-4)

@@ -100,7 +100,7 @@ LONG, SINGLE_KILLS = 300, 20
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_run_whose_processes_die_one_by_one_equals_an_unbroken_run(as_typed, tmp_path):
-    """Victims are workers, agents, the fork server, Ray's processes and the driver, whose command is then given again."""
+    """Kills workers, agents, the fork server, processes of Ray and the driver, whose command is then given again."""
     draw = random.Random(os.environ.get("TRIREME_KILL_SEED", "11"))
     settings = [f"steps={LONG}", "save_every=5", "eval_every=50", "keep_last=2", "cluster.workers=2", "zero=2"]
     undisturbed, config = (configuration.load(as_typed(*settings, name=name)) for name in ("whole", "killed"))

@@ -36,7 +36,9 @@ def read_steps(
 
 def real_rows(micro_batches) -> list[tuple]:
     """Every row with a target, as (tokens, targets, positions, segments)."""
-    whole = {key: torch.cat([batch[key] for batch in micro_batches]) for key in micro_batches[0]}
+    whole = {}
+    for key in micro_batches[0]:
+        whole[key] = torch.cat([batch[key] for batch in micro_batches])
     rows = zip(*(column.tolist() for column in whole.values()), strict=True)
     return [tuple(map(tuple, row)) for row in rows if any(row[3])]
 

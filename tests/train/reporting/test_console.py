@@ -183,8 +183,9 @@ def test_duration_uses_the_two_largest_units(seconds, words):
     assert duration(seconds) == words
 
 
-def test_the_console_and_the_driver_import_no_torch():
-    code = "import sys, cluster.driver.train_driver, train.reporting.console; assert not {'torch', 'deepspeed'} & set(sys.modules)"
+def test_console_and_driver_import_no_torch():
+    code = "import sys, cluster.driver.train_driver, train.reporting.console; "
+    code += "assert not {'torch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[3], check=True)
 
 

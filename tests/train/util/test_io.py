@@ -17,7 +17,7 @@ def test_write_whole_replaces_the_content_and_leaves_nothing_beside_it(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_line_after_a_torn_one_stands_on_its_own_line_and_the_torn_one_is_skipped(tmp_path):
+def test_line_after_a_torn_one_is_whole_and_the_torn_one_skipped(tmp_path):
     file = tmp_path / "a.jsonl"
     assert read_records(file) == []
     append_line(file, '{"step": 1}')

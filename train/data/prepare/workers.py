@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
 from train.data.prepare.sources import CHANGED, LABEL, BadText, ReadOptions, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.errors import UserError
+from train.errors import ExitCode, UserError
 
 DOCUMENT = np.dtype(
     [
@@ -183,6 +183,6 @@ def _init_worker(parents_sockets: str) -> None:
     def exit_with_parent() -> None:
         parent.join()
         shutil.rmtree(parents_sockets, ignore_errors=True)
-        os._exit(1)
+        os._exit(ExitCode.FAILURE)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
