@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ def start_early(signals: StopSignals, target: str = TARGET) -> EarlyStart:
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()
     os.environ[job_dir.JOB_ENV] = str(folder)
+    tempfile.tempdir = job_dir.temporary_files(folder)  # of this process alone: hosts agree on where job folders are
     early = EarlyStart(folder, fork_server_client.ForkServerProcess(folder, target), target, since, signals)
     signals.on_exit.append(early.remove_folder)
     return early

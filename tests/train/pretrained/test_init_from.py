@@ -86,7 +86,8 @@ def weights_after_rollback(world, emit, config, corpus: str):
     config, corpus_ = configuration.parse(config), Corpus(corpus)
     loader, _ = loaders(corpus_, config, world)
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
-    guard = Guard(config, world, corpus_, engine, loader, lambda: None, lambda progress, why: None)
+    nothing = (lambda: None, lambda state, why: None, lambda text: None)
+    guard = Guard(config, world, corpus_, engine, loader, *nothing)
     guard._roll_back(TrainState())
     loader.close()
     return {name: weight.numpy() for name, weight in engine.whole_weights()}
