@@ -34,7 +34,7 @@ class TrainDriver(Driver):
     def __init__(self, overrides: Sequence[str], early: EarlyStart) -> None:
         super().__init__(early)
         self.overrides = overrides
-        self.console = RunConsole()
+        self.console: RunConsole = RunConsole()
         self.signals = early.signals
         self.clock = StartupClock(early.since)
         self.run_dir = Path()
@@ -49,14 +49,6 @@ class TrainDriver(Driver):
     def find_corpus(self, config: Config) -> str:
         """The folder of the prepared corpus; see ``prepared_corpus.find_corpus``."""
         return prepared_corpus.find_corpus(config, self.console.show)
-
-    def show_bad_input(self, message: str) -> None:
-        """Shows the user what is wrong with the input and how to correct it."""
-        self.console.bad_input(message)
-
-    def close_console(self) -> None:
-        """Ends the live display and gives the cursor back."""
-        self.console.close()
 
     def remove_empty_folder(self) -> None:
         """After bad input: removes the run's folder where this command made it and nothing else has come into it."""
@@ -122,6 +114,6 @@ class TrainDriver(Driver):
             self.console.stopped(config)
             return ExitCode.STOPPED
         if verdict.kind == "bad_input" and verdict.cause is not None:
-            self.console.bad_input(verdict.cause.error or "")
+            self.console.show_bad_input(verdict.cause.error or "")
             return ExitCode.BAD_INPUT
         return ExitCode.FAILURE

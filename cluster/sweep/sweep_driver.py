@@ -35,18 +35,10 @@ class SweepDriver(Driver):
     def __init__(self, overrides: Sequence[str], early: EarlyStart) -> None:
         super().__init__(early)
         self.overrides = overrides
-        self.console = Board()
+        self.console: Board = Board()
         self.lock: FileLock | None = None
         """Held on the sweep's folder for as long as this driver lives."""
         self.folder = Path()
-
-    def show_bad_input(self, message: str) -> None:
-        """Shows the user what is wrong with the input and how to correct it."""
-        self.console.show_bad_input(message)
-
-    def close_console(self) -> None:
-        """Ends the live table and gives the cursor back."""
-        self.console.close()
 
     def remove_empty_folder(self) -> None:
         """After bad input: removes the sweep's folder where there is nothing in it but the lock."""

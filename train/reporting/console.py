@@ -281,7 +281,7 @@ class RunConsole:
             )
         )
 
-    def bad_input(self, message: str) -> None:
+    def show_bad_input(self, message: str) -> None:
         """Shows an error of the input: its cause, its location and its cure."""
         self.close()
         self.errors.print(Text.assemble(("error: ", "bold red"), message))
