@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The one entry, for people and for clusters. The first run sets up .venv beside this file; later ones start at once.
 #
-#   ./launch.sh                              train the default: a small GPT on the embedded corpus, 2 ZeRO workers
+#   ./launch.sh                              train the default: a small GPT on the embedded corpus
 #   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help

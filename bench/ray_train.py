@@ -57,7 +57,7 @@ def worker(options: dict[str, Any]) -> None:
 
 def batch(config: Config) -> dict[str, torch.Tensor]:
     """A batch of random tokens of this worker's share of the configured shape."""
-    shape = (config.batch.global_ // config.cluster.workers, config.batch.seq_len)
+    shape = (config.batch.global_ // config.cluster.worker_count, config.batch.seq_len)
     tokens = torch.randint(0, VOCABULARY, shape)
     positions = torch.arange(shape[1]).expand(shape)
     segments = torch.ones(shape, dtype=torch.int32)
@@ -79,13 +79,16 @@ def main(arguments: list[str]) -> None:
     environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so; as ours, its own is 15
     ray.init(
-        "local", num_cpus=config.cluster.workers + 1, include_dashboard=False, runtime_env={"env_vars": environment}
+        "local",
+        num_cpus=config.cluster.worker_count + 1,
+        include_dashboard=False,
+        runtime_env={"env_vars": environment},
     )
     TorchTrainer(
         worker,
         train_loop_config={"config": configuration.to_dict(config), "folder": str(folder)},
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=config.cluster.workers),
+        scaling_config=ScalingConfig(num_workers=config.cluster.worker_count),
         run_config=RunConfig(storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=-1)),
     ).fit()
 

@@ -114,7 +114,7 @@ def children(parent: int) -> list[tuple[int, bytes]]:
 
 def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
     """Seconds of each recovery of Ray Train, ``repeats`` of them or as many as succeeded."""
-    steps, size, recoveries = folder / "peer", configuration.load(overrides).cluster.workers, []
+    steps, size, recoveries = folder / "peer", configuration.load(overrides).cluster.worker_count, []
     steps.mkdir()
     command = [sys.executable, "-m", "bench.ray_train", str(steps), *overrides]
     with contextlib.suppress(GoneError), Job(command, folder / "peer.log") as job:
@@ -144,7 +144,12 @@ def main(arguments: list[str]) -> int:
     """Measures, prints the table, and returns 0 when the goal is met."""
     options = dict(a.split("=", 1) for a in arguments if a.startswith(("repeats=", "peer=")))
     repeats = int(options.get("repeats", 20))
-    overrides = [*FIXED, "tracking=off", *(a for a in arguments if not a.startswith(("repeats=", "peer=")))]
+    overrides = [
+        *FIXED,
+        "tracking=off",
+        "cluster.workers=2",
+        *(a for a in arguments if not a.startswith(("repeats=", "peer="))),
+    ]
     random.seed(0)
     out, peer = Console(), options.get("peer", "true") == "true"
     if peer and not has_ray_train():

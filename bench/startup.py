@@ -109,7 +109,7 @@ def same_run(config: Config, folder: Path) -> Path:
 def main(arguments: list[str]) -> int:
     """Measures, prints the table, and returns 0 when the goal is met."""
     repeats = next((int(a.split("=")[1]) for a in arguments if a.startswith("repeats=")), 5)
-    overrides = ["tracking=off", *(a for a in arguments if not a.startswith("repeats="))]
+    overrides = ["tracking=off", "cluster.workers=2", *(a for a in arguments if not a.startswith("repeats="))]
     config = configuration.load(overrides)
     corpus = prepare.find_prepared(config.data) or prepare.prepare(config.data, lambda progress: None)
     mine, theirs, peers = [], [], []
@@ -120,10 +120,10 @@ def main(arguments: list[str]) -> int:
         for number in range(repeats):
             mine.append(ours(overrides, Path(temporary) / f"ours_{number}"))
             settings = same_run(config, Path(temporary) / f"torchrun_{number}")
-            theirs.append(torchrun(settings, str(corpus.absolute()), config.cluster.workers))
+            theirs.append(torchrun(settings, str(corpus.absolute()), config.cluster.worker_count))
             if peer:
-                peers.append(ray_train(overrides, config.cluster.workers, Path(temporary) / f"ray_train_{number}"))
-    table = Table(title=f"seconds since the command, median of {repeats}, {config.cluster.workers} workers")
+                peers.append(ray_train(overrides, config.cluster.worker_count, Path(temporary) / f"ray_train_{number}"))
+    table = Table(title=f"seconds since the command, median of {repeats}, {config.cluster.worker_count} workers")
     for column in ("phase", "launch.sh", "torchrun", *(["Ray Train"] if peer else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():

@@ -126,16 +126,16 @@ class Drill:
     def run(self, faults: Sequence[Fault]) -> int:
         """Injects the faults one after another, writes the verdicts and returns the exit code."""
         began, config = time.monotonic(), self.config
-        workers = plural(config.cluster.workers, "worker")
-        about = f"{config.run.name}, {workers}, ZeRO stage {config.zero.stage}, {config.precision.name}"
+        about = f"{config.run.name}, ZeRO stage {config.zero.stage}, {config.precision.name}"
         self.out.print(f"Drill of {about}, in {self.folder}", soft_wrap=True)
         with Live(console=self.out, refresh_per_second=4, transient=True) as live:
             self._show_progress("the undisturbed run", live)
             self._run_undisturbed(SAVE_EVERY * (2 * len(faults) + 2), FAULT_S * (len(faults) + 3))
-            no_other_host = self._why_no_other_host()
+            workers, no_other_host = self.undisturbed.workers, self._why_no_other_host()
+            about = f"{about}, {plural(workers, 'worker')}"
             for fault in faults:
                 self._show_progress(fault.title, live)
-                why = why_impossible(fault, config.cluster.workers, no_other_host)
+                why = why_impossible(fault, workers, no_other_host)
                 self.rows.append(Row(fault.name, fault.title, impossible=why) if why else self._try_fault(fault))
         self.disturbed.stop()
         self.disturbed.injector.wait_for_hosts()

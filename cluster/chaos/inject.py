@@ -95,7 +95,7 @@ class DisturbedRun:
         if run.ended:
             self._start(run)
         run.wait_until(lambda: len(checkpoint_steps(RunDir(run.folder).checkpoints)) > 1, "its second checkpoint")
-        saved, workers, give_up = run.saved_step, self.config.cluster.workers, time.monotonic() + FULL_S
+        saved, workers, give_up = run.saved_step, run.workers, time.monotonic() + FULL_S
         run.wait_until(lambda: run.step >= saved + every // 2, "the next steps")
         run.wait_until(
             lambda: run.world_size == workers or (run.world_size and time.monotonic() > give_up), "have all its workers"

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.supervision.timeouts import DRIVER_STOP_S
 from cluster.worker import ipc
 from train.checkpoint import manifest
+from train.config import load as configuration
 from train.errors import UserError
 from train.util.io import read_records
 from train.util.run_layout import RunDir
@@ -166,6 +167,11 @@ class TrainProcess:
     def locations(self) -> list[RankLocation]:
         """Where the ranks are, in their order."""
         return [RankLocation.from_json(record) for record in self._world["ranks"]]
+
+    @property
+    def workers(self) -> int:
+        """How many workers the run is to have."""
+        return configuration.read(RunDir(self.folder).config).cluster.worker_count
 
     @property
     def world_size(self) -> int:

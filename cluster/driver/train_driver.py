@@ -73,9 +73,11 @@ class TrainDriver(Driver):
         nodes = status.living_nodes()
         device = placement.choose_device(config.cluster.device, nodes)
         self.early.fork_server.set_device(device)
+        each = config.cluster.cpus_per_worker
+        config = configuration.with_workers(config, placement.default_workers(nodes, device, each))
         cluster = config.cluster
         request = placement.WorkerRequest(
-            cluster.workers, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
+            cluster.worker_count, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
         )
         packed = placement.place_workers(nodes, request)
         if packed.waiting:

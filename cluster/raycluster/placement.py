@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from train.errors import UserError
 
+CPU_WORKERS = 2
+"""Workers of a job that says nothing of them, where there is no GPU: the fewest that divide the work."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -58,6 +61,13 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
             "cluster.device=gpu, but no node has a GPU: use cluster.device=cpu, or join a cluster that has some"
         )
     return ("gpu" if any_gpu else "cpu") if asked == "auto" else asked
+
+
+def default_workers(nodes: Sequence[Node], device: str, cpus_per_worker: int) -> int:
+    """Workers of a job that leaves ``cluster.workers`` out: one a GPU of the cluster; on CPUs two, where they fit."""
+    request = WorkerRequest(CPU_WORKERS, cpus_per_worker, int(device == "gpu"))
+    room = sum(_count_fitting(node.cpus, node.gpus, request) for node in nodes)
+    return max(1, room if device == "gpu" else min(CPU_WORKERS, room))
 
 
 def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:

@@ -82,7 +82,7 @@ def request_gang(cluster: ClusterConfig, device: str, size: int) -> list[Slot]:
 
 def gang_fits(gang: Sequence[Slot], cluster: ClusterConfig, device: str) -> bool:
     """Whether the slots are as many and as large as a job's workers need."""
-    return [slot.bundle for slot in gang] == [_bundle(cluster, device)] * cluster.workers
+    return [slot.bundle for slot in gang] == [_bundle(cluster, device)] * cluster.worker_count
 
 
 def gang_hosts(gang: Sequence[Slot]) -> list[str]:
@@ -116,7 +116,7 @@ class JobSlots:
         self.job, self.device = job, device
         self.all: list[Slot] = []
         cluster = job.config.cluster
-        self.min_workers = cluster.min_workers or cluster.workers
+        self.min_workers = cluster.min_workers or cluster.worker_count
 
     def reserve_slots(self, size: int, gang: Sequence[Slot] = ()) -> None:
         """Reserves ``size`` slots at once, or takes over ``gang``, and starts agents where there are none.
@@ -126,7 +126,7 @@ class JobSlots:
         cluster = self.job.config.cluster
         self.release_slots()
         self.all = [*(gang or request_gang(cluster, self.device, size))]
-        for _ in range(cluster.workers - size):
+        for _ in range(cluster.worker_count - size):
             self.all += request_gang(cluster, self.device, 1)
         for slot in self.all:
             if slot.info is None:

@@ -34,7 +34,7 @@ class Supervisor:
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
-        self.size, self.gang = size or job.config.cluster.workers, gang
+        self.size, self.gang = size or job.config.cluster.worker_count, gang
         self.attempts = 0
         self.slots = JobSlots(self.job, device)
         self.failures: list[restart_policy.Failure] = []
@@ -48,7 +48,7 @@ class Supervisor:
         while True:
             if self.job.stop.requested:
                 return outcome.Verdict("stopped")
-            slots = self.slots.up_slots()[: self.job.config.cluster.workers]
+            slots = self.slots.up_slots()[: self.job.config.cluster.worker_count]
             attempt = Attempt(self.job, slots, self.attempts)
             verdict = self._run_attempt(attempt, slots)
             if verdict.kind == "failed":
@@ -164,7 +164,7 @@ class Supervisor:
         back = sum(attempt.ranks[rank].info.node in alive for rank in lost if not preempted)
         wished = len(self.slots.up_slots()) + back
         self.slots.wait_for_slots(self.slots.min_workers, wished, self.job.config.cluster.start_timeout)
-        workers = self.job.config.cluster.workers
+        workers = self.job.config.cluster.worker_count
         if len(self.slots.up_slots()) != attempt.size:
             text = f"going on with {len(self.slots.up_slots())} of {workers} workers"
             text += "" if len(self.slots.up_slots()) >= workers else "; more will join when there is room"
@@ -187,7 +187,7 @@ class Supervisor:
         """A check for whether more than ``size`` workers have been up for long enough to be worth a restart."""
 
         def can_grow() -> bool:
-            if size >= self.job.config.cluster.workers:
+            if size >= self.job.config.cluster.worker_count:
                 return False
             self.slots.update_slots()
             return self.slots.count_settled(self.job.config.cluster.grow_after) > size

@@ -10,12 +10,13 @@ import collections
 import queue
 import signal
 import time
+from dataclasses import replace
 from typing import Any
 
 from cluster.driver.prepared_corpus import find_corpus
 from cluster.host import run_lock
 from cluster.host.stop_request import StopRequest
-from cluster.raycluster import placement, status
+from cluster.raycluster import placement
 from cluster.supervision import slots
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
@@ -32,6 +33,7 @@ from cluster.sweep.trial import (
     metric_history,
 )
 from train.config import load as configuration
+from train.config.schema import Config
 from train.config.sweep_dir import ENDED, FINAL
 from train.config.sweep_space import SweepSpace
 from train.errors import UserError
@@ -95,11 +97,12 @@ class SweepScheduler:
         UserError where a trial can never fit on the cluster.
         """
         self.resources, self.pool = resources, SlotPool(resources, self.board)
-        nodes = status.living_nodes()
-        for trial in [*self.waiting] or [Trial(-1, {}, self.sweep.base)]:
-            cluster = trial.config.cluster
-            request = placement.WorkerRequest(cluster.workers, cluster.cpus_per_worker, int(resources.device == "gpu"))
-            placement.place_workers(nodes, request)
+        self.sweep = replace(self.sweep, base=self._with_workers(self.sweep.base))
+        for trial in self.waiting:
+            trial.config = self._with_workers(trial.config)
+        for config in [trial.config for trial in self.waiting] or [self.sweep.base]:
+            each, gpus = config.cluster.cpus_per_worker, int(resources.device == "gpu")
+            placement.place_workers(resources.nodes, placement.WorkerRequest(config.cluster.worker_count, each, gpus))
         resources.signals.training_began()
         while self.running or (self.has_more() and not self.stopping):
             if resources.signals.stop.signal is not None and not self.stopping:
@@ -108,6 +111,12 @@ class SweepScheduler:
                 self._start_trials()
             self._handle_events()
         self.pool.release_all()
+
+    def _with_workers(self, config: Config) -> Config:
+        """The configuration of a trial with its number of workers, where that was left out."""
+        resources = self.resources
+        workers = placement.default_workers(resources.nodes, resources.device, config.cluster.cpus_per_worker)
+        return configuration.with_workers(config, workers)
 
     def _stop_all(self, number: int) -> None:
         self.stopping = True
@@ -140,7 +149,7 @@ class SweepScheduler:
         trial = Trial(number, params, self.sweep.base)
         self.trials.append(trial)
         try:
-            trial.config = configuration.load_trial(self.sweep, number, params)
+            trial.config = self._with_workers(configuration.load_trial(self.sweep, number, params))
         except UserError as error:
             self._end_trial(trial, "failed", str(error))
             return None

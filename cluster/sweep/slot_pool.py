@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.host.stop_request import StopSignals
 from cluster.raycluster import status
 from cluster.raycluster.local_cluster import LocalRayCluster
+from cluster.raycluster.placement import Node
 from cluster.supervision import slots
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
@@ -31,6 +33,8 @@ class SweepResources:
     """Device, fork servers, signal handlers and Ray cluster that all trials of a sweep share."""
 
     device: str
+    nodes: Sequence[Node]
+    """The cluster's nodes when the sweep joined it."""
     target: str
     folder: str
     """Name of the private folder, with its fork server, on every host."""
@@ -64,14 +68,14 @@ class SlotPool:
                 fitting.append(gang)
             else:
                 slots.release_gang(gang)
-        self.gangs = fitting or [slots.request_gang(cluster, self.resources.device, cluster.workers)]
+        self.gangs = fitting or [slots.request_gang(cluster, self.resources.device, cluster.worker_count)]
         for n, gang in enumerate(self.gangs):
             if slots.gang_is_placed(gang):
                 self.board.footer = ""
                 return self.gangs.pop(n)
         if time.monotonic() > self.holders_checked + HOLDERS_S:
             self.holders_checked = time.monotonic()
-            self._show_holders(cluster.workers, running)
+            self._show_holders(cluster.worker_count, running)
         return []
 
     def return_gang(self, gang: list[Slot]) -> None:

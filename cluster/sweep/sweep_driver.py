@@ -66,10 +66,11 @@ class SweepDriver(Driver):
             cluster, f"sweep {sweep.settings.name}", early.folder, early.target, shared=True
         )
         early.signals.install()
-        device = placement.choose_device(cluster.device, status.living_nodes())
+        nodes = status.living_nodes()
+        device = placement.choose_device(cluster.device, nodes)
         early.fork_server.set_device(device)
         self.console.open()
-        return SweepResources(device, early.target, early.folder.name, early.signals, local_cluster)
+        return SweepResources(device, nodes, early.target, early.folder.name, early.signals, local_cluster)
 
     def _finish(self, scheduler: SweepScheduler) -> int:
         write_whole(self.folder / RESULTS, results_csv(scheduler).encode())

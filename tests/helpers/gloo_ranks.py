@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(["train.run", "helpers.gloo_ranks", "helpers.freeze
 TINY = [
     *("model=gpt_tiny", "model.layers=2", "model.width=32", "model.max_len=32", "batch.seq_len=16", "batch.global=4"),
     *("steps=8", "log_every=1", "eval_every=4", "save_every=4", "keep_last=9", "tracking=off", "generation.prompts=[]"),
-    *("optimizer.lr=1e-2", "schedule=constant"),
+    *("optimizer.lr=1e-2", "schedule=constant", "cluster.workers=2"),
 ]
 
 TEXT = [
@@ -177,7 +177,7 @@ def train_world(
     config: Config, corpus: Path, stop_when: dict[str, Any] | None = None, timeout: float = 120
 ) -> list[str]:
     """Trains on ``cluster.workers`` ranks to the end; each rank's result, see ``train``."""
-    size = config.cluster.workers
+    size = config.cluster.worker_count
     return run(size, train, configuration.to_dict(config), str(corpus), stop_when, timeout=timeout)
 
 

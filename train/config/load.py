@@ -29,7 +29,7 @@ from train.config import sweep_space
 from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
 from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
-from train.config.validate import config_problems
+from train.config.validate import config_problems, worker_problems
 from train.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -186,6 +186,16 @@ def complete_config(values: dict[str, Any], name: str) -> Config:
     if problems := config_problems(config):
         raise ConfigError(problems)
     return config
+
+
+def with_workers(config: Config, workers: int) -> Config:
+    """The configuration with ``cluster.workers``, where that was left out. ConfigError where they do not fit to it."""
+    if config.cluster.workers is not None:
+        return config
+    if problems := worker_problems(config, workers):
+        first = f"cluster.workers was left out, and this cluster has room for {workers}"
+        raise ConfigError([f"{first}: {problem}" for problem in problems])
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": workers})})
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -149,7 +149,9 @@ class PrecisionConfig(Section):
 class ClusterConfig(Section):
     """Number, place and recovery of the workers."""
 
-    workers: Positive = 1
+    workers: Positive | None = Field(
+        None, description="default: one a GPU of the cluster; where there is none, two, or one on a single core"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
     address: str | None = Field(
@@ -176,6 +178,13 @@ class ClusterConfig(Section):
     stay_away: NonNegative = Field(
         120, description="seconds that the place of a worker that was told to end stays empty"
     )
+
+    @property
+    def worker_count(self) -> int:
+        """``workers``, which the driver of a job fills in once it knows the cluster."""
+        if self.workers is None:
+            raise ValueError("cluster.workers is not known before the cluster is: give cluster.workers=N")
+        return self.workers
 
 
 class TrackingConfig(Section):

@@ -17,18 +17,27 @@ def config_problems(config: Config) -> list[str]:
     problems: list[str] = []
     for part in parts:
         problems += part(config)
+    if config.cluster.workers is not None:
+        problems += worker_problems(config, config.cluster.workers)
     return problems + generation_problems(config.generation)
 
 
 def _batch_problems(config: Config) -> list[str]:
     b, problems = config.batch, []
-    streams, workers = config.data.streams or b.global_, config.cluster.workers
+    streams = config.data.streams or b.global_
     if b.global_ % streams:
         near = max(s for s in range(1, min(streams, b.global_) + 1) if b.global_ % s == 0)
         problems.append(
             f"data.streams={streams} does not divide batch.global={b.global_}, so streams would be read unevenly: "
             f"set data.streams={near}, or leave it out (one stream a sequence)"
         )
+    return problems
+
+
+def worker_problems(config: Config, workers: int) -> list[str]:
+    """What does not fit to so many workers: the batch that they share, and the fewest that are to go on."""
+    b, problems = config.batch, []
+    streams = config.data.streams or b.global_
     if workers > streams:
         problems.append(
             f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "

@@ -283,7 +283,7 @@ def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[
     """This rank's loaders of the training split and of the validation split."""
     streams = config.data.streams or config.batch.global_
     rows_per_stream = config.batch.global_ // streams
-    rows, usual = (-(-streams // size) * rows_per_stream for size in (world.size, config.cluster.workers))
+    rows, usual = (-(-streams // size) * rows_per_stream for size in (world.size, config.cluster.workers or world.size))
     # A world that lost workers takes more micro-batches, not larger ones: memory was measured for the configured world.
     micro = config.batch.micro or -(-rows // max(1, -(-rows // usual)))
     share = RankShare(world.rank, world.size, micro)

@@ -2,7 +2,14 @@
 
 import pytest
 
-from cluster.raycluster.placement import Node, WorkerRequest, choose_device, initial_workers, place_workers
+from cluster.raycluster.placement import (
+    Node,
+    WorkerRequest,
+    choose_device,
+    default_workers,
+    initial_workers,
+    place_workers,
+)
 from train.errors import UserError
 
 
@@ -85,3 +92,45 @@ def test_device_auto_is_gpu_where_a_node_has_one(asked, gpus, device):
 def test_device_gpu_without_gpus_is_refused():
     with pytest.raises(UserError, match="no node has a GPU"):
         choose_device("gpu", [node("a", 4)])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "cpus_per_worker", "workers"),
+    [
+        # without a GPU two, where they fit: on one core one; on many hosts no more
+        ([node("a", 8)], "cpu", 1, 2),
+        ([node("a", 1)], "cpu", 1, 1),
+        ([node("a", 3)], "cpu", 2, 1),
+        ([node("a", 1), node("b", 1)], "cpu", 1, 2),
+        ([node("a", 64), node("b", 64)], "cpu", 1, 2),
+        # one a GPU
+        ([node("a", 8, 1)], "gpu", 1, 1),
+        ([node("a", 8, 2)], "gpu", 1, 2),
+        ([node("a", 64, 8)], "gpu", 1, 8),
+        ([node("a", 64, 8), node("b", 64, 8)], "gpu", 1, 16),
+        ([node("head", 8), node("a", 64, 4), node("b", 64, 8)], "gpu", 1, 12),
+        # as many as their cores are enough for
+        ([node("a", 4, 8), node("b", 64, 8)], "gpu", 2, 10),
+        # of all the cluster, whoever uses it now: a job waits for its room, and says for whom
+        ([node("a", 64, 8, free_gpus=3)], "gpu", 1, 8),
+        # CPUs were asked for, beside GPUs
+        ([node("a", 64, 8)], "cpu", 1, 2),
+        # nothing fits: one is asked for, and refused with what is missing
+        ([node("a", 1, 1)], "gpu", 4, 1),
+        ([], "cpu", 1, 1),
+    ],
+)
+def test_workers_left_out_are_one_a_gpu_or_two_on_cpus(nodes, device, cpus_per_worker, workers):
+    assert default_workers(nodes, device, cpus_per_worker) == workers
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_workers_left_out_always_fit_on_a_machine_with_gpus(gpus):
+    nodes = [node("me", 16, gpus)]
+    request = WorkerRequest(default_workers(nodes, choose_device("auto", nodes), 1), 1, 1)
+    assert place_workers(nodes, request).workers == {"me": gpus}
+
+
+def test_two_workers_on_one_gpu_are_refused_with_the_cure_where_they_were_asked_for():
+    with pytest.raises(UserError, match=r"asks for 2 workers of 1 core and 1 GPU; only 1 fit[\s\S]*cluster.workers=1"):
+        place_workers([node("me", 16, 1)], WorkerRequest(2, 1, 1))

@@ -34,7 +34,9 @@ class JobRun:
     """A job on the shared cluster, with the events that it showed."""
 
     def __init__(self, folder, tmp_path, fault=None, steps=5, **cluster):
-        base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
+        base = configuration.to_dict(
+            configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0", "cluster.workers=2"])
+        )
         values = {**base, "steps": steps, "cluster": {**base["cluster"], "max_failures": 0, **cluster}}
         (tmp_path / "run" / "logs").mkdir(parents=True)
         self.events = []

@@ -59,11 +59,11 @@ def test_override_sets_its_key_with_or_without_a_yaml():
         (["batch.global=1.5"], ["batch.global=1.5"]),
         (["batch.global=8", "data.streams=5"], ["data.streams=5", "batch.global=8", "data.streams=4"]),
         (
-            ["batch.global=8", "batch.micro=3"],
+            ["batch.global=8", "batch.micro=3", "cluster.workers=2"],
             ["batch.micro=3", "batch.global=8", "cluster.workers=2", "batch.micro=2"],
         ),
         (["batch.global=2", "cluster.workers=3"], ["cluster.workers=3", "data.streams=2"]),
-        (["cluster.min_workers=3"], ["cluster.min_workers=3", "cluster.workers=2"]),
+        (["cluster.min_workers=3", "cluster.workers=2"], ["cluster.min_workers=3", "cluster.workers=2"]),
         (["batch.seq_len=4096"], ["batch.seq_len=4096", "model.max_len=512"]),
         (["data=text"], ["data.paths"]),
         (["optimizer.lr=1,2"], ["sweep"]),
@@ -76,6 +76,34 @@ def test_override_sets_its_key_with_or_without_a_yaml():
 def test_mistake_in_configuration_is_named_with_its_cure(overrides: list[str], expected: list[str]):
     with pytest.raises(UserError) as caught:
         configuration.load(overrides)
+    assert all(words in str(caught.value) for words in expected), str(caught.value)
+
+
+def test_workers_left_out_are_filled_in_once_the_cluster_is_known():
+    config = configuration.load(["batch.global=8", "batch.micro=2"])
+    assert config.cluster.workers is None
+    filled = configuration.with_workers(config, 4)
+    assert (filled.cluster.worker_count, configuration.digest(filled)) == (
+        4,
+        configuration.digest(configuration.load(["batch.global=8", "batch.micro=2", "cluster.workers=4"])),
+    )
+    assert configuration.with_workers(filled, 2) is filled
+    with pytest.raises(ValueError, match=r"cluster\.workers=N"):
+        _ = config.cluster.worker_count
+
+
+@pytest.mark.parametrize(
+    ("overrides", "workers", "expected"),
+    [
+        (["batch.global=8"], 16, ["has room for 16", "cluster.workers=8 or fewer, or raise batch.global"]),
+        (["batch.global=8", "batch.micro=2"], 8, ["has room for 8", "batch.micro=1 or less"]),
+        (["batch.global=8", "batch.micro=3"], 2, ["has room for 2", "set batch.micro=2"]),
+        (["cluster.min_workers=4"], 1, ["has room for 1", "cluster.min_workers=4 is more than cluster.workers=1"]),
+    ],
+)
+def test_batch_that_the_workers_of_a_cluster_cannot_share_is_refused_with_the_cure(overrides, workers, expected):
+    with pytest.raises(UserError) as caught:
+        configuration.with_workers(configuration.load(overrides), workers)
     assert all(words in str(caught.value) for words in expected), str(caught.value)
 
 
