@@ -10,7 +10,15 @@ from typing import Any
 import ray
 
 from cluster.supervision import outcome
-from cluster.supervision.attempt_state import Action, AttemptFacts, AttemptState, Phase, next_state
+from cluster.supervision.attempt_state import (
+    Action,
+    AttemptFacts,
+    AttemptState,
+    Ending,
+    Phase,
+    judge_ending,
+    next_state,
+)
 from cluster.supervision.health_monitor import HealthMonitor, RankStatus, heartbeat_of
 from cluster.supervision.job import Job
 from cluster.supervision.slots import Slot, node_lives
@@ -21,6 +29,7 @@ from cluster.supervision.timeouts import (
     MUTE_S,
     POLL_S,
     SIGNAL_GRACE_S,
+    TEARDOWN_S,
     TICK_S,
 )
 from cluster.worker import exit_record
@@ -89,6 +98,8 @@ class Attempt:
             [status.agent.start_worker.remote(order) for status, order in zip(self.ranks, orders, strict=True)]
         )
         for status, order, result in zip(self.ranks, orders, results, strict=True):
+            if result.refused is not None:
+                raise UserError(f"{status.info.host}: {result.refused}")
             if result.failed is not None:
                 raise RuntimeError(f"rank {status.rank} could not be started on {status.info.host}:\n{result.failed}")
             status.order, status.pid = order, result.pid
@@ -161,8 +172,8 @@ class Attempt:
             self._signal_living(signal.SIGTERM)
         elif action is Action.KILL_RANKS:
             self._signal_living(signal.SIGKILL)
-        elif action is Action.GIVE_UP_SILENT:
-            self._give_up_silent()
+        elif action is Action.GIVE_UP_LATE:
+            self._give_up_late()
 
     def _verdict(self) -> outcome.Verdict:
         preempted = self.stopped_ranks if not self.state.stopping else ()
@@ -212,21 +223,24 @@ class Attempt:
             if status.living:
                 status.agent.signal_worker.remote(number, status.pid)
 
-    def _give_up_silent(self) -> None:
-        """Counts killed ranks as lost whose agents have not reported their exit in time."""
-        patience = 0.0 if self.job.private is not None and self.job.private.lost() else KILL_REPORT_S
-        for status in self.ranks:
-            if status.living and time.monotonic() > self.state.since + patience:
+    def _give_up_late(self) -> None:
+        """Counts killed ranks as lost whose exits have not been reported in time."""
+        now, ray_lost = time.monotonic(), self.job.private is not None and self.job.private.lost()
+        for status in self.ranks if now > self.state.since else ():
+            ending = judge_ending(now, self.state.since, status.answered)
+            if status.living and (ray_lost or ending is Ending.SILENT):
                 self._add_lost_agent(status, None)
+            elif status.living and ending is Ending.STUCK:
+                self._add_stuck_worker(status)
 
     # --------------------------------------------------------------------------------------------------------- events
 
     def _receive_events(self, polls: dict[Any, int]) -> None:
-        """Handles the agents' answers to ``polls``, after at most a tick's wait, and polls those agents again."""
+        """Handles all answers to ``polls`` that are there within a tick, and polls those agents again."""
         if not polls:
             time.sleep(TICK_S)
             return
-        for poll in ray.wait(list(polls), num_returns=1, timeout=TICK_S, fetch_local=True)[0]:
+        for poll in take_ready(list(polls), TICK_S):
             status = self.ranks[polls.pop(poll)]
             if status.exit is not None:
                 continue
@@ -318,6 +332,24 @@ class Attempt:
             at=status.heartbeat,
         )
 
+    def _add_stuck_worker(self, status: RankStatus) -> None:
+        """Counts a killed rank as ended whose process does not end; it was killed for another's sake and is no cause.
+
+        Its agent is kept, and the fork server gives its GPU to nobody before the process is gone.
+        """
+        status.exit = outcome.WorkerExit(
+            rank=status.rank,
+            order=len(self.exits),
+            code=-signal.SIGKILL,
+            host=status.info.host,
+            pid=status.pid,
+            killed_by_driver=True,
+            at=status.heartbeat,
+        )
+        where = f"rank {status.rank} on {status.info.host} (pid {status.pid})"
+        text = f"{where} was killed and has not ended for {TEARDOWN_S:.0f} s: the next worker there waits for it"
+        self.job.show(NoteEvent(text).to_json())
+
     def _explain_loss(self, info: SlotInfo, error: Exception | None) -> tuple[outcome.Fault, str]:
         if self.job.private is not None and self.job.private.lost():
             return "worker lost", "was lost: processes of Ray's own have ended"
@@ -326,3 +358,9 @@ class Attempt:
         if not node_lives(info.node):
             return "host lost", "was lost with its host"
         return "worker lost", "was lost with its steward, the process that watched over it"
+
+
+def take_ready(polls: list[Any], patience_s: float) -> list[Any]:
+    """All of the agents' answers that are there, after waiting at most so long for the first of them."""
+    first, _ = ray.wait(polls, num_returns=1, timeout=patience_s, fetch_local=True)
+    return ray.wait(polls, num_returns=len(polls), timeout=0, fetch_local=True)[0] if first else []

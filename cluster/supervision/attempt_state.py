@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from cluster.supervision.timeouts import SETTLE_S
+from cluster.supervision.timeouts import KILL_REPORT_S, SETTLE_S, TEARDOWN_S
 
 
 class Phase(Enum):
@@ -25,8 +25,18 @@ class Action(Enum):
     STOP_RANKS = "stop ranks"
     """Signal the living ranks to save and end."""
     KILL_RANKS = "kill ranks"
-    GIVE_UP_SILENT = "give up silent"
-    """Count killed ranks whose agents do not report their exit as lost."""
+    GIVE_UP_LATE = "give up late"
+    """Count killed ranks as lost whose exits are not reported in time, see ``judge_ending``."""
+
+
+class Ending(Enum):
+    """How far a killed rank has come, while its exit is not reported."""
+
+    UNDER_WAY = "under way"
+    SILENT = "silent"
+    """Its agent does not answer: the network or the host is lost."""
+    STUCK = "stuck"
+    """Its agent answers, and its process does not end."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def next_state(state: AttemptState, facts: AttemptFacts) -> tuple[AttemptState, 
         state = replace(state, stopping=True)
         actions.append(Action.STOP_RANKS)
     if state.phase is Phase.KILLED:
-        return state, [*actions, Action.GIVE_UP_SILENT]
+        return state, [*actions, Action.GIVE_UP_LATE]
     if facts.failed and state.phase is Phase.RUNNING:
         state = replace(state, phase=Phase.SETTLING, since=facts.now)
     settled = state.phase is Phase.SETTLING and (facts.cause_known or facts.now > state.since + SETTLE_S)
@@ -73,3 +83,13 @@ def next_state(state: AttemptState, facts: AttemptFacts) -> tuple[AttemptState, 
         state = replace(state, phase=Phase.KILLED, since=facts.now)
         actions.append(Action.KILL_RANKS)
     return state, actions
+
+
+def judge_ending(now: float, killed: float, answered: float | None) -> Ending:
+    """How far a rank is that was ``killed`` and has not ended, by when its agent last ``answered``.
+
+    All are monotonic seconds. A process that frees a GPU takes long to end, and its agent answers meanwhile.
+    """
+    if now > max(killed, answered or killed) + KILL_REPORT_S:
+        return Ending.SILENT
+    return Ending.STUCK if now > killed + TEARDOWN_S else Ending.UNDER_WAY

@@ -11,7 +11,7 @@ import ray
 
 from cluster.supervision import hang_detector, outcome
 from cluster.supervision.job import Job
-from cluster.supervision.timeouts import DRIVER_PAUSE_S, INSPECT_S
+from cluster.supervision.timeouts import DRIVER_PAUSE_S, INSPECT_S, TICK_S
 from cluster.worker.messages import SlotInfo, StartOrder
 from train.events import NoteEvent
 
@@ -66,6 +66,8 @@ class HealthMonitor:
     def diagnose(self) -> outcome.Diagnosis | None:
         """Why the living ranks cannot go on, if they cannot: one is cut off, or they hang. Also reports slow ranks."""
         now = time.monotonic()
+        if now < self.checked + TICK_S:  # asked after every answer, and there may be thousands of ranks
+            return None
         if now > self.checked + DRIVER_PAUSE_S:  # the driver itself was stopped, and heard nobody
             for status in self.ranks:
                 status.answered = now

@@ -16,7 +16,9 @@ POLL_S = 1.0
 SETTLE_S = 1.0
 """After a failure that may be another's consequence, how long the other ranks may take to end and say why."""
 KILL_REPORT_S = 5.0
-"""How long an agent may take to report the exit of the worker that the driver has killed."""
+"""How long an agent may be silent after the driver has killed its worker."""
+TEARDOWN_S = 60.0
+"""How long a killed worker may take to end: the kernel frees its GPU's memory, and what it has pinned, before."""
 SIGNAL_GRACE_S = 1.5
 """How long a lost agent is taken for the victim of a signal to everybody, which the driver is then to receive."""
 MUTE_S = 3.0
@@ -36,7 +38,7 @@ REJOIN_S = 8.0
 SLOT_CHECK_S = 0.2
 """Between checks for whether slots have been filled."""
 
-DRIVER_STOP_S = 120.0
+DRIVER_STOP_S = 150.0
 """How long a driver that was told to stop may take to end, before the drill kills it."""
 HOST_CUT_S = 20.0
 """How long, beyond ``cluster.hang_timeout``, the drill keeps a host cut off."""
@@ -44,7 +46,8 @@ HOST_CUT_S = 20.0
 INEQUALITIES = (
     (TICK_S, POLL_S, "several ticks fall into one poll, so signals are seen before an agent's next heartbeat"),
     (POLL_S + 2 * TICK_S, MUTE_S, "an agent that answers its polls is never mute"),
-    (POLL_S + 2 * TICK_S, KILL_REPORT_S, "an agent that lives reports the exit of a killed worker in time"),
+    (POLL_S + 2 * TICK_S, KILL_REPORT_S, "an agent that lives is not silent after a kill"),
+    (KILL_REPORT_S, TEARDOWN_S, "a silent agent is known before a slow worker is given up"),
     (2 * TICK_S, SETTLE_S, "the other ranks' errors are read before they are killed"),
     (2 * TICK_S, DRIVER_PAUSE_S, "the driver's own tick is no pause"),
     (TICK_S, GROW_CHECK_S, "a check happens at most once a tick"),
@@ -53,7 +56,7 @@ INEQUALITIES = (
     (ORPHAN_SAVE_S + ORPHAN_CHECK_S, EXIT_RECORD_S, "the exit record is awaited as long as its worker may live"),
     (ORPHAN_SAVE_S + ORPHAN_CHECK_S, NODE_SAVE_S, "a node's daemon, which owns the fork server, outlives the save"),
     (STACK_DUMP_S + STACK_DUMP_CHECK_S, INSPECT_S, "an agent that waited for a whole stack is still heard"),
-    (EXIT_RECORD_S + KILL_REPORT_S, DRIVER_STOP_S, "a driver that waits for all it may wait for is not killed"),
+    (EXIT_RECORD_S + TEARDOWN_S, DRIVER_STOP_S, "a driver that waits for all it may wait for is not killed"),
     (POLL_S + KILL_REPORT_S + REJOIN_S, HOST_CUT_S, "the job has gone on without the host before it is back"),
 )
 """(shorter, longer, why the one must be shorter than the other)."""

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from helpers.ray_cluster import private
 
 from cluster.host.stop_request import StopRequest
+from cluster.supervision import attempt, attempt_state
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
+from cluster.supervision.timeouts import KILL_REPORT_S
 from train.config import load as configuration
 from train.errors import UserError
 
@@ -314,3 +317,77 @@ def test_death_of_the_fork_server_fails_one_attempt_only(job_folder, tmp_path):
     other.join()
     assert "the warm process that it was forked from ended" in run.of("failure")[0]["lines"][0]
     assert run.of("plan")[-1]["start_step"] > 0
+
+
+def test_killed_worker_that_ends_late_is_not_a_lost_network(job_folder, tmp_path):
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
+
+    def delay_exits():
+        wait_until(lambda: run.of("step") and (tmp_path / "run" / "failed_1").exists())
+        workers = [psutil.Process(pid) for pid in run.pids()]
+        fork_server = workers[0].parent()
+        fork_server.suspend()  # it reports no exit, and the agents answer that there is nothing new
+        try:
+            wait_until(lambda: all(worker.status() == psutil.STATUS_ZOMBIE for worker in workers))
+            time.sleep(KILL_REPORT_S + 2)
+            assert all(slot.info is not None for slot in run.supervisor.slots.all)
+        finally:
+            fork_server.resume()
+
+    other = in_thread(delay_exits)
+    began = time.monotonic()
+    verdict = run.go()
+    other.join()
+    assert (verdict.kind, verdict.fault, verdict.cause) == ("failed", "hung", None)
+    assert time.monotonic() - began > KILL_REPORT_S + 2
+    assert "host has not answered" not in json.dumps(run.of("failure"))
+
+
+def test_killed_worker_that_never_ends_is_no_cause_and_its_agent_stays(job_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(attempt_state, "TEARDOWN_S", 1.5)
+    run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
+
+    def keep_exits():
+        wait_until(lambda: run.of("step") and (tmp_path / "run" / "failed_1").exists())
+        fork_server = psutil.Process(run.pids()[0]).parent()
+        fork_server.suspend()
+        try:
+            wait_until(lambda: run.of("failure"))
+            assert all(slot.info is not None for slot in run.supervisor.slots.all)
+        finally:
+            fork_server.resume()
+
+    other = in_thread(keep_exits)
+    verdict = run.go()
+    other.join()
+    assert (verdict.kind, verdict.fault, verdict.cause) == ("failed", "hung", None)
+    notes = [note["text"] for note in run.of("note")]
+    assert len(notes) == 2
+    assert all("was killed and has not ended" in note for note in notes)
+
+
+def test_all_answers_that_are_there_are_taken_at_once(job_folder):
+    answers = [ray.put(n) for n in range(300)]
+    assert len(attempt.take_ready(answers, 5.0)) == 300
+    began = time.monotonic()
+
+    @ray.remote(num_cpus=0)
+    def late():
+        time.sleep(60)
+
+    waiting = late.remote()
+    assert attempt.take_ready([waiting], 0.2) == []
+    assert time.monotonic() - began < 30
+    assert set(attempt.take_ready([waiting, *answers], 0.2)) == set(answers)
+    ray.cancel(waiting, force=True)
+
+
+def test_variables_of_driver_and_configuration_reach_every_rank(job_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("NCCL_AUTH_TOKEN", "do-not-forward")
+    run = JobRun(job_folder, tmp_path, {"rank": "all", "step": 2, "do": "environment"}, env={"NCCL_PROTO": "Simple"})
+    assert run.go().kind == "done"
+    seen = [json.loads((tmp_path / "run" / f"environment_{rank}").read_text()) for rank in (0, 1)]
+    names = ("NCCL_ALGO", "NCCL_PROTO", "TORCH_GLOO_LAZY_INIT", "NCCL_AUTH_TOKEN", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE")
+    for env in seen:
+        assert [env.get(name) for name in names] == ["Ring", "Simple", "1", None, "", "2"]
