@@ -6,6 +6,7 @@ driver composes the configuration, which fails within a second if it is wrong, a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision import outcome
 from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.supervisor import Supervisor
+from cluster.worker import worker_env
 from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import ExitCode
@@ -85,6 +87,8 @@ class TrainDriver(Driver):
             text = f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}"
             self.console.show(NoteEvent(text).to_json())
         self.console.show(JobEvent(config.model_dump(by_alias=True), device, len(nodes)).to_json())
+        if forwarded := worker_env.describe_forwarded(os.environ):
+            self.console.show(NoteEvent(forwarded).to_json())
         self.console.show(PhaseEvent("workers").to_json())
         folder = self.early.folder.name
         stop, signals = self.signals.stop, self.signals

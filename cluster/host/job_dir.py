@@ -11,6 +11,7 @@ import functools
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -106,12 +107,26 @@ def _belongs_to_job(process: Path, folder: str) -> bool:
     return any(str(file.readlink()).startswith(f"{folder}/") for file in (process / "fd").iterdir())
 
 
+def cache_folder() -> str | None:
+    """This user's folder for caches on this host's own disk, which outlives jobs; None where it is not private."""
+    folder = temp_root() / f"{PREFIX}cache-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if _is_private(folder):
+            return str(folder)
+    return None
+
+
 def own_folder(name: str) -> Path:
     """The job folder ``name`` on this host, made where missing. UserError where it is not private to this user."""
     folder = temp_root() / name
     folder.mkdir(mode=0o700, exist_ok=True)
-    info = folder.lstat()
-    if info.st_uid != os.getuid() or info.st_mode & 0o077:
+    if not _is_private(folder):
         raise UserError(f"{folder} is not private to this user: remove it")
     mark_in_use(folder)
     return folder
+
+
+def _is_private(folder: Path) -> bool:
+    info = folder.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o077

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import resource
+from collections.abc import Sequence
 from pathlib import Path
+
+MOST_FILES = 1 << 20
+"""Open files that a process is allowed here at most: more are of no use, and some programs try to close them all."""
 
 
 def count_gpus() -> int:
     """NVIDIA devices that this process may use; read from /dev, so that CUDA is not started."""
-    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return devices
-    return min(devices, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    files = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
+    return usable_gpus(files, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def usable_gpus(device_files: Sequence[str], visible: str | None) -> int:
+    """How many GPUs there are, given the cards' files in /dev and CUDA_VISIBLE_DEVICES.
+
+    A card that is split has one file and many instances, each of them a device: those named count.
+    """
+    if visible is None or not device_files:
+        return len(device_files)
+    named = [name.strip() for name in visible.split(",")]
+    named = list(itertools.takewhile(lambda name: name not in ("", "-1"), named))  # CUDA stops reading there
+    instances = [name for name in named if name.startswith("MIG-")]
+    return len(instances) + min(len(device_files), len(named) - len(instances))
+
+
+def raise_file_limit() -> None:
+    """Lets this process and those that it starts open as many files as the host allows: a rank has sockets to all."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def count_cpus() -> int:

@@ -70,6 +70,14 @@ def default_workers(nodes: Sequence[Node], device: str, cpus_per_worker: int) ->
     return max(1, room if device == "gpu" else min(CPU_WORKERS, room))
 
 
+def threads_per_worker(device: str, cpus_per_worker: int, cpus: float, gpus: float) -> int:
+    """Threads of a worker on a node of so many cores and GPUs: the cores it asks for, or its GPU's share of them all.
+
+    The other cores of a machine with GPUs have nothing to do, and an optimizer that is offloaded needs them.
+    """
+    return max(cpus_per_worker, int(cpus // gpus)) if device == "gpu" and gpus else cpus_per_worker
+
+
 def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:
     """Packs the workers on the nodes. UserError where they cannot fit even if nobody else uses the cluster."""
     capacity = {node.name: _count_fitting(node.cpus, node.gpus, request) for node in nodes}

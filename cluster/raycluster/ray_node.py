@@ -34,6 +34,9 @@ ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
+    # Short of memory, Ray would kill an agent, which holds next to none, and with it the worker that holds all; the
+    # kernel takes the worker itself, and its agent can say so.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 """Settings of Ray that all processes of our clusters read."""
 

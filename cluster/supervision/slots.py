@@ -45,6 +45,11 @@ def node_lives(node: str) -> bool:
     return False
 
 
+def node_resources() -> dict[str, dict[str, float]]:
+    """All that the nodes have, by their ids."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+
+
 @dataclass
 class Slot:
     """One worker's share of the cluster, and the agent in it."""

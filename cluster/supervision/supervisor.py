@@ -15,11 +15,13 @@ from typing import Any
 
 import ray
 
+from cluster.raycluster import placement
 from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import Attempt
 from cluster.supervision.job import Job
-from cluster.supervision.slots import JobSlots, Slot, node_lives
+from cluster.supervision.slots import JobSlots, Slot, node_lives, node_resources
 from cluster.supervision.timeouts import SIGNAL_GRACE_S, TICK_S
+from cluster.worker import worker_env
 from cluster.worker.messages import RendezvousAddress, StartOrder
 from train.checkpoint import manifest
 from train.events import FailureEvent, NoteEvent, RecoveredEvent
@@ -216,9 +218,11 @@ class Supervisor:
         config = self.job.config
         config_json = config.model_dump_json(by_alias=True)
         nodes = [slot.info.node for slot in slots if slot.info is not None]
-        local_sizes = Counter(nodes)
+        local_sizes, resources = Counter(nodes), node_resources()
+        forwarded = worker_env.forwarded_variables(os.environ)
         orders = []
         for rank, node in enumerate(nodes):
+            cores, gpus = resources[node].get("CPU", 0.0), resources[node].get("GPU", 0.0)
             order = StartOrder(
                 job=self.job.folder,
                 rank=rank,
@@ -231,9 +235,11 @@ class Supervisor:
                 corpus=self.job.corpus,
                 cwd=str(Path.cwd()),
                 log=str(RunDir(self.job.run_dir).log(rank)),
-                threads=config.cluster.cpus_per_worker,
+                threads=placement.threads_per_worker(self.device, config.cluster.cpus_per_worker, cores, gpus),
+                forwarded=forwarded,
             )
-            orders.append(replace(order, env=self._environment(order, local_sizes[node])))
+            env = {**self._environment(order, local_sizes[node]), **config.cluster.env}
+            orders.append(replace(order, env=env))
         return orders
 
     def _environment(self, order: StartOrder, local_size: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from cluster.sweep.ledger import SweepLedger
 from cluster.sweep.scheduler import SweepScheduler
 from cluster.sweep.search import TrialSearch
 from cluster.sweep.slot_pool import SweepResources
+from cluster.worker import worker_env
 from train.config import load as configuration
 from train.config import sweep_space
 from train.config.sweep_dir import LOCK, RESULTS
@@ -69,6 +71,8 @@ class SweepDriver(Driver):
         nodes = status.living_nodes()
         device = placement.choose_device(cluster.device, nodes)
         early.fork_server.set_device(device)
+        if forwarded := worker_env.describe_forwarded(os.environ):
+            self.console.print_line(f"  {forwarded}", "yellow")
         self.console.open()
         return SweepResources(device, nodes, early.target, early.folder.name, early.signals, local_cluster)
 

@@ -42,6 +42,7 @@ class WorkerAgent:
         self.folder = job_dir.own_folder(job)
         # A fork server that we start ends with us, and must not clean up what is the driver's.
         os.environ.pop(job_dir.JOB_ENV, None)
+        resources.raise_file_limit()
         self.target = target
         self.device = device
         self.fork_server: fork_server_client.ForkServerProcess | None = None
@@ -92,7 +93,9 @@ class WorkerAgent:
         fds = [write_fd, memory]
         if self.listener is not None:
             fds.append(self.listener.fileno())
-        ipc.send(connection, replace(order, env={**order.env, **self._host_env()}).to_json(), fds)
+        slot = self.describe_slot()
+        order = replace(order, gpus=slot.gpus, interface=network.interface_of(slot.ip) or "")
+        ipc.send(connection, order.to_json(), fds)
         os.close(write_fd)
         shared = mmap.mmap(memory, heartbeat.SIZE, prot=mmap.PROT_READ)
         os.close(memory)
@@ -100,23 +103,16 @@ class WorkerAgent:
             self.listener.close()
             self.listener = None
         answer, _ = ipc.receive(connection)
-        if answer is None or "failed" in answer:
+        if answer is None or "pid" not in answer:
             connection.close()
             os.close(read_fd)
+            if answer and "refused" in answer:
+                return StartResult(refused=answer["refused"])
             lost = f"the warm process ended; its log is {self.folder / 'warm.log'}"
             return StartResult(failed=answer["failed"] if answer else lost)
         self.worker = WorkerHandle(answer["pid"], order, shared, log_offset)
         threading.Thread(target=self._watch_worker, args=(connection, read_fd, self.worker), daemon=True).start()
         return StartResult(answer["pid"], answer["ready"])
-
-    def _host_env(self) -> dict[str, str]:
-        """Environment that only this host knows: the rank's device, and the interface that the node's address is on."""
-        slot = self.describe_slot()
-        env = {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus) if self.device == "gpu" else ""}
-        interface = network.interface_of(slot.ip)
-        if interface is not None:
-            env |= {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-        return env
 
     def _connect_fork_server(self) -> socket.socket:
         """A connection to the host's fork server, which is started here if there is none."""

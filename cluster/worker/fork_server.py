@@ -26,8 +26,9 @@ from dataclasses import dataclass
 
 import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
 
-from cluster.host import job_dir
+from cluster.host import job_dir, resources
 from cluster.worker import ipc, worker_main
+from cluster.worker.cuda_probe import CudaProbe, answer_without_cuda
 from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
 from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
@@ -43,6 +44,7 @@ class ForkedWorker:
 
     pid: int
     agent: socket.socket
+    gpus: tuple[str, ...] = ()
     orphaned: float | None = None
     """When its agent was lost (monotonic)."""
 
@@ -50,11 +52,14 @@ class ForkedWorker:
 class ForkServer:
     """Forks workers for agents until its owner is gone."""
 
-    def __init__(self, listener: socket.socket, target: str) -> None:
-        self.target = target
+    def __init__(self, listener: socket.socket, target: str, probe: CudaProbe | None = None) -> None:
+        """``probe``: of this host's CUDA, where the workers are to use GPUs."""
+        self.target, self.probe = target, probe
         self.listener = listener
         self.selector = selectors.DefaultSelector()
         self.workers: dict[int, ForkedWorker] = {}
+        self.held_back: list[tuple[socket.socket, StartOrder, list[int]]] = []
+        """Orders for GPUs whose last workers have not ended yet."""
         self.failure: str | None = None
         """Why the imports failed; sent to each agent that asks for a worker."""
         self.stop_signalled = False
@@ -64,7 +69,8 @@ class ForkServer:
     def import_target(self) -> None:
         """Imports the target and all that its module imports; keeps an error for the agents that will ask."""
         try:
-            worker_main.load_target(self.target)
+            with answer_without_cuda(resources.count_gpus() if self.probe else 0):
+                worker_main.load_target(self.target)
         except Exception:
             self.failure = traceback.format_exc()
         # The imports live as long as the process: out of the collector's sight, their pages stay shared.
@@ -91,6 +97,7 @@ class ForkServer:
                 elif key.fileobj is awake:
                     awake.recv(4096)
                     self._reap_workers()
+                    self._start_held_back()
                 elif key.fileobj == LIFELINE:
                     return
                 else:
@@ -122,8 +129,27 @@ class ForkServer:
                     worker.orphaned = time.monotonic()
         elif self.failure:
             ipc.send(agent, {"failed": self.failure})
+        elif self.probe is not None and (refused := self.probe.failure()):
+            ipc.send(agent, {"refused": refused})
         else:
-            self._fork_worker(agent, StartOrder.from_json(message), fds)
+            self._start_or_hold_back(agent, StartOrder.from_json(message), fds)
+
+    def _start_or_hold_back(self, agent: socket.socket, order: StartOrder, fds: list[int]) -> None:
+        """Forks the worker, once its GPU is free: a process that was killed may take long to give its memory back."""
+        if any(set(order.gpus) & set(worker.gpus) for worker in self.workers.values()):
+            self.held_back.append((agent, order, fds))
+        else:
+            self._fork_worker(agent, order, fds)
+
+    def _start_held_back(self) -> None:
+        """Tries those again that were held back; leaves out those whose agents are gone."""
+        held_back, self.held_back = self.held_back, []
+        for agent, order, fds in held_back:
+            if agent.fileno() >= 0:
+                self._start_or_hold_back(agent, order, fds)
+            else:
+                for fd in fds:
+                    os.close(fd)
 
     def _fork_worker(self, agent: socket.socket, order: StartOrder, fds: list[int]) -> None:
         parent = os.getpid()
@@ -132,7 +158,7 @@ class ForkServer:
             self._become_worker(parent, order, fds)
         for fd in fds:
             os.close(fd)
-        self.workers[pid] = ForkedWorker(pid, agent)
+        self.workers[pid] = ForkedWorker(pid, agent, order.gpus)
         ipc.send(agent, {"pid": pid, "ready": self.ready})
 
     def _become_worker(self, parent: int, order: StartOrder, fds: list[int]) -> None:
@@ -171,11 +197,13 @@ class ForkServer:
 def main() -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
-    server = ForkServer(socket.socket(fileno=fd), target)
+    listener = socket.socket(fileno=fd)
+    resources.raise_file_limit()
     device = sys.stdin.readline().strip()
     if device:
         # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
         os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
+        server = ForkServer(listener, target, CudaProbe() if device == "gpu" else None)
         server.import_target()
         server.serve()
     if job_dir.JOB_ENV in os.environ:

@@ -38,7 +38,7 @@ class BindResult:
 
 @dataclass(frozen=True)
 class StartOrder:
-    """All that it takes to start the worker of one rank. Made by the driver; the agent adds its host's ``env``."""
+    """All that it takes to start the worker of one rank. The agent adds what only its host knows."""
 
     job: str
     """Name of the job's folder on every host."""
@@ -60,6 +60,12 @@ class StartOrder:
     """torch's, within the worker."""
     env: dict[str, str] = field(default_factory=dict)
     """Set in the worker's environment."""
+    forwarded: dict[str, str] = field(default_factory=dict)
+    """Variables of the driver that are the same on every rank, see ``worker_env``."""
+    gpus: tuple[str, ...] = ()
+    """GPUs that Ray gave the rank. Added by the agent, as is what follows."""
+    interface: str = ""
+    """The network interface that the node's address is on."""
 
     def to_json(self) -> dict[str, Any]:
         """The order as a JSON object, as agents send it to the fork server."""
@@ -75,7 +81,7 @@ class StartOrder:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> StartOrder:
         """The order that ``to_json`` wrote."""
-        rest, meeting = dict(fields), fields["meeting"]
+        rest, meeting = {**fields, "gpus": tuple(fields["gpus"])}, fields["meeting"]
         del rest["meeting"]
         rendezvous = RendezvousAddress(meeting["host"], meeting["port"], meeting["generation"])
         return cls(**rest, rendezvous=rendezvous)
@@ -89,3 +95,5 @@ class StartResult:
     ready: float = 0.0
     """When the fork server had imported everything, in seconds since 1970."""
     failed: str | None = None
+    refused: str | None = None
+    """Why no worker can run on this host until its user does something, in words."""

@@ -22,13 +22,18 @@ from typing import Any
 
 import torch
 
-from cluster.worker import exit_record
+from cluster.host import affinity, job_dir
+from cluster.worker import cuda_probe, exit_record, worker_env
 from cluster.worker.messages import StartOrder
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
 from train.events import ErrorEvent, Event, NoteEvent, PhaseEvent, StopAskedEvent
+from train.util.format import plural
 from train.util.io import FileLock
+
+LEAST_CORES = 2
+"""A rank has more threads that work at the same time: a NUMA node where it may use fewer cores is not kept to."""
 
 
 class EventPipe:
@@ -82,7 +87,7 @@ def worker_main(order: StartOrder, fds: list[int]) -> int:
     os.close(heartbeat_fd)
     _redirect_output(order.log)
     os.chdir(order.cwd)
-    os.environ.update(order.env)
+    _set_environment(order)
     torch.set_num_threads(order.threads)
     events = EventPipe(events_fd)
     stop = StopFlag(events)
@@ -92,6 +97,21 @@ def worker_main(order: StartOrder, fds: list[int]) -> int:
     return code
 
 
+def _set_environment(order: StartOrder) -> None:
+    """Makes the environment what ``worker_env`` says, before torch's C++ and NCCL read it."""
+    own = dict(os.environ)
+    environment = worker_env.worker_environment(
+        own, order, str(job_dir.temp_root() / order.job), job_dir.cache_folder() if order.device == "gpu" else None
+    )
+    for name in own.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    settings = environment.get("PYTORCH_ALLOC_CONF")
+    if order.device == "gpu" and settings and settings != own.get("PYTORCH_ALLOC_CONF"):
+        # The fork server has loaded torch, which may have read the variable then.
+        torch._C._accelerator_setAllocatorSettings(settings)
+
+
 def _run_target(
     order: StartOrder, events: EventPipe, stop: StopFlag, listen_fd: int | None = None
 ) -> tuple[int, str | None]:
@@ -99,7 +119,9 @@ def _run_target(
     events(PhaseEvent.now("start"))
     try:
         config = Config.model_validate_json(order.config)
-        _check_device(order.device)
+        if order.device == "gpu":
+            _check_device()
+            _bind_to_gpu(order.threads)
         with _only_writer(order, events):
             rendezvous = process_group.Rendezvous(
                 order.rendezvous.host,
@@ -154,14 +176,22 @@ def _redirect_output(log: str) -> None:
     faulthandler.register(signal.SIGUSR1, 2)
 
 
-def _check_device(device: str) -> None:
+def _check_device() -> None:
     """Raises RuntimeError unless this rank sees exactly the device that Ray gave it."""
-    if device != "gpu":
-        return
     given = os.environ["CUDA_VISIBLE_DEVICES"]
     seen = torch.cuda.device_count()
     if seen != 1:
-        raise RuntimeError(f"Ray gave this rank GPU {given!r}, but torch sees {seen} devices: is the driver installed?")
+        raise RuntimeError(
+            f"Ray gave this rank GPU {given!r}, but torch sees {plural(seen, 'device')}. {cuda_probe.versions()}"
+        )
+
+
+def _bind_to_gpu(threads: int) -> None:
+    """Keeps this rank, with at most so many threads, to the cores of the NUMA node that its GPU is on."""
+    card = torch.cuda.get_device_properties(0)
+    address = f"{card.pci_domain_id:04x}:{card.pci_bus_id:02x}:{card.pci_device_id:02x}.0"  # type: ignore[attr-defined]
+    cores = affinity.bind_to_device(address, LEAST_CORES)
+    torch.set_num_threads(min(threads, cores))
 
 
 @contextlib.contextmanager

@@ -72,5 +72,7 @@ def _fail(fault, context, step, run_dir):
     elif fault["do"] == "devour":
         resource.setrlimit(resource.RLIMIT_AS, (torch.iinfo(torch.int32).max * 4, resource.RLIM_INFINITY))
         torch.ones(1 << 33)
+    elif fault["do"] == "environment":
+        (run_dir / f"environment_{context.rank}").write_text(json.dumps(dict(os.environ)))
     elif fault["do"] == "exit":
         os._exit(7)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from train.config.keys.base import Fraction, NonNegative, Positive, Section
 from train.config.keys.decoder import Decoder
@@ -146,6 +146,15 @@ class PrecisionConfig(Section):
     name: Literal["fp32", "bf16", "fp16"]
 
 
+def _as_text(value: Any) -> Any:
+    """A number as an environment variable holds it, for the command line reads NCCL_IB_TIMEOUT=22 as one."""
+    return str(int(value) if isinstance(value, bool) else value) if isinstance(value, int | float) else value
+
+
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+VariableValue = Annotated[str, BeforeValidator(_as_text)]
+
+
 class ClusterConfig(Section):
     """Number, place and recovery of the workers."""
 
@@ -177,6 +186,10 @@ class ClusterConfig(Section):
     )
     stay_away: NonNegative = Field(
         120, description="seconds that the place of a worker that was told to end stays empty"
+    )
+
+    env: dict[VariableName, VariableValue] = Field(
+        {}, description="environment variables of every worker, such as {NCCL_ALGO: Ring}"
     )
 
     @property

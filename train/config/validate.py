@@ -7,13 +7,22 @@ import re
 from train.config.schema import Config, GenerationConfig, variants
 
 MIRROR_URL = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
+OWN_VARIABLES = {
+    **dict.fromkeys(
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"), "it follows from cluster.workers"
+    ),
+    "CUDA_VISIBLE_DEVICES": "each worker sees the GPU that it was given; start the command with it to leave GPUs out",
+    "OMP_NUM_THREADS": "set cluster.cpus_per_worker",
+    "DS_ACCELERATOR": "set cluster.device",
+}
+"""Variables that a worker's driver sets, with how to change what they say."""
 MIN_ROW_TOKENS = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
 """Fewest tokens of a row that leave room for an objective's special tokens and spans."""
 
 
 def config_problems(config: Config) -> list[str]:
     """Combinations of values that make no sense, each with its cure."""
-    parts = (_batch_problems, _model_problems, _objective_problems, _data_problems, _other_problems)
+    parts = (_batch_problems, _model_problems, _objective_problems, _data_problems, _variable_problems, _other_problems)
     problems: list[str] = []
     for part in parts:
         problems += part(config)
@@ -35,7 +44,7 @@ def _batch_problems(config: Config) -> list[str]:
 
 
 def worker_problems(config: Config, workers: int) -> list[str]:
-    """What does not fit to so many workers: the batch that they share, and the fewest that are to go on."""
+    """Settings that do not fit to so many workers: the batch that they share, the fewest that are to go on."""
     b, problems = config.batch, []
     streams = config.data.streams or b.global_
     if workers > streams:
@@ -61,6 +70,15 @@ def worker_problems(config: Config, workers: int) -> list[str]:
             f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
         )
     return problems
+
+
+def _variable_problems(config: Config) -> list[str]:
+    """Variables that each worker gets from its driver, and which another value would break."""
+    return [
+        f"cluster.env={{{name}: ...}} is not to be chosen: {OWN_VARIABLES[name]}"
+        for name in config.cluster.env
+        if name in OWN_VARIABLES
+    ]
 
 
 def _model_problems(config: Config) -> list[str]:

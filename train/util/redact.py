@@ -49,10 +49,15 @@ def redact(text: str) -> str:
 def redact_tree(value: Any) -> Any:
     """A tree of dicts and lists, with every string in it redacted."""
     if isinstance(value, dict):
-        return {key: redact_tree(inner) for key, inner in value.items()}
+        return {key: HIDDEN if _names_secret(key, inner) else redact_tree(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [redact_tree(inner) for inner in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def _names_secret(key: Any, value: Any) -> bool:
+    """Whether an entry is a secret of the environment; keys of the configuration, in small letters, name columns."""
+    return isinstance(key, str) and isinstance(value, str) and key.isupper() and bool(SECRET_NAME.search(key))
 
 
 def redact_output() -> None:

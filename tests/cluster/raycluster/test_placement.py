@@ -131,6 +131,6 @@ def test_workers_left_out_always_fit_on_a_machine_with_gpus(gpus):
     assert place_workers(nodes, request).workers == {"me": gpus}
 
 
-def test_two_workers_on_one_gpu_are_refused_with_the_cure_where_they_were_asked_for():
+def test_two_workers_asked_for_on_one_gpu_are_refused_with_the_cure():
     with pytest.raises(UserError, match=r"asks for 2 workers of 1 core and 1 GPU; only 1 fit[\s\S]*cluster.workers=1"):
         place_workers([node("me", 16, 1)], WorkerRequest(2, 1, 1))

@@ -101,9 +101,32 @@ def test_workers_left_out_are_filled_in_once_the_cluster_is_known():
         (["cluster.min_workers=4"], 1, ["has room for 1", "cluster.min_workers=4 is more than cluster.workers=1"]),
     ],
 )
-def test_batch_that_the_workers_of_a_cluster_cannot_share_is_refused_with_the_cure(overrides, workers, expected):
+def test_batch_that_its_workers_cannot_share_is_refused_with_the_cure(overrides, workers, expected):
     with pytest.raises(UserError) as caught:
         configuration.with_workers(configuration.load(overrides), workers)
+    assert all(words in str(caught.value) for words in expected), str(caught.value)
+
+
+def test_variables_of_workers_are_texts_whatever_they_look_like():
+    config = configuration.load(["cluster.env={NCCL_ALGO: Ring, NCCL_IB_TIMEOUT: 22, NCCL_NVLS_ENABLE: false, A: '1'}"])
+    assert config.cluster.env == {"NCCL_ALGO": "Ring", "NCCL_IB_TIMEOUT": "22", "NCCL_NVLS_ENABLE": "0", "A": "1"}
+    assert configuration.parse(configuration.to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("{RANK: 1}", ["cluster.env={RANK: ...}", "cluster.workers"]),
+        ("{CUDA_VISIBLE_DEVICES: 0}", ["start the command with it"]),
+        ("{OMP_NUM_THREADS: 8}", ["set cluster.cpus_per_worker"]),
+        ("{NCCL-ALGO: Ring}", ["NCCL-ALGO", "pattern"]),
+        ("{NCCL_ALGO: [Ring]}", ["cluster.env", "string"]),
+        ("Ring", ["cluster.env", "dictionary"]),
+    ],
+)
+def test_variable_that_no_worker_can_get_is_refused(value, expected):
+    with pytest.raises(UserError) as caught:
+        configuration.load([f"cluster.env={value}"])
     assert all(words in str(caught.value) for words in expected), str(caught.value)
 
 

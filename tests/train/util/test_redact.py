@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import gloo_ranks
 
-from train.util.redact import redact, redact_tree
+from train.util.redact import HIDDEN, redact, redact_tree
 
 SHOWN_AS = {
     "s3://key:CANARY@bucket/x": "s3://[hidden]@bucket/x",
@@ -63,3 +63,9 @@ def test_redact_output_covers_prints_tracebacks_and_logs():
     assert done.stdout == "a [hidden]\n"
     assert [line for line in ("b [hidden]", "c [hidden]", "d s3://[hidden]@x") if line not in done.stderr] == []
     assert "CANARY" not in done.stdout + done.stderr
+
+
+def test_tree_hides_secret_variables_by_name_and_no_key_of_ours():
+    keys = {"text_key": "body", "label_key": "a"}
+    tree = {"env": {"HF_TOKEN": "abc", "NCCL_ALGO": "Ring"}, "data": keys}
+    assert redact_tree(tree) == {"env": {"HF_TOKEN": HIDDEN, "NCCL_ALGO": "Ring"}, "data": keys}
