@@ -9,6 +9,7 @@ from cluster.raycluster.placement import (
     default_workers,
     initial_workers,
     place_workers,
+    threads_per_worker,
 )
 from train.errors import UserError
 
@@ -134,3 +135,19 @@ def test_workers_left_out_always_fit_on_a_machine_with_gpus(gpus):
 def test_two_workers_asked_for_on_one_gpu_are_refused_with_the_cure():
     with pytest.raises(UserError, match=r"asks for 2 workers of 1 core and 1 GPU; only 1 fit[\s\S]*cluster.workers=1"):
         place_workers([node("me", 16, 1)], WorkerRequest(2, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("device", "cpus_per_worker", "cpus", "gpus", "threads"),
+    [
+        ("cpu", 1, 64, 0, 1),
+        ("cpu", 8, 64, 8, 8),
+        ("gpu", 1, 64, 8, 8),
+        ("gpu", 1, 12, 8, 1),
+        ("gpu", 4, 12, 8, 4),
+        ("gpu", 1, 6, 1, 6),
+        ("gpu", 1, 0, 0, 1),  # a node that says nothing
+    ],
+)
+def test_threads_are_the_cores_asked_for_or_the_share_of_a_gpu(device, cpus_per_worker, cpus, gpus, threads):
+    assert threads_per_worker(device, cpus_per_worker, cpus, gpus) == threads

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.worker import fork_server_client, ipc
 from cluster.worker.cuda_probe import CudaProbe, answer_without_cuda, describe_versions, explain
 from cluster.worker.fork_server_client import BEFORE_FORK_ENV
 
@@ -65,6 +66,22 @@ def test_probe_says_once_what_is_wrong_and_leaves_this_process_alone():
     assert probe.failure() == failure
     assert os.waitpid(probe.pid, 0)[1] == 0
     assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a build of torch without CUDA")
+def test_fork_server_of_gpus_refuses_orders_in_words_where_cuda_fails(order, tmp_path):
+    server = fork_server_client.ForkServerProcess(tmp_path, "cluster.worker.worker_main:load_target")
+    try:
+        server.set_device("gpu")
+        agent = fork_server_client.connect_fork_server(tmp_path)
+        with agent:
+            for _ in range(2):  # each rank of the host is told the same, and none is forked to find out
+                ipc.send(agent, order.to_json(), [])
+                answer, _ = ipc.receive(agent)
+                assert set(answer) == {"refused"}
+                assert "is a build without CUDA: install one with it" in answer["refused"]
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(
