@@ -224,6 +224,8 @@ class ExitEvent(Event, event="exit"):
     """Memory of its host."""
     oom: int | None = None
     """Kills by the kernel's OOM killer on its host while it lived."""
+    evidence: Json | None = None
+    """Of its GPU: counters before and after, and the driver's messages."""
     orphaned: bool | None = None
     """It was killed since the fork server that it came from ended."""
     at: Json | None = None

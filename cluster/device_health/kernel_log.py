@@ -52,7 +52,9 @@ HARMLESS = re.compile(r"\bNonfatal\b|to 0x0 \(None\)")
 """Says within an Xid's text that nothing need be done: of links since 144, and of 154."""
 
 XID = re.compile(r"NVRM: Xid \((?:PCI:)?(?P<pci>[0-9a-fA-F:.]+)\): (?P<code>\d+), (?P<text>.*)")
-OFF_THE_BUS = re.compile(r"NVRM: .*?(?P<pci>[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2})\S*(?s:.*)fallen off the bus")
+OFF_THE_BUS = re.compile(
+    r"NVRM: .*?(?P<pci>[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2})\S*(?s:.*)fallen off the bus"
+)
 ADDRESS = re.compile(r"(?:([0-9a-fA-F]+):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})(?:\.\d)?")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.device_health import kernel_log
@@ -81,10 +81,10 @@ def _text(value: Any) -> str:
 class GpuWatch:
     """Remembers a GPU's counters from the start of a worker, to tell what changed when it has ended."""
 
-    def __init__(self, gpu: str) -> None:
-        """``gpu``: its number or UUID, as Ray gave it."""
-        self.gpu, self.since = gpu, time.monotonic()
-        self.before = read_state(gpu)
+    def __init__(self, gpus: Sequence[str]) -> None:
+        """``gpus``: numbers or UUIDs of those that Ray gave the worker, of which it uses the first."""
+        self.gpu, self.since = next(iter(gpus), ""), time.monotonic()
+        self.before = read_state(self.gpu)
 
     def collect(self) -> DeviceEvidence:
         """The evidence of this moment; absent sources are left out."""

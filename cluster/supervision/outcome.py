@@ -29,8 +29,8 @@ Fault = Literal[
     "device",
     "not finite",
 ]
-"""Kinds of failure. "worker lost": the rank's agent or its host's fork server ended, and the worker with them. "device":
-its GPU failed, and the run is to go on without that.
+"""Kinds of failure. "worker lost": the rank's agent or its host's fork server ended, and the worker with them.
+"device": its GPU failed, and the run is to go on without that.
 """
 
 COLLATERAL = re.compile(
@@ -121,7 +121,8 @@ class WorkerExit:
     @property
     def device_fault(self) -> DeviceFault | None:
         """The fault of its GPU that ended it, if it was one; a rank aborted by NCCL says so only in its log."""
-        if self.code in (ExitCode.OK, ExitCode.STOPPED) or self.killed_by_driver or self.fault:
+        well = self.code in (ExitCode.OK, ExitCode.STOPPED) or self.kind == "user"
+        if well or self.killed_by_driver or self.fault:
             return None
         return classify(self.error or "\n".join(self.tail), self.evidence)
 
@@ -151,6 +152,13 @@ class Verdict:
     collateral: tuple[WorkerExit, ...] = ()
     diagnosis: Diagnosis | None = None
 
+    @property
+    def device_fault(self) -> DeviceFault | None:
+        """The fault of the first cause's GPU, where the attempt failed for that."""
+        if self.diagnosis is not None:
+            return self.diagnosis.device
+        return self.cause.device_fault if self.cause is not None and self.fault == "device" else None
+
 
 def decide_outcome(
     exits: Sequence[WorkerExit], size: int, diagnosis: Diagnosis | None = None, told_to_stop: Collection[int] = ()
@@ -168,7 +176,7 @@ def decide_outcome(
     if bad:
         first = min(bad, key=lambda exited: (_weight(exited), exited.order))
         fault = "preempted" if preempted and first.rank in told_to_stop else fault_of(first)
-        refused = first.code == ExitCode.BAD_INPUT and first.error
+        refused = first.code == ExitCode.BAD_INPUT and first.error and fault != "device"
         return Verdict("bad_input" if refused else "failed", fault, first, _rest(bad, first))
     if len(exits) < size:
         return Verdict("running")

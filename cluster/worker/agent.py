@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.device_health.nvml import GpuWatch
 from cluster.host import job_dir, network, resources
 from cluster.worker import fork_server_client, ipc
 from cluster.worker.messages import BindResult, SlotInfo, StartOrder, StartResult
@@ -47,6 +49,7 @@ class WorkerAgent:
         self.fork_server: fork_server_client.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
         self.worker: WorkerHandle | None = None
+        self.gpu: GpuWatch | None = None
         self.events: collections.deque[dict[str, Any]] = collections.deque()
         self.events_added = threading.Condition()
 
@@ -106,7 +109,8 @@ class WorkerAgent:
             lost = f"the warm process ended; its log is {self.folder / 'warm.log'}"
             return StartResult(failed=answer["failed"] if answer else lost)
         self.worker = WorkerHandle(answer["pid"], order, shared, log_offset)
-        threading.Thread(target=self._watch_worker, args=(connection, read_fd, self.worker), daemon=True).start()
+        arguments = connection, read_fd, self.worker, self.describe_slot().gpus
+        threading.Thread(target=self._watch_worker, args=arguments, daemon=True).start()
         return StartResult(answer["pid"], answer["ready"])
 
     def _host_env(self) -> dict[str, str]:
@@ -163,9 +167,11 @@ class WorkerAgent:
             self.events.append(record)
             self.events_added.notify_all()
 
-    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle) -> None:
+    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle, gpus: Sequence[str]) -> None:
         """Collects a worker's events until it ends, then how it ended. Runs in a thread of its own."""
         kills_before = resources.oom_kills()
+        if self.device == "gpu":
+            self.gpu = GpuWatch(gpus)
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -189,6 +195,7 @@ class WorkerAgent:
                 memory_mib=psutil.virtual_memory().total >> 20,
                 oom=resources.oom_kills() - kills_before,
                 orphaned=ended is None,
+                evidence=self.gpu.collect().to_json() if self.gpu else None,
             )
         record = replace(event, at=worker.heartbeat()).to_json()
         if self.worker is worker:

@@ -14,7 +14,9 @@ ASYNC = (
     "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 ECC = f"torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered{ASYNC}"
-OLD_ECC = "RuntimeError: cuda runtime error (39) : uncorrectable ECC error encountered at /pytorch/aten/src/THC/THC.cpp:265"
+OLD_ECC = (
+    "RuntimeError: cuda runtime error (39) : uncorrectable ECC error encountered at /pytorch/aten/src/THC/THC.cpp:265"
+)
 WATCHDOG = (
     "[rank1]:[E ProcessGroupNCCL.cpp:916] [Rank 1] NCCL watchdog thread terminated with exception: CUDA error: "
     f"uncorrectable ECC error encountered{ASYNC}Exception raised from c10_cuda_check_implementation"
@@ -25,15 +27,15 @@ NVLINK = (
     "Exception raised from create_event_internal at /pytorch/c10/cuda/CUDACachingAllocator.cpp:733"
 )
 NCCL_LAUNCH = (
-    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, unhandled cuda "
-    "error (run with NCCL_DEBUG=INFO for details), NCCL version 2.20.5\n"
+    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, unhandled "
+    "cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.20.5\n"
     "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 719 'unspecified launch failure'"
 )
 NCCL_ARGUMENT = NCCL_LAUNCH.replace("719 'unspecified launch failure'", "1 'invalid argument'")
 NCCL_PEER = (
-    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, remote process "
-    "exited or there was a network error, NCCL version 2.20.5\nncclRemoteError: A call failed possibly due to a network "
-    "error or a remote process exiting prematurely."
+    "torch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, remote "
+    "process exited or there was a network error, NCCL version 2.20.5\nncclRemoteError: A call failed possibly due "
+    "to a network error or a remote process exiting prematurely."
 )
 BUSY = f"RuntimeError: CUDA error: CUDA-capable device(s) is/are busy or unavailable{ASYNC}"
 FABRIC = f"RuntimeError: CUDA error: system not yet initialized{ASYNC}"
@@ -41,7 +43,9 @@ LOST = "Unable to determine the device handle for GPU0000:4F:00.0: GPU is lost. 
 LAUNCH = f"torch.AcceleratorError: CUDA error: unspecified launch failure{ASYNC}"
 ILLEGAL = f"torch.AcceleratorError: CUDA error: an illegal memory access was encountered{ASYNC}"
 ASSERT = f"RuntimeError: CUDA error: device-side assert triggered{ASYNC}"
-MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
+MEMORY = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB"
+)
 PYTHON = 'Traceback (most recent call last):\n  File "x.py", line 3, in f\nValueError: the oar broke'
 
 
@@ -69,11 +73,18 @@ GPU = GpuState("GPU-5f1c", "NVIDIA H100 80GB HBM3", "00000000:CB:00.0", ecc_unco
 XID = "NVRM: Xid (PCI:0000:cb:00): "
 DBE = XID + "48, pid=1797828, name=pt_main_thread, DBE (double bit error) ECC error 0x6 at sub-partition 1"
 BUS = XID + "79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
-GSP = XID + "119, pid=2131, name=python3, Timeout after 6s of waiting for RPC response from GPU0 GSP! Expected function 76"
+GSP = (
+    XID
+    + "119, pid=2131, name=python3, Timeout after 6s of waiting for RPC response from GPU0 GSP! Expected function 76"
+)
 CONTAINED = XID + "94, pid=1234, name=python3, Contained ECC error"
 REMAP = XID + "63, pid='<unknown>', name=<unknown>, Row Remapper: New row marked for remapping, reset gpu to activate."
-FAULT = XID + "31, pid=98765, name=pt_main_thread, Ch 00000008, intr 00000000. MMU Fault: ENGINE GRAPHICS GPC0_HUBCLIENT"
-WARP = XID + "13, pid='<unknown>', name=<unknown>, Graphics SM Warp Exception on (GPC 7, TPC 7, SM 0): Illegal Instruction"
+FAULT = (
+    XID + "31, pid=98765, name=pt_main_thread, Ch 00000008, intr 00000000. MMU Fault: ENGINE GRAPHICS GPC0_HUBCLIENT"
+)
+WARP = (
+    XID + "13, pid='<unknown>', name=<unknown>, Graphics SM Warp Exception on (GPC 7, TPC 7, SM 0): Illegal Instruction"
+)
 LINK = "NVRM: Xid (PCI:0000:cb:00): 149, NETIR_LINK_EVT Fatal XC0 i0 Link 00 (0x025001c6 0x00000000 0x00000000)"
 LINK_WELL = "NVRM: Xid (PCI:0000:cb:00): 145, RLW_RXPIPE Nonfatal XC0 i0 Link 13 (0x0409a0c2 0x00000008 0x00000001)"
 

@@ -50,7 +50,9 @@ def test_evidence_shows_counters_speed_memory_and_the_kernel_log():
 
 def test_absent_sources_leave_no_lines():
     assert describe_evidence(DeviceEvidence()) == []
-    assert describe_evidence(DeviceEvidence(after=GpuState(name="NVIDIA GeForce RTX 3060"))) == ["NVIDIA GeForce RTX 3060"]
+    assert describe_evidence(DeviceEvidence(after=GpuState(name="NVIDIA GeForce RTX 3060"))) == [
+        "NVIDIA GeForce RTX 3060"
+    ]
     assert describe_speed(GpuState(sm_mhz=900)) == "900 MHz"
 
 

@@ -81,7 +81,9 @@ def test_driver_error_by_message(messages, code, pci, severity):
 
 
 def test_other_messages_are_no_errors():
-    assert driver_errors(["NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  570.158.01", "usb 1-1: reset"]) == []
+    assert (
+        driver_errors(["NVRM: loading NVIDIA UNIX Open Kernel Module for x86_64  570.158.01", "usb 1-1: reset"]) == []
+    )
 
 
 def test_errors_are_matched_to_their_gpu():
