@@ -178,7 +178,7 @@ class StopAgreedEvent(Event, event="stop_agreed"):
 class ErrorEvent(Event, event="error"):
     """The reason why a rank ends early."""
 
-    kind: Literal["user", "not_finite", "exception"] = "exception"
+    kind: Literal["user", "not_finite", "device", "exception"] = "exception"
     text: str = ""
     """The message; of an exception the traceback."""
 

@@ -6,4 +6,6 @@ flight_record   which collective hangs and who has not joined it, from torch's f
 gpu_state       the counters of one GPU at one moment, and how they changed, pure
 kernel_log      the driver's messages in the kernel log, and the GPU that each is about
 nvml            reads a GPU's counters, where there is a driver
+preflight       checks and measures every rank's device before training
+preflight_judge which devices failed or lag in these measurements, pure
 """

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.device_health.device_fault import DeviceFault
+from cluster.device_health.flight_record import StuckCollective
 from cluster.supervision.outcome import Diagnosis, Heartbeat
 
 FIRST_TIME_FACTOR = 5
@@ -64,6 +66,34 @@ def diagnose_hang(heartbeats: Sequence[Heartbeat], limits: HangLimits) -> Diagno
     if len(culprits) > 1:
         details.append(f"{format_ranks(culprits[1:])} likewise")
     return Diagnosis("hung", first.rank, details[0], tuple(details[1:]))
+
+
+def refine_diagnosis(
+    diagnosis: Diagnosis,
+    heartbeats: Sequence[Heartbeat],
+    stuck: StuckCollective | None,
+    faults: Mapping[int, DeviceFault],
+) -> Diagnosis:
+    """The diagnosis of a hang with what the ranks were found to wait for.
+
+    ``stuck``: the collective that does not end. ``faults``: the ranks whose devices report a fault, which outweighs all
+    else. A rank that the heartbeats could not blame may be blamed for a collective: on a GPU the ranks run ahead of it.
+    """
+    by_rank = {b.rank: b for b in heartbeats}
+    evidence = diagnosis.evidence if stuck is None else (*diagnosis.evidence, stuck.text)
+    if faults:
+        rank = min(faults)
+        place = f" {by_rank[rank].where}" if rank in by_rank else ""
+        description = f"hung{place}: its device has failed: {faults[rank].reason}"
+        return replace(
+            diagnosis, fault="device", rank=rank, description=description, evidence=evidence, device=faults[rank]
+        )
+    blamed = next((rank for rank in stuck.culprits if rank in by_rank), None) if stuck is not None else None
+    if diagnosis.rank is None and blamed is not None:
+        heartbeat = by_rank[blamed]
+        description = f"hung: nothing moved for {heartbeat.still_s:.0f} s {heartbeat.where}"
+        return replace(diagnosis, rank=blamed, description=description, evidence=evidence)
+    return replace(diagnosis, evidence=evidence)
 
 
 def _culprits(heartbeats: Sequence[Heartbeat]) -> list[Heartbeat]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
+from cluster.device_health.device_fault import classify
+from cluster.device_health.evidence import DeviceEvidence, describe_evidence
+from cluster.device_health.flight_record import GroupRecord, find_stuck
 from cluster.supervision import hang_detector, outcome
 from cluster.supervision.job import Job
 from cluster.supervision.timeouts import DRIVER_PAUSE_S, INSPECT_S
@@ -80,29 +83,46 @@ class HealthMonitor:
         complete = len(heartbeats) == len(living)
         diagnosis = hang_detector.diagnose_hang(heartbeats, self.limits) if complete else None
         if diagnosis is not None:
-            return replace(diagnosis, evidence=(*diagnosis.evidence, *self._inspect(living, diagnosis.rank)))
+            return self._explain_hang(diagnosis, living, heartbeats)
         for rank, ratio in self.stragglers.find_slow(heartbeats, now):
             where = f"rank {rank} on {self.ranks[rank].info.host}"
             self.job.show(NoteEvent(f"{where} is slow: it works {ratio:.1f} times as long as the others").to_json())
         return None
 
-    def _inspect(self, living: Sequence[RankStatus], culprit: int | None) -> list[str]:
-        """Has the ranks write their stacks to their logs; lines with the culprit's stack, or with the top of each.
+    def _explain_hang(
+        self, diagnosis: outcome.Diagnosis, living: Sequence[RankStatus], heartbeats: Sequence[outcome.Heartbeat]
+    ) -> outcome.Diagnosis:
+        """Has the ranks write their stacks and last collectives, which are gone once they are killed.
 
-        The latter where no rank can be blamed.
+        The diagnosis with what these and their GPUs say.
         """
         questions = {status.agent.inspect_worker.remote(): status.rank for status in living}
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=INSPECT_S)
         answers = {questions[question]: ray.get(question) for question in answered}
-        if culprit is None:
-            lines = []
-            for rank, answer in sorted(answers.items())[:MOST_RANKS]:
-                lines += [f"rank {rank}:", *(f"  {frame}" for frame in answer["stack"][:3])]
-            return lines
-        answer = answers.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
-        kernel = [f"kernel: {line}" for line in answer["kernel"]]
-        stack = [f"  {frame}" for frame in answer["stack"]]
-        return [*kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
+        records, faults = {}, {}
+        for rank, answer in answers.items():
+            groups = [GroupRecord.from_json(record) for record in answer["flight"]]
+            if groups:
+                records[rank] = groups
+            fault = classify("", DeviceEvidence.from_json(answer["evidence"])) if "evidence" in answer else None
+            if fault is not None:
+                faults[rank] = fault
+        diagnosis = hang_detector.refine_diagnosis(diagnosis, heartbeats, find_stuck(records), faults)
+        return replace(diagnosis, evidence=(*diagnosis.evidence, *_places(answers, diagnosis.rank)))
+
+
+def _places(answers: Mapping[int, dict[str, Any]], culprit: int | None) -> list[str]:
+    """Lines with the culprit's device and stack, or with the top of each rank's where none can be blamed."""
+    if culprit is None:
+        lines = []
+        for rank, answer in sorted(answers.items())[:MOST_RANKS]:
+            lines += [f"rank {rank}:", *(f"  {frame}" for frame in answer["stack"][:3])]
+        return lines
+    answer = answers.get(culprit, {"kernel": ["not known: its steward did not answer"], "stack": []})
+    device = describe_evidence(DeviceEvidence.from_json(answer.get("evidence", {})))
+    kernel = [f"kernel: {line}" for line in answer["kernel"]]
+    stack = [f"  {frame}" for frame in answer["stack"]]
+    return [*device, *kernel, "", "its stack, innermost first:", *(stack or ["  it could not write it"])]
 
 
 def heartbeat_of(record: dict[str, Any]) -> outcome.Heartbeat:

@@ -99,7 +99,7 @@ class WorkerExit:
     error: str | None = None
     """The traceback, or the message of bad input, that the rank sent before it ended."""
     kind: str = "exception"
-    """Kind of the error: "exception", "user" for bad input, "not_finite"."""
+    """Kind of the error: "exception", "user" for bad input, "not_finite", "device" by the preflight."""
     tail: tuple[str, ...] = ()
     """Last lines of its log."""
     peak_mib: int | None = None
@@ -124,6 +124,8 @@ class WorkerExit:
         well = self.code in (ExitCode.OK, ExitCode.STOPPED) or self.kind == "user"
         if well or self.killed_by_driver or self.fault:
             return None
+        if self.kind == "device":
+            return DeviceFault(self.error or "")
         return classify(self.error or "\n".join(self.tail), self.evidence)
 
 

@@ -150,12 +150,15 @@ class WorkerAgent:
             self.worker.signal(number)
 
     def inspect_worker(self) -> dict[str, Any]:
-        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames]}.
+        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames], "flight": [its groups]}.
+
+        On a GPU also "evidence" of that.
 
         Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
         stack takes.
         """
-        return self.worker.inspect() if self.worker else {"kernel": [], "stack": []}
+        answer = self.worker.inspect() if self.worker else {"kernel": [], "stack": [], "flight": []}
+        return answer | ({"evidence": self.gpu.collect().to_json()} if self.gpu else {})
 
     def kill_worker(self) -> None:
         """Ends the worker at once, if there is one."""

@@ -176,6 +176,9 @@ class ClusterConfig(Section):
     stay_away: NonNegative = Field(
         120, description="seconds that the place of a worker that was told to end stays empty"
     )
+    preflight: Literal["auto", "off"] = Field(
+        "auto", description="auto: GPUs are checked and measured for two seconds before training"
+    )
 
 
 class TrackingConfig(Section):

@@ -5,7 +5,7 @@ metrics.jsonl, samples.jsonl, skipped.jsonl                              lines b
 run.json, startup.json, world.json, restarts.jsonl                       its starts, where its ranks are, its failures
 summary.json                                                             once it is complete
 checkpoints/step_<n>/, checkpoints/latest                                see ``train.checkpoint``
-logs/rank_<n>.log, lock, logs/writer.lock, wandb/
+logs/rank_<n>.log, logs/rank_<n>.flight.jsonl, lock, logs/writer.lock, wandb/
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ class RunDir:
     def log(self, rank: int) -> Path:
         """All that a rank and its libraries print."""
         return self.logs / f"rank_{rank}.log"
+
+    def flight_record(self, rank: int) -> Path:
+        """The last collectives of a rank that hung, by torch's flight recorder: a line of JSON for each recorder."""
+        return self.logs / f"rank_{rank}.flight.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-from cluster.supervision.hang_detector import HangLimits, StragglerDetector, diagnose_hang
+from cluster.device_health.device_fault import DeviceFault
+from cluster.device_health.flight_record import StuckCollective
+from cluster.supervision.hang_detector import HangLimits, StragglerDetector, diagnose_hang, refine_diagnosis
 from cluster.supervision.outcome import Heartbeat
 
 LIMITS = HangLimits(hang_s=10, start_s=300)
@@ -115,3 +117,34 @@ def test_rank_that_recovers_and_slows_again_is_reported_again():
         lambda rank, step: 1.5 if rank == 1 and step // 50 % 2 else 1.0, steps=200, steps_per_heartbeat=1
     )
     assert [rank for _, rank, _ in slow_ranks] == [1, 1]
+
+
+STUCK = StuckCollective("rank 0 waits in nccl:all_reduce #42 of the default group, which rank 1 did not join", (1,))
+XID = DeviceFault("Xid 79: the GPU has fallen off the bus", "host", proven=True)
+
+
+@pytest.mark.parametrize(
+    ("heartbeats", "stuck", "faults", "fault", "rank", "description"),
+    [
+        # nothing is known beside the heartbeats
+        ([waits(0), heartbeat(1, count=6)], None, {}, "hung", 1, "hung: nothing moved for 20 s in data of step 5"),
+        # on a GPU both wait for the device, outside of any collective: the collective tells
+        ([heartbeat(0), heartbeat(1)], STUCK, {}, "hung", 1, "hung: nothing moved for 20 s in data of step 5"),
+        # what the heartbeats say of a rank stays
+        ([heartbeat(0, count=6), waits(1)], STUCK, {}, "hung", 0, "hung: nothing moved for 20 s in data of step 5"),
+        # a device that reports a fault outweighs all
+        (
+            [waits(0), waits(1), waits(2, count=6)],
+            STUCK,
+            {0: XID},
+            "device",
+            0,
+            "hung in data of step 5: its device has failed: Xid 79: the GPU has fallen off the bus",
+        ),
+    ],
+)
+def test_hang_is_refined_by_collectives_and_devices(heartbeats, stuck, faults, fault, rank, description):
+    refined = refine_diagnosis(diagnose_hang(heartbeats, LIMITS), heartbeats, stuck, faults)
+    assert (refined.fault, refined.rank, refined.description) == (fault, rank, description)
+    assert refined.device == faults.get(rank)
+    assert (STUCK.text in refined.evidence) is (stuck is not None)

@@ -232,6 +232,10 @@ def test_hung_rank_is_named_with_its_stack_and_where_others_wait(job_folder, tmp
     )
     assert title.endswith("in data of step 3")
     assert any(line.startswith("rank 0 waits in all_reduce_sum #") for line in lines)
+    joined = [line for line in lines if line.endswith("of the default group (1), which rank 1 did not join")]
+    assert len(joined) == 1, lines
+    assert joined[0].startswith("rank 0 waits in gloo:all_reduce #")
+    assert (tmp_path / "run" / "logs" / "rank_1.flight.jsonl").exists()
     stack = lines[lines.index("its stack, innermost first:") + 1 :]
     assert any("toy.py" in line and "in _fail" in line for line in stack)
     if fault == "stop":
