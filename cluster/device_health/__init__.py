@@ -8,4 +8,5 @@ kernel_log      the driver's messages in the kernel log, and the GPU that each i
 nvml            reads a GPU's counters, where there is a driver
 preflight       checks and measures every rank's device before training
 preflight_judge which devices failed or lag in these measurements, pure
+slow_clocks     which GPUs are held at a lower clock than the others, pure
 """

@@ -32,7 +32,7 @@ class PendingCollective:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What one rank's recorder has of one process group."""
+    """One rank's share in one process group, by its recorder."""
 
     group: str
     backend: str
@@ -43,7 +43,7 @@ class GroupRecord:
     pending: tuple[PendingCollective, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain values."""
+        """The record as plain values, for Ray to carry."""
         return asdict(self)
 
     @classmethod
@@ -79,7 +79,7 @@ def read_dump(dump: str | bytes) -> list[GroupRecord]:
 
 
 def _pending(entry: Mapping[str, Any]) -> PendingCollective:
-    shapes = ["x".join(str(n) for n in size) or "scalar" for size in entry["input_sizes"]]
+    shapes = ["x".join(map(str, size)) or "scalar" for size in entry["input_sizes"]]
     more = f" and {len(shapes) - MOST_SIZES} more" if len(shapes) > MOST_SIZES else ""
     sizes = ", ".join(shapes[:MOST_SIZES]) + more
     return PendingCollective(entry["collective_seq_id"], entry["profiling_name"], sizes, entry["state"] == "started")

@@ -58,7 +58,7 @@ class GpuState:
         return parse_pci(self.bus)
 
     def to_json(self) -> dict[str, Any]:
-        """The known values alone."""
+        """The values that are known, by field."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "")}
 
 

@@ -86,7 +86,11 @@ class GpuWatch:
         self.gpu, self.since = next(iter(gpus), ""), time.monotonic()
         self.before = read_state(self.gpu)
 
+    def read(self) -> GpuState | None:
+        """The counters of this moment."""
+        return read_state(self.gpu)
+
     def collect(self) -> DeviceEvidence:
         """The evidence of this moment; absent sources are left out."""
         messages = kernel_log.read_driver_messages(self.since - 1.0)
-        return DeviceEvidence(self.before, read_state(self.gpu), tuple(messages))
+        return DeviceEvidence(self.before, self.read(), tuple(messages))

@@ -36,7 +36,7 @@ class PreflightFailed(Exception):  # noqa: N818  it is a finding
 
 
 class DeviceProbe:
-    """Measures one device."""
+    """Measures one device, and checks its results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -130,6 +130,18 @@ def format_ranks(heartbeats: Sequence[Any], most: int = 8) -> str:
     return f"rank{'s' if len(heartbeats) > 1 else ''} {numbers}"
 
 
+def summarise_steps(step_s: Mapping[int, float]) -> dict[str, float]:
+    """The seconds of a step over all ranks, as a line of ``ranks.jsonl`` has them."""
+    seconds = [*step_s.values()]
+    slowest = max(step_s, key=lambda rank: step_s[rank])
+    return {
+        "rank_step_s_min": min(seconds),
+        "rank_step_s_median": statistics.median(seconds),
+        "rank_step_s_max": max(seconds),
+        "slowest_rank": slowest,
+    }
+
+
 @dataclass
 class StragglerDetector:
     """Finds ranks that are slower than the others, window by window; waits for each other are not counted."""
@@ -139,6 +151,8 @@ class StragglerDetector:
     """When the window began, on the caller's clock."""
     streak: dict[int, int] = field(default_factory=dict)
     """Windows in a row in which each rank was slow."""
+    step_s: dict[int, float] = field(default_factory=dict)
+    """Seconds that each rank worked on a step in the last whole window."""
 
     def find_slow(self, heartbeats: Sequence[Heartbeat], now: float) -> list[tuple[int, float]]:
         """Ranks that are found slow now, each with the ratio of its step time to the median of the others.
@@ -154,7 +168,7 @@ class StragglerDetector:
             b.rank: (b.busy_s - self.window_start[b.rank].busy_s) / (b.step - self.window_start[b.rank].step)
             for b in heartbeats
         }
-        self.window_start, self.since = {b.rank: b for b in heartbeats}, now
+        self.window_start, self.since, self.step_s = {b.rank: b for b in heartbeats}, now, work
         slow_ranks = []
         for rank, mine in work.items():
             others = statistics.median(seconds for other, seconds in work.items() if other != rank)

@@ -31,6 +31,9 @@ INSPECT_S = 3.0
 DRIVER_PAUSE_S = 3.0
 """Where so much time lies between two health checks, the driver itself was stopped, and no agent is called silent."""
 
+DEVICE_CHECK_S = 30.0
+"""Between samples of the GPUs' clocks."""
+
 REJOIN_S = 8.0
 """How long a lost worker's slot on a living host may take to be filled before the others go on without it."""
 SLOT_CHECK_S = 0.2

@@ -160,6 +160,11 @@ class WorkerAgent:
         answer = self.worker.inspect() if self.worker else {"kernel": [], "stack": [], "flight": []}
         return answer | ({"evidence": self.gpu.collect().to_json()} if self.gpu else {})
 
+    def read_device(self) -> dict[str, Any] | None:
+        """The counters of the worker's GPU now; None where it has none, or it does not answer."""
+        state = self.gpu.read() if self.gpu else None
+        return state.to_json() if state is not None else None
+
     def kill_worker(self) -> None:
         """Ends the worker at once, if there is one."""
         if self.worker:

@@ -6,7 +6,13 @@ import pytest
 
 from cluster.device_health.device_fault import DeviceFault
 from cluster.device_health.flight_record import StuckCollective
-from cluster.supervision.hang_detector import HangLimits, StragglerDetector, diagnose_hang, refine_diagnosis
+from cluster.supervision.hang_detector import (
+    HangLimits,
+    StragglerDetector,
+    diagnose_hang,
+    refine_diagnosis,
+    summarise_steps,
+)
 from cluster.supervision.outcome import Heartbeat
 
 LIMITS = HangLimits(hang_s=10, start_s=300)
@@ -101,6 +107,19 @@ def test_slow_rank_is_reported_once_with_its_ratio():
     step, rank, ratio = slow_ranks[0]
     assert (rank, round(ratio, 2)) == (2, 1.4)
     assert step <= 20
+
+
+def test_step_seconds_of_the_ranks_are_summed_up_by_window():
+    detector = StragglerDetector()
+    for step in range(0, 21, 10):
+        detector.find_slow([Heartbeat(rank, step, "data", busy_s=step * (1.0 + rank)) for rank in range(3)], 3.0 * step)
+    assert detector.step_s == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert summarise_steps(detector.step_s) == {
+        "rank_step_s_min": 1.0,
+        "rank_step_s_median": 2.0,
+        "rank_step_s_max": 3.0,
+        "slowest_rank": 2,
+    }
 
 
 def test_noise_of_the_machine_reports_no_rank():

@@ -263,6 +263,9 @@ def test_slow_rank_is_named_and_the_job_goes_on(job_folder, tmp_path):
     assert run.go().kind == "done"
     [note] = run.of("note")
     assert f"rank 1 on {socket.gethostname()} is slow: it works " in note["text"]
+    line = json.loads((tmp_path / "run" / "ranks.jsonl").read_text().splitlines()[0])
+    assert line["slowest_rank"] == 1
+    assert 0 <= line["rank_step_s_min"] < 0.1 <= line["rank_step_s_max"] < 1
 
 
 def test_out_of_memory_is_named_with_a_cure(job_folder, tmp_path):
