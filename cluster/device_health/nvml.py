@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def read_state(gpu: str) -> GpuState | None:
     """The counters of the GPU with that number or UUID; None without a driver, or where the GPU does not answer."""
     try:
         nvml = _library()
-        nvml.nvmlInit()
+        nvml.nvmlInit()  # for good: on some hosts it takes a second
     except Exception:  # no library, no driver, or one that does not answer
         return None
     try:
@@ -32,9 +32,6 @@ def read_state(gpu: str) -> GpuState | None:
         return _state(nvml, handle)
     except (nvml.NVMLError, ValueError):
         return None
-    finally:
-        with contextlib.suppress(Exception):
-            nvml.nvmlShutdown()
 
 
 def _state(nvml: Any, handle: Any) -> GpuState:
@@ -79,18 +76,38 @@ def _text(value: Any) -> str:
 
 
 class GpuWatch:
-    """Remembers a GPU's counters from the start of a worker, to tell what changed when it has ended."""
+    """Remembers a GPU's counters from the start of a worker, to tell what changed when it has ended.
+
+    A GPU that fails may block whoever asks its driver, so a thread asks, and nobody waits for it for long.
+    """
 
     def __init__(self, gpus: Sequence[str]) -> None:
         """``gpus``: numbers or UUIDs of those that Ray gave the worker, of which it uses the first."""
         self.gpu, self.since = next(iter(gpus), ""), time.monotonic()
+        self.before: GpuState | None = None
+        self._reader: threading.Thread | None = None
+        self._ask(self._keep_before)
+
+    def read(self, patience_s: float) -> tuple[bool, GpuState | None]:
+        """Whether there was an answer within ``patience_s``, and the counters, None where the driver has lost it."""
+        answers: list[GpuState | None] = []
+        if self._reader is not None:
+            self._reader.join(patience_s)
+            if self._reader.is_alive():
+                return False, None
+        self._ask(lambda: answers.append(read_state(self.gpu))).join(patience_s)
+        return bool(answers), answers[0] if answers else None
+
+    def collect(self, patience_s: float) -> DeviceEvidence:
+        """The evidence of this moment; absent sources are left out."""
+        answered, after = self.read(patience_s)
+        messages = tuple(kernel_log.read_driver_messages(self.since - 1.0))
+        return DeviceEvidence(self.before, after, messages) if answered else DeviceEvidence(messages=messages)
+
+    def _keep_before(self) -> None:
         self.before = read_state(self.gpu)
 
-    def read(self) -> GpuState | None:
-        """The counters of this moment."""
-        return read_state(self.gpu)
-
-    def collect(self) -> DeviceEvidence:
-        """The evidence of this moment; absent sources are left out."""
-        messages = kernel_log.read_driver_messages(self.since - 1.0)
-        return DeviceEvidence(self.before, self.read(), tuple(messages))
+    def _ask(self, question: Callable[[], None]) -> threading.Thread:
+        self._reader = threading.Thread(target=question, daemon=True)
+        self._reader.start()
+        return self._reader

@@ -33,6 +33,11 @@ from train.distributed import heartbeat
 from train.errors import ExitCode
 from train.events import ExitEvent
 
+EVIDENCE_S = 2.0
+"""How long the GPU of a worker that failed may take to answer, before its exit is reported without its counters."""
+DEVICE_READ_S = 0.3
+"""How long it may take to answer while the worker lives. Two of these, and the worker's stack, fit into an inspection.
+"""
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """Events that are passed on from ranks other than 0 too."""
 
@@ -157,12 +162,13 @@ class WorkerAgent:
         Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
         stack takes.
         """
+        evidence = {"evidence": self.gpu.collect(DEVICE_READ_S).to_json()} if self.gpu else {}
         answer = self.worker.inspect() if self.worker else {"kernel": [], "stack": [], "flight": []}
-        return answer | ({"evidence": self.gpu.collect().to_json()} if self.gpu else {})
+        return answer | evidence
 
     def read_device(self) -> dict[str, Any] | None:
         """The counters of the worker's GPU now; None where it has none, or it does not answer."""
-        state = self.gpu.read() if self.gpu else None
+        _, state = self.gpu.read(DEVICE_READ_S) if self.gpu else (False, None)
         return state.to_json() if state is not None else None
 
     def kill_worker(self) -> None:
@@ -178,8 +184,7 @@ class WorkerAgent:
     def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle, gpus: Sequence[str]) -> None:
         """Collects a worker's events until it ends, then how it ended. Runs in a thread of its own."""
         kills_before = resources.oom_kills()
-        if self.device == "gpu":
-            self.gpu = GpuWatch(gpus)
+        gpu = self.gpu = GpuWatch(gpus) if self.device == "gpu" else None
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -203,7 +208,7 @@ class WorkerAgent:
                 memory_mib=psutil.virtual_memory().total >> 20,
                 oom=resources.oom_kills() - kills_before,
                 orphaned=ended is None,
-                evidence=self.gpu.collect().to_json() if self.gpu else None,
+                evidence=gpu.collect(EVIDENCE_S).to_json() if gpu else None,
             )
         record = replace(event, at=worker.heartbeat()).to_json()
         if self.worker is worker:

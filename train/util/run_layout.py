@@ -2,7 +2,7 @@
 
 config.yaml, tokenizer.json, corpus.json, environment.json, init.json   what the run is, and what it came from
 metrics.jsonl, samples.jsonl, skipped.jsonl                              lines by step
-run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl                       its starts, where its ranks are, its failures
+run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl              its starts, ranks and failures
 summary.json                                                             once it is complete
 checkpoints/step_<n>/, checkpoints/latest                                see ``train.checkpoint``
 logs/rank_<n>.log, logs/rank_<n>.flight.jsonl, lock, logs/writer.lock, wandb/
