@@ -178,7 +178,7 @@ class StopAgreedEvent(Event, event="stop_agreed"):
 class ErrorEvent(Event, event="error"):
     """The reason why a rank ends early."""
 
-    kind: Literal["user", "not_finite", "exception"] = "exception"
+    kind: Literal["user", "not_finite", "device", "exception"] = "exception"
     text: str = ""
     """The message; of an exception the traceback."""
 
@@ -224,6 +224,8 @@ class ExitEvent(Event, event="exit"):
     """Memory of its host."""
     oom: int | None = None
     """Kills by the kernel's OOM killer on its host while it lived."""
+    evidence: Json | None = None
+    """Of its GPU: counters before and after, and the driver's messages."""
     orphaned: bool | None = None
     """It was killed since the fork server that it came from ended."""
     at: Json | None = None

@@ -80,12 +80,12 @@ def threads_per_worker(device: str, cpus_per_worker: int, cpus: float, gpus: flo
 
 def place_workers(nodes: Sequence[Node], request: WorkerRequest) -> Placement:
     """Packs the workers on the nodes. UserError where they cannot fit even if nobody else uses the cluster."""
-    capacity = {node.name: _count_fitting(node.cpus, node.gpus, request) for node in nodes}
+    capacity = {node.name: count_fitting(node.cpus, node.gpus, request) for node in nodes}
     if sum(capacity.values()) < (request.least or request.workers):
         raise UserError(_explain_shortage(nodes, request, capacity))
     placed: dict[str, int] = {}
     left = request.workers
-    free = {node.name: _count_fitting(node.free_cpus, node.free_gpus, request) for node in nodes}
+    free = {node.name: count_fitting(node.free_cpus, node.free_gpus, request) for node in nodes}
     for name in sorted(free, key=lambda name: -free[name]):
         here = min(left, free[name])
         if here:
@@ -99,7 +99,8 @@ def initial_workers(placement: Placement, request: WorkerRequest) -> int:
     return max(sum(placement.workers.values()), request.least or request.workers)
 
 
-def _count_fitting(cpus: float, gpus: float, request: WorkerRequest) -> int:
+def count_fitting(cpus: float, gpus: float, request: WorkerRequest) -> int:
+    """How many of the workers have room on so many cores and GPUs of one node."""
     by_cpu = int(cpus // request.cpus)
     return min(by_cpu, int(gpus // request.gpus)) if request.gpus else by_cpu
 
@@ -125,7 +126,7 @@ def _explain_shortage(nodes: Sequence[Node], request: WorkerRequest, capacity: d
 
 def _missing_for_another(node: Node, request: WorkerRequest) -> str:
     """Cores and GPUs that a node lacks for one more worker, in words."""
-    workers = _count_fitting(node.cpus, node.gpus, request) + 1
+    workers = count_fitting(node.cpus, node.gpus, request) + 1
     cpus = workers * request.cpus - node.cpus
     gpus = workers * request.gpus - node.gpus
     missing = [_count(n, unit) for n, unit in ((cpus, "core"), (gpus, "GPU")) if n > 0]

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 
+from cluster.device_health.evidence import DeviceEvidence
 from cluster.supervision import outcome
 from cluster.supervision.attempt_state import (
     Action,
@@ -314,6 +315,8 @@ class Attempt:
             fault="worker lost" if orphaned else None,
             description="was lost: the warm process that it was forked from ended" if orphaned else "",
             at=heartbeat_of(record["at"]) if "at" in record else status.heartbeat,
+            gpu=",".join(status.info.gpus),
+            evidence=DeviceEvidence.from_json(record["evidence"]) if "evidence" in record else None,
         )
 
     def _add_lost_agent(self, status: RankStatus, error: Exception | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+from cluster.device_health.evidence import describe_evidence
 from cluster.supervision.hang_detector import format_ranks
 from cluster.supervision.outcome import Verdict, WorkerExit
 
@@ -13,6 +14,7 @@ MOST_LINES = 24
 CURES = {
     "out of host memory": "use a smaller batch.micro, fewer workers on this host, or zero=3",
     "out of device memory": "use a smaller batch.micro, zero=2 or zero=3, or model.checkpoint_activations=true",
+    "device": "the job leaves that device; have it reset or its host rebooted, and replaced if it comes again",
     "network lost": "look at the hosts' network: no rank ended by itself, yet they lost each other",
 }
 
@@ -40,6 +42,10 @@ def describe_exit(exited: WorkerExit) -> str:
     at = f" {exited.at.where}" if exited.at else ""
     if exited.description:
         return exited.description + at
+    device = exited.device_fault
+    if device is not None:
+        what = f"GPU {exited.gpu}" if exited.gpu else "device"
+        return f"lost its {what}{at}: {device.reason}"
     if exited.code < 0:
         memory = ": the kernel was out of memory" if exited.code == -signal.SIGKILL and exited.oom else ""
         return f"killed by {signal.Signals(-exited.code).name}{at}{memory}"
@@ -64,7 +70,7 @@ def _title(exited: WorkerExit | None, text: str) -> str:
 
 
 def _evidence(exited: WorkerExit, fault: str) -> list[str]:
-    lines = []
+    lines = describe_evidence(exited.evidence) if exited.evidence is not None else []
     if exited.peak_mib and (exited.code == -signal.SIGKILL or fault == "out of host memory"):
         oom = "the kernel's out-of-memory killer was at work" if exited.oom else "the kernel reports no lack of memory"
         who = "" if exited.oom or exited.code > 0 else ": somebody, or a resource manager, killed it"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.device_health.device_fault import DeviceFault
+from cluster.device_health.flight_record import StuckCollective
 from cluster.supervision.outcome import Diagnosis, Heartbeat
 
 FIRST_TIME_FACTOR = 5
@@ -66,6 +68,34 @@ def diagnose_hang(heartbeats: Sequence[Heartbeat], limits: HangLimits) -> Diagno
     return Diagnosis("hung", first.rank, details[0], tuple(details[1:]))
 
 
+def refine_diagnosis(
+    diagnosis: Diagnosis,
+    heartbeats: Sequence[Heartbeat],
+    stuck: StuckCollective | None,
+    faults: Mapping[int, DeviceFault],
+) -> Diagnosis:
+    """The diagnosis of a hang with what the ranks were found to wait for.
+
+    ``stuck``: the collective that does not end. ``faults``: the ranks whose devices report a fault, which outweighs all
+    else. A rank that the heartbeats could not blame may be blamed for a collective: on a GPU the ranks run ahead of it.
+    """
+    by_rank = {b.rank: b for b in heartbeats}
+    evidence = diagnosis.evidence if stuck is None else (*diagnosis.evidence, stuck.text)
+    if faults:
+        rank = min(faults)
+        place = f" {by_rank[rank].where}" if rank in by_rank else ""
+        description = f"hung{place}: its device has failed: {faults[rank].reason}"
+        return replace(
+            diagnosis, fault="device", rank=rank, description=description, evidence=evidence, device=faults[rank]
+        )
+    blamed = next((rank for rank in stuck.culprits if rank in by_rank), None) if stuck is not None else None
+    if diagnosis.rank is None and blamed is not None:
+        heartbeat = by_rank[blamed]
+        description = f"hung: nothing moved for {heartbeat.still_s:.0f} s {heartbeat.where}"
+        return replace(diagnosis, rank=blamed, description=description, evidence=evidence)
+    return replace(diagnosis, evidence=evidence)
+
+
 def _culprits(heartbeats: Sequence[Heartbeat]) -> list[Heartbeat]:
     """The ranks that the others wait for; none where they cannot be told.
 
@@ -100,6 +130,18 @@ def format_ranks(heartbeats: Sequence[Any], most: int = 8) -> str:
     return f"rank{'s' if len(heartbeats) > 1 else ''} {numbers}"
 
 
+def summarise_steps(step_s: Mapping[int, float]) -> dict[str, float]:
+    """The seconds of a step over all ranks, as a line of ``ranks.jsonl`` has them."""
+    seconds = [*step_s.values()]
+    slowest = max(step_s, key=lambda rank: step_s[rank])
+    return {
+        "rank_step_s_min": min(seconds),
+        "rank_step_s_median": statistics.median(seconds),
+        "rank_step_s_max": max(seconds),
+        "slowest_rank": slowest,
+    }
+
+
 @dataclass
 class StragglerDetector:
     """Finds ranks that are slower than the others, window by window; waits for each other are not counted."""
@@ -109,6 +151,8 @@ class StragglerDetector:
     """When the window began, on the caller's clock."""
     streak: dict[int, int] = field(default_factory=dict)
     """Windows in a row in which each rank was slow."""
+    step_s: dict[int, float] = field(default_factory=dict)
+    """Seconds that each rank worked on a step in the last whole window."""
 
     def find_slow(self, heartbeats: Sequence[Heartbeat], now: float) -> list[tuple[int, float]]:
         """Ranks that are found slow now, each with the ratio of its step time to the median of the others.
@@ -124,7 +168,7 @@ class StragglerDetector:
             b.rank: (b.busy_s - self.window_start[b.rank].busy_s) / (b.step - self.window_start[b.rank].step)
             for b in heartbeats
         }
-        self.window_start, self.since = {b.rank: b for b in heartbeats}, now
+        self.window_start, self.since, self.step_s = {b.rank: b for b in heartbeats}, now, work
         slow_ranks = []
         for rank, mine in work.items():
             others = statistics.median(seconds for other, seconds in work.items() if other != rank)

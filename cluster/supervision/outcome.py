@@ -12,6 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.device_health.device_fault import DeviceFault, classify
+from cluster.device_health.evidence import DeviceEvidence
 from train.errors import ExitCode
 
 Fault = Literal[
@@ -24,9 +26,12 @@ Fault = Literal[
     "preempted",
     "out of host memory",
     "out of device memory",
+    "device",
     "not finite",
 ]
-"""Kinds of failure. "worker lost": the rank's agent or its host's fork server ended, and the worker with them."""
+"""Kinds of failure. "worker lost": the rank's agent or its host's fork server ended, and the worker with them.
+"device": its GPU failed, and the run is to go on without that.
+"""
 
 COLLATERAL = re.compile(
     r"Connection (closed|reset)|Broken pipe|closed by peer|Connection refused"
@@ -37,6 +42,8 @@ COLLATERAL = re.compile(
 DEVICE_MEMORY = re.compile(
     r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|CU\w+_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
+PROVEN, OWN, ABORTED, COLLATERAL_ERROR, KILLED_BY_DRIVER = range(5)
+"""How likely an exit is the consequence of another; the least likely is the cause."""
 HOST_MEMORY = re.compile(
     r"^MemoryError|DefaultCPUAllocator: can't allocate memory|Cannot allocate memory", re.MULTILINE
 )
@@ -92,7 +99,7 @@ class WorkerExit:
     error: str | None = None
     """The traceback, or the message of bad input, that the rank sent before it ended."""
     kind: str = "exception"
-    """Kind of the error: "exception", "user" for bad input, "not_finite"."""
+    """Kind of the error: "exception", "user" for bad input, "not_finite", "device" by the preflight."""
     tail: tuple[str, ...] = ()
     """Last lines of its log."""
     peak_mib: int | None = None
@@ -106,6 +113,20 @@ class WorkerExit:
     description: str = ""
     at: Heartbeat | None = None
     """Its last heartbeat."""
+    gpu: str = ""
+    """The number or UUID of the GPU that Ray gave it; empty on a CPU."""
+    evidence: DeviceEvidence | None = None
+    """What its host knows of that GPU."""
+
+    @property
+    def device_fault(self) -> DeviceFault | None:
+        """The fault of its GPU that ended it, if it was one; a rank aborted by NCCL says so only in its log."""
+        well = self.code in (ExitCode.OK, ExitCode.STOPPED) or self.kind == "user"
+        if well or self.killed_by_driver or self.fault:
+            return None
+        if self.kind == "device":
+            return DeviceFault(self.error or "")
+        return classify(self.error or "\n".join(self.tail), self.evidence)
 
 
 @dataclass(frozen=True)
@@ -119,6 +140,8 @@ class Diagnosis:
     rank: int | None
     description: str
     evidence: tuple[str, ...] = ()
+    device: DeviceFault | None = None
+    """The fault of that rank's GPU, where it hangs for that."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +153,13 @@ class Verdict:
     cause: WorkerExit | None = None
     collateral: tuple[WorkerExit, ...] = ()
     diagnosis: Diagnosis | None = None
+
+    @property
+    def device_fault(self) -> DeviceFault | None:
+        """The fault of the first cause's GPU, where the attempt failed for that."""
+        if self.diagnosis is not None:
+            return self.diagnosis.device
+        return self.cause.device_fault if self.cause is not None and self.fault == "device" else None
 
 
 def decide_outcome(
@@ -148,7 +178,7 @@ def decide_outcome(
     if bad:
         first = min(bad, key=lambda exited: (_weight(exited), exited.order))
         fault = "preempted" if preempted and first.rank in told_to_stop else fault_of(first)
-        refused = first.code == ExitCode.BAD_INPUT and first.error
+        refused = first.code == ExitCode.BAD_INPUT and first.error and fault != "device"
         return Verdict("bad_input" if refused else "failed", fault, first, _rest(bad, first))
     if len(exits) < size:
         return Verdict("running")
@@ -159,13 +189,15 @@ def decide_outcome(
 
 def first_cause_known(exits: Sequence[WorkerExit]) -> bool:
     """Whether an exit is certainly no consequence of another, so that no other rank need be waited for."""
-    return any(exited.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(exited) == 0 for exited in exits)
+    return any(exited.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(exited) <= OWN for exited in exits)
 
 
 def fault_of(exited: WorkerExit) -> Fault:
     """The kind of failure that a bad exit shows, where the driver did not kill the worker."""
     if exited.fault:
         return exited.fault
+    if exited.device_fault is not None:
+        return "device"
     if exited.code < 0:
         return "out of host memory" if exited.code == -signal.SIGKILL and exited.oom else "killed"
     error = exited.error or ""
@@ -175,7 +207,7 @@ def fault_of(exited: WorkerExit) -> Fault:
         return "out of device memory"
     if HOST_MEMORY.search(error):
         return "out of host memory"
-    return "network lost" if _weight(exited) == 2 else "raised"
+    return "network lost" if _weight(exited) == COLLATERAL_ERROR else "raised"
 
 
 def _rest(bad: Sequence[WorkerExit], cause: WorkerExit | None) -> tuple[WorkerExit, ...]:
@@ -183,9 +215,11 @@ def _rest(bad: Sequence[WorkerExit], cause: WorkerExit | None) -> tuple[WorkerEx
 
 
 def _weight(exited: WorkerExit) -> int:
-    """How likely an exit is the consequence of another, from 0 to 3; the least likely is the cause."""
     if exited.killed_by_driver:
-        return 3
+        return KILLED_BY_DRIVER
+    device = exited.device_fault
+    if device is not None:
+        return PROVEN if device.proven else OWN
     if exited.code > 0 and exited.error and COLLATERAL.search(exited.error.strip().splitlines()[-1]):
-        return 2
-    return int(exited.code == -signal.SIGABRT)  # NCCL's watchdog aborts a rank whose peer is gone
+        return COLLATERAL_ERROR
+    return ABORTED if exited.code == -signal.SIGABRT else OWN  # NCCL's watchdog aborts a rank whose peer is gone

@@ -7,6 +7,7 @@ and another has room, so a slot that was lost is only asked for a new agent: it 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.raycluster.placement import Node, WorkerRequest
 from cluster.supervision.job import Job
+from cluster.supervision.restart_policy import LeftPlace, is_left, room_without
 from cluster.supervision.timeouts import REJOIN_S, SLOT_CHECK_S
 from cluster.worker.agent import WorkerAgent
 from cluster.worker.messages import SlotInfo
@@ -78,10 +81,15 @@ class Slot:
         self.empty_until = time.monotonic() + seconds
 
 
-def request_gang(cluster: ClusterConfig, device: str, size: int) -> list[Slot]:
-    """Asks Ray for slots of ``size`` workers, all of them or none; they are there once ``gang_is_placed``."""
+def request_gang(cluster: ClusterConfig, device: str, size: int, left: Sequence[LeftPlace] = ()) -> list[Slot]:
+    """Asks Ray for slots of ``size`` workers, all of them or none; they are there once ``gang_is_placed``.
+
+    None is on a host of ``left``. Of a GPU in it, its slot keeps hold, so that Ray gives another.
+    """
     bundle = _bundle(cluster, device)
-    group = placement_group([bundle] * size, strategy="PACK")
+    hosts = sorted({place.node for place in left if not place.gpu})
+    labels = [{"ray.io/node-id": f"!in({','.join(hosts)})"}] * size if hosts else None
+    group = placement_group([bundle] * size, strategy="PACK", bundle_label_selector=labels)
     return [Slot(group, index, bundle) for index in range(size)]
 
 
@@ -120,6 +128,8 @@ class JobSlots:
     def __init__(self, job: Job, device: str) -> None:
         self.job, self.device = job, device
         self.all: list[Slot] = []
+        self.left: list[LeftPlace] = []
+        """GPUs and hosts with a fault: their slots stay empty, and others are asked for."""
         cluster = job.config.cluster
         self.min_workers = cluster.min_workers or cluster.worker_count
 
@@ -176,9 +186,35 @@ class JobSlots:
             slot.pending_info = None
             try:
                 slot.info, slot.up_since = ray.get(question), time.monotonic()
+                if is_left(self.left, slot.info):
+                    self._replace(slot)
+                    continue
                 slot.agent.start_fork_server.remote()
             except ray.exceptions.RayError:
                 self._start_agent(slot)
+
+    def leave(self, place: LeftPlace) -> None:
+        """Empties the slots in a place for good, and asks for as many elsewhere."""
+        self.left.append(place)
+        for slot in list(self.all):
+            if slot.info is not None and place.covers(slot.info):
+                self._replace(slot)
+
+    def _replace(self, slot: Slot) -> None:
+        """Leaves a slot empty for good, without giving it back to Ray, which would hand out the same GPU again."""
+        slot.vacate(math.inf)
+        self.all += request_gang(self.job.config.cluster, self.device, 1, self.left)
+        self._start_agent(self.all[-1])
+
+    def room(self) -> int:
+        """How many workers of the job fit on the cluster, whoever uses it now, beside the places that were left."""
+        bundle = _bundle(self.job.config.cluster, self.device)
+        request = WorkerRequest(self.job.config.cluster.workers, int(bundle["CPU"]), int(bundle.get("GPU", 0)))
+        nodes = []
+        for node in ray.nodes():
+            cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
+            nodes += [Node(node["NodeID"], cpus, gpus, cpus, gpus)] if node["Alive"] else []
+        return room_without(nodes, request, self.left)
 
     def up_slots(self) -> list[Slot]:
         """The slots that are up, in the order of ranks: node by node."""

@@ -108,7 +108,8 @@ class Supervisor:
             verdict.fault or "", failure_report.signature(verdict), attempt.furthest_step, self._newest_checkpoint()
         )
         self.failures = restart_policy.in_a_row(self.failures, failure)
-        decision = restart_policy.decide(self.failures, self.job.config.cluster.max_failures)
+        left, shortage = self._leave_device(attempt, verdict)
+        decision = restart_policy.decide(self.failures, self.job.config.cluster.max_failures, left, shortage)
         again = decision.again and not self.job.stop.requested
         self.job.show(FailureEvent(failure_report.explain(verdict), decision.message, again).to_json())
         until = time.monotonic() + decision.wait_s
@@ -116,6 +117,15 @@ class Supervisor:
             time.sleep(TICK_S)
             again = not self.job.stop.requested
         return again
+
+    def _leave_device(self, attempt: Attempt, verdict: outcome.Verdict) -> tuple[restart_policy.LeftPlace | None, str]:
+        """Leaves the GPU or host whose fault the failure was: that place, and why the job cannot go on without it."""
+        fault, cause = verdict.device_fault, verdict.cause
+        if fault is None or cause is None:
+            return None, ""
+        place = restart_policy.LeftPlace.of(attempt.ranks[cause.rank].info, fault)
+        self.slots.leave(place)
+        return place, restart_policy.shortage_without(self.slots.left, self.slots.room(), self.slots.min_workers)
 
     def _newest_checkpoint(self) -> int:
         """The step of the newest checkpoint, 0 without one; a folder that has its final name is complete."""
@@ -165,6 +175,8 @@ class Supervisor:
         alive = {node for node in nodes if node_lives(node)}
         back = sum(attempt.ranks[rank].info.node in alive for rank in lost if not preempted)
         wished = len(self.slots.up_slots()) + back
+        if verdict.device_fault is not None:
+            wished = min(attempt.size, self.slots.room())
         self.slots.wait_for_slots(self.slots.min_workers, wished, self.job.config.cluster.start_timeout)
         workers = self.job.config.cluster.worker_count
         if len(self.slots.up_slots()) != attempt.size:
@@ -182,7 +194,8 @@ class Supervisor:
         self.job.private.restart()
         if self.job.signals is not None:
             self.job.signals.install()
-        self.slots = JobSlots(self.job, self.device)
+        left, self.slots = self.slots.left, JobSlots(self.job, self.device)
+        self.slots.left = left
         self.slots.reserve_slots(self.size)
 
     def _can_grow_from(self, size: int) -> Callable[[], bool]:

@@ -6,6 +6,7 @@ All are seconds. Limits that depend on none of these stay where they are used.
 from __future__ import annotations
 
 from cluster.raycluster.node_daemon import NODE_SAVE_S
+from cluster.worker.agent import DEVICE_READ_S, EVIDENCE_S
 from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
 from cluster.worker.worker_handle import STACK_DUMP_CHECK_S, STACK_DUMP_S
 
@@ -33,6 +34,9 @@ INSPECT_S = 3.0
 DRIVER_PAUSE_S = 3.0
 """Where so much time lies between two health checks, the driver itself was stopped, and no agent is called silent."""
 
+DEVICE_CHECK_S = 30.0
+"""Between samples of the GPUs' clocks."""
+
 REJOIN_S = 8.0
 """How long a lost worker's slot on a living host may take to be filled before the others go on without it."""
 SLOT_CHECK_S = 0.2
@@ -55,8 +59,13 @@ INEQUALITIES = (
     (ORPHAN_S + ORPHAN_CHECK_S, SIGNAL_GRACE_S, "a lost agent's worker is dead before its rank counts as ended"),
     (ORPHAN_SAVE_S + ORPHAN_CHECK_S, EXIT_RECORD_S, "the exit record is awaited as long as its worker may live"),
     (ORPHAN_SAVE_S + ORPHAN_CHECK_S, NODE_SAVE_S, "a node's daemon, which owns the fork server, outlives the save"),
-    (STACK_DUMP_S + STACK_DUMP_CHECK_S, INSPECT_S, "an agent that waited for a whole stack is still heard"),
     (EXIT_RECORD_S + TEARDOWN_S, DRIVER_STOP_S, "a driver that waits for all it may wait for is not killed"),
+    (
+        STACK_DUMP_S + STACK_DUMP_CHECK_S + 2 * DEVICE_READ_S,
+        INSPECT_S,
+        "an agent that waited for a whole stack, and for its GPU, is still heard",
+    ),
+    (2 * EVIDENCE_S, KILL_REPORT_S, "an agent that waits for its GPU's counters reports an exit in time"),
     (POLL_S + KILL_REPORT_S + REJOIN_S, HOST_CUT_S, "the job has gone on without the host before it is back"),
 )
 """(shorter, longer, why the one must be shorter than the other)."""

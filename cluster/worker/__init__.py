@@ -3,6 +3,7 @@
 agent                Ray actor that starts, watches and signals its rank's worker
 cuda_probe           whether CUDA can be used on a host, without starting it in the fork server
 exit_record          a worker's last word in the run's folder, for when its agent is gone
+flight_dump          writes a hung worker's last collectives at its agent's request
 fork_server          imports everything once and forks the workers of its host
 fork_server_client   starts a host's fork server and connects to it; light to import
 ipc                  JSON messages and file descriptors over Unix sockets

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.device_health.nvml import GpuWatch
 from cluster.host import job_dir, network, resources
 from cluster.worker import fork_server_client, ipc
 from cluster.worker.messages import BindResult, SlotInfo, StartOrder, StartResult
@@ -31,6 +33,11 @@ from train.distributed import heartbeat
 from train.errors import ExitCode
 from train.events import ExitEvent
 
+EVIDENCE_S = 2.0
+"""How long the GPU of a worker that failed may take to answer, before its exit is reported without its counters."""
+DEVICE_READ_S = 0.3
+"""How long it may take to answer while the worker lives. Two of these, and the worker's stack, fit into an inspection.
+"""
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """Events that are passed on from ranks other than 0 too."""
 
@@ -48,6 +55,7 @@ class WorkerAgent:
         self.fork_server: fork_server_client.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
         self.worker: WorkerHandle | None = None
+        self.gpu: GpuWatch | None = None
         self.events: collections.deque[dict[str, Any]] = collections.deque()
         self.events_added = threading.Condition()
 
@@ -111,7 +119,8 @@ class WorkerAgent:
             lost = f"the warm process ended; its log is {self.folder / 'warm.log'}"
             return StartResult(failed=answer["failed"] if answer else lost)
         self.worker = WorkerHandle(answer["pid"], order, shared, log_offset)
-        threading.Thread(target=self._watch_worker, args=(connection, read_fd, self.worker), daemon=True).start()
+        arguments = connection, read_fd, self.worker, self.describe_slot().gpus
+        threading.Thread(target=self._watch_worker, args=arguments, daemon=True).start()
         return StartResult(answer["pid"], answer["ready"])
 
     def _connect_fork_server(self) -> socket.socket:
@@ -142,12 +151,21 @@ class WorkerAgent:
             self.worker.signal(number)
 
     def inspect_worker(self) -> dict[str, Any]:
-        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames]}.
+        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames], "flight": [its groups]}.
+
+        On a GPU also "evidence" of that.
 
         Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
         stack takes.
         """
-        return self.worker.inspect() if self.worker else {"kernel": [], "stack": []}
+        evidence = {"evidence": self.gpu.collect(DEVICE_READ_S).to_json()} if self.gpu else {}
+        answer = self.worker.inspect() if self.worker else {"kernel": [], "stack": [], "flight": []}
+        return answer | evidence
+
+    def read_device(self) -> dict[str, Any] | None:
+        """The counters of the worker's GPU now; None where it has none, or it does not answer."""
+        _, state = self.gpu.read(DEVICE_READ_S) if self.gpu else (False, None)
+        return state.to_json() if state is not None else None
 
     def kill_worker(self) -> None:
         """Ends the worker at once, if there is one."""
@@ -159,9 +177,10 @@ class WorkerAgent:
             self.events.append(record)
             self.events_added.notify_all()
 
-    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle) -> None:
+    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle, gpus: Sequence[str]) -> None:
         """Collects a worker's events until it ends, then how it ended. Runs in a thread of its own."""
         kills_before = resources.oom_kills()
+        gpu = self.gpu = GpuWatch(gpus) if self.device == "gpu" else None
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -185,6 +204,7 @@ class WorkerAgent:
                 memory_mib=psutil.virtual_memory().total >> 20,
                 oom=resources.oom_kills() - kills_before,
                 orphaned=ended is None,
+                evidence=gpu.collect(EVIDENCE_S).to_json() if gpu else None,
             )
         record = replace(event, at=worker.heartbeat()).to_json()
         if self.worker is worker:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from train.util.run_layout import RunDir
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,11 @@ class StartOrder:
     """GPUs that Ray gave the rank. Added by the agent, as is what follows."""
     interface: str = ""
     """The network interface that the node's address is on."""
+
+    @property
+    def flight_record(self) -> Path:
+        """Path of the rank's flight record."""
+        return RunDir(Path(self.log).parents[1]).flight_record(self.rank)
 
     def to_json(self) -> dict[str, Any]:
         """The order as a JSON object, as agents send it to the fork server."""

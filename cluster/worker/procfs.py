@@ -31,6 +31,14 @@ def rss_mib(pid: int) -> int:
     return 0
 
 
+def blocks_signal(pid: int, number: int) -> bool:
+    """Whether the process's main thread blocks a signal; False when it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        mask = Path(f"/proc/{pid}/status").read_text().partition("SigBlk:")[2].split()[0]
+        return bool(int(mask, 16) >> (number - 1) & 1)
+    return False
+
+
 def describe_kernel_wait(pid: int) -> list[str]:
     """Lines with the process's state and system call, and its kernel frames where it waits for a device."""
     letter = process_state(pid)

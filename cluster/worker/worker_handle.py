@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cluster.device_health import flight_record
 from cluster.worker import procfs
 from cluster.worker.messages import StartOrder
 from train.distributed import heartbeat
@@ -37,7 +38,7 @@ class WorkerHandle:
     def __init__(self, pid: int, order: StartOrder, memory: mmap.mmap, log_offset: int) -> None:
         """``memory``: the worker's heartbeat record. ``log_offset``: size of its log when it was started."""
         self.pid, self.memory, self.log_offset = pid, memory, log_offset
-        self.log = Path(order.log)
+        self.log, self.flight_record = Path(order.log), order.flight_record
         self.identity: dict[str, Any] = {"rank": order.rank, "generation": order.rendezvous.attempt}
         self.pidfd: int | None = None
         with contextlib.suppress(ProcessLookupError):
@@ -72,7 +73,11 @@ class WorkerHandle:
         """Where the worker is, see ``WorkerAgent.inspect_worker``."""
         kernel = procfs.describe_kernel_wait(self.pid)
         if not self.log.exists():
-            return {"kernel": kernel, "stack": []}
+            return {"kernel": kernel, "stack": [], "flight": []}
+        self.flight_record.unlink(missing_ok=True)
+        asked = procfs.blocks_signal(self.pid, signal.SIGUSR2)  # else it would die of it, early in its start
+        if asked:
+            self.signal(signal.SIGUSR2)
         start = size = self.log.stat().st_size
         self._signal_main_thread(signal.SIGUSR1)  # faulthandler's, in C: it needs not the interpreter's lock
         self.signal(signal.SIGCONT)
@@ -84,7 +89,16 @@ class WorkerHandle:
                 self.signal(signal.SIGUSR1)  # the main thread is in the kernel and cannot answer: any other may
         with self.log.open("rb") as file:
             file.seek(start)
-            return {"kernel": kernel, "stack": main_thread_stack(file.read().decode(errors="replace"))}
+            stack = main_thread_stack(file.read().decode(errors="replace"))
+        while asked and time.monotonic() < began + STACK_DUMP_S and not self.flight_record.exists():
+            time.sleep(STACK_DUMP_CHECK_S)
+        return {"kernel": kernel, "stack": stack, "flight": read_flight_record(self.flight_record)}
+
+
+def read_flight_record(path: Path) -> list[dict[str, Any]]:
+    """The state of a rank's process groups by its flight record; none where it has not written one."""
+    dumps = path.read_bytes().splitlines() if path.exists() else []
+    return [record.to_json() for dump in dumps for record in flight_record.read_dump(dump)]
 
 
 def main_thread_stack(dump: str) -> list[str]:

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from cluster.device_health import preflight
 from cluster.host import affinity, job_dir
-from cluster.worker import cuda_probe, exit_record, worker_env
+from cluster.worker import cuda_probe, exit_record, flight_dump, worker_env
 from cluster.worker.messages import StartOrder
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
@@ -86,6 +87,7 @@ def worker_main(order: StartOrder, fds: list[int]) -> int:
     heartbeat.attach(heartbeat_fd)
     os.close(heartbeat_fd)
     _redirect_output(order.log)
+    flight_dump.serve_requests(order.flight_record)
     os.chdir(order.cwd)
     _set_environment(order)
     torch.set_num_threads(order.threads)
@@ -132,6 +134,8 @@ def _run_target(
             )
             context = process_group.init_group(order.rank, order.size, order.local_rank, order.device, rendezvous)
             events(PhaseEvent.now("connected"))
+            if config.cluster.preflight == "auto" and order.device == "gpu":
+                preflight.check_ranks(context, events)
             load_target(order.target)(config, order.corpus, context, events, stop)
             process_group.destroy_group()
     except Stopped:
@@ -139,6 +143,9 @@ def _run_target(
     except UserError as error:
         events(ErrorEvent("not_finite" if isinstance(error, NotFinite) else "user", str(error)))
         return ExitCode.BAD_INPUT, str(error)
+    except preflight.PreflightFailed as error:
+        events(ErrorEvent("device", str(error)))
+        return ExitCode.FAILURE, str(error)
     except OSError as error:
         if error.errno not in NO_ROOM:
             return ExitCode.FAILURE, _traceback(events)

@@ -187,6 +187,9 @@ class ClusterConfig(Section):
     stay_away: NonNegative = Field(
         120, description="seconds that the place of a worker that was told to end stays empty"
     )
+    preflight: Literal["auto", "off"] = Field(
+        "auto", description="auto: GPUs are checked and measured for two seconds before training"
+    )
 
     env: dict[VariableName, VariableValue] = Field(
         {}, description="environment variables of every worker, such as {NCCL_ALGO: Ring}"

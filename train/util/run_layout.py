@@ -2,10 +2,10 @@
 
 config.yaml, tokenizer.json, corpus.json, environment.json, init.json   what the run is, and what it came from
 metrics.jsonl, samples.jsonl, skipped.jsonl                              lines by step
-run.json, startup.json, world.json, restarts.jsonl                       its starts, where its ranks are, its failures
+run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl              its starts, ranks and failures
 summary.json                                                             once it is complete
 checkpoints/step_<n>/, checkpoints/latest                                see ``train.checkpoint``
-logs/rank_<n>.log, lock, logs/writer.lock, wandb/
+logs/rank_<n>.log, logs/rank_<n>.flight.jsonl, lock, logs/writer.lock, wandb/
 """
 
 from __future__ import annotations
@@ -113,6 +113,11 @@ class RunDir:
         return self.path / "restarts.jsonl"
 
     @property
+    def ranks(self) -> Path:
+        """Seconds that the ranks worked on a step: a line every ten seconds at most."""
+        return self.path / "ranks.jsonl"
+
+    @property
     def wandb(self) -> Path:
         """The folder of W&B's own files."""
         return self.path / "wandb"
@@ -130,6 +135,10 @@ class RunDir:
     def log(self, rank: int) -> Path:
         """All that a rank and its libraries print."""
         return self.logs / f"rank_{rank}.log"
+
+    def flight_record(self, rank: int) -> Path:
+        """The last collectives of a rank that hung, by torch's flight recorder: a line of JSON for each recorder."""
+        return self.logs / f"rank_{rank}.flight.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -4,7 +4,15 @@ import random
 
 import pytest
 
-from cluster.supervision.hang_detector import HangLimits, StragglerDetector, diagnose_hang
+from cluster.device_health.device_fault import DeviceFault
+from cluster.device_health.flight_record import StuckCollective
+from cluster.supervision.hang_detector import (
+    HangLimits,
+    StragglerDetector,
+    diagnose_hang,
+    refine_diagnosis,
+    summarise_steps,
+)
 from cluster.supervision.outcome import Heartbeat
 
 LIMITS = HangLimits(hang_s=10, start_s=300)
@@ -101,6 +109,19 @@ def test_slow_rank_is_reported_once_with_its_ratio():
     assert step <= 20
 
 
+def test_step_seconds_of_the_ranks_are_summed_up_by_window():
+    detector = StragglerDetector()
+    for step in range(0, 21, 10):
+        detector.find_slow([Heartbeat(rank, step, "data", busy_s=step * (1.0 + rank)) for rank in range(3)], 3.0 * step)
+    assert detector.step_s == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert summarise_steps(detector.step_s) == {
+        "rank_step_s_min": 1.0,
+        "rank_step_s_median": 2.0,
+        "rank_step_s_max": 3.0,
+        "slowest_rank": 2,
+    }
+
+
 def test_noise_of_the_machine_reports_no_rank():
     draw = random.Random(3)
     assert find_slow_ranks(lambda rank, step: 0.1 * draw.uniform(0.7, 2.1), steps=10_000) == []
@@ -115,3 +136,34 @@ def test_rank_that_recovers_and_slows_again_is_reported_again():
         lambda rank, step: 1.5 if rank == 1 and step // 50 % 2 else 1.0, steps=200, steps_per_heartbeat=1
     )
     assert [rank for _, rank, _ in slow_ranks] == [1, 1]
+
+
+STUCK = StuckCollective("rank 0 waits in nccl:all_reduce #42 of the default group, which rank 1 did not join", (1,))
+XID = DeviceFault("Xid 79: the GPU has fallen off the bus", "host", proven=True)
+
+
+@pytest.mark.parametrize(
+    ("heartbeats", "stuck", "faults", "fault", "rank", "description"),
+    [
+        # nothing is known beside the heartbeats
+        ([waits(0), heartbeat(1, count=6)], None, {}, "hung", 1, "hung: nothing moved for 20 s in data of step 5"),
+        # on a GPU both wait for the device, outside of any collective: the collective tells
+        ([heartbeat(0), heartbeat(1)], STUCK, {}, "hung", 1, "hung: nothing moved for 20 s in data of step 5"),
+        # what the heartbeats say of a rank stays
+        ([heartbeat(0, count=6), waits(1)], STUCK, {}, "hung", 0, "hung: nothing moved for 20 s in data of step 5"),
+        # a device that reports a fault outweighs all
+        (
+            [waits(0), waits(1), waits(2, count=6)],
+            STUCK,
+            {0: XID},
+            "device",
+            0,
+            "hung in data of step 5: its device has failed: Xid 79: the GPU has fallen off the bus",
+        ),
+    ],
+)
+def test_hang_is_refined_by_collectives_and_devices(heartbeats, stuck, faults, fault, rank, description):
+    refined = refine_diagnosis(diagnose_hang(heartbeats, LIMITS), heartbeats, stuck, faults)
+    assert (refined.fault, refined.rank, refined.description) == (fault, rank, description)
+    assert refined.device == faults.get(rank)
+    assert (STUCK.text in refined.evidence) is (stuck is not None)

@@ -2,6 +2,8 @@
 
 import pytest
 
+from cluster.device_health.evidence import DeviceEvidence
+from cluster.device_health.gpu_state import GpuState
 from cluster.supervision.failure_report import explain, signature
 from cluster.supervision.outcome import Diagnosis, Heartbeat, WorkerExit, decide_outcome, fault_of
 
@@ -127,6 +129,18 @@ HOST = (
 )
 
 
+ECC = "Traceback\ntorch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+NCCL_ECC = (
+    "Traceback\ntorch.distributed.DistBackendError: NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:275, "
+    "unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+    "Cuda failure 214 'uncorrectable ECC error encountered'"
+)
+WATCHDOG = "[Rank 1] NCCL watchdog thread terminated with exception: CUDA error: uncorrectable ECC error encountered"
+GPU = GpuState(uuid="GPU-5f1c", name="NVIDIA H100 80GB HBM3", bus="00000000:CB:00.0")
+BUS = "NVRM: Xid (PCI:0000:cb:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus."
+OFF_THE_BUS = DeviceEvidence(GPU, None, (BUS,))
+
+
 @pytest.mark.parametrize(
     ("exited", "fault"),
     [
@@ -145,6 +159,14 @@ HOST = (
         ({"code": 1, "error": GLOO}, "network lost"),
         ({"code": 2, "error": "10 updates in a row", "kind": "not_finite"}, "not finite"),
         ({"code": -9, "fault": "worker lost"}, "worker lost"),
+        ({"code": 1, "error": ECC}, "device"),
+        ({"code": 1, "error": NCCL_ECC}, "device"),
+        ({"code": -6, "tail": (WATCHDOG,)}, "device"),  # NCCL's watchdog ends the process, and says why in the log
+        ({"code": 1, "error": "failed its preflight: 3 of 40 matrix products were wrong", "kind": "device"}, "device"),
+        # the driver's word on the GPU of a rank that was killed, or whose loss was no number
+        ({"code": -9, "evidence": OFF_THE_BUS}, "device"),
+        ({"code": 2, "error": "10 updates in a row", "kind": "not_finite", "evidence": OFF_THE_BUS}, "device"),
+        ({"code": 1, "error": OOPS, "evidence": DeviceEvidence()}, "raised"),
     ],
 )
 def test_fault_by_exit(exited, fault):
@@ -219,3 +241,37 @@ def test_signature_is_equal_across_processes_and_differs_by_error():
     )
     assert of(code=1, error="ValueError: a") != of(code=1, error="ValueError: b")
     assert of(code=-9) != of(code=-11)
+
+
+def test_rank_whose_gpu_the_driver_reports_is_the_cause_whoever_was_first():
+    given = [{"rank": 0, "code": 1, "error": OOPS}, {"rank": 1, "code": -9, "evidence": OFF_THE_BUS}]
+    verdict = decide_outcome(exits_of(*given), 2)
+    assert (verdict.fault, verdict.cause.rank, verdict.device_fault.scope) == ("device", 1, "host")
+    refused = decide_outcome(exits_of({**given[1], "code": 2, "error": "x", "kind": "not_finite"}), 1)
+    assert (refused.kind, refused.fault) == ("failed", "device")
+
+
+def test_failed_gpu_is_reported_with_its_counters_and_the_kernel_log():
+    lines = block(
+        {
+            "rank": 3,
+            "code": 1,
+            "host": "oar7",
+            "pid": 4242,
+            "gpu": "5",
+            "error": ECC,
+            "evidence": OFF_THE_BUS,
+            "at": Heartbeat(3, 12, "backward"),
+        },
+        {"rank": 1, "code": -9, "killed_by_driver": True},
+    ).splitlines()
+    assert lines[0] == (
+        "rank 3 on oar7 (pid 4242) lost its GPU 5 in backward of step 12: Xid 79: the GPU has fallen off the bus"
+    )
+    assert lines[1:4] == [
+        "NVIDIA H100 80GB HBM3 GPU-5f1c no longer answers the driver",
+        "the kernel log of its host:",
+        f"  {BUS}",
+    ]
+    assert "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered" in lines
+    assert any(line.startswith("cure: the job leaves that device") for line in lines)

@@ -237,6 +237,10 @@ def test_hung_rank_is_named_with_its_stack_and_where_others_wait(job_folder, tmp
     )
     assert title.endswith("in data of step 3")
     assert any(line.startswith("rank 0 waits in all_reduce_sum #") for line in lines)
+    joined = [line for line in lines if line.endswith("of the default group (1), which rank 1 did not join")]
+    assert len(joined) == 1, lines
+    assert joined[0].startswith("rank 0 waits in gloo:all_reduce #")
+    assert (tmp_path / "run" / "logs" / "rank_1.flight.jsonl").exists()
     stack = lines[lines.index("its stack, innermost first:") + 1 :]
     assert any("toy.py" in line and "in _fail" in line for line in stack)
     if fault == "stop":
@@ -248,15 +252,15 @@ def test_hung_rank_is_named_with_its_stack_and_where_others_wait(job_folder, tmp
     assert run.of("plan")[1]["start_step"] >= 2  # one that was stopped makes some steps more while it writes its stack
 
 
-def test_hang_without_culprit_shows_where_each_rank_is(job_folder, tmp_path):
+def test_flight_record_names_the_rank_where_heartbeats_cannot(job_folder, tmp_path):
     run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
     verdict = run.go()
-    assert (verdict.kind, verdict.fault, verdict.cause) == ("failed", "hung", None)
+    assert (verdict.kind, verdict.fault, verdict.cause.rank) == ("failed", "hung", 1)
     title, *lines = run.of("failure")[0]["lines"]
-    assert title.startswith("no rank has moved for ")
-    assert "rank 0 waits in all_reduce_sum #" in title
-    assert "rank 1 waits in sleep #" in title
-    assert "in _fail" in "".join(lines[lines.index("rank 1:") :])
+    assert "hung: nothing moved for " in title
+    assert lines[0].startswith("rank 0 waits in gloo:all_reduce #")
+    assert lines[0].endswith("which rank 1 did not join")
+    assert "in _fail" in "".join(lines[lines.index("its stack, innermost first:") :])
 
 
 def test_slow_rank_is_named_and_the_job_goes_on(job_folder, tmp_path):
@@ -264,6 +268,9 @@ def test_slow_rank_is_named_and_the_job_goes_on(job_folder, tmp_path):
     assert run.go().kind == "done"
     [note] = run.of("note")
     assert f"rank 1 on {socket.gethostname()} is slow: it works " in note["text"]
+    line = json.loads((tmp_path / "run" / "ranks.jsonl").read_text().splitlines()[0])
+    assert line["slowest_rank"] == 1
+    assert 0 <= line["rank_step_s_min"] < 0.05 < line["rank_step_s_max"] < 1
 
 
 def test_out_of_memory_is_named_with_a_cure(job_folder, tmp_path):
