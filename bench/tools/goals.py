@@ -59,6 +59,15 @@ GOALS = (
     Goal("P6", ("cross_entropy",), BOTH, LIGER, 1.9),
     Goal("P7", ("linear_cross_entropy",), BOTH, EAGER, 1.0),
 )
+SUBJECTS = {
+    "P1": "attention",
+    "P2": "packed attention",
+    "P4": "norms",
+    "P5": "add and norm",
+    "P6": "cross-entropy",
+    "P7": "head with loss",
+}
+"""The ops of each goal of the kernels, in words."""
 MIN_SHARES = ((FORWARD, 0.95), (BACKWARD, 0.90))
 """Minimum share of the measured copy rate by mode, for norms of wide rows."""
 
@@ -252,13 +261,14 @@ def kernel_verdicts(rows: list[Row], why_not: str) -> Iterator[Verdict]:
         found.setdefault((result.id, f"{result.what}, {result.mode}", result.goal), []).append(result)
     failed = {f"speed / {row['variant']}, {row['mode']}": row["failed"] for row in rows if "failed" in row}
     for key in expected_of_kernels():
+        what = f"{SUBJECTS[key[0]]}: {key[1]}"
         if not (group := found.get(key)):
-            yield Verdict(*key[:2], "", key[2], None, failed.get(key[1], why_not))
+            yield Verdict(key[0], what, "", key[2], None, failed.get(key[1], why_not))
             continue
         worst = (max if key[2].startswith("<=") else min)(group, key=lambda result: result.found)
         count = sum(result.reached for result in group)
         where = f"at {count} of {len(group)} shapes; worst: {worst.op} {worst.shape}"
-        yield Verdict(*key[:2], f"{worst.found:.2f}", key[2], count == len(group), where)
+        yield Verdict(key[0], what, f"{worst.found:.2f}", key[2], count == len(group), where)
 
 
 def expected_of_kernels() -> Iterator[tuple[str, str, str]]:

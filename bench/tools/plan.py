@@ -1,0 +1,123 @@
+"""The steps of ``bench gpu``: commands of the other benchmarks, at sizes for a GPU or for a CPU."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from bench.tools import results
+
+Row = dict[str, Any]
+KINDS = ("tests", "tiles", "kernels", "steps", "saves", "restart", "repeat")
+"""What is measured, in order; a kind has a step or several."""
+OUT, MINUTES = "{out}", "{minutes}"
+"""In a command: the file for its rows, and the minutes that it may take."""
+MARGIN_S = 20.0
+"""Seconds that a bench which ends itself may need after its minutes: for the case that it is at."""
+OPS = "attention,packed_attention,cross_entropy,linear_cross_entropy,rms_norm,layer_norm,add_rms_norm,add_layer_norm"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that writes rows, bounded by its share of the time."""
+
+    kind: str
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    """Its share of nine minutes; what a step leaves goes to those after it."""
+    read: Callable[[Path], list[Row]] = results.read
+    """Returns the rows of the file that it wrote."""
+
+    def words(self, out: Path, limit_s: float) -> list[str]:
+        """The command with its file and its minutes put in."""
+        minutes = f"{max(0.0, limit_s - MARGIN_S) / 60:.2f}"
+        return [word.replace(OUT, str(out)).replace(MINUTES, minutes) for word in self.command]
+
+
+def deadlines(steps: Sequence[Step], total_s: float) -> list[float]:
+    """Seconds from the beginning by which each step ends at the latest: its share of ``total_s`` after those before."""
+    whole = sum(step.seconds for step in steps)
+    return [total_s * until / whole for until in itertools.accumulate(step.seconds for step in steps)]
+
+
+def plan(gpu: bool, has_overlap: bool) -> list[Step]:
+    """All steps; ``has_overlap``: whether overlap of communication can be chosen."""
+    return [*(on_gpu(has_overlap) if gpu else on_cpu())]
+
+
+def on_gpu(has_overlap: bool) -> Iterator[Step]:
+    """The sizes of the goals, on one GPU."""
+    yield tests("-m", "gpu", "-n", "4", seconds=90)
+    yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--ops", OPS, "--minutes", MINUTES), 65)
+    words = ("--ops", OPS, "--seconds", "0.3", "--minutes", MINUTES)
+    yield Step("kernels", "kernels", python("bench.kernels", *words), 105)
+    yield model_step("gpt2_124m", "1", seconds=35)
+    yield model_step("llama_1b", "1", seconds=40)
+    yield model_step("gpt2_124m", "1", "--timers", "on", seconds=14)
+    yield model_step("gpt2_124m", "0", seconds=14)
+    for stage, overlap in itertools.product("23", ("off", "on") if has_overlap else ("default",)):
+        yield model_step("gpt2_124m", stage, "--overlap", overlap, seconds=14)
+    yield model_step("llama_1b", "3", seconds=30)
+    words = ("--only", "stall", "--model", "auto", "--rounds", "2", "--savers", "ours,thread")
+    yield Step("saves", "saves", python("bench.saves", *words), 60)
+    one = ("cluster.workers=1", "cluster.device=gpu")
+    yield Step("restart", "restart", python("bench.restart", "peer=false", "repeats=5", f"out={OUT}", *one), 40)
+    model = ("model=gpt2_124m", "batch.global=8", "batch.seq_len=1024", "precision=bf16", "steps=10", *one)
+    yield Step("repeat", "repeat", python("bench.tools.repeat", *model), 45)
+
+
+def on_cpu() -> Iterator[Step]:
+    """The same steps at the smallest sizes, on two cores: they show that each step works, and nothing else."""
+    yield tests("-n", "0", "tests/kernels/test_pointwise.py", "-k", "bias_gelu", seconds=60)
+    yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--quick", "--ops", "rms_norm"), 40)
+    words = ("--quick", "--seconds", "0", "--without", "torch.compile", "--ops", OPS, "--minutes", MINUTES)
+    yield Step("kernels", "kernels", python("bench.kernels", *words), 100)
+    small = ("--steps", "3", "model.vocab_size=256", "batch.global=2", "batch.seq_len=64")
+    for stage, timers in (("1", "off"), ("3", "on")):
+        yield model_step("gpt_tiny", stage, "--timers", timers, *small, seconds=60)
+    words = ("--only", "stall", "--model", "gpt_tiny", "--rounds", "1", "--workers", "1", "--savers", "ours,thread")
+    yield Step("saves", "saves", python("bench.saves", *words), 70)
+    yield Step("restart", "restart", python("bench.restart", "peer=false", "repeats=1", f"out={OUT}"), 80)
+    yield Step("repeat", "repeat", python("bench.tools.repeat", "steps=4"), 100)
+
+
+def python(module: str, *words: str) -> tuple[str, ...]:
+    """The command that runs a module of this project; its rows go to OUT, which it may also name itself."""
+    out = () if any(OUT in word for word in words) else ("--out", OUT)
+    return (sys.executable, "-m", module, *out, *words)
+
+
+def model_step(model: str, zero: str, *words: str, seconds: float) -> Step:
+    """A training step of a model, in a process of its own: one that runs out of memory leaves the rest."""
+    settings = dict(zip(words[::2], words[1::2], strict=False))
+    overlap, timers = settings.get("--overlap", "default"), settings.get("--timers") == "on"
+    more = (f", overlap {overlap}" if overlap != "default" else "") + (", timers on" if timers else "")
+    command = python("bench.mfu", "--models", model, "--zero", zero, *words)
+    return Step("steps", f"step of {model}, ZeRO {zero}{more}", command, seconds)
+
+
+def tests(*words: str, seconds: float) -> Step:
+    """The tests, with their result in pytest's own XML."""
+    quiet = ("-q", "-p", "no:cacheprovider", f"--junitxml={OUT}")
+    return Step("tests", "tests", (sys.executable, "-m", "pytest", *quiet, *words), seconds, read_junit)
+
+
+def read_junit(file: Path) -> list[Row]:
+    """The row of a run of pytest: how many tests passed, failed and were skipped, and the names of those that failed.
+
+    None where pytest wrote no result: it was ended, or did not begin.
+    """
+    try:
+        cases = list(ElementTree.parse(file).getroot().iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return []
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"{case.get('classname')}::{case.get('name')}" for case in failed]
+    return [{"bench": "tests", "passed": len(cases) - len(failed) - skipped, "skipped": skipped, "failed_tests": names}]
