@@ -1,6 +1,6 @@
 """All that one GPU can show, by one command in under nine minutes: tests, speed, and which goals it reaches.
 
-    ./launch.sh bench gpu [--only tests,kernels,...] [--minutes 9] [--out FILE] [--logs FOLDER]
+    ./launch.sh bench gpu [--only tests,kernels,...] [--minutes 8.5] [--out FILE] [--logs FOLDER]
 
 In this order:
 
@@ -224,7 +224,7 @@ def main(arguments: list[str], steps: Sequence[Step] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench gpu", description=__doc__, formatter_class=raw)
     parser.add_argument("--only", type=kinds, default=list(KINDS), help="some of: " + ", ".join(KINDS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all steps together; default: 9")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all steps together; default: 8.5")
     parser.add_argument("--out", type=Path, default=results.FOLDER / "gpu.jsonl", help="the file that rows go to")
     parser.add_argument("--logs", type=Path, help="the folder for the steps' output; default: runs/bench_gpu/<time>")
     options = parser.parse_args(arguments)

@@ -204,17 +204,21 @@ class Busy:
 
 
 def host_gaps(step: Callable[[], object], device: torch.device, step_ms: float) -> dict[str, float | None]:
-    """Milliseconds of a step that the device is busy and idle, its longest pause, and how often the host waits for it.
+    """Milliseconds of a step that the device is busy and idle, its longest pause, and how often the host waits for it;
+    None where kernels cannot be seen: on a CPU, or without CUPTI.
 
     Steps follow each other as in training. Idle is the time of an unprofiled step, ``step_ms``, less the busy one.
     """
+    unknown: dict[str, float | None] = dict.fromkeys(("busy_ms", "idle_ms", "longest_gap_ms", "synchronizations"))
     if device.type == "cpu":
-        return dict.fromkeys(("busy_ms", "idle_ms", "longest_gap_ms", "synchronizations"))
+        return unknown
     wait(device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             step()
     ran = device_events(profiler)
+    if not ran:  # a container without CUPTI
+        return unknown
     busy = Busy.of((event.start_ns(), event.start_ns() + event.duration_ns()) for event in ran)
     first, last = (pick(event.start_ns() for event in ran) for pick in (min, max))
     assert profiler.profiler is not None
@@ -247,12 +251,14 @@ def measure(variant: Variant, overrides: list[str], steps: int, world: process_g
     median = statistics.median(step_ms)
     gaps = host_gaps(step, world.device, median)
     part_ms = parts(engine, step, world.device)
-    idle_ms = gaps["idle_ms"] if gaps["idle_ms"] is not None else max(0.0, median - sum(part_ms.values()))
+    if gaps["idle_ms"] is not None:
+        part_ms["idle"] = gaps["idle_ms"]
     speed = tokens / median * 1e3
     flops = objective.flops_per_token(config.batch.seq_len)
     spec = peak_flops(torch.cuda.get_device_name(), "bf16") if world.device.type == "cuda" else None
     return {
         "kernels": chosen,
+        "timers": engine.engine.tput_timer.config.enabled,
         "rows": config.batch.global_,
         "seq_len": config.batch.seq_len,
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),
@@ -264,7 +270,7 @@ def measure(variant: Variant, overrides: list[str], steps: int, world: process_g
         "mfu": utilization(speed, flops, 1, rate),
         "mfu_spec": utilization(speed, flops, 1, spec),
         **gaps,
-        "parts": part_ms | {"idle": idle_ms},
+        "parts": part_ms,
     }
 
 
@@ -332,7 +338,7 @@ def main(arguments: list[str]) -> int:
     made = itertools.product(options.models.split(","), options.zero, options.overlap, options.timers)
     for model, zero, overlap, timers in made:
         variant = Variant(model, int(zero), overlap, timers == "on")
-        row = {"model": model, "zero": variant.zero, "overlap": OVERLAPS[overlap], "timers": variant.timers}
+        row: dict[str, Any] = {"model": model, "zero": variant.zero, "overlap": OVERLAPS[overlap], "timers": None}
         row["overrides"] = options.overrides
         try:
             row |= measure(variant, options.overrides, options.steps, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ from bench.tools import results
 Row = dict[str, Any]
 KINDS = ("tests", "tiles", "kernels", "steps", "saves", "restart", "repeat")
 """What is measured, in order; a kind has a step or several."""
-OUT, MINUTES = "{out}", "{minutes}"
-"""In a command: the file for its rows, and the minutes that it may take."""
+OUT, MINUTES, SECONDS = "{out}", "{minutes}", "{seconds}"
+"""In a command: the file for its rows, and the minutes or seconds after which it begins nothing more."""
 MARGIN_S = 20.0
 """Seconds that a bench which ends itself may need after its minutes: for the case that it is at."""
 OPS = "attention,packed_attention,cross_entropy,linear_cross_entropy,rms_norm,layer_norm,add_rms_norm,add_layer_norm"
@@ -30,14 +31,15 @@ class Step:
     name: str
     command: tuple[str, ...]
     seconds: float
-    """Its share of nine minutes; what a step leaves goes to those after it."""
+    """Its share of the time, in proportion to the others'; what a step leaves goes to those after it."""
     read: Callable[[Path], list[Row]] = results.read
     """Returns the rows of the file that it wrote."""
 
     def words(self, out: Path, limit_s: float) -> list[str]:
         """The command with its file and its minutes put in."""
-        minutes = f"{max(0.0, limit_s - MARGIN_S) / 60:.2f}"
-        return [word.replace(OUT, str(out)).replace(MINUTES, minutes) for word in self.command]
+        seconds = max(1.0, limit_s - MARGIN_S)
+        values = {OUT: str(out), MINUTES: f"{seconds / 60:.2f}", SECONDS: f"{seconds:.0f}"}
+        return [functools.reduce(lambda text, pair: text.replace(*pair), values.items(), word) for word in self.command]
 
 
 def deadlines(steps: Sequence[Step], total_s: float) -> list[float]:
@@ -53,23 +55,22 @@ def plan(gpu: bool, has_overlap: bool) -> list[Step]:
 
 def on_gpu(has_overlap: bool) -> Iterator[Step]:
     """The sizes of the goals, on one GPU."""
-    yield tests("-m", "gpu", "-n", "4", seconds=90)
-    yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--ops", OPS, "--minutes", MINUTES), 65)
+    yield tests("-m", "gpu", "-n", "4", seconds=60)
+    yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--ops", OPS, "--minutes", MINUTES), 50)
     words = ("--ops", OPS, "--seconds", "0.3", "--minutes", MINUTES)
-    yield Step("kernels", "kernels", python("bench.kernels", *words), 105)
+    yield Step("kernels", "kernels", python("bench.kernels", *words), 80)
     yield model_step("gpt2_124m", "1", seconds=35)
-    yield model_step("llama_1b", "1", seconds=40)
-    yield model_step("gpt2_124m", "1", "--timers", "on", seconds=14)
-    yield model_step("gpt2_124m", "0", seconds=14)
+    yield model_step("llama_1b", "1", seconds=55)
+    yield model_step("gpt2_124m", "1", "--timers", "on", seconds=20)
+    yield model_step("gpt2_124m", "0", seconds=20)
     for stage, overlap in itertools.product("23", ("off", "on") if has_overlap else ("default",)):
-        yield model_step("gpt2_124m", stage, "--overlap", overlap, seconds=14)
-    yield model_step("llama_1b", "3", seconds=30)
-    words = ("--only", "stall", "--model", "auto", "--rounds", "2", "--savers", "ours,thread")
-    yield Step("saves", "saves", python("bench.saves", *words), 60)
+        yield model_step("gpt2_124m", stage, "--overlap", overlap, seconds=20)
+    words = ("--only", "stall", "--model", "auto", "--rounds", "1", "--savers", "ours,thread")
+    yield Step("saves", "saves", python("bench.saves", *words), 80)
     one = ("cluster.workers=1", "cluster.device=gpu")
-    yield Step("restart", "restart", python("bench.restart", "peer=false", "repeats=5", f"out={OUT}", *one), 40)
-    model = ("model=gpt2_124m", "batch.global=8", "batch.seq_len=1024", "precision=bf16", "steps=10", *one)
-    yield Step("repeat", "repeat", python("bench.tools.repeat", *model), 45)
+    yield Step("restart", "restart", python("bench.restart", "peer=false", "repeats=5", f"out={OUT}", *one), 45)
+    model = ("model=gpt2_124m", "batch.global=8", "batch.seq_len=1024", "precision=bf16", "steps=6", *one)
+    yield Step("repeat", "repeat", python("bench.tools.repeat", *model), 50)
 
 
 def on_cpu() -> Iterator[Step]:
@@ -98,13 +99,14 @@ def model_step(model: str, zero: str, *words: str, seconds: float) -> Step:
     settings = dict(zip(words[::2], words[1::2], strict=False))
     overlap, timers = settings.get("--overlap", "default"), settings.get("--timers") == "on"
     more = (f", overlap {overlap}" if overlap != "default" else "") + (", timers on" if timers else "")
-    command = python("bench.mfu", "--models", model, "--zero", zero, *words)
+    steps = () if "--steps" in words else ("--steps", "10")
+    command = python("bench.mfu", "--models", model, "--zero", zero, *steps, *words)
     return Step("steps", f"step of {model}, ZeRO {zero}{more}", command, seconds)
 
 
 def tests(*words: str, seconds: float) -> Step:
     """The tests, with their result in pytest's own XML."""
-    quiet = ("-q", "-p", "no:cacheprovider", f"--junitxml={OUT}")
+    quiet = ("-q", "-p", "no:cacheprovider", f"--junitxml={OUT}", f"--session-timeout={SECONDS}")
     return Step("tests", "tests", (sys.executable, "-m", "pytest", *quiet, *words), seconds, read_junit)
 
 
