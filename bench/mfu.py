@@ -220,7 +220,8 @@ def host_gaps(step: Callable[[], object], device: torch.device, step_ms: float) 
     if not ran:  # a container without CUPTI
         return unknown
     busy = Busy.of((event.start_ns(), event.start_ns() + event.duration_ns()) for event in ran)
-    first, last = (pick(event.start_ns() for event in ran) for pick in (min, max))
+    starts = [event.start_ns() for event in ran]
+    first, last = min(starts), max(starts)
     assert profiler.profiler is not None
     calls = [e for e in profiler.profiler.kineto_results.events() if SYNCHRONIZE.match(e.name())]
     waits = sum(first < call.start_ns() < last for call in calls)

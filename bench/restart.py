@@ -139,9 +139,10 @@ def fresh(folder: Path, since: float) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     """Measures, prints the table, appends the row. Returns 0 when the goal is met, ``goals.MISSED`` when it is not."""
-    options = {key: value for key, _, value in (a.partition("=") for a in arguments) if key in OPTIONS}
+    own = [a for a in arguments if a.partition("=")[0] in OPTIONS]
+    options = dict(a.split("=", 1) for a in own)
     repeats = int(options.get("repeats", 20))
-    overrides = [*FIXED, "tracking=off", *(a for a in arguments if a.partition("=")[0] not in OPTIONS)]
+    overrides = [*FIXED, "tracking=off", *(a for a in arguments if a not in own)]
     random.seed(0)
     out, peer = Console(), options.get("peer", "true") == "true"
     if peer and not has_ray_train():

@@ -238,7 +238,7 @@ FIGURES = (
 ELSEWHERE = (
     Verdict("P3", "cost of a deterministic backward pass", "", "<= 2 %", None, "there is no other one to compare with"),
     Verdict("P8", "gpt2_124m: tokens/s / nanoGPT's", "", ">= 1.5", None, "needs a checkout of nanoGPT on the GPU"),
-    Verdict("P14", "cost of a save at every step", "", "<= 3 %", None, "the stall of single saves is measured here"),
+    Verdict("P14", "cost of a save at every step", "", "<= 3 %", None, "only single saves are timed here"),
 )
 """Goals of a GPU that ``bench gpu`` does not measure."""
 
@@ -248,10 +248,15 @@ def verdicts(rows: Mapping[str, list[Row]], why_not: Mapping[str, str]) -> list[
 
     Rows made on a CPU never count. ``why_not`` gives, for a step without what a goal needs, the reason.
     """
-    counted = {step: [row for row in made if row.get("device", CPU) != CPU] for step, made in rows.items()}
+    counted = {step: made_by_gpu(of_step) for step, of_step in rows.items()}
     lines = [*kernel_verdicts(counted.get("kernels", []), why_not["kernels"])]
     lines += [figure.verdict(counted.get(figure.step, []), why_not[figure.step]) for figure in FIGURES]
     return sorted([*lines, *ELSEWHERE], key=lambda line: (line.id[0], int(line.id[1:])))
+
+
+def made_by_gpu(rows: Iterable[Row]) -> list[Row]:
+    """Those of the rows that say that a GPU made them."""
+    return [row for row in rows if row.get("device", CPU) != CPU]
 
 
 def kernel_verdicts(rows: list[Row], why_not: str) -> Iterator[Verdict]:

@@ -44,8 +44,8 @@ class Step:
 
 def deadlines(steps: Sequence[Step], total_s: float) -> list[float]:
     """Seconds from the beginning by which each step ends at the latest: its share of ``total_s`` after those before."""
-    whole = sum(step.seconds for step in steps)
-    return [total_s * until / whole for until in itertools.accumulate(step.seconds for step in steps)]
+    sums = list(itertools.accumulate(step.seconds for step in steps))
+    return [total_s * until / sums[-1] for until in sums]
 
 
 def plan(gpu: bool, has_overlap: bool) -> list[Step]:
