@@ -45,6 +45,7 @@ FIXED = [
     "save_every=20",
     "eval_every=0",
     "log_every=10",
+    "cluster.workers=2",
 ]
 
 OPTIONS = ("repeats", "peer", "out")

@@ -79,7 +79,7 @@ def on_cpu() -> Iterator[Step]:
     yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--quick", "--ops", "rms_norm"), 40)
     words = ("--quick", "--seconds", "0", "--without", "torch.compile", "--ops", OPS, "--minutes", MINUTES)
     yield Step("kernels", "kernels", python("bench.kernels", *words), 100)
-    small = ("--steps", "3", "model.vocab_size=256", "batch.global=2", "batch.seq_len=64")
+    small = ("--overlap", "default", "--steps", "3", "model.vocab_size=256", "batch.global=2", "batch.seq_len=64")
     for stage, timers in (("1", "off"), ("3", "on")):
         yield model_step("gpt_tiny", stage, "--timers", timers, *small, seconds=60)
     words = ("--only", "stall", "--model", "gpt_tiny", "--rounds", "1", "--workers", "1", "--savers", "ours,thread")

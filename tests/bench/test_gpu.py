@@ -16,12 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from bench import gpu
-from bench.mfu import Busy
+from bench import gpu, restart
+from bench.mfu import HAS_OVERLAP, Busy, Variant
 from bench.saves import Room
 from bench.tools import goals, plan, results
 from bench.tools.cases import BACKWARD, BOTH, FORWARD, OURS
 from bench.tools.plan import OUT, Step
+from train.config import load as configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {"device", "driver", "cudnn", "nccl", "processor", "python", "torch", "triton", "deepspeed", "commit", "date"}
@@ -37,6 +38,7 @@ def script(name: str, text: str, seconds: float = 1.0, kind: str = "repeat") -> 
     return Step(kind, name, (sys.executable, "-c", text, OUT), seconds)
 
 
+KEY = re.compile(r"(model|precision|steps|(batch|cluster)\.[a-z_]+)=.+")
 WRITES = "import sys; open(sys.argv[1], 'w').write('{\"equal\": true}\\n')"
 
 
@@ -183,6 +185,23 @@ def test_the_plan_of_a_gpu_is_in_order(overlap: bool):
     assert "--minutes 1.00" in words["kernels"]
     assert all("/rows" in text for text in words.values())
     assert ("step of gpt2_124m, ZeRO 3, overlap on" in words) == overlap
+
+
+def options_of(steps: list[Step]) -> set[str]:
+    return {word for step in steps for word in step.command if word.startswith("--")}
+
+
+def test_a_gpus_commands_have_no_word_that_a_cpu_did_not_try():
+    """Their options are those of the plan that the whole command was run with; their keys and variants exist."""
+    steps = plan.plan(True, HAS_OVERLAP)
+    assert options_of(steps) <= options_of(plan.plan(False, HAS_OVERLAP))
+    for step in steps:
+        configuration.load([*restart.FIXED, *filter(KEY.fullmatch, step.command)])
+        if step.kind == "steps":
+            given = dict(itertools.pairwise(step.command))
+            variant = Variant(given["--models"], int(given["--zero"]), given.get("--overlap", "default"), False)
+            assert variant.settings([]).zero.stage == variant.zero
+            assert f"step of {variant}" == step.name.removesuffix(", timers on")
 
 
 def test_no_unknown_step_is_taken(capsys: pytest.CaptureFixture[str]):
