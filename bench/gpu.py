@@ -139,6 +139,7 @@ class Session:
             if row.get("failed") and row.get("bench") == "mfu":
                 return str(row["failed"])
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in lines if not line.startswith("USDT:")]  # of torch's profiler
         return f"exit code {code}: {' / '.join(lines[-LAST_LINES:])[-200:] or 'no output'}"
 
     def _keep(self, step: Step, outcome: Outcome, made: list[Row]) -> None:

@@ -75,7 +75,7 @@ def on_gpu(has_overlap: bool) -> Iterator[Step]:
 
 def on_cpu() -> Iterator[Step]:
     """The same steps at the smallest sizes, on two cores: they show that each step works, and nothing else."""
-    yield tests("-n", "0", "tests/kernels/test_pointwise.py", "-k", "bias_gelu", seconds=60)
+    yield tests("-n", "0", "tests/kernels/test_pointwise.py", "-k", "bias_gelu", seconds=90)
     yield Step("tiles", "tiles", python("bench.kernels", "--tiles", "--quick", "--ops", "rms_norm"), 40)
     words = ("--quick", "--seconds", "0", "--without", "torch.compile", "--ops", OPS, "--minutes", MINUTES)
     yield Step("kernels", "kernels", python("bench.kernels", *words), 100)
