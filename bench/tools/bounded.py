@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.tools.results import REPOSITORY
 from cluster.worker import ipc
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -50,15 +51,16 @@ def run(
     limit_s: float,
     tick: Callable[[float], None] = lambda elapsed_s: None,
 ) -> Ended:
-    """Runs a command for at most ``limit_s`` seconds, with its output in ``log`` and no process left after it.
+    """Runs a command in the repository for at most ``limit_s`` seconds, with its output in ``log``.
 
-    ``tick`` is called with the seconds so far. An exception, such as KeyboardInterrupt, ends the command as well.
+    No process is left after it. ``tick`` is called with the seconds so far. An exception, such as KeyboardInterrupt, ends the command as well.
     """
     before, parent, start_time = _descendants(), os.getpid(), time.monotonic()
     with log.open("wb") as out:
         process = subprocess.Popen(
             command,
             env=environment,
+            cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
