@@ -53,7 +53,8 @@ def run(
 ) -> Ended:
     """Runs a command in the repository for at most ``limit_s`` seconds, with its output in ``log``.
 
-    No process is left after it. ``tick`` is called with the seconds so far. An exception, such as KeyboardInterrupt, ends the command as well.
+    No process is left after it. ``tick`` is called with the seconds so far. An exception, such as KeyboardInterrupt,
+    ends the command as well.
     """
     before, parent, start_time = _descendants(), os.getpid(), time.monotonic()
     with log.open("wb") as out:
