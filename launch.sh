@@ -9,6 +9,7 @@
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
+export PYTHONSAFEPATH=1  # else a train.py or json.py of the folder that this is called in would be imported
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; its original is in the repository
@@ -165,7 +166,8 @@ export DS_BUILD_OPS=0
 home=~
 # torch makes this folder wherever it is imported, else in the temporary directory
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-$home/.cache}/trireme/inductor}"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+absolute="$(tr : '\n' <<<"${PYTHONPATH:-}" | grep '^/' | paste -sd : || true)"  # the others mean the folder that this is called in
+export PYTHONPATH="$root${absolute:+:$absolute}"
 python="$venv/bin/python"
 
 case "$verb" in

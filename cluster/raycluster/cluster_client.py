@@ -107,6 +107,7 @@ def init_driver(address: str, job_name: str, import_from: str | None, ip: str | 
         namespace="trireme",
         log_to_driver=False,
         configure_logging=False,
+        job_config=ray_internals.SafePathJobConfig(),
         runtime_env=worker_environment(import_from) if import_from else None,
         _node_ip_address=ip,
     )
@@ -114,7 +115,7 @@ def init_driver(address: str, job_name: str, import_from: str | None, ip: str | 
 
 def worker_environment(import_from: str) -> dict[str, Any]:
     """Ray's runtime environment for workers that import this code from ``import_from``, the same on every host."""
-    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": import_from}}
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": import_from, "PYTHONSAFEPATH": "1"}}
     quoted = shlex.quote(sys.executable)
     if quoted != sys.executable:  # Ray gives the shell the path of Python as it is, and a space would cut it in two
         environment["py_executable"] = quoted

@@ -17,6 +17,7 @@ import ray._private.services
 import ray._private.state
 import ray._private.utils
 import ray._private.worker
+import ray.job_config
 from ray._private import ray_constants
 from ray._private.state import GlobalState
 from ray._raylet import (  # type: ignore[attr-defined]
@@ -85,6 +86,18 @@ def silence_ray_driver(job_name: str) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     ray._private.worker.listen_error_messages = lambda worker, threads_stopped: None
     ray._private.utils.get_entrypoint_name = lambda: job_name
+
+
+class SafePathJobConfig(ray.job_config.JobConfig):
+    """A job whose workers import from their own PYTHONPATH only.
+
+    Private: ``ray.init`` adds the driver's working directory to the search path of every worker, before all else, and
+    has no switch for it: a ``train.py`` or ``json.py`` that lies there would run in place of ours.
+    """
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path: list[str] = []
+        return super()._serialize()
 
 
 def gcs_client(address: str) -> GcsClient:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from train.config.keys.base import Fraction, NonNegative, Positive, Section
+from train.config.keys.base import FolderName, Fraction, NonNegative, Positive, Section
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
@@ -26,7 +26,7 @@ Objective = Annotated[Causal | Masked | Seq2seq | Classify, Field(discriminator=
 class RunConfig(Section):
     """Name and folder of a run."""
 
-    name: str | None = Field(None, description="default: <model>-<data>")
+    name: FolderName | None = Field(None, description="default: <model>-<data>")
     dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
 
 
@@ -257,7 +257,9 @@ class Config(Section):
 class SweepConfig(Section):
     """A sweep over keys: ``-m``, with values such as 1e-3,1e-4 or range(1,4) or interval(0,1)."""
 
-    name: str | None = Field(None, description="default: the keys that vary, or the name of the file of sweep.points")
+    name: FolderName | None = Field(
+        None, description="default: the keys that vary, or the name of the file of sweep.points"
+    )
     dir: str | None = Field(None, description="a folder with one for each trial; default: sweeps/<sweep.name>")
     sampler: Literal["grid", "random", "tpe", "cmaes", "nsga2"] = Field("grid", description="grid: every combination")
     points: str | None = Field(

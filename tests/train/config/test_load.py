@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from train.config import load as configuration
 from train.config import schema, sweep_space
@@ -23,6 +26,7 @@ FITTING = {
     "classify": ["model=bert_tiny", "data.label_key=label", "data.pack=false"],
 }
 """Overrides that an objective needs beside the default configuration."""
+DEFAULT = configuration.load([])
 NEEDING_PATHS = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
 """Choices that need data.paths."""
 
@@ -206,3 +210,33 @@ def load_all(overrides: list[str]) -> None:
     sweep = configuration.load_sweep(overrides)
     for number, params in enumerate(sweep_space.grid(sweep)):
         configuration.load_trial(sweep, number, params)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../..", "/tmp/x", "", "a\x1b]0;title\x07"])
+@pytest.mark.parametrize("key", ["run.name", "sweep.name"])
+def test_name_that_leads_out_of_its_folder_is_refused(key: str, name: str):
+    section, field = {"run.name": schema.RunConfig, "sweep.name": schema.SweepConfig}[key], "name"
+    with pytest.raises(UserError, match="a folder is made by this name"):
+        configuration.parse_section(section, {field: name})
+
+
+@pytest.mark.parametrize(
+    "key", ["optimizer.clip", "optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "model.init_std"]
+)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_number_that_is_not_finite_is_refused(key: str, value: str):
+    with pytest.raises(UserError, match=key):
+        configuration.load([f"{key}={value}"])
+
+
+@given(st.floats(min_value=0), st.floats(min_value=0), st.floats())
+def test_every_accepted_configuration_reaches_a_worker_unchanged(lr: float, clip: float, penalty: float):
+    values = configuration.to_dict(DEFAULT)
+    values["optimizer"] |= {"lr": lr, "clip": clip}
+    values["generation"] |= {"length_penalty": penalty}
+    try:
+        config = configuration.parse(values)
+    except UserError:
+        assert lr == 0 or not all(map(math.isfinite, (lr, clip, penalty)))
+        return
+    assert schema.Config.model_validate_json(config.model_dump_json(by_alias=True)) == config

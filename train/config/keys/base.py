@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -17,6 +19,19 @@ InitStd = Annotated[
     ),
 ]
 
+
+def _stay_below(name: str) -> str:
+    """``name`` itself; an error where it would lead out of the folder that it names a folder of."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable():
+        text = "a folder is made by this name: not empty, without '..', '/' at its start and control characters"
+        raise PydanticCustomError("folder_name", text)
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_stay_below)]
+"""A name that a folder is made by, below one that the program chooses."""
+
 ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
 
@@ -24,7 +39,7 @@ ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
 class Section(BaseModel):
     """A group of keys: unknown keys are refused, types are not coerced, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Family(Section):
