@@ -160,7 +160,7 @@ esac
 if [ "$verb" = help ]; then usage; exit 0; fi
 
 set_up
-case "$verb" in test|check) set_up_tests ;; esac
+case "$verb ${1:-}" in "test "*|"check "*|"bench gpu") set_up_tests ;; esac  # bench gpu begins with the tests of a GPU
 export TRIREME_T0="${EPOCHREALTIME/,/.}"  # the run begins here: its start is not charged with the environment's set-up
 export DS_BUILD_OPS=0
 home=~

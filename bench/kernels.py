@@ -1,15 +1,16 @@
 """Every op of ``kernels`` beside its peers, in one process, taking turns: time, rate, share of
 what this machine can do, memory.
 
-    ./launch.sh bench kernels [--ops attention,rms_norm,...] [--quick] [--tune] [--without PEERS] [--minutes 8.5]
-                              [--out FILE]
+    ./launch.sh bench kernels [--ops attention,rms_norm,...] [--quick] [--tune|--tiles] [--without PEERS]
+                              [--minutes 8.5] [--out FILE]
 
 The device's own rates of matrix products and of copies are measured first; a row's share is of those. Forward, backward
 and both are timed, as medians of rounds in which every function takes a turn. Then come the goals, each a ratio of two
 rows of this run. All rows are appended to bench/results/kernels.jsonl. On a GPU the inputs are bfloat16 at the shapes
 of the goals. Without one, our ops run on torch in float32 at small shapes, which says nothing of a GPU. ``--quick``
 measures only the first shape of each op; ``--tune`` measures tiles first, which takes most of the minutes the first
-time on a machine. Cases for which no time is left are skipped and named.
+time on a machine, and ``--tiles`` nothing else. The families of ops take turns, a case at a time, so that little time
+gives something of each. Cases for which no time is left are skipped and named.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -88,35 +90,38 @@ def measure_case(case: Case, size: Size, roofline: measure.Roofline, seconds: fl
 
 def cases(size: Size, options: argparse.Namespace, deadline: float, skipped: list[str]) -> Iterator[Case]:
     """Yields the requested cases and peers; from ``deadline`` on, cases go to ``skipped``."""
-    for make, names in FAMILIES.values():
-        for case in make(size) if set(names) & set(options.ops) else ():
-            if case.op not in options.ops:
-                continue
-            if time.monotonic() > deadline:
-                skipped.append(f"{case.op} {case.shape}")
-                continue
-            yield dataclasses.replace(
-                case, functions={k: f for k, f in case.functions.items() if k not in options.without}
-            )
+    families = [make(size) for make, names in FAMILIES.values() if set(names) & set(options.ops)]
+    for case in filter(None, itertools.chain.from_iterable(itertools.zip_longest(*families))):
+        if case.op not in options.ops:
+            continue
+        if time.monotonic() > deadline:
+            skipped.append(f"{case.op} {case.shape}")
+            continue
+        yield dataclasses.replace(case, functions={k: f for k, f in case.functions.items() if k not in options.without})
 
 
 def run(
-    size: Size, options: argparse.Namespace, roofline: measure.Roofline, deadline: float
+    size: Size, options: argparse.Namespace, roofline: measure.Roofline, deadline: float, keep: Callable[[Row], None]
 ) -> tuple[list[Row], list[str]]:
-    """Returns the rows of all cases, and the names of the cases for which no time was left."""
+    """Returns the rows of all cases, each given to ``keep`` at once, and the cases for which no time was left."""
     rows: list[Row] = []
     skipped: list[str] = []
     for case in cases(size, options, deadline, skipped):
-        rows += measure_case(case, size, roofline, options.seconds)
+        for row in measure_case(case, size, roofline, options.seconds):
+            keep(row)
+            rows.append(row)
         torch.compiler.reset()  # compiled functions are for one shape, but the recompile limit counts all
     return rows, skipped
 
 
-def tune(size: Size, options: argparse.Namespace, deadline: float) -> None:
-    """Measures the tiles of every case before ``deadline``; later runs find them on disk."""
+def tune(size: Size, options: argparse.Namespace, deadline: float) -> Row:
+    """Measures the tiles of every case before ``deadline``; later runs find them on disk. Returns a row about it."""
+    start_time, skipped, tuned = time.monotonic(), [], 0
     with kernels.measuring_tiles():
-        for case in cases(size, options, deadline, []):
+        for case in cases(size, options, deadline, skipped):
             make_call(case.functions[OURS], case.leaves, BOTH)()
+            tuned += 1
+    return {"tuned": tuned, "skipped": skipped, "seconds": time.monotonic() - start_time}
 
 
 def tables(rows: list[Row]) -> Iterator[Table]:
@@ -164,7 +169,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--without", type=names, default=[], help=f"peers to leave out, such as '{peers.COMPILED},{peers.LIGER}'"
     )
-    parser.add_argument("--tune", action="store_true", help="measure tiles first")
+    parser.add_argument("--tune", action="store_true", help="measure tiles first, for at most half of the minutes")
+    parser.add_argument("--tiles", action="store_true", help="measure tiles and nothing else")
     gpu = torch.cuda.is_available()
     parser.add_argument("--minutes", type=float, default=8.5 if gpu else 2.5, help="after which nothing more is begun")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of rounds for each mode of a case")
@@ -175,34 +181,40 @@ def main(arguments: list[str]) -> int:
     start_time, out = time.monotonic(), Console(width=None if sys.stdout.isatty() else 150)
     deadline = start_time + 60 * options.minutes
     size = Size(torch.device("cuda" if gpu else "cpu"), options.quick)
-    context = results.machine(size.device)
+    context = {"bench": "kernels"} | results.machine(size.device)
     out.print("  ".join(f"{key} {value}" for key, value in context.items() if value))
-    if not size.gpu:
-        out.print(
-            "No GPU here: torch's path on the CPU, at small shapes. It says nothing of the Triton kernels' speed."
-        )
-    if not peers.can_compile() and peers.COMPILED not in options.without:
-        out.print("No C++ compiler here: torch.compile is left out.")
-    if size.gpu and peers.liger() is None:
-        out.print("Liger-Kernel is not installed: its memory is given by its formula, its times are left out.")
+    for line in left_out(size, options):
+        out.print(line)
+    if options.tiles or (options.tune and size.gpu):
+        row = tune(size, options, deadline if options.tiles else start_time + 30 * options.minutes)
+        out.print(f"tiles of {row['tuned']} cases, {row['seconds']:.0f} s; no time for {len(row['skipped'])}")
+        results.append(options.out, [context | row])
+        if options.tiles:
+            return 0
     roofline = measure.roofline(size.device, size.dtype)
     out.print(
         f"measured here: {roofline.flops / 1e12:,.2f} TFLOP/s of {roofline.dtype} products, "
         f"{roofline.bytes / 1e9:,.0f} GB/s of copies"
     )
-    if options.tune and size.gpu:
-        tune(size, options, start_time + 30 * options.minutes)
-        out.print(f"tiles measured: {time.monotonic() - start_time:.0f} s")
-    rows, skipped = run(size, options, roofline, deadline)
+    context |= {"matmul_flops": roofline.flops, "copy_bytes": roofline.bytes}
+    rows, skipped = run(size, options, roofline, deadline, lambda row: results.append(options.out, [context | row]))
     for table in tables(rows):
         out.print(table)
     out.print(goals.table(rows, size))
     if skipped:
         out.print(f"no time was left for: {'; '.join(skipped)}")
-    peak_rates = {"matmul_flops": roofline.flops, "copy_bytes": roofline.bytes}
-    results.append(options.out, [{"bench": "kernels"} | context | peak_rates | row for row in rows])
     out.print(f"{len(rows)} rows added to {options.out} in {time.monotonic() - start_time:.0f} s")
     return 0
+
+
+def left_out(size: Size, options: argparse.Namespace) -> Iterator[str]:
+    """Yields a line about each thing that cannot be measured here."""
+    if not size.gpu:
+        yield "No GPU here: torch's path on the CPU, at small shapes. It says nothing of the Triton kernels' speed."
+    if not peers.can_compile() and peers.COMPILED not in options.without:
+        yield "No C++ compiler here: torch.compile is left out."
+    if size.gpu and peers.liger() is None:
+        yield "Liger-Kernel is not installed: its memory is given by its formula, its times are left out."
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Seconds from the SIGKILL of one worker to the next step of all of them, by phase, beside Ray Train's own recovery.
 
-    ./launch.sh bench restart [repeats=20] [peer=true] [group=choice] [key=value]
+    ./launch.sh bench restart [repeats=20] [peer=true] [out=FILE] [group=choice] [key=value]
 
 One job trains gpt_tiny, and one of its workers, drawn at random, is killed again and again at random moments. Ray
 Train (a TorchTrainer with a FailureConfig, gloo) trains the same objective on as many workers, with a checkpoint every
-so many steps too, and has the same done to it; it needs the extra ``bench``. Medians, in seconds since the kill.
+so many steps too, and has the same done to it; it needs the extra ``bench``. Medians, in seconds since the kill; a row
+with all of them is appended to ``out``.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.tools import goals, results
 from train.config import load as configuration
 from train.reporting.failure_block import PHASES
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 120.0
-GOAL_S = 2.0
 PAUSE_S = (0.5, 1.5)
 """Range of the random pause between a recovery and the next kill, in seconds."""
 FIXED = [
@@ -43,8 +45,10 @@ FIXED = [
     "save_every=20",
     "eval_every=0",
     "log_every=10",
+    "cluster.workers=2",
 ]
 
+OPTIONS = ("repeats", "peer", "out")
 LEFT_OUT = "Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock"
 Marks = dict[str, float]
 
@@ -88,13 +92,13 @@ def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
     run_dir, recoveries = folder / "run", []
     record = run_dir / "restarts.jsonl"
     with Job([REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"], folder / "ours.log") as job:
-        job.until(lambda: bool(lines(run_dir / "metrics.jsonl")))
+        job.until(lambda: bool(results.read(run_dir / "metrics.jsonl")))
         for number in range(repeats):
             time.sleep(random.uniform(*PAUSE_S))
             victim, killed = random.choice(trainers(job.process.pid)), time.time()
             os.kill(victim, signal.SIGKILL)
-            job.until(lambda number=number: len(lines(record)) > number)
-            recoveries.append({key: lines(record)[-1][key] - killed for key in ("failed", *PHASES)})
+            job.until(lambda number=number: len(results.read(record)) > number)
+            recoveries.append({key: results.read(record)[-1][key] - killed for key in ("failed", *PHASES)})
     return recoveries
 
 
@@ -116,7 +120,7 @@ def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
     """Seconds of each recovery of Ray Train, ``repeats`` of them or as many as succeeded."""
     steps, size, recoveries = folder / "peer", configuration.load(overrides).cluster.worker_count, []
     steps.mkdir()
-    command = [sys.executable, "-m", "bench.ray_train", str(steps), *overrides]
+    command = [sys.executable, "-m", "bench.tools.ray_train", str(steps), *overrides]
     with contextlib.suppress(GoneError), Job(command, folder / "peer.log") as job:
         for _ in range(repeats):
             job.until(lambda: len(fresh(steps, 0.0)) == size)
@@ -134,22 +138,12 @@ def fresh(folder: Path, since: float) -> list[dict]:
     return [record for record in records if record["first"] > since]
 
 
-def lines(file: Path) -> list[dict]:
-    """The complete lines of a file of JSON lines, parsed."""
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
 def main(arguments: list[str]) -> int:
-    """Measures, prints the table, and returns 0 when the goal is met."""
-    options = dict(a.split("=", 1) for a in arguments if a.startswith(("repeats=", "peer=")))
+    """Measures, prints the table, appends the row. Returns 0 when the goal is met, ``goals.MISSED`` when it is not."""
+    own = [a for a in arguments if a.partition("=")[0] in OPTIONS]
+    options = dict(a.split("=", 1) for a in own)
     repeats = int(options.get("repeats", 20))
-    overrides = [
-        *FIXED,
-        "tracking=off",
-        "cluster.workers=2",
-        *(a for a in arguments if not a.startswith(("repeats=", "peer="))),
-    ]
+    overrides = [*FIXED, "tracking=off", *(a for a in arguments if a not in own)]
     random.seed(0)
     out, peer = Console(), options.get("peer", "true") == "true"
     if peer and not has_ray_train():
@@ -168,11 +162,15 @@ def main(arguments: list[str]) -> int:
         table.add_row("Ray Train: first step", f"{statistics.median(theirs):.2f}", f"{max(theirs):.2f}")
     median = statistics.median(marks["train"] for marks in mine)
     out.print(table)
-    out.print(f"recovered {len(mine)} of {repeats} times; median {median:.2f} s (goal: at most {GOAL_S} s)")
+    out.print(f"recovered {len(mine)} of {repeats} times; median {median:.2f} s (goal: at most {goals.RESTART_S} s)")
     if peer:
         ratio = f", {statistics.median(theirs) / median:.1f} times as long" if theirs else ""
         out.print(f"Ray Train: {len(theirs)} of {repeats} times within {LIMIT_S:.0f} s each{ratio}")
-    return int(median > GOAL_S)
+    if "out" in options:
+        about = results.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        row = {"overrides": overrides, "recoveries": mine, "peer_s": theirs}
+        results.append(Path(options["out"]), [{"bench": "restart"} | about | row])
+    return 0 if median <= goals.RESTART_S else goals.MISSED
 
 
 if __name__ == "__main__":

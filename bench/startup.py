@@ -3,8 +3,8 @@
     ./launch.sh bench startup [repeats=5] [group=choice] [key=value]
 
 launch.sh and torchrun train the same resolved configuration on the same prepared corpus; Ray Train
-(``bench.ray_train``) the same model with plain DistributedDataParallel on random tokens, which is less; it needs the
-extra ``bench``. They take turns, so that a slow minute of the machine is shared. Each run is ended after its first
+(``bench.tools.ray_train``) the same model with plain DistributedDataParallel on random tokens, which is less; it needs
+the extra ``bench``. They take turns, so that a slow minute of the machine is shared. Each run is ended after its first
 step. Medians, in seconds since the command was given.
 """
 
@@ -92,7 +92,7 @@ def ray_train(overrides: list[str], workers: int, folder: Path) -> Marks:
     """Time of the first step of one start of Ray Train, in seconds since the command."""
     folder.mkdir()
     began = time.time()
-    with restart.Job([sys.executable, "-m", "bench.ray_train", str(folder), *overrides], folder / "log") as job:
+    with restart.Job([sys.executable, "-m", "bench.tools.ray_train", str(folder), *overrides], folder / "log") as job:
         job.until(lambda: len(restart.fresh(folder, began)) == workers)
         return {"train": max(record["first"] for record in restart.fresh(folder, began)) - began}
 

@@ -28,7 +28,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class OneClusterAtATime(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "clusters" if nodeid.startswith(("tests/cluster/", "tests/integration/cluster/")) else nodeid
+            clusters = ("tests/cluster/", "tests/integration/cluster/", "tests/bench/test_gpu.py")
+            return "clusters" if nodeid.startswith(clusters) else nodeid
 
     return OneClusterAtATime(config, log)
 

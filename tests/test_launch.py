@@ -23,7 +23,7 @@ def copy_launch(folder: Path) -> Path:
     shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", folder)
     for name in ("requirements.lock", "requirements-test.lock"):
         (folder / name).write_text(NOTHING)
-    for file in ("review/__main__.py", "bench/told.py", "pytest.py"):
+    for file in ("review/__main__.py", "bench/told.py", "bench/gpu.py", "pytest.py"):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(TELL)
     (folder / "train" / "util").mkdir(parents=True)
@@ -86,6 +86,12 @@ def test_test_verb_adds_second_lock_once_and_other_verbs_do_not(first):
         assert told(done)[0] == ["-n", "2", "x"]
         assert ("Adding to " in done.stderr) == bool(said)
         assert "Setting up" not in done.stderr
+
+
+def test_bench_gpu_has_what_tests_need(first):
+    (first[0] / "requirements-test.lock").write_text("# of bench gpu\n")
+    assert "Adding to " not in launch(first[0], "bench", "told").stderr
+    assert "Adding to " in launch(first[0], "bench", "gpu", "--only", "tests").stderr
 
 
 def test_bench_is_given_no_clock_of_launch(first):

@@ -15,27 +15,45 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 FOLDER = REPOSITORY / "bench" / "results"
+CPU = "cpu"
+"""``device`` of rows that no GPU made."""
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions of torch and Triton, commit (with + if the tree has changes) and date."""
-    row = {"device": processor(), "driver": None, "torch": torch.__version__, "triton": None}
+    """Device, driver, versions, commit (with + if the tree has changes) and date; what is not there is None.
+
+    ``device`` is the GPU's name, or "cpu".
+    """
+    row: dict[str, Any] = {"device": CPU, "gpu_bytes": None, "driver": None, "cuda": None, "cudnn": None, "nccl": None}
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        row |= {"device": torch.cuda.get_device_name(device), "driver": command_output(query).splitlines()[0]}
+        properties = torch.cuda.get_device_properties(device)
+        row |= {"device": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        row |= {"driver": next(iter((command_output(query) or "").splitlines()), None)}
+        row |= {"cudnn": torch.backends.cudnn.version()}
+        if torch.distributed.is_nccl_available():
+            row["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    row |= {"processor": processor(), "python": platform.python_version(), "torch": torch.__version__}
+    row |= {name: installed(name) for name in ("triton", "deepspeed")}
+    changed = "+" if command_output(["git", "status", "--porcelain", "--untracked-files=no"]) else ""
+    commit = command_output(["git", "rev-parse", "--short", "HEAD"])
+    row["commit"] = commit and commit + changed
+    return row | {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     with contextlib.suppress(PackageNotFoundError):
-        row["triton"] = version("triton")
-    changed = "+" if command_output(["git", "status", "--porcelain", "--untracked-files=no"], "") else ""
-    commit = command_output(["git", "rev-parse", "--short", "HEAD"]) + changed
-    return row | {"commit": commit, "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M")}
+        return version(package)
+    return None
 
 
-def command_output(command: list[str], default: str = "unknown") -> str:
-    """Standard output of a command run in the repository; ``default`` if it fails."""
+def command_output(command: list[str]) -> str | None:
+    """Standard output of a command run in the repository; None if it fails or is not there."""
     try:
         return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return default
+        return None
 
 
 def processor() -> str:
@@ -52,3 +70,9 @@ def append(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of JSON lines, parsed; none if it is not there."""
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -66,7 +66,7 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
 def default_workers(nodes: Sequence[Node], device: str, cpus_per_worker: int) -> int:
     """Workers of a job that leaves ``cluster.workers`` out: one a GPU of the cluster; on CPUs two, where they fit."""
     request = WorkerRequest(CPU_WORKERS, cpus_per_worker, int(device == "gpu"))
-    room = sum(_count_fitting(node.cpus, node.gpus, request) for node in nodes)
+    room = sum(count_fitting(node.cpus, node.gpus, request) for node in nodes)
     return max(1, room if device == "gpu" else min(CPU_WORKERS, room))
 
 

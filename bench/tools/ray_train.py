@@ -1,6 +1,6 @@
 """A job of Ray Train, the peer whose workers ``bench.restart`` kills.
 
-    python -m bench.ray_train FOLDER [group=choice] [key=value]
+    python -m bench.tools.ray_train FOLDER [group=choice] [key=value]
 
 Each worker writes its pid and the time of its first step after a start to FOLDER. The job never ends by itself.
 """
@@ -27,7 +27,7 @@ from train.objectives import build_objective
 from train.util.io import write_whole
 
 VOCABULARY = 256
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def worker(options: dict[str, Any]) -> None:
