@@ -95,7 +95,7 @@ def identity() -> dict[str, str]:
     """All that a choice depends on beside the shapes: GPU, versions, and the source text of the kernels."""
     sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py")))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
-    about = {"device": device, "torch": str(torch.__version__), "kernels": hashlib.sha256(sources).hexdigest()[:12]}
+    about = {"device": device, "torch": str(torch.__version__), "sources": hashlib.sha256(sources).hexdigest()[:12]}
     with contextlib.suppress(metadata.PackageNotFoundError):
         about["triton"] = metadata.version("triton")
     return about

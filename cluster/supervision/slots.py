@@ -45,6 +45,19 @@ def node_lives(node: str) -> bool:
     return False
 
 
+def rank_order(infos: Sequence[SlotInfo]) -> list[int]:
+    """The positions of slots in the order of their ranks: host by host, and on each by its GPUs' indices or UUIDs.
+
+    So a rank has the same GPU and the same neighbours in NCCL's rings at each start, whichever slot came up first.
+    """
+
+    def place(n: int) -> tuple[object, ...]:
+        info = infos[n]
+        return info.ip, info.node, [(len(gpu), gpu) for gpu in info.gpus], n  # GPU 2 before GPU 10
+
+    return sorted(range(len(infos)), key=place)
+
+
 @dataclass
 class Slot:
     """One worker's share of the cluster, and the agent in it."""
@@ -176,9 +189,9 @@ class JobSlots:
                 self._start_agent(slot)
 
     def up_slots(self) -> list[Slot]:
-        """The slots that are up, in the order of ranks: node by node."""
-        up = [(slot.info.ip, slot.info.node, n, slot) for n, slot in enumerate(self.all) if slot.info is not None]
-        return [slot for *_, slot in sorted(up, key=lambda row: row[:3])]
+        """The slots that are up, in the order of ranks."""
+        up = [slot for slot in self.all if slot.info is not None]
+        return [up[n] for n in rank_order([slot.info for slot in up if slot.info is not None])]
 
     def count_settled(self, seconds: float) -> int:
         """How many slots have been up for at least so many seconds."""
