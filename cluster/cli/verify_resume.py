@@ -60,6 +60,7 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     equal = True
     for number in STOP_SIGNALS:
         stopped = TrainProcess(folder / number.name, settings)
+        stopped.take_kernels_of(unbroken)
         out.print(f"the same, stopped by {number.name}")
         stopped.start()
         stopped.wait_until(lambda run=stopped: run.step >= half, f"step {half}")  # type: ignore[misc]
@@ -79,10 +80,11 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
 
 
 def _conclusion(equal: bool, run: RunDir) -> str:
-    """What the runs have shown, and on what: a promise of bits holds for the devices that it was seen on."""
+    """The verdict in words, with the devices that it was seen on: of others it says nothing."""
     about = json.loads(run.environment.read_text())
     deterministic = yaml.safe_load(run.config.read_text())["cluster"]["deterministic"]
-    where = f"{plural(about['workers'], 'worker')} on {about['device']}, cluster.deterministic={deterministic}".lower()
+    where = f"{plural(about['workers'], 'worker')} on {about['device']}"
+    where += f", cluster.deterministic={str(deterministic).lower()}"
     if equal:
         return f"proven for {where}: a stopped run is the undisturbed one, bit for bit"
     cure = "" if deterministic else ". Try again with cluster.deterministic=true"

@@ -190,8 +190,9 @@ class JobSlots:
 
     def up_slots(self) -> list[Slot]:
         """The slots that are up, in the order of ranks."""
-        up = [slot for slot in self.all if slot.info is not None]
-        return [up[n] for n in rank_order([slot.info for slot in up if slot.info is not None])]
+        up = [(slot, slot.info) for slot in self.all if slot.info is not None]
+        order = rank_order([info for _, info in up])
+        return [up[n][0] for n in order]
 
     def count_settled(self, seconds: float) -> int:
         """How many slots have been up for at least so many seconds."""

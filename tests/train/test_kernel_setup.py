@@ -133,7 +133,8 @@ def start_on(tmp_path, *hosts):
     ranks = gloo_ranks.run(len(hosts), choose_on_hosts, tmp_path / "kernels.json", hosts, cache)
     saved = json.loads((tmp_path / "kernels.json").read_text())
     assert all(chosen == saved["choices"] for chosen, *_ in ranks)
-    return [used["op 64"] for _, used, _ in ranks], [notes for *_, notes in ranks]
+    choices = [used["op 64"] for _, used, _ in ranks]
+    return choices, [notes for *_, notes in ranks]
 
 
 def test_choices_of_rank_0_hold_on_all_ranks_and_on_resume(tmp_path):
