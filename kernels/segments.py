@@ -20,6 +20,8 @@ class Segments:
         self.kv = kv
         self._masks: dict[tuple[bool, int | None, torch.dtype], Tensor] = {}
         self._bounds: tuple[Tensor, Tensor] | None = None
+        self._offsets: Tensor | None = None
+        self._has_offsets = False
         self._repeated: dict[int, Segments] = {}
 
     def visible(self, causal: bool, window: int | None = None) -> Tensor:
@@ -40,6 +42,21 @@ class Segments:
             q_bounds = segment_bounds(self.q, self.kv)
             self._bounds = q_bounds, q_bounds if is_self_attention else segment_bounds(self.kv, self.q)
         return self._bounds
+
+    def run_offsets(self) -> Tensor | None:
+        """Where documents begin in the rows laid end to end, and their length, int32; None where ids are not in runs.
+
+        The number of documents is known on the device only, so the first call for a batch waits for it.
+        """
+        if not self._has_offsets:
+            stop, stop_of_run = self.bounds()[0][:, 2], self.bounds()[0][:, 3]
+            begins = self.q != self.q.roll(1, 1)
+            begins[:, :1] = True
+            if self.q is self.kv and bool((stop == stop_of_run).all()):
+                starts = begins.flatten().nonzero()[:, 0].int()
+                self._offsets = torch.cat((starts, starts.new_full((1,), self.q.numel())))
+            self._has_offsets = True
+        return self._offsets
 
     def repeat_queries(self, times: int) -> Segments:
         """These segments with every query repeated ``times`` times in a row, (B, Tq * times)."""

@@ -1,7 +1,10 @@
-"""Autotuning of tile sizes: measured once per GPU, version and class of shapes, and kept on disk.
+"""Autotuning of tile sizes and attention backends: measured once per GPU, version and class of shapes, kept on disk.
 
 Training never measures implicitly: one process per host, or the benchmark, enters ``measuring_tiles()`` before its
 first step. Every other call uses the stored table, or an op's first candidate.
+
+The choices decide the order of sums, so a run keeps its own: ``used_choices`` are those of this process so far, and
+after ``fix_choices`` it makes no others.
 """
 
 from __future__ import annotations
@@ -16,23 +19,36 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-import triton
 
 Tiles = dict[str, int]
 """Constexprs of a kernel (block sizes) and options of its launch (num_warps, num_stages)."""
+Candidate = TypeVar("Candidate", Tiles, str)
+"""Tiles of a kernel, or the name of an implementation."""
+Choices = dict[str, Any]
+"""The tiles, or the name, that was chosen for an op and a class of shapes, under "<op> <class>"."""
 
 ROUNDS, WARM_UP_ROUNDS = 11, 3
-_forced: dict[str, Tiles] = {}
+
+
+class CannotRun(Exception):  # noqa: N818  the other candidates can
+    """Raised by the run of a candidate that this device, or this build of a library, has no kernel for."""
+
+
+_forced: Choices = {}
+_used: Choices = {}
+_fixed: Choices | None = None
 _measuring = False
 _run_every_candidate = False
 
 
 def best_tiles(
-    op: str, shape_class: Sequence[object], candidates: Sequence[Tiles], run: Callable[[Tiles], object]
-) -> Tiles:
+    op: str, shape_class: Sequence[object], candidates: Sequence[Candidate], run: Callable[[Candidate], object]
+) -> Candidate:
     """The fastest tiles of ``op`` for this class of shapes, or the first of ``candidates`` where nothing was measured.
 
     ``run`` starts the kernel with given tiles. It may be called many times, so it must write nothing but its outputs.
@@ -44,11 +60,45 @@ def best_tiles(
             run(tiles)
     if len(candidates) == 1:
         return candidates[0]
-    table, key = _read_table(_table_path()), f"{op} {' '.join(map(str, shape_class))}"
+    key = f"{op} {' '.join(map(str, shape_class))}"
+    _used[key] = _choose(key, candidates, run)
+    return _used[key]
+
+
+def _choose(key: str, candidates: Sequence[Candidate], run: Callable[[Candidate], object]) -> Candidate:
+    if key in (_fixed or {}):
+        return _fixed[key]  # type: ignore[index]
+    if _fixed is not None and not _measuring:
+        return candidates[0]
+    table = _read_table(_table_path())
     if key not in table and _measuring:
         table[key] = min(candidates, key=functools.partial(_median_ms, run))
         _store(_table_path(), key, table[key])
     return table.get(key, candidates[0])
+
+
+def used_choices() -> Choices:
+    """All choices that this process has made, where there was more than one candidate: JSON-able."""
+    return dict(_used)
+
+
+def fix_choices(choices: Choices) -> None:
+    """From now on these hold in this process; a class of shapes they lack gets its first candidate, or is measured.
+
+    What other runs have measured on this machine is then read only to spare a measurement.
+    """
+    global _fixed
+    _fixed = dict(choices)
+
+
+def identity() -> dict[str, str]:
+    """All that a choice depends on beside the shapes: GPU, versions, and the source text of the kernels."""
+    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py")))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+    about = {"device": device, "torch": str(torch.__version__), "sources": hashlib.sha256(sources).hexdigest()[:12]}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        about["triton"] = metadata.version("triton")
+    return about
 
 
 @contextlib.contextmanager
@@ -63,8 +113,8 @@ def measuring_tiles() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def force_tiles(**tiles: Tiles) -> Iterator[None]:
-    """Context in which the named ops run with the given tiles; tests reach every candidate this way."""
+def force_tiles(**tiles: Tiles | str) -> Iterator[None]:
+    """Context in which the named ops run with the given tiles, or as named; tests reach every candidate this way."""
     before = dict(_forced)
     _forced.update(tiles)
     try:
@@ -86,16 +136,21 @@ def compiling_every_candidate() -> Iterator[None]:
 
 
 def clear_cache() -> None:
-    """Forgets the table read from disk, so that the next call reads it again."""
+    """Forgets all choices of this process and the table read from disk, so that the next call reads it again."""
+    global _fixed
+    _fixed = None
+    _used.clear()
     _table_path.cache_clear()
     _read_table.cache_clear()
 
 
-def _median_ms(run: Callable[[Tiles], object], tiles: Tiles) -> float:
+def _median_ms(run: Callable[[Candidate], object], candidate: Candidate) -> float:
     """Median time of a run in milliseconds; infinite for tiles that exceed this device's shared memory or registers."""
+    from triton.runtime.errors import OutOfResources  # imported late: this module also loads where Triton is not
+
     try:
-        times = (_times_on_cuda if torch.cuda.is_available() else _times_on_cpu)(functools.partial(run, tiles))
-    except triton.runtime.errors.OutOfResources:
+        times = (_times_on_cuda if torch.cuda.is_available() else _times_on_cpu)(functools.partial(run, candidate))
+    except (OutOfResources, CannotRun):
         return float("inf")
     return statistics.median(times[WARM_UP_ROUNDS:])
 
@@ -124,33 +179,30 @@ def _times_on_cpu(run: Callable[[], object]) -> list[float]:
 
 @functools.cache
 def _table_path() -> Path:
-    """Path of the table for this device, these versions of torch and Triton, and this source text of the kernels."""
-    sources = b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.rglob("*.py")))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
-    identity = [device, f"torch{torch.__version__}", f"triton{triton.__version__}"]
-    name = "-".join([*identity, hashlib.sha256(sources).hexdigest()[:12]]).replace(" ", "_").replace("/", "_")
-    cache_dir = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache_dir) / "trireme" / "tiles" / f"{name}.json"
+    """Path of the table of this ``identity``: beside the kernels that Triton compiled, where that has a folder set."""
+    folder, cache_dir = os.environ.get("TRITON_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(folder) / "trireme-tiles" if folder else Path(cache_dir) / "trireme" / "tiles"
+    return path / ("-".join(identity().values()).replace(" ", "_").replace("/", "_") + ".json")
 
 
 @functools.cache
-def _read_table(file: Path) -> dict[str, Tiles]:
-    """The stored table, key -> tiles; empty where it is missing or damaged."""
+def _read_table(file: Path) -> Choices:
+    """The stored table; empty where it is missing or damaged."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _store(file: Path, key: str, tiles: Tiles) -> None:
+def _store(file: Path, key: str, choice: Tiles | str) -> None:
     """Adds an entry to the table on disk, keeping those of other processes; a failing disk is ignored."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _read_table.cache_clear()
             table = _read_table(file)
-            table[key] = tiles
+            table[key] = choice
             temporary = file.with_suffix(".new")
             temporary.write_text(json.dumps(table, indent=0, sort_keys=True))
             temporary.replace(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,10 +101,11 @@ def trace(argv: Sequence[str]) -> int:
 def worker(argv: Sequence[str]) -> int:
     """worker config=FILE corpus=FOLDER: one rank of a world that torchrun, or a like launcher, has started."""
     options = _options(argv, {"config": None, "corpus": None})
-    from train.distributed import process_group
+    from train.distributed import determinism, process_group
     from train.run import train_rank
 
     config = configuration.read(Path(options["config"]))
+    os.environ.update(determinism.environment(config.cluster.deterministic))
     world = process_group.init_from_env()
 
     def emit(event: Event) -> None:

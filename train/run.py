@@ -20,7 +20,7 @@ from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.data.loader import Loader, loaders
 from train.data.sampling.batch_plan import Cursor
-from train.distributed import process_group
+from train.distributed import determinism, process_group
 from train.engine.engine import Engine
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
@@ -57,6 +57,7 @@ def train_rank(
     saved, and UserError for bad input. The default target of every worker.
     """
     run_dir, activity = RunDir(Path(config.run.dir or "")), RankActivity(emit)
+    determinism.apply(config.cluster.deterministic)
     activity.enter("open corpus")
     process_group.assert_equal_across_ranks("configuration", configuration.digest(config))
     corpus = Corpus(corpus_folder, config.model.special)
@@ -68,7 +69,7 @@ def train_rank(
     loader, held_out = loaders(corpus, config, world)
     checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
-    kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0])
+    kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0], note)
     start = partial(_load_initial, config, corpus, world, note) if config.init.from_ and not checkpoint else None
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
     _check_prompts(objective, corpus, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -95,6 +96,13 @@ class TrainProcess:
                 start_new_session=True,  # Ctrl-C on the terminal is ours to handle
                 preexec_fn=lambda: ipc.die_with_parent(parent),
             )
+
+    def take_kernels_of(self, other: TrainProcess) -> None:
+        """Before its first start: give it what the other run has measured, which decides the order of sums."""
+        source = RunDir(other.folder).kernels
+        if source.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, RunDir(self.folder).kernels)
 
     def wait_until(self, reached: Callable[[], object], what: str, check_s: float = PROGRESS_CHECK_S) -> None:
         """Waits until ``reached()``, checking every ``check_s`` seconds.

@@ -6,12 +6,14 @@ own. ``steps``, and so the schedule, stays as configured; the runs are ended onc
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -19,6 +21,7 @@ from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_
 from train.config import load as configuration
 from train.errors import ExitCode, UserError
 from train.run_dir.compare import Comparison, compare
+from train.util.format import plural
 from train.util.run_layout import RunDir
 
 HALF = 10
@@ -57,6 +60,7 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     equal = True
     for number in STOP_SIGNALS:
         stopped = TrainProcess(folder / number.name, settings)
+        stopped.take_kernels_of(unbroken)
         out.print(f"the same, stopped by {number.name}")
         stopped.start()
         stopped.wait_until(lambda run=stopped: run.step >= half, f"step {half}")  # type: ignore[misc]
@@ -71,10 +75,20 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
             equal = equal and comparison.difference is None
             table.add_row(number.name if not n else "", str(step) if not n else "", *_cells(comparison))
     out.print(table)
-    out.print(
-        "a stopped run is the undisturbed one, bit for bit" if equal else "[bold red]a stopped run is another run[/]"
-    )
+    out.print(_conclusion(equal, RunDir(unbroken.folder)))
     return ExitCode.OK if equal else ExitCode.FAILURE
+
+
+def _conclusion(equal: bool, run: RunDir) -> str:
+    """The verdict in words, with the devices that it was seen on: of others it says nothing."""
+    about = json.loads(run.environment.read_text())
+    deterministic = yaml.safe_load(run.config.read_text())["cluster"]["deterministic"]
+    where = f"{plural(about['workers'], 'worker')} on {about['device']}"
+    where += f", cluster.deterministic={str(deterministic).lower()}"
+    if equal:
+        return f"proven for {where}: a stopped run is the undisturbed one, bit for bit"
+    cure = "" if deterministic else ". Try again with cluster.deterministic=true"
+    return f"[bold red]not so for {where}: a stopped run is another run[/]{cure}"
 
 
 def _train_to_checkpoint(run: TrainProcess, step: int) -> None:

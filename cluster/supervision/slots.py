@@ -53,6 +53,19 @@ def node_resources() -> dict[str, dict[str, float]]:
     return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
 
 
+def rank_order(infos: Sequence[SlotInfo]) -> list[int]:
+    """The positions of slots in the order of their ranks: host by host, and on each by its GPUs' indices or UUIDs.
+
+    So a rank has the same GPU and the same neighbours in NCCL's rings at each start, whichever slot came up first.
+    """
+
+    def place(n: int) -> tuple[object, ...]:
+        info = infos[n]
+        return info.ip, info.node, [(len(gpu), gpu) for gpu in info.gpus], n  # GPU 2 before GPU 10
+
+    return sorted(range(len(infos)), key=place)
+
+
 @dataclass
 class Slot:
     """One worker's share of the cluster, and the agent in it."""
@@ -209,7 +222,7 @@ class JobSlots:
     def room(self) -> int:
         """How many workers of the job fit on the cluster, whoever uses it now, beside the places that were left."""
         bundle = _bundle(self.job.config.cluster, self.device)
-        request = WorkerRequest(self.job.config.cluster.workers, int(bundle["CPU"]), int(bundle.get("GPU", 0)))
+        request = WorkerRequest(self.job.config.cluster.worker_count, int(bundle["CPU"]), int(bundle.get("GPU", 0)))
         nodes = []
         for node in ray.nodes():
             cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
@@ -217,9 +230,10 @@ class JobSlots:
         return room_without(nodes, request, self.left)
 
     def up_slots(self) -> list[Slot]:
-        """The slots that are up, in the order of ranks: node by node."""
-        up = [(slot.info.ip, slot.info.node, n, slot) for n, slot in enumerate(self.all) if slot.info is not None]
-        return [slot for *_, slot in sorted(up, key=lambda row: row[:3])]
+        """The slots that are up, in the order of ranks."""
+        up = [(slot, slot.info) for slot in self.all if slot.info is not None]
+        order = rank_order([info for _, info in up])
+        return [up[n][0] for n in order]
 
     def count_settled(self, seconds: float) -> int:
         """How many slots have been up for at least so many seconds."""

@@ -24,6 +24,7 @@ from cluster.supervision.timeouts import SIGNAL_GRACE_S, TICK_S
 from cluster.worker import worker_env
 from cluster.worker.messages import RendezvousAddress, StartOrder
 from train.checkpoint import manifest
+from train.distributed import determinism
 from train.events import FailureEvent, NoteEvent, RecoveredEvent
 from train.util.run_layout import RunDir
 
@@ -265,4 +266,5 @@ class Supervisor:
             "LOCAL_SIZE": str(local_size),
             "OMP_NUM_THREADS": str(order.threads),
             "TRIREME_T0": str(self.job.clock.start),
+            **determinism.environment(self.job.config.cluster.deterministic),
         }

@@ -26,7 +26,7 @@ from train.util.io import write_whole
 from train.util.run_layout import RunDir, checkpoint_name, checkpoint_step
 
 _RUN = RunDir(Path())
-RUN_FILES = tuple(file.name for file in (_RUN.config, _RUN.starts, _RUN.metrics, _RUN.init))
+RUN_FILES = tuple(file.name for file in (_RUN.config, _RUN.starts, _RUN.metrics, _RUN.init, _RUN.kernels))
 """Files of a run's folder that go with a copy: what a resume reads, and where the first weights came from."""
 PAUSES_S = (0.5, 4.0)
 """Seconds between attempts at an operation that fails."""

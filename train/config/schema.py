@@ -163,6 +163,9 @@ class ClusterConfig(Section):
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")
+    deterministic: bool = Field(
+        False, description="slower kernels and collectives that repeat bit for bit on the same GPUs"
+    )
     address: str | None = Field(
         None, description="a Ray cluster that is up; auto: this machine's; default: one for the job"
     )

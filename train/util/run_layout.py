@@ -1,6 +1,7 @@
 """Layout of a run's folder: the name of every file in it, spelled once. Imports no torch.
 
 config.yaml, tokenizer.json, corpus.json, environment.json, init.json   what the run is, and what it came from
+kernels.json                                                             which kernels run, where they were measured
 metrics.jsonl, samples.jsonl, skipped.jsonl                              lines by step
 run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl              its starts, ranks and failures
 summary.json                                                             once it is complete
@@ -71,6 +72,11 @@ class RunDir:
     def init(self) -> Path:
         """Where the first weights came from, if they were loaded."""
         return self.path / "init.json"
+
+    @property
+    def kernels(self) -> Path:
+        """The kernels' tiles and the attention that the run has measured, and on what: kept over its starts."""
+        return self.path / "kernels.json"
 
     @property
     def metrics(self) -> Path:

@@ -16,6 +16,14 @@ from kernels.triton_ops.attention.backward_q import run_backward_q
 from kernels.triton_ops.attention.forward import run_forward
 from kernels.triton_ops.attention.pre_rotate import pre_rotate
 from kernels.triton_ops.attention.problem import UNBOUNDED, AttentionProblem, contiguous_rows
+from kernels.triton_ops.attention.torch_backends import (
+    SDP_BACKENDS,
+    TRITON,
+    AttentionTraits,
+    fastest_backend,
+    torch_attention,
+)
+from kernels.triton_ops.rope import rope as rope_op
 
 
 @torch.library.custom_op("trireme::attention_forward", mutates_args=())
@@ -133,10 +141,63 @@ def attention(
     rope: RopeTable | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention by the Triton kernels: see ``kernels.ops.attention``."""
+    """Scaled dot-product attention by the fastest of the Triton kernels and torch's: see ``kernels.ops.attention``."""
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    options = causal, segments, window, bias, rope, scale
+    if not q.is_cuda or q.numel() == 0 or torch.compiler.is_compiling():
+        return attention_by(TRITON, q, k, v, *options)
+    traits = AttentionTraits(
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        groups=q.shape[2] // k.shape[2],
+        kind=("packed " if segments is not None else "") + ("causal" if causal else "full"),
+        n_queries=q.shape[1],
+        n_keys=k.shape[1],
+        windowed=window is not None,
+        biased=bias is not None,
+        roped=rope is not None,
+        scale=scale,
+        capability=torch.cuda.get_device_capability(q.device),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    backend = fastest_backend(traits, lambda name, q, k, v: attention_by(name, q, k, v, *options), q, k, v)
+    return attention_by(backend, q, k, v, *options)
+
+
+def attention_by(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    segments: Segments | None,
+    window: int | None,
+    bias: Tensor | None,
+    rope: RopeTable | None,
+    scale: float,
+) -> Tensor:
+    """Attention by one of ``eligible_backends``; by the Triton kernels where the ids of documents are not in runs."""
+    offsets = None if segments is None or backend == TRITON else segments.run_offsets()
+    if backend == TRITON or (segments is not None and offsets is None):
+        return _attention_in_triton(q, k, v, causal, segments, window, bias, rope, scale)
+    if rope is not None:
+        q, k = rope_op(q, rope), rope_op(k, rope)
+    return torch_attention(q, k, v, causal, scale, offsets, SDP_BACKENDS[backend])
+
+
+def _attention_in_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    segments: Segments | None,
+    window: int | None,
+    bias: Tensor | None,
+    rope: RopeTable | None,
+    scale: float,
+) -> Tensor:
     if scale <= 0:  # the kernels take the row maximum of the unscaled scores
         q, scale = q * scale, 1.0
     window_left = UNBOUNDED if window is None else window - 1

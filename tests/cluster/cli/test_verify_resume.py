@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,11 @@ def run(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_verify_resume_finds_stopped_runs_equal_to_the_unbroken_one(as_typed, tmp_path: Path):
-    done = run(*as_typed("cluster.workers=2", "zero=2", "steps=400", "cluster.max_failures=0"))
+    more = "cluster.deterministic=true", "cluster.max_failures=0"
+    done = run(*as_typed("cluster.workers=2", "zero=2", "steps=400", *more))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "bit for bit" in done.stdout
+    [verdict] = [line for line in done.stdout.splitlines() if "bit for bit" in line]
+    assert re.match(r"proven for 2 workers on \S+ CPU, \d+ cores, cluster.deterministic=true: ", verdict)
     assert "SIGTERM" in done.stdout
     assert "SIGKILL" in done.stdout
     assert done.stdout.count("tensors of exp_avg ") == 2

@@ -12,6 +12,7 @@ NAMES = {
     "corpus": "corpus.json",
     "environment": "environment.json",
     "init": "init.json",
+    "kernels": "kernels.json",
     "metrics": "metrics.jsonl",
     "samples": "samples.jsonl",
     "skipped": "skipped.jsonl",
