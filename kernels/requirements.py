@@ -6,6 +6,7 @@ Every decision here is a function of what was found; only ``limits_of`` and ``fi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import sysconfig
@@ -87,10 +88,14 @@ def limits_of(device: torch.device) -> DeviceLimits | None:
     """Limits of a CUDA device; None in the interpreter, which runs any tiles."""
     if _assumed is not None:
         return _assumed
-    if device.type != "cuda":
-        return None
+    return _read_limits(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def _read_limits(device: torch.device) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return DeviceLimits((properties.major, properties.minor), shared_bytes)
 
 
 @contextlib.contextmanager

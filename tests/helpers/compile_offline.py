@@ -2,7 +2,7 @@
 
 TRITON_INTERPRET must not be set.
 
-    python tests/helpers/compile_offline.py [--arch 80,90] [--every-candidate] [--jobs 2] [--table] [CASE ...]
+    PYTHONPATH=.:tests python -m helpers.compile_offline [--arch 80,90] [--every-candidate] [--table] [CASE ...]
 
 A case is a line of Python that calls an op, e.g. "ops.rms_norm(rand(4096, 4096), rand(4096), 1e-5)"; without any, the
 cases of ``compile_cases.SOME`` are taken. Every kernel that the forward and backward pass would launch on each
@@ -26,9 +26,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import compile_cases
 import torch
 import triton
+from helpers import compile_cases
 from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource
@@ -164,22 +164,28 @@ def compile_cases_for(
     return [{"case": case, **compiled[number]} for case, number in rows]
 
 
+TABLE_HEAD = (
+    "| Kernel | sm | Shared memory: fp32, bf16, limit (KiB) | Registers | Bytes spilled | Spills in loops |",
+    "|---|---|---|---|---|---|",
+)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The most that a kernel takes in any of ``rows``, as Markdown: a line for each kernel and architecture."""
-    lines = [
-        "| Kernel | sm | Shared memory: fp32, bf16, limit (KiB) | Registers | Bytes spilled | Spills in loops |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = list(TABLE_HEAD)
     key = operator.itemgetter("kernel", "arch")
     for (kernel, arch), group in itertools.groupby(sorted(rows, key=key), key):
         same = list(group)
-        shared = [max((r["shared"] for r in same if r["dtype"] == d), default=0) for d in ("float32", "bfloat16")]
-        kib = ", ".join(f"{n / 1024:.1f}" for n in shared)
-        most = [max(r[name] for r in same) for name in ("registers", "spilled", "spilled_in_loops")]
-        name = kernel.strip("_").removesuffix("_kernel")
-        numbers = " | ".join(map(str, most))
-        lines.append(f"| `{name}` | {arch} | {kib}, {LIMITS[arch].shared_bytes >> 10} | {numbers} |")
+        kib = [f"{largest(same, 'shared', dtype) / 1024:.1f}" for dtype in ("float32", "bfloat16")]
+        numbers = [str(largest(same, name)) for name in ("registers", "spilled", "spilled_in_loops")]
+        limit, name = LIMITS[arch].shared_bytes >> 10, kernel.strip("_").removesuffix("_kernel")
+        lines.append(f"| `{name}` | {arch} | {kib[0]}, {kib[1]}, {limit} | {' | '.join(numbers)} |")
     return "\n".join(lines)
+
+
+def largest(rows: list[dict[str, Any]], name: str, dtype: str | None = None) -> int:
+    """The largest number called ``name`` in ``rows`` of a dtype, or of all; 0 without any."""
+    return max((row[name] for row in rows if dtype in (None, row["dtype"])), default=0)
 
 
 if __name__ == "__main__":

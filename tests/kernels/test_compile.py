@@ -23,7 +23,6 @@ from kernels.triton_ops.attention import backward_bias, backward_kv, backward_q,
 from kernels.triton_ops.attention.problem import TileChoice
 
 ROOT = Path(__file__).resolve().parents[2]
-OFFLINE = ROOT / "tests/helpers/compile_offline.py"
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """Architecture -> KiB that a block may have, by the table of compute capabilities in the CUDA C++ Programming Guide."""
 
@@ -42,14 +41,14 @@ ATTENTION = {
 }
 
 
-def compile_offline(archs: str, *arguments: str) -> str:
-    """Output of the command in a process where Triton compiles instead of interpreting."""
+def compiled_rows(archs: str, *arguments: str) -> list[dict[str, Any]]:
+    """What the command prints, from a process where Triton compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, OFFLINE, "--arch", archs, *arguments]
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    command = [sys.executable, "-m", "helpers.compile_offline", "--arch", archs, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def assert_fits(row: dict[str, Any]) -> None:
@@ -96,7 +95,7 @@ def bias_bytes(row: dict[str, Any]) -> int:
 @pytest.mark.timeout(900)
 def test_every_kernel_that_auto_chooses_fits_a_gpu_of_each_kind():
     """One architecture for each kind of matrix product and each size of shared memory."""
-    rows = [json.loads(line) for line in compile_offline("86,90,100").splitlines()]
+    rows = compiled_rows("86,90,100")
     for row in rows:
         assert_fits(row)
     compiled = {(row["arch"], row["kernel"]) for row in rows}
@@ -109,8 +108,8 @@ def test_every_kernel_that_auto_chooses_fits_a_gpu_of_each_kind():
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_every_tile_candidate_fits_every_architecture(arch):
-    for line in compile_offline(str(arch), "--every-candidate", *compile_cases.EVERY).splitlines():
-        assert_fits(json.loads(line))
+    for row in compiled_rows(str(arch), "--every-candidate", *compile_cases.EVERY):
+        assert_fits(row)
 
 
 def kernel_names() -> set[str]:

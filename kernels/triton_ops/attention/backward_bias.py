@@ -17,21 +17,21 @@ from torch import Tensor
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
 from kernels.requirements import limits_of
-from kernels.triton_ops.attention.problem import AttentionProblem, TileChoice, head_dim_class
+from kernels.triton_ops.attention.problem import AttentionProblem, TileChoice, TileRows, head_dim_class
 from kernels.triton_ops.attention.tiles import LOG2_E, head_columns, load_tile, visible_range
 
 # Candidates (TileChoice) by head dimension; what the bias takes is counted.
-HALF = {
+HALF: TileRows = {
     64: [(64, 64, 0, 4, 2, 40, 72, 67)],
     128: [(64, 64, 0, 4, 2, 72, 136, 131)],
     256: [(32, 32, 0, 4, 1, 36, 36, 36)],
 }
-FLOAT32 = {
+FLOAT32: TileRows = {
     64: [(16, 32, 0, 4, 2, 28, 28, 28)],
     128: [(16, 32, 0, 4, 2, 51, 51, 51)],
     256: [(16, 16, 0, 4, 2, 66, 66, 66)],
 }
-FLOAT64 = {
+FLOAT64: TileRows = {
     64: [(16, 16, 0, 4, 1, 48, 48, 48)],
     128: [(16, 16, 0, 4, 1, 48, 48, 48)],
     256: [(16, 16, 0, 4, 1, 96, 96, 96)],

@@ -23,6 +23,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     run_best_tiles,
@@ -41,7 +42,7 @@ from kernels.triton_ops.attention.tiles import (
 )
 
 # Candidates (TileChoice) by head dimension.
-HALF = {
+HALF: TileRows = {
     64: [
         (64, 128, 0, 8, 3, 66, 82, 99),
         (32, 64, 0, 8, 2, 25, None, None),
@@ -62,12 +63,12 @@ HALF = {
         (32, 64, 1, 8, 2, None, 130, 163),
     ],
 }
-FLOAT32 = {
+FLOAT32: TileRows = {
     64: [(32, 64, 0, 8, 2, None, 97, None), (32, 32, 0, 4, 2, 49, 49, 49)],
     128: [(32, 32, 0, 8, 1, 96, 96, 96), (16, 16, 0, 4, 2, 49, 49, 49)],
     256: [(16, 16, 0, 8, 1, 96, 96, 96)],
 }
-FLOAT64 = {
+FLOAT64: TileRows = {
     64: [(16, 16, 0, 4, 2, 81, 81, 81)],
     128: [(16, 16, 0, 4, 2, 81, 81, 81)],
     256: [(16, 16, 0, 4, 2, 161, 161, 161)],

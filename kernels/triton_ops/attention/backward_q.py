@@ -28,6 +28,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     run_best_tiles,
@@ -47,7 +48,7 @@ from kernels.triton_ops.attention.tiles import (
 )
 
 # Candidates (TileChoice) by head dimension.
-HALF = {
+HALF: TileRows = {
     64: [
         (128, 64, 0, 8, 3, 65, 81, 90),
         (64, 32, 0, 4, 2, 29, None, None),
@@ -67,12 +68,12 @@ HALF = {
         (64, 64, 1, 8, 2, None, None, 226),
     ],
 }
-FLOAT32 = {
+FLOAT32: TileRows = {
     64: [(128, 32, 0, 8, 2, None, 161, None), (32, 32, 0, 4, 2, 57, 57, 57)],
     128: [(16, 32, 0, 4, 2, 69, 69, 69)],
     256: [(16, 16, 0, 8, 1, 80, 80, 80)],
 }
-FLOAT64 = {
+FLOAT64: TileRows = {
     64: [(16, 16, 0, 4, 2, 81, 81, 81)],
     128: [(16, 16, 0, 4, 2, 81, 81, 81)],
     256: [(16, 16, 0, 4, 2, 161, 161, 161)],

@@ -28,6 +28,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     padded_head_dim,
@@ -50,7 +51,7 @@ TARGET_PROGRAMS = 264
 """Two per multiprocessor of an H100 or H200: with fewer, the keys are split."""
 
 # Candidates (TileChoice) by head dimension.
-HALF = {
+HALF: TileRows = {
     64: [
         (128, 64, 0, 8, 3, 49, 65, 66),
         (128, 128, 1, 8, 2, None, 81, 82),
@@ -73,22 +74,22 @@ HALF = {
         (64, 32, 1, 4, 2, None, 97, 97),
     ],
 }
-FLOAT32 = {
+FLOAT32: TileRows = {
     64: [(128, 64, 0, 8, 2, None, 129, None), (128, 32, 0, 8, 2, 81, 97, None), (64, 32, 0, 4, 2, 49, 65, 33)],
     128: [(64, 16, 0, 4, 2, None, 97, None), (32, 32, 0, 8, 1, 48, 48, 48), (16, 32, 0, 4, 2, 53, 53, 53)],
     256: [(16, 16, 0, 8, 2, 67, 67, 67)],
 }
-FLOAT64 = {
+FLOAT64: TileRows = {
     64: [(16, 16, 0, 4, 2, 51, 51, 51)],
     128: [(16, 16, 0, 4, 2, 51, 51, 51)],
     256: [(16, 16, 0, 4, 2, 99, 99, 99)],
 }
-DECODING = {
+DECODING: TileRows = {
     64: [(16, 64, 0, 4, 3, 37, 37, 37), (16, 128, 0, 4, 3, 71, 71, 71)],
     128: [(16, 64, 0, 4, 3, 71, 71, 71), (16, 128, 0, 4, 3, 137, 137, 137)],
     256: [(16, 32, 0, 4, 2, 42, 42, 42)],
 }
-DECODING_FLOAT32 = {
+DECODING_FLOAT32: TileRows = {
     64: [(16, 32, 0, 4, 2, 29, 29, 29)],
     128: [(16, 32, 0, 4, 2, 53, 53, 53)],
     256: [(16, 16, 0, 8, 2, 67, 67, 67)],

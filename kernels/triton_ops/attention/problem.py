@@ -51,6 +51,10 @@ class TileChoice(NamedTuple):
         return kib is not None and (has_tma or not self.use_tma) and (kib << 10) + bias_tiles <= limits.shared_bytes
 
 
+TileRows = dict[int, list[tuple[int, int, int, int, int, int | None, int | None, int | None]]]
+"""Head dimension -> its candidates, each the fields of a TileChoice."""
+
+
 class AttentionProblem(NamedTuple):
     """The arguments of every attention kernel, in their order; q, k and v have stride 1 in the last dimension."""
 
