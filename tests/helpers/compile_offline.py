@@ -108,7 +108,8 @@ def spilled_in_loops(sass: str) -> int:
     for last, text in instructions:
         branch = re.match(r"(?:@\S+ )?BRA.* 0x([0-9a-f]+)", text)
         first = int(branch[1], 16) if branch else last
-        in_loops |= {address for address in spills if first <= address <= last}  # a branch backwards closes a loop
+        if first < last:  # a branch backwards closes a loop
+            in_loops |= {address for address in spills if first <= address <= last}
     return len(in_loops)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import compile_cases
+from helpers import compile_cases, compile_offline
 
 from kernels.requirements import DeviceLimits
 from kernels.triton_ops.attention import backward_bias, backward_kv, backward_q, forward
@@ -102,6 +102,20 @@ def test_every_kernel_that_auto_chooses_fits_a_gpu_of_each_kind():
     names = {kernel for _, kernel in compiled}
     assert names == kernel_names()
     assert compiled == set(itertools.product((86, 90, 100), names))
+    assert set(compile_offline.table(rows).splitlines()) <= set(documented_table()), "docs/kernels.md is out of date"
+
+
+def test_documented_table_has_a_row_for_each_kernel_and_architecture():
+    cells = [re.match(r"\| `(\w+)` \| (\d+) \|", line) for line in documented_table()[2:]]
+    documented = [(f"_{cell[1]}_kernel", int(cell[2])) for cell in cells if cell]
+    assert documented == sorted(itertools.product(kernel_names(), SHARED_KIB))
+
+
+def documented_table() -> list[str]:
+    """Lines of the table of compiled kernels in docs/kernels.md."""
+    lines = (ROOT / "docs/kernels.md").read_text().splitlines()
+    first = lines.index(compile_offline.TABLE_HEAD[0])
+    return list(itertools.takewhile(str.strip, lines[first:]))
 
 
 @pytest.mark.slow
@@ -143,14 +157,21 @@ def test_every_dtype_and_head_dim_has_tiles_that_fit(module, arch):
         ((8, 6), 99, 0, 2, True),
         ((8, 0), 163, 1, 0, False),  # no descriptors before Hopper
         ((9, 0), 227, 1, 0, True),
-        ((9, 0), 129, 0, 0, False),
+        ((9, 0), 128, 0, 0, False),
         ((10, 0), 227, 0, 0, False),  # None: not for these products
         ((12, 0), 99, 1, 0, True),
     ],
 )
 def test_candidates_are_held_against_the_limits_of_the_device(capability, shared_kib, use_tma, bias, fits):
-    choice = TileChoice(64, 32, use_tma, 4, 2, mma=90, wgmma=130, tcgen05=None)
+    choice = TileChoice(64, 32, use_tma, 4, 2, mma=90, wgmma=129, tcgen05=None)
     assert choice.fits(DeviceLimits(capability, shared_kib << 10), bias) == fits
+
+
+@pytest.mark.parametrize("branch", ["@!P0 BRA 0x0010", "BRA 0x0010", "@P1 BRA.DIV UR4, 0x0010"])
+def test_spills_are_counted_inside_loops_only(branch):
+    code = ["STL [R1], R0", "FADD R0, R0, R1", "STL [R1+0x4], R2", branch, "STL [R1+0x8], R3", "EXIT", "BRA 0x0060"]
+    lines = [f"/*{16 * n:04x}*/    {text} ;" for n, text in enumerate(code)]
+    assert compile_offline.spilled_in_loops("\n".join(lines)) == 1
 
 
 def test_the_interpreter_runs_any_candidate():
