@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import kernels.requirements as requirements
 import kernels.torch_ops as torch_ops
 
 Choice = Literal["auto", "triton", "torch"]
@@ -19,25 +20,33 @@ _choice: Choice = "auto"
 # Evaluated at import: torch.compile traces ``implementation``, and can trace neither of these calls.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_NOT_INTERPRETED = (
+    "on a CPU it runs in Triton's interpreter, thousands of times slower: for a look or a test, set "
+    "TRITON_INTERPRET=1 in the environment"
+)
 
 
 def use(choice: Choice, device: torch.device) -> str:
     """Sets the implementation for this process; returns, as a phrase, which one runs on ``device`` and why.
 
-    ``auto`` is Triton on CUDA and torch elsewhere. Raises ValueError, with the cure, if Triton is requested and cannot
-    run.
+    ``auto`` is Triton on a CUDA device that it can run on, and torch elsewhere. Raises ValueError, with the cure, if
+    Triton is requested and cannot run.
     """
     global _choice
-    if choice == "triton":
-        _check_triton(device)
-    _choice = choice
     if choice == "torch":
+        _choice = choice
         return "torch's own, as kernels=torch asks"
+    problem = _why_not_triton(device)
     if choice == "triton":
+        if problem is not None:
+            raise ValueError(f"kernels=triton, but {problem}; or kernels=auto")
+        _choice = choice
         return "Triton's, as kernels=triton asks" + (", interpreted on the CPU: slow" if device.type == "cpu" else "")
-    if device.type == "cuda":
-        return "Triton's, on CUDA" if _HAS_TRITON else "torch's own: Triton is not installed"
-    return "torch's own: no CUDA device"
+    if device.type != "cuda":
+        _choice = choice
+        return "torch's own: no CUDA device"
+    _choice = choice if problem is None else "torch"
+    return "Triton's, on CUDA" if problem is None else f"torch's own: {problem}"
 
 
 @contextlib.contextmanager
@@ -76,12 +85,11 @@ def measuring_tiles() -> contextlib.AbstractContextManager[None]:
     return tuning.measuring_tiles()
 
 
-def _check_triton(device: torch.device) -> None:
-    """Raises ValueError where Triton is not installed, or would run on a CPU without its interpreter."""
+def _why_not_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on ``device``, in words that name the cure; None where they can."""
     if not _HAS_TRITON:
-        raise ValueError("kernels=triton, but Triton is not installed: pip install triton, or kernels=auto")
-    if device.type == "cpu" and not _INTERPRETED:
-        raise ValueError(
-            "kernels=triton on a CPU runs in Triton's interpreter, thousands of times slower: for a look or a test, "
-            "set TRITON_INTERPRET=1 in the environment; else kernels=auto"
-        )
+        return "Triton is not installed: pip install triton"
+    if device.type == "cpu":
+        return None if _INTERPRETED else _NOT_INTERPRETED
+    limits = requirements.limits_of(device)
+    return None if limits is None else requirements.obstacle(limits, requirements.find_toolchain())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import reference, tuning
+from kernels import reference, requirements, tuning
 from kernels.triton_ops.attention import backward_kv, backward_q, forward
 
 LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 2}
@@ -123,6 +123,41 @@ def test_attention_with_every_tile_candidate_equals_reference(monkeypatch, head_
         monkeypatch.setattr(tuning, "best_tiles", nth_candidate)
         inputs = qkv(2, length, length, 1, 2, head_dim)
         assert_attention_matches("triton", inputs, dtype, **options, rope=rope if number % 2 else None)
+
+
+SMALL_GPU = requirements.DeviceLimits((8, 6), 99 << 10)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the tests of its own candidates say more")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [48, 128, 256])
+def test_attention_with_the_candidates_of_a_small_gpu_equals_reference(monkeypatch, head_dim, dtype, bias):
+    """The tiles that 99 KiB of shared memory leave, each of them, on rows that are no multiple of a tile."""
+    inputs = qkv(1, 37, 37, 1, 2, head_dim)
+    ids = segment_ids("runs", 1, 37)
+    options = {"causal": not bias, "segments": kernels.Segments(ids, ids)}
+    inputs += (normal(1, 2, 37, 37, seed=3),) if bias else ()
+    most = []
+    for number in range(3):
+
+        def nth_candidate(op, shape_class, candidates, run, n=number):
+            most.append(len(candidates))
+            return candidates[n % len(candidates)]
+
+        monkeypatch.setattr(tuning, "best_tiles", nth_candidate)
+        if number < max(most, default=1):
+            with requirements.assuming_limits(SMALL_GPU):
+                assert_attention_matches("triton", inputs, dtype, **options)
+    assert 1 <= min(most) <= max(most) <= 3
+
+
+def test_attention_without_tiles_that_fit_names_the_cure():
+    q, k, v = (x.requires_grad_() for x in qkv(1, 5, 5, 1, 1, 256))  # float64: its backward pass takes 161 KiB
+    with kernels.force("triton"), requirements.assuming_limits(SMALL_GPU):
+        out = kernels.attention(q, k, v, causal=True)
+        with pytest.raises(ValueError, match="use kernels=torch"):
+            out.sum().backward()
 
 
 def test_attention_head_dim_over_256_runs_on_torch_or_raises():

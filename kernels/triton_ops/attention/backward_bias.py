@@ -9,17 +9,33 @@ from __future__ import annotations
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 import kernels.tuning as tuning
 from kernels.launch import dot, launch
-from kernels.triton_ops.attention.problem import AttentionProblem
+from kernels.requirements import limits_of
+from kernels.triton_ops.attention.problem import AttentionProblem, TileChoice, TileRows, head_dim_class
 from kernels.triton_ops.attention.tiles import LOG2_E, head_columns, load_tile, visible_range
 
-CANDIDATES: list[tuning.Tiles] = [{"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}]
-"""One choice of tiles, so nothing is measured."""
+# Candidates (TileChoice) by head dimension; what the bias takes is counted.
+HALF: TileRows = {
+    64: [(64, 64, 0, 4, 2, 40, 72, 67)],
+    128: [(64, 64, 0, 4, 2, 72, 136, 131)],
+    256: [(32, 32, 0, 4, 1, 36, 36, 36)],
+}
+FLOAT32: TileRows = {
+    64: [(16, 32, 0, 4, 2, 28, 28, 28)],
+    128: [(16, 32, 0, 4, 2, 51, 51, 51)],
+    256: [(16, 16, 0, 4, 2, 66, 66, 66)],
+}
+FLOAT64: TileRows = {
+    64: [(16, 16, 0, 4, 1, 48, 48, 48)],
+    128: [(16, 16, 0, 4, 1, 48, 48, 48)],
+    256: [(16, 16, 0, 4, 1, 96, 96, 96)],
+}
 
 
 @triton.jit
@@ -113,7 +129,9 @@ def run_backward_bias(
 ) -> None:
     """Writes the gradient of the bias (B or 1, H or 1, Tq, Tk). Queries and keys come rotated already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_bias)
-    run(tuning.best_tiles("attention_backward_bias", problem.shape_class(), CANDIDATES, run))
+    limits = limits_of(problem.q.device)
+    candidates = [c.tiles() for c in _tile_choices(problem.q) if c.fits(limits, 0)]
+    run(tuning.best_tiles("attention_backward_bias", problem.shape_class(), candidates, run))
 
 
 def _run(
@@ -128,4 +146,11 @@ def _run(
     arguments = *problem[:6], lse, grad_out, delta, grad_bias, *strides, *sizes
     n_tiles = triton.cdiv(n_queries, tiles["BLOCK_M"]) * triton.cdiv(n_keys, tiles["BLOCK_N"])
     grid = n_tiles, n_bias_batches * n_bias_heads
+    tiles = {name: value for name, value in tiles.items() if name != "USE_TMA"}  # it reads by pointers only
     launch(_attention_backward_bias_kernel, grid, *arguments, **problem.constexprs(), **tiles)
+
+
+def _tile_choices(q: Tensor) -> list[TileChoice]:
+    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
+    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
+    return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

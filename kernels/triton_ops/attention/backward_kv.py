@@ -23,6 +23,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     run_best_tiles,
@@ -39,6 +40,39 @@ from kernels.triton_ops.attention.tiles import (
     tile_start,
     visible_range,
 )
+
+# Candidates (TileChoice) by head dimension.
+HALF: TileRows = {
+    64: [
+        (64, 128, 0, 8, 3, 66, 82, 99),
+        (32, 64, 0, 8, 2, 25, None, None),
+        (64, 128, 1, 8, 3, None, 83, 99),
+        (64, 64, 1, 4, 3, None, 67, 83),
+        (128, 128, 1, 8, 2, None, 99, None),
+    ],
+    128: [
+        (64, 128, 0, 8, 2, None, 129, 162),
+        (32, 64, 0, 8, 2, 53, 65, 82),
+        (64, 128, 1, 8, 2, None, 129, 162),
+        (32, 128, 1, 8, 3, None, 113, 129),
+        (64, 64, 1, 4, 2, None, 98, 131),
+    ],
+    256: [
+        (32, 64, 0, 8, 2, 101, 129, 162),
+        (32, 32, 0, 8, 1, 80, 80, 80),
+        (32, 64, 1, 8, 2, None, None, 163),
+    ],
+}
+FLOAT32: TileRows = {
+    64: [(32, 64, 0, 8, 2, None, 97, None), (32, 32, 0, 4, 2, 49, 49, 49)],
+    128: [(32, 32, 0, 8, 1, 96, 96, None), (16, 16, 0, 4, 2, 49, 49, 49)],
+    256: [(16, 16, 0, 8, 1, 96, 96, 96)],
+}
+FLOAT64: TileRows = {
+    64: [(16, 16, 0, 4, 2, 81, 81, 81)],
+    128: [(16, 16, 0, 4, 2, 81, 81, 81)],
+    256: [(16, 16, 0, 4, 2, 161, 161, 161)],
+}
 
 
 @triton.jit
@@ -220,14 +254,6 @@ def _run(
 
 
 def _tile_choices(q: Tensor) -> list[TileChoice]:
-    """Candidates for the dtype and head dimension of q, the untuned default first."""
-    if q.dtype == torch.float64:
-        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
-    head_dim = head_dim_class(q.shape[3])
-    if q.dtype == torch.float32:
-        return {64: [(32, 128, 0, 8, 2)], 128: [(32, 64, 0, 8, 2)], 256: [(16, 16, 0, 8, 1)]}[head_dim]
-    return {
-        64: [(64, 128, 0, 8, 3), (64, 128, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
-        128: [(64, 128, 0, 8, 2), (64, 128, 1, 8, 2), (32, 128, 1, 8, 3), (64, 64, 1, 4, 2)],
-        256: [(32, 64, 0, 8, 2), (32, 64, 1, 8, 2)],
-    }[head_dim]
+    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
+    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
+    return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

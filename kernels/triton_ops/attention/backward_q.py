@@ -28,6 +28,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     run_best_tiles,
@@ -45,6 +46,38 @@ from kernels.triton_ops.attention.tiles import (
     tile_start,
     visible_range,
 )
+
+# Candidates (TileChoice) by head dimension.
+HALF: TileRows = {
+    64: [
+        (128, 64, 0, 8, 3, 65, 81, 90),
+        (64, 32, 0, 4, 2, 29, None, None),
+        (128, 64, 1, 8, 3, None, 82, 90),
+        (64, 64, 1, 4, 3, None, 66, 74),
+        (128, 128, 1, 8, 2, None, 98, 114),
+    ],
+    128: [
+        (128, 64, 0, 8, 2, None, 129, 146),
+        (64, 32, 0, 4, 2, 57, 65, 74),
+        (128, 64, 1, 8, 2, None, 129, 146),
+        (64, 64, 1, 4, 2, None, 98, 114),
+    ],
+    256: [
+        (64, 32, 0, 8, 2, 113, 129, 146),
+        (32, 32, 0, 8, 1, 64, 64, 64),
+        (64, 64, 1, 8, 2, None, None, 226),
+    ],
+}
+FLOAT32: TileRows = {
+    64: [(128, 32, 0, 8, 2, None, 161, None), (32, 32, 0, 4, 2, 57, 57, 57)],
+    128: [(16, 32, 0, 4, 2, 69, 69, 69)],
+    256: [(16, 16, 0, 8, 1, 80, 80, 80)],
+}
+FLOAT64: TileRows = {
+    64: [(16, 16, 0, 4, 2, 81, 81, 81)],
+    128: [(16, 16, 0, 4, 2, 81, 81, 81)],
+    256: [(16, 16, 0, 4, 2, 161, 161, 161)],
+}
 
 
 @triton.jit
@@ -246,14 +279,6 @@ def _run(
 
 
 def _tile_choices(q: Tensor) -> list[TileChoice]:
-    """Candidates for the dtype and head dimension of q, the untuned default first."""
-    if q.dtype == torch.float64:
-        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
-    head_dim = head_dim_class(q.shape[3])
-    if q.dtype == torch.float32:
-        return {64: [(128, 32, 0, 8, 2)], 128: [(64, 16, 0, 4, 2)], 256: [(16, 16, 0, 8, 1)]}[head_dim]
-    return {
-        64: [(128, 64, 0, 8, 3), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 128, 1, 8, 2)],
-        128: [(128, 64, 0, 8, 2), (128, 64, 1, 8, 2), (64, 64, 1, 4, 2)],
-        256: [(64, 32, 0, 8, 2), (64, 64, 1, 8, 2)],
-    }[head_dim]
+    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
+    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
+    return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

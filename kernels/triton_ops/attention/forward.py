@@ -28,6 +28,7 @@ from kernels.launch import dot, launch
 from kernels.triton_ops.attention.problem import (
     AttentionProblem,
     TileChoice,
+    TileRows,
     head_dim_class,
     heads_in_l2,
     padded_head_dim,
@@ -48,6 +49,51 @@ from kernels.triton_ops.attention.tiles import (
 
 TARGET_PROGRAMS = 264
 """Two per multiprocessor of an H100 or H200: with fewer, the keys are split."""
+
+# Candidates (TileChoice) by head dimension.
+HALF: TileRows = {
+    64: [
+        (128, 64, 0, 8, 3, 49, 65, 66),
+        (128, 128, 1, 8, 2, None, 81, 82),
+        (128, 64, 1, 8, 3, None, 65, 66),
+        (64, 64, 1, 4, 3, None, 57, 58),
+        (128, 64, 1, 4, 3, None, 65, 66),
+    ],
+    128: [
+        (128, 128, 0, 8, 2, None, 161, None),
+        (128, 64, 0, 8, 2, 65, 97, 97),
+        (128, 128, 1, 8, 2, None, 161, 162),
+        (128, 64, 1, 8, 3, None, 129, 131),
+        (64, 64, 1, 4, 3, None, 113, 114),
+        (64, 128, 1, 4, 2, None, 145, 146),
+    ],
+    256: [
+        (128, 32, 0, 8, 2, None, 129, None),
+        (64, 32, 0, 8, 1, 52, 49, 49),
+        (128, 64, 1, 8, 2, None, 193, 193),
+        (64, 32, 1, 4, 2, None, 97, 97),
+    ],
+}
+FLOAT32: TileRows = {
+    64: [(128, 64, 0, 8, 2, None, 129, None), (128, 32, 0, 8, 2, 81, 97, None), (32, 32, 0, 4, 2, 41, 41, 41)],
+    128: [(32, 32, 0, 8, 1, 48, 48, 48), (16, 32, 0, 4, 2, 53, 53, 53)],
+    256: [(16, 16, 0, 8, 2, 67, 67, 67)],
+}
+FLOAT64: TileRows = {
+    64: [(16, 16, 0, 4, 2, 51, 51, 51)],
+    128: [(16, 16, 0, 4, 2, 51, 51, 51)],
+    256: [(16, 16, 0, 4, 2, 99, 99, 99)],
+}
+DECODING: TileRows = {
+    64: [(16, 64, 0, 4, 3, 37, 37, 37), (16, 128, 0, 4, 3, 71, 71, 71)],
+    128: [(16, 64, 0, 4, 3, 71, 71, 71), (16, 128, 0, 4, 3, 137, 137, 137)],
+    256: [(16, 32, 0, 4, 2, 42, 42, 42)],
+}
+DECODING_FLOAT32: TileRows = {
+    64: [(16, 32, 0, 4, 2, 29, 29, 29)],
+    128: [(16, 32, 0, 4, 2, 53, 53, 53)],
+    256: [(16, 16, 0, 8, 2, 67, 67, 67)],
+}
 
 
 @triton.jit
@@ -274,18 +320,12 @@ def _split_count(n_programs: int, n_queries: int, n_keys: int, tiles: tuning.Til
 
 
 def _tile_choices(q: Tensor) -> list[TileChoice]:
-    """Candidates for the dtype and head dimension of q, the untuned default first."""
-    if q.dtype == torch.float64:
-        return [(32, 32, 0, 8, 1)] if q.shape[3] <= 128 else [(16, 16, 0, 8, 1)]
-    if q.shape[1] <= 16:
-        if q.shape[3] <= 128 and q.element_size() == 2:
-            return [(16, 64, 0, 4, 3), (16, 128, 0, 4, 3)]
-        return [(16, 32, 0, 4, 2)]
+    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
     head_dim = head_dim_class(q.shape[3])
-    if q.dtype == torch.float32:
-        return {64: [(128, 64, 0, 8, 2)], 128: [(128, 32, 0, 8, 2)], 256: [(16, 32, 0, 8, 1)]}[head_dim]
-    return {
-        64: [(128, 64, 0, 8, 3), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (128, 64, 1, 4, 3)],
-        128: [(128, 128, 0, 8, 2), (128, 128, 1, 8, 2), (128, 64, 1, 8, 3), (64, 64, 1, 4, 3), (64, 128, 1, 4, 2)],
-        256: [(128, 32, 0, 8, 2), (128, 64, 1, 8, 2), (64, 32, 1, 4, 2)],
-    }[head_dim]
+    if q.dtype == torch.float64:
+        rows = FLOAT64[head_dim]
+    elif q.shape[1] <= 16:
+        rows = (DECODING_FLOAT32 if q.dtype == torch.float32 else DECODING)[head_dim]
+    else:
+        rows = (FLOAT32 if q.dtype == torch.float32 else HALF)[head_dim]
+    return [TileChoice(*row) for row in rows]

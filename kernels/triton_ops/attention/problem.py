@@ -11,12 +11,48 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import kernels.tuning as tuning
+from kernels.requirements import TMA_CAPABILITY, DeviceLimits, limits_of
 
 UNBOUNDED = 1 << 30
 """Window size that no sequence is long enough to reach."""
 
-TileChoice = tuple[int, int, int, int, int]
-"""BLOCK_M, BLOCK_N, USE_TMA, num_warps, num_stages."""
+
+class TileChoice(NamedTuple):
+    """A candidate, and the KiB of shared memory that its kernel takes by the instruction of its matrix products.
+
+    None where the candidate is not for GPUs of that instruction: it spills in its loop, or takes too much tensor
+    memory. A bias is not counted (``fits``). tests/kernels/test_compile.py compares with the compiled code.
+    """
+
+    block_m: int
+    block_n: int
+    use_tma: int
+    num_warps: int
+    num_stages: int
+    mma: int | None
+    wgmma: int | None
+    tcgen05: int | None
+
+    def tiles(self) -> tuning.Tiles:
+        """The constexprs and launch options of the kernel."""
+        names = "BLOCK_M", "BLOCK_N", "USE_TMA", "num_warps", "num_stages"
+        return dict(zip(names, self[:5], strict=True))
+
+    def fits(self, limits: DeviceLimits | None, bias_bytes: int) -> bool:
+        """Whether a GPU of these limits can run the kernel; a bias has ``bias_bytes`` an element, 0 without one.
+
+        The copy pipeline holds num_stages tiles of a bias at most.
+        """
+        if limits is None:
+            return True
+        kib: int | None = getattr(self, limits.products)
+        bias_tiles = self.num_stages * self.block_m * self.block_n * bias_bytes
+        has_tma = limits.capability >= TMA_CAPABILITY
+        return kib is not None and (has_tma or not self.use_tma) and (kib << 10) + bias_tiles <= limits.shared_bytes
+
+
+TileRows = dict[int, list[tuple[int, int, int, int, int, int | None, int | None, int | None]]]
+"""Head dimension -> its candidates, each the fields of a TileChoice."""
 
 
 class AttentionProblem(NamedTuple):
@@ -103,19 +139,22 @@ def run_best_tiles(
     choices: Sequence[TileChoice],
     run: Callable[[tuning.Tiles], None],
 ) -> None:
-    """Runs a kernel with the best of ``choices``: the first where nothing was measured.
+    """Runs a kernel with the best of ``choices``: the first that fits the device where nothing was measured.
 
     Choices with USE_TMA are left out where TMA cannot read ``loop_tensors``, the tensors that the kernel's loop loads:
-    it needs Hopper, addresses and strides in multiples of 16 bytes, and the columns of a head in memory order.
+    it needs addresses and strides in multiples of 16 bytes, and the columns of a head in memory order. Raises
+    ValueError where no choice fits, as for float64 and the widest heads on small GPUs.
     """
-    sample = loop_tensors[0]
-    is_hopper = not sample.is_cuda or torch.cuda.get_device_capability(sample.device) >= (9, 0)
+    limits = limits_of(loop_tensors[0].device)
     in_memory_order = problem.cos is None or problem.q.shape[3] == padded_head_dim(problem.q.shape[3])
-    can_use_tma = is_hopper and in_memory_order and all(_is_aligned(x) for x in loop_tensors)
-    names = "BLOCK_M", "BLOCK_N", "USE_TMA", "num_warps", "num_stages"
-    candidates = [dict(zip(names, choice, strict=True)) for choice in choices if can_use_tma or not choice[2]]
+    can_use_tma = in_memory_order and all(_is_aligned(x) for x in loop_tensors)
+    bias_bytes = 0 if problem.bias is None else problem.bias.element_size()
+    fitting = [c for c in choices if c.fits(limits, bias_bytes) and (can_use_tma or not c.use_tma)]
+    if not fitting:
+        q = problem.q
+        raise ValueError(f"no tiles of {op} for heads {q.shape[3]} wide in {q.dtype} fit this GPU: use kernels=torch")
     key = *problem.shape_class(), "tma" if can_use_tma else "pointers"
-    run(tuning.best_tiles(op, key, candidates, run))
+    run(tuning.best_tiles(op, key, [c.tiles() for c in fitting], run))
 
 
 def _is_aligned(x: Tensor) -> bool:
