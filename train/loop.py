@@ -54,10 +54,10 @@ class Training:
     state: TrainState
     saved_step: int | None = None
     """The step of the newest checkpoint."""
-    ahead: NextStep | None = None
-    """The next step, once it is read and agreed on."""
     pending: Record | None = None
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
+    ahead: NextStep | None = None
+    """The next step, once it is read and agreed on."""
 
     def due(self, every: int, step: int) -> bool:
         """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else

@@ -134,7 +134,7 @@ def _zero_problems(config: Config) -> list[str]:
         problems.append("zero.offload needs zero.stage 1, 2 or 3")
     for key in ("overlap", "bucket_mb"):
         if getattr(z, key) and z.stage == 0:
-            problems.append(f"zero.{key} is about how ZeRO reduces gradients: set zero.stage 1, 2 or 3, or leave it out")
+            problems.append(f"zero.{key} is about ZeRO's gradients: set zero.stage 1, 2 or 3, or leave it out")
     if z.bucket_mb == 0:
         problems.append("zero.bucket_mb=0 has room for no gradient: set it to 50 or more, or leave it out")
     for key in ("prefetch_mb", "hpz"):

@@ -18,7 +18,7 @@ MOST_ELEMENTS = 500_000_000
 
 @dataclass(frozen=True)
 class EngineInventory:
-    """What a run's engine stands on: the kind of its device, its ranks, and the elements that it trains."""
+    """The kind of device, the ranks and the trained elements that a run's engine has."""
 
     device: str
     """torch's name for it: "cpu" or "cuda"."""
