@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ class Engine:
         for name, param in self.engine.module.named_parameters():
             if not param.requires_grad:
                 whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)
-                with self._gathered(param, modifier_rank=0):
+                with self.gathered(param, modifier_rank=0):
                     param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
@@ -219,18 +219,7 @@ class Engine:
         """The objective that is trained."""
         return self.engine.module
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole, in fp32 on the CPU of rank 0, one at a time; other ranks get empty tensors.
-
-        A collective: every rank iterates to the end.
-        """
-        for name, param in self.engine.module.named_parameters():
-            with self._gathered(param):
-                yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
-
-    def _gathered(
-        self, param: nn.Parameter, modifier_rank: int | None = None
-    ) -> contextlib.AbstractContextManager[Any]:
+    def gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
         """Context in which a parameter is whole; what ``modifier_rank`` writes to it is kept."""
         if not self._shards_weights:
             return contextlib.nullcontext()
