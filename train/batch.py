@@ -44,13 +44,15 @@ TARGETS = "targets"
 class StepResult:
     """Losses, gradient norm and outcome of one optimizer step."""
 
-    losses: Losses
-    grad_norm: float
+    losses: dict[str, tuple[float, float]]
+    """By name: this rank's sum over its trained targets, and their count."""
+    grad_norm: float | Tensor
+    """Of the global batch. A tensor may still be computed on the device: it is read where it is logged."""
     update_applied: bool
     """False where a non-finite gradient made the optimizer skip the update."""
 
 
-SKIPPED_STEP = StepResult({"loss": (torch.zeros(()), torch.zeros(()))}, math.nan, False)
+SKIPPED_STEP = StepResult({"loss": (0.0, 0.0)}, math.nan, False)
 """The result of a step all of whose rows are masked: no forward pass, no update."""
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
 import torch
 
-from train.batch import SKIPPED_STEP, Batch, StepResult, count_targets, count_tokens, to_device
+from train.batch import SKIPPED_STEP, Batch, count_targets, count_tokens, to_device
 from train.config.schema import Config
 from train.data.loader import Loader
 from train.data.sampling.batch_plan import Cursor
@@ -32,6 +34,9 @@ from train.util.seeding import seed_of
 EMIT_EVERY_S = 0.1
 """Least time between two step events of steps that are not logged."""
 
+GC_EVERY = 50
+"""Steps between collections of garbage: Python's own come at another step on every rank, and each lets all wait."""
+
 
 @dataclass
 class Training:
@@ -51,6 +56,8 @@ class Training:
     """The step of the newest checkpoint."""
     pending: Record | None = None
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
+    ahead: NextStep | None = None
+    """The next step, once it is read and agreed on."""
 
     def due(self, every: int, step: int) -> bool:
         """Whether an action taken ``every`` so many steps is due at ``step``; all are due at the last step, 0 is else
@@ -59,9 +66,12 @@ class Training:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
 
-class StepSync(NamedTuple):
-    """Sums over all ranks before a step: the size of the global batch, and whether any rank wants to stop."""
+class NextStep(NamedTuple):
+    """A step that is about to be made: this rank's data, and the sums over all ranks."""
 
+    micro_batches: list[Batch]
+    cursor: Cursor
+    """Where the data go on after it."""
     counts: dict[str, int]
     """Trained targets of the global batch, by loss."""
     tokens: int
@@ -74,6 +84,11 @@ class StepSync(NamedTuple):
 
 def train(run: Training) -> TrainState:
     """Train to the last step. Raises Stopped, with a checkpoint saved, when any rank was asked to stop."""
+    with planned_garbage_collection():
+        return _train(run)
+
+
+def _train(run: Training) -> TrainState:
     config, state, record, pace = run.config, run.state, run.pending or {}, Pace(run)
     run.activity.charge("start")
     while record or (state.step < config.steps and not early_stopping.should_stop(config.stop, state)):
@@ -81,6 +96,8 @@ def train(run: Training) -> TrainState:
             before, (state, record) = state, make_step(run, state, pace)
             if state.step <= before.step:
                 continue  # the guard rejected the step
+            if state.step % GC_EVERY == 0:
+                gc.collect(1)
         if run.due(config.eval_every, state.step):
             state = evaluate(run, state, record)
         if record:
@@ -98,6 +115,21 @@ def train(run: Training) -> TrainState:
     return state
 
 
+@contextmanager
+def planned_garbage_collection() -> Iterator[None]:
+    """Inside, Python collects no garbage by itself, and never looks at the objects that are there already."""
+    enabled, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.disable()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
 def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState, Record]:
     """Make one optimizer step: the state after it, and its record, empty where the step is not logged.
 
@@ -105,61 +137,69 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
     """
     config, activity, services = run.config, run.activity, run.services
     activity.begin_step(before.step + 1)
-    with activity.phase("load batch"):
-        torch.manual_seed(seed_of(config.seed, before.step, run.world.rank))
-        micro_batches, cursor = next(run.loader)
-        sync = sync_step(micro_batches, run.should_stop(), services.poll_save())
-    if sync.save_failed:
+    step, run.ahead = run.ahead or sync_ranks(run, {})[1], None
+    if step.save_failed:
         services.wait_for_save()  # raises what is wrong
-    if sync.stop:
+    if step.stop:
         stop(run, before)
+    torch.manual_seed(seed_of(config.seed, before.step, run.world.rank))
     stalled = services.stall_s
     lr = learning_rate(config.schedule, config.optimizer.lr, before.step, config.steps)
     result = SKIPPED_STEP
-    if sync.tokens:
-        batches = [to_device(batch, run.world.device) for batch in micro_batches]
-        result = run.engine.train_step(batches, sync.counts, lr, services.wait_for_staging)
-    losses = mean_losses(result)
+    if step.tokens:
+        batches = [to_device(batch, run.world.device) for batch in step.micro_batches]
+        result = run.engine.train_step(batches, step.counts, lr, services.wait_for_staging)
     seconds = activity.charge("train", save=services.stall_s - stalled)
-    state = before.after(cursor, sync.tokens, result.update_applied, seconds)
-    if sync.tokens:
+    last = before.step + 1 == config.steps
+    losses, ahead = sync_ranks(run, result.losses, last)
+    run.ahead = None if last else ahead
+    seconds += activity.charge("train")
+    state = before.after(step.cursor, step.tokens, result.update_applied, seconds)
+    if step.tokens:
         if target := run.guard.check(before, losses["loss"], result.update_applied):
-            run.saved_step = min(run.saved_step or 0, target.step)
+            run.saved_step, run.ahead = min(run.saved_step or 0, target.step), None
             pace.restart(target)
             activity.charge("redo")
             return target, {}
         state = replace(state, history=before.history.after(losses["loss"], before.cursor, config.spikes))
     record: Record = {}
     if run.due(config.log_every, state.step) or run.due(config.eval_every, state.step):
-        measured = losses | {"lr": lr, "grad_norm": result.grad_norm}
+        measured = losses | {"lr": lr, "grad_norm": float(result.grad_norm)}
         record = step_record(run, state, before.cursor, measured) | pace.since_last(state)
     pace.show(run, state, record)
     activity.charge("other")
     return state, record
 
 
-def sync_step(micro_batches: Sequence[Batch], stop: bool, save_failed: bool) -> StepSync:
-    """Sum over the ranks what the global batch holds, and what any rank wants.
+def sync_ranks(
+    run: Training, losses: Mapping[str, tuple[float, float]], last: bool = False
+) -> tuple[dict[str, float], NextStep]:
+    """Read the next step, and sum over the ranks what it holds and what any rank wants; with it the step before.
 
-    One all-reduce, before the first backward pass, since every gradient is divided by the count of the whole batch.
+    Returns the mean ``losses`` of the step before over the global batch, NaN where it has no target. The one collective
+    of a step outside DeepSpeed: here, since the guard judges a step before the next forward pass, whose gradients are
+    divided by the counts of the whole batch. On a GPU the update of the step before is still running meanwhile. After
+    the ``last`` step there is none to read.
     """
+    micro_batches: list[Batch] = []
+    cursor = Cursor()
+    if not last:
+        with run.activity.phase("load batch"):
+            micro_batches, cursor = next(run.loader)
     counts: Counter[str] = Counter()
     for batch in micro_batches:
         counts.update(count_targets(batch))
-    tokens = float(sum(count_tokens(batch) for batch in micro_batches))
-    mine = [*map(float, counts.values()), tokens, float(stop), float(save_failed)]
-    *sums, tokens, stops, fails = process_group.all_reduce_sum(mine)
-    whole = dict(zip(counts, map(int, sums), strict=True))
-    return StepSync(whole, int(tokens) if whole["loss"] else 0, stops > 0, fails > 0)
-
-
-def mean_losses(result: StepResult) -> dict[str, float]:
-    """The losses of the global batch, each per trained target; NaN where it has no target. One small all-reduce."""
-    pairs = torch.stack([torch.stack([total.double(), count.double()]) for total, count in result.losses.values()])
-    sums = process_group.all_reduce_sum(pairs.flatten().tolist())
-    totals, counts = sums[::2], sums[1::2]
-    means = [total / count if count else math.nan for total, count in zip(totals, counts, strict=True)]
-    return dict(zip(result.losses, means, strict=True))
+    tokens = sum(count_tokens(batch) for batch in micro_batches)
+    wishes = [float(run.should_stop()), float(run.services.poll_save())]
+    pairs = [number for pair in losses.values() for number in pair]
+    sums = iter(process_group.all_reduce_sum([*pairs, *map(float, counts.values()), float(tokens), *wishes]))
+    means = {}
+    for name in losses:
+        total, count = next(sums), next(sums)
+        means[name] = total / count if count else math.nan
+    whole = {name: int(next(sums)) for name in counts}
+    tokens, stops, fails = int(next(sums)), next(sums), next(sums)
+    return means, NextStep(micro_batches, cursor, whole, tokens if whole.get("loss") else 0, stops > 0, fails > 0)
 
 
 def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Record) -> Record:
@@ -169,7 +209,7 @@ def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Reco
         **measured,
         "tokens": state.tokens,
         "epoch": cursor.epoch,
-        "data_hash": run.loader.data_hash(cursor),
+        **({"data_hash": run.loader.data_hash(cursor)} if run.world.is_rank0 else {}),  # only rank 0 logs it
     }
 
 

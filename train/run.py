@@ -70,8 +70,9 @@ def train_rank(
     checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
     kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0], note)
-    start = partial(_load_initial, config, corpus, world, note) if config.init.from_ and not checkpoint else None
-    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, start)
+    read_weights = partial(_load_initial, config, corpus, world, note) if config.init.from_ else None
+    fill = _leave_to_checkpoint if checkpoint else read_weights
+    engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)
     _check_prompts(objective, corpus, config)
     state, pending = restore(checkpoint, engine, loader)
     saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
@@ -102,14 +103,12 @@ def build_engine(
     vocab_size: int,
     world: process_group.DistContext,
     loader: Loader,
-    start: Callable[[Any], None] | None = None,
+    fill: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where
-    given.
-    """
-    objective = build_objective(config, vocab_size).to(world.device)
-    if start:
-        start(objective)
+    """The objective and the engine that trains it. Every rank draws the same weights, unless ``fill`` gives others."""
+    objective = build_objective(config, vocab_size, draw=fill is None).to(world.device)
+    if fill:
+        fill(objective)
     init_from.freeze_parameters(objective, config.init.freeze)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
@@ -127,6 +126,10 @@ def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tu
     reader.restore(checkpoint, engine)
     loader.seek(checkpoint.progress.cursor)
     return checkpoint.progress, checkpoint.manifest["pending"]
+
+
+def _leave_to_checkpoint(objective: Any) -> None:
+    """Fill nothing: ``restore`` does, once the engine is there, and a draw takes minutes for billions of weights."""
 
 
 def _load_initial(

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from train.checkpoint.writer import CheckpointWriter
 from train.config.schema import Config
@@ -17,8 +16,6 @@ from train.engine.engine import Engine
 from train.evaluate import Evaluation, evaluate
 from train.events import DoneEvent, Emit, EvalEvent, NoteEvent, SampleEvent, SaveEvent
 from train.generation.text_streamer import generate_text
-from train.models.generation_api import Generative
-from train.objectives import build_objective
 from train.reporting.activity import RankActivity
 from train.reporting.goodput import goodput
 from train.reporting.tracking import Record, Tracker
@@ -43,8 +40,6 @@ class RunServices:
     should_stop: Callable[[], bool]
     evaluation: Evaluation | None = None
     """The last evaluation of this start."""
-    sample_model: Any = None
-    """A copy of the objective outside DeepSpeed, to sample from."""
 
     def note(self, text: str) -> None:
         """One line for the user, from rank 0."""
@@ -158,18 +153,16 @@ class RunServices:
         self.emit(DoneEvent(summary))
 
     def _sample(self, state: TrainState) -> None:
-        """Rank 0 writes on from the prompts, with a plain copy of the weights; the others help to gather them."""
+        """Rank 0 shows how the model goes on from the prompts, on its device and in the precision of training."""
         options = self.config.generation
-        if not options.prompts or not options.max_tokens or not isinstance(self.engine.module, Generative):
+        model = self.engine.generative()
+        if not options.prompts or not options.max_tokens or model is None:
             return
         self.activity.enter("sample")
-        weights = dict(self.engine.whole_weights())
+        texts = generate_text(model, self.corpus.tokenizer, options.prompts, options)
+        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         if not self.world.is_rank0:
             return
-        self.sample_model = self.sample_model or build_objective(self.config, self.corpus.tokenizer.vocab_size)
-        self.sample_model.load_state_dict(weights, strict=False)
-        texts = generate_text(self.sample_model.eval(), self.corpus.tokenizer, options.prompts, options)
-        rows = [(prompt, best.text) for prompt, (best, *_) in zip(options.prompts, texts, strict=True)]
         for prompt, text in rows:
             self.emit(SampleEvent(state.step, prompt, text))
         if self.tracker:

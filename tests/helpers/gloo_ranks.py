@@ -206,3 +206,14 @@ def state(config: Config, step: int) -> dict[str, Any]:
         elements = sum(shard[1] for shard in shards)
         whole[f"{kind}/{name}"] = reader.read(name, kind, 0, elements).view(shapes[name])
     return whole
+
+
+def whole_weights(engine: Any) -> dict[str, Any]:
+    """Every parameter of an engine's module, whole and in fp32, on rank 0; empty ones on the others. A collective."""
+    import torch
+
+    weights = {}
+    for name, param in engine.module.named_parameters():
+        with engine.gathered(param):
+            weights[name] = param.detach().float().clone() if engine.rank == 0 else torch.empty(0)
+    return weights

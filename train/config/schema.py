@@ -138,6 +138,21 @@ class ZeroConfig(Section):
 
     stage: Literal[0, 1, 2, 3]
     offload: bool = Field(False, description="optimizer states (and stage 3's parameters) rest in host memory")
+    overlap: bool | None = Field(
+        None, description="gradients are reduced beside the backward pass; default: between GPUs"
+    )
+    bucket_mb: NonNegative | None = Field(
+        None, description="megabytes of gradients reduced at a time; default: 200 between GPUs, else all at once"
+    )
+    prefetch_mb: NonNegative | None = Field(
+        None, description="megabytes of weights that stage 3 gathers ahead; default: DeepSpeed's 50 million elements"
+    )
+    hpz: Positive = Field(
+        1, description="stage 3: ranks, such as a host's GPUs, that keep the backward pass's gathers among themselves"
+    )
+    comm_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="format in which gradients are summed over ranks; auto: fp32 for bf16, else their own"
+    )
 
 
 class PrecisionConfig(Section):

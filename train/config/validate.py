@@ -22,7 +22,15 @@ MIN_ROW_TOKENS = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
 
 def config_problems(config: Config) -> list[str]:
     """Combinations of values that make no sense, each with its cure."""
-    parts = (_batch_problems, _model_problems, _objective_problems, _data_problems, _variable_problems, _other_problems)
+    parts = (
+        _batch_problems,
+        _model_problems,
+        _objective_problems,
+        _data_problems,
+        _variable_problems,
+        _zero_problems,
+        _other_problems,
+    )
     problems: list[str] = []
     for part in parts:
         problems += part(config)
@@ -155,6 +163,31 @@ def generation_problems(generation: GenerationConfig) -> list[str]:
     return problems
 
 
+def _zero_problems(config: Config) -> list[str]:
+    z, workers, problems = config.zero, config.cluster.workers, []
+    if z.offload and z.stage == 0:
+        problems.append("zero.offload needs zero.stage 1, 2 or 3")
+    for key in ("overlap", "bucket_mb"):
+        if getattr(z, key) and z.stage == 0:
+            problems.append(f"zero.{key} is about ZeRO's gradients: set zero.stage 1, 2 or 3, or leave it out")
+    if z.bucket_mb == 0:
+        problems.append("zero.bucket_mb=0 has room for no gradient: set it to 50 or more, or leave it out")
+    for key in ("prefetch_mb", "hpz"):
+        if getattr(z, key) not in (None, 1) and z.stage < 3:
+            problems.append(f"zero.{key} is about the weights that only zero.stage=3 shards: set that, or leave it out")
+    if z.stage == 3 and workers % z.hpz:
+        near = max(n for n in range(1, z.hpz + 1) if workers % n == 0)
+        problems.append(
+            f"zero.hpz={z.hpz} does not divide cluster.workers={workers}: set it to the GPUs of a host, or to {near}"
+        )
+    if z.comm_dtype == "bf16" and config.precision.name != "bf16":
+        problems.append(
+            f"zero.comm_dtype=bf16 would cut the gradients of precision={config.precision.name}: "
+            "leave it out, or set precision=bf16"
+        )
+    return problems
+
+
 def _other_problems(config: Config) -> list[str]:
     problems = []
     o = config.optimizer
@@ -162,8 +195,6 @@ def _other_problems(config: Config) -> list[str]:
         problems.append(
             "optimizer=nesterov without momentum is sgd: set optimizer.momentum, such as 0.9, or optimizer=sgd"
         )
-    if config.zero.offload and config.zero.stage == 0:
-        problems.append("zero.offload needs zero.stage 1, 2 or 3")
     if config.save_mirror is not None and not MIRROR_URL.fullmatch(config.save_mirror):  # its value may hold a password
         problems.append(
             "save_mirror is no plain URL: give one such as s3://bucket/runs or file:///shared, "

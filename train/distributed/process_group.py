@@ -100,8 +100,17 @@ def _initialise(world: DistContext, store: dist.Store | None) -> None:
         rank=world.rank,
         world_size=world.size,
         timeout=COLLECTIVE_TIMEOUT,
-        device_id=world.device if gpu else None,
+        device_id=bound_device(world),
     )
+
+
+def bound_device(world: DistContext) -> torch.device | None:
+    """The device that the group is bound to from the start, which lets NCCL connect at once and split groups cheaply.
+
+    None on a CPU, and for a lone rank: it has nobody to connect to, and where DeepSpeed splits a bound group of one,
+    some versions of NCCL fail with "device not ready".
+    """
+    return world.device if world.device.type == "cuda" and world.size > 1 else None
 
 
 def destroy_group() -> None:

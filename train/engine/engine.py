@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from train.batch import Batch, Losses, StepResult
 from train.config.schema import Config
 from train.distributed import heartbeat
 from train.distributed.param_shard import MASTER, ParamShard, frozen_shards, row_shards
-from train.distributed.process_group import DistContext
+from train.distributed.process_group import DistContext, broadcast_
 from train.engine import ds_patches, zero_layout
-from train.engine.ds_config import deepspeed_config
+from train.engine.ds_config import EngineInventory, deepspeed_config
 from train.engine.zero_layout import MasterWeights
 from train.models.carried_state import carried_states
+from train.models.generation_api import Generative
 from train.optim.muon import Muon
 
 ds_patches.import_deepspeed()
@@ -52,7 +53,8 @@ class Engine:
             world.device.index or 0
         )  # index of the device, which is not always the rank's index on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        settings = deepspeed_config(config, micro, accumulation, plain=self.masters is MasterWeights.MODULE)
+        inventory = EngineInventory(world.device.type, world.size, sum(p.numel() for p in self.names))
+        settings = deepspeed_config(config, micro, accumulation, inventory, plain=self.masters is MasterWeights.MODULE)
         unfused = self.masters is MasterWeights.UNFUSED
         initial = [p.detach().float().clone() for p in self.names] if unfused else []
         _count_collectives()
@@ -91,7 +93,8 @@ class Engine:
         # DeepSpeed 0.19 divides the gradients of its unfused optimizer by the loss scale, yet never scales the loss.
         scale = float(self._scaler().cur_scale) if self.masters is MasterWeights.UNFUSED else 1.0
         totals: dict[str, tuple[Tensor, Tensor]] = {}
-        norm, applied = math.nan, True
+        norm: float | Tensor = math.nan
+        applied = True
         for n, batch in enumerate(micro_batches):
             heartbeat.enter_phase("forward", n)
             losses = self.engine(batch)
@@ -103,30 +106,40 @@ class Engine:
                 totals[name] = (before[0] + total.detach(), before[1] + count)
             heartbeat.enter_phase("step", n)
             if n == len(micro_batches) - 1:
+                sums = [number.double() for pair in totals.values() for number in pair]
                 if self.masters is MasterWeights.MODULE:
-                    norm, applied = self._clip_module_gradients()
+                    norm, applied, read_sums = self._clip_module_gradients(sums)
+                else:
+                    read_sums = read_later(torch.stack(sums))
                 before_update()
             self.engine.step()
         if self.masters is not MasterWeights.MODULE:
             applied = not getattr(self.engine.optimizer, "overflow", False)
-            norm = float(self.engine.get_global_grad_norm() or 0.0) / scale if applied else math.nan
+            norm = self._zero_gradient_norm(scale) if applied else math.nan
         for memory in self.memories:
             memory.commit(applied)
-        return StepResult(totals, norm, applied)
+        read = iter(read_sums())
+        return StepResult({name: (next(read), next(read)) for name in totals}, norm, applied)
 
-    def _clip_module_gradients(self) -> tuple[float, bool]:
-        """Clip gradients by their global norm as ZeRO does, or drop them all if it is not finite: (norm, kept).
+    def _clip_module_gradients(self, sums: Sequence[Tensor]) -> tuple[float, bool, Callable[[], list[float]]]:
+        """Clip gradients by their global norm as ZeRO does, or drop them all if it is not finite: (norm, kept, sums).
 
-        Adam would keep one NaN element in its moments for ever, so the norm is checked before the update.
+        Adam would keep one NaN element in its moments for ever, so the norm is checked before the update. The host
+        waits for the device once: the step's ``sums`` are read with the norm.
         """
         grads = [p.grad for p in self.names if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
+        *read, norm = torch.stack([*sums, torch.nn.utils.get_total_norm(grads).double()]).tolist()
         if not math.isfinite(norm):
             self.engine.module.zero_grad(set_to_none=True)
-            return math.nan, False
+            return math.nan, False, lambda: read
         if 0 < self.clip < norm + 1e-6:
             torch._foreach_div_(grads, (norm + 1e-6) / self.clip)
-        return norm, True
+        return norm, True, lambda: read
+
+    def _zero_gradient_norm(self, scale: float) -> float | Tensor:
+        """The norm of the gradients that DeepSpeed clipped, where it was computed; 0 where it keeps none."""
+        norm = self.engine.get_global_grad_norm()
+        return 0.0 if norm is None else norm / scale
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -134,6 +147,19 @@ class Engine:
         self.engine.eval()
         losses: Losses = self.engine(batch)
         return losses
+
+    def generative(self) -> Generative | None:
+        """The objective, in eval mode, for the text that rank 0 generates; None where it cannot, and on ranks that are
+        not needed.
+
+        Where weights are sharded (stage 3) all ranks are, and make the same calls, since all gather them together: the
+        logits of rank 0 are those of every rank, so that a rounding error on one cannot part them.
+        """
+        module: Any = self.engine.module
+        if not isinstance(module, Generative) or not (self.rank == 0 or self._shards_weights):
+            return None
+        self.engine.eval()
+        return ShardedGenerative(module) if self._shards_weights else module
 
     # ---------------------------------------------------------------------------------------------------------- state
 
@@ -168,7 +194,7 @@ class Engine:
         for name, param in self.engine.module.named_parameters():
             if not param.requires_grad:
                 whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)
-                with self._gathered(param, modifier_rank=0):
+                with self.gathered(param, modifier_rank=0):
                     param.copy_(read(whole, MASTER).view(self.shapes[name]))
 
     def scalars(self) -> dict[str, float]:
@@ -193,26 +219,57 @@ class Engine:
         """The objective that is trained."""
         return self.engine.module
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole, in fp32 on the CPU of rank 0, one at a time; other ranks get empty tensors.
-
-        A collective: every rank iterates to the end.
-        """
-        for name, param in self.engine.module.named_parameters():
-            with self._gathered(param):
-                yield name, param.detach().float().cpu().clone() if self.rank == 0 else torch.empty(0)
-
-    def _gathered(
-        self, param: nn.Parameter, modifier_rank: int | None = None
-    ) -> contextlib.AbstractContextManager[Any]:
+    def gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
         """Context in which a parameter is whole; what ``modifier_rank`` writes to it is kept."""
-        stage3 = self.engine.zero_optimization_stage() == 3
-        return deepspeed.zero.GatheredParameters([param], modifier_rank) if stage3 else contextlib.nullcontext()
+        if not self._shards_weights:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters([param], modifier_rank)
+
+    @property
+    def _shards_weights(self) -> bool:
+        return bool(self.engine.zero_optimization_stage() == 3)
 
     @property
     def replicated(self) -> bool:
         """Whether every rank holds every shard (ZeRO stage 0)."""
         return self.masters is not MasterWeights.ZERO
+
+
+class ShardedGenerative:
+    """A generative objective under ZeRO-3, called by all ranks together; see ``generation_api.Generative``."""
+
+    def __init__(self, module: Generative) -> None:
+        self.module = module
+        self.max_len, self.continues = module.max_len, module.continues
+        self.parameters = module.parameters
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, capacity: int) -> tuple[Tensor, Any]:
+        """Read the prompts: logits of rank 0, and this rank's state."""
+        return self._same(*self.module.prefill(tokens, lengths, capacity))
+
+    def decode(self, token: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Read one more token per row: logits of rank 0, and this rank's state."""
+        return self._same(*self.module.decode(token, state))
+
+    def _same(self, logits: Tensor, state: Any) -> tuple[Tensor, Any]:
+        logits = logits.float().contiguous()
+        broadcast_(logits, 0)
+        return logits, state
+
+
+def read_later(numbers: Tensor) -> Callable[[], list[float]]:
+    """Start to copy numbers to the host; the result waits for them, and for nothing that is queued after them."""
+    copy = numbers.to("cpu", non_blocking=True)
+    if not numbers.is_cuda:
+        return copy.tolist
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 _COLLECTIVES = (

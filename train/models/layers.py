@@ -7,6 +7,7 @@ there.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from train.batch import Batch
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
+from train.distributed import heartbeat
 from train.util import seeding
 
 Sizes = Decoder | Encoder | EncDec
@@ -248,8 +250,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, seed: int) -> None:
-    """Fill every parameter: weights normal(0, init_std) of their module, biases 0, norms 1.
+def init_weights(module: nn.Module, seed: int, only: Container[str] | None = None) -> None:
+    """Fill every parameter, or those named in ``only``: weights normal(0, init_std) of their module, biases 0, norms 1.
 
     Each is drawn by its own generator, seeded by (seed, name), in float32 on the CPU: its values depend neither on the
     order of construction nor on device, world size or ZeRO stage. Parameters on ``meta`` are left alone.
@@ -260,6 +262,9 @@ def init_weights(module: nn.Module, seed: int) -> None:
             if id(parameter) in done or parameter.is_meta:
                 continue
             done.add(id(parameter))
+            if only is not None and f"{path}.{leaf}".removeprefix(".") not in only:
+                continue
+            heartbeat.touch()  # a large model takes minutes
             if leaf.startswith("bias"):
                 parameter.zero_()
             elif isinstance(owner, Norm):

@@ -31,13 +31,15 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
-def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
+def build_objective(config: schema.Config, vocab_size: int, draw: bool = True) -> nn.Module:
     """Build the module to train, with weights drawn from ``config.seed``. Raises UserError where its parts do not fit.
 
-    ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated or drawn.
+    ``vocab_size`` is the tokenizer's. Without ``draw`` matrices are left as memory is, for weights that are read
+    later. Under ``torch.device("meta")`` nothing is allocated or drawn.
     """
     if problems := [*family_mismatch(config), *config.model.problems(config.batch.seq_len)]:
         raise UserError("; ".join(problems))
     objective: nn.Module = OBJECTIVES[config.objective.name](config, vocab_size)
-    init_weights(objective, config.seed)
+    if draw:
+        init_weights(objective, config.seed)
     return objective

@@ -19,6 +19,7 @@ from train.data.tokenizer import FILE as TOKENIZER
 from train.data.tokenizer import Tokenizer
 from train.distributed import process_group
 from train.errors import UserError
+from train.models.layers import init_weights
 from train.pretrained.hf.family import Shape
 from train.pretrained.inspect_source import list_differences, mismatch_error
 from train.pretrained.weight_source import WeightOrigin, open_weights
@@ -56,6 +57,8 @@ def load_weights(
 ) -> LoadReport:
     """Load ``init.from`` into ``objective``: its backbone, and its head where objectives are equal and shapes fit.
 
+    What it does not give is drawn, so the objective may come without weights.
+
     Raises UserError that lists everything that does not fit. A collective.
     """
     init, parameters = config.init, dict(objective.named_parameters())
@@ -84,6 +87,7 @@ def load_weights(
     for name in loaded:
         parameters[name].data.copy_(origin.reader.read(name))
     fresh = [name for name in parameters if name not in set(loaded)]
+    init_weights(objective, config.seed, fresh)
     return LoadReport(str(init.from_), origin.description.kind, origin.digest, loaded, fresh, origin.reader.unread())
 
 

@@ -151,7 +151,7 @@ class Guard:
 
     def _first_objective(self) -> nn.Module:
         """The objective with the weights of step 0: a function of the configuration and of ``init.from``."""
-        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size)
+        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size, draw=not self.config.init.from_)
         if self.config.init.from_:
             init_from.load_weights(objective, self.config, self.corpus.tokenizer, self.world)
         return objective

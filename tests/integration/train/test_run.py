@@ -124,3 +124,43 @@ def test_fewer_workers_take_more_micro_batches_of_the_usual_size(make, corpus, w
     config = make(f"cluster.workers={workers}", "batch.global=6")
     loader, _ = loaders(Corpus(corpus), config, DistContext(0, here, 0, torch.device("cpu")))
     assert (loader.micro, loader.micro_batches) == (micro, micro_batches)
+
+
+@pytest.mark.parametrize("model", ["gpt_tiny", "lstm_tiny", "t5_tiny"])
+def test_samples_are_the_same_in_every_stage_and_world(corpus: Path, tmp_path: Path, model: str):
+    texts = []
+    for zero, workers in (("0", 1), ("2", 2), ("3", 2)):
+        files = ("data.paths=[x]", f"data.dir={corpus}", f"run.dir={tmp_path}/{zero}")
+        keys = (f"cluster.workers={workers}", f"zero={zero}", "generation.prompts=[the,a]", "generation.max_tokens=8")
+        config = configuration.load([f"experiment={model}", *gloo_ranks.TEXT, "steps=4", "save_every=0", *files, *keys])
+        arguments = configuration.to_dict(config), str(corpus)
+        ranks = gloo_ranks.start(workers, gloo_ranks.train, *arguments).wait()
+        assert [rank.result for rank in ranks] == ["done"] * workers
+        texts.append([e["text"] for e in ranks[0].events if e["event"] == "sample"])
+        assert all(e["event"] != "sample" for rank in ranks[1:] for e in rank.events)
+    assert len(texts[0]) == 2
+    assert texts[1:] == texts[:1] * 2
+
+
+def counting_draws(world, emit, config, corpus, stop_when=None) -> tuple[str, int]:
+    """Train, and count the parameters whose weights are drawn."""
+    from train.models import layers
+
+    drawn, generator = [], layers.seeding.generator
+
+    def counted(*key):
+        if "init" in key:
+            drawn.append(key)
+        return generator(*key)
+
+    layers.seeding.generator = counted
+    return gloo_ranks.train(world, emit, config, corpus, stop_when), len(drawn)
+
+
+def test_resumed_run_draws_no_weights(make, corpus: Path):
+    config = make("cluster.workers=1")
+    arguments = configuration.to_dict(config), str(corpus)
+    [(end, drawn)] = gloo_ranks.run(1, counting_draws, *arguments, {"event": "step", "step": 3})
+    assert end == "stopped"
+    assert drawn > 0
+    assert gloo_ranks.run(1, counting_draws, *arguments) == [("done", 0)]

@@ -44,7 +44,7 @@ def reload(world, emit, config, corpus: str) -> dict[str, torch.Tensor]:
     engine, _ = build_engine(config, corpus_.tokenizer.vocab_size, world, loader)
     restore(find_newest(Path(config.run.dir or "") / "checkpoints", world, lambda text: None), engine, loader)
     loader.close()
-    forward = dict(engine.whole_weights())
+    forward = gloo_ranks.whole_weights(engine)
     pieces = {}
     for shard in engine.param_shards:
         for kind, view in engine.states(shard).items():

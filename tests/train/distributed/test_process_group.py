@@ -9,6 +9,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+from train.distributed import process_group
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -112,3 +115,11 @@ def test_init_from_env_reads_the_environment_of_torchrun(tmp_path, size):
         command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "bound"), [("cpu", 1, False), ("cpu", 2, False), ("cuda:0", 1, False), ("cuda:0", 2, True)]
+)
+def test_group_is_bound_to_a_device_only_between_gpus(device: str, size: int, bound: bool):
+    world = process_group.DistContext(0, size, 0, torch.device(device))
+    assert process_group.bound_device(world) == (torch.device(device) if bound else None)

@@ -92,7 +92,9 @@ def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> 
         for _ in range(2):
             train_steps(slice(2, None))
             end = copied_states(engine)
-            ends.append(end | {("forward", name, 0): weight for name, weight in engine.whole_weights()})
+            ends.append(
+                end | {("forward", name, 0): weight for name, weight in gloo_ranks.whole_weights(engine).items()}
+            )
             engine.load(lambda shard, kind: saved[shard.name, kind], kinds, 2)  # noqa: B023
         first, second = ends
         results[rule] = {

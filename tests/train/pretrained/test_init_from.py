@@ -90,7 +90,7 @@ def weights_after_rollback(world, emit, config, corpus: str):
     guard = Guard(config, world, corpus_, engine, loader, *nothing)
     guard._roll_back(TrainState())
     loader.close()
-    return {name: weight.numpy() for name, weight in engine.whole_weights()}
+    return {name: weight.numpy() for name, weight in gloo_ranks.whole_weights(engine).items()}
 
 
 def test_init_from_another_model_ends_the_run_before_training(make, corpus: Path, origin):

@@ -55,8 +55,8 @@ def huge_row(world, emit, config, corpus, stop_when=None) -> str:
 
     build = run.build_objective
 
-    def built(config, vocab_size):
-        objective = build(config, vocab_size)
+    def built(config, vocab_size, draw):
+        objective = build(config, vocab_size, draw)
         with torch.no_grad():
             objective.backbone.embed.weight[ord("~")] = 1e38
         return objective

@@ -19,6 +19,7 @@ import os
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
@@ -220,7 +221,7 @@ class Corpus:
         self.tokenizer = self.tokenizer.extended(special)
         self._splits: dict[str, CorpusSplit] = {}
 
-    @property
+    @cached_property  # a second or more for the index of a trillion tokens
     def fingerprint(self) -> str:
         """Hex digest over the index, and so over all shards and the tokenizer: equal only for equal corpora."""
         return fingerprint(self.index)

@@ -93,17 +93,17 @@ class BatchPlan:
                 "resume with the data.streams, data.pack and corpus of the run that saved it"
             )
 
-    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int) -> DocSpans:
+    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int, keep: bool = True) -> DocSpans:
         """Spans of the rows of ``steps`` steps from a cursor, all in its epoch: stream after stream, step after step.
 
         Each stream gives rows_per_stream * steps rows. Spans are cut where rows of seq_len tokens end; padding
-        (sample -1) fills the rest of a row.
+        (sample -1) fills the rest of a row. ``keep``: see ``EpochOrder.spans``.
         """
         number = np.fromiter(streams, np.int64)
         low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
         begins = np.minimum(low + cursor.position, high)
         ends = np.minimum(begins + steps * self._units_per_step, high)
-        spans, owner = self.order.spans(cursor.epoch, begins, ends)
+        spans, owner = self.order.spans(cursor.epoch, begins, ends, keep)
         rows = steps * self.rows_per_stream
         if not self.shape.pack:
             row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -117,8 +117,11 @@ class BatchPlan:
         return _cut_at_rows(spans, self.shape.seq_len)
 
     def step_table(self, cursor: Cursor, skipped: Collection[int] = ()) -> Ints:
-        """Spans of the step at the cursor, (spans, 4): row, sample, start, length; by row, without ``skipped`` rows."""
-        spans = self.row_spans(range(self.shape.streams), cursor, 1)
+        """Spans of the step at the cursor, (spans, 4): row, sample, start, length; by row, without ``skipped`` rows.
+
+        It looks at all streams, of which a loader reads its rank's: the loader's windows stay in the cache.
+        """
+        spans = self.row_spans(range(self.shape.streams), cursor, 1, keep=False)
         # Spans come stream after stream: row ``i`` of ``stream`` is row i * streams + stream of the step.
         index = (np.cumsum(spans.length) - 1) // self.shape.seq_len
         row = index % self.rows_per_stream * self.shape.streams + index // self.rows_per_stream

@@ -96,10 +96,10 @@ class EpochOrder:
         self._windows: OrderedDict[tuple[int, int], tuple[Ints, Ints]] = OrderedDict()
         self._cached_bytes = 0
 
-    def spans(self, epoch: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
+    def spans(self, epoch: int, begins: Ints, ends: Ints, keep: bool = True) -> tuple[DocSpans, Ints]:
         """The spans of the unit ranges [begins[i], ends[i]) of an epoch, range after range, and the i of each span.
 
-        Where rows are not packed, a span is a whole sample.
+        Where rows are not packed, a span is a whole sample. Without ``keep`` no cached window makes room for another.
         """
         with self._lock:
             _, borders = self._shard_order(epoch)
@@ -112,7 +112,7 @@ class EpochOrder:
             parts, owners = [_NO_SPANS], [np.zeros(0, np.int64)]
             for number in np.unique(window).tolist():
                 cuts = np.flatnonzero(window == number)
-                spans, owner = self._spans_in_window(epoch, number, low[cuts], high[cuts])
+                spans, owner = self._spans_in_window(epoch, number, (low[cuts], high[cuts]), keep)
                 parts.append(spans)
                 owners.append(cuts[owner])
         cut_of_span = np.concatenate(owners)
@@ -122,9 +122,10 @@ class EpochOrder:
             cut_of_span, spans = cut_of_span[order], take_spans(spans, order)
         return spans, range_of_cut[cut_of_span]
 
-    def _spans_in_window(self, epoch: int, window: int, begins: Ints, ends: Ints) -> tuple[DocSpans, Ints]:
-        """``spans`` of non-empty ranges inside one window, counted in units from the window's start."""
-        samples, sums = self._samples_of_window(epoch, window)
+    def _spans_in_window(self, epoch: int, window: int, ranges: tuple[Ints, Ints], keep: bool) -> tuple[DocSpans, Ints]:
+        """``spans`` of non-empty ranges (begins, ends) inside one window, in units from the window's start."""
+        begins, ends = ranges
+        samples, sums = self._samples_of_window(epoch, window, keep)
         first = np.searchsorted(sums, begins, side="right")
         last = np.searchsorted(sums, ends, side="left")
         owner, index = _expand_ranges(first, last - first + 1)
@@ -151,11 +152,12 @@ class EpochOrder:
             self._epoch = epoch, numbers, borders
         return self._epoch[1], self._epoch[2]
 
-    def _samples_of_window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
-        """The samples of a window in order, and the units up to the end of each; an LRU cache."""
+    def _samples_of_window(self, epoch: int, window: int, keep: bool) -> tuple[Ints, Ints]:
+        """The samples of a window in order, and the units up to the end of each; an LRU cache, see ``spans``."""
         cached = self._windows.get((epoch, window))
         if cached is not None:
-            self._windows.move_to_end((epoch, window))
+            if keep:
+                self._windows.move_to_end((epoch, window))
             return cached
         shards, _ = self._shard_order(epoch)
         step = self._shuffle.window or len(shards)
@@ -164,8 +166,12 @@ class EpochOrder:
         if self._shuffle.window:
             samples = samples[permutation(samples, hash_key(self._shuffle.seed, epoch, 1))]
         ends = np.cumsum(self._sizes.sample_tokens[samples]) if self._pack else np.arange(1, len(samples) + 1)
+        size = samples.nbytes + ends.nbytes
+        if not keep and self._cached_bytes + size > _CACHE_BYTES:
+            return samples, ends
         self._windows[epoch, window] = samples, ends
-        self._cached_bytes += samples.nbytes + ends.nbytes
+        self._windows.move_to_end((epoch, window), last=keep)
+        self._cached_bytes += size
         while self._cached_bytes > _CACHE_BYTES and len(self._windows) > 1:
             old = self._windows.popitem(last=False)[1]
             self._cached_bytes -= old[0].nbytes + old[1].nbytes

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train.data.sampling import epoch_order
 from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
 from train.data.sampling.epoch_order import DocSpans, EpochOrder, Shuffle, SplitSizes, hash_key, permutation
 from train.errors import UserError
@@ -174,6 +175,19 @@ def test_window_cache_of_one_byte_changes_nothing(monkeypatch):
     monkeypatch.setattr("train.data.sampling.epoch_order._CACHE_BYTES", 1)
     plan = BatchPlan(EpochOrder(sizes, Shuffle(0, 2), True), StepShape(4, 5, 4))
     assert [plan.data_hash(plan.after(Cursor(), step)) for step in range(plan.steps_per_epoch)] == expected
+
+
+def test_data_hash_leaves_the_windows_of_a_loader_in_the_cache(monkeypatch):
+    monkeypatch.setattr("train.data.sampling.epoch_order._CACHE_BYTES", 1)
+    order = EpochOrder(split_sizes([[3, 1, 4]] * 20), Shuffle(0, 2), True)
+    plan, permuted = BatchPlan(order, StepShape(4, 5, 4)), []
+    permutation = epoch_order.permutation
+    monkeypatch.setattr(epoch_order, "permutation", lambda *given: permuted.append(given) or permutation(*given))
+    plan.row_spans([0], Cursor(), 1)
+    plan.data_hash(Cursor())
+    permuted.clear()
+    plan.row_spans([0], Cursor(), 1)
+    assert not permuted
 
 
 def test_a_billion_samples_are_planned_in_no_time():
