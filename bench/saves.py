@@ -153,7 +153,9 @@ def stalls(
     torch.set_num_threads(options.threads // size)
     world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
     batch = [f"batch.global={size * options.rows}", f"batch.seq_len={options.seq_len}"]
-    config = configuration.load(["model=gpt2_124m", "zero=1", "tracking=off", f"cluster.workers={size}", *batch])
+    config = configuration.load(
+        ["model=gpt2_124m", "precision=fp32", "zero=1", "tracking=off", f"cluster.workers={size}", *batch]
+    )
     steps = Steps(config, world)
     place = Path(folder)
     savers: dict[str, Any] = {
@@ -190,7 +192,7 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     """Seconds by round: a block of steps without saves, one with saves, and its steps' waits for saves."""
     torch.set_num_threads(1)
     world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
-    config = configuration.load(["tracking=off", f"cluster.workers={size}"])
+    config = configuration.load(["precision=fp32", "tracking=off", f"cluster.workers={size}"])
     corpus = Corpus(options.corpus)
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)

@@ -13,7 +13,7 @@ MIN_ROW_TOKENS = {"causal": 1, "masked": 8, "seq2seq": 8, "classify": 4}
 
 def config_problems(config: Config) -> list[str]:
     """Combinations of values that make no sense, each with its cure."""
-    parts = (_batch_problems, _model_problems, _objective_problems, _data_problems, _other_problems)
+    parts = (_batch_problems, _model_problems, _objective_problems, _data_problems, _profile_problems, _other_problems)
     problems: list[str] = []
     for part in parts:
         problems += part(config)
@@ -124,6 +124,25 @@ def generation_problems(generation: GenerationConfig) -> list[str]:
     if g.beams == 1 and g.n > 1 and g.temperature == 0:
         problems.append(
             f"generation.n={g.n} greedy texts would be the same: set generation.temperature, or generation.beams={g.n}"
+        )
+    return problems
+
+
+def _profile_problems(config: Config) -> list[str]:
+    profile, workers = config.profile, config.cluster.workers
+    if profile.steps is None:
+        alone = "profile.memory says what to record in profile.steps, and they are not given: profile.steps=[20,25]"
+        return [alone] if profile.memory else []
+    problems, (first, last) = [], profile.steps
+    if not first < last <= config.steps:
+        problems.append(
+            f"profile.steps=[{first},{last}] names no steps of this run: after the first number, up to the second, "
+            f"which is steps={config.steps} at most, such as profile.steps=[{max(0, config.steps - 5)},{config.steps}]"
+        )
+    if beyond := [rank for rank in profile.ranks if rank >= workers]:
+        problems.append(
+            f"profile.ranks={profile.ranks} has rank {beyond[0]}, and cluster.workers={workers} makes ranks "
+            f"0 to {workers - 1}: name one of those"
         )
     return problems
 

@@ -5,6 +5,7 @@ metrics.jsonl, samples.jsonl, skipped.jsonl                              lines b
 run.json, startup.json, world.json, restarts.jsonl                       its starts, where its ranks are, its failures
 summary.json                                                             once it is complete
 checkpoints/step_<n>/, checkpoints/latest                                see ``train.checkpoint``
+profile/                                                                 traces of steps, where asked for
 logs/rank_<n>.log, lock, logs/writer.lock, wandb/
 """
 
@@ -71,6 +72,11 @@ class RunDir:
     def init(self) -> Path:
         """Where the first weights came from, if they were loaded."""
         return self.path / "init.json"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of the steps that were profiled."""
+        return self.path / "profile"
 
     @property
     def metrics(self) -> Path:
