@@ -112,8 +112,10 @@ def build_engine(
     start: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
     """The objective and the engine that trains it. Every rank draws the same weights; ``start`` replaces them, where
-    given.
+    given. The precision of ``config`` must be chosen: see ``resolve_precision``.
     """
+    if config.precision.name == "auto":
+        raise ValueError("an engine needs a precision of its own, not auto: resolve_precision chooses one")
     objective = build_objective(config, vocab_size).to(world.device)
     if start:
         start(objective)

@@ -26,7 +26,7 @@ from train.util.format import PREPARING, count, duration, finite, plural, shares
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
 """Least estimate that is shown: a shorter run takes longer to start than to train."""
-BAR_WIDTH, LEAST_BAR_WIDTH = 28, 8
+BAR_WIDTH, LEAST_BAR_WIDTH = 28, 4
 GAP, FEWEST_FACTS = 2, 3
 """Columns between the facts of the live line; how many of them a narrow terminal keeps."""
 STEP_WORDS = {"step_s_p50": "a step", "step_s_p99": "99 % of steps within"}
