@@ -94,6 +94,7 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _finish(self) -> None:
+        heartbeat.on_phase(None)  # what follows is no part of the step
         with self.activity.phase("write profile"):
             if trace := self._stop():
                 self.folder.mkdir(exist_ok=True)
