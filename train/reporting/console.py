@@ -129,9 +129,7 @@ class RunConsole:
         estimate = event.estimate_s or 0.0
         about = f", about {duration(estimate)}" if estimate >= LEAST_ESTIMATE_S else ""
         if event.device:
-            self._fact("device", event.device + _rates(event))
-        if event.precision:
-            self._fact("precision", event.precision + (f" ({event.precision_why})" if event.precision_why else ""))
+            self._fact("device", _device(event))
         self._fact("kernels", event.kernels or "")
         self._fact("work", what + (f": {count(event.tokens)} tokens" if event.tokens else "") + about)
         if event.start_step:
@@ -336,8 +334,15 @@ def _width(facts: list[str]) -> int:
     return sum(map(len, facts)) + GAP * (len(facts) - 1)
 
 
-def _rates(event: events.PlanEvent) -> str:
-    """The rates of a device that utilisation is told of, in words."""
+def _device(event: events.PlanEvent) -> str:
+    """A rank's device, the precision and its reason, and the rates that utilisation is told of, in words."""
+    parts = [event.device or ""]
+    if event.precision:
+        parts.append(event.precision + (f" ({event.precision_why})" if event.precision_why else ""))
     known = ((event.peak_flops, "by its data sheet"), (event.measured_flops, "measured in matrix products"))
-    words = [f"{rate / 1e12:.3g} TFLOP/s {how}" for rate, how in known if finite(rate) and rate]
-    return f": {', '.join(words)}" if words else ""
+    rates = [f"{_rate(rate)} {how}" for rate, how in known if finite(rate) and rate]
+    return "; ".join([*parts, *([", ".join(rates)] if rates else [])])
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"

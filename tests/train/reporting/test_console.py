@@ -101,10 +101,10 @@ def test_head_says_device_rates_and_precision_with_its_reason():
     device = {"device": "NVIDIA H200", "peak_flops": 989e12, "measured_flops": 7.13e14}
     plan = {"event": "plan", "precision": "bf16", "precision_why": "auto: every worker's device has it"} | device
     text, _ = shown([LIFE[0], plan], width=200)
-    assert "NVIDIA H200: 989 TFLOP/s by its data sheet, 713 TFLOP/s measured in matrix products" in text
-    assert "bf16 (auto: every worker's device has it)" in text
-    text, _ = shown([LIFE[0], plan | {"peak_flops": None}], width=200)
-    assert "NVIDIA H200: 713 TFLOP/s measured" in text
+    rates = "989 TFLOP/s by its data sheet, 713 TFLOP/s measured in matrix products"
+    assert f"device   NVIDIA H200; bf16 (auto: every worker's device has it); {rates}" in text
+    text, _ = shown([LIFE[0], plan | {"peak_flops": None, "measured_flops": 2.9e10}], width=200)
+    assert "device has it); 29 GFLOP/s measured" in text
 
 
 def test_end_says_speed_and_step_times():
