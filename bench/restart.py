@@ -39,6 +39,7 @@ PAUSE_S = (0.5, 1.5)
 """Range of the random pause between a recovery and the next kill, in seconds."""
 FIXED = [
     "model=gpt_tiny",
+    "precision=fp32",
     "batch.seq_len=64",
     "batch.global=8",
     "steps=10000000",

@@ -249,7 +249,7 @@ def every_ten(rank: int, size: int, port: int, folder: str, options: argparse.Na
     """Seconds by round: a block of steps without saves, one with saves, and its steps' waits for saves."""
     torch.set_num_threads(1)
     world = process_group.init_group(rank, size, rank, "cpu", process_group.Rendezvous("127.0.0.1", port))
-    config = configuration.load(["tracking=off", f"cluster.workers={size}"])
+    config = configuration.load(["precision=fp32", "tracking=off", f"cluster.workers={size}"])
     corpus = Corpus(options.corpus)
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)

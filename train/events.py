@@ -102,6 +102,14 @@ class PlanEvent(Event, event="plan"):
     flops_per_token: float | None = None
     zero_stage: int | None = None
     precision: str | None = None
+    precision_why: str | None = None
+    """Why it is that, in words."""
+    device: str | None = None
+    """Name of rank 0's device."""
+    peak_flops: float | None = None
+    """FLOP/s of that device in that precision by its data sheet."""
+    measured_flops: float | None = None
+    """FLOP/s of matrix products, measured on it."""
     workers: int | None = None
     vocab_size: int | None = None
     estimate_s: float | None = None

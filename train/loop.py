@@ -23,7 +23,7 @@ from train.errors import Stopped
 from train.events import Emit, NoteEvent, StepEvent, StopAgreedEvent
 from train.optim.schedule import learning_rate
 from train.reporting.activity import RankActivity
-from train.reporting.throughput import tokens_per_second
+from train.reporting.profiler import StepProfiler
 from train.reporting.tracking import Record
 from train.services import RunServices
 from train.stability import early_stopping
@@ -51,6 +51,7 @@ class Training:
     should_stop: Callable[[], bool]
     guard: Guard
     activity: RankActivity
+    profiler: StepProfiler
     state: TrainState
     saved_step: int | None = None
     """The step of the newest checkpoint."""
@@ -93,7 +94,8 @@ def _train(run: Training) -> TrainState:
     run.activity.charge("start")
     while record or (state.step < config.steps and not early_stopping.should_stop(config.stop, state)):
         if not record:  # else an earlier start made the step, and was stopped before its evaluation
-            before, (state, record) = state, make_step(run, state, pace)
+            with run.profiler.step(state.step + 1):
+                before, (state, record) = state, make_step(run, state, pace)
             if state.step <= before.step:
                 continue  # the guard rejected the step
             if state.step % GC_EVERY == 0:
@@ -162,6 +164,7 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
             activity.charge("redo")
             return target, {}
         state = replace(state, history=before.history.after(losses["loss"], before.cursor, config.spikes))
+    pace.count_step()
     record: Record = {}
     if run.due(config.log_every, state.step) or run.due(config.eval_every, state.step):
         measured = losses | {"lr": lr, "grad_norm": float(result.grad_norm)}
@@ -242,20 +245,26 @@ class Pace:
     """Times for people to look at: the speed since the last record, and a step event now and then."""
 
     def __init__(self, run: Training) -> None:
-        self.spent, self.shown = run.activity.times.spent, -math.inf
+        self.spent, self.meter, self.shown = run.activity.times.spent, run.services.meter, -math.inf
         self.restart(run.state)
 
     def restart(self, state: TrainState) -> None:
         """Count tokens and seconds from this state on."""
-        self.tokens, self.seconds = state.tokens, self.spent["data"] + self.spent["train"]
-        self.stalled = self.spent["save"]
+        self.tokens, self.stalled = state.tokens, self.spent["save"]
+        self.seconds, self.steps = self.spent["data"] + self.spent["train"], list[float]()
+
+    def count_step(self) -> None:
+        """A step was made: its seconds, waiting for data included, are those since the one before."""
+        seconds = self.spent["data"] + self.spent["train"]
+        self.steps.append(seconds - self.seconds)
+        self.seconds = seconds
 
     def since_last(self, state: TrainState) -> Record:
-        """Tokens per second, waiting for data included, and the seconds waited for saves, since the last record."""
-        tokens, seconds, stalled = self.tokens, self.seconds, self.stalled
+        """Speed, waiting for data included, GPU memory, and the seconds waited for saves, since the last record."""
+        measured = self.meter.record(state.tokens - self.tokens, self.steps)
+        stalled = self.stalled
         self.restart(state)
-        speed = tokens_per_second(self.tokens - tokens, self.seconds - seconds)
-        return {"tokens_per_s": round(speed, 1), "save_stall_s": round(self.stalled - stalled, 4)}
+        return {**measured, "save_stall_s": round(self.stalled - stalled, 4)}
 
     def show(self, run: Training, state: TrainState, record: Record) -> None:
         """Emit where the run is, with the numbers of a logged step; other steps at most every EMIT_EVERY_S."""

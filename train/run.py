@@ -21,7 +21,9 @@ from train.data.corpus.shards import Corpus
 from train.data.loader import Loader, loaders
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import determinism, process_group
+from train.distributed.device import describe
 from train.engine.engine import Engine
+from train.engine.precision import resolve_precision
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
 from train.generation.text_streamer import encode_prompts
@@ -33,7 +35,9 @@ from train.optim.factory import build_optimizer, parameter_groups
 from train.optim.layerwise_lr import split_by_depth
 from train.pretrained import init_from
 from train.reporting.activity import RankActivity
-from train.reporting.run_outline import outline
+from train.reporting.meter import DeviceRates, Meter
+from train.reporting.profiler import StepProfiler
+from train.reporting.run_outline import outline, precision_cost
 from train.reporting.tracking import Record, Tracker
 from train.run_dir import resume
 from train.run_dir.environment import lineage
@@ -64,8 +68,7 @@ def train_rank(
     process_group.assert_equal_across_ranks("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, run_dir.path, config, world, note) if config.save_mirror else None
-    if error := process_group.run_on_rank0(lambda: _open_folder(config, corpus, world, emit, mirror)):
-        raise UserError(error)
+    config, why = _open_run(config, corpus, world, emit, mirror)
     loader, held_out = loaders(corpus, config, world)
     checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
@@ -76,13 +79,18 @@ def train_rank(
     _check_prompts(objective, corpus, config)
     state, pending = restore(checkpoint, engine, loader)
     saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
-    emit(PlanEvent(kernels, **outline(config, world, corpus, objective, state)))
+    flops = objective.flops_per_token(config.batch.seq_len)
+    meter = Meter(DeviceRates.measure(world, flops, config.precision.name), world.device)
+    emit(PlanEvent(kernels, precision_why=why, **outline(config, world, corpus, objective, state, meter.rates)))
     last_logged = state.step - (pending is not None)
     tracker = Tracker(config, last_logged, activity.times, note) if world.is_rank0 else None
-    services = RunServices(config, world, corpus, engine, held_out, saver, tracker, emit, activity, should_stop)
+    services = RunServices(config, world, corpus, engine, held_out, saver, tracker, emit, activity, meter, should_stop)
     guard = Guard(config, world, corpus, engine, loader, services.wait_for_save, services.on_rollback, note)
     saved = state.step if checkpoint else None
-    run = Training(config, world, engine, loader, services, emit, should_stop, guard, activity, state, saved, pending)
+    profiler = StepProfiler(config, world, activity, emit)
+    run = Training(
+        config, world, engine, loader, services, emit, should_stop, guard, activity, profiler, state, saved, pending
+    )
     activity.enter("first step")
     try:
         services.finish(train(run))
@@ -105,7 +113,12 @@ def build_engine(
     loader: Loader,
     fill: Callable[[Any], None] | None = None,
 ) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it. Every rank draws the same weights, unless ``fill`` gives others."""
+    """The objective and the engine that trains it. Every rank draws the same weights, unless ``fill`` gives others.
+
+    The precision of ``config`` must be chosen: see ``resolve_precision``.
+    """
+    if config.precision.name == "auto":
+        raise ValueError("an engine needs a precision of its own, not auto: resolve_precision chooses one")
     objective = build_objective(config, vocab_size, draw=fill is None).to(world.device)
     if fill:
         fill(objective)
@@ -165,13 +178,30 @@ def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
         encode_prompts(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
-def _open_folder(
+def _open_run(
     config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit, mirror: Mirror | None
-) -> None:
+) -> tuple[Config, str]:
+    """Open the run's folder: the configuration with its precision chosen, and the reason for that. A collective."""
+    run_dir = RunDir(Path(config.run.dir or ""))
+    if mirror and (error := process_group.run_on_rank0(lambda: _fetch_run(run_dir, mirror))):
+        raise UserError(error)
+    chosen, why = resolve_precision(config, world)
+    if error := process_group.run_on_rank0(lambda: _open_folder(chosen, corpus, world, emit)):
+        raise UserError(error)
+    if cost := precision_cost(describe(world.device), chosen.precision.name):
+        _note(world, emit, cost)
+    return chosen, why
+
+
+def _fetch_run(run_dir: RunDir, mirror: Mirror) -> None:
+    """Rank 0: fetch what a resume reads into a new folder, from where its checkpoints are mirrored."""
+    if not run_dir.config.exists():
+        mirror.fetch_run()
+
+
+def _open_folder(config: Config, corpus: Corpus, world: process_group.DistContext, emit: Emit) -> None:
     """Rank 0: refuse a folder of another run, note what changed, and write configuration, tokenizer and lineage."""
     run_dir = RunDir(Path(config.run.dir or ""))
-    if mirror and not run_dir.config.exists():
-        mirror.fetch_run()
     changes = resume.check_resumable(config, corpus.fingerprint)
     if changes:
         emit(NoteEvent("changed since the last start: " + "; ".join(changes)))

@@ -18,6 +18,7 @@ from train.events import DoneEvent, Emit, EvalEvent, NoteEvent, SampleEvent, Sav
 from train.generation.text_streamer import generate_text
 from train.reporting.activity import RankActivity
 from train.reporting.goodput import goodput
+from train.reporting.meter import Meter
 from train.reporting.tracking import Record, Tracker
 from train.state.train_state import TrainState
 from train.util.run_layout import checkpoint_name
@@ -37,6 +38,7 @@ class RunServices:
     """Rank 0's; the others have none."""
     emit: Emit
     activity: RankActivity
+    meter: Meter
     should_stop: Callable[[], bool]
     evaluation: Evaluation | None = None
     """The last evaluation of this start."""
@@ -140,6 +142,7 @@ class RunServices:
             **(evaluation.numbers() if evaluation else {}),
             "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": state.tokens,
+            **self.meter.summary(),
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),
             "goodput": round(goodput(seconds), 4),

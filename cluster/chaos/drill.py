@@ -168,7 +168,8 @@ class Drill:
             ours, theirs = self.disturbed.run.folder, self.undisturbed.folder
             losses = _losses(ours, seen.step), _losses(theirs, seen.step)
             comparisons = compare_lines(ours, theirs, seen.step)
-            row = judge_fault(fault, seen, comparisons, self.config.precision.name, losses)
+            precision = configuration.read(RunDir(ours).config).precision.name  # as it was chosen
+            row = judge_fault(fault, seen, comparisons, precision, losses)
         except UserError as error:
             row = Row(fault.name, fault.title, failed=str(error))
         if not row.holds:

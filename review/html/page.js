@@ -167,7 +167,7 @@
   }
 
   const keyed = data.keys.map((key) => ({ key, config: true }));
-  const facts = [...new Set([...data.goals.map((goal) => goal.key), "val_loss", "bits_per_byte", "step", "tokens", "params", "wall_s", "goodput", "starts"])];
+  const facts = [...new Set([...data.goals.map((goal) => goal.key), "val_loss", "bits_per_byte", "step", "tokens", "params", "wall_s", "goodput", "tokens_per_s", "mfu", "mfu_measured", "gpu_peak_gib", "starts"])];
   const front = 1 + (data.keys.length > 8 ? facts.length : data.goals.length); // few keys stand beside what they led to
   const columns = [{ key: "name", text: true }, { key: "state", text: true },
     ...facts.slice(0, front - 1).map((key) => ({ key })), ...keyed, ...facts.slice(front - 1).map((key) => ({ key })),

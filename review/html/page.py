@@ -28,7 +28,7 @@ from review.html.parallel_axes import axis_position, parallel_coordinates
 from review.importance import MIN_RUNS, ImportanceReport
 from review.lenient_io import display_path, finite_number
 from review.run_differences import best_runs, comparability_warnings, differing_keys, verdict
-from review.run_reader import Floats, RunRecord, sweeps_of
+from review.run_reader import SPEED, Floats, RunRecord, sweeps_of
 from review.scaling.study import ScalingStudy, report_lines
 from review.search_history import search_history
 from review.wall_time import time_shares
@@ -128,6 +128,7 @@ def _run(run: RunRecord, keys: list[str], budget: int) -> dict[str, Any]:
         "tokens": run.tokens,
         "starts": finite_number(run.run_json.get("starts")) or facts["starts"],
     }
+    facts |= {name: run.speed(name) for name in SPEED}
     facts |= {"wall_s": run.wall_s, "goodput": run.goodput} | {goal.metric: run.goal_value(goal) for goal in run.goals}
     if facts["step"] is None:
         facts["step"] = int(run.steps[-1]) if len(run.steps) else run.trial.step if run.trial else None

@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(["train.run", "helpers.gloo_ranks", "helpers.freeze
 TINY = [
     *("model=gpt_tiny", "model.layers=2", "model.width=32", "model.max_len=32", "batch.seq_len=16", "batch.global=4"),
     *("steps=8", "log_every=1", "eval_every=4", "save_every=4", "keep_last=9", "tracking=off", "generation.prompts=[]"),
-    *("optimizer.lr=1e-2", "schedule=constant", "cluster.workers=2"),
+    *("optimizer.lr=1e-2", "schedule=constant", "precision=fp32", "cluster.workers=2"),
 ]
 
 TEXT = [
@@ -181,7 +181,7 @@ def train_world(
     return run(size, train, configuration.to_dict(config), str(corpus), stop_when, timeout=timeout)
 
 
-TIMES = ("tokens_per_s", "save_stall_s")
+TIMES = ("tokens_per_s", "tokens_per_s_per_worker", "mfu_measured", "step_s_p50", "step_s_p99", "save_stall_s")
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

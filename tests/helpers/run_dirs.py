@@ -11,7 +11,7 @@ import yaml
 
 from train.config import load as configuration
 
-BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", "tracking=off"]))
+BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", "tracking=off", "precision=fp32"]))
 
 
 def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:

@@ -25,6 +25,16 @@ def write_and_read(tmp_path: Path, *runs: dict) -> list[RunRecord]:
     return [read_run(run_dirs.write_run(tmp_path / f"run{i}", **run)) for i, run in enumerate(runs)]
 
 
+def test_comment_has_columns_of_speed_where_any_run_was_measured(tmp_path: Path):
+    runs = write_and_read(tmp_path, {}, {"finished": False})
+    assert "| goodput | tokens/s |" in markdown.render_comment(runs, None, None)
+    runs[0].summary |= {"tokens_per_s": 84300.0, "mfu": 0.4123, "gpu_peak_gib": 61.37}
+    head, _, *rows = [line for line in markdown.render_comment(runs, None, None).splitlines() if line.startswith("|")]
+    assert head.endswith("| goodput | tokens/s | MFU | GPU GiB |")
+    assert rows[0].endswith("| 84.3k | 41.2% | 61.4 |")
+    assert rows[1].endswith("| 5k |  |  |")
+
+
 def test_differing_keys_leave_out_names_and_logging(tmp_path: Path):
     runs = write_and_read(tmp_path, {"optimizer__lr": 1e-3, "log_every": 5}, {"optimizer__lr": 2e-3})
     assert differing_keys(runs) == ["log_every", "optimizer.lr"]

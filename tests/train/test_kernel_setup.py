@@ -81,7 +81,7 @@ def test_damaged_tile_table_is_measured_anew(tmp_path):
 def test_tiles_are_measured_on_a_micro_batch_of_the_run(corpus, model):
     objective = {"t5_tiny": "seq2seq", "bert_tiny": "masked"}.get(model, "causal")
     data = [*gloo_ranks.TEXT, "data.paths=[x]", f"data.dir={corpus}", "batch.seq_len=16"]
-    config = configuration.load([f"model={model}", f"objective={objective}", *data])
+    config = configuration.load([f"model={model}", f"objective={objective}", "precision=fp32", *data])
     opened = Corpus(corpus, config.model.special)
     batch = training_loader(opened, config, RankShare(0, 1, 2)).peek(Cursor())[0]
     assert batch["tokens"].shape == (2, 16)

@@ -158,7 +158,19 @@ class ZeroConfig(Section):
 class PrecisionConfig(Section):
     """Number format of forward and backward; master weights are always fp32."""
 
-    name: Literal["fp32", "bf16", "fp16"]
+    name: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        description="auto: what the run began with; of a new run bf16 where every device has it, else fp32"
+    )
+
+
+class ProfileConfig(Section):
+    """Profiler of a few steps, on a few ranks."""
+
+    steps: Annotated[list[NonNegative], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="[20,25]: trace steps 21 to 25 into profile/ of the run's folder; default: none"
+    )
+    ranks: Annotated[list[NonNegative], Field(min_length=1)] = Field([0], description="the ranks that are traced")
+    memory: bool = Field(False, description="trace allocations too; of a GPU, with a snapshot of its memory")
 
 
 def _as_text(value: Any) -> Any:
@@ -292,6 +304,7 @@ class Config(Section):
     spikes: SpikesConfig = SpikesConfig()
     zero: ZeroConfig
     precision: PrecisionConfig
+    profile: ProfileConfig = ProfileConfig()
     cluster: ClusterConfig
     tracking: TrackingConfig
     generation: GenerationConfig

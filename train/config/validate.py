@@ -29,6 +29,7 @@ def config_problems(config: Config) -> list[str]:
         _data_problems,
         _variable_problems,
         _zero_problems,
+        _profile_problems,
         _other_problems,
     )
     problems: list[str] = []
@@ -76,6 +77,23 @@ def worker_problems(config: Config, workers: int) -> list[str]:
         problems.append(
             f"batch.micro={b.micro} does not divide a worker's share of {share} sequences "
             f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
+        )
+    return problems + _rank_problems(config, workers)
+
+
+def _rank_problems(config: Config, workers: int) -> list[str]:
+    """Ranks named by settings, that so many workers do not make."""
+    problems, hpz, profile = [], config.zero.hpz, config.profile
+    if config.zero.stage == 3 and workers % hpz:
+        near = max(n for n in range(1, hpz + 1) if workers % n == 0)
+        problems.append(
+            f"zero.hpz={hpz} does not divide cluster.workers={workers}: set it to the GPUs of a host, or to {near}"
+        )
+    beyond = [rank for rank in profile.ranks if rank >= workers]
+    if profile.steps is not None and beyond:
+        problems.append(
+            f"profile.ranks={profile.ranks} has rank {beyond[0]}, and cluster.workers={workers} makes ranks "
+            f"0 to {workers - 1}: name one of those"
         )
     return problems
 
@@ -164,7 +182,7 @@ def generation_problems(generation: GenerationConfig) -> list[str]:
 
 
 def _zero_problems(config: Config) -> list[str]:
-    z, workers, problems = config.zero, config.cluster.workers, []
+    z, problems = config.zero, []
     if z.offload and z.stage == 0:
         problems.append("zero.offload needs zero.stage 1, 2 or 3")
     for key in ("overlap", "bucket_mb"):
@@ -175,15 +193,24 @@ def _zero_problems(config: Config) -> list[str]:
     for key in ("prefetch_mb", "hpz"):
         if getattr(z, key) not in (None, 1) and z.stage < 3:
             problems.append(f"zero.{key} is about the weights that only zero.stage=3 shards: set that, or leave it out")
-    if z.stage == 3 and workers % z.hpz:
-        near = max(n for n in range(1, z.hpz + 1) if workers % n == 0)
-        problems.append(
-            f"zero.hpz={z.hpz} does not divide cluster.workers={workers}: set it to the GPUs of a host, or to {near}"
-        )
-    if z.comm_dtype == "bf16" and config.precision.name != "bf16":
+    if z.comm_dtype == "bf16" and config.precision.name not in ("bf16", "auto"):
         problems.append(
             f"zero.comm_dtype=bf16 would cut the gradients of precision={config.precision.name}: "
             "leave it out, or set precision=bf16"
+        )
+    return problems
+
+
+def _profile_problems(config: Config) -> list[str]:
+    profile = config.profile
+    if profile.steps is None:
+        alone = "profile.memory says what to record in profile.steps, and they are not given: profile.steps=[20,25]"
+        return [alone] if profile.memory else []
+    problems, (first, last) = [], profile.steps
+    if not first < last <= config.steps:
+        problems.append(
+            f"profile.steps=[{first},{last}] names no steps of this run: after the first number, up to the second, "
+            f"which is steps={config.steps} at most, such as profile.steps=[{max(0, config.steps - 5)},{config.steps}]"
         )
     return problems
 

@@ -37,6 +37,7 @@ class HeartbeatWriter:
     def __init__(self, memory: mmap.mmap) -> None:
         self._map(memory)
         self._phase, self._since, self._waited, self._busy = 0, time.monotonic(), 0.0, 0.0
+        self._listener: Callable[[str, int], None] | None = None
         self._times[0] = self._since
 
     def _map(self, memory: mmap.mmap) -> None:
@@ -64,6 +65,12 @@ class HeartbeatWriter:
         self._phase, self._since, self._waited = PHASES.index(phase), now, 0.0
         numbers[1], numbers[2] = self._phase, micro
         times[0] = now
+        if self._listener:
+            self._listener(phase, micro)
+
+    def on_phase(self, listener: Callable[[str, int], None] | None) -> None:
+        """Have ``listener(phase, micro)`` called as each phase begins; None: no more."""
+        self._listener = listener
 
     def set_step(self, number: int) -> None:
         """Set the optimizer step that is being made, from 1."""
@@ -115,9 +122,10 @@ def read(memory: bytes | mmap.mmap) -> dict[str, Any]:
 
 
 _writer = HeartbeatWriter(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-attach, enter_phase, set_step, touch, count_calls = (
+attach, enter_phase, on_phase, set_step, touch, count_calls = (
     _writer.attach,
     _writer.enter_phase,
+    _writer.on_phase,
     _writer.set_step,
     _writer.touch,
     _writer.count_calls,

@@ -3,5 +3,6 @@
 engine       ``Engine``: train one step, evaluate, read and load the state as shards
 zero_layout  where each ZeRO stage keeps its fp32 master weights
 ds_config    DeepSpeed's settings for a run's configuration
+precision    choice of the number format, once for all ranks
 ds_patches   settings made before DeepSpeed is imported, for a quick start
 """

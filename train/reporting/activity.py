@@ -37,6 +37,7 @@ PHASES = {
     "sample": PhaseMarks(heartbeat="sample"),
     "begin save": PhaseMarks(heartbeat="save", cause="save"),
     "wait for save": PhaseMarks(heartbeat="save", event="save"),
+    "write profile": PhaseMarks(heartbeat="save", cause="other"),
     "end": PhaseMarks(heartbeat="end"),
 }
 

@@ -26,7 +26,10 @@ from train.util.format import PREPARING, count, duration, finite, plural, shares
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
 """Least estimate that is shown: a shorter run takes longer to start than to train."""
-BAR_WIDTH = 28
+BAR_WIDTH, LEAST_BAR_WIDTH = 28, 4
+GAP, FEWEST_FACTS = 2, 3
+"""Columns between the facts of the live line; how many of them a narrow terminal keeps."""
+STEP_WORDS = {"step_s_p50": "a step", "step_s_p99": "99 % of steps within"}
 PHASES = {
     "ray": "starting Ray",
     "workers": "starting the workers",
@@ -108,11 +111,7 @@ class RunConsole:
             f", on up to {hosts} hosts" if hosts > 1 else ", on this machine"
         )
         self._line(Text.assemble(("Trireme ", "bold"), (str(run.get("name", "")), "bold cyan")))
-        self._fact(
-            "workers",
-            f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}, "
-            f"{self._config.get('precision', {}).get('name')}",
-        )
+        self._fact("workers", f"{places}; ZeRO stage {self._config.get('zero', {}).get('stage')}")
         self._fact("run", f"{run.get('dir')}  (libraries' noise: {run.get('dir')}/logs/)")
 
     def _plan(self, event: events.PlanEvent) -> None:
@@ -129,6 +128,8 @@ class RunConsole:
             what += f" of {batch.get('global')} x {batch.get('seq_len')} tokens"
         estimate = event.estimate_s or 0.0
         about = f", about {duration(estimate)}" if estimate >= LEAST_ESTIMATE_S else ""
+        if event.device:
+            self._fact("device", _device(event))
         self._fact("kernels", event.kernels or "")
         self._fact("work", what + (f": {count(event.tokens)} tokens" if event.tokens else "") + about)
         if event.start_step:
@@ -159,12 +160,13 @@ class RunConsole:
         )  # between logged steps the line keeps the last one's numbers
         facts = [f"step {step:,}" + (f"/{steps:,}" if steps else "")]
         facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
-        facts += [f"{count(self._last['tokens_per_s'])} tokens/s"] if self._last.get("tokens_per_s") else []
         facts += [f"{eta} left"] if eta and step != steps else []
+        facts[2:2] = _speed_facts(self._last)
         if self.terminal.is_terminal:
-            row = Table.grid(padding=(0, 2))
+            facts, width = _fit(facts, self.terminal.width - len(" ") - 2 * GAP)
+            row = Table.grid(padding=(0, GAP))
             bar = ProgressBar(
-                total=steps or 1, completed=step, width=BAR_WIDTH, complete_style="cyan", finished_style="cyan"
+                total=steps or 1, completed=step, width=width, complete_style="cyan", finished_style="cyan"
             )
             row.add_row(Text(" "), bar, *(Text(fact) for fact in facts))
             self._status(row)
@@ -236,6 +238,9 @@ class RunConsole:
         self._line(Text.assemble(("Done", "bold green"), "  " + " · ".join(facts)))
         if spent := summary.get("time_by_cause"):
             self._fact("time", shares(spent))
+        if speed := _speed_facts(summary):
+            steps = [f"{word} {summary[key]:.3g} s" for key, word in STEP_WORDS.items() if finite(summary.get(key))]
+            self._fact("speed", " · ".join([*speed, *steps]))
 
     # called by the driver
 
@@ -302,3 +307,42 @@ class RunConsole:
             self._live.start()
         else:
             self._live.update(what)
+
+
+def _speed_facts(numbers: dict[str, Any]) -> list[str]:
+    """Speed, utilisation and GPU memory in words, what is looked for most first; without what was not measured."""
+    facts = [f"{count(numbers['tokens_per_s'])} tokens/s"] if numbers.get("tokens_per_s") else []
+    facts += [f"MFU {numbers['mfu']:.1%}"] if finite(numbers.get("mfu")) else []
+    facts += [f"{numbers['gpu_peak_gib']:.1f} GiB"] if finite(numbers.get("gpu_peak_gib")) else []
+    several = (numbers.get("tokens_per_s_per_worker") or 0) < 0.99 * (numbers.get("tokens_per_s") or 0)
+    on_gpus = finite(numbers.get("gpu_peak_gib"))
+    return facts + ([f"{count(numbers['tokens_per_s_per_worker'])} a GPU"] if several and on_gpus else [])
+
+
+def _fit(facts: list[str], room: int) -> tuple[list[str], int]:
+    """The facts of the live line for which there is room, in columns, and the width of the bar beside them.
+
+    The bar shrinks first; then those go that are looked for least, but never "... left", which is last.
+    """
+    kept = list(facts)
+    while len(kept) > FEWEST_FACTS and _width(kept) > room - LEAST_BAR_WIDTH:
+        del kept[-2 if kept[-1].endswith(" left") else -1]
+    return kept, min(BAR_WIDTH, max(LEAST_BAR_WIDTH, room - _width(kept)))
+
+
+def _width(facts: list[str]) -> int:
+    return sum(map(len, facts)) + GAP * (len(facts) - 1)
+
+
+def _device(event: events.PlanEvent) -> str:
+    """A rank's device, the precision and its reason, and the rates that utilisation is told of, in words."""
+    parts = [event.device or ""]
+    if event.precision:
+        parts.append(event.precision + (f" ({event.precision_why})" if event.precision_why else ""))
+    known = ((event.peak_flops, "by its data sheet"), (event.measured_flops, "measured in matrix products"))
+    rates = [f"{_rate(rate)} {how}" for rate, how in known if finite(rate) and rate]
+    return "; ".join([*parts, *([", ".join(rates)] if rates else [])])
+
+
+def _rate(flops: float) -> str:
+    return f"{flops / 1e12:.3g} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:.3g} GFLOP/s"

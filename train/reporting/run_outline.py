@@ -8,20 +8,26 @@ from typing import Any
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.distributed import process_group
-from train.kernel_setup import DTYPES
-from train.reporting.throughput import estimated_seconds, matmul_rate
+from train.distributed.device import Device, describe
+from train.reporting.meter import DeviceRates
+from train.reporting.throughput import estimated_seconds, peak_flops
 from train.state.train_state import TrainState
 
 
 def outline(
-    config: Config, world: process_group.DistContext, corpus: Corpus, objective: Any, progress: TrainState
+    config: Config,
+    world: process_group.DistContext,
+    corpus: Corpus,
+    objective: Any,
+    progress: TrainState,
+    rates: DeviceRates,
 ) -> dict[str, Any]:
     """Fields of the plan event: sizes of model, work and corpus, and ``estimate_s`` seconds for the steps that are
     left.
     """
     tokens_per_step = config.batch.global_ * config.batch.seq_len
-    train_tokens, flops = corpus.split("train").tokens, objective.flops_per_token(config.batch.seq_len)
-    left = (config.steps - progress.step) * tokens_per_step * flops
+    train_tokens = corpus.split("train").tokens
+    left = (config.steps - progress.step) * tokens_per_step * rates.flops_per_token
     return {
         "model": config.run.name,
         "params": _numel(objective.parameters()),
@@ -32,14 +38,29 @@ def outline(
         "tokens_per_step": tokens_per_step,
         "corpus_tokens": train_tokens,
         "epochs": tokens_per_step * config.steps / max(train_tokens, 1),
-        "flops_per_token": flops,
+        "flops_per_token": rates.flops_per_token,
         "zero_stage": config.zero.stage,
         "precision": config.precision.name,
+        "device": describe(world.device).name,
+        "peak_flops": rates.peak,
+        "measured_flops": rates.measured,
         "workers": world.size,
         "vocab_size": corpus.tokenizer.vocab_size,
-        # from a hundredth of a second of matrix products
-        "estimate_s": estimated_seconds(left, world.size, matmul_rate(world.device, DTYPES[config.precision.name])),
+        "estimate_s": estimated_seconds(left, world.size, rates.measured),
     }
+
+
+def precision_cost(device: Device, precision: str) -> str | None:
+    """The cost of fp32 on a GPU, in words, with the cure; None for other devices and precisions."""
+    if device.type != "cuda" or precision != "fp32":
+        return None
+    better = "bf16" if device.bf16 else "fp16"
+    fast, slow = (peak_flops(device.name, name) for name in (better, "fp32"))
+    rates = f", {slow / 1e12:.3g} TFLOP/s here instead of {fast / 1e12:.3g}" if fast and slow else ""
+    return (
+        f"fp32 on a GPU: matrix products do without its tensor cores{rates}, and activations take twice the memory. "
+        f"precision={better} uses them, with master weights in fp32 all the same"
+    )
 
 
 def _numel(parameters: Iterable[Any]) -> int:

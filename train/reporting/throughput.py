@@ -8,28 +8,46 @@ import time
 import torch
 
 PEAKS = (
-    (r"B200", 2250e12),
-    (r"GH200", 989e12),
-    (r"H[12]00.*NVL", 835e12),
-    (r"H100 PCIe", 756e12),
-    (r"H[12]00", 989e12),
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
-    (r"A10G", 70e12),
-    (r"A10\b", 125e12),
-    (r"L4\b", 121e12),
-    (r"RTX 4090", 165e12),
-    (r"RTX 3090", 71e12),
-    (r"MI300X", 1307e12),
+    (r"GB[23]00", 2500e12, 80e12),
+    (r"B[23]00", 2250e12, 75e12),
+    (r"GH200", 989e12, 67e12),
+    (r"H[12]00.*NVL", 835e12, 60e12),
+    (r"H100 PCIe", 756e12, 51e12),
+    (r"H([12]|8)00\b", 989e12, 67e12),
+    (r"H20\b", 148e12, 44e12),
+    (r"A[18]00\b", 312e12, 19.5e12),
+    (r"A30\b", 165e12, 10.3e12),
+    (r"A40\b", 149.7e12, 37.4e12),
+    (r"A10G", 70e12, 35e12),
+    (r"A10\b", 125e12, 31.2e12),
+    (r"L40S", 362e12, 91.6e12),
+    (r"L40\b", 181e12, 90.5e12),
+    (r"L20\b", 119.5e12, 59.8e12),
+    (r"L4\b", 121e12, 30.3e12),
+    (r"RTX 6000 Ada", 364e12, 91.1e12),
+    (r"RTX A6000", 154.8e12, 38.7e12),
+    (r"RTX 5090", 209.5e12, 104.8e12),
+    (r"RTX 4090", 165e12, 82.6e12),
+    (r"RTX 3090 Ti", 80e12, 40e12),
+    (r"RTX 3090", 71e12, 35.6e12),
+    (r"V100-SXM", 125e12, 15.7e12),
+    (r"Tesla T4", 65e12, 8.1e12),
+    (r"MI3(00|25)X", 1307e12, 163.4e12),
 )
-"""Dense bf16 (and fp16) FLOP/s by device name, the first match wins; from the makers' data sheets."""
+"""Dense FLOP/s in bf16 (and fp16) and in fp32 by device name, the first match wins; from the makers' data sheets.
+
+fp32 is that of plain fp32 arithmetic, in which torch multiplies matrices unless it is told otherwise, not of TF32.
+"""
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak FLOP/s of a device as ``torch.cuda.get_device_name`` names it; None where unknown, on CPUs and in fp32."""
-    if precision == "fp32":
+    """Peak FLOP/s of a device as ``torch.cuda.get_device_name`` names it; None where unknown, on CPUs and on a part of
+    a GPU (MIG).
+    """
+    if " MIG " in device_name:
         return None
-    return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
+    rates = next(((half, full) for pattern, half, full in PEAKS if re.search(pattern, device_name)), None)
+    return rates and rates[precision == "fp32"]
 
 
 def tokens_per_second(tokens: int, seconds: float) -> float:

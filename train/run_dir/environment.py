@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from train.distributed.device import describe
 
 PACKAGES = ("torch", "deepspeed", "ray", "triton", "numpy", "tokenizers", "webdataset")
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +22,9 @@ def lineage(device: torch.device, workers: int) -> dict[str, str | int]:
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    versions["device"] = describe(device).name
     if device.type == "cuda":
-        versions |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
-    else:
-        versions["device"] = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+        versions["cuda"] = torch.version.cuda or ""
     return versions | {"workers": workers, "system": platform.platform(terse=True)}
 
 

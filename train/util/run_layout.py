@@ -6,6 +6,7 @@ metrics.jsonl, samples.jsonl, skipped.jsonl                              lines b
 run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl              its starts, ranks and failures
 summary.json                                                             once it is complete
 checkpoints/step_<n>/, checkpoints/latest                                see ``train.checkpoint``
+profile/                                                                 traces of steps, where asked for
 logs/rank_<n>.log, logs/rank_<n>.flight.jsonl, lock, logs/writer.lock, wandb/
 """
 
@@ -77,6 +78,11 @@ class RunDir:
     def kernels(self) -> Path:
         """The kernels' tiles and the attention that the run has measured, and on what: kept over its starts."""
         return self.path / "kernels.json"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of the steps that were profiled."""
+        return self.path / "profile"
 
     @property
     def metrics(self) -> Path:

@@ -1,6 +1,8 @@
 """Lines of the console, on a terminal and in a file, from the events that it is given."""
 
 import io
+import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,43 @@ def test_console_into_a_file_writes_no_control_characters():
     assert "\x1b" not in text
     assert "\r" not in text
     assert "step 10/1,000  loss 6.5000  12.3k tokens/s" in text
+
+
+ON_GPUS = {"tokens_per_s": 84300.0, "tokens_per_s_per_worker": 10540.0, "mfu": 0.4123, "gpu_peak_gib": 61.37}
+
+
+@pytest.mark.parametrize(
+    ("width", "seen", "unseen"),
+    [
+        (140, ["step 20/1,000", "loss 6.4000", "84.3k tokens/s", "MFU 41.2%", "61.4 GiB", "10.5k a GPU", "left"], []),
+        (80, ["step 20/1,000", "loss 6.4000", "84.3k tokens/s", "MFU 41.2%", "left"], ["61.4 GiB", "10.5k a GPU"]),
+        (60, ["step 20/1,000", "loss 6.4000", "left"], ["tokens/s", "MFU"]),
+    ],
+)
+def test_live_line_keeps_to_one_row_of_a_narrow_terminal(width, seen, unseen, monkeypatch):
+    monkeypatch.setattr("train.reporting.console.time.monotonic", itertools.count(0.0, 10.0).__next__)
+    steps = [{"event": "step", "step": n, "steps": 1000, "loss": 6.4} | ON_GPUS for n in (10, 20)]
+    text, _ = shown([LIFE[0], *steps], terminal=True, width=width)
+    [line] = [line for line in text.replace("\r", "\n").splitlines() if "step 20/" in line]
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)
+    assert len(plain) <= width
+    assert [words for words in [*seen, *unseen] if words in plain] == seen
+
+
+def test_head_says_device_rates_and_precision_with_its_reason():
+    device = {"device": "NVIDIA H200", "peak_flops": 989e12, "measured_flops": 7.13e14}
+    plan = {"event": "plan", "precision": "bf16", "precision_why": "auto: every worker's device has it"} | device
+    text, _ = shown([LIFE[0], plan], width=200)
+    rates = "989 TFLOP/s by its data sheet, 713 TFLOP/s measured in matrix products"
+    assert f"device   NVIDIA H200; bf16 (auto: every worker's device has it); {rates}" in text
+    text, _ = shown([LIFE[0], plan | {"peak_flops": None, "measured_flops": 2.9e10}], width=200)
+    assert "device has it); 29 GFLOP/s measured" in text
+
+
+def test_end_says_speed_and_step_times():
+    summary = LIFE[-1]["summary"] | ON_GPUS | {"step_s_p50": 0.4012, "step_s_p99": 0.6}
+    text, _ = shown([{"event": "done", "summary": summary}], width=200)
+    assert "84.3k tokens/s · MFU 41.2% · 61.4 GiB · 10.5k a GPU · a step 0.401 s · 99 % of steps within 0.6 s" in text
 
 
 def test_console_hides_samples_before_the_last_step():

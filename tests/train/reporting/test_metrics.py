@@ -142,6 +142,7 @@ def test_classifier_of_any_family_learns_and_reports_metrics(tmp_path: Path, lab
     classes = [] if scores else ["objective.classes=[sad,glad]"]
     how = [
         f"model={model}_tiny",
+        "precision=fp32",
         "objective=classify",
         *classes,
         "batch.seq_len=32",

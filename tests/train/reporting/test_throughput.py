@@ -19,29 +19,52 @@ def test_tokens_per_second_is_tokens_over_seconds():
 
 
 @pytest.mark.parametrize(
-    ("device", "tflops"),
+    ("device", "half", "full"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
-        ("NVIDIA GH200 480GB", 989),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA L4", 121),
-        ("NVIDIA L40S", 362),
-        ("AMD Instinct MI300X", 1307),
+        ("NVIDIA GB300", 2500, 80),
+        ("NVIDIA GB200", 2500, 80),
+        ("NVIDIA B300 SXM6 AC", 2250, 75),
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA GH200 480GB", 989, 67),
+        ("NVIDIA H200", 989, 67),
+        ("NVIDIA H200 NVL", 835, 60),
+        ("NVIDIA H100 80GB HBM3", 989, 67),
+        ("NVIDIA H100 PCIe", 756, 51),
+        ("NVIDIA H100 NVL", 835, 60),
+        ("NVIDIA H800", 989, 67),
+        ("NVIDIA H20", 148, 44),
+        ("NVIDIA H20-3e", 148, 44),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A800-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A30", 165, 10.3),
+        ("NVIDIA A40", 149.7, 37.4),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA A10G", 70, 35),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA L40", 181, 90.5),
+        ("NVIDIA L20", 119.5, 59.8),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA RTX 6000 Ada Generation", 364, 91.1),
+        ("NVIDIA RTX A6000", 154.8, 38.7),
+        ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
+        ("NVIDIA GeForce RTX 4090", 165, 82.6),
+        ("NVIDIA GeForce RTX 3090 Ti", 80, 40),
+        ("NVIDIA GeForce RTX 3090", 71, 35.6),
+        ("Tesla V100-SXM2-32GB", 125, 15.7),
+        ("Tesla T4", 65, 8.1),
+        ("AMD Instinct MI300X", 1307, 163.4),
+        ("AMD Instinct MI325X", 1307, 163.4),
     ],
 )
-def test_peak_flops_by_device_name(device, tflops):
-    assert peak_flops(device, "bf16") == peak_flops(device, "fp16") == tflops * 1e12
+def test_peak_flops_by_device_name_and_precision(device, half, full):
+    assert peak_flops(device, "bf16") == peak_flops(device, "fp16") == pytest.approx(half * 1e12)
+    assert peak_flops(device, "fp32") == pytest.approx(full * 1e12)
 
 
-def test_peak_flops_of_an_unknown_device_is_none():
-    assert peak_flops("NVIDIA H200", "fp32") is None
-    assert peak_flops("cpu", "bf16") is None
+@pytest.mark.parametrize("device", ["x86_64 CPU, 2 cores", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA A1000"])
+def test_peak_flops_of_an_unknown_device_or_of_a_part_of_one_is_none(device):
+    assert peak_flops(device, "bf16") is None
+    assert peak_flops(device, "fp32") is None
     assert utilization(1000, 1e9, 1, None) is None
 
 
