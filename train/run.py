@@ -79,8 +79,7 @@ def train_rank(
     _check_prompts(objective, corpus, config)
     state, pending = restore(checkpoint, engine, loader)
     saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
-    flops = objective.flops_per_token(config.batch.seq_len)
-    meter = Meter(DeviceRates.measure(world, flops, config.precision.name), world.device)
+    meter = _make_meter(objective, config, world)
     emit(PlanEvent(kernels, precision_why=why, **outline(config, world, corpus, objective, state, meter.rates)))
     last_logged = state.step - (pending is not None)
     tracker = Tracker(config, last_logged, activity.times, note) if world.is_rank0 else None
@@ -170,6 +169,12 @@ def _find_checkpoint(
     if checkpoint:
         resume.require_same_corpus(run_dir.path, checkpoint.manifest["corpus"], corpus.fingerprint)
     return checkpoint
+
+
+def _make_meter(objective: Any, config: Config, world: process_group.DistContext) -> Meter:
+    """The meter of this rank's speed; the rate of its device is measured here."""
+    flops = objective.flops_per_token(config.batch.seq_len)
+    return Meter(DeviceRates.measure(world, flops, config.precision.name), world.device)
 
 
 def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
