@@ -249,7 +249,7 @@ def layer_norm_backward(
 
     if total.numel() == 0:
         return grad_residual, grad_x, torch.zeros_like(weight), no_bias if bias is None else torch.zeros_like(bias)
-    candidates = backward_tiles(width)
+    candidates = backward_tiles(total)
     shape_class = candidates[0]["BLOCK_D"], total.dtype, grad_total is not None, p > 0, bias is not None
     weights, biases = run(best_tiles("layer_norm_backward", shape_class, candidates, run))
     grad_bias = no_bias if bias is None or biases is None else column_sums(biases, bias.dtype)

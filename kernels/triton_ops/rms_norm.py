@@ -211,7 +211,7 @@ def rms_norm_backward(
 
     if total.numel() == 0:
         return grad_residual, grad_x, torch.zeros_like(weight)
-    candidates = backward_tiles(width)
+    candidates = backward_tiles(total)
     shape_class = candidates[0]["BLOCK_D"], total.dtype, grad_total is not None, p > 0
     partial = run(best_tiles("rms_norm_backward", shape_class, candidates, run))
     return grad_residual, grad_x, column_sums(partial, weight.dtype)

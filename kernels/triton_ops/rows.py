@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import launch
+from kernels.requirements import limits_of
 from kernels.tuning import Tiles
 
 
@@ -36,6 +37,12 @@ MAX_WIDTH = 1 << 15
 RESIDENT_WARPS = 16
 """Warps that fit a multiprocessor at 128 registers per thread."""
 
+PREFETCHED_INPUTS = 3
+"""Of a norm's backward pass: its two gradients, by the normed rows and by their sum, and that sum."""
+
+REDUCTION_BYTES = 1 << 10
+"""Shared memory in which the warps of a program add up a row, at most."""
+
 
 def forward_tiles(width: int) -> list[Tiles]:
     """Candidates for a forward pass over whole rows of ``width``, the default first.
@@ -45,16 +52,20 @@ def forward_tiles(width: int) -> list[Tiles]:
     return _row_tiles(width, (4096, 32), (4096, 16), (2048, 16))
 
 
-def backward_tiles(width: int) -> list[Tiles]:
-    """Candidates for a backward pass over whole rows of ``width``, the default first; STAGES is the prefetch depth.
+def backward_tiles(x: Tensor) -> list[Tiles]:
+    """Candidates for a backward pass over whole rows of x (..., D), the default first; STAGES is the prefetch depth.
 
     The default gives a thread 16 elements, for each of which it holds three numbers. 32 warps have 64 registers per
-    thread, so they have none for a second block.
+    thread, so they have none for a second block. The prefetched blocks of the three inputs must fit the shared memory
+    of x's device.
     """
+    limits = limits_of(x.device)
     candidates = []
-    for tiles in _row_tiles(width, (2048, 16), (4096, 16)):
+    for tiles in _row_tiles(x.shape[-1], (2048, 16), (4096, 16)):
+        block_bytes = PREFETCHED_INPUTS * tiles["BLOCK_R"] * tiles["BLOCK_D"] * x.element_size()
+        deepest = 3 if limits is None else (limits.shared_bytes - REDUCTION_BYTES) // block_bytes
         stage_choices = (2, 1, 3) if tiles["num_warps"] < 32 else (1,)
-        candidates += [{**tiles, "STAGES": stages} for stages in stage_choices]
+        candidates += [{**tiles, "STAGES": stages} for stages in stage_choices if stages <= max(deepest, 1)]
     return candidates
 
 
