@@ -22,6 +22,7 @@ import itertools
 import re
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -236,7 +237,9 @@ def measure(variant: Variant, overrides: list[str], steps: int, world: process_g
     config = variant.settings(overrides)
     vocabulary = config.model.vocab_size or TOKENIZER
     batch = random_batch(config, vocabulary, world.device)
-    chosen = choose_kernels(config, vocabulary, world, batch)
+    with tempfile.TemporaryDirectory() as folder:  # where a run keeps what it has measured
+        run = config.run.model_copy(update={"dir": folder})
+        chosen = choose_kernels(config.model_copy(update={"run": run}), vocabulary, world, batch, print)
     with variant.with_timers():
         engine, objective = build_engine(config, vocabulary, world, Rows(config.batch.global_))
     tokens = batch["tokens"].numel()

@@ -69,7 +69,7 @@ class Supervisor:
     def _run_attempt(self, attempt: Attempt, slots: list[Slot]) -> outcome.Verdict:
         """Starts an attempt and follows it to its end."""
         try:
-            pids = attempt.start(lambda rendezvous: self.make_orders(slots, rendezvous))
+            pids = attempt.start(lambda rendezvous: self.make_orders(slots, rendezvous, node_resources()))
             self._write_locations(attempt, pids)
         except (RuntimeError, ray.exceptions.RayError) as error:
             if self.job.private is None or not self.job.private.lost():
@@ -227,12 +227,14 @@ class Supervisor:
 
     # ----------------------------------------------------------------------------------------------------------- orders
 
-    def make_orders(self, slots: list[Slot], rendezvous: RendezvousAddress) -> list[StartOrder]:
-        """The order that starts the worker of each slot, by rank."""
+    def make_orders(
+        self, slots: list[Slot], rendezvous: RendezvousAddress, resources: dict[str, dict[str, float]]
+    ) -> list[StartOrder]:
+        """The order that starts the worker of each slot, by rank. ``resources``: all that each node has, by its id."""
         config = self.job.config
         config_json = config.model_dump_json(by_alias=True)
         nodes = [slot.info.node for slot in slots if slot.info is not None]
-        local_sizes, resources = Counter(nodes), node_resources()
+        local_sizes = Counter(nodes)
         forwarded = worker_env.forwarded_variables(os.environ)
         orders = []
         for rank, node in enumerate(nodes):

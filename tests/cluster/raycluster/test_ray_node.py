@@ -53,7 +53,7 @@ def test_worker_environment_starts_python_in_path_with_spaces(tmp_path: Path, mo
     python.parent.mkdir()
     python.symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
-    assert cluster_client.worker_environment("/code") == {"env_vars": {"PYTHONPATH": "/code"}}
+    assert cluster_client.worker_environment("/code") == {"env_vars": {"PYTHONPATH": "/code", "PYTHONSAFEPATH": "1"}}
     monkeypatch.setattr(sys, "executable", str(python))
     command = (
         f"exec {cluster_client.worker_environment('/code')['py_executable']} -c 'print(1)'"  # as Ray gives it to bash

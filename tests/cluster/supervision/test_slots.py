@@ -39,10 +39,10 @@ def test_slots_without_gpus_keep_their_order_on_a_host():
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_orders_of_all_ranks_carry_the_deterministic_environment(tmp_path, deterministic):
-    config = configuration.load([f"run.dir={tmp_path}", f"cluster.deterministic={deterministic}"])
+    config = configuration.load([f"run.dir={tmp_path}", "cluster.workers=2", f"cluster.deterministic={deterministic}"])
     job = Job(config, "", "module:target", "job", lambda event: None, StopRequest(), StartupClock(time.time()))
     slots = [Slot(None, n, {}, info=slot("10.0.0.1", "b", str(n))) for n in range(2)]
-    orders = Supervisor(job, "gpu").make_orders(slots, RendezvousAddress("10.0.0.1", 1, 0))
+    orders = Supervisor(job, "gpu").make_orders(slots, RendezvousAddress("10.0.0.1", 1, 0), {"b": {"CPU": 4.0}})
     fixed = determinism.environment(True)
     assert [fixed.items() <= order.env.items() for order in orders] == [deterministic] * 2
     assert [fixed.keys().isdisjoint(order.env) for order in orders] == [not deterministic] * 2

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cluster.driver import early_start
 from cluster.host.stop_request import StopSignals
+from cluster.raycluster import status
 from cluster.sweep.board import Board
 from cluster.sweep.scheduler import SweepScheduler
 from cluster.sweep.slot_pool import SweepResources
@@ -28,7 +29,8 @@ def made():
 
 @pytest.fixture
 def resources(private) -> SweepResources:
-    return SweepResources("cpu", early_start.TARGET, private.spec.folder.name, StopSignals(), private)
+    nodes = status.living_nodes()
+    return SweepResources("cpu", nodes, early_start.TARGET, private.spec.folder.name, StopSignals(), private)
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import gloo_ranks
@@ -47,7 +49,8 @@ def test_table_on_a_narrow_terminal_keeps_numbers_whole(width: int):
 
 def test_table_in_a_file_is_not_cut():
     command = [sys.executable, "-c", "import test_board; test_board.board(None).print_table()"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
+    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parent}"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     check_rows(done.stdout)
     assert "optimizer.lr" in done.stdout
 
