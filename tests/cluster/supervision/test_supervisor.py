@@ -356,13 +356,21 @@ def test_killed_worker_that_never_ends_is_no_cause_and_its_agent_stays(job_folde
     monkeypatch.setattr(attempt_state, "TEARDOWN_S", 1.5)
     run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "wedge"}, hang_timeout=2)
 
+    agents, show = [], run.supervisor.console
+
+    def look_at_agents(event):
+        if event["event"] == "failure":
+            agents.extend(slot.info for slot in run.supervisor.slots.all)
+        show(event)
+
+    run.supervisor.console = look_at_agents
+
     def keep_exits():
         wait_until(lambda: run.of("step") and (tmp_path / "run" / "failed_1").exists())
         fork_server = psutil.Process(run.pids()[0]).parent()
         fork_server.suspend()
         try:
             wait_until(lambda: run.of("failure"))
-            assert all(slot.info is not None for slot in run.supervisor.slots.all)
         finally:
             fork_server.resume()
 
@@ -375,6 +383,7 @@ def test_killed_worker_that_never_ends_is_no_cause_and_its_agent_stays(job_folde
     notes = [note["text"] for note in run.of("note")]
     assert len(notes) == 2
     assert all("was killed and has not ended" in note for note in notes)
+    assert [agent is not None for agent in agents] == [True, True]
 
 
 def test_all_answers_that_are_there_are_taken_at_once(job_folder):
