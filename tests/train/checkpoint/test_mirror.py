@@ -142,7 +142,7 @@ def test_memory_file_system_can_be_a_mirror(make, corpus: Path):
     ends = gloo_ranks.run(
         1, lose_the_folder, configuration.to_dict(make("save_mirror=memory://there", "cluster.workers=1")), str(corpus)
     )
-    assert ends == [("stopped", "done", 3)]
+    assert ends == [("stopped", "done", 4)]
 
 
 def lose_the_folder(world, emit, config, corpus: str) -> tuple[str, str, int]:
