@@ -45,7 +45,9 @@ def two():
 
 def test_killed_host_is_named_and_a_new_host_is_taken_in(two, tmp_path):
     folder, head, member = two
-    base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0", "cluster.workers=2"]))
+    base = configuration.to_dict(
+        configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0", "cluster.workers=2"])
+    )
     values = {**base, "steps": 100_000, "cluster": {**base["cluster"], "min_workers": 1, "grow_after": 0}}
     (tmp_path / "run" / "logs").mkdir(parents=True)
     events, stop = [], StopRequest()

@@ -68,7 +68,7 @@ def test_export_of_bert_pretraining_t5_and_t5_1_1_is_verified(make, corpus: Path
             "batch.seq_len=16",
             "batch.global=4",
         ]
-        gloo_ranks.train_world(configuration.load(keys), corpus)
+        gloo_ranks.train_world(configuration.load([*keys, "cluster.workers=2"]), corpus)
         done = export(tmp_path / name, tmp_path / f"{name}-there", "latest", SHARD_BYTES)
         assert done.difference <= 1e-5
         assert len(head_logits(open_run(tmp_path / name).objective, torch.zeros(1, 8, dtype=torch.int64))) == heads
@@ -87,6 +87,7 @@ def test_exported_bert_classifier_equals_ours_and_pooler_is_named(tmp_path: Path
         *gloo_ranks.TEXT,
         *SHORT,
         "data.label_key=label",
+        "cluster.workers=2",
         f"data.paths=[{tmp_path}/moods.jsonl]",
     ]
     classes = [
