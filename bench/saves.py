@@ -281,6 +281,7 @@ class SaveService(NoServices):
     """Services of a run without any but the saves that come due every EVERY steps."""
 
     def __init__(self, saver: CheckpointWriter, engine: Engine) -> None:
+        super().__init__(engine.world_size)
         self.saver, self.engine = saver, engine
 
     def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
