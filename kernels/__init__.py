@@ -2,17 +2,18 @@
 
 Importing this package loads neither Triton nor a GPU driver.
 
-dispatch      chooses between the Triton kernels and torch
-launch        starts a Triton kernel; the product that all kernels use
-linear_ce     cross-entropy of a linear layer, in chunks of tokens
-ops           the public functions
-philox        dropout masks from the Philox generator
-reference     the definition of each op in plain torch, which tests compare with
-requirements  what Triton's kernels need of a GPU and its host
-segments      document ids of packed rows
-torch_ops     the ops on torch's own functions
-triton_ops    the ops in Triton
-tuning        tile sizes, measured and kept on disk
+cpu_attention  attention of short rows in bf16 on a CPU
+dispatch       chooses between the Triton kernels and torch
+launch         starts a Triton kernel; the product that all kernels use
+linear_ce      cross-entropy of a linear layer, in chunks of tokens
+ops            the public functions
+philox         dropout masks from the Philox generator
+reference      the definition of each op in plain torch, which tests compare with
+requirements   what Triton's kernels need of a GPU and its host
+segments       document ids of packed rows
+torch_ops      the ops on torch's own functions
+triton_ops     the ops in Triton
+tuning         tile sizes, measured and kept on disk
 
 The public functions, imported here:
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels.cpu_attention as cpu_attention
 import kernels.philox as philox
 from kernels.philox import Dropout
 from kernels.reference import apply_rope, upcast
@@ -26,10 +27,12 @@ def attention(
     rope: RopeTable | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention by torch's scaled_dot_product_attention: see ``kernels.ops.attention``."""
+    """Attention by torch's scaled_dot_product_attention, or ``cpu_attention``: see ``kernels.ops.attention``."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     if rope is not None:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    if cpu_attention.is_faster(q, k, segments, bias):
+        return cpu_attention.self_attention(q, k, v, causal, segments, window, scale)
     mask = None
     if segments is not None:
         mask = segments.mask(causal, window, q.dtype)

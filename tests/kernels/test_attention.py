@@ -107,6 +107,17 @@ def test_attention_at_every_head_dim_equals_reference(backend, head_dim):
     assert_attention_matches(backend, qkv(1, 40, 40, 1, 1, head_dim), causal=True, rope=rope)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="it is the CPU's attention of short rows")
+def test_bf16_attention_on_a_cpu_errs_no_more_than_torchs_own():
+    """Scores of some tens, which bf16 would round by a tenth."""
+    inputs = [(x * scale).bfloat16() for x, scale in zip(qkv(2, 96, 96, 2, 1, 32), (3, 3, 1), strict=True)]
+    heads_first = [x.transpose(1, 2) for x in inputs]
+    exact = reference.attention(*(x.double() for x in inputs), causal=True)
+    torchs = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+    ours = kernels.attention(*inputs, causal=True)
+    assert (ours - exact).norm() < 1.5 * (torchs - exact).norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])

@@ -57,13 +57,15 @@ class Engine:
         settings = deepspeed_config(config, micro, accumulation, inventory, plain=self.masters is MasterWeights.MODULE)
         unfused = self.masters is MasterWeights.UNFUSED
         initial = [p.detach().float().clone() for p in self.names] if unfused else []
-        _count_collectives()
+        _patch_collectives(world.size)
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.masters is MasterWeights.MODULE:  # a lone rank has nothing to average, yet would copy every gradient
             self.engine.enable_backward_allreduce = world.size > 1
         self.trained = list(zero_layout.trained_shards(self.engine, self.masters, self.names, world.rank))
         self.param_shards = [*self.trained, *frozen]
+        if isinstance(self.inner, Muon):
+            self.inner.dtype = torch.bfloat16 if config.precision.name == "bf16" else torch.float32
         if isinstance(self.inner, Muon) and config.zero.stage > 0:
             self.inner.shards = zero_layout.shards_by_flat(self.engine, self.names, self.trained, self.shapes)
             self.inner.world = world
@@ -283,12 +285,18 @@ _COLLECTIVES = (
 )
 
 
-def _count_collectives() -> None:
-    """Count DeepSpeed's collectives in the rank's heartbeat, as ``train.distributed.process_group`` does its own."""
+def _patch_collectives(world_size: int) -> None:
+    """Count DeepSpeed's collectives in the rank's heartbeat, as ``train.distributed.process_group`` does its own.
+
+    The sum over a lone rank is there already, yet DeepSpeed asks for one up to four times a step, each a change of
+    threads; it ignores what all_reduce returns.
+    """
     deepspeed.init_distributed(dist_init_required=False)
     backend = deepspeed.comm.comm.cdb
     for name in _COLLECTIVES:
         setattr(backend, name, heartbeat.count_calls(getattr(type(backend), name).__get__(backend), name))
+    if world_size == 1:
+        backend.all_reduce = lambda *args, **options: None
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -123,14 +123,21 @@ def test_optimizers_that_torch_has_equal_torch(name):
     assert torch.allclose(parameter, reference, atol=3e-2 if name == "muon" else 1e-6), "torch's Muon works in bfloat16"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (64, 16), (16, 64), (1, 9)])
-def test_muon_update_is_near_orthogonal_and_as_large_as_adamw(shape):
+def test_muon_update_is_near_orthogonal_and_as_large_as_adamw(shape, dtype):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalize(matrix))
+    values = torch.linalg.svdvals(orthogonalize(matrix, dtype))
     assert 0.6 < values.min() <= values.max() < 1.3
-    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+    assert torch.equal(orthogonalize(torch.zeros(shape), dtype), torch.zeros(shape))
     if min(shape) > 1:
-        assert 0.1 < muon_update(matrix).square().mean().sqrt() < 0.3
+        assert 0.1 < muon_update(matrix, dtype).square().mean().sqrt() < 0.3
+
+
+def test_muon_iterations_in_bf16_point_where_those_in_fp32_do():
+    matrix = torch.randn(48, 160, generator=torch.Generator().manual_seed(0))
+    fp32, bf16 = (orthogonalize(matrix, dtype).flatten() for dtype in (torch.float32, torch.bfloat16))
+    assert torch.cosine_similarity(fp32, bf16, dim=0) > 0.999
 
 
 def test_biases_of_recurrent_layers_are_not_decayed(make_config):
