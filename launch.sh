@@ -175,10 +175,12 @@ case "$verb" in
     prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)
-        [ $# -gt 0 ] || code=2 fail "bench needs a name: $(cd "$root/bench" && echo *.py | sed 's/\.py//g; s/__init__ *//')"
-        name="$1"; shift
+        names="$(cd "$root" && grep -lx 'if __name__ == "__main__":' bench/*.py bench/nanogpt/*.py | sed 's/\.py//; s|/|.|g')"
+        module="$(grep -m 1 "\.${1:-}\$" <<<"$names" || true)"
+        [ -n "$module" ] || code=2 fail "bench needs one of these names: $(sed 's/.*\.//' <<<"$names" | sort | xargs)"
+        shift
         unset TRIREME_T0  # the runs that it makes begin when it makes them
-        run "$python" -m "bench.$name" "$@"
+        run "$python" -m "$module" "$@"
         ;;
     test)
         export OMP_NUM_THREADS=1

@@ -38,8 +38,10 @@ from rich.table import Table
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from bench.mfu import SHAPES, TOKENIZER, Rows, choices, random_batch, wait
-from bench.step import NoServices, numbers, processor, training
+from bench.nanogpt.step import numbers
 from bench.tools import goals, results
+from bench.tools.bare_loop import NoServices, training
+from bench.tools.results import processor
 from train.checkpoint.writer import CheckpointWriter
 from train.config import load as configuration
 from train.config.schema import Config

@@ -61,7 +61,7 @@ class Bf16Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k and v."""
+        """Gradients of q, k and v, in their shapes (B, H, T, Dh)."""
         q, k, v, probs = ctx.saved_tensors
         grad = grads[0].reshape(q.shape)
         grad_probs = torch.bmm(grad, v.transpose(1, 2))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.step import load_peer
+from bench.nanogpt.checkout import load_peer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # A stand-in for nanoGPT's model.py: its configuration, a forward pass with a loss, and its optimizer.
 PEER = """
@@ -47,7 +47,7 @@ def test_bench_step_times_both_sides_with_a_row_for_each_stage(tmp_path: Path):
     (tmp_path / "model.py").write_text(PEER)
     few = ["--rounds", "2", "--steps", "2", "--threads", "1", "--stages", "0,2"]
     small = ["model.layers=1", "model.width=32", "log_every=2"]
-    command = [sys.executable, "-m", "bench.step", "--peer", str(tmp_path), *few, *small]
+    command = [sys.executable, "-m", "bench.nanogpt.step", "--peer", str(tmp_path), *few, *small]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_BUILD_OPS": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr  # 1: a table of bigrams is faster than a transformer

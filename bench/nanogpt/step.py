@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import random
 import statistics
@@ -32,23 +31,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bench.nanogpt.checkout import load_peer
+from bench.tools.bare_loop import NoServices, training
 from bench.tools.results import processor
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
-from train.data.loader import Loader, loaders
+from train.data.loader import loaders
 from train.data.prepare import prepare
 from train.distributed import process_group
-from train.engine.engine import Engine
-from train.loop import Training, train
-from train.reporting.activity import RankActivity
-from train.reporting.meter import DeviceRates, Meter
-from train.reporting.profiler import StepProfiler
-from train.reporting.tracking import Record
+from train.loop import train
 from train.run import build_engine
-from train.services import RunServices
-from train.stability.guard import Guard
-from train.state.train_state import TrainState
 
 GOAL = 1.05
 CHARACTERS = string.printable[:65]
@@ -57,67 +50,6 @@ WARM_UP = 10
 
 Turn = Callable[[int], None]
 """Trains for so many more steps."""
-
-
-class NoServices(RunServices):
-    """Services left out: the records of logged steps are made and dropped."""
-
-    def __init__(self, workers: int) -> None:
-        """None of what the real ones need, but for the meter, which the loop reads."""
-        self.meter = Meter(DeviceRates(0.0, workers, None, 1.0), torch.device("cpu"))
-
-    def log(self, record: Record) -> None:
-        """Nothing is kept."""
-
-    def evaluate(self, state: TrainState, whole: bool = False) -> Record:
-        """Nothing is evaluated."""
-        return {}
-
-    def save(self, state: TrainState, val_loss: float | None, pending: Record | None) -> None:
-        """Nothing is saved."""
-
-    def wait_for_staging(self) -> None:
-        """Nothing is waited for."""
-
-    def poll_save(self) -> bool:
-        """No save can fail."""
-        return False
-
-    def wait_for_save(self) -> None:
-        """Nothing is in flight."""
-
-    @property
-    def stall_s(self) -> float:
-        """No step waits."""
-        return 0.0
-
-
-def training(
-    config: Config,
-    world: process_group.DistContext,
-    corpus: Corpus,
-    engine: Engine,
-    loader: Loader,
-    services: NoServices,
-) -> Training:
-    """The loop's rank from its beginning, guarded as any run is; its events are dropped."""
-    guard = Guard(
-        config, world, corpus, engine, loader, services.wait_for_save, lambda state, why: None, lambda text: None
-    )
-    activity = RankActivity(lambda event: None)
-    return Training(
-        config,
-        world,
-        engine,
-        loader,
-        services,
-        lambda event: None,
-        lambda: False,
-        guard,
-        activity,
-        StepProfiler(config, world, activity, lambda event: None),
-        TrainState(),
-    )
 
 
 def ours(config: Config, corpus: Corpus, world: process_group.DistContext) -> tuple[Turn, int]:
@@ -184,20 +116,6 @@ def measure(turns: dict[str, Turn], rounds: int, steps: int) -> dict[str, list[f
             turns[name](steps)
             times_by_side[name].append(1e3 * (time.perf_counter() - began) / steps)
     return times_by_side
-
-
-def load_peer(checkout: Path) -> ModuleType:
-    """model.py of a checkout of nanoGPT, as a module."""
-    path = checkout / "model.py"
-    if not path.is_file():
-        raise SystemExit(f"no model.py in {checkout}: --peer is a checkout of https://github.com/karpathy/nanoGPT")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def numbers(text: str) -> list[int]:
