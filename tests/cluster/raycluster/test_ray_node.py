@@ -48,6 +48,18 @@ def test_raylet_that_ends_at_its_start_raises_a_user_error(folder):
     ]
 
 
+def test_raylet_kills_no_agent_for_want_of_memory(folder):
+    """Its memory monitor would choose the agent, which holds nothing, and with it the worker that holds all."""
+    node = ray_node.start_head(ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
+    try:
+        (raylet,) = [child for child in psutil.Process().children(recursive=True) if child.name() == "raylet"]
+        assert raylet.environ()["RAY_memory_monitor_refresh_ms"] == "0"
+        logs = [path.read_text() for path in folder.rglob("raylet.*") if path.is_file()]
+        assert any("MemoryMonitor disabled" in text for text in logs), logs
+    finally:
+        node.end()
+
+
 def test_worker_environment_starts_python_in_path_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     python = tmp_path / "ein Ordner mit Straße" / "python"
     python.parent.mkdir()
