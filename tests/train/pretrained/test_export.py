@@ -129,7 +129,7 @@ def test_export_from_any_stage_and_world_size_equals_ours(make, corpus: Path, tm
     own, exported = logits_of(run, tmp_path / "there")
     assert (own - exported).abs().max() < 1e-5
     assert {f.name for f in (tmp_path / "there").iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert not list(tmp_path.glob(".there*"))
 

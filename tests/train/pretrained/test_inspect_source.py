@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import gloo_ranks
+from safetensors.numpy import save_file
 
 from train.checkpoint import manifest
 from train.config import load as configuration
@@ -42,12 +44,15 @@ OVERRIDES = [
 OVERRIDES += ["model.max_len=32", "batch.seq_len=16"]
 
 
+HEAD = np.arange(320 * 32, dtype=np.float32).reshape(320, 32)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the config.json of a small Llama and an empty file for its weights."""
+    """A folder with the config.json of a small Llama and a file with one of its weights."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "there/model.safetensors").touch()
+    save_file({"lm_head.weight": HEAD}, tmp_path / "there/model.safetensors")
     return tmp_path / "there"
 
 
