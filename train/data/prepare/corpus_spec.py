@@ -132,7 +132,4 @@ def _split_documents(
         held[np.argmin(fractions)] = True
     tested[np.argmax(fractions)] = held[np.argmax(fractions)] = False
     chosen = {"train": documents[~(held | tested)], "val": documents[held]}
-    del chosen["tokenizer"]["max_unknown"]
-    if data.tokenizer.end_token is None:  # as in corpora that were prepared before there was this key
-        del chosen["tokenizer"]["end_token"]
     return chosen | ({"test": documents[tested & ~held]} if data.test_fraction else {})
