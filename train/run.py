@@ -25,7 +25,7 @@ from train.engine.engine import Engine
 from train.engine.precision import resolve_precision
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
-from train.generation.prompts import choose_prompts
+from train.generation.prompts import with_prompts
 from train.kernel_setup import choose_kernels
 from train.loop import Training, train
 from train.objectives import build_objective
@@ -74,8 +74,7 @@ def train_rank(
     read_weights = partial(_load_initial, config, corpus, world, note) if config.init.from_ else None
     fill = _leave_to_checkpoint if checkpoint else read_weights
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)
-    prompts = choose_prompts(config, corpus.tokenizer, note)
-    config = config.model_copy(update={"generation": config.generation.model_copy(update={"prompts": prompts})})
+    config = with_prompts(config, corpus.tokenizer, note)
     state, pending = restore(checkpoint, engine, loader)
     saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
     meter = _make_meter(objective, config, world)

@@ -44,23 +44,24 @@ def check_given(config: Config, tokenizer: Tokenizer) -> None:
         _check(config, tokenizer, number, prompt)
 
 
-def choose_prompts(config: Config, tokenizer: Tokenizer, note: Callable[[str], None]) -> list[str]:
-    """The prompts of a run's samples: those given, or of the default ones those that fit, with a ``note`` of others.
+def with_prompts(config: Config, tokenizer: Tokenizer, note: Callable[[str], None]) -> Config:
+    """``config`` with the prompts that samples begin with: those given, or of the default ones those that fit, with a
+    ``note`` of the others.
 
     By default the words that Python begins with where the corpus is Python, elsewhere the start of a document.
     Raises UserError for a given one that does not fit.
     """
     if config.generation.prompts is not None:
         check_given(config, tokenizer)
-        return config.generation.prompts
-    fitting = []
+        return config
+    fitting: list[str] = []
     for number, prompt in enumerate(PYTHON_PROMPTS if config.data.source == "stdlib" else ("",)):
         try:
             _check(config, tokenizer, number, prompt)
             fitting.append(prompt)
         except UserError as error:
             note(f"no sample of the default {error}")
-    return fitting
+    return config.model_copy(update={"generation": config.generation.model_copy(update={"prompts": fitting})})
 
 
 def _check(config: Config, tokenizer: Tokenizer, number: int, prompt: str) -> None:

@@ -189,7 +189,7 @@ def _check_tokenizer(run: SavedRun, staging: Path, tokens: Tensor) -> None:
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(staging, local_files_only=True)
     text = _text_of(run, tokens.flatten())
     ids = run.tokenizer.encode(text)
-    before, after = ([run.tokenizer.id_of(token) for token in part] for part in _around_text(run))
+    before, after = (list(map(run.tokenizer.id_of, part)) for part in _around_text(run))
     same_ids = hf_tokenizer.encode(text, add_special_tokens=False) == ids
     if not same_ids or hf_tokenizer.decode(ids) != run.tokenizer.decode(ids):
         raise UserError("transformers reads the tokenizer of this run as another one, so nothing is exported")
