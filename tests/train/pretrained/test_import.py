@@ -253,7 +253,7 @@ def test_unknown_model_is_refused_with_the_keys_of_each_family(make_config):
     assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)
 
 
-def test_head_that_differs_from_the_embedding_is_imported_whatever_the_flag_says(tmp_path: Path):
+def test_head_unlike_the_embedding_is_imported_whatever_the_flag_says(tmp_path: Path):
     for values in (LLAMA, GPT2):
         folder = tmp_path / values["model_type"]
         model_of(values | {"tie_word_embeddings": False}).save_pretrained(folder)
@@ -279,23 +279,31 @@ def test_names_of_wrappers_and_of_older_files_are_understood(tmp_path: Path):
     assert_same_logits(logits, model)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("model.norm.weight", torch.full((32,), torch.nan), "not finite (in fp32), in backbone.norm.weight"),
-        ("lm_head.weight", torch.full((320, 32), 1e300, dtype=torch.float64), "not finite (in fp32), in head.weight"),
-        ("lm_head.weight", torch.ones(320, 32, dtype=torch.int64), "only floating-point weights are read"),
-        ("model.layers.0.self_attn.q_proj.bias", torch.ones(32), "which the model of this run has no place for"),
-        ("model.layers.2.input_layernorm.weight", torch.ones(32), "which the model of this run has no place for"),
-        ("", None, "nothing but zeros"),
-    ],
-    ids=["nan", "infinite in fp32", "integers", "a bias that the flags deny", "a layer more", "zeros"],
+def load_each_on_rank(world, emit, overrides: list[str], folders: list[str]) -> list:
+    """As ``load_on_rank``, for several folders."""
+    return [load_on_rank(world, emit, overrides, folder) for folder in folders]
+
+
+UNUSABLE = (
+    ("model.norm.weight", torch.full((32,), torch.nan), "not finite (in fp32), in backbone.norm.weight"),
+    ("lm_head.weight", torch.full((320, 32), 1e300, dtype=torch.float64), "not finite (in fp32), in head.weight"),
+    ("lm_head.weight", torch.ones(320, 32, dtype=torch.int64), "only floating-point weights are read"),
+    ("model.layers.0.self_attn.q_proj.bias", torch.ones(32), "which the model of this run has no place for"),
+    ("model.layers.2.input_layernorm.weight", torch.ones(32), "which the model of this run has no place for"),
+    ("", torch.zeros(()), "nothing but zeros"),
 )
-def test_weights_that_nothing_can_be_trained_from_are_refused_by_name(copy: Path, name: str, value, words: str):
-    weights = load_file(copy / "model.safetensors")
-    weights = weights | {name: value} if name else {key: torch.zeros_like(one) for key, one in weights.items()}
-    save_file(weights, copy / "model.safetensors")
-    assert words in load(model_overrides(LLAMA), copy)
+"""Tensor of a Llama, its value, and the words of the refusal; "" for all."""
+
+
+def test_weights_that_nothing_can_be_trained_from_are_refused_by_name(folder: Path, tmp_path: Path):
+    copies = [Path(shutil.copytree(folder, tmp_path / str(n))) for n in range(len(UNUSABLE))]
+    for copy, (name, value, _) in zip(copies, UNUSABLE, strict=True):
+        weights = load_file(copy / "model.safetensors")
+        weights = weights | {name: value} if name else {key: torch.zeros_like(one) for key, one in weights.items()}
+        save_file(weights, copy / "model.safetensors")
+    messages = gloo_ranks.run(1, load_each_on_rank, model_overrides(LLAMA), [str(copy) for copy in copies])[0]
+    for message, (_, _, words) in zip(messages, UNUSABLE, strict=True):
+        assert words in message
 
 
 def test_tokenizer_with_another_beginning_of_a_text_is_the_same(copy: Path):

@@ -321,8 +321,8 @@ def unigram_file(folder: Path) -> Path:
     return folder / "english.json"
 
 
-def test_text_that_a_given_tokenizer_does_not_know_is_said_and_much_of_it_refused(tmp_path, text_data):
-    given, notes = {"kind": "file", "path": str(unigram_file(tmp_path))}, []
+def test_text_unknown_to_a_given_tokenizer_is_said_and_much_refused(tmp_path, text_data):
+    given, notes = {"kind": "file", "tokenizer_path": str(unigram_file(tmp_path))}, []
 
     def report(event):
         notes.extend([event["text"]] if event["phase"] == "note" else [])
