@@ -61,7 +61,7 @@ class TokenizerConfig(Section):
         None, description="its token that ends a document; default: eos_token of tokenizer_config.json beside it"
     )
     max_unknown: Fraction | None = Field(
-        None, description="share of tokens that it may not know, above which a corpus is refused; default: 0.01"
+        None, description="share of the text that it may not know, above which a corpus is refused; default: 0.01"
     )
 
 

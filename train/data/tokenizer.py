@@ -80,9 +80,15 @@ class Tokenizer:
         return ids
 
     def count_unknown(self, text: str, ids: Sequence[int]) -> int:
-        """How much of ``text``, whose ids are ``ids``, the vocabulary lacks: unknown tokens, or dropped characters."""
+        """How many characters of ``text``, whose ids are ``ids``, are dropped, or stand for the unknown token: one such
+        token may stand for a whole sentence.
+        """
         if self._alphabet is None:
-            return 0 if self._unknown is None else ids.count(self._unknown)
+            if self._unknown is None or self._unknown not in ids:
+                return 0
+            found = self._fast.encode(text, add_special_tokens=False)
+            lengths = [end - begin for begin, end in found.offsets]
+            return sum(length for length, one in zip(lengths, found.ids, strict=True) if one == self._unknown)
         normalizer, pre_tokenizer = self._fast.normalizer, self._fast.pre_tokenizer
         read = normalizer.normalize_str(text) if normalizer else text
         words = [word for word, _ in pre_tokenizer.pre_tokenize_str(read)] if pre_tokenizer else [read]

@@ -153,7 +153,7 @@ def test_dropout_of_a_given_tokenizer_is_switched_off_with_a_note(tmp_path: Path
     assert notes == []
 
 
-def test_end_token_is_the_key_else_that_of_the_config_beside_else_a_known_one(tmp_path: Path):
+def test_end_token_is_the_key_else_the_config_beside_else_a_known_one(tmp_path: Path):
     settings = saved(tmp_path, words_of("<|eot_id|>", "<｜end▁of▁sentence｜>"))
     with pytest.raises(UserError, match=r"data\.tokenizer\.end_token"):
         given_tokenizer(settings)
@@ -186,7 +186,7 @@ UNIGRAM.add_special_tokens([EOT])
 @pytest.mark.parametrize(
     ("fast", "text", "unknown"),
     [
-        (UNIGRAM, "ab床a", 1),
+        (UNIGRAM, "ab床前明a", 3),
         (words_of(EOT, "[UNK]"), "ab 床前 a", 2),  # it drops what it does not know
         (Fast.from_str(BPE.content), "ab 床前 a", 0),
         (Fast.from_str(BYTES.content), "ab 床前 a", 0),
@@ -198,7 +198,7 @@ def test_text_that_a_tokenizer_does_not_know_is_counted(fast: Fast, text: str, u
     assert tokenizer.count_unknown(text, tokenizer.encode(text)) == unknown
 
 
-def test_vocabulary_without_the_token_for_unknown_words_is_refused_in_words():
+def test_vocabulary_without_an_unknown_token_is_refused_in_words():
     fast = Fast(models.WordLevel({"aa": 0}, unk_token="[UNK]"))
     fast.add_special_tokens([EOT])
     with pytest.raises(UserError, match="cannot encode this text"):

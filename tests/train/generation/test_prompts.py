@@ -18,7 +18,7 @@ def config_of(make_config, source: str, prompts: list[str] | None, **keys):
     return config.model_copy(update={"data": data, "generation": schema.GenerationConfig(prompts=prompts)})
 
 
-def test_default_prompts_are_those_of_the_corpus_and_what_does_not_fit_is_noted(make_config):
+def test_default_prompts_are_the_corpuss_and_what_does_not_fit_is_noted(make_config):
     notes: list[str] = []
     assert with_prompts(config_of(make_config, "text", None), CHINESE, notes.append).generation.prompts == [""]
     assert notes == []

@@ -24,6 +24,7 @@ from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io
+from train.util.format import plural
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
@@ -140,7 +141,7 @@ def _tokens_per_byte(build: CorpusBuild, tokenizer: Tokenizer) -> float:
 
 
 Receipt = tuple[shards.ShardEntry, shards.Ids, int]
-"""Entry and table of a shard, and how many of its tokens are unknown ones."""
+"""Entry and table of a shard, and how many characters of its text the tokenizer does not know."""
 
 
 def _write_shards(build: CorpusBuild, jobs: list[workers.ShardJob], verified: VerifiedFiles) -> dict[str, Receipt]:
@@ -175,14 +176,14 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
 
 def _check_unknown(build: CorpusBuild, receipts: Iterable[Receipt]) -> None:
     """Say how much of the text the tokenizer does not know. Raises UserError where it is more than may be."""
-    tokens = unknown = 0
+    tokens = unknown = 0  # unknown: in characters, as if each were a token
     for entry, _, count in receipts:
         tokens, unknown = tokens + entry.tokens, unknown + count
     if not unknown:
         return
-    share, settings = min(1.0, unknown / tokens), build.data.tokenizer
+    share, settings = unknown / (tokens + unknown), build.data.tokenizer
     most = _MAX_UNKNOWN if settings.max_unknown is None else settings.max_unknown
-    what = f"{share:.2%} of the text is unknown to the tokenizer ({unknown:,} of {tokens:,} tokens)"
+    what = f"{share:.2%} of the text is unknown to the tokenizer ({plural(unknown, 'character')})"
     if share > most:
         raise UserError(
             f"data.tokenizer.path={settings.path}: {what}, more than data.tokenizer.max_unknown={most:g}: it was made "

@@ -123,7 +123,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
-    """Tokenise the documents of a shard and write it beside the tokenizer; last, how many tokens are unknown ones."""
+    """Tokenise a shard's documents and write it beside the tokenizer; last, how many of their characters are unknown."""
     tokenizer = _tokenizer(job.path.parent)
     unknown = 0
 
