@@ -123,7 +123,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 
 def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
-    """Tokenise a shard's documents and write it beside the tokenizer; last, how many of their characters are unknown."""
+    """Tokenise a shard's documents and write it beside the tokenizer; last, how many characters it does not know."""
     tokenizer = _tokenizer(job.path.parent)
     unknown = 0
 
