@@ -18,6 +18,7 @@ from train.errors import ExitCode, Stopped, UserError
 from train.events import Event
 from train.util import redact
 from train.util.format import plural
+from train.util.io import to_json
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -110,7 +111,7 @@ def worker(argv: Sequence[str]) -> int:
 
     def emit(event: Event) -> None:
         if world.is_rank0:
-            OUT.print_json(data=event.to_json(), indent=None, default=float)
+            OUT.print_json(to_json(event.to_json()), indent=None)
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
     process_group.destroy_group()

@@ -102,6 +102,8 @@ def _train(run: Training) -> TrainState:
                 gc.collect(1)
         if run.due(config.eval_every, state.step):
             state = evaluate(run, state, record)
+        if state.step == config.steps:
+            run.guard.refuse_worthless(state, run.services.evaluation)  # before it is logged and saved
         if record:
             run.services.log(record)
         if end_early := early_stopping.should_stop(config.stop, state):

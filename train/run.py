@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -26,10 +25,9 @@ from train.engine.engine import Engine
 from train.engine.precision import resolve_precision
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
-from train.generation.text_streamer import encode_prompts
+from train.generation.prompts import with_prompts
 from train.kernel_setup import choose_kernels
 from train.loop import Training, train
-from train.models.generation_api import Generative
 from train.objectives import build_objective
 from train.optim.factory import build_optimizer, parameter_groups
 from train.optim.layerwise_lr import split_by_depth
@@ -44,7 +42,7 @@ from train.run_dir.environment import lineage
 from train.services import RunServices
 from train.stability.guard import Guard
 from train.state.train_state import TrainState
-from train.util.io import write_whole
+from train.util.io import to_json, write_whole
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
@@ -76,7 +74,7 @@ def train_rank(
     read_weights = partial(_load_initial, config, corpus, world, note) if config.init.from_ else None
     fill = _leave_to_checkpoint if checkpoint else read_weights
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)
-    _check_prompts(objective, corpus, config)
+    config = with_prompts(config, corpus.tokenizer, note)
     state, pending = restore(checkpoint, engine, loader)
     saver = CheckpointWriter(run_dir.checkpoints, config.keep_last, config.keep_best, world, mirror)
     meter = _make_meter(objective, config, world)
@@ -151,7 +149,7 @@ def _load_initial(
     report = init_from.load_weights(objective, config, corpus.tokenizer, world)
     note(report.summary())
     file = RunDir(Path(config.run.dir or "")).init
-    if error := process_group.run_on_rank0(lambda: write_whole(file, json.dumps(asdict(report), indent=1).encode())):
+    if error := process_group.run_on_rank0(lambda: write_whole(file, to_json(asdict(report), indent=1).encode())):
         raise UserError(error)
 
 
@@ -175,12 +173,6 @@ def _make_meter(objective: Any, config: Config, world: process_group.DistContext
     """The meter of this rank's speed; the rate of its device is measured here."""
     flops = objective.flops_per_token(config.batch.seq_len)
     return Meter(DeviceRates.measure(world, flops, config.precision.name), world.device)
-
-
-def _check_prompts(objective: Any, corpus: Corpus, config: Config) -> None:
-    """Refuse prompts that the model cannot continue, before the first step and not at the first evaluation."""
-    if isinstance(objective, Generative):
-        encode_prompts(objective, corpus.tokenizer, config.generation.prompts, config.generation)
 
 
 def _open_run(
@@ -215,8 +207,8 @@ def _open_folder(config: Config, corpus: Corpus, world: process_group.DistContex
     write_whole(run_dir.config, content.encode())
     write_whole(run_dir.tokenizer, corpus.tokenizer.content.encode())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
-    write_whole(run_dir.corpus, json.dumps(about).encode())
-    write_whole(run_dir.environment, json.dumps(lineage(world.device, world.size), indent=1).encode())
+    write_whole(run_dir.corpus, to_json(about).encode())
+    write_whole(run_dir.environment, to_json(lineage(world.device, world.size), indent=1).encode())
 
 
 def _note(world: process_group.DistContext, emit: Emit, text: str) -> None:

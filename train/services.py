@@ -49,10 +49,9 @@ class RunServices:
             self.emit(NoteEvent(text))
 
     def log(self, record: Record) -> None:
-        """Rank 0 writes the line of a step; numbers that are not finite become null, since JSON has none."""
+        """Rank 0 writes the line of a step."""
         if self.tracker:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-            self.tracker.log(finite)
+            self.tracker.log(record)
 
     def evaluate(self, state: TrainState, whole: bool = False) -> Record:
         """Metrics of the ``whole`` held-out split, or of ``eval_tokens`` of it before the last step; and samples.

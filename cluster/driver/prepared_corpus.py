@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from train.config.schema import Config
 from train.data.corpus import shards
 from train.data.prepare import prepare
-from train.events import PrepareEvent
+from train.data.tokenizer import load_tokenizer
+from train.events import NoteEvent, PrepareEvent
+from train.generation.prompts import check_given
 from train.pretrained import inspect_source
 from train.run_dir import resume
 
@@ -21,12 +24,17 @@ def find_corpus(config: Config, report: Callable[[dict[str, Any]], None]) -> str
     """
     resume.check_resumable(config, None)
     inspect_source.check_source(config)
+    check = partial(check_given, config)
     ready = prepare.find_prepared(config.data)
-    if ready is None:
+    if ready is not None:
+        check(load_tokenizer(ready))
+    else:
 
         def report_progress(progress: dict[str, Any]) -> None:
-            report(PrepareEvent(progress["phase"], progress).to_json())
+            noted = progress["phase"] == "note"
+            event = NoteEvent(progress["text"]) if noted else PrepareEvent(progress["phase"], progress)
+            report(event.to_json())
 
-        ready = prepare.prepare(config.data, report_progress, config.objective)
+        ready = prepare.prepare(config.data, report_progress, config.objective, check)
     resume.check_resumable(config, shards.fingerprint(shards.read_index(ready)))
     return str(ready.absolute())

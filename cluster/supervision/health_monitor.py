@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from cluster.supervision.job import Job
 from cluster.supervision.timeouts import DEVICE_CHECK_S, DRIVER_PAUSE_S, INSPECT_S, TICK_S
 from cluster.worker.messages import SlotInfo, StartOrder
 from train.events import NoteEvent
+from train.util.io import to_json
 from train.util.run_layout import RunDir
 
 STEPS_WRITTEN_S = 10.0
@@ -106,7 +106,7 @@ class HealthMonitor:
             self.written, self.written_at = window, now
             line = {"step": max(heartbeat.step for heartbeat in heartbeats), **hang_detector.summarise_steps(window)}
             with RunDir(self.job.run_dir).ranks.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
         for rank, ratio in slow_ranks:
             self._show_slow(rank, f"it works {ratio:.1f} times as long as the others")
         self._check_clocks(now)

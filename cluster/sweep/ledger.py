@@ -13,7 +13,6 @@ last line that a crash cut short is ignored.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from train.config.sweep_dir import LEDGER
 from train.config.sweep_space import Params, SweepSpace
 from train.errors import UserError
 from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
-from train.util.io import append_line, read_records
+from train.util.io import append_line, read_records, to_json
 from train.util.redact import redact_tree
 
 FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
@@ -84,7 +83,7 @@ class SweepLedger:
         head, self.head = self.head, None
         if head is not None:
             self._write(head)
-        append_line(self.file, json.dumps({**record, "t": round(time.time(), 3)}, ensure_ascii=False))
+        append_line(self.file, to_json({**record, "t": round(time.time(), 3)}))
 
     def record_trial(self, number: int, params: Params, attrs: dict[str, Any]) -> None:
         """Records that a search has decided on a trial."""

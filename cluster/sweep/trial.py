@@ -101,12 +101,12 @@ def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     values: list[float] = []
     for metric in metrics:
         value = summary.get(metric)
-        if isinstance(value, int | float):
-            values.append(float(value))
-        elif history := metric_history(folder, metric):
-            values.append(history[-1][1])
-        else:
+        if value is None:  # the newest measurement counts, also where it is null: the model has diverged
+            measured = [row[metric] for row in read_records(RunDir(folder).metrics) if metric in row]
+            value = measured[-1] if measured else None
+        if not isinstance(value, int | float):
             return None
+        values.append(float(value))
     return values
 
 

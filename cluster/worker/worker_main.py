@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
-import json
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
 from train.events import ErrorEvent, Event, NoteEvent, PhaseEvent, StopAskedEvent
 from train.util.format import plural
-from train.util.io import FileLock
+from train.util.io import FileLock, to_json
 
 LEAST_CORES = 2
 """A rank has more threads that work at the same time: a NUMA node where it may use fewer cores is not kept to."""
@@ -46,7 +45,7 @@ class EventPipe:
 
     def __call__(self, event: Event) -> None:
         """Sends ``event``; numbers of foreign types become floats. Does nothing when the agent is gone."""
-        line = json.dumps(event.to_json(), default=float).encode() + b"\n"
+        line = to_json(event.to_json()).encode() + b"\n"
         with self._lock, contextlib.suppress(BrokenPipeError):
             while line:
                 line = line[self._file.write(line) :]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+from train.util.io import to_json
 from train.util.run_layout import checkpoint_name, checkpoint_steps
 
 MANIFEST = "checkpoint.json"
@@ -30,7 +31,7 @@ class DamagedCheckpoint(Exception):  # noqa: N818  a finding, not an error of th
 
 def to_bytes(values: dict[str, Any]) -> bytes:
     """The content of ``checkpoint.json`` for a manifest's values."""
-    rest = json.dumps({"version": VERSION, **values}).encode()[1:]
+    rest = to_json({"version": VERSION, **values}).encode()[1:]
     return _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER + rest
 
 

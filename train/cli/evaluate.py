@@ -17,6 +17,7 @@ from train.distributed import process_group
 from train.errors import UserError
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
 from train.run_dir.open_run import open_run
+from train.util.io import to_json
 from train.util.run_layout import RunDir
 
 
@@ -64,7 +65,7 @@ def run(options: Mapping[str, str], console: Console, *, as_json: bool) -> None:
     numbers = evaluated.evaluation.numbers()
     if as_json:
         more: dict[str, Any] = {"step": evaluated.step, "split": split, "places": evaluated.targets}
-        console.print_json(data=more | numbers | evaluated.evaluation.details(evaluated.classes))
+        console.print_json(to_json(more | numbers | evaluated.evaluation.details(evaluated.classes)))
         return
     title = f"{options['run.dir']}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
         ", test" if split == "test" else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
+from train.util.io import to_json
 
 SETTING_KEYS = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
 """Keys of the section ``generation`` that the verb takes without its name."""
@@ -45,7 +45,7 @@ def run(options: Mapping[str, str], *, as_json: bool) -> None:
     ):
         for text in texts:
             if as_json:
-                _write(json.dumps({"prompt": prompt, **vars(text)}, ensure_ascii=False) + "\n")
+                _write(to_json({"prompt": prompt, **vars(text)}) + "\n")
             else:
                 _write(f"{_title(number, len(given), text)}\n{begin(prompt)}{text.text}\n")
 

@@ -29,7 +29,7 @@ from train.config import sweep_space
 from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
 from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
-from train.config.validate import config_problems, worker_problems
+from train.config.validate import config_problems, ineffective_keys, worker_problems
 from train.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -124,6 +124,7 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
+    problems += ineffective_keys(config, {sweep_space.key_of(text) for text in overrides})
     if problems:
         raise ConfigError(problems)
     return config, settings

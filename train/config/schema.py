@@ -57,6 +57,12 @@ class TokenizerConfig(Section):
     kind: Literal["bpe", "file", "chars", "bytes"]
     vocab_size: Positive | None = Field(None, description="of a trained bpe, its special token included")
     path: str | None = Field(None, description="a tokenizer.json, for kind=file")
+    end_token: str | None = Field(
+        None, description="its token that ends a document; default: eos_token of tokenizer_config.json beside it"
+    )
+    max_unknown: Fraction | None = Field(
+        None, description="share of the text that it may not know, above which a corpus is refused; default: 0.01"
+    )
 
 
 class DataConfig(Section):
@@ -248,7 +254,11 @@ class TrackingConfig(Section):
 class GenerationConfig(Section):
     """Decoding settings of generated text."""
 
-    prompts: list[str] = Field(description="what the samples of a run start with")
+    prompts: list[str] | None = Field(
+        None,
+        description="what the samples of a run start with; default: of data=stdlib `def ` and `class `, "
+        "else the start of a document",
+    )
     max_tokens: NonNegative = Field(
         200, description="tokens of a text at most; it also ends where the model's max_len is full"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 from train.config.schema import Config, GenerationConfig, variants
 
@@ -38,6 +39,17 @@ def config_problems(config: Config) -> list[str]:
     if config.cluster.workers is not None:
         problems += worker_problems(config, config.cluster.workers)
     return problems + generation_problems(config.generation)
+
+
+def ineffective_keys(config: Config, given: Container[str]) -> list[str]:
+    """Keys among those ``given`` on the command line that mean nothing beside the others."""
+    kind = config.data.tokenizer.kind
+    if kind == "bpe" or config.data.tokenizer.vocab_size is None or "data.tokenizer.vocab_size" not in given:
+        return []
+    return [
+        f"data.tokenizer.vocab_size is how many tokens a bpe learns, and data.tokenizer.kind={kind} learns none: "
+        "leave it out, or take kind=bpe"
+    ]
 
 
 def _batch_problems(config: Config) -> list[str]:
@@ -162,8 +174,16 @@ def _data_problems(config: Config) -> list[str]:
         problems.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
     if d.source == "stdlib" and d.paths:
         problems.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
-    if d.tokenizer.kind == "file" and not d.tokenizer.path:
+    t = d.tokenizer
+    if t.kind == "file" and not t.path:
         problems.append("data.tokenizer.kind=file needs data.tokenizer.path, a tokenizer.json")
+    if t.kind != "file":
+        for key in ("path", "end_token", "max_unknown"):
+            if (value := getattr(t, key)) is not None:
+                problems.append(
+                    f"data.tokenizer.{key}={value} is about a given tokenizer.json, and data.tokenizer.kind is "
+                    f"{t.kind}: add data.tokenizer.kind=file, or leave {key} out"
+                )
     if d.tokenizer.kind == "bpe" and (d.tokenizer.vocab_size or 0) < 257:
         problems.append("data.tokenizer.vocab_size must be at least 257 for bpe: 256 bytes and the end of text")
     return problems

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from train.config import schema
 from train.errors import UserError
+from train.util.io import is_lfs_pointer
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
 _END_TOKENS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_ENDS = "ends_document"
+"""Mark of an entry of ``added_tokens``: it ends a document, whatever _END_TOKENS are there. Other readers ignore it."""
+_RUN_TIME = ("truncation", "padding", "post_processor")
+"""Parts of a tokenizer.json that have no say in the ids of a text alone."""
+_CONFIG_FILE = "tokenizer_config.json"
 _BYTES = 256
 _LONG = 1 << 20
 """Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
@@ -24,19 +34,22 @@ class Tokenizer:
     """Encodes and decodes text; ``eot`` is the id before and after every document, ``vocab_size`` counts all ids."""
 
     def __init__(self, content: str) -> None:
-        try:
-            self._fast = Fast.from_str(content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"not a tokenizer.json that the tokenizers library reads: {error}") from None
+        self._fast, marked = _load(content)
         # A text that spells a special token is text: it must not end a document, and it must come back as it was.
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
         self._fast.no_truncation()
-        ids = [self._fast.token_to_id(token) for token in _END_TOKENS]
+        if getattr(self._fast.model, "dropout", None):
+            self._fast.model.dropout = None  # a text would have other ids each time
+        ids = [self._fast.token_to_id(token) for token in ([marked] if marked else _END_TOKENS)]
         known = [identity for identity in ids if identity is not None]
         if not known:
-            raise UserError(f"the tokenizer has no token that ends a document (looked for {', '.join(_END_TOKENS)})")
+            raise UserError(
+                f"the tokenizer has no token that ends a document (looked for {', '.join(_END_TOKENS)}, and for "
+                f"eos_token of a {_CONFIG_FILE} beside it): name it with data.tokenizer.end_token"
+            )
         self.eot: int = known[0]
+        self._marked = marked
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.content = content
@@ -50,6 +63,8 @@ class Tokenizer:
         # Chunks may be encoded apart only where the tokenizer adds nothing before or between words.
         splittable = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
         self._chunk = _LONG if splittable and self._fast.normalizer is None else None
+        self._unknown = _unknown_id(self._fast, content)
+        self._alphabet = _droppable_alphabet(self._fast, vocabulary) if self._characters is None else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without ``eot``. Raises UserError for a character that a character vocabulary lacks."""
@@ -58,8 +73,26 @@ class Tokenizer:
             raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
         ids: list[int] = []
         for chunk in _split_text(text, self._chunk or len(text)):
-            ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
+            try:
+                ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
+            except Exception as error:  # bare, of a vocabulary that lacks the token for what it does not know
+                raise UserError(f"the tokenizer cannot encode this text: {error}") from None
         return ids
+
+    def count_unknown(self, text: str, ids: Sequence[int]) -> int:
+        """How many characters of ``text``, whose ids are ``ids``, are dropped, or stand for the unknown token: one such
+        token may stand for a whole sentence.
+        """
+        if self._alphabet is None:
+            if self._unknown is None or self._unknown not in ids:
+                return 0
+            found = self._fast.encode(text, add_special_tokens=False)
+            lengths = [end - begin for begin, end in found.offsets]
+            return sum(length for length, one in zip(lengths, found.ids, strict=True) if one == self._unknown)
+        normalizer, pre_tokenizer = self._fast.normalizer, self._fast.pre_tokenizer
+        read = normalizer.normalize_str(text) if normalizer else text
+        words = [word for word, _ in pre_tokenizer.pre_tokenize_str(read)] if pre_tokenizer else [read]
+        return sum(character not in self._alphabet for character in itertools.chain.from_iterable(words))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that form no whole character become the replacement character."""
@@ -80,17 +113,75 @@ class Tokenizer:
         """The vocabulary's spelling of a token; "" for an id without a token."""
         return self._fast.id_to_token(identity) or ""
 
+    def wrapped(self, before: Sequence[str], after: Sequence[str]) -> str:
+        """Content of the tokenizer.json that puts these tokens around a text by default, for other programs."""
+        first, between = [*before, "$A", *after], [] if after else [f"{token}:1" for token in before]
+        fast, _ = _load(self.content)
+        fast.no_padding()
+        fast.no_truncation()
+        fast.post_processor = processors.TemplateProcessing(
+            single=first,
+            pair=[*first, *between, "$B:1", *(f"{token}:1" for token in after)],
+            special_tokens=[(token, self.id_of(token)) for token in {*before, *after}],
+        )
+        return fast.to_str()
+
     def extended(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer with special tokens of these names; missing ones get ids after all others, in order."""
         lacking = [name for name in names if self._fast.token_to_id(name) is None]
         if not lacking:
             return self
-        fast = Fast.from_str(self.content)
+        fast, _ = _load(self.content)
         fast.add_special_tokens(lacking)
-        extended = Tokenizer(fast.to_str())
+        content = fast.to_str()
+        extended = Tokenizer(_mark_end(json.loads(content), self._marked) if self._marked else content)
         if [extended.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
             raise UserError(f"the tokenizer numbers its tokens with gaps, so {lacking[0]} cannot stand behind")
         return extended
+
+
+def _load(content: str) -> tuple[Fast, str]:
+    """The library's tokenizer, and the token that ``content`` marks as the end of a document, "" if none."""
+    try:
+        marked = ""
+        if f'"{_ENDS}"' in content:
+            values = json.loads(content)
+            marked = next((entry["content"] for entry in values["added_tokens"] if entry.pop(_ENDS, False)), "")
+            content = json.dumps(values)
+        return Fast.from_str(content), marked
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"not a tokenizer.json that the tokenizers library reads: {error}") from None
+
+
+def encoding_digest(content: str) -> str:
+    """Hash of what decides the ids of a text: equal for a tokenizer.json and the same one with another beginning."""
+    fast, _ = _load(content)
+    values = json.loads(fast.to_str())
+    for part in _RUN_TIME:
+        values[part] = None
+    values["model"].pop("dropout", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _unknown_id(fast: Fast, content: str) -> int | None:
+    """The id of the token that stands for what the vocabulary lacks, or None where there is none."""
+    if isinstance(fast.model, models.Unigram):
+        unknown: int | None = json.loads(content)["model"].get("unk_id")
+        return unknown
+    name = getattr(fast.model, "unk_token", None)
+    return fast.token_to_id(name) if name else None
+
+
+def _droppable_alphabet(fast: Fast, vocabulary: Iterable[str]) -> frozenset[str] | None:
+    """The characters of a BPE that silently drops all others; None for a model that does not."""
+    model = fast.model
+    if not isinstance(model, models.BPE) or model.unk_token or model.byte_fallback:
+        return None
+    affixes = [affix for affix in (model.continuing_subword_prefix, model.end_of_word_suffix) if affix]
+    alphabet = {token for token in vocabulary if len(token) == 1}
+    for affix in affixes:
+        alphabet |= {token.replace(affix, "") for token in vocabulary if len(token) == len(affix) + 1}
+    return None if alphabet.issuperset(_byte_signs()) else frozenset(alphabet)
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -133,12 +224,35 @@ def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], char
             return given_tokenizer(settings)
 
 
-def given_tokenizer(settings: schema.TokenizerConfig) -> str:
-    """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError."""
+def given_files(settings: schema.TokenizerConfig) -> list[Path]:
+    """The files that ``given_tokenizer`` reads; none for a tokenizer that is made from the corpus."""
+    if settings.kind != "file" or settings.path is None:
+        return []
+    path = Path(settings.path).expanduser()
+    beside = path.with_name(_CONFIG_FILE)
+    return [path, beside] if beside.exists() else [path]
+
+
+def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None] = lambda text: None) -> str:
+    """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError.
+
+    Without the dropout of its merges, of which ``note`` tells; with a mark at the token that ends a document, where
+    that is not the one that it would be taken for.
+    """
     if settings.path is None:
         raise UserError("data.tokenizer.kind=file needs data.tokenizer.path=/where/tokenizer.json")
+    path = Path(settings.path).expanduser()
     try:
-        content = Path(settings.path).expanduser().read_text("utf-8")
+        if is_lfs_pointer(path):
+            raise UserError("not a tokenizer.json but Git LFS's note of one: fetch it with `git lfs pull`")
+        content = path.read_text("utf-8")
+        fast, _ = _load(content)
+        if dropout := getattr(fast.model, "dropout", None):
+            note(f"{path} has a dropout of {dropout:g}, which gives a text other tokens each time: it is switched off")
+            values = json.loads(content)
+            values["model"]["dropout"] = None
+            content = json.dumps(values, ensure_ascii=False)
+        content = _with_end_token(content, fast, settings.end_token, path.with_name(_CONFIG_FILE))
         Tokenizer(content)
     except OSError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error.strerror} (looked from {Path.cwd()})") from None
@@ -147,6 +261,42 @@ def given_tokenizer(settings: schema.TokenizerConfig) -> str:
     except UserError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     return content
+
+
+def _with_end_token(content: str, fast: Fast, end_token: str | None, config_file: Path) -> str:
+    """``content`` with a mark at the token that ends a document: ``end_token``, or else eos_token of ``config_file``.
+
+    Unchanged where it is the first of _END_TOKENS that is there, or where none is named.
+    """
+    if end_token is not None and fast.token_to_id(end_token) is None:
+        raise UserError(f"it has no token {end_token!r}, which data.tokenizer.end_token names")
+    end = end_token or _eos_token(config_file)
+    known = next((token for token in _END_TOKENS if fast.token_to_id(token) is not None), None)
+    if not end or end == known or fast.token_to_id(end) is None:
+        return content
+    if end not in (token.content for token in fast.get_added_tokens_decoder().values()):
+        fast.add_special_tokens([end])  # it keeps its id
+        content = fast.to_str()
+    return _mark_end(json.loads(content), end)
+
+
+def _eos_token(config_file: Path) -> str | None:
+    """``eos_token`` of a tokenizer_config.json; None where there is no such file or entry."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        named = json.loads(config_file.read_text("utf-8")).get("eos_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        return text if isinstance(text, str) else None
+    return None
+
+
+def _mark_end(values: dict[str, Any], end: str) -> str:
+    """The content of a tokenizer.json, its ``values``, with ``end`` marked as the token that ends a document."""
+    for entry in values["added_tokens"]:
+        if entry["content"] == end:
+            entry[_ENDS] = True
+        else:
+            entry.pop(_ENDS, None)
+    return json.dumps(values, ensure_ascii=False)
 
 
 def _train_bpe(vocab_size: int | None, texts: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from train.config import schema
 from train.distributed import heartbeat
-from train.errors import UserError
+from train.generation.prompts import require_room
 from train.generation.sampling import apply_repetition_penalty, choose_tokens
 from train.models.generation_api import Generative
 from train.util import seeding
@@ -43,11 +43,7 @@ class PromptBatch:
         self.model, self.filler = model, eot
         self.tokens = [list(prompt) or [eot] for prompt in prompts]
         for row, prompt in enumerate(self.tokens):
-            if len(prompt) > model.max_len:
-                raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens, and the model's longest sequence is {model.max_len}: "
-                    "shorten it"
-                )
+            require_room(row, len(prompt), model.max_len)
         self.written = self.tokens if model.continues else [[] for _ in self.tokens]
         """Tokens of each row that its text continues: none where the text answers the prompt."""
         free = [model.max_len - len(written) for written in self.written]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from train.config import schema
 from train.data.tokenizer import Tokenizer
-from train.errors import UserError
 from train.generation.beam_search import beam_search
+from train.generation.prompts import encode_prompt
 from train.generation.sample_loop import PromptBatch, Reason, generate
 from train.models.generation_api import Generative
 
@@ -111,14 +111,7 @@ def encode_prompts(
 
     Raises UserError for a prompt that is too long, or has characters that the tokenizer does not know.
     """
-    tokens = []
-    for prompt in prompts:
-        try:
-            ids = tokenizer.encode(prompt)
-        except UserError as error:
-            raise UserError(f"prompt {prompt[:40]!r}: {error}") from None
-        answer = [*ids, tokenizer.eot, tokenizer.find("<pad>", tokenizer.eot)]  # a target starts with padding
-        tokens.append([tokenizer.eot, *ids] if model.continues else answer)
+    tokens = [encode_prompt(tokenizer, prompt, model.continues) for prompt in prompts]
     return PromptBatch(model, tokens, options, tokenizer.eot).tokens
 
 

@@ -249,6 +249,11 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x if mask is None else kernels.dropout(x, mask)
 
 
+def nonfinite_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters that hold a number that is infinite or none at all."""
+    return [name for name, parameter in module.named_parameters() if not torch.isfinite(parameter).all()]
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter, or those named in ``only``: weights normal(0, init_std) of their module, biases 0, norms 1.

@@ -2,7 +2,7 @@
 
 Weights go from the checkpoint's shards to the files one tensor at a time, whatever world size and ZeRO stage wrote
 them. Then transformers loads the folder, and its parameter names, its tokenizer and its logits on a probe must equal
-ours. No other module imports transformers.
+ours, as must the tokens around a text and those that its ``generate`` writes. No other module imports transformers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,12 @@ from train.pretrained.hf.listing import CONFIG_FILE
 from train.run_dir.open_run import SavedRun, load_objective, open_run
 from train.util import seeding
 from train.util.format import some
-from train.util.io import write_whole
+from train.util.io import to_json, write_whole
 
 PROBE_ROWS, PROBE_TOKENS, UNLIMITED_LENGTH = 2, 128, 1 << 30
+PROMPT_TOKENS = 16
+GENERATIVE = ("causal", "seq2seq")
+"""Objectives whose models write text."""
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the larger of the largest logit and 1: float32 sums in another order."""
 
@@ -82,7 +85,7 @@ def export(folder: Path, to: Path, which: str, shard_bytes: int) -> ExportReport
         tensors, files = _write_weights(run, family, arch, staging, shard_bytes)
         tokens = _probe_tokens(run)
         _check_tokenizer(run, staging, tokens)
-        difference, largest = _check_logits(run, staging, tokens)
+        difference, largest = _check_model(run, staging, tokens)
         staging.replace(to)  # replaces an empty folder too
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -101,7 +104,7 @@ SPECIAL_TOKENS = {
 
 
 def _write_configs(run: SavedRun, family: HFFamily, arch: ArchKeys, staging: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and config.json."""
+    """Write tokenizer.json, tokenizer_config.json and config.json; generation_config.json where it writes text."""
     tokenizer, shapes = run.tokenizer, run.checkpoint.manifest["shapes"]
     eot = tokenizer.name_of(tokenizer.eot)
     special = {"bos_token": eot, "eos_token": eot}
@@ -111,7 +114,11 @@ def _write_configs(run: SavedRun, family: HFFamily, arch: ArchKeys, staging: Pat
                 special[role] = text
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     max_length = {"model_max_length": arch.get("max_len", UNLIMITED_LENGTH)}
-    write_whole(staging / TOKENIZER, tokenizer.content.encode())
+    name, inputs = run.config.objective.name, ["input_ids", "attention_mask"]
+    settings |= {"model_input_names": [*inputs, "token_type_ids"] if name in ("masked", "classify") else inputs}
+    if name == "causal":  # rows of a batch go on at their right end, and what fills their left end counts for nothing
+        settings |= {"padding_side": "left", "pad_token": eot}
+    write_whole(staging / TOKENIZER, tokenizer.wrapped(*_around_text(run)).encode())
     _write_json(staging / "tokenizer_config.json", settings | max_length | special)
     extra: dict[str, Any] = {"architectures": [family.hf_class(shapes)]}
     for role in ("bos_token", "eos_token", "pad_token"):
@@ -120,7 +127,27 @@ def _write_configs(run: SavedRun, family: HFFamily, arch: ArchKeys, staging: Pat
     if isinstance(run.config.objective, schema.Classify):
         labels = dict(enumerate(run.config.objective.classes or ["score"]))
         extra |= {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
-    _write_json(staging / CONFIG_FILE, family.to_hf_config(arch, run.config.model.dropout, extra))
+    config = family.to_hf_config(arch, run.config.model.dropout, extra)
+    _write_json(staging / CONFIG_FILE, config)
+    if name in GENERATIVE:
+        generation = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "decoder_start_token_id")}
+        generation |= {"pad_token_id": config.get("pad_token_id", tokenizer.eot)}
+        generation |= {"suppress_tokens": list(range(tokenizer.vocab_size, arch["vocab_size"])) or None}
+        _write_json(staging / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+
+
+def _around_text(run: SavedRun) -> tuple[list[str], list[str]]:
+    """The tokens that stand before and after a text where the model reads it, as in training."""
+    tokenizer = run.tokenizer
+    eot = tokenizer.name_of(tokenizer.eot)
+    match run.config.objective.name:
+        case "causal":
+            return [eot], []
+        case "seq2seq":
+            return [], [eot]
+        case _:
+            first, last = (tokenizer.name_of(tokenizer.find(name, tokenizer.eot)) for name in ("[CLS]", "[SEP]"))
+            return [first], [last]
 
 
 def _write_weights(
@@ -151,24 +178,55 @@ def _probe_tokens(run: SavedRun) -> Tensor:
     return torch.from_numpy(seeding.generator(0, "probe").integers(0, run.tokenizer.vocab_size, shape))
 
 
+def _text_of(run: SavedRun, tokens: Tensor) -> str:
+    """The text of some tokens, without special ones: spelled in a text they are text to us, but not to transformers."""
+    special = set(run.tokenizer.special)
+    return run.tokenizer.decode(token for token in tokens.tolist() if token not in special)
+
+
 def _check_tokenizer(run: SavedRun, staging: Path, tokens: Tensor) -> None:
     """Raise UserError unless transformers' tokenizer encodes and decodes the probe's text as ours does."""
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(staging, local_files_only=True)
-    special = set(run.tokenizer.special)  # spelled in a text they are text to us, but special tokens to transformers
-    text = run.tokenizer.decode(token for token in tokens.flatten().tolist() if token not in special)
+    text = _text_of(run, tokens.flatten())
     ids = run.tokenizer.encode(text)
+    before, after = (list(map(run.tokenizer.id_of, part)) for part in _around_text(run))
     same_ids = hf_tokenizer.encode(text, add_special_tokens=False) == ids
     if not same_ids or hf_tokenizer.decode(ids) != run.tokenizer.decode(ids):
         raise UserError("transformers reads the tokenizer of this run as another one, so nothing is exported")
+    if hf_tokenizer(text)["input_ids"] != [*before, *ids, *after]:
+        raise UserError("transformers puts other tokens around a text than training did, so nothing is exported")
 
 
 @torch.no_grad()
-def _check_logits(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[float, float]:
-    """(Largest difference, largest logit) on the probe. Raises UserError unless logits agree within ``TOLERANCE``.
+def _check_model(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[float, float]:
+    """(Largest difference, largest logit) on the probe. Raises UserError unless logits agree within ``TOLERANCE``, and
+    unless each token that transformers' ``generate`` writes is the likeliest to us.
 
     The models are loaded one after the other, so memory for one is enough.
     """
-    ours = head_logits(load_objective(run), tokens)
+    theirs, prompt, written = _run_exported(run, staging, tokens)
+    objective = load_objective(run)
+    pairs = [(a, b[..., : a.shape[-1]]) for a, b in zip(head_logits(objective, tokens), theirs, strict=True)]
+    difference = max(float((a - b).abs().max()) for a, b in pairs)
+    largest = max(float(a.abs().max()) for a, _ in pairs)
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise UserError(
+            f"transformers' logits differ from ours by {difference:.2g} where the largest is {largest:.3g}, "
+            "so nothing is exported"
+        )
+    if written:
+        logits = _logits_of_text(objective, run, prompt, written)
+        behind = logits.max(-1).values - logits.gather(-1, torch.tensor(written)[:, None])[:, 0]
+        if not float(behind.max()) <= TOLERANCE * max(float(logits.abs().max()), 1.0):
+            raise UserError("transformers' generate writes another text than this run, so nothing is exported")
+    return difference, largest
+
+
+def _run_exported(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[list[Tensor], list[int], list[int]]:
+    """transformers' logits of the probe; and the tokens of a text, with those that it writes greedily after them.
+
+    These are as a user gets them: by the tokenizer's default call and ``generate``. UserError where weights lack.
+    """
     model, loading_problems = _load_exported(staging)
     listed = []
     for problem, names in loading_problems.items():
@@ -178,15 +236,29 @@ def _check_logits(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[float, 
         raise UserError(f"transformers does not find what it looks for ({'; '.join(listed)}), so nothing is exported")
     output = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
     theirs = [output[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in output]
-    pairs = [(a, b[..., : a.shape[-1]]) for a, b in zip(ours, theirs, strict=True)]
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
-    largest = max(float(a.abs().max()) for a, _ in pairs)
-    if not difference <= TOLERANCE * max(largest, 1.0):
-        raise UserError(
-            f"transformers' logits differ from ours by {difference:.2g} where the largest is {largest:.3g}, "
-            "so nothing is exported"
-        )
-    return difference, largest
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(staging, local_files_only=True)
+    max_len = getattr(run.config.model, "max_len", UNLIMITED_LENGTH)
+    inputs = hf_tokenizer(_text_of(run, tokens[0, : min(PROMPT_TOKENS, max_len // 8)]), return_tensors="pt")
+    prompt: list[int] = inputs["input_ids"][0].tolist()
+    room = max_len - len(prompt)
+    if run.config.objective.name not in GENERATIVE or room < 1:
+        return theirs, prompt, []
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=min(PROMPT_TOKENS, room))[0].tolist()
+    return theirs, prompt, made[1:] if model.config.is_encoder_decoder else made[len(prompt) :]
+
+
+def _logits_of_text(objective: Any, run: SavedRun, prompt: list[int], written: list[int]) -> Tensor:
+    """Our logits (N, vocabulary) of the N tokens ``written`` after a prompt, each given those before it."""
+    source, target = [*prompt, *written[:-1]], [run.tokenizer.find("<pad>", run.tokenizer.eot), *written[:-1]]
+    if not objective.continues:
+        source = prompt
+    batch = {}
+    for prefix, ids in (("", source), ("target_", target)):
+        batch[f"{prefix}tokens"] = torch.tensor([ids])
+        batch[f"{prefix}segments"] = torch.ones(1, len(ids), dtype=torch.int32)
+    batch["positions"] = torch.arange(len(source))[None]
+    logits: Tensor = objective.logits(batch)[0, -len(written) :, : run.tokenizer.vocab_size]
+    return logits
 
 
 def head_logits(objective: Any, tokens: Tensor) -> list[Tensor]:
@@ -210,4 +282,4 @@ def _load_exported(staging: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    write_whole(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(file, (to_json(content, indent=2) + "\n").encode())

@@ -6,17 +6,18 @@ nothing depends on ZeRO stage or world size. A run that resumes from a checkpoin
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from train.config.schema import Config
 from train.data.tokenizer import FILE as TOKENIZER
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer, encoding_digest
 from train.distributed import process_group
 from train.errors import UserError
 from train.models.layers import init_weights
@@ -86,9 +87,25 @@ def load_weights(
     loaded = [name for name in source_shapes if name not in differ]
     for name in loaded:
         parameters[name].data.copy_(origin.reader.read(name))
+    if ignored := origin.reader.unread_backbone(name for name in parameters if matches_any(name, init.skip)):
+        problem = f"it holds {some(ignored)}, which the model of this run has no place for, and would compute otherwise"
+        raise mismatch_error(config, origin.description, [problem])
+    _refuse_unusable(config, {name: parameters[name] for name in loaded})
     fresh = [name for name in parameters if name not in set(loaded)]
     init_weights(objective, config.seed, fresh)
     return LoadReport(str(init.from_), origin.description.kind, origin.digest, loaded, fresh, origin.reader.unread())
+
+
+def _refuse_unusable(config: Config, loaded: dict[str, nn.Parameter]) -> None:
+    """Raise UserError where loaded weights are not finite in fp32, or all are 0: no data would be to blame then."""
+    broken = [name for name, parameter in loaded.items() if not torch.isfinite(parameter).all()]
+    if broken:
+        raise UserError(
+            f"init.from={config.init.from_} holds numbers that are not finite (in fp32), in "
+            f"{some(broken)}: nothing can be trained from them. Take the weights of an earlier time, or save them again"
+        )
+    if loaded and not any(parameter.any() for parameter in loaded.values()):
+        raise UserError(f"init.from={config.init.from_} holds nothing but zeros: fetch it again")
 
 
 def _tokenizer_problems(
@@ -97,11 +114,20 @@ def _tokenizer_problems(
     """The problem of an embedding among ``names`` that was trained with another tokenizer, at most one."""
     if origin.tokenizer is None or "backbone.embed.weight" not in names:
         return
-    if hashlib.sha256(origin.tokenizer).hexdigest() != tokenizer.fingerprint:
+    if not _same_tokens(origin.tokenizer, tokenizer.content):
         yield (
             "its tokens are not those of this corpus: give data.tokenizer.kind=file "
             f"data.tokenizer.path={config.init.from_}/{TOKENIZER}, or leave its embedding there: init.skip=['*embed*']"
         )
+
+
+def _same_tokens(theirs: bytes, ours: str) -> bool:
+    """Whether two tokenizers give every text the same ids, whatever else their files say."""
+    if theirs == ours.encode():
+        return True
+    with contextlib.suppress(UserError, UnicodeDecodeError):
+        return encoding_digest(theirs.decode()) == encoding_digest(ours)
+    return False
 
 
 def freeze_parameters(objective: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Identifies what ``init.from`` names and compares its configuration with the run's.
 
-No weights are opened, so the driver checks before it starts anything; the ranks use the same functions again.
+Of weights only the headers are read, and a head that may be the embedding is compared with it. So the driver checks
+before it starts anything; the ranks use the same functions again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from train.config.schema import Config
 from train.errors import UserError
 from train.pretrained.hf import family_of_config
 from train.pretrained.hf.family import ArchKeys, HFFamily, arch_keys, yaml_text
-from train.pretrained.hf.listing import CONFIG_FILE, read_json, weight_files
+from train.pretrained.hf.listing import CONFIG_FILE, read_headers, read_json
 from train.util.run_layout import RunDir
 
 SHAPE_ONLY_KEYS = ("vocab_size", "max_len")
@@ -57,7 +58,15 @@ def describe_source(folder: Path, which: str) -> SourceDescription:
         if unsupported:
             listed = "; ".join(unsupported)
             raise UserError(f"{folder / CONFIG_FILE} describes a model that is not one of ours: {listed}")
-        weight_files(folder)
+        tied = family.is_tied(arch["tied"], hf_config, folder, read_headers(folder))
+        if tied != arch["tied"] and family.tied_scales:
+            says, say = ("is", "is not") if arch["tied"] else ("is not", "is")
+            raise UserError(
+                f"{folder / CONFIG_FILE} and the weights disagree: tie_word_embeddings says that {family.head_matrix} "
+                f"{says} the embedding, and they say that it {say}. "
+                f"Of {family.name} it also says whether the output is scaled: set it right in {CONFIG_FILE}"
+            )
+        arch["tied"] = tied
         kind = f"Hugging Face, {family.name}"
         return SourceDescription(kind, family.objective(hf_config), arch, family=family)
     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -32,6 +33,9 @@ class WeightReader(Protocol):
     def unread(self) -> list[str]:
         """Parameters that were not read, by their names in the source."""
 
+    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+        """Those of them that its backbone computes with, without a pooler and without our parameters ``skipped``."""
+
 
 @dataclass(frozen=True)
 class WeightOrigin:
@@ -54,7 +58,7 @@ def open_weights(folder: Path, which: str, world: process_group.DistContext) -> 
     if description.family is not None:
         hf_folder = HFFolder(folder)
         process_group.assert_equal_across_ranks("content of init.from", hf_folder.digest)
-        weights = HFWeights(hf_folder, description.family)
+        weights = HFWeights(hf_folder, description.family, tied=description.arch["tied"])
         return WeightOrigin(description, hf_folder.digest, hf_folder.tokenizer, weights)
     assert description.manifest is not None
     checkpoint = Checkpoint(RunDir(folder).checkpoint(description.manifest["progress"]["step"]), description.manifest)
@@ -89,3 +93,9 @@ class CheckpointWeights:
     def unread(self) -> list[str]:
         """See ``WeightReader.unread``."""
         return sorted(self.shapes.keys() - self.names_read)
+
+    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+        """See ``WeightReader.unread_backbone``."""
+        left = {*skipped}
+        names = [name for name in self.unread() if name.startswith("backbone.") and name not in left]
+        return [name for name in names if not name.startswith("backbone.pooler.")]

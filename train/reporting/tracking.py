@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from train.config.schema import Config, TrackingConfig
 from train.reporting.goodput import TimeByCause
-from train.util.io import read_records, write_whole
+from train.util.io import null_nonfinite, read_records, to_json, write_whole
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
@@ -79,7 +79,7 @@ class RunFile:
         """Write the file now, atomically."""
         self.saved = time.monotonic()
         self.values |= {"seen": self.times.last, "seconds": self.times.spent}
-        write_whole(self.file, json.dumps(self.values).encode())
+        write_whole(self.file, to_json(self.values).encode())
 
 
 class WandbRun:
@@ -195,7 +195,8 @@ class Tracker:
         self.run.save()
 
     def log(self, record: Record) -> None:
-        """Log a step's record, to the file, then to W&B."""
+        """Log a step's record, to the file, then to W&B; numbers that are not finite become null."""
+        record = null_nonfinite(record)
         self.metrics.append(record)
         self.run.save_if_due()
         if self.wandb:
@@ -210,7 +211,8 @@ class Tracker:
 
     def finish(self, summary: Record) -> None:
         """Write ``summary.json`` of a complete run, and close W&B."""
-        write_whole(self.run_dir.summary, (json.dumps(summary, indent=1) + "\n").encode())
+        summary = null_nonfinite(summary)
+        write_whole(self.run_dir.summary, (to_json(summary, indent=1) + "\n").encode())
         self.close(summary)
 
     def close(self, summary: Record) -> None:
@@ -244,7 +246,7 @@ def _mode(tracking: TrackingConfig) -> Literal["online", "offline"]:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return to_json(record) + "\n"
 
 
 def _without_step(record: Record) -> Record:

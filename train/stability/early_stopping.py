@@ -19,15 +19,16 @@ def lower_is_better(metric: str) -> bool:
 def update(stop: StopConfig, state: TrainState, evaluated: dict[str, Any]) -> TrainState:
     """The state with the score of an evaluation whose metrics are ``evaluated``; unchanged where nothing was held out.
 
-    Raises UserError where ``stop.metric`` is not among them. A value that is not finite is worse than any other.
+    Raises UserError where ``stop.metric`` is not among them. A value that is not finite is never the best.
     """
     if not evaluated:
         return state
     if stop.metric not in evaluated:
         raise UserError(f"stop.metric={stop.metric} is not measured here. There are: {', '.join(evaluated)}")
     value = evaluated[stop.metric]
-    score = math.inf if value is None or not math.isfinite(value) else float(value)
-    return state.with_score(score if lower_is_better(stop.metric) or score == math.inf else -score)
+    if value is None or not math.isfinite(value):
+        return state.with_score(None)
+    return state.with_score(float(value) if lower_is_better(stop.metric) else -float(value))
 
 
 def should_stop(stop: StopConfig, state: TrainState) -> bool:

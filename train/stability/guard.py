@@ -31,6 +31,8 @@ from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
 from train.engine.engine import Engine
 from train.errors import NotFinite, UserError
+from train.evaluate import Evaluation
+from train.models.layers import nonfinite_parameters
 from train.objectives import build_objective
 from train.pretrained import init_from
 from train.stability.find_documents import documents_of_step
@@ -38,7 +40,7 @@ from train.stability.nonfinite import first_nonfinite, reset_to_initial
 from train.stability.skipped_rows import How, SkippedRows, SkipRecord
 from train.state import loss_history
 from train.state.train_state import TrainState
-from train.util.format import plural
+from train.util.format import plural, some
 from train.util.run_layout import RunDir
 
 ROLLBACK_STEPS = 8
@@ -46,6 +48,11 @@ ROLLBACK_STEPS = 8
 
 MAX_ROWS = 4096
 """Rows masked at once, about; bad rows beyond them are found when their step is made."""
+
+NEW_RUN = (
+    "Start anew under another run.name: with a lower optimizer.lr, or with other weights to begin with "
+    "(init.from, model.init_std)"
+)
 
 StepRow = tuple[Cursor, int]
 """A row of the global batch: the cursor of its step, and its number there."""
@@ -107,6 +114,25 @@ class Guard:
         self.on_rollback(target, describe(record))
         return target
 
+    def refuse_worthless(self, state: TrainState, evaluation: Evaluation | None) -> None:
+        """Raise NotFinite where ``state``, the last of a run, was reached without any update, or by one that broke the
+        model: no later step judges it.
+        """
+        if state.updates and evaluation and not math.isfinite(evaluation.sums["loss"][0]):
+            raise NotFinite(
+                f"after step {state.step}, the last, the held-out loss is not finite: its update broke the model, and "
+                "it is not saved. Lower optimizer.lr or set optimizer.clip, and give the same command"
+            )
+        if state.updates:
+            return
+        why = "no token of its batches is a target of the objective" if not state.tokens else "no gradient was finite"
+        if self.skipped.records:
+            first = self.skipped.records[0]
+            why = f"the numbers were not finite, first at step {first['step']}, and the rows it read were left out"
+        raise NotFinite(
+            f"nothing was trained: none of the {plural(state.step, 'step')} made an update, since {why}. {NEW_RUN}"
+        )
+
     def _accept_skipped_update(self, before: TrainState) -> None:
         """Note a step without update; raise NotFinite at the ``optimizer.max_skipped``-th in a row."""
         step, limit = before.step + 1, self.config.optimizer.max_skipped
@@ -139,10 +165,13 @@ class Guard:
         if checkpoints and good is None:
             raise NotFinite(
                 f"after step {before.step} the model is broken, and so is every checkpoint of the run: "
-                "start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
+                "Start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
-            reset_to_initial(self.engine, self._first_objective())
+            objective = self._first_objective()
+            if broken := nonfinite_parameters(objective):
+                raise NotFinite(f"the run begins with weights that are not finite, in {some(broken, 3)}. {NEW_RUN}")
+            reset_to_initial(self.engine, objective)
         target = good.progress if good else TrainState()
         process_group.run_on_rank0(
             lambda: _remove_checkpoints(c.path for c in checkpoints if c.progress.step > target.step)
@@ -175,11 +204,18 @@ class Guard:
                 losses |= self._row_losses(cursor)
             limit = loss_history.row_limit(list(losses.values()), self.config.spikes.deviations)
             blamed = bad = [row for row, loss in losses.items() if loss_history.is_outlier(loss, limit)]
-            ahead = before.cursor
+            any_good, ahead = len(bad) < len(losses), before.cursor
             while bad and len(blamed) < MAX_ROWS:  # a long bad document continues in the next steps
                 ahead = plan.after(ahead)
-                bad = [row for row, loss in self._row_losses(ahead).items() if loss_history.is_outlier(loss, limit)]
+                further = self._row_losses(ahead)
+                bad = [row for row, loss in further.items() if loss_history.is_outlier(loss, limit)]
+                any_good |= len(bad) < len(further)
                 blamed = blamed + bad
+        if how == "rolled back" and len(blamed) >= MAX_ROWS and not any_good:
+            raise NotFinite(
+                f"under the weights of step {target.step} not one of {len(blamed):,} rows has a finite loss, so the "
+                f"weights are at fault and not the text. {NEW_RUN}"
+            )
         if not blamed:
             # A loss is measured before its update: after a rollback, the step before may be to blame, too.
             last = cursors[-1:] if how == "in place" else cursors[-2:]

@@ -10,13 +10,12 @@ without rows makes no update. A run that has these lines from its first step on 
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
 from train.errors import UserError
-from train.util.io import append_line, read_records
+from train.util.io import append_line, read_records, to_json
 from train.util.run_layout import RunDir
 
 SkipRecord = dict[str, Any]
@@ -35,7 +34,7 @@ class SkippedRows:
     def append(self, record: SkipRecord) -> None:
         """Append rank 0's ``record``; it is on the disk when this returns. A collective."""
         record = process_group.broadcast_object(record)
-        if error := process_group.run_on_rank0(lambda: append_line(self.file, json.dumps(record, ensure_ascii=False))):
+        if error := process_group.run_on_rank0(lambda: append_line(self.file, to_json(record))):
             raise UserError(f"{self.file} takes no more lines: {error}. Make room, then give the same command")
         self.records.append(record)
 

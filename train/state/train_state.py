@@ -53,9 +53,11 @@ class TrainState:
             score=None,
         )
 
-    def with_score(self, score: float) -> TrainState:
-        """The state once the model of this step is known to have ``score``."""
-        if self.best is None or score < self.best:
+    def with_score(self, score: float | None) -> TrainState:
+        """The state once the model of this step is known to have ``score``; None, which is never the best: a number
+        that is not finite.
+        """
+        if score is not None and (self.best is None or score < self.best):
             return replace(self, score=score, best=score, best_step=self.step, evals_since_best=0)
         return replace(self, score=score, evals_since_best=self.evals_since_best + 1)
 

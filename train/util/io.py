@@ -1,4 +1,4 @@
-"""Atomic file writes, JSON Lines and file locks."""
+"""Atomic file writes, JSON, JSON Lines and file locks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 TEMPORARY_PREFIX = ".aside-"
 """Prefix of the name of a file that is still being written; such a file found later was left by a killed process."""
@@ -42,6 +45,28 @@ def write_whole(path: Path, content: bytes) -> None:
     publish(temporary, path)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text of a value; numbers that are not finite become null, since JSON has none and its readers stop there.
+
+    Numbers of foreign types, such as NumPy's, become floats.
+    """
+    return json.dumps(null_nonfinite(value), ensure_ascii=False, allow_nan=False, indent=indent, default=_plain_number)
+
+
+def null_nonfinite(value: Any) -> Any:
+    """The same tree of dicts and lists, with None for each number that is not finite."""
+    if isinstance(value, dict):
+        return {key: null_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain_number(value: Any) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def append_line(path: Path, line: str) -> None:
     """Append a line, on the disk when this returns. A line that a crash cut short before stays apart from it."""
     with path.open("a+b") as file:
@@ -55,6 +80,12 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a note that Git LFS left in the place of the real one, which was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -291,3 +292,18 @@ def test_every_accepted_configuration_reaches_a_worker_unchanged(lr: float, clip
         assert lr == 0 or not all(map(math.isfinite, (lr, clip, penalty)))
         return
     assert schema.Config.model_validate_json(config.model_dump_json(by_alias=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["data.tokenizer.path=t.json"], "data.tokenizer.path=t.json is about a given tokenizer.json"),
+        (["data.tokenizer.end_token='</s>'"], "add data.tokenizer.kind=file"),
+        (["data.tokenizer.kind=bytes", "data.tokenizer.max_unknown=0.1"], "data.tokenizer.max_unknown=0.1"),
+        (["data.tokenizer.kind=chars", "data.tokenizer.vocab_size=500"], "kind=chars learns none"),
+    ],
+)
+def test_tokenizer_key_without_effect_is_refused(keys: list[str], words: str):
+    with pytest.raises(configuration.ConfigError, match=re.escape(words)):
+        configuration.load(["data=text", "data.paths=[x]", *keys])
+    configuration.load(["data=text", "data.paths=[x]", "data.tokenizer.kind=bytes"])

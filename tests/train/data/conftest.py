@@ -48,7 +48,8 @@ def text_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.DataConfig:
-        section = schema.TokenizerConfig(kind=kind, vocab_size=vocab_size, path=keys.pop("tokenizer_path", None))
+        given = {"path": keys.pop("tokenizer_path", None), "max_unknown": keys.pop("max_unknown", None)}
+        section = schema.TokenizerConfig(kind=kind, vocab_size=vocab_size, **given)
         keys = {"workers": 1, **keys}
         return schema.DataConfig(source="text", paths=[str(path) for path in paths], tokenizer=section, **keys)
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Fast
+from tokenizers import models, pre_tokenizers
 
 from train.config import schema
-from train.data.tokenizer import EOT, Tokenizer, build_tokenizer, given_tokenizer
+from train.data.tokenizer import EOT, Tokenizer, build_tokenizer, encoding_digest, given_tokenizer
 from train.errors import UserError
 
 TEXTS = ["def main():\n    return 0\n" * 40, "静夜思：床前明月光，疑是地上霜。" * 30, "the quick brown fox " * 50]
@@ -121,3 +123,83 @@ def test_given_tokenizer_without_an_end_token_is_refused(tmp_path, content, mess
     with pytest.raises(UserError, match=message) as caught:
         given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))
     assert str(path) in str(caught.value)
+
+
+def saved(folder: Path, fast: Fast, **changes) -> schema.TokenizerConfig:
+    """Settings of a tokenizer.json of ``fast``, some of whose model's entries are changed."""
+    values = json.loads(fast.to_str())
+    values["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    return schema.TokenizerConfig(kind="file", path=str(folder / "tokenizer.json"))
+
+
+def words_of(*special: str, **keys) -> Fast:
+    """A BPE of a, b and ab with special tokens."""
+    fast = Fast(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")], **keys))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.add_special_tokens(list(special))
+    return fast
+
+
+def test_dropout_of_a_given_tokenizer_is_switched_off_with_a_note(tmp_path: Path):
+    settings, notes = saved(tmp_path, words_of(EOT), dropout=0.5), []
+    content = given_tokenizer(settings, notes.append)
+    assert "dropout of 0.5" in notes[0]
+    assert json.loads(content)["model"]["dropout"] is None
+    as_it_was = Tokenizer(Path(settings.path).read_text())  # of a run that began with such a one
+    assert {tuple(as_it_was.encode("ab ab ab ab")) for _ in range(20)} == {(2, 2, 2, 2)}
+    notes.clear()
+    assert given_tokenizer(saved(tmp_path, words_of(EOT)), notes.append) == Path(settings.path).read_text()
+    assert notes == []
+
+
+def test_end_token_is_the_key_else_the_config_beside_else_a_known_one(tmp_path: Path):
+    settings = saved(tmp_path, words_of("<|eot_id|>", "<｜end▁of▁sentence｜>"))
+    with pytest.raises(UserError, match=r"data\.tokenizer\.end_token"):
+        given_tokenizer(settings)
+    named = settings.model_copy(update={"end_token": "<｜end▁of▁sentence｜>"})
+    assert Tokenizer(given_tokenizer(named)).eot == 4
+    with pytest.raises(UserError, match="which data"):
+        given_tokenizer(settings.model_copy(update={"end_token": "<end>"}))
+    for eos in ("<|eot_id|>", {"__type": "AddedToken", "content": "<|eot_id|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+        assert Tokenizer(given_tokenizer(settings)).eot == 3
+    assert Tokenizer(given_tokenizer(named)).eot == 4
+    both = saved(tmp_path, words_of("<|end_of_text|>", "<|eot_id|>"))
+    marked = Tokenizer(given_tokenizer(both))
+    assert (marked.eot, marked.extended(["[CLS]"]).eot) == (4, 4)
+    assert encoding_digest(marked.content) == encoding_digest(Path(both.path).read_text())
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert given_tokenizer(both) == Path(both.path).read_text()
+
+
+def test_git_lfs_note_in_the_place_of_a_tokenizer_is_told_from_one(tmp_path: Path):
+    (tmp_path / "t.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        given_tokenizer(schema.TokenizerConfig(kind="file", path=str(tmp_path / "t.json")))
+
+
+UNIGRAM = Fast(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0))
+UNIGRAM.add_special_tokens([EOT])
+
+
+@pytest.mark.parametrize(
+    ("fast", "text", "unknown"),
+    [
+        (UNIGRAM, "ab床前明a", 3),
+        (words_of(EOT, "[UNK]"), "ab 床前 a", 2),  # it drops what it does not know
+        (Fast.from_str(BPE.content), "ab 床前 a", 0),
+        (Fast.from_str(BYTES.content), "ab 床前 a", 0),
+    ],
+    ids=["unigram", "bpe that drops", "byte-level bpe", "bytes"],
+)
+def test_text_that_a_tokenizer_does_not_know_is_counted(fast: Fast, text: str, unknown: int):
+    tokenizer = Tokenizer(fast.to_str())
+    assert tokenizer.count_unknown(text, tokenizer.encode(text)) == unknown
+
+
+def test_vocabulary_without_an_unknown_token_is_refused_in_words():
+    fast = Fast(models.WordLevel({"aa": 0}, unk_token="[UNK]"))
+    fast.add_special_tokens([EOT])
+    with pytest.raises(UserError, match="cannot encode this text"):
+        Tokenizer(fast.to_str()).encode("b")

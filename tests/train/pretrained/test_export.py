@@ -16,12 +16,14 @@ from helpers import gloo_ranks
 
 from train.__main__ import main
 from train.config import load as configuration
+from train.config import schema
 from train.data.prepare.prepare import prepare
 from train.errors import UserError
+from train.generation.text_streamer import generate_text
 from train.pretrained import hf
 from train.pretrained.export import export, head_logits
 from train.pretrained.hf.family import map_to
-from train.run_dir.open_run import open_run
+from train.run_dir.open_run import load_objective, open_run
 
 FAMILIES = {
     "gpt2": ["model=gpt_tiny", "model.width=32", "model.layers=2"],
@@ -129,7 +131,7 @@ def test_export_from_any_stage_and_world_size_equals_ours(make, corpus: Path, tm
     own, exported = logits_of(run, tmp_path / "there")
     assert (own - exported).abs().max() < 1e-5
     assert {f.name for f in (tmp_path / "there").iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert not list(tmp_path.glob(".there*"))
 
@@ -268,3 +270,35 @@ def test_export_of_an_unknown_model_is_refused_naming_its_keys(make, corpus: Pat
     with pytest.raises(UserError, match=r"model\.activation=gelu \(not swiglu\)"):
         export(run, tmp_path / "there", "latest", SHARD_BYTES)
     assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_default_call_writes_the_text_that_ours_does(make, corpus: Path, tmp_path: Path, family: str):
+    """The tokenizer begins a text as training did; rows of the embedding without a token are never written."""
+    run = trained(make, corpus, *FAMILIES[family])
+    export(run, tmp_path / "there", "latest", SHARD_BYTES)
+    saved, tokenizer = open_run(run), transformers.AutoTokenizer.from_pretrained(tmp_path / "there")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "there")
+    prompts = ["tea", "a sonata"]
+    assert tokenizer(prompts[0])["input_ids"] == [saved.tokenizer.eot, *saved.tokenizer.encode(prompts[0])]
+    options = schema.GenerationConfig(max_tokens=8, temperature=0.0)
+    ours = [texts[0].text for texts in generate_text(saved.objective, saved.tokenizer, prompts, options)]
+    for prompt, text in zip(prompts, ours, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(made, skip_special_tokens=True) == text
+    together = model.generate(**tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=8)[:, -8:]
+    assert tokenizer.batch_decode(together, skip_special_tokens=True) == ours
+
+
+class NotANumber:
+    """Reads every parameter as numbers that are none."""
+
+    def read(self, name: str, kind: str, start: int, count: int) -> torch.Tensor:
+        return torch.full((count,), torch.nan)
+
+
+def test_checkpoint_that_is_not_finite_is_refused_wherever_it_is_read(make, corpus: Path):
+    saved = open_run(trained(make, corpus, *FAMILIES["gpt2"]))
+    with pytest.raises(UserError, match=r"step_0*2 holds numbers that are not finite, in backbone\.embed\.weight"):
+        load_objective(replace(saved, reader=NotANumber()))

@@ -251,3 +251,62 @@ def test_unknown_model_is_refused_with_the_keys_of_each_family(make_config):
         find_family("causal", arch)
     assert "as GPT-2 it would need model.activation=gelu (not swiglu), model.kv_heads=2 (not 1)" in str(refusal.value)
     assert "as Llama it would need model.position=rope (not learned)" in str(refusal.value)
+
+
+def test_head_unlike_the_embedding_is_imported_whatever_the_flag_says(tmp_path: Path):
+    for values in (LLAMA, GPT2):
+        folder = tmp_path / values["model_type"]
+        model_of(values | {"tie_word_embeddings": False}).save_pretrained(folder)
+        about = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(about | {"tie_word_embeddings": True}))
+        keys = [*model_overrides(values | {"tie_word_embeddings": False})]
+        report, logits = load(keys, folder)
+        assert report.fresh == report.left == []
+        assert_same_logits(logits, getattr(transformers, CLASSES[values["model_type"]]).from_pretrained(folder))
+
+
+def test_names_of_wrappers_and_of_older_files_are_understood(tmp_path: Path):
+    model = model_of(BERT)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {}
+    for name, value in weights.items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        old["module._orig_mod." + name] = value
+    save_file(old, tmp_path / "model.safetensors")
+    report, logits = load(model_overrides(BERT), tmp_path)
+    assert report.left == []
+    assert_same_logits(logits, model)
+
+
+def load_each_on_rank(world, emit, overrides: list[str], folders: list[str]) -> list:
+    """As ``load_on_rank``, for several folders."""
+    return [load_on_rank(world, emit, overrides, folder) for folder in folders]
+
+
+UNUSABLE = (
+    ("model.norm.weight", torch.full((32,), torch.nan), "not finite (in fp32), in backbone.norm.weight"),
+    ("lm_head.weight", torch.full((320, 32), 1e300, dtype=torch.float64), "not finite (in fp32), in head.weight"),
+    ("lm_head.weight", torch.ones(320, 32, dtype=torch.int64), "only floating-point weights are read"),
+    ("model.layers.0.self_attn.q_proj.bias", torch.ones(32), "which the model of this run has no place for"),
+    ("model.layers.2.input_layernorm.weight", torch.ones(32), "which the model of this run has no place for"),
+    ("", torch.zeros(()), "nothing but zeros"),
+)
+"""Tensor of a Llama, its value, and the words of the refusal; "" for all."""
+
+
+def test_weights_that_nothing_can_be_trained_from_are_refused_by_name(folder: Path, tmp_path: Path):
+    copies = [Path(shutil.copytree(folder, tmp_path / str(n))) for n in range(len(UNUSABLE))]
+    for copy, (name, value, _) in zip(copies, UNUSABLE, strict=True):
+        weights = load_file(copy / "model.safetensors")
+        weights = weights | {name: value} if name else {key: torch.zeros_like(one) for key, one in weights.items()}
+        save_file(weights, copy / "model.safetensors")
+    messages = gloo_ranks.run(1, load_each_on_rank, model_overrides(LLAMA), [str(copy) for copy in copies])[0]
+    for message, (_, _, words) in zip(messages, UNUSABLE, strict=True):
+        assert words in message
+
+
+def test_tokenizer_with_another_beginning_of_a_text_is_the_same(copy: Path):
+    ours = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    (copy / "tokenizer.json").write_text(ours.wrapped(["<|endoftext|>"], []))
+    assert load(model_overrides(LLAMA), copy)[0].fresh == []

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from helpers import gloo_ranks
+from safetensors.numpy import save_file
 
 from train.checkpoint import manifest
 from train.config import load as configuration
@@ -42,12 +44,15 @@ OVERRIDES = [
 OVERRIDES += ["model.max_len=32", "batch.seq_len=16"]
 
 
+HEAD = np.arange(320 * 32, dtype=np.float32).reshape(320, 32)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with the config.json of a small Llama and an empty file for its weights."""
+    """A folder with the config.json of a small Llama and a file with one of its weights."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.json").write_text(json.dumps(LLAMA))
-    (tmp_path / "there/model.safetensors").touch()
+    save_file({"lm_head.weight": HEAD}, tmp_path / "there/model.safetensors")
     return tmp_path / "there"
 
 
@@ -132,3 +137,46 @@ def test_missing_init_from_ends_the_command_before_any_start(as_typed, tmp_path:
     assert done.returncode == 2
     assert "init.from=nowhere is not there" in done.stdout + done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def rewritten(folder: Path, **values) -> None:
+    (folder / "config.json").write_text(json.dumps(LLAMA | values))
+
+
+def test_weights_are_believed_before_the_flag_that_ties_them(make, folder: Path):
+    """As transformers does: a head that differs from the embedding is one of its own."""
+    file, untied, tied = folder / "model.safetensors", *((*OVERRIDES, f"model.tied={t}") for t in ("false", "true"))
+    rewritten(folder, tie_word_embeddings=True)
+    for embedding, fits, differs in ((HEAD + 1, untied, tied), (HEAD, tied, untied)):
+        save_file({"model.embed_tokens.weight": embedding, "lm_head.weight": HEAD}, file)
+        check_source(make(*fits, f"init.from={folder}"))
+        assert "model.tied is" in refusal(make(*differs, f"init.from={folder}"))
+    rewritten(folder, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
+    save_file({"model.embed_tokens.weight": HEAD}, file)
+    check_source(make(*tied, f"init.from={folder}"))
+    (folder / "config.json").write_text(json.dumps(T5))
+    save_file({"shared.weight": HEAD, "lm_head.weight": HEAD + 1}, file)
+    assert "it also says whether the output is scaled" in refusal(make("init.from=" + str(folder)))
+
+
+T5 = {"model_type": "t5", "num_layers": 2, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 176, "vocab_size": 320}
+INDEX = "model.safetensors.index.json"
+
+
+def test_folder_that_is_at_odds_with_itself_is_refused_with_both_names(make, folder: Path):
+    config = make(*OVERRIDES, f"init.from={folder}")
+    save_file({"model.embed_tokens.weight": HEAD}, folder / "a.safetensors")
+    save_file({"model.embed_tokens.weight": HEAD}, folder / "b.safetensors")
+    index = {"model.embed_tokens.weight": "a.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": index}))
+    assert f"two sets of weights, model.safetensors and the files of {INDEX}" in refusal(config)
+    (folder / "model.safetensors").unlink()
+    check_source(config)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index | {"lm_head.weight": "b.safetensors"}}))
+    assert "embed_tokens.weight is in a.safetensors and in b.safetensors" in refusal(config)
+    (folder / INDEX).write_text(json.dumps({"weight_map": index | {"lm_head.weight": "a.safetensors"}}))
+    assert "lm_head.weight is in a.safetensors, and it is not" in refusal(config)
+    (folder / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal(config)
+    (folder / "adapter_config.json").write_text("{}")
+    assert "Merge them first" in refusal(config)

@@ -190,3 +190,21 @@ def test_model_that_fails_on_any_data_ends_the_run_with_a_reason(tmp_path, clean
     ends = run(gloo_ranks.train, config, clean)
     assert all("3 times in a row" in end and "optimizer.lr" in end for end in ends)
     assert len(ledger(config)) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (("steps=4",), "none of the 4 steps made an update, since the numbers were not finite, first at step 2"),
+        (("steps=1",), "after step 1, the last, the held-out loss is not finite"),
+        (("steps=3", "spikes.watch=off", "model.init_std=1e30"), "since no gradient was finite"),
+        (("steps=3", "model.init_std=1e39"), "begins with weights that are not finite, in backbone.embed.weight"),
+    ],
+    ids=["all left out", "the last update", "all skipped", "weights"],
+)
+def test_run_that_trained_nothing_fails_and_names_the_step(make, corpus: Path, keys: tuple[str, ...], words: str):
+    config = make("cluster.workers=1", "eval_every=0", "save_every=0", "optimizer.lr=1e20", *keys)
+    assert words in gloo_ranks.train_world(config, corpus)[0]
+    folder = Path(config.run.dir or "")
+    assert not (folder / "summary.json").exists()
+    assert not list(folder.glob("checkpoints/step_*"))

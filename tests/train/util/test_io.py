@@ -1,12 +1,14 @@
 """Files whole or absent, lines that a crash cuts, and locks that end with their holder."""
 
+import json
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from train.util.io import FileLock, append_line, read_records, write_whole
+from train.util.io import FileLock, append_line, read_records, to_json, write_whole
 
 
 def test_write_whole_replaces_the_content_and_leaves_nothing_beside_it(tmp_path):
@@ -63,3 +65,8 @@ def test_lock_of_a_killed_process_is_free_and_waiting_for_it_is_told_once(tmp_pa
 def test_lock_of_an_absent_file_raises_where_it_must_not_be_made(tmp_path):
     with pytest.raises(FileNotFoundError):
         FileLock(tmp_path / "lock", create=False)
+
+
+def test_numbers_that_json_has_not_are_written_as_null():
+    text = to_json({"loss": float("nan"), "by": [np.float32("inf"), 1.5, (float("-inf"), "NaN")], "ü": 1}, indent=1)
+    assert json.loads(text, parse_constant=pytest.fail) == {"loss": None, "by": [None, 1.5, [None, "NaN"]], "ü": 1}

@@ -7,7 +7,7 @@ its receipt, so continuing after a kill and repairing damage are the same operat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -24,11 +24,13 @@ from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io
+from train.util.format import plural
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
 _LEARN_FROM = 256 << 20
 """Bytes of text that a bpe learns from at most: more would change few merges and take long."""
+_MAX_UNKNOWN = 0.01
 _PROBE = 64
 _PROBE_CHARACTERS = 1 << 16
 """Documents, and characters of each, from which the tokens per byte are estimated."""
@@ -78,12 +80,13 @@ def build_corpus(build: CorpusBuild) -> None:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     jobs = {name: _plan_shards(build, tokenizer, name, dtype) for name in spec.splits}
     receipts = _write_shards(build, list(chain.from_iterable(jobs.values())), verified)
+    _check_unknown(build, receipts.values())
     splits = {}
     for name in spec.splits:
         done = [receipts[job.path.name] for job in jobs[name]]
-        table = np.concatenate([np.zeros((3, 0), np.int64), *(table for _, table in done)], axis=1)
+        table = np.concatenate([np.zeros((3, 0), np.int64), *(table for _, table, _ in done)], axis=1)
         splits[name] = shards.split_entry(
-            [entry for entry, _ in done], shards.write_table(folder, name, table, verified)
+            [entry for entry, _, _ in done], shards.write_table(folder, name, table, verified)
         )
     shards.write_index(folder, {"recipe": spec.digest, "settings": spec.settings}, tokenizer, dtype, splits)
 
@@ -137,7 +140,8 @@ def _tokens_per_byte(build: CorpusBuild, tokenizer: Tokenizer) -> float:
     return tokens / max(1, sum(len(text.encode()) for text in texts))
 
 
-Receipt = tuple[shards.ShardEntry, shards.Ids]
+Receipt = tuple[shards.ShardEntry, shards.Ids, int]
+"""Entry and table of a shard, and how many characters of its text the tokenizer does not know."""
 
 
 def _write_shards(build: CorpusBuild, jobs: list[workers.ShardJob], verified: VerifiedFiles) -> dict[str, Receipt]:
@@ -148,10 +152,10 @@ def _write_shards(build: CorpusBuild, jobs: list[workers.ShardJob], verified: Ve
     sizes = {job.path.name: int(job.documents["bytes"].sum()) for job in jobs}
     total, done = sum(sizes.values()), sum(sizes[name] for name in kept)
     build.report({"phase": "tokenize", "done": done, "total": total, "shards": len(jobs), "kept": len(kept)})
-    for number, (entry, table) in build.run_tasks(workers.encode_shard, [(job,) for job in missing]):
-        _write_receipt(build.folder, entry, table)
+    for number, (entry, table, unknown) in build.run_tasks(workers.encode_shard, [(job,) for job in missing]):
+        _write_receipt(build.folder, (entry, table, unknown))
         verified.add(missing[number].path, entry.sha256)
-        kept[entry.name] = entry, table
+        kept[entry.name] = entry, table, unknown
         done += sizes[entry.name]
         build.report({"phase": "tokenize", "done": done, "total": total})
     return kept
@@ -161,14 +165,36 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
     """The receipt of a shard that is there and whole, else None."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:
-        entry = shards.ShardEntry(**json.loads(receipt.read_text("utf-8")))
+        values = json.loads(receipt.read_text("utf-8"))
+        unknown = values.pop("unknown")
+        entry = shards.ShardEntry(**values)
         verified.check(folder, entry.name, entry.size, entry.sha256)
-        return entry, np.load(receipt.with_suffix(".npy"), allow_pickle=False)
-    except (OSError, ValueError, TypeError, UserError):
+        return entry, np.load(receipt.with_suffix(".npy"), allow_pickle=False), unknown
+    except (OSError, ValueError, TypeError, KeyError, UserError):
         return None
 
 
-def _write_receipt(folder: Path, entry: shards.ShardEntry, table: shards.Ids) -> None:
+def _check_unknown(build: CorpusBuild, receipts: Iterable[Receipt]) -> None:
+    """Say how much of the text the tokenizer does not know. Raises UserError where it is more than may be."""
+    tokens = unknown = 0  # unknown: in characters, as if each were a token
+    for entry, _, count in receipts:
+        tokens, unknown = tokens + entry.tokens, unknown + count
+    if not unknown:
+        return
+    share, settings = unknown / (tokens + unknown), build.data.tokenizer
+    most = _MAX_UNKNOWN if settings.max_unknown is None else settings.max_unknown
+    what = f"{share:.2%} of the text is unknown to the tokenizer ({plural(unknown, 'character')})"
+    if share > most:
+        raise UserError(
+            f"data.tokenizer.path={settings.path}: {what}, more than data.tokenizer.max_unknown={most:g}: it was made "
+            "for other text, and losses would say nothing. Take data.tokenizer.kind=bpe or bytes, which know every "
+            "text, or a tokenizer with bytes; data.tokenizer.max_unknown=1 takes it as it is"
+        )
+    build.report({"phase": "note", "text": what})
+
+
+def _write_receipt(folder: Path, shard: Receipt) -> None:
+    entry, table, unknown = shard
     receipt = folder / _RECEIPTS / f"{entry.name}.json"
     io.write_whole(receipt.with_suffix(".npy"), shards.npy_bytes(table))
-    io.write_whole(receipt, json.dumps(asdict(entry)).encode())
+    io.write_whole(receipt, json.dumps(asdict(entry) | {"unknown": unknown}).encode())

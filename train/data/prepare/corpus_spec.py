@@ -20,7 +20,8 @@ from train.errors import UserError
 from train.util.format import plural
 
 ReportProgress = Callable[[dict[str, Any]], None]
-"""Called with {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)}.
+"""Called with {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)},
+or with {"phase": "note", "text": a line for the user}.
 
 An exception that it raises ends the work; finished shards are kept.
 """
@@ -46,6 +47,9 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     """
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
     chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
+    del chosen["tokenizer"]["max_unknown"]
+    if data.tokenizer.end_token is None:  # as in corpora that were prepared before there was this key
+        del chosen["tokenizer"]["end_token"]
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
@@ -57,8 +61,12 @@ def build_spec(
     report: ReportProgress,
 ) -> CorpusSpec:
     """Read all text once. Raises UserError with every problem of every file, or if no text is left."""
+
+    def note(text: str) -> None:
+        report({"phase": "note", "text": text})
+
     total = sum(file.size for file in sources)
-    given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
+    given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
     tasks = [(spans, options, data.tokenizer.kind == "chars") for spans in _group_spans(sources)]
     results: dict[int, workers.FoundDocuments] = {}
     done = 0

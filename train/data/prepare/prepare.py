@@ -12,7 +12,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,19 @@ _CANNOT_WRITE = (
 )
 
 
-def prepare(data: schema.DataConfig, report: ReportProgress, objective: schema.Objective | None = None) -> Path:
+CheckTokenizer = Callable[[tokenizer.Tokenizer], None]
+
+
+def prepare(
+    data: schema.DataConfig,
+    report: ReportProgress,
+    objective: schema.Objective | None = None,
+    check: CheckTokenizer = lambda known: None,
+) -> Path:
     """Prepare the corpus and return its folder; files that are there and whole are kept.
+
+    ``check`` is called with the tokenizer before anything is written, unless that is a bpe, which is to be learned; it
+    may raise UserError.
 
     Raises UserError for text that cannot be read, a label that ``objective`` does not know, a folder that holds another
     corpus, or one that cannot be written.
@@ -48,7 +59,11 @@ def prepare(data: schema.DataConfig, report: ReportProgress, objective: schema.O
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
         with workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks:
+            if data.tokenizer.kind in ("bytes", "file"):
+                check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
             spec = build_spec(data, sources, read_options(data, objective), run_tasks, report)
+            if data.tokenizer.kind == "chars":
+                check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), spec.characters)))
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{spec.digest[:12]}"
             claim_folder(folder, spec)
             with io.FileLock(folder / ".lock", on_wait=lambda: report({"phase": "wait", "folder": str(folder)})):
@@ -81,8 +96,9 @@ def find_prepared(data: schema.DataConfig) -> Path | None:
 
 def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     """A digest of the settings and of path, size and mtime of every source: a corpus with an equal one is current."""
-    given = Path(data.tokenizer.path).stat() if data.tokenizer.kind == "file" and data.tokenizer.path else None
-    fixed = [shards.VERSION, clean.VERSION, corpus_settings(data), given and (given.st_size, given.st_mtime_ns)]
+    given = [file.stat() for file in tokenizer.given_files(data.tokenizer)]
+    stamps: list[tuple[int, int] | None] = [(file.st_size, file.st_mtime_ns) for file in given]
+    fixed = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
     listed = [(file.path, file.size, file.mtime_ns) for file in sources]
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 

@@ -122,19 +122,24 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids]:
-    """Tokenise the documents of a shard and write it beside the tokenizer."""
+def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
+    """Tokenise a shard's documents and write it beside the tokenizer; last, how many characters it does not know."""
     tokenizer = _tokenizer(job.path.parent)
+    unknown = 0
 
     def stored() -> Iterator[tuple[str, int, NDArray[Any]]]:
+        nonlocal unknown
         for document in job.documents:
             text = document_text(job.files, document, job.options)
             ids = [tokenizer.eot]
             for part in text.split(LABEL):
-                ids += [*tokenizer.encode(part), tokenizer.eot]
+                encoded = tokenizer.encode(part)
+                unknown += tokenizer.count_unknown(part, encoded)
+                ids += [*encoded, tokenizer.eot]
             yield job.files[int(document["file"])].name, len(text.encode()), np.array(ids, job.dtype)
 
-    return write_shard(job.path, job.first, stored())
+    entry, table = write_shard(job.path, job.first, stored())
+    return entry, table, unknown
 
 
 TaskRunner = Callable[..., Iterator[Any]]

@@ -6,7 +6,7 @@ llama    table of Llama
 bert     table of BERT
 t5       table of T5
 folder   safetensors and tokenizer of a Hugging Face folder, read and written one tensor at a time
-listing  config.json and the names of the weight files, without opening weights
+listing  config.json and the headers of the weight files, without loading weights
 """
 
 from __future__ import annotations

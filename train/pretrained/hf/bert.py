@@ -79,7 +79,9 @@ FAMILY = HFFamily(
         "head": map_to("classifier"),
     },
     base_prefix="bert.",
-    ignored_tensors=("*.position_ids", "cls.predictions.decoder.bias"),
+    head_matrix="cls.predictions.decoder.weight",
+    stand_ins={"cls.predictions.bias": ("cls.predictions.decoder.bias", "cls.predictions.bias")},  # which it computes
+    ignored_tensors=("*.position_ids", "cls.predictions.bias", "cls.predictions.decoder.bias"),
     normalize_config=normalize_config,
     finalize_config=finalize_config,
 )

@@ -6,16 +6,23 @@ Export and import are both derived from the same table.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from train.config import schema
 from train.errors import UserError
+from train.pretrained.hf.listing import StoredTensor, same_values
 
 ArchKeys = dict[str, Any]
 """Keys of ``schema.Model`` that determine the function a trained model computes, with every default resolved."""
 Shape = tuple[int, ...]
+
+WITH_LM_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "ForConditionalGeneration")
+"""Ends of the names of classes that predict tokens."""
+OLD_NORM_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names in files that were converted from TensorFlow -> today's."""
 
 TRAINING_KEYS = {"dropout", "init_std", "checkpoint_activations"}
 """Keys of ``schema.Model`` that matter in training only: they are not part of ``ArchKeys``."""
@@ -91,6 +98,12 @@ class HFFamily:
     """Patterns of tensors that hold no parameter, such as stored attention masks."""
     normalize_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """Brings any published form of config.json to the keys and values named above."""
+    head_matrix: str = "lm_head.weight"
+    """Tensor of the language model's head, which is the embedding's own where they are tied."""
+    stand_ins: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensor -> the names under which it is looked for instead, the first that is there counts."""
+    tied_scales: bool = False
+    """Whether tie_word_embeddings scales the output too, so that weights alone do not tell what the model computes."""
     finalize_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     """Brings those keys and values to the form of config.json that is written."""
 
@@ -146,6 +159,42 @@ class HFFamily:
             arch |= {key: arch[other] for key, other in self.required_equal.items()}
             arch = _fill_defaults(arch)
         return arch, unsupported
+
+    def stored_name(self, hf_name: str, stored: Container[str], tied: bool) -> str | None:
+        """The name of a tensor among those ``stored``, of older files too; None where it is missing."""
+        embedding = f"{self.modules['backbone.embed'].hf_modules[0]}.weight"
+        known = self.stand_ins.get(hf_name, (hf_name,))
+        if tied and hf_name == embedding:
+            known = (*known, self.head_matrix)
+        for name in known:
+            spellings = [name, name.removeprefix(self.base_prefix)]
+            for old, new in OLD_NORM_NAMES.items():
+                spellings += [s.replace(new, old) for s in spellings[:2] if new in s]
+            for spelling in spellings:
+                if spelling in stored:
+                    return spelling
+        return None
+
+    def is_tied(self, tied: bool, config: dict[str, Any], folder: Path, stored: Mapping[str, StoredTensor]) -> bool:
+        """Whether head and embedding are one matrix: what the weights say is believed before ``tied`` of config.json.
+
+        As transformers 5 does: a head that differs from the embedding is one of its own. A class with such a head whose
+        files hold none can only have meant the embedding.
+        """
+        embedding = self.stored_name(f"{self.modules['backbone.embed'].hf_modules[0]}.weight", stored, tied=False)
+        head = self.stored_name(self.head_matrix, stored, tied=False)
+        if head is None:
+            causal = [name for name, _ in self.hf_classes.values() if name.endswith(WITH_LM_HEAD)]
+            return tied or bool(set(causal) & set(config.get("architectures") or ()))
+        return tied and (embedding is None or same_values(folder, stored[embedding], stored[head]))
+
+    def is_backbone_tensor(self, hf_name: str) -> bool:
+        """Whether a tensor lies where our table has a module of the backbone, the pooler left out."""
+        roots = set()
+        for module, mapping in self.modules.items():
+            if module.startswith("backbone."):
+                roots |= {name.removeprefix(self.base_prefix).split(".")[0] for name in mapping.hf_modules}
+        return hf_name.removeprefix(self.base_prefix).split(".")[0] in roots - {"pooler"}
 
     def hf_names(self, name: str) -> tuple[ModuleMapping, list[str]]:
         """Mapping of our parameter ``name``, and the tensors it is stored in. Raises KeyError if it is not mapped."""

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from train.errors import UserError
 from train.pretrained.hf.family import HFFamily, Shape
-from train.pretrained.hf.listing import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, weight_files
+from train.pretrained.hf.listing import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
 from train.util.io import write_whole
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,14 +31,12 @@ class HFFolder:
         """Read the headers of the weight files. Raises UserError for pickled, missing or damaged weights."""
         self.path = path
         self.config = read_json(path / CONFIG_FILE)
-        names = weight_files(path)
+        self.tensors = read_headers(path)
+        names = sorted({tensor.file for tensor in self.tensors.values()})
         try:
             self.files = {name: safe_open(path / name, framework="pt") for name in names}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
-        self.file_of_tensor: dict[str, Any] = {}
-        for file in self.files.values():
-            self.file_of_tensor |= dict.fromkeys(file.keys(), file)
 
     @cached_property
     def digest(self) -> str:
@@ -50,18 +48,14 @@ class HFFolder:
             lines.append(f"{name} {(self.path / name).stat().st_size} {header!r}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def stored_name(self, hf_name: str, base_prefix: str) -> str | None:
-        """Name of a tensor in these files, with or without ``base_prefix``; None where it is missing."""
-        spellings = (hf_name, hf_name.removeprefix(base_prefix))
-        return next((name for name in spellings if name in self.file_of_tensor), None)
-
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, read from the file's header."""
-        return tuple(self.file_of_tensor[name].get_slice(name).get_shape())
+        return self.tensors[name].shape
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored precision. Raises UserError where it is not floating-point (quantised weights)."""
-        tensor = self.file_of_tensor[name].get_tensor(name)
+        stored = self.tensors[name]
+        tensor = self.files[stored.file].get_tensor(stored.name)
         if tensor.dtype not in FLOAT_DTYPES:
             raise UserError(f"{self.path}: {name} is {tensor.dtype}, and only floating-point weights are read")
         return tensor
@@ -76,8 +70,9 @@ class HFFolder:
 class HFWeights:
     """Weights of a Hugging Face folder by our parameter names and in our layout (a ``WeightReader``)."""
 
-    def __init__(self, folder: HFFolder, family: HFFamily) -> None:
-        self.folder, self.family = folder, family
+    def __init__(self, folder: HFFolder, family: HFFamily, tied: bool) -> None:
+        """``tied``: the embedding is the head's matrix too, so that either may stand for both."""
+        self.folder, self.family, self.tied = folder, family, tied
         self.names_read: set[str] = set()
 
     def _stored_parts(self, name: str) -> tuple[bool, list[str]]:
@@ -86,7 +81,7 @@ class HFWeights:
             mapping, hf_names = self.family.hf_names(name)
         except KeyError:
             return False, []
-        stored = [self.folder.stored_name(hf_name, self.family.base_prefix) for hf_name in hf_names]
+        stored = [self.family.stored_name(hf_name, self.folder.tensors, self.tied) for hf_name in hf_names]
         return mapping.transposed, [part for part in stored if part] if all(stored) else []
 
     def shape(self, name: str) -> Shape | None:
@@ -108,8 +103,13 @@ class HFWeights:
 
     def unread(self) -> list[str]:
         """Tensors that hold a parameter and were not read, by their names in the files."""
-        names = sorted(self.folder.file_of_tensor.keys() - self.names_read)
+        names = sorted(self.folder.tensors.keys() - self.names_read)
         return [name for name in names if not self._is_ignored(name)]
+
+    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+        """Those of ``unread`` that the backbone of their model computes with, but for our parameters ``skipped``."""
+        left = {part for name in skipped for part in self._stored_parts(name)[1]}
+        return [name for name in self.unread() if name not in left and self.family.is_backbone_tensor(name)]
 
     def _is_ignored(self, name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in self.family.ignored_tensors)

@@ -93,6 +93,8 @@ FAMILY = HFFamily(
         "backbone.decoder.blocks.#.cross.layer.out": map_to("decoder.block.#.layer.1.EncDecAttention.o"),
     },
     base_prefix="",
+    tied_scales=True,
+    stand_ins={"shared.weight": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")},
     ignored_tensors=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
     normalize_config=normalize_config,
     finalize_config=finalize_config,

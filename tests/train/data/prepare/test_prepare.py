@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import models
 
 from train.data.corpus.shards import Corpus
 from train.data.prepare import prepare as module
@@ -307,3 +309,46 @@ def test_given_tokenizer_is_part_of_the_corpus(tmp_path, text_data):
     assert find_prepared(given) == folder
     with pytest.raises(UserError, match=r"no\.json"):
         prepare(text_data("a.jsonl", kind="file", tokenizer_path="no.json"), quiet)
+
+
+def unigram_file(folder: Path) -> Path:
+    """A tokenizer of English letters, which has a token for all that it does not know."""
+    fast = Fast(
+        models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in "abcdefghijklmnopqrstuvwxyz ")], unk_id=0)
+    )
+    fast.add_special_tokens(["</s>"])
+    fast.save(str(folder / "english.json"))
+    return folder / "english.json"
+
+
+def test_text_unknown_to_a_given_tokenizer_is_said_and_much_refused(tmp_path, text_data):
+    given, notes = {"kind": "file", "tokenizer_path": str(unigram_file(tmp_path))}, []
+
+    def report(event):
+        notes.extend([event["text"]] if event["phase"] == "note" else [])
+
+    (tmp_path / "zh.txt").write_text("床前明月光，疑是地上霜。" * 50)
+    with pytest.raises(UserError, match=r"(?s)9\d\.\d\d% of the text is unknown.*data\.tokenizer\.max_unknown=1 "):
+        prepare(text_data(tmp_path / "zh.txt", **given), report)
+    assert notes == []
+    allowed = prepare(text_data(tmp_path / "zh.txt", **given, max_unknown=1.0), report)
+    assert "is unknown to the tokenizer" in notes.pop()
+    (tmp_path / "en.txt").write_text("a short text of words " * 50 + "é")
+    prepare(text_data(tmp_path / "en.txt", **given), report)
+    assert notes[0].startswith("0.09% of the text is unknown")
+    assert "max_unknown" not in json.dumps(Corpus(allowed).index["settings"])
+
+
+def test_check_of_the_tokenizer_comes_before_anything_is_written(tmp_path, text_data, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zh.txt").write_text("床前明月光")
+
+    def refuse(known):
+        known.encode("光")
+        known.encode("def ")
+        raise UserError("too long")
+
+    for kind, words in (("chars", "characters"), ("bytes", "too long")):
+        with pytest.raises(UserError, match=words):
+            prepare(text_data(tmp_path / "zh.txt", kind=kind), quiet, check=refuse)
+    assert [path.name for path in tmp_path.iterdir()] == ["zh.txt"]
