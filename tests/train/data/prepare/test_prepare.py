@@ -125,7 +125,7 @@ def test_document_stays_in_its_split_when_others_are_added(tmp_path, text_data):
 
 def test_neither_split_is_empty_with_two_documents(tmp_path, text_data):
     (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "b.txt").write_text("other")
     for fraction in (0.001, 0.999):
         corpus = Corpus(prepare(text_data("*.txt", val_fraction=fraction), quiet))
         assert len(texts(corpus, "train")) == len(texts(corpus, "val")) == 1

@@ -48,7 +48,7 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
     for step in (1, 7, 64, 10_000):
         spans = [(begin, min(begin + step, file.size)) for begin in range(0, file.size, step)]
         documents = chain.from_iterable(read_span(file, begin, end, read_options(data)) for begin, end in spans)
-        assert [text for _, _, text in documents] == texts
+        assert ["".join(pieces) for _, _, pieces in documents] == texts
 
 
 @pytest.mark.parametrize(
