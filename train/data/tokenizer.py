@@ -23,6 +23,7 @@ _BYTES = 256
 _LONG_WORD = re.compile(
     "|".join(rf"(?<!{sign}){sign}{{{LONGEST_WORD + 1},}}" for sign in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
 )
+_LONG_BLANK = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 _LONG_WORDS_LEARNED = 4 << 20
 """Characters in words of over LONGEST_WORD, such as DNA and rulers of dashes, that a bpe learns from at most: they
 hardly repeat, so that each takes memory, and more of them teach nothing."""
@@ -187,7 +188,9 @@ def _few_long_words(texts: Iterable[str]) -> Iterator[str]:
         left -= len(word[0])
         return word[0] if left >= 0 else ""
 
-    return (_LONG_WORD.sub(take, text) for text in texts)
+    for text in texts:
+        may_have = max(map(len, text.split()), default=0) > LONGEST_WORD or _LONG_BLANK.search(text)
+        yield _LONG_WORD.sub(take, text) if may_have else text
 
 
 def _finish(fast: Fast, decoder: decoders.Decoder) -> str:

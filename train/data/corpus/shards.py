@@ -197,10 +197,11 @@ class CorpusSplit:
                 raise UserError(f"{self.folder / entry.name}: cut short while it was read. {CURE}")
             position = end
 
-    def document(self, sample: int) -> NDArray[Any]:
-        """The ids of one document without the EOT on both sides; an EOT inside separates a label from its text."""
-        ids = np.empty(int(self.sample_tokens[sample]) - 1, self.dtype)
-        self.read_spans(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+    def document(self, sample: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids [begin, end) of one document without the EOT on both sides; one inside separates text and label."""
+        length = int(self.sample_tokens[sample]) - 1
+        ids = np.empty(max(0, min(length if end is None else end, length) - begin), self.dtype)
+        self.read_spans(DocSpans(np.array([sample]), np.array([1 + begin]), np.array([len(ids)])), ids)
         return ids
 
     def source(self, sample: int) -> str:
