@@ -87,7 +87,8 @@ def build_spec(
     splits = _split_documents(
         documents, data, large, lambda row: workers.document_pieces(sources[int(row["file"])], row, options)
     )
-    _note_uneven_splits(splits, data, report)
+    if large is None:
+        _note_uneven_splits(splits, data, report)
     return CorpusSpec(digest, chosen, splits, characters)
 
 
