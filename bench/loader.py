@@ -55,8 +55,8 @@ def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
     entries, tables, first = [], [], 0
     for number in range(int(numbers[-1]) + 1):
         part = [texts[n] for n in np.flatnonzero(numbers == number)]
-        stored = (("random", len(text), np.concatenate([eot, text, eot])) for text in part)
-        entry, table = shards.write_shard(folder / f"train-{number:06d}.tar", first, stored)
+        stored = (("random", len(text), [eot, text, eot]) for text in part)
+        entry, table = shards.write_shard(folder / f"train-{number:06d}.tar", first, np.dtype("uint16"), stored)
         stamps.add(folder / entry.name, entry.sha256)
         entries.append(entry)
         tables.append(table)

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from train.config import schema
+from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
 
@@ -26,8 +29,13 @@ _RUN_TIME = ("truncation", "padding", "post_processor")
 """Parts of a tokenizer.json that have no say in the ids of a text alone."""
 _CONFIG_FILE = "tokenizer_config.json"
 _BYTES = 256
-_LONG = 1 << 20
-"""Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
+_LONG_WORD = re.compile(
+    "|".join(rf"(?<!{sign}){sign}{{{LONGEST_WORD + 1},}}" for sign in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
+)
+_LONG_BLANK = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
+_LONG_WORDS_LEARNED = 4 << 20
+"""Characters in words of over LONGEST_WORD, such as DNA and rulers of dashes, that a bpe learns from at most: they
+hardly repeat, so that each takes memory, and more of them teach nothing."""
 
 
 class Tokenizer:
@@ -60,24 +68,28 @@ class Tokenizer:
         # are not in it.
         characters = vocabulary.keys() - {token.content for token in added.values()}
         self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
-        # Chunks may be encoded apart only where the tokenizer adds nothing before or between words.
-        splittable = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
-        self._chunk = _LONG if splittable and self._fast.normalizer is None else None
         self._unknown = _unknown_id(self._fast, content)
         self._alphabet = _droppable_alphabet(self._fast, vocabulary) if self._characters is None else None
 
+    @cached_property
+    def _cuts(self) -> TextCuts:
+        return TextCuts(self._fast)
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without ``eot``. Raises UserError for a character that a character vocabulary lacks."""
-        if self._characters is not None and (unknown := set(text) - self._characters):
-            listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
-            raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
-        ids: list[int] = []
-        for chunk in _split_text(text, self._chunk or len(text)):
+        return list(itertools.chain.from_iterable(ids for _, ids in self.encode_pieces([text])))
+
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[tuple[str, list[int]]]:
+        """Parts of bounded size of a text that comes in pieces, cut anywhere, and their ids: those of the whole."""
+        for part in self._cuts.parts(pieces):
+            if self._characters is not None and (unknown := set(part) - self._characters):
+                listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
+                raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
             try:
-                ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
+                ids = self._fast.encode_batch_fast([part], add_special_tokens=False)[0].ids
             except Exception as error:  # bare, of a vocabulary that lacks the token for what it does not know
                 raise UserError(f"the tokenizer cannot encode this text: {error}") from None
-        return ids
+            yield part, ids
 
     def count_unknown(self, text: str, ids: Sequence[int]) -> int:
         """How many characters of ``text``, whose ids are ``ids``, are dropped, or stand for the unknown token: one such
@@ -195,17 +207,6 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
 
 
-def _split_text(text: str, size: int) -> Iterator[str]:
-    """Chunks of at most ``size`` characters, cut at a line break if there is one; joined they are the text."""
-    start = 0
-    while len(text) - start > size:
-        newline = text.rfind("\n", start + 1, start + size)
-        stop = newline if newline > 0 else start + size
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], characters: str) -> str:
     """The content of a new ``tokenizer.json``: a function of the settings and the text alone.
 
@@ -305,8 +306,7 @@ def _train_bpe(vocab_size: int | None, texts: Iterable[str]) -> str:
             f"data.tokenizer.vocab_size={vocab_size}: a byte-level bpe needs more than {_BYTES} ids "
             f"({_BYTES} bytes and {EOT}); set e.g. data.tokenizer.vocab_size=4096"
         )
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = _untrained_bpe()
     fast.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -314,8 +314,33 @@ def _train_bpe(vocab_size: int | None, texts: Iterable[str]) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fast.train_from_iterator(texts, trainer)
+    fast.train_from_iterator(_few_long_words(texts), trainer)
     return fast.to_str()
+
+
+def parts_to_learn(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """The text of one document, which comes in pieces, in parts of about ``size`` characters, cut between words."""
+    return TextCuts(_untrained_bpe()).parts(pieces, size)
+
+
+def _untrained_bpe() -> Fast:
+    fast = Fast(models.BPE())
+    fast.pre_tokenizer = bounded_words()
+    return fast
+
+
+def _few_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, without words of over LONGEST_WORD once there have been enough of them."""
+    left = _LONG_WORDS_LEARNED
+
+    def take(word: re.Match[str]) -> str:
+        nonlocal left
+        left -= len(word[0])
+        return word[0] if left >= 0 else ""
+
+    for text in texts:
+        may_have = max(map(len, text.split()), default=0) > LONGEST_WORD or _LONG_BLANK.search(text)
+        yield _LONG_WORD.sub(take, text) if may_have else text
 
 
 def _finish(fast: Fast, decoder: decoders.Decoder) -> str:

@@ -136,6 +136,9 @@ class RunConsole:
             self._fact("resumes", f"at step {event.start_step:,}, from its newest checkpoint")
 
     def _prepare(self, event: events.PrepareEvent) -> None:
+        if event.phase == "note":
+            self._line(Text(f"  {event.progress['text']}"))
+            return
         words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.phase)
         if words is None:
             self.close()

@@ -47,7 +47,7 @@ def documents_of_step(
     """The documents of the step at a cursor, row by row; ``skipped`` are the rows that ``skipped.jsonl`` leaves out."""
     split, parts = corpus.split("train"), []
     for row, sample, start, length in plan.step_table(cursor).tolist():
-        text = split.document(sample)[start : start + min(length, WORDS_SHOWN)]
+        text = split.document(sample, start, start + min(length, WORDS_SHOWN))
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
         document = f"train/{sample:09d}"

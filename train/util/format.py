@@ -6,7 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-PREPARING = {"read": "reading and cleaning", "tokenizer": "making the tokenizer", "tokenize": "writing shards"}
+PREPARING = {
+    "read": "reading and cleaning",
+    "tokenizer": "making the tokenizer",
+    "merges": "learning its merges",
+    "tokenize": "writing shards",
+}
 """The phases of preparing a corpus, in words."""
 
 

@@ -29,8 +29,10 @@ def build_corpus(tmp_path):
             entries, tables, first = [], [np.zeros((3, 0), np.int64)], 0
             for number, sizes in enumerate(lengths):
                 texts = [bytes(random.integers(97, 123, size, dtype=np.uint8)) for size in sizes]
-                documents = [(f"d{i}", len(t), np.array([256, *t, 256], np.uint16)) for i, t in enumerate(texts)]
-                entry, table = shards.write_shard(folder / f"{split}-{number:06d}.tar", first, documents)
+                documents = [(f"d{i}", len(t), [np.array([256, *t, 256])]) for i, t in enumerate(texts)]
+                entry, table = shards.write_shard(
+                    folder / f"{split}-{number:06d}.tar", first, np.dtype("uint16"), documents
+                )
                 entries.append(entry)
                 tables.append(table)
                 first += len(sizes)

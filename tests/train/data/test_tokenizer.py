@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
 from train.config import schema
+from train.data import text_cuts
 from train.data.tokenizer import EOT, Tokenizer, build_tokenizer, encoding_digest, given_tokenizer
 from train.errors import UserError
 
@@ -85,10 +87,13 @@ def test_unknown_character_is_named():
 def test_long_text_is_encoded_in_chunks_without_loss(made, monkeypatch):
     text = "".join(TEXTS)
     whole = made.encode(text)
-    monkeypatch.setattr(made, "_chunk", 100)
-    assert made.decode(made.encode(text)) == text
-    if made is not BPE:
-        assert made.encode(text) == whole
+    pieces = [text[begin : begin + 7] for begin in range(0, len(text), 7)]
+    parts = [ids for _, ids in made.encode_pieces(pieces)]
+    monkeypatch.setattr(text_cuts.TextCuts.parts, "__defaults__", (1000,))
+    small_parts = [ids for _, ids in made.encode_pieces(pieces)]
+    assert (len(parts), len(small_parts) > 1) == (1, True)
+    assert [*chain(*parts)] == [*chain(*small_parts)] == whole
+    assert made.decode(whole) == text
 
 
 @pytest.mark.parametrize("vocab_size", [None, 256])

@@ -17,13 +17,14 @@ import json
 import mmap
 import os
 import tarfile
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,9 @@ _MAP_SIZE = 16 << 20
 costs more than a read, so a resumed run reads at first; a mapped page that is used again costs a tenth of a read."""
 _SMALL_TABLE = 64 << 20
 """Bytes up to which a table is read into memory; a larger one is mapped."""
+
+_SPOOL = 8 << 20
+"""Bytes of a document's ids up to which they are gathered in memory; those of a larger one in a temporary file."""
 
 Ids = NDArray[np.int64]
 
@@ -75,11 +79,13 @@ class _HashingFile:
         return self._file.write(block)
 
 
-def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDArray[Any]]]) -> tuple[ShardEntry, Ids]:
+def write_shard(
+    path: Path, first: int, dtype: np.dtype[Any], documents: Iterable[tuple[str, int, Iterable[NDArray[Any]]]]
+) -> tuple[ShardEntry, Ids]:
     """Write one tar atomically; returns its index entry and its table (3, samples).
 
-    ``documents`` are (source, bytes of text, stored ids); ``first`` is the number of the first document in its split.
-    Equal arguments give equal bytes.
+    ``documents`` are (source, bytes of text, stored ids in parts); ``first`` is the number of the first document in its
+    split. Equal arguments give equal bytes, however the ids are parted.
     """
     from webdataset import TarWriter  # 1.3 s, and only writers need it
 
@@ -88,13 +94,13 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     with temporary.open("wb") as file:
         hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0) as writer:
-            for number, (source, text_bytes, ids) in enumerate(documents, first):
+            for number, (source, text_bytes, parts) in enumerate(documents, first):
                 meta = json.dumps({"source": source, "bytes": text_bytes}, ensure_ascii=False).encode()
-                stored = npy_bytes(ids)
-                begin = writer.tarstream.offset
-                writer.write({"__key__": f"{number:09d}", "meta.json": meta, "tokens.npy": stored})
-                header = len(stored) - ids.nbytes
-                rows.append((begin + 2 * _BLOCK + -(-len(meta) // _BLOCK) * _BLOCK + header, len(ids) - 1, text_bytes))
+                writer.write({"__key__": f"{number:09d}", "meta.json": meta})
+                with tempfile.SpooledTemporaryFile(max_size=_SPOOL, dir=str(path.parent)) as spool:
+                    count, header = _write_npy(spool, dtype, parts)
+                    rows.append((writer.tarstream.offset + _BLOCK + header, count - 1, text_bytes))
+                    _add_member(writer, f"{number:09d}.tokens.npy", spool)
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
@@ -102,6 +108,33 @@ def write_shard(path: Path, first: int, documents: Iterable[tuple[str, int, NDAr
     table = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     sums = [int(total) for total in table.sum(axis=1)]
     return ShardEntry(path.name, len(rows), sums[1], sums[2], size, hashing.digest.hexdigest()), table
+
+
+def _write_npy(file: IO[bytes], dtype: np.dtype[Any], parts: Iterable[NDArray[Any]]) -> tuple[int, int]:
+    """Write the .npy file of an array that comes in parts; returns (its length, bytes before its first element)."""
+    _write_npy_header(file, dtype, 0)
+    header, count = file.tell(), 0
+    for part in parts:
+        file.write(part.astype(dtype, copy=False).tobytes())
+        count += len(part)
+    file.seek(0)
+    _write_npy_header(file, dtype, count)
+    assert file.tell() == header, "numpy pads the header for any length"
+    return count, header
+
+
+def _write_npy_header(file: IO[bytes], dtype: np.dtype[Any], count: int) -> None:
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, described)
+
+
+def _add_member(writer: Any, name: str, content: IO[bytes]) -> None:
+    """Add a file to the tar of a ``TarWriter`` as its ``write`` does, but from a file: it may be larger than memory."""
+    member = tarfile.TarInfo(name)
+    member.size = content.seek(0, os.SEEK_END)
+    member.mtime, member.mode, member.uname, member.gname = writer.mtime, writer.mode, writer.user, writer.group
+    content.seek(0)
+    writer.tarstream.addfile(member, content)
 
 
 @dataclass
@@ -164,10 +197,11 @@ class CorpusSplit:
                 raise UserError(f"{self.folder / entry.name}: cut short while it was read. {CURE}")
             position = end
 
-    def document(self, sample: int) -> NDArray[Any]:
-        """The ids of one document without the EOT on both sides; an EOT inside separates a label from its text."""
-        ids = np.empty(int(self.sample_tokens[sample]) - 1, self.dtype)
-        self.read_spans(DocSpans(np.array([sample]), np.array([1]), np.array([len(ids)])), ids)
+    def document(self, sample: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+        """The ids [begin, end) of one document without the EOT on both sides; one inside separates text and label."""
+        length = int(self.sample_tokens[sample]) - 1
+        ids = np.empty(max(0, min(length if end is None else end, length) - begin), self.dtype)
+        self.read_spans(DocSpans(np.array([sample]), np.array([1 + begin]), np.array([len(ids)])), ids)
         return ids
 
     def source(self, sample: int) -> str:

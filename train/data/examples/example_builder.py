@@ -85,23 +85,24 @@ def read_token_rows(split: CorpusSplit, spans: DocSpans, row_tokens: int) -> Tok
 
 
 def read_labelled(split: CorpusSplit, spans: DocSpans, row_tokens: int, eot: int) -> Iterator[tuple[int, Ints, Ints]]:
-    """(sample, ids of its text, ids of its label) of each row, one labelled document a row; empty rows have sample -1.
+    """(sample, ids of its text up to ``row_tokens``, ids of its label) of each row; empty rows have sample -1.
 
-    Labelled documents are stored as [EOT, text, EOT, label, EOT]. Raises UserError for one without a label.
+    A row has one document, stored as [EOT, text, EOT, label, EOT]. Raises UserError for one without a label.
     """
     begins = np.cumsum(spans.length) - spans.length
     for sample in spans.sample[begins % row_tokens == 0].tolist():
         if sample < 0:
             yield sample, _NO_IDS, _NO_IDS
             continue
-        ids = split.document(sample).astype(np.int64)
+        ids = split.document(sample)
         borders = np.flatnonzero(ids == eot)
         if len(borders) != 1:
             raise UserError(
                 f"document {sample} of {split.source(sample)} has no label: prepare the corpus with "
                 "data.label_key=<field>, from .jsonl files"
             )
-        yield sample, ids[: borders[0]], ids[borders[0] + 1 :]
+        text, label = ids[: borders[0]], ids[borders[0] + 1 :]
+        yield sample, text[:row_tokens].astype(np.int64), label.astype(np.int64)
 
 
 class BuiltRows:

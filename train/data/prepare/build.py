@@ -20,17 +20,23 @@ from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
 from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
 from train.data.prepare.sources import LABEL, SourceFile, read_options
+from train.data.sampling.epoch_order import hash_key
 from train.data.tokenizer import FILE as TOKENIZER_FILE
-from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, parts_to_learn
 from train.errors import UserError
 from train.util import io
 from train.util.format import plural
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
-_LEARN_FROM = 256 << 20
-"""Bytes of text that a bpe learns from at most: more would change few merges and take long."""
 _MAX_UNKNOWN = 0.01
+"""Share of unknown text above which a given tokenizer is refused, unless data.tokenizer.max_unknown allows it."""
+_LEARN_FROM = 256 << 20
+"""Bytes of text that a bpe learns from, about: more would change few merges and take long."""
+_LEARN_PART = 1 << 16
+"""Characters of a document that it learns from together."""
+_REPORT_AFTER = 4 << 20
+"""Bytes of text after which progress is reported."""
 _PROBE = 64
 _PROBE_CHARACTERS = 1 << 16
 """Documents, and characters of each, from which the tokens per byte are estimated."""
@@ -47,10 +53,11 @@ class CorpusBuild:
     run_tasks: workers.TaskRunner
     report: ReportProgress
 
-    def texts(self, documents: workers.Documents) -> Iterator[str]:
-        """The cleaned texts of some documents, labels appended without a separator."""
-        files, options = dict(enumerate(self.sources)), read_options(self.data)
-        return (workers.document_text(files, document, options).replace(LABEL, "") for document in documents)
+    def pieces(self, document: np.void) -> Iterator[str]:
+        """The cleaned text of a document in pieces, a label appended without a separator."""
+        file = self.sources[int(document["file"])]
+        pieces = workers.document_pieces(file, document, read_options(self.data))
+        return (piece.removeprefix(LABEL) for piece in pieces)
 
 
 def claim_folder(folder: Path, spec: CorpusSpec) -> None:
@@ -101,16 +108,48 @@ def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:
             return load_tokenizer(build.folder)
     except (OSError, ValueError):
         pass  # not made yet, or damaged
-    train = build.spec.splits["train"]
-    fraction = min(1.0, _LEARN_FROM / max(1, int(train["bytes"].sum())))
-    chosen = train[train["hash"][:, 1].astype(np.float64) / 2.0**64 < fraction] if fraction < 1 else train
-    build.report({"phase": "tokenizer", "done": 0, "total": int(chosen["bytes"].sum())})
-    content = build_tokenizer(build.data.tokenizer, build.texts(chosen), build.spec.characters)
+    total = int(build.spec.splits["train"]["bytes"].sum())
+    build.report({"phase": "tokenizer", "done": 0, "total": total})
+    content = build_tokenizer(build.data.tokenizer, _texts_to_learn(build, total), build.spec.characters)
     io.write_whole(path, content.encode())
     tokenizer = load_tokenizer(build.folder)
     io.write_whole(receipt, json.dumps(tokenizer.fingerprint).encode())
     verified.add(path, tokenizer.fingerprint)
+    wanted = build.data.tokenizer.vocab_size
+    if build.data.tokenizer.kind == "bpe" and wanted and tokenizer.vocab_size < wanted:
+        note = (
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, not the {wanted:,} of data.tokenizer.vocab_size: the "
+            f"{total:,} bytes of text in train have no more pairs to merge. Take "
+            f"data.tokenizer.vocab_size={tokenizer.vocab_size}, or more text"
+        )
+        build.report({"phase": "note", "text": note})
     return tokenizer
+
+
+def _texts_to_learn(build: CorpusBuild, total: int) -> Iterator[str]:
+    """About _LEARN_FROM of the ``total`` bytes of the training split, all if there are fewer.
+
+    A large document is chosen by parts of _LEARN_PART: a corpus may be one document. The choice is a hash of the
+    document and the number of the part.
+    """
+    share = _LEARN_FROM / max(1, total)
+    passed = reported = learned = 0
+    for document in build.spec.splits["train"]:
+        place, size = int(document["hash"][1]), int(document["bytes"])
+        if size < _LEARN_PART and place >= share * 2.0**64:
+            passed += size
+            continue
+        for number, part in enumerate(parts_to_learn(build.pieces(document), _LEARN_PART)):
+            length = len(part.encode())
+            if (hash_key(place, number) if number else place) < share * 2.0**64:
+                learned += length
+                yield part
+            passed += length
+            if passed - reported > _REPORT_AFTER:
+                build.report({"phase": "tokenizer", "done": passed, "total": total})
+                reported = passed
+    build.report({"phase": "tokenizer", "done": total, "total": total})
+    build.report({"phase": "merges", "done": 0, "total": learned})
 
 
 def _plan_shards(build: CorpusBuild, tokenizer: Tokenizer, split: str, dtype: str) -> list[workers.ShardJob]:
@@ -135,9 +174,18 @@ def _tokens_per_byte(build: CorpusBuild, tokenizer: Tokenizer) -> float:
     """Tokens per byte of text, measured on evenly spaced documents of the training split."""
     train = build.spec.splits["train"]
     probed = train[np.unique(np.linspace(0, len(train) - 1, _PROBE).astype(np.int64))]
-    texts = [text[:_PROBE_CHARACTERS] for text in build.texts(probed)]
+    texts = [_first_characters(build.pieces(document), _PROBE_CHARACTERS) for document in probed]
     tokens = sum(len(tokenizer.encode(text)) for text in texts)
     return tokens / max(1, sum(len(text.encode()) for text in texts))
+
+
+def _first_characters(pieces: Iterator[str], count: int) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece[: count - len(text)]
+        if len(text) == count:
+            break
+    return text
 
 
 Receipt = tuple[shards.ShardEntry, shards.Ids, int]

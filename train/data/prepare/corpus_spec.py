@@ -20,8 +20,8 @@ from train.errors import UserError
 from train.util.format import plural
 
 ReportProgress = Callable[[dict[str, Any]], None]
-"""Called with {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)},
-or with {"phase": "note", "text": a line for the user}.
+"""Called with {"phase": "read" | "tokenizer" | "merges" | "tokenize" | "wait" | "ready", "done": n, "total": m}, bytes,
+and with {"phase": "note", "text": what the user should know}.
 
 An exception that it raises ends the work; finished shards are kept.
 """
@@ -86,9 +86,17 @@ def build_spec(
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
+    large = _large_document(documents, data)
+    if large is not None and (len(documents) > 1 or data.test_fraction):
+        described.append("cut")  # such corpora were split otherwise before
     digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
     characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
-    return CorpusSpec(digest, chosen, _split_documents(documents, data, sources, options), characters)
+    splits = _split_documents(
+        documents, data, large, lambda row: workers.document_pieces(sources[int(row["file"])], row, options)
+    )
+    if large is None:
+        _note_uneven_splits(splits, data, report)
+    return CorpusSpec(digest, chosen, splits, characters)
 
 
 def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
@@ -105,31 +113,76 @@ def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
         yield group
 
 
+_Read = Callable[[np.void], Iterator[str]]
+"""The text of a document in pieces."""
+
+
+def _large_document(documents: workers.Documents, data: schema.DataConfig) -> int | None:
+    """The number of the document that has more than half of the text: neither side of a split may have it whole.
+
+    A labelled text is a whole; only where it is the single document it is cut.
+    """
+    largest = int(np.argmax(documents["bytes"]))
+    whole = data.label_key and len(documents) > 1
+    return None if whole or 2 * documents["bytes"][largest] <= documents["bytes"].sum() else largest
+
+
 def _split_documents(
-    documents: workers.Documents, data: schema.DataConfig, sources: list[SourceFile], options: ReadOptions
+    documents: workers.Documents, data: schema.DataConfig, large: int | None, read: _Read
 ) -> dict[str, workers.Documents]:
     """Hold out the documents whose hash of the text, as a number in [0, 1), is below ``data.val_fraction``.
 
     The next ``data.test_fraction`` is the test split. Labels do not enter the hash: a text stays in its split whatever
     is added to the corpus, and in every corpus of these fractions, labelled or not. Neither train nor val is ever
-    empty: the document of the lowest hash is in val, that of the highest in train; a single document is cut, its end
-    held out.
+    empty: the document of the lowest hash is in val, that of the highest in train. Where one document, the one numbered
+    ``large``, has more than half of the text, it is cut instead, its end held out.
     """
-    test = {"test": documents[:0]} if data.test_fraction else {}
     if not data.val_fraction + data.test_fraction:
         return {"train": documents, "val": documents[:0]}
-    if len(documents) == 1:
-        text = workers.document_text(dict(enumerate(sources)), documents[0], options)
-        middle = int(len(text) * (1 - data.val_fraction))
-        train, val = documents.copy(), documents.copy()
-        train["end"], val["begin"] = middle, middle
-        train["bytes"] = len(text[:middle].encode())
-        val["bytes"] = len(text[middle:].encode())
-        return {"train": train, "val": val} | test
     fractions = documents["split_hash"].astype(np.float64) / 2.0**64
     held, tested = fractions < data.val_fraction, fractions < data.val_fraction + data.test_fraction
+    if large is None:
+        if data.val_fraction:
+            held[np.argmin(fractions)] = True
+        tested[np.argmax(fractions)] = held[np.argmax(fractions)] = False
+    chosen = {"train": ~(held | tested), "val": held} | ({"test": tested & ~held} if data.test_fraction else {})
+    if large is None:
+        return {name: documents[mask] for name, mask in chosen.items()}
+    parts = _cut_document(documents[large], data, read)
+    splits = {}
+    for name, mask in chosen.items():
+        rows, mask[large] = documents.copy(), name in parts
+        rows[large] = parts.get(name, rows[large])
+        splits[name] = rows[mask]
+    return splits
+
+
+def _cut_document(document: np.void, data: schema.DataConfig, read: _Read) -> dict[str, np.void]:
+    """The parts of a document, by split: characters [begin, end), and their bytes."""
+    length = sum(map(len, read(document)))
+    middle, end = (int(length * (1 - held)) for held in (data.val_fraction + data.test_fraction, data.test_fraction))
+    parts = {"train": (0, middle)}
     if data.val_fraction:
-        held[np.argmin(fractions)] = True
-    tested[np.argmax(fractions)] = held[np.argmax(fractions)] = False
-    chosen = {"train": documents[~(held | tested)], "val": documents[held]}
-    return chosen | ({"test": documents[tested & ~held]} if data.test_fraction else {})
+        parts["val"] = middle, end
+    if data.test_fraction:
+        parts["test"] = end, length
+    rows = {}
+    for name, (first, last) in parts.items():
+        rows[name] = document.copy()
+        rows[name]["begin"], rows[name]["end"] = first, last if last < length else workers.WHOLE
+        rows[name]["bytes"] = sum(len(piece.encode()) for piece in read(rows[name]))
+    return rows
+
+
+def _note_uneven_splits(splits: dict[str, workers.Documents], data: schema.DataConfig, report: ReportProgress) -> None:
+    """Say where documents that are held out whole are far from the share of the text that is asked for."""
+    total = sum(int(split["bytes"].sum()) for split in splits.values())
+    documents = sum(map(len, splits.values()))
+    for name, fraction in {"val": data.val_fraction, "test": data.test_fraction}.items():
+        share = int(splits[name]["bytes"].sum()) / total if fraction else fraction
+        if not fraction / 2 <= share <= 2 * fraction:
+            note = (
+                f"{name} has {share:.1%} of the text, not the {fraction:.1%} of data.{name}_fraction: documents are "
+                f"held out whole, and there are {documents}. More and smaller documents are shared out more evenly"
+            )
+            report({"phase": "note", "text": note})

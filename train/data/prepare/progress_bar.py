@@ -27,7 +27,7 @@ def prepare_with_progress(data: schema.DataConfig, console: Console, objective: 
             if phase == "wait":
                 bars.print(f"another prepare works on {event['folder']}: waiting for it")
             if phase == "note":
-                bars.print(f"  {event['text']}", markup=False)
+                bars.console.print(event["text"], markup=False, highlight=False)
             if phase not in PREPARING:
                 return
             if phase not in tasks:

@@ -6,6 +6,7 @@ processes can share a large one: a line belongs to the span in which it begins.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import os
@@ -14,17 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from typing import BinaryIO
 
 from train.config import schema
 from train.data.prepare import snownlp
-from train.data.prepare.clean import clean
+from train.data.prepare.clean import clean_pieces
 from train.errors import UserError
 
 CHANGED = "the file changed while it was being prepared: run the same command again"
 LABEL = "\x1e"
 """Separates a text from its label: cleaning removes this character from both."""
+_BLOCK = 1 << 17
+"""Bytes of a file, or characters of a text, that are read and cleaned at once: a document may be of any size."""
 MAX_SHOWN = 20
 """Problems listed in one message; the rest is only counted."""
+
+Pieces = Iterator[str]
+"""The text of one document in parts, cut anywhere."""
 
 # Tests, vendored packages and generated tables of the standard library: not worth learning.
 _STDLIB_SKIP = frozenset(
@@ -164,66 +171,104 @@ def _walk_folder(root: str, prefix: str, skip: frozenset[str], problems: list[st
         yield SourceFile(entry.path, name, stat.st_size, stat.st_mtime_ns)
 
 
-def read_span(file: SourceFile, begin: int, end: int, options: ReadOptions) -> Iterator[tuple[int, int, str | BadText]]:
-    """(offset, length, cleaned text) of every document that begins in bytes [begin, end) of a file.
+def read_span(file: SourceFile, begin: int, end: int, options: ReadOptions) -> Iterator[tuple[int, int, Pieces]]:
+    """(offset, length, pieces of the cleaned text) of every document that begins in bytes [begin, end) of a file.
 
-    A document that cannot be read yields a BadText instead of its text, so that all problems can be reported at once.
+    The pieces of a document are read before the next document is asked for, and raise BadText where it cannot be read:
+    so all problems can be reported at once. An empty document has no piece.
     """
     with open(file.path, "rb") as stream:  # noqa: PTH123
         if not file.lines:
-            raw = stream.read()
-            yield 0, len(raw), _text_or_problem(file, 0, raw, options)
+            yield 0, file.size, _clean_pieces(file, 0, _blocks(stream), options)
             return
         if begin:
             stream.seek(begin - 1)
-            stream.readline()
+            while (part := stream.readline(_BLOCK)) and not part.endswith(b"\n"):  # a line of an earlier span
+                if stream.tell() > end:
+                    return
         while (offset := stream.tell()) < end and (raw := stream.readline()):
-            if raw.strip():
-                yield offset, len(raw), _text_or_problem(file, offset, raw, options)
+            length, blank = len(raw), raw.isspace()
+            pieces = _clean_pieces(file, offset, iter([raw]), options)
+            del raw  # a line may be large: it goes when it is decoded
+            if not blank:
+                yield offset, length, pieces
 
 
-def read_document(file: SourceFile, offset: int, length: int, options: ReadOptions) -> str:
+def read_document(file: SourceFile, offset: int, length: int, options: ReadOptions) -> Pieces:
     """The cleaned text of a document that ``read_span`` listed. Raises UserError if the file has changed since."""
     try:
         with open(file.path, "rb") as stream:  # noqa: PTH123
             stream.seek(offset)
-            text = _text_or_problem(file, offset, stream.read(length), options)
+            blocks = iter([stream.read(length)]) if file.lines else _blocks(stream)
+            yield from _clean_pieces(file, offset, blocks, options)
     except OSError as error:
         raise UserError(f"{file.path}: {error.strerror or error} ({CHANGED})") from None
-    if isinstance(text, BadText):
-        raise UserError(f"{text} ({CHANGED})")
-    return text
-
-
-def _text_or_problem(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> str | BadText:
-    try:
-        text, *label = (clean(part) for part in _parse_document(file, offset, raw, options))
-        if text and options.label_problem and (problem := options.label_problem(label[0].strip())):
-            return BadText(f"{file.path}: the line at offset {offset}: {problem}")
-        return LABEL.join([text, *label]) if text else ""
     except BadText as error:
-        return error
+        raise UserError(f"{error} ({CHANGED})") from None
 
 
-def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> list[str]:
-    """[text], or [text, label] where labels are read, of a document's bytes, which begin at ``offset`` in the file."""
-    if (nul := raw.find(0)) >= 0:
-        hint = "it looks like UTF-16: convert it to UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "leave it out"
-        raise BadText(f"{file.path}: a binary file, not text (a zero byte at offset {offset + nul}); {hint}")
-    try:
-        text = raw.decode("utf-8", options.errors)
-    except UnicodeDecodeError as error:
-        raise BadText(
-            f"{file.path}: byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8; convert the "
-            "file, or take data.encoding_errors=replace"
-        ) from None
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """What is left of a file, in blocks."""
+    return iter(lambda: stream.read(_BLOCK), b"")
+
+
+def _clean_pieces(file: SourceFile, offset: int, blocks: Iterator[bytes], options: ReadOptions) -> Pieces:
+    """The cleaned text of a document in pieces; its label, if labels are read, is one more, which begins with LABEL."""
+    text, *label = _parse_document(file, offset, blocks, options)
+    labels = ["".join(clean_pieces(part)) for part in label]
+    empty = True
+    for piece in clean_pieces(text):
+        if empty and options.label_problem and (problem := options.label_problem(labels[0].strip())):
+            raise BadText(f"{file.path}: the line at offset {offset}: {problem}")
+        empty = False
+        yield piece
+    if not empty:
+        yield from (LABEL + part for part in labels)
+
+
+def _parse_document(file: SourceFile, offset: int, blocks: Iterator[bytes], options: ReadOptions) -> list[Pieces]:
+    """[text], or [text, label] where labels are read, in pieces, of a document that begins at ``offset`` in the file.
+
+    A plain file is read as its pieces are; a line is parsed at once.
+    """
+    pieces = _decode(file, offset, blocks, options.errors)
+    if not file.lines:
+        if options.label_key:
+            raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={options.label_key})")
+        return [pieces]
+    line = "".join(pieces)
     if file.package_file:
-        return [file.package_file.text(text), *([file.package_file.label] if options.label_key else [])]
-    if file.lines:
-        return _json_fields(file, offset, text, options)
-    if options.label_key:
-        raise BadText(f"{file.path}: only lines of a .jsonl file have labels (data.label_key={options.label_key})")
-    return [text]
+        fields = [file.package_file.text(line), *([file.package_file.label] if options.label_key else [])]
+    else:
+        fields = _json_fields(file, offset, line, options)
+    return [_cut(field) for field in fields]
+
+
+def _decode(file: SourceFile, offset: int, blocks: Iterator[bytes], errors: str) -> Pieces:
+    """The text of a document's bytes, which begin at ``offset`` in the file. Raises BadText."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    begin = offset
+    for block in chain(blocks, [b""]):
+        if (nul := block.find(0)) >= 0:
+            wide = begin == offset and block[:2] in (b"\xff\xfe", b"\xfe\xff")
+            hint = "it looks like UTF-16: convert it to UTF-8" if wide else "leave it out"
+            raise BadText(f"{file.path}: a binary file, not text (a zero byte at offset {begin + nul}); {hint}")
+        undecoded = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise BadText(
+                f"{file.path}: byte 0x{error.object[error.start]:02x} at offset {begin - undecoded + error.start} is "
+                "not UTF-8; convert the file, or take data.encoding_errors=replace"
+            ) from None
+        if text:
+            yield text
+        begin += len(block)
+
+
+def _cut(text: str) -> Pieces:
+    """The pieces of a text that is in memory."""
+    return (text[begin : begin + _BLOCK] for begin in range(0, len(text), _BLOCK))
 
 
 def _json_fields(file: SourceFile, offset: int, line: str, options: ReadOptions) -> list[str]:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.sources import CHANGED, LABEL, BadText, ReadOptions, SourceFile, read_document, read_span
+from train.data.prepare.sources import (
+    CHANGED,
+    LABEL,
+    BadText,
+    Pieces,
+    ReadOptions,
+    SourceFile,
+    read_document,
+    read_span,
+)
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ExitCode, UserError
 
@@ -71,38 +81,55 @@ def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters:
     """Read, clean and hash every document that begins in the spans; empty documents are left out."""
     rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
-    characters: set[str] = set()
+    characters: set[str] | None = set() if with_characters else None
     for span in spans:
         try:
-            for offset, length, text in read_span(span.file, span.begin, span.end, options):
-                if isinstance(text, BadText):
-                    problems.append(str(text))
-                elif text:
-                    encoded = text.encode()
-                    split_hash = _hash128(text.partition(LABEL)[0].encode())[0]
-                    rows.append((span.number, offset, length, len(encoded), _hash128(encoded), split_hash, 0, WHOLE))
-                    if with_characters:
-                        characters.update(text.replace(LABEL, ""))
+            for offset, length, pieces in read_span(span.file, span.begin, span.end, options):
+                try:
+                    if measured := _measure(pieces, characters):
+                        rows.append((span.number, offset, length, *measured, 0, WHOLE))
+                except BadText as problem:
+                    problems.append(str(problem))
         except OSError as error:
             problems.append(f"{span.file.path}: {error.strerror or error}")
     return FoundDocuments(
-        np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans)
+        np.array(rows, DOCUMENT), problems, frozenset(characters or ()), sum(span.end - span.begin for span in spans)
     )
 
 
-def _hash128(encoded: bytes) -> tuple[int, int]:
-    """The first 128 bits of the sha256, as two 64-bit numbers."""
-    high, low = struct.unpack(">QQ", sha256(encoded).digest()[:16])
+def _measure(pieces: Pieces, characters: set[str] | None) -> tuple[int, tuple[int, int], int] | None:
+    """(bytes, hash, split_hash) of a document, as DOCUMENT has them, or None if it is empty; adds its characters."""
+    size, digest, text_digest = 0, sha256(), None
+    for piece in pieces:
+        if piece.startswith(LABEL):
+            text_digest = digest.copy()
+        if characters is not None:
+            characters.update(piece.removeprefix(LABEL))
+        encoded = piece.encode()
+        digest.update(encoded)
+        size += len(encoded)
+    return (size, _hash128(digest), _hash128(text_digest or digest)[0]) if size else None
+
+
+def _hash128(digest: Any) -> tuple[int, int]:
+    """The first 128 bits of a sha256, as two 64-bit numbers."""
+    high, low = struct.unpack(">QQ", digest.digest()[:16])
     return high, low
 
 
-def document_text(files: dict[int, SourceFile], document: np.void, options: ReadOptions) -> str:
-    """The text that one record of DOCUMENT refers to. Raises UserError if the file has changed since."""
-    file = files[int(document["file"])]
-    text = read_document(file, int(document["offset"]), int(document["length"]), options)
-    if _hash128(text.encode()) != tuple(document["hash"].tolist()):
+def document_pieces(file: SourceFile, document: np.void, options: ReadOptions) -> Pieces:
+    """The text that one record of DOCUMENT refers to in its file, in pieces, as ``read_document`` gives them.
+
+    Raises UserError, behind the last piece, if the file has changed since: what was made of the others is wrong then.
+    """
+    begin, end, position, digest = int(document["begin"]), int(document["end"]), 0, sha256()
+    for piece in read_document(file, int(document["offset"]), int(document["length"]), options):
+        digest.update(piece.encode())
+        if part := piece[max(begin - position, 0) : max(end - position, 0)]:
+            yield part
+        position += len(piece)
+    if _hash128(digest) != tuple(document["hash"].tolist()):
         raise UserError(f"{file.path}: {CHANGED}")
-    return text[int(document["begin"]) : int(document["end"])]
 
 
 @dataclass(frozen=True)
@@ -127,18 +154,24 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
     tokenizer = _tokenizer(job.path.parent)
     unknown = 0
 
-    def stored() -> Iterator[tuple[str, int, NDArray[Any]]]:
-        nonlocal unknown
+    def stored() -> Iterator[tuple[str, int, Iterator[NDArray[Any]]]]:
         for document in job.documents:
-            text = document_text(job.files, document, job.options)
-            ids = [tokenizer.eot]
-            for part in text.split(LABEL):
-                encoded = tokenizer.encode(part)
-                unknown += tokenizer.count_unknown(part, encoded)
-                ids += [*encoded, tokenizer.eot]
-            yield job.files[int(document["file"])].name, len(text.encode()), np.array(ids, job.dtype)
+            file = job.files[int(document["file"])]
+            parts = stored_ids(document_pieces(file, document, job.options))
+            yield file.name, int(document["bytes"]), (np.array(ids, job.dtype) for ids in parts)
 
-    entry, table = write_shard(job.path, job.first, stored())
+    def stored_ids(pieces: Pieces) -> Iterator[list[int]]:  # eot, text, eot, and if it has a label that, and eot again
+        nonlocal unknown
+        yield [tokenizer.eot]
+        for is_label, part in groupby(pieces, lambda piece: piece.startswith(LABEL)):
+            if is_label:
+                yield [tokenizer.eot]
+            for text, ids in tokenizer.encode_pieces(piece.removeprefix(LABEL) for piece in part):
+                unknown += tokenizer.count_unknown(text, ids)
+                yield ids
+        yield [tokenizer.eot]
+
+    entry, table = write_shard(job.path, job.first, np.dtype(job.dtype), stored())
     return entry, table, unknown
 
 

@@ -29,11 +29,14 @@ def test_webdataset_reads_the_same_samples(build_corpus):
         assert sample["meta.json"]["bytes"] == split.text_bytes[number] == len(split.document(number))
 
 
-def test_shard_bytes_depend_on_its_documents_alone(tmp_path):
-    documents = [("a", 3, np.array([9, 1, 9], np.uint16)), ("中文" * 300, 5, np.array([9, 70000, 9], np.uint32))]
+def test_shard_bytes_depend_on_its_documents_alone(tmp_path, monkeypatch):
+    ids = np.array([9, 70000, 9])
+    documents = [("a", 3, [ids]), ("中文" * 300, 5, [ids])]
+    parted = [("a", 3, [ids[:1], ids[1:]]), ("中文" * 300, 5, [ids[:2], ids[2:]])]
     (tmp_path / "other").mkdir()
-    first = shards.write_shard(tmp_path / "a.tar", 5, documents)
-    second = shards.write_shard(tmp_path / "other" / "a.tar", 5, documents)
+    first = shards.write_shard(tmp_path / "a.tar", 5, np.dtype("uint32"), documents)
+    monkeypatch.setattr(shards, "_SPOOL", 1)
+    second = shards.write_shard(tmp_path / "other" / "a.tar", 5, np.dtype("uint32"), parted)
     assert first[0] == second[0]
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "other" / "a.tar").read_bytes()
     assert first[0].size == (tmp_path / "a.tar").stat().st_size
@@ -41,7 +44,8 @@ def test_shard_bytes_depend_on_its_documents_alone(tmp_path):
 
 def test_table_offsets_are_right_behind_long_names(tmp_path):
     ids = np.arange(50, dtype=np.uint32)
-    _, table = shards.write_shard(tmp_path / "a.tar", 0, [("中" * 900, 7, ids), ("b", 8, ids + 1)])
+    documents = [("中" * 900, 7, [ids]), ("b", 8, [ids + 1])]
+    _, table = shards.write_shard(tmp_path / "a.tar", 0, ids.dtype, documents)
     content = np.frombuffer((tmp_path / "a.tar").read_bytes(), np.uint32)
     for number in range(2):
         begin = table[0, number] // 4

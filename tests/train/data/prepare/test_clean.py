@@ -1,10 +1,14 @@
 """Cleaning of a document: examples of every rule, and idempotence."""
 
+import sys
+import time
+import unicodedata
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.prepare.clean import clean
+from train.data.prepare.clean import clean, clean_pieces, is_independent
 
 
 @pytest.mark.parametrize(
@@ -30,3 +34,28 @@ def test_clean_normalises_each_kind_of_character(raw, expected):
 )
 def test_cleaning_twice_equals_cleaning_once(text):
     assert clean(clean(text)) == clean(text)
+
+
+SIGNS = st.sampled_from([*"\n\n\n\r  \t\ufeff\x00\x85ab\u0301\u0316\u0344\u1100\u1161\u11a8e\u3000\u0f73\u09c7\u09be"])
+
+
+@given(st.lists(st.text(alphabet=SIGNS, max_size=12)))
+def test_cleaned_pieces_are_the_cleaned_text_wherever_it_is_cut(pieces):
+    cleaned = list(clean_pieces(pieces))
+    assert "".join(cleaned) == clean("".join(pieces))
+    assert all(cleaned)
+
+
+def test_no_character_that_joins_the_one_before_it_is_called_independent():
+    for character in map(chr, range(sys.maxunicode + 1)):
+        parts = unicodedata.decomposition(character).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            assert not is_independent(chr(int(parts[1], 16)))
+            assert is_independent(chr(int(parts[0], 16))) or not is_independent(character)
+
+
+def test_time_of_cleaning_is_in_proportion_to_a_run_of_marks():
+    text = "a" + "\u0301\u0316" * 100_000
+    begin = time.process_time()
+    assert clean(text) == "\u00e1" + "\u0316" * 100_000 + "\u0301" * 99_999
+    assert time.process_time() - begin < 20  # sorted by the normalisation itself: several minutes

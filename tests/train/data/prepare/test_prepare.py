@@ -127,7 +127,7 @@ def test_document_stays_in_its_split_when_others_are_added(tmp_path, text_data):
 
 def test_neither_split_is_empty_with_two_documents(tmp_path, text_data):
     (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "b.txt").write_text("other")
     for fraction in (0.001, 0.999):
         corpus = Corpus(prepare(text_data("*.txt", val_fraction=fraction), quiet))
         assert len(texts(corpus, "train")) == len(texts(corpus, "val")) == 1
@@ -141,6 +141,35 @@ def test_single_document_is_cut_and_its_end_held_out(tmp_path, text_data):
     assert texts(corpus, "val") == [text[900:]]
     assert corpus.tokenizer.vocab_size == 28  # of the whole text, and the end token
     assert corpus.split("val").bytes == len(text[900:].encode())
+
+
+def test_document_that_is_most_of_the_text_is_cut_and_the_others_are_not(tmp_path, text_data):
+    small = [f"small {number}" for number in range(8)]
+    for number, text in enumerate(small):
+        (tmp_path / f"{number}.txt").write_text(text)
+    large = "".join(chr(0x4E00 + number) for number in range(1000))
+    (tmp_path / "large.txt").write_text(large)
+    corpus = Corpus(prepare(text_data("*.txt", val_fraction=0.1, test_fraction=0.1, workers=1), quiet))
+    splits = {name: texts(corpus, name) for name in ("train", "val", "test")}
+    parts = [text for name in splits for text in splits[name] if text not in small]
+    assert parts == [large[:800], large[800:900], large[900:]]
+    assert sorted(text for split in splits.values() for text in split if text in small) == small
+
+
+def test_single_document_has_a_test_split_if_one_is_wanted(tmp_path, text_data):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    corpus = Corpus(prepare(text_data("a.txt", val_fraction=0.1, test_fraction=0.2), quiet))
+    assert [len(*texts(corpus, name)) for name in ("train", "val", "test")] == [70, 10, 20]
+
+
+def test_share_that_is_far_from_the_one_asked_for_is_said(tmp_path, text_data):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 90)
+    events = []
+    prepare(text_data("*.txt", val_fraction=0.05), events.append)
+    (note,) = [event["text"] for event in events if event["phase"] == "note"]
+    assert "val has 33.3% of the text, not the 5.0% of data.val_fraction" in note
+    assert "there are 3" in note
 
 
 def test_val_fraction_zero_holds_nothing_out(tmp_path, text_data):

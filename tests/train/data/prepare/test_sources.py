@@ -7,8 +7,9 @@ import pytest
 
 from train.config import schema
 from train.data.corpus.shards import Corpus
+from train.data.prepare import sources
 from train.data.prepare.prepare import prepare
-from train.data.prepare.sources import list_files, read_options, read_span
+from train.data.prepare.sources import BadText, list_files, read_options, read_span
 from train.errors import UserError
 
 
@@ -48,7 +49,32 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
     for step in (1, 7, 64, 10_000):
         spans = [(begin, min(begin + step, file.size)) for begin in range(0, file.size, step)]
         documents = chain.from_iterable(read_span(file, begin, end, read_options(data)) for begin, end in spans)
-        assert [text for _, _, text in documents] == texts
+        assert ["".join(pieces) for _, _, pieces in documents] == texts
+
+
+@pytest.mark.parametrize("length", [1, 50, 300])
+def test_long_lines_are_read_once_whatever_the_span(tmp_path, text_data, monkeypatch, length):
+    monkeypatch.setattr(sources, "_BLOCK", 16)
+    texts = ["a" * length, "中" * 100, "\U0001f600" * 9, "b"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
+    data = text_data("a.jsonl")
+    (file,) = list_files(data)
+    for step in (7, 64, 1000):
+        spans = [(begin, min(begin + step, file.size)) for begin in range(0, file.size, step)]
+        documents = chain.from_iterable(read_span(file, begin, end, read_options(data)) for begin, end in spans)
+        assert ["".join(pieces) for _, _, pieces in documents] == texts
+
+
+def test_large_file_is_decoded_across_its_blocks(tmp_path, text_data, monkeypatch):
+    monkeypatch.setattr(sources, "_BLOCK", 7)
+    (tmp_path / "a.txt").write_text("中文é\U0001f600 " * 20)
+    (tmp_path / "bad.txt").write_bytes("中".encode() * 10 + b"\xff")
+    data = text_data("a.txt", "bad.txt")
+    good, bad = list_files(data)
+    texts = ["".join(pieces) for _, _, pieces in read_span(good, 0, good.size, read_options(data))]
+    assert texts == [("中文é\U0001f600 " * 20).rstrip()]
+    with pytest.raises(BadText, match=r"byte 0xff at offset 30 is not UTF-8"):
+        ["".join(pieces) for _, _, pieces in read_span(bad, 0, bad.size, read_options(data))]
 
 
 @pytest.mark.parametrize(
