@@ -21,7 +21,8 @@ from train.config.sweep_dir import pareto_front
 from train.config.sweep_space import Params
 from train.errors import UserError
 from train.events import JobEndedEvent
-from train.util.io import read_records
+from train.util.io import read_records, steps_of
+from train.util.reading import UNREADABLE, as_object
 from train.util.run_layout import RunDir
 
 Event = dict[str, Any]
@@ -89,15 +90,15 @@ def shorten(value: str) -> str:
 
 def metric_history(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in ``metrics.jsonl``, as far as the run in ``folder`` has come."""
-    rows = read_records(RunDir(folder).metrics)
-    return [(row["step"], float(row[metric])) for row in rows if isinstance(row.get(metric), int | float)]
+    rows = steps_of(read_records(RunDir(folder).metrics))
+    return [(step, float(row[metric])) for step, row in rows.items() if isinstance(row.get(metric), int | float)]
 
 
 def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     """The metrics of a finished run, of its summary or else of its last step with them; None where one is missing."""
     summary: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(RunDir(folder).summary.read_text())
+    with contextlib.suppress(*UNREADABLE):
+        summary = as_object(json.loads(RunDir(folder).summary.read_bytes()))
     values: list[float] = []
     for metric in metrics:
         value = summary.get(metric)

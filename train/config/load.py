@@ -30,11 +30,15 @@ from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, va
 from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
 from train.config.validate import config_problems, worker_problems
-from train.errors import UserError
+from train.errors import UserError, refuse_foreign_bytes
+from train.util.reading import as_object, read_yaml
 
 S = TypeVar("S", bound=Section)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 
 KeyEntry = tuple[str, str, str]
 """(type, default or "", description) of a key."""
@@ -52,6 +56,7 @@ class ConfigError(UserError):
 
 def load(overrides: Sequence[str]) -> Config:
     """Compose and check the configuration of ``overrides`` (``key=value``, ``group=choice``). Raises ConfigError."""
+    refuse_foreign_bytes(overrides)
     of_run, problems = [], []
     for text in overrides:
         if sweep_space.is_sweep_override(text):
@@ -66,6 +71,7 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
 
     Raises ConfigError, as ``load`` does.
     """
+    refuse_foreign_bytes(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -152,15 +158,13 @@ def _axis(override: Override) -> sweep_space.SweepAxis:
 
 
 def read(path: Path) -> Config:
-    """Read the configuration saved in a run's ``config.yaml``."""
+    """Read the configuration saved in a run's ``config.yaml``. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=...")
     try:
-        return parse(yaml.safe_load(path.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=..."
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        return parse(read_yaml(path, "Restore it, or give another run's folder: run.dir=...", as_object))
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:
@@ -210,7 +214,7 @@ def digest(config: Config) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ between two trees of plain values, as (key, old, new)."""
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):  # a file may have keys that are no text
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
@@ -335,7 +339,7 @@ def _error_text(error: Any) -> str:
         return f"unknown key {path!r}{did_you_mean(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
-    return f"{path}={error['input']!r}: {error['msg'].lower()}"
+    return f"{path}={repr(error['input'])[:MAX_SHOWN]}: {error['msg'].lower()}"
 
 
 _TYPES = {"int", "float", "str", "bool"}

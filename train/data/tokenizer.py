@@ -11,10 +11,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.config import schema
 from train.errors import UserError
+from train.util.reading import read_text
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
 _END_TOKENS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+PREPARE_AGAIN = "Prepare the corpus again (`./launch.sh prepare`)"
 _BYTES = 256
 _LONG = 1 << 20
 """Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
@@ -96,12 +98,13 @@ class Tokenizer:
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer in the folder of a prepared corpus or of a run. Raises UserError if it is missing or damaged."""
     path = Path(folder) / FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)")
+    content = read_text(path, PREPARE_AGAIN)
     try:
-        return Tokenizer(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)") from None
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
+        return Tokenizer(content)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}. {PREPARE_AGAIN}") from None
 
 
 def _split_text(text: str, size: int) -> Iterator[str]:
@@ -137,13 +140,9 @@ def given_tokenizer(settings: schema.TokenizerConfig) -> str:
     """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError."""
     if settings.path is None:
         raise UserError("data.tokenizer.kind=file needs data.tokenizer.path=/where/tokenizer.json")
+    content = read_text(Path(settings.path).expanduser(), f"data.tokenizer.path names it (looked from {Path.cwd()})")
     try:
-        content = Path(settings.path).expanduser().read_text("utf-8")
         Tokenizer(content)
-    except OSError as error:
-        raise UserError(f"data.tokenizer.path={settings.path}: {error.strerror} (looked from {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     except UserError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     return content

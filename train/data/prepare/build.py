@@ -24,6 +24,7 @@ from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io
+from train.util.reading import UNREADABLE, read_object
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
@@ -56,12 +57,13 @@ def claim_folder(folder: Path, spec: CorpusSpec) -> None:
     (folder / _RECEIPTS).mkdir(parents=True, exist_ok=True)
     path = folder / _RECIPE
     if path.exists():
-        old = json.loads(path.read_text("utf-8"))
-        if old["recipe"] != spec.digest:
-            changed = [key for key, value in spec.settings.items() if old["settings"].get(key) != value]
+        old = read_object(path, "Set another data.dir, or delete that folder")
+        if old.get("recipe") != spec.digest:
+            settings = old["settings"] if isinstance(old.get("settings"), dict) else {}
+            changed = [key for key, value in spec.settings.items() if settings.get(key) != value]
             what = f"other settings ({', '.join(f'data.{key}' for key in changed)})" if changed else "other text"
             raise UserError(
-                f"data.dir={folder} holds a corpus of {what}: {old['recipe'][:12]}, not {spec.digest[:12]}. "
+                f"data.dir={folder} holds a corpus of {what}: {str(old.get('recipe'))[:12]}, not {spec.digest[:12]}. "
                 "Set another data.dir, or delete that folder"
             )
     else:
@@ -96,7 +98,7 @@ def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:
         if io.sha256_of(path) == digest:
             verified.add(path, digest)
             return load_tokenizer(build.folder)
-    except (OSError, ValueError):
+    except UNREADABLE:
         pass  # not made yet, or damaged
     train = build.spec.splits["train"]
     fraction = min(1.0, _LEARN_FROM / max(1, int(train["bytes"].sum())))
@@ -163,8 +165,10 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
     try:
         entry = shards.ShardEntry(**json.loads(receipt.read_text("utf-8")))
         verified.check(folder, entry.name, entry.size, entry.sha256)
-        return entry, np.load(receipt.with_suffix(".npy"), allow_pickle=False)
-    except (OSError, ValueError, TypeError, UserError):
+        return entry, shards.open_table(receipt.with_suffix(".npy"))
+    except UserError:
+        return None
+    except UNREADABLE:
         return None
 
 

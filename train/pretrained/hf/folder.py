@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from train.errors import UserError
 from train.pretrained.hf.family import HFFamily, Shape
-from train.pretrained.hf.listing import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json, weight_files
+from train.pretrained.hf.listing import CONFIG_FILE, FETCH_AGAIN, INDEX_FILE, WEIGHTS_FILE, weight_files
 from train.util.io import write_whole
+from train.util.reading import read_object, reading
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,22 +31,20 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         """Read the headers of the weight files. Raises UserError for pickled, missing or damaged weights."""
         self.path = path
-        self.config = read_json(path / CONFIG_FILE)
-        names = weight_files(path)
-        try:
-            self.files = {name: safe_open(path / name, framework="pt") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
+        self.config = read_object(path / CONFIG_FILE, FETCH_AGAIN)
+        self.files: dict[str, Any] = {}
         self.file_of_tensor: dict[str, Any] = {}
-        for file in self.files.values():
-            self.file_of_tensor |= dict.fromkeys(file.keys(), file)
+        for name in weight_files(path):
+            with reading(path / name, FETCH_AGAIN):
+                self.files[name] = file = safe_open(path / name, framework="pt")
+                self.file_of_tensor |= dict.fromkeys(file.keys(), file)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the configuration and of each weight file's name, size and header (tensor names and shapes)."""
         lines = [json.dumps(self.config, sort_keys=True)]
         for name in sorted(self.files):
-            with (self.path / name).open("rb") as file:
+            with reading(self.path / name, FETCH_AGAIN), (self.path / name).open("rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
             lines.append(f"{name} {(self.path / name).stat().st_size} {header!r}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -57,11 +56,13 @@ class HFFolder:
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, read from the file's header."""
-        return tuple(self.file_of_tensor[name].get_slice(name).get_shape())
+        with reading(self.path, FETCH_AGAIN):
+            return tuple(self.file_of_tensor[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored precision. Raises UserError where it is not floating-point (quantised weights)."""
-        tensor = self.file_of_tensor[name].get_tensor(name)
+        with reading(self.path, FETCH_AGAIN):
+            tensor = self.file_of_tensor[name].get_tensor(name)
         if tensor.dtype not in FLOAT_DTYPES:
             raise UserError(f"{self.path}: {name} is {tensor.dtype}, and only floating-point weights are read")
         return tensor
@@ -70,7 +71,8 @@ class HFFolder:
     def tokenizer(self) -> bytes | None:
         """Content of tokenizer.json, or None where the folder has none."""
         file = self.path / "tokenizer.json"
-        return file.read_bytes() if file.exists() else None
+        with reading(file, FETCH_AGAIN):
+            return file.read_bytes() if file.exists() else None
 
 
 class HFWeights:
@@ -96,6 +98,8 @@ class HFWeights:
         if not shapes:
             return None
         shapes = [shape[::-1] if transposed and len(shape) == 2 else shape for shape in shapes]
+        if not all(shape and shape[1:] == shapes[0][1:] for shape in shapes):
+            raise UserError(f"{self.folder.path}: {', '.join(parts)} are of shapes {shapes}, and are parts of {name}")
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read(self, name: str) -> Tensor:

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from train.errors import UserError
+from train.util.reading import as_object, read_object, reading
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+FETCH_AGAIN = "Fetch it again from where the folder comes from"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where it cannot be read or is not an object."""
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -26,7 +18,10 @@ def weight_files(folder: Path) -> list[str]:
     Raises UserError where one of them is missing, or where the weights are pickled: pickles are never read.
     """
     if (folder / INDEX_FILE).exists():
-        names = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+        with reading(folder / INDEX_FILE, FETCH_AGAIN):
+            names = sorted(set(as_object(read_object(folder / INDEX_FILE, FETCH_AGAIN).get("weight_map")).values()))
+            if not all(isinstance(name, str) and name.isprintable() for name in names):
+                raise TypeError("its weight_map names files by what is no text")
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{folder / INDEX_FILE} names a file that is not in its folder: {outside[0]!r}")
         if missing := [name for name in names if not (folder / name).exists()]:
