@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -31,11 +31,14 @@ from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
 from train.config.validate import config_problems, worker_problems
 from train.errors import UserError, refuse_foreign_bytes
-from train.util.reading import as_object, read_yaml
+from train.util.reading import UNREADABLE, as_object, read_yaml, reason
 
 S = TypeVar("S", bound=Section)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+MALFORMED: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException, *UNREADABLE)
+"""All that Hydra and OmegaConf raise for words that they cannot take: their parsers raise Python's errors too."""
 
 MAX_SHOWN = 200
 """Characters of a wrong value that a message repeats."""
@@ -77,8 +80,8 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             sweep_overrides = [_sweep_override(parser, text) for text in overrides]
             axes = [_axis(override) for override in sweep_overrides if override is not None]
-    except HydraException as error:
-        raise ConfigError([str(error).strip()]) from error
+    except MALFORMED as error:
+        raise ConfigError([reason(error)]) from error
     points, axis_keys = sweep_space.read_points(overrides), {axis.key for axis in axes}
     varied = axis_keys.union(*points)
     fixed = [text for text in overrides if sweep_space.key_of(text) not in axis_keys]
@@ -119,12 +122,12 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=checked, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, str(error).strip()]) from error
-    choices = composed.hydra.runtime.choices
-    values: dict[str, Any] = {
-        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
-    }
+        choices = composed.hydra.runtime.choices
+        values: dict[str, Any] = {
+            str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
+        }
+    except MALFORMED as error:
+        raise ConfigError([*problems, reason(error)]) from error
     settings = values.pop("sweep")
     try:
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
@@ -137,7 +140,7 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
 
 def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
     """Parse an override that gives several values, else None; ``check_overrides`` reports what cannot be parsed."""
-    with contextlib.suppress(OverrideParseException):
+    with contextlib.suppress(*MALFORMED):
         [override] = parser.parse_overrides([text])
         return override if override.is_sweep_override() else None
     return None
@@ -281,7 +284,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException:
+        except MALFORMED:
             problems.append(f"{text!r} is not key=value or group=choice")
             continue
         key = override.key_or_group
