@@ -74,7 +74,7 @@ def bad_input(error: BaseException) -> str | None:
 
 
 def place_error(error: OSError) -> str:
-    """What the system refused, and the cure: "/x/y: Not a directory: name another path"."""
+    """The path, the system's reason and the cure: "/x/y: Not a directory (there is a file ...)"."""
     paths = [
         escape_foreign_bytes(os.fsdecode(name))
         for name in (error.filename, error.filename2)

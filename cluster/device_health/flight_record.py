@@ -67,6 +67,8 @@ def _read_groups(content: Mapping[str, Any]) -> list[GroupRecord]:
     configured = {name: config.get("ranks", "") for name, config in content.get("pg_config", {}).items()}
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for entry in content.get("entries", []):
+        if type(entry["collective_seq_id"]) is not int:
+            raise TypeError("a collective without a number")
         if not entry["is_p2p"]:
             # A group for tensors of CPU and GPU counts the collectives of each of its backends by itself.
             backend = entry["profiling_name"].partition(":")[0]

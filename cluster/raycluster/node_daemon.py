@@ -59,7 +59,7 @@ class NodeOrder:
 
 
 class NodeDescription(BaseModel):
-    """What a daemon writes about its node into its folder; other keys are kept."""
+    """The keys that a daemon writes about its node into its folder; others are kept."""
 
     model_config = ConfigDict(extra="allow")
     pid: Annotated[int, Field(gt=1)]

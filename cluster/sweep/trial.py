@@ -21,6 +21,7 @@ from train.config.sweep_dir import pareto_front
 from train.config.sweep_space import Params
 from train.errors import UserError
 from train.events import JobEndedEvent
+from train.util.format import finite
 from train.util.io import read_records, steps_of
 from train.util.reading import UNREADABLE, as_object
 from train.util.run_layout import RunDir
@@ -91,7 +92,13 @@ def shorten(value: str) -> str:
 def metric_history(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in ``metrics.jsonl``, as far as the run in ``folder`` has come."""
     rows = steps_of(read_records(RunDir(folder).metrics))
-    return [(step, float(row[metric])) for step, row in rows.items() if isinstance(row.get(metric), int | float)]
+    values = {step: _as_float(row.get(metric)) for step, row in rows.items()}
+    return [(step, value) for step, value in values.items() if value is not None]
+
+
+def _as_float(value: Any) -> float | None:
+    """A number of a file, NaN included, as a float; None for what is none or is too large."""
+    return float(value) if isinstance(value, float) or finite(value) else None
 
 
 def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
@@ -101,9 +108,9 @@ def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
         summary = as_object(json.loads(RunDir(folder).summary.read_bytes()))
     values: list[float] = []
     for metric in metrics:
-        value = summary.get(metric)
-        if isinstance(value, int | float):
-            values.append(float(value))
+        value = _as_float(summary.get(metric))
+        if value is not None:
+            values.append(value)
         elif history := metric_history(folder, metric):
             values.append(history[-1][1])
         else:

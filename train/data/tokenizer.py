@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Tokenizer as Fast
@@ -18,18 +19,29 @@ EOT = "<|endoftext|>"
 _END_TOKENS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 PREPARE_AGAIN = "Prepare the corpus again (`./launch.sh prepare`)"
 _BYTES = 256
+MAX_SHOWN = 300
+"""Characters of the library's own message that are repeated."""
 _LONG = 1 << 20
 """Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
+
+
+@contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Raise UserError for what the library raises: a bare Exception, or the panic of Rust code, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {str(error)[:MAX_SHOWN]}") from None
 
 
 class Tokenizer:
     """Encodes and decodes text; ``eot`` is the id before and after every document, ``vocab_size`` counts all ids."""
 
     def __init__(self, content: str) -> None:
-        try:
+        with _library("not a tokenizer.json that the tokenizers library reads"):
             self._fast = Fast.from_str(content)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"not a tokenizer.json that the tokenizers library reads: {error}") from None
         # A text that spells a special token is text: it must not end a document, and it must come back as it was.
         self._fast.encode_special_tokens = True
         self._fast.no_padding()
@@ -48,7 +60,9 @@ class Tokenizer:
         # Only a character vocabulary has no pre-tokenizer and no merges; the library silently drops characters that
         # are not in it.
         characters = vocabulary.keys() - {token.content for token in added.values()}
-        self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
+        self._characters = (
+            characters if self._fast.pre_tokenizer is None and max(map(len, characters), default=0) == 1 else None
+        )
         # Chunks may be encoded apart only where the tokenizer adds nothing before or between words.
         splittable = isinstance(self._fast.pre_tokenizer, pre_tokenizers.ByteLevel) or self._characters is not None
         self._chunk = _LONG if splittable and self._fast.normalizer is None else None
@@ -59,13 +73,15 @@ class Tokenizer:
             listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
             raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
         ids: list[int] = []
-        for chunk in _split_text(text, self._chunk or len(text)):
-            ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
+        with _library("the tokenizer fails at this text"):
+            for chunk in _split_text(text, self._chunk or len(text)):
+                ids.extend(self._fast.encode_batch_fast([chunk], add_special_tokens=False)[0].ids)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that form no whole character become the replacement character."""
-        return self._fast.decode(list(ids), skip_special_tokens=False)
+        with _library("the tokenizer fails at these tokens"):
+            return self._fast.decode(list(ids), skip_special_tokens=False)
 
     def find(self, name: str, default: int) -> int:
         """The id of the token of that name, or ``default`` if the vocabulary has none."""

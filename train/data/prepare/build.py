@@ -163,7 +163,9 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
     """The receipt of a shard that is there and whole, else None."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:
-        entry = shards.ShardEntry(**json.loads(receipt.read_text("utf-8")))
+        entry = shards.ShardEntry(**json.loads(receipt.read_bytes()))
+        if entry.name != path.name:
+            return None
         verified.check(folder, entry.name, entry.size, entry.sha256)
         return entry, shards.open_table(receipt.with_suffix(".npy"))
     except UserError:
