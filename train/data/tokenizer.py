@@ -21,6 +21,8 @@ PREPARE_AGAIN = "Prepare the corpus again (`./launch.sh prepare`)"
 _BYTES = 256
 MAX_SHOWN = 300
 """Characters of the library's own message that are repeated."""
+_MOST_IDS = 1 << 24
+"""Ids of a vocabulary, gaps included, for each of which the library and the model take memory."""
 _LONG = 1 << 20
 """Characters above which a text is encoded in chunks: the library needs some 100 bytes of memory a token."""
 
@@ -53,6 +55,8 @@ class Tokenizer:
         self.eot: int = known[0]
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise UserError(f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read")
         self.content = content
         added = self._fast.get_added_tokens_decoder()
         self.special = sorted(identity for identity, token in added.items() if token.special)

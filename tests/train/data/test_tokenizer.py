@@ -121,3 +121,10 @@ def test_given_tokenizer_without_an_end_token_is_refused(tmp_path, content, mess
     with pytest.raises(UserError, match=message) as caught:
         given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))
     assert str(path) in str(caught.value)
+
+
+def test_an_id_beyond_any_vocabulary_is_refused_before_it_takes_memory():
+    crafted = json.loads(BYTES.content)
+    crafted["model"]["vocab"]["Ā"] = 2**31
+    with pytest.raises(UserError, match="numbers its tokens up to 2,147,483,648"):
+        Tokenizer(json.dumps(crafted))
