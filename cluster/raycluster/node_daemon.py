@@ -62,7 +62,7 @@ class NodeDescription(BaseModel):
     """The keys that a daemon writes about its node into its folder; others are kept."""
 
     model_config = ConfigDict(extra="allow")
-    pid: Annotated[int, Field(gt=1)]
+    pid: Annotated[int, Field(gt=0)]
     address: str
     head: bool
     node: str

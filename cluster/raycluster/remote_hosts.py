@@ -59,7 +59,7 @@ def read_hosts(named: Sequence[str] | str) -> list[str]:
     """The host names of ``cluster.hosts``: a list, or the path of a file with one name a line."""
     if not isinstance(named, str):
         return list(named)
-    cure = f"cluster.hosts={named} names it as a file of host names: write one a line, or say cluster.hosts=[a,b]"
+    cure = f"cluster.hosts={named} is no file of host names: write one name a line, or say cluster.hosts=[a,b]"
     lines = read_text(Path(named), cure).splitlines()
     names = [line.partition("#")[0].strip() for line in lines]
     if not any(names):
