@@ -188,10 +188,10 @@ def _table_path() -> Path:
 @functools.cache
 def _read_table(file: Path) -> Choices:
     """The stored table; empty where it is missing or damaged."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        table = json.loads(file.read_bytes())
+        return table if isinstance(table, dict) else {}
+    return {}
 
 
 def _store(file: Path, key: str, choice: Tiles | str) -> None:

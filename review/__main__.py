@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import ExitCode
+from train.errors import ExitCode, UserError, guard_verb
 from train.util.io import write_whole
 
 DESCRIPTION = "what run folders tell, as a page, as pictures, or as a comment. No server, no network."
@@ -33,6 +33,16 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Writes or prints the review of the runs in ``argv``, and returns the exit code."""
     options = parser().parse_args(argv)
+    try:
+        with guard_verb(argv):
+            return _review(options)
+    except UserError as error:
+        print(f"review: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+
+
+def _review(options: argparse.Namespace) -> int:
+    """Reads the runs, and writes or prints their review."""
     from review.run_reader import read_runs  # lazy: --help needs no numpy
 
     runs = read_runs(options.runs, options.out)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from train.util.reading import UNREADABLE
+
 FRESH_FILES_S = 120.0
 """A run whose driver is on another host counts as running while its files are younger than this."""
 
@@ -30,13 +32,13 @@ def finite_number(value: Any) -> float | None:
 def read_json_object(file: Path, notes: list[str]) -> dict[str, Any]:
     """The object in a JSON file. Empty if the file is missing; empty with a note if it holds anything else."""
     try:
-        value = json.loads(file.read_text("utf-8"))
+        value = json.loads(file.read_bytes())
         if isinstance(value, dict):
             return value
         notes.append(f"{file.name} holds no object")
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError):
+    except UNREADABLE:
         notes.append(f"{file.name} cannot be read")
     return {}
 
@@ -54,7 +56,7 @@ def read_json_lines(file: Path, notes: list[str]) -> list[dict[str, Any]]:
     for line in lines[:-1]:
         try:
             value = json.loads(line)
-        except (ValueError, RecursionError):
+        except UNREADABLE:
             value = None
         if isinstance(value, dict):
             objects.append(value)
@@ -78,12 +80,12 @@ def is_locked(lock: Path, written: Sequence[Path]) -> bool:
         if on_this_host and Path("/proc/locks").exists():
             return any(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
         return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_FILES_S
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except UNREADABLE:
         return False
 
 
 def display_path(folder: Path) -> str:
     """The folder relative to the working directory if it lies inside it, else as given."""
     with contextlib.suppress(ValueError):
-        return str(folder.resolve().relative_to(Path.cwd()))
+        return str(Path(os.path.realpath(folder)).relative_to(Path.cwd()))
     return os.fspath(folder)

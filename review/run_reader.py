@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from review.lenient_io import finite_number, is_locked, read_json_lines, read_json_object
@@ -26,6 +26,7 @@ from review.sweep_reader import (
 )
 from train.config.sweep_dir import FINAL, LEDGER
 from train.util.format import plural
+from train.util.reading import UNREADABLE, parse_yaml, reason
 from train.util.run_layout import RunDir
 
 Floats = NDArray[np.float64]
@@ -179,7 +180,7 @@ def read_runs(paths: Sequence[Path], exclude: Path | None = None) -> list[RunRec
     """All runs in ``paths`` except ``exclude``, and trials of whole sweeps that ended before they had a folder."""
     folders = find_run_folders(list(paths))
     if exclude is not None:
-        folders = [folder for folder in folders if folder.resolve() != exclude.resolve()]
+        folders = [folder for folder in folders if os.path.realpath(folder) != os.path.realpath(exclude)]
     whole = list(dict.fromkeys(find_sweep_folders(list(paths))))
     parents = [folder.parent for folder in folders]
     sweeps = {folder: read_sweep(folder) for folder in dict.fromkeys([*whole, *parents])}
@@ -204,7 +205,7 @@ def sweeps_of(runs: Sequence[RunRecord]) -> list[SweepRecord]:
 
 def read_run(folder: Path, sweep: SweepRecord | None = None) -> RunRecord:
     """The run in ``folder``, whatever it holds, with its state and notes completed from the ledger of its ``sweep``."""
-    run = RunRecord(folder, folder.resolve().name)
+    run = RunRecord(folder, Path(os.path.realpath(folder)).name)
     if sweep and (trial := sweep.trial_of_folder(folder)):
         run.sweep, run.trial, run.name = sweep, trial, f"{sweep.name}-{folder.name}"
     if folder.is_dir():
@@ -261,8 +262,8 @@ def _rank_errors(folder: Path) -> list[str]:
     """The last line of the error of each rank of the last start, as far as the ranks could write it."""
     errors = []
     for file in sorted(RunDir(folder).logs.glob("*.end")):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            end = json.loads(file.read_text())
+        with contextlib.suppress(*UNREADABLE):
+            end = json.loads(file.read_bytes())
             if end.get("error"):
                 errors.append(f"{file.stem}: {str(end['error']).strip().splitlines()[-1]}")
     return errors
@@ -275,7 +276,7 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
             return {}
         if file.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("too large")
-        tree = yaml.safe_load(file.read_text("utf-8"))
+        tree = parse_yaml(file.read_bytes())
         if not isinstance(tree, dict):
             raise ValueError("no mapping")
         flat: dict[str, Any] = {}
@@ -284,8 +285,8 @@ def _read_config(run: RunRecord) -> dict[str, Any]:
             if len(flat) > MAX_CONFIG_VALUES:
                 raise ValueError("too many values")
         return flat
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        run.notes.append(f"config.yaml cannot be read: {str(error).strip().splitlines()[0][:200]}")
+    except UNREADABLE as error:
+        run.notes.append(f"config.yaml cannot be read: {reason(error)[:200]}")
         return {}
 
 

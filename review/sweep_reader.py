@@ -6,6 +6,7 @@ The ledger's form is that of ``cluster/sweep/ledger.py``.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -123,7 +124,7 @@ def read_sweep(folder: Path) -> SweepRecord | None:
     """The sweep in ``folder``, or None if it holds no ledger."""
     if not (folder / LEDGER).is_file():
         return None
-    sweep = SweepRecord(folder, folder.resolve().name)
+    sweep = SweepRecord(folder, Path(os.path.realpath(folder)).name)
     for record in read_json_lines(folder / LEDGER, sweep.notes):
         match record.get("event"):
             case "sweep":

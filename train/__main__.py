@@ -14,7 +14,7 @@ from rich.table import Table
 
 from train.config import load as configuration
 from train.config import schema
-from train.errors import ExitCode, Stopped, UserError
+from train.errors import ExitCode, Stopped, UserError, guard_verb
 from train.events import Event
 from train.util import redact
 from train.util.format import plural
@@ -153,7 +153,8 @@ def main(argv: Sequence[str]) -> int:
             )
         return ExitCode.OK
     try:
-        return verb(argv[1:])
+        with guard_verb(argv):
+            return verb(argv[1:])
     except UserError as error:
         ERR.print(f"[bold red]{argv[0]}:[/] ", end="")
         ERR.print(str(error), markup=False)

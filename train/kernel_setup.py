@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel
 
 import kernels
 import kernels.tuning as tuning
@@ -18,6 +20,7 @@ from train.distributed import process_group
 from train.errors import UserError
 from train.objectives import build_objective
 from train.util.io import write_whole
+from train.util.reading import UNREADABLE
 from train.util.run_layout import RunDir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,15 +88,18 @@ def share_choices(
     return dict(shared["choices"])
 
 
+class _ChoicesForm(BaseModel):
+    made_on: dict[str, str] = {}
+    choices: dict[str, Literal["triton", "cudnn", "flash"] | dict[str, int]] = {}
+
+
 def _read_choices(file: Path) -> Any:
     """The content of ``file``; without an origin where it is damaged, None where there is none."""
-    try:
-        saved = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except ValueError:
-        saved = {}
-    return {"made_on": {}, "choices": {}} | saved
+    with contextlib.suppress(*UNREADABLE):
+        return _ChoicesForm.model_validate_json(file.read_bytes()).model_dump()
+    return _ChoicesForm().model_dump()
 
 
 def _differences(was: dict[str, str], now: dict[str, str]) -> str:

@@ -31,7 +31,7 @@ from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_
 from cluster.host import run_lock
 from train.config import load as configuration
 from train.config.schema import Config
-from train.errors import ExitCode, UserError
+from train.errors import ExitCode, UserError, guard_verb
 from train.run_dir.compare import compare_lines
 from train.util.format import duration, plural
 from train.util.io import read_records
@@ -84,7 +84,8 @@ def run(words: Sequence[str]) -> int:
             faults = parse_faults(",".join(chosen)) if chosen else list(FAULTS.values())
         except KeyError as unknown:
             raise UserError(f"there is no fault {unknown}: {', '.join(FAULTS)}") from None
-        return _drill(out, faults, [word for word in words if not word.startswith("faults=")])
+        with guard_verb(words):
+            return _drill(out, faults, [word for word in words if not word.startswith("faults=")])
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"drill: {error}", markup=False)
         return ExitCode.BAD_INPUT

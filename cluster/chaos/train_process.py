@@ -18,7 +18,7 @@ from cluster.worker import ipc
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
-from train.util.io import read_records
+from train.util.io import read_records, steps_of
 from train.util.run_layout import RunDir
 
 TIMEOUT_S = 1800.0
@@ -159,7 +159,7 @@ class TrainProcess:
     @property
     def step(self) -> int:
         """The last step in ``metrics.jsonl``; 0 where there is none."""
-        return max((record["step"] for record in read_records(RunDir(self.folder).metrics)), default=0)
+        return max(steps_of(read_records(RunDir(self.folder).metrics)), default=0)
 
     @property
     def saved_step(self) -> int:

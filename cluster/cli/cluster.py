@@ -17,7 +17,7 @@ from rich.table import Table
 from cluster.host import network, resources
 from cluster.raycluster import cluster_client, node_daemon, ray_auth
 from cluster.raycluster import status as cluster_status
-from train.errors import ExitCode, UserError
+from train.errors import ExitCode, UserError, guard_verb
 from train.util.format import duration, plural
 from train.util.io import FileLock
 
@@ -232,7 +232,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if unknown := [key for key in options if key not in known]:
             raise UserError(f"{name} knows no {unknown[0]}=...: try `./launch.sh cluster {name} --help`")
-        with _exclusive(name, options):
+        with guard_verb(arguments), _exclusive(name, options):
             return verb(options, words)
     except UserError as error:
         ERR.print("[bold red]error:[/] ", end="")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_settings
 from train.config import load as configuration
-from train.errors import ExitCode, UserError
+from train.errors import ExitCode, UserError, guard_verb
 from train.run_dir.compare import Comparison, compare
 from train.util.format import plural
 from train.util.run_layout import RunDir
@@ -33,21 +33,26 @@ def run(overrides: Sequence[str]) -> int:
     """verify-resume [group=choice] [key=value]: exit 0 only if a stopped run is the undisturbed one, bit for bit."""
     out = Console(highlight=False, soft_wrap=True)
     try:
-        config = configuration.load(overrides)
-        half = min(HALF, config.steps // 2)
-        if not half:
-            raise UserError(f"steps={config.steps}: it takes two to stop between them")
-        parent = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=parent))
-        try:
-            ours = [f"save_every={max(1, half // 2)}", "keep_last=1000", *COMPARABLE_SETTINGS]
-            return _verify(out, folder, with_settings(overrides, ours), half)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with guard_verb(overrides):
+            return _verify_in_own_folder(out, overrides)
     except UserError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"verify-resume: {error}", markup=False)
         return ExitCode.BAD_INPUT
+
+
+def _verify_in_own_folder(out: Console, overrides: Sequence[str]) -> int:
+    config = configuration.load(overrides)
+    half = min(HALF, config.steps // 2)
+    if not half:
+        raise UserError(f"steps={config.steps}: it takes two to stop between them")
+    parent = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=parent))
+    try:
+        ours = [f"save_every={max(1, half // 2)}", "keep_last=1000", *COMPARABLE_SETTINGS]
+        return _verify(out, folder, with_settings(overrides, ours), half)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> int:

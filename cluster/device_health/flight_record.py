@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from train.util.reading import UNREADABLE
+
 PENDING_SHOWN = 8
 """Collectives of a group that are kept of a record at most: the first ones that have not ended."""
 MOST_SIZES = 2
@@ -56,12 +58,17 @@ class GroupRecord:
 def read_dump(dump: str | bytes) -> list[GroupRecord]:
     """The groups in a rank's dump, in torch's JSON; none where that cannot be read."""
     try:
-        content = json.loads(dump)
-    except ValueError:
+        return _read_groups(json.loads(dump))
+    except UNREADABLE:
         return []
+
+
+def _read_groups(content: Mapping[str, Any]) -> list[GroupRecord]:
     configured = {name: config.get("ranks", "") for name, config in content.get("pg_config", {}).items()}
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for entry in content.get("entries", []):
+        if type(entry["collective_seq_id"]) is not int:
+            raise TypeError("a collective without a number")
         if not entry["is_p2p"]:
             # A group for tensors of CPU and GPU counts the collectives of each of its backends by itself.
             backend = entry["profiling_name"].partition(":")[0]

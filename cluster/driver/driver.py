@@ -10,7 +10,7 @@ from typing import Protocol
 from cluster.driver.early_start import EarlyStart
 from cluster.host.stop_request import end_now
 from cluster.raycluster.remote_hosts import RemoteNodes
-from train.errors import NO_ROOM, ExitCode, UserError, no_room
+from train.errors import NO_ROOM, ExitCode, bad_input, no_room
 
 
 class DriverConsole(Protocol):
@@ -46,14 +46,13 @@ class Driver(ABC):
         self.early.signals.on_exit.insert(0, self.console.close)
         try:
             code = self.run()
-        except UserError as error:
-            self.console.show_bad_input(str(error))
-            code = ExitCode.BAD_INPUT
-            self.remove_empty_folder()
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                self.console.show_bad_input(no_room(error))
+            full = isinstance(error, OSError) and error.errno in NO_ROOM
+            message = no_room(error) if isinstance(error, OSError) and full else bad_input(error)
+            if message is not None:
+                self.console.show_bad_input(message)
                 code = ExitCode.BAD_INPUT
+                self.remove_empty_folder()
             else:  # not left to the interpreter, which would first close the fork server, which would kill the workers
                 self.console.close()
                 traceback.print_exc()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from train.errors import UserError
 from train.util.io import FileLock
+from train.util.reading import UNREADABLE
 from train.util.run_layout import RunDir
 
 
@@ -59,5 +60,5 @@ def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())
         return f"another job: pid {holder['pid']} on {holder['host']}, since {holder['since']}"
-    except (OSError, ValueError, KeyError):
+    except UNREADABLE:
         return "another job"

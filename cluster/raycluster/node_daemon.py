@@ -20,13 +20,16 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.host import job_dir, network, resources
 from cluster.raycluster import cluster_client, ray_auth, ray_node, versions
 from cluster.worker import fork_server_client
 from train.errors import ExitCode, UserError
 from train.util.io import FileLock
+from train.util.reading import UNREADABLE
 
 LIFELINE_CHECK_S = 0.5
 NODE_SAVE_S = 70.0
@@ -55,6 +58,20 @@ class NodeOrder:
     """The cluster to join; None: this is the head of a new one."""
 
 
+class NodeDescription(BaseModel):
+    """The keys that a daemon writes about its node into its folder; others are kept."""
+
+    model_config = ConfigDict(extra="allow")
+    pid: Annotated[int, Field(gt=0)]
+    address: str
+    head: bool
+    node: str
+    host: str
+    ip: str
+    cpus: int
+    gpus: int
+
+
 def lasting_folder() -> Path:
     """This user's folder of the lasting cluster's node on this host."""
     return job_dir.temp_root() / f"{job_dir.PREFIX}cluster-{os.getuid()}"
@@ -67,13 +84,13 @@ def read_living_node(folder: Path) -> dict[str, Any] | None:
     "gpus".
     """
     with (
-        contextlib.suppress(OSError, ValueError),
+        contextlib.suppress(*UNREADABLE),
         contextlib.closing(FileLock(folder / "node.json", create=False)) as lock,
     ):
         if folder.lstat().st_uid != os.getuid():
             return None  # anybody can make a folder of that name in /tmp, and be sent our token
         if not lock.acquire(wait=False):  # the daemon holds the lock for as long as it lives, so the pid is right
-            return dict(json.loads(lock.file.read()))
+            return NodeDescription.model_validate_json(lock.file.read()).model_dump()
     return None
 
 

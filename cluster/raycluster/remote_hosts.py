@@ -22,6 +22,7 @@ from typing import Any
 from cluster.host import job_dir
 from train.config.schema import ClusterConfig
 from train.errors import UserError
+from train.util.reading import read_text
 
 SSH = (
     "ssh",
@@ -58,13 +59,8 @@ def read_hosts(named: Sequence[str] | str) -> list[str]:
     """The host names of ``cluster.hosts``: a list, or the path of a file with one name a line."""
     if not isinstance(named, str):
         return list(named)
-    try:
-        lines = Path(named).read_text().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"cluster.hosts={named} is no file of host names ({error.strerror}): write one name a line, "
-            "or say cluster.hosts=[a,b]"
-        ) from error
+    cure = f"cluster.hosts={named} is no file of host names: write one name a line, or say cluster.hosts=[a,b]"
+    lines = read_text(Path(named), cure).splitlines()
     names = [line.partition("#")[0].strip() for line in lines]
     if not any(names):
         raise UserError(f"cluster.hosts={named} names no host: write one a line")

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from train.config.sweep_dir import LEDGER
 from train.config.sweep_space import Params, SweepSpace
 from train.errors import UserError
 from train.events import SweepBegunRecord, TrialAddedRecord, TrialEndedRecord, TrialStartedRecord
 from train.util.io import append_line, read_records, to_json
+from train.util.reading import reading
 from train.util.redact import redact_tree
 
 FREE = ("sweep.trials", "sweep.budget", "sweep.retries", "sweep.parallel", "sweep.dir")
@@ -45,6 +48,10 @@ class TrialRecord:
     why: str = ""
 
 
+_TRIAL = TypeAdapter(TrialRecord)
+"""Checks the types of a record's fields."""
+
+
 class SweepLedger:
     """Reads and writes a sweep's ledger, for the one driver that runs the sweep."""
 
@@ -60,24 +67,23 @@ class SweepLedger:
         head = SweepBegunRecord(identity(sweep), grid).to_json()
         self.head = None if records else head
         """The first line, while it is still to be written, before any other."""
-        if records:
-            _refuse_other(records[0], head, folder)
-            grid = records[0]["grid"]  # a shuffled one comes in another order each time
-        for number, params in enumerate(grid or []):
-            self.trials[number] = TrialRecord(params)
-        for record in records[1:]:
-            self._apply(record)
+        with reading(self.file, "Restore it, or begin anew with another sweep.name"):
+            if records:
+                _refuse_other(records[0], head, folder)
+                grid = records[0]["grid"]  # a shuffled one comes in another order each time
+            for number, params in enumerate(grid or []):
+                self._apply(number, {"params": params})
+            for record in records[1:]:
+                if record["event"] in ("trial", "start", "end"):
+                    self._apply(record["trial"], {"state": "cut off"} if record["event"] == "start" else record)
 
-    def _apply(self, record: dict[str, Any]) -> None:
-        if record["event"] == "trial":
-            self.trials[record["trial"]] = TrialRecord(record["params"], record["attrs"])
-        elif record["event"] == "start":
-            self.trials[record["trial"]].state = "cut off"
-        elif record["event"] == "end":
-            trial = self.trials[record["trial"]]
-            trial.state, trial.step, trial.values, trial.why = (
-                record[key] for key in ("state", "step", "values", "why")
-            )
+    def _apply(self, number: int, changes: dict[str, Any]) -> None:
+        """Takes over what a record says about a trial. Raises an error of UNREADABLE for one that no ledger has."""
+        known = asdict(self.trials[number]) if number in self.trials and "params" not in changes else {}
+        fields = {key: changes[key] for key in TrialRecord.__dataclass_fields__ if key in changes}
+        if type(number) is not int or number < 0:
+            raise ValueError(f"there is no trial {str(number)[:20]}")
+        self.trials[number] = _TRIAL.validate_python(known | fields)
 
     def _write(self, record: dict[str, Any]) -> None:
         head, self.head = self.head, None

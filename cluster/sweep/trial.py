@@ -21,7 +21,9 @@ from train.config.sweep_dir import pareto_front
 from train.config.sweep_space import Params
 from train.errors import UserError
 from train.events import JobEndedEvent
-from train.util.io import read_records
+from train.util.format import finite
+from train.util.io import read_records, steps_of
+from train.util.reading import UNREADABLE, as_object
 from train.util.run_layout import RunDir
 
 Event = dict[str, Any]
@@ -89,24 +91,32 @@ def shorten(value: str) -> str:
 
 def metric_history(folder: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in ``metrics.jsonl``, as far as the run in ``folder`` has come."""
-    rows = read_records(RunDir(folder).metrics)
-    return [(row["step"], float(row[metric])) for row in rows if isinstance(row.get(metric), int | float)]
+    rows = steps_of(read_records(RunDir(folder).metrics))
+    values = {step: _as_float(row.get(metric)) for step, row in rows.items()}
+    return [(step, value) for step, value in values.items() if value is not None]
+
+
+def _as_float(value: Any) -> float | None:
+    """A number of a file, NaN included, as a float; None for what is none or is too large."""
+    return float(value) if isinstance(value, float) or finite(value) else None
 
 
 def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     """The metrics of a finished run, of its summary or else of its last step with them; None where one is missing."""
     summary: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(RunDir(folder).summary.read_text())
+    with contextlib.suppress(*UNREADABLE):
+        summary = as_object(json.loads(RunDir(folder).summary.read_bytes()))
     values: list[float] = []
     for metric in metrics:
         value = summary.get(metric)
         if value is None:  # the newest measurement counts, also where it is null: the model has diverged
-            measured = [row[metric] for row in read_records(RunDir(folder).metrics) if metric in row]
+            rows = steps_of(read_records(RunDir(folder).metrics)).values()
+            measured = [row[metric] for row in rows if metric in row]
             value = measured[-1] if measured else None
-        if not isinstance(value, int | float):
+        number = _as_float(value)
+        if number is None:
             return None
-        values.append(float(value))
+        values.append(number)
     return values
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.worker.messages import StartOrder
 from train.util.io import write_whole
+from train.util.reading import UNREADABLE
 from train.util.redact import redact
 
 
@@ -25,10 +26,10 @@ def write(order: StartOrder, code: int, error: str | None) -> None:
 
 def read(order: StartOrder) -> dict[str, Any] | None:
     """The record {"code", "error"} of the worker that ``order`` started; None while there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        record = json.loads(_path(order).read_text())
-        if {**record, **_identity(order)} == record:
-            return dict(record)
+    with contextlib.suppress(*UNREADABLE):
+        record = json.loads(_path(order).read_bytes())
+        if {**record, **_identity(order)} == record and type(record["code"]) is int:
+            return {"code": record["code"], "error": record["error"] and str(record["error"])}
     return None
 
 

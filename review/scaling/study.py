@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from review.lenient_io import finite_number
 from review.run_reader import RunRecord
 from review.scaling.isoflop_plan import model_cost
 from review.scaling.scaling_law import Floats, ScalingLaw, bootstrap_laws, central_interval, fit_law, isoflop_minima
@@ -98,7 +99,7 @@ def fit_study(runs: Sequence[RunRecord]) -> ScalingStudy | None:
         if run.state == "done":
             alike.setdefault((run.corpus, str(run.config.get("batch.seq_len"))), []).append(run)
     candidates = max(alike.values(), key=len, default=[])
-    if len({run.summary.get("params") for run in candidates}) < MIN_SIZES:
+    if len({finite_number(run.summary.get("params")) for run in candidates}) < MIN_SIZES:
         return None  # before any model is built
     known = sorted(study_points(candidates), key=lambda p: (p.n, p.compute))
     if not _can_fit(known):

@@ -9,9 +9,18 @@ from typing import Any
 
 import yaml
 
+from train.checkpoint import manifest
 from train.config import load as configuration
 
 BASE = configuration.to_dict(configuration.load(["model=gpt_tiny", "steps=100", "tracking=off", "precision=fp32"]))
+
+
+def write_manifest(checkpoint: Path, **changes: Any) -> None:
+    """Writes the manifest of a checkpoint without files into its folder, ``step_<n>``, which is made."""
+    progress = {"step": int(checkpoint.name.removeprefix("step_")), "cursor": {"epoch": 0, "position": 0}}
+    values = {"progress": progress, "val_loss": None, "shapes": {}, "scalars": {}, "corpus": "f" * 64, "files": {}}
+    checkpoint.mkdir(parents=True)
+    (checkpoint / manifest.MANIFEST).write_bytes(manifest.to_bytes(values | changes))
 
 
 def write_run(folder: Path, loss: float = 3.0, lines: int = 50, finished: bool = True, **changes: Any) -> Path:

@@ -80,7 +80,7 @@ def test_config_yaml_that_expands_without_end_is_refused(tmp_path: Path):
 
     layers = "\n".join(map(layer, range(1, 12)))
     (folder / "config.yaml").write_text("l0: &l0 {a: 1}\n" + layers)
-    assert "too many values" in read_run(folder).notes[0]
+    assert "more than 200,000 values" in read_run(folder).notes[0]
     (folder / "config.yaml").write_text("{a: " * 5000)
     assert "cannot be read" in read_run(folder).notes[0]
 

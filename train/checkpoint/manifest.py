@@ -11,10 +11,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, StrictInt, StrictStr
 
 from train.errors import UserError
 from train.util.io import to_json
+from train.util.reading import UNREADABLE
 from train.util.run_layout import checkpoint_name, checkpoint_steps
 
 MANIFEST = "checkpoint.json"
@@ -23,6 +26,40 @@ FILE = re.compile(r"rank_\d+\.safetensors")
 
 _BEFORE, _AFTER = b'{"sha256": "', b'", '
 _HEAD = len(_BEFORE) + 64 + len(_AFTER)
+
+
+Count = Annotated[StrictInt, Field(ge=0, le=1 << 62)]
+
+
+class _CursorForm(BaseModel):
+    epoch: Count
+    position: Count
+
+
+class _ProgressForm(BaseModel):
+    step: Count
+    cursor: _CursorForm
+    tokens: Count = 0
+    updates: Count = 0
+    score: float | None = None
+
+
+class _FileForm(BaseModel):
+    size: Count
+    sha256: StrictStr
+    pieces: list[tuple[StrictStr, StrictStr, Count, Count]]
+    """(kind, parameter, first element, elements)."""
+
+
+class _ManifestForm(BaseModel):
+    """What readers take out of a manifest; its other keys are for people."""
+
+    progress: _ProgressForm
+    val_loss: float | None
+    shapes: dict[StrictStr, list[Count]]
+    scalars: dict[StrictStr, Any]
+    corpus: StrictStr
+    files: dict[StrictStr, _FileForm]
 
 
 class DamagedCheckpoint(Exception):  # noqa: N818  a finding, not an error of the program
@@ -40,16 +77,16 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
     rest = content[_HEAD:]
     if content[:_HEAD] != _BEFORE + hashlib.sha256(rest).hexdigest().encode() + _AFTER:
         raise DamagedCheckpoint(f"{MANIFEST} does not have the hash it was written with")
-    values: dict[str, Any] = json.loads(b"{" + rest)
     try:
-        version, step, files = values["version"], values["progress"]["step"], list(values["files"])
-    except (KeyError, TypeError) as error:
+        values: dict[str, Any] = json.loads(b"{" + rest)
+        if (version := values.get("version")) != VERSION:
+            raise DamagedCheckpoint(f"{MANIFEST} has version {str(version)[:20]}, and {VERSION} is read")
+        form = _ManifestForm.model_validate(values)
+    except UNREADABLE as error:  # the hash is right: somebody else has written it so
         raise DamagedCheckpoint(f"{MANIFEST} is not one of a checkpoint") from error
-    if version != VERSION:
-        raise DamagedCheckpoint(f"{MANIFEST} has version {version}, and {VERSION} is read")
-    if folder != checkpoint_name(step):
-        raise DamagedCheckpoint(f"{MANIFEST} is that of step {step}")
-    if unexpected := [name for name in files if not FILE.fullmatch(name)]:
+    if folder != checkpoint_name(form.progress.step):
+        raise DamagedCheckpoint(f"{MANIFEST} is that of step {form.progress.step}")
+    if unexpected := [name for name in form.files if not FILE.fullmatch(name)]:
         raise DamagedCheckpoint(f"{MANIFEST} names a file {unexpected[0]!r}")
     return values
 

@@ -35,6 +35,7 @@ from train.distributed.param_shard import ShardedState
 from train.errors import UserError
 from train.state.train_state import TrainState
 from train.util.io import sha256_of, write_whole
+from train.util.reading import reading
 from train.util.run_layout import checkpoint_name
 
 
@@ -48,7 +49,8 @@ class Checkpoint:
     @property
     def progress(self) -> TrainState:
         """The state of training when it was saved."""
-        return TrainState.from_dict(self.manifest["progress"])
+        with reading(self.path / manifest.MANIFEST, "Remove this checkpoint: the one before it is used then"):
+            return TrainState.from_dict(self.manifest["progress"])
 
     @property
     def val_loss(self) -> float | None:
@@ -108,6 +110,7 @@ class CheckpointReader:
     """Reads slices of flattened parameters from the pieces that they were written in."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
         self.files = {n: safe_open(checkpoint.path / n, framework="pt") for n in checkpoint.manifest["files"]}
         self.pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         """(first element, elements, file) of each piece in ascending order, by (parameter, kind)."""
@@ -122,7 +125,7 @@ class CheckpointReader:
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
-        pieces, end, parts = self.pieces[name, kind], start + numel, []
+        pieces, end, parts = self.pieces.get((name, kind), []), start + numel, []
         begin = max(0, bisect_right([piece[0] for piece in pieces], start) - 1)
         for first, length, file in pieces[begin:]:
             if first >= end:
@@ -130,10 +133,13 @@ class CheckpointReader:
             low, high = max(start, first), min(end, first + length)
             if low < high:
                 parts.append(self.files[file].get_slice(tensor_name(kind, name, first))[low - first : high - first])
-        whole = torch.cat(parts) if len(parts) != 1 else parts[0]
-        if whole.numel() != numel:
-            raise ValueError(f"{name} ({kind}) holds {whole.numel()} of the elements {start} to {end}")
-        return whole
+        held = sum(part.numel() for part in parts)
+        if held != numel:
+            raise UserError(
+                f"{self.path} holds {held} of the elements {start} to {end} of {name} ({kind}): it was not saved by "
+                "this program. Remove this checkpoint: the one before it is used then"
+            )
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
 def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], dict[int, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train.data.corpus.shards import Corpus
+from train.data.corpus.shards import Corpus, open_trained_corpus
 from train.data.loader import held_out_loader, held_out_text
 from train.distributed import process_group
 from train.errors import UserError
@@ -35,10 +34,7 @@ class EvaluatedRun:
 def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
     """Evaluate checkpoint ``which`` of the run in ``folder`` on all of ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
-    about = json.loads(RunDir(folder).corpus.read_text())
-    corpus = Corpus(about["folder"], run.config.model.special)
-    if corpus.fingerprint != about["fingerprint"]:
-        raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
+    corpus = open_trained_corpus(RunDir(folder), run.config.model.special)
     world = process_group.init_from_env()
     try:
         held_out = held_out_loader(corpus, run.config, world, split)

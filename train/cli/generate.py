@@ -19,6 +19,7 @@ from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
 from train.util.io import to_json
+from train.util.reading import read_text, reading
 
 SETTING_KEYS = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
 """Keys of the section ``generation`` that the verb takes without its name."""
@@ -54,18 +55,19 @@ def read_prompts(text: str, file: str) -> list[str]:
     """The prompt ``text``, or those of ``file``, one a line; ``-`` for either is standard input."""
     if text and file:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
-    try:
-        if not file:
-            return [sys.stdin.read() if text == "-" else text]
-        lines = (sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")).splitlines()
-    except OSError as error:
-        raise UserError(f"prompts={file}: {error.strerror} (looked from {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompts are not UTF-8 text: {error}") from None
+    if not file:
+        return [_standard_input() if text == "-" else text]
+    cure = f"prompts={file} names it (looked from {Path.cwd()})"
+    lines = (_standard_input() if file == "-" else read_text(Path(file), cure)).splitlines()
     nonempty = [line for line in lines if line.strip()]
     if not nonempty:
         raise UserError(f"prompts={file} has no line with a prompt")
     return nonempty
+
+
+def _standard_input() -> str:
+    with reading("standard input", "The prompts have to be UTF-8 text"):
+        return sys.stdin.read().removeprefix("\ufeff")
 
 
 def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]) -> schema.GenerationConfig:

@@ -20,7 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
@@ -30,11 +30,18 @@ from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, va
 from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
 from train.config.validate import config_problems, ineffective_keys, worker_problems
-from train.errors import UserError
+from train.errors import UserError, refuse_foreign_bytes
+from train.util.reading import UNREADABLE, as_object, read_yaml, reason
 
 S = TypeVar("S", bound=Section)
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+MALFORMED: tuple[type[Exception], ...] = (HydraException, OmegaConfBaseException, *UNREADABLE)
+"""All that Hydra and OmegaConf raise for words that they cannot take: their parsers raise Python's errors too."""
+
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 
 KeyEntry = tuple[str, str, str]
 """(type, default or "", description) of a key."""
@@ -52,6 +59,7 @@ class ConfigError(UserError):
 
 def load(overrides: Sequence[str]) -> Config:
     """Compose and check the configuration of ``overrides`` (``key=value``, ``group=choice``). Raises ConfigError."""
+    refuse_foreign_bytes(overrides)
     of_run, problems = [], []
     for text in overrides:
         if sweep_space.is_sweep_override(text):
@@ -66,13 +74,14 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
 
     Raises ConfigError, as ``load`` does.
     """
+    refuse_foreign_bytes(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             parser = OverridesParser.create(GlobalHydra.instance().config_loader())
             sweep_overrides = [_sweep_override(parser, text) for text in overrides]
             axes = [_axis(override) for override in sweep_overrides if override is not None]
-    except HydraException as error:
-        raise ConfigError([str(error).strip()]) from error
+    except MALFORMED as error:
+        raise ConfigError([reason(error)]) from error
     points, axis_keys = sweep_space.read_points(overrides), {axis.key for axis in axes}
     varied = axis_keys.union(*points)
     fixed = [text for text in overrides if sweep_space.key_of(text) not in axis_keys]
@@ -113,12 +122,12 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=checked, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, str(error).strip()]) from error
-    choices = composed.hydra.runtime.choices
-    values: dict[str, Any] = {
-        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
-    }
+        choices = composed.hydra.runtime.choices
+        values: dict[str, Any] = {
+            str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
+        }
+    except MALFORMED as error:
+        raise ConfigError([*problems, reason(error)]) from error
     settings = values.pop("sweep")
     try:
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
@@ -132,7 +141,7 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
 
 def _sweep_override(parser: OverridesParser, text: str) -> Override | None:
     """Parse an override that gives several values, else None; ``check_overrides`` reports what cannot be parsed."""
-    with contextlib.suppress(OverrideParseException):
+    with contextlib.suppress(*MALFORMED):
         [override] = parser.parse_overrides([text])
         return override if override.is_sweep_override() else None
     return None
@@ -153,15 +162,13 @@ def _axis(override: Override) -> sweep_space.SweepAxis:
 
 
 def read(path: Path) -> Config:
-    """Read the configuration saved in a run's ``config.yaml``."""
+    """Read the configuration saved in a run's ``config.yaml``. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=...")
     try:
-        return parse(yaml.safe_load(path.read_text()))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=..."
-        ) from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        return parse(read_yaml(path, "Restore it, or give another run's folder: run.dir=...", as_object))
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:
@@ -211,7 +218,7 @@ def digest(config: Config) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Keys whose values differ between two trees of plain values, as (key, old, new)."""
-    for key in sorted({*old, *new}):
+    for key in sorted({*old, *new}, key=str):  # a file may have keys that are no text
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")
@@ -278,7 +285,7 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException:
+        except MALFORMED:
             problems.append(f"{text!r} is not key=value or group=choice")
             continue
         key = override.key_or_group
@@ -336,7 +343,7 @@ def _error_text(error: Any) -> str:
         return f"unknown key {path!r}{did_you_mean(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
-    return f"{path}={error['input']!r}: {error['msg'].lower()}"
+    return f"{path}={repr(error['input'])[:MAX_SHOWN]}: {error['msg'].lower()}"
 
 
 _TYPES = {"int", "float", "str", "bool"}

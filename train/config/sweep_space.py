@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from train.config.schema import Config, SweepConfig
 from train.errors import UserError
+from train.util.reading import read_yaml
 
 Params = dict[str, str]
 """A trial's own choices: key (or group) -> value as on the command line."""
@@ -93,10 +92,7 @@ def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
     files = [text.partition("=")[2] for text in overrides if key_of(text) == "sweep.points"]
     if not files:
         return ({},)
-    try:
-        points = yaml.safe_load(Path(files[-1]).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"sweep.points={files[-1]}: {error}") from error
+    points = read_yaml(Path(files[-1]), "It is the file of trials that sweep.points=... names")
     if not points or not isinstance(points, list) or not all(map(_is_point, points)):
         raise UserError(
             f"sweep.points={files[-1]} has to be a list of lists of key=value, such as\n- [model.width=64, steps=400]"

@@ -19,6 +19,7 @@ from train.config import schema
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
+from train.util.reading import read_text
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
@@ -28,7 +29,12 @@ _ENDS = "ends_document"
 _RUN_TIME = ("truncation", "padding", "post_processor")
 """Parts of a tokenizer.json that have no say in the ids of a text alone."""
 _CONFIG_FILE = "tokenizer_config.json"
+PREPARE_AGAIN = "Prepare the corpus again (`./launch.sh prepare`)"
 _BYTES = 256
+MAX_SHOWN = 300
+"""Characters of the library's own message that are repeated."""
+_MOST_IDS = 1 << 24
+"""Ids of a vocabulary, gaps included, for each of which the library and the model take memory."""
 _LONG_WORD = re.compile(
     "|".join(rf"(?<!{sign}){sign}{{{LONGEST_WORD + 1},}}" for sign in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
 )
@@ -36,6 +42,17 @@ _LONG_BLANK = re.compile(rf"\s{{{LONGEST_WORD + 1}}}")
 _LONG_WORDS_LEARNED = 4 << 20
 """Characters in words of over LONGEST_WORD, such as DNA and rulers of dashes, that a bpe learns from at most: they
 hardly repeat, so that each takes memory, and more of them teach nothing."""
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Raise UserError for what the library raises: a bare Exception, or the panic of Rust code, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {str(error)[:MAX_SHOWN]}") from None
 
 
 class Tokenizer:
@@ -60,6 +77,8 @@ class Tokenizer:
         self._marked = marked
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
+        if self.vocab_size > _MOST_IDS:
+            raise UserError(f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read")
         self.content = content
         added = self._fast.get_added_tokens_decoder()
         self.special = sorted(identity for identity, token in added.items() if token.special)
@@ -67,7 +86,9 @@ class Tokenizer:
         # Only a character vocabulary has no pre-tokenizer and no merges; the library silently drops characters that
         # are not in it.
         characters = vocabulary.keys() - {token.content for token in added.values()}
-        self._characters = characters if self._fast.pre_tokenizer is None and max(map(len, characters)) == 1 else None
+        self._characters = (
+            characters if self._fast.pre_tokenizer is None and max(map(len, characters), default=0) == 1 else None
+        )
         self._unknown = _unknown_id(self._fast, content)
         self._alphabet = _droppable_alphabet(self._fast, vocabulary) if self._characters is None else None
 
@@ -85,10 +106,8 @@ class Tokenizer:
             if self._characters is not None and (unknown := set(part) - self._characters):
                 listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
                 raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
-            try:
+            with _library("the tokenizer fails at this text"):
                 ids = self._fast.encode_batch_fast([part], add_special_tokens=False)[0].ids
-            except Exception as error:  # bare, of a vocabulary that lacks the token for what it does not know
-                raise UserError(f"the tokenizer cannot encode this text: {error}") from None
             yield part, ids
 
     def count_unknown(self, text: str, ids: Sequence[int]) -> int:
@@ -108,7 +127,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; bytes that form no whole character become the replacement character."""
-        return self._fast.decode(list(ids), skip_special_tokens=False)
+        with _library("the tokenizer fails at these tokens"):
+            return self._fast.decode(list(ids), skip_special_tokens=False)
 
     def find(self, name: str, default: int) -> int:
         """The id of the token of that name, or ``default`` if the vocabulary has none."""
@@ -154,15 +174,13 @@ class Tokenizer:
 
 def _load(content: str) -> tuple[Fast, str]:
     """The library's tokenizer, and the token that ``content`` marks as the end of a document, "" if none."""
-    try:
-        marked = ""
+    marked = ""
+    with _library("not a tokenizer.json that the tokenizers library reads"):
         if f'"{_ENDS}"' in content:
             values = json.loads(content)
             marked = next((entry["content"] for entry in values["added_tokens"] if entry.pop(_ENDS, False)), "")
             content = json.dumps(values)
         return Fast.from_str(content), marked
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"not a tokenizer.json that the tokenizers library reads: {error}") from None
 
 
 def encoding_digest(content: str) -> str:
@@ -199,12 +217,13 @@ def _droppable_alphabet(fast: Fast, vocabulary: Iterable[str]) -> frozenset[str]
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer in the folder of a prepared corpus or of a run. Raises UserError if it is missing or damaged."""
     path = Path(folder) / FILE
+    if not path.exists():
+        raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)")
+    content = read_text(path, PREPARE_AGAIN)
     try:
-        return Tokenizer(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: prepare the corpus again (`./launch.sh prepare`)") from None
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}: prepare the corpus again (`./launch.sh prepare`)") from None
+        return Tokenizer(content)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}. {PREPARE_AGAIN}") from None
 
 
 def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], characters: str) -> str:
@@ -243,10 +262,10 @@ def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None
     if settings.path is None:
         raise UserError("data.tokenizer.kind=file needs data.tokenizer.path=/where/tokenizer.json")
     path = Path(settings.path).expanduser()
+    content = read_text(path, f"data.tokenizer.path names it (looked from {Path.cwd()})")
     try:
         if is_lfs_pointer(path):
             raise UserError("not a tokenizer.json but Git LFS's note of one: fetch it with `git lfs pull`")
-        content = path.read_text("utf-8")
         fast, _ = _load(content)
         if dropout := getattr(fast.model, "dropout", None):
             note(f"{path} has a dropout of {dropout:g}, which gives a text other tokens each time: it is switched off")
@@ -255,10 +274,6 @@ def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None
             content = json.dumps(values, ensure_ascii=False)
         content = _with_end_token(content, fast, settings.end_token, path.with_name(_CONFIG_FILE))
         Tokenizer(content)
-    except OSError as error:
-        raise UserError(f"data.tokenizer.path={settings.path}: {error.strerror} (looked from {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     except UserError as error:
         raise UserError(f"data.tokenizer.path={settings.path}: {error}") from None
     return content

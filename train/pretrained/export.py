@@ -78,7 +78,7 @@ def export(folder: Path, to: Path, which: str, shard_bytes: int) -> ExportReport
     arch = arch_keys(run.config.model, run.checkpoint.manifest["shapes"]["backbone.embed.weight"][0])
     family = find_family(run.config.objective.name, arch)
     to.parent.mkdir(parents=True, exist_ok=True)
-    staging = to.with_name(f".{to.name}.exporting-{secrets.token_hex(4)}")
+    staging = to.with_name(f".exporting-{secrets.token_hex(4)}")  # short: ``to`` may be as long as a name can be
     staging.mkdir()
     try:
         _write_configs(run, family, arch, staging)

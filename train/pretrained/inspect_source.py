@@ -17,7 +17,8 @@ from train.config.schema import Config
 from train.errors import UserError
 from train.pretrained.hf import family_of_config
 from train.pretrained.hf.family import ArchKeys, HFFamily, arch_keys, yaml_text
-from train.pretrained.hf.listing import CONFIG_FILE, read_headers, read_json
+from train.pretrained.hf.listing import CONFIG_FILE, FETCH_AGAIN, read_headers
+from train.util.reading import read_object, reading
 from train.util.run_layout import RunDir
 
 SHAPE_ONLY_KEYS = ("vocab_size", "max_len")
@@ -48,13 +49,16 @@ def describe_source(folder: Path, which: str) -> SourceDescription:
         config = configuration.read(run_dir.config)
         manifests = manifest.read_manifests(run_dir.checkpoints)[0]
         chosen = manifests[manifest.select(manifests, which, folder)]
-        arch = arch_keys(config.model, chosen["shapes"]["backbone.embed.weight"][0])
+        with reading(run_dir.checkpoint(chosen["progress"]["step"]), "Choose another with init.checkpoint=<step>"):
+            arch = arch_keys(config.model, chosen["shapes"]["backbone.embed.weight"][0])
         kind = f"a run, step {chosen['progress']['step']}"
         return SourceDescription(kind, config.objective.name, arch, manifest=chosen)
     if (folder / CONFIG_FILE).exists():
-        hf_config = read_json(folder / CONFIG_FILE)
+        hf_config = read_object(folder / CONFIG_FILE, FETCH_AGAIN)
         family = family_of_config(hf_config, str(folder / CONFIG_FILE))
-        arch, unsupported = family.from_hf_config(hf_config)
+        with reading(folder / CONFIG_FILE, FETCH_AGAIN):
+            arch, unsupported = family.from_hf_config(hf_config)
+            objective = family.objective(hf_config)
         if unsupported:
             listed = "; ".join(unsupported)
             raise UserError(f"{folder / CONFIG_FILE} describes a model that is not one of ours: {listed}")
@@ -68,7 +72,7 @@ def describe_source(folder: Path, which: str) -> SourceDescription:
             )
         arch["tied"] = tied
         kind = f"Hugging Face, {family.name}"
-        return SourceDescription(kind, family.objective(hf_config), arch, family=family)
+        return SourceDescription(kind, objective, arch, family=family)
     raise UserError(
         f"init.from={folder} {'is' if folder.is_dir() else 'is not there; it must be'} "
         f"neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG_FILE}), "

@@ -18,6 +18,7 @@ from train.errors import UserError
 from train.pretrained.hf.family import Shape
 from train.pretrained.hf.folder import HFFolder, HFWeights
 from train.pretrained.inspect_source import SourceDescription, describe_source
+from train.util.reading import reading
 from train.util.run_layout import RunDir
 
 
@@ -66,7 +67,8 @@ def open_weights(folder: Path, which: str, world: process_group.DistContext) -> 
     own_share = checkpoint.damage(slice(world.rank, None, world.size))
     if damage := next((d for d in process_group.gather_objects(own_share) if d), None):
         raise UserError(f"{checkpoint.path} is damaged: {damage}. Choose another with init.checkpoint=<step>")
-    tokenizer = (folder / TOKENIZER).read_bytes()
+    with reading(folder / TOKENIZER, "Restore it from where the run was trained"):
+        tokenizer = (folder / TOKENIZER).read_bytes()
     return WeightOrigin(description, checkpoint.digest, tokenizer, CheckpointWeights(checkpoint))
 
 

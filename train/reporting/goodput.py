@@ -54,8 +54,8 @@ class TimeByCause:
             self.spent["start"] += self.began - began
         if seen is not None:
             self.spent["down"] += max(0.0, began - seen)
-        for cause, seconds in spent.items():
-            self.spent[cause] += seconds
+        for cause in self.spent.keys() & spent.keys():
+            self.spent[cause] += spent[cause]
 
     def by_cause(self, kept: float) -> Seconds:
         """Seconds by cause, given the seconds of the steps that were ``kept``: the rest of "train" becomes "redo"."""

@@ -21,9 +21,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from train.config.schema import Config, TrackingConfig
 from train.reporting.goodput import TimeByCause
-from train.util.io import null_nonfinite, read_records, to_json, write_whole
+from train.util.io import null_nonfinite, read_records, steps_of, to_json, write_whole
+from train.util.reading import UNREADABLE
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
@@ -39,7 +42,7 @@ class MetricsFile:
         """Drop the lines after ``last_step``, from which the run resumes: these steps are made again."""
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.earlier = [r for r in read_records(file) if r["step"] <= last_step]
+        self.earlier = [r for step, r in steps_of(read_records(file)).items() if step <= last_step]
         write_whole(file, "".join(_line(r) for r in self.earlier).encode())
         self.out = file.open("a")
 
@@ -53,6 +56,14 @@ class MetricsFile:
         os.fsync(self.out.fileno())
 
 
+class _RunFileForm(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    wandb_id: str = ""
+    starts: int = 0
+    seen: float | None = None
+    seconds: dict[str, float] = {}
+
+
 class RunFile:
     """``run.json``: state kept over the starts of a run, the W&B id and the seconds by cause until it was last
     ``seen``.
@@ -62,8 +73,8 @@ class RunFile:
         """``times`` is this start's; the seconds of earlier starts are added to it."""
         self.file, self.times = RunDir(folder).starts, times
         self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            self.values |= json.loads(self.file.read_text())
+        with contextlib.suppress(*UNREADABLE):
+            self.values |= _RunFileForm.model_validate_json(self.file.read_bytes()).model_dump(exclude_unset=True)
         self.values["starts"] += 1
         command = os.environ.get("TRIREME_T0")
         times.add_earlier_starts(self.values["seconds"], self.values["seen"], float(command) if command else None)
@@ -124,8 +135,8 @@ class WandbRun:
 
     def _lineage(self) -> dict[str, Any]:
         """The content of ``environment.json``: versions, commit and machine."""
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads(self.run_dir.environment.read_text()))
+        with contextlib.suppress(*UNREADABLE):
+            return dict(json.loads(self.run_dir.environment.read_bytes()))
         return {}
 
     def _feed(self) -> None:
@@ -184,7 +195,7 @@ class Tracker:
 
     def drop_after(self, step: int) -> None:
         """Drop what was logged of the steps after ``step``, which are made again."""
-        if all(record["step"] <= step for record in read_records(self.metrics.file)[-1:]):
+        if max(steps_of(read_records(self.metrics.file)), default=0) <= step:
             return
         self.close({})
         self._open(step)

@@ -9,7 +9,7 @@ import torch
 
 from train.checkpoint.reader import Checkpoint, CheckpointReader, complete
 from train.errors import UserError
-from train.util.io import read_records
+from train.util.io import read_records, steps_of
 from train.util.run_layout import RunDir
 
 COMPARED = ("loss", "grad_norm", "lr", "tokens", "data_hash")
@@ -38,8 +38,8 @@ def compare_lines(ours: Path, theirs: Path, step: int) -> list[Comparison]:
 
 
 def _lines_by_step(folder: Path, step: int) -> dict[int, dict]:
-    records = read_records(RunDir(folder).metrics)
-    return {record["step"]: record for record in records if record["step"] <= step}
+    records = steps_of(read_records(RunDir(folder).metrics))
+    return {of_step: record for of_step, record in records.items() if of_step <= step}
 
 
 def checkpoint_of(folder: Path, step: int) -> Checkpoint:

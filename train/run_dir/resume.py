@@ -10,12 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pydantic import BaseModel
 
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import UserError
+from train.util.reading import UNREADABLE, as_object, read_yaml
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir, checkpoint_steps
 
@@ -39,10 +40,7 @@ def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]
     saved = run_dir.config
     if not saved.exists():
         return []
-    try:
-        old = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
+    old = read_yaml(saved, "Restore it, or choose another run.dir", as_object)
     changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
     begun = manifest.newest_step(run_dir.checkpoints) > 0 or run_dir.metrics.exists()
     kept = IDENTITY + BEGINNING if begun else IDENTITY
@@ -70,10 +68,19 @@ def require_same_corpus(folder: Path, was: str, now: str) -> None:
         )
 
 
+class _SummaryForm(BaseModel):
+    step: int
+    stale: int = 0
+    time_by_cause: dict[str, float] = {}
+    tokens_per_s: float | None = None
+    tokens_per_s_per_worker: float | None = None
+
+
 def finished_summary(config: Config) -> dict[str, Any] | None:
     """The summary of the run in ``run.dir`` if it has made all its steps or was stopped early; else None."""
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())
-        if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):
-            return dict(summary)
+    with contextlib.suppress(*UNREADABLE):
+        content = json.loads(RunDir(Path(config.run.dir or "")).summary.read_bytes())
+        summary = _SummaryForm.model_validate(content)
+        if summary.step >= config.steps or 0 < config.stop.patience <= summary.stale:
+            return dict(content)
     return None

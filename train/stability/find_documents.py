@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from train.config import load as configuration
-from train.data.corpus.shards import Corpus
+from train.data.corpus.shards import Corpus, open_trained_corpus
 from train.data.loader import RankShare, training_loader
 from train.data.sampling.batch_plan import BatchPlan, Cursor
 from train.errors import UserError
-from train.stability.skipped_rows import rows_of
-from train.util.io import read_records
+from train.stability.skipped_rows import read_skipped, rows_of
 from train.util.run_layout import RunDir
 
 WORDS_SHOWN = 24
@@ -66,11 +64,8 @@ def trace_step(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     config = configuration.read(run_dir.config)
     if not 1 <= step <= config.steps:
         raise UserError(f"step={step}: {folder} has the steps 1 to {config.steps}")
-    about = json.loads(run_dir.corpus.read_text())
-    corpus = Corpus(about["folder"])
-    if corpus.fingerprint != about["fingerprint"]:
-        raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")
+    corpus = open_trained_corpus(run_dir)
     plan = training_loader(corpus, config, RankShare(0, 1, 1)).plan
     cursor = plan.after(Cursor(), step - 1)
-    skipped = rows_of(read_records(run_dir.skipped)).get(cursor, frozenset())
+    skipped = rows_of(read_skipped(run_dir.skipped)).get(cursor, frozenset())
     return plan.data_hash(cursor, skipped), documents_of_step(corpus, plan, cursor, skipped)

@@ -10,12 +10,16 @@ without rows makes no update. A run that has these lines from its first step on 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, StrictInt
 
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
 from train.errors import UserError
 from train.util.io import append_line, read_records, to_json
+from train.util.reading import reading
 from train.util.run_layout import RunDir
 
 SkipRecord = dict[str, Any]
@@ -29,7 +33,7 @@ class SkippedRows:
     def __init__(self, run_dir: RunDir) -> None:
         """Read the file of ``run_dir``. A collective."""
         self.file = run_dir.skipped
-        self.records: list[SkipRecord] = process_group.broadcast_object(read_records(self.file))
+        self.records: list[SkipRecord] = _read_on_rank0(self.file)
 
     def append(self, record: SkipRecord) -> None:
         """Append rank 0's ``record``; it is on the disk when this returns. A collective."""
@@ -52,6 +56,35 @@ class SkippedRows:
     def rows(self) -> Rows:
         """The rows left out, by the cursor of their step."""
         return rows_of(self.records)
+
+
+class _PartForm(BaseModel):
+    epoch: StrictInt
+    position: StrictInt
+    rows: list[StrictInt]
+
+
+class _SkipForm(BaseModel):
+    step: StrictInt
+    how: str
+    skipped: list[_PartForm]
+
+
+def read_skipped(file: Path) -> list[SkipRecord]:
+    """The records of a ``skipped.jsonl``. Raises UserError for one that is no record: the run would be another."""
+    records = read_records(file)
+    with reading(file, "Restore it: it lists the rows that the run leaves out"):
+        for record in records:
+            _SkipForm.model_validate(record)
+    return records
+
+
+def _read_on_rank0(file: Path) -> list[SkipRecord]:
+    """The records that rank 0 reads, on every rank. A collective."""
+    records: list[SkipRecord] = []
+    if error := process_group.run_on_rank0(lambda: records.extend(read_skipped(file))):
+        raise UserError(error)
+    return list(process_group.broadcast_object(records))
 
 
 def rows_of(records: list[SkipRecord]) -> Rows:

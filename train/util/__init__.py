@@ -2,6 +2,7 @@
 
 format      numbers, durations and counts as text
 io          atomic writes, JSON Lines and file locks
+reading     guards the readers of foreign files: every failure names the file and the cure
 redact      keeps secrets out of all that is printed and written
 run_layout  RunDir: the names of the files of a run
 seeding     random numbers and seeds as functions of names

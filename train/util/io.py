@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,16 @@ def publish(temporary: Path, path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write ``content`` atomically: a reader sees the old file or the new one, whole."""
     temporary = temporary_path(path)
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error  # writing to a full disk names no file
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -89,15 +94,21 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file, in order; a line cut short by a crash is left out. Empty where there is no
+    """The objects of a JSON Lines file, in order; a line cut short by a crash is left out. Empty where there is no
     file.
     """
     records = []
     with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+        for line in file.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line), dict):
+                    records.append(record)
     return records
+
+
+def steps_of(records: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The records of ``metrics.jsonl`` by their step, the last of each; a record without a step is damage."""
+    return {record["step"]: record for record in records if type(record.get("step")) is int}
 
 
 class FileLock:

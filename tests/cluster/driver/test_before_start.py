@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.run_dirs import write_manifest
 
 from cluster.driver.prepared_corpus import find_corpus
 from cluster.host import run_lock
-from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
 
@@ -40,11 +40,7 @@ def test_another_model_is_refused_before_the_corpus_is_read(as_typed, started):
 def test_another_corpus_than_the_checkpoints_is_refused(corpus, started):
     config = started()
     assert find_corpus(config, ignore) == str(corpus)
-    checkpoint = Path(config.run.dir) / "checkpoints" / "step_1"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / manifest.MANIFEST).write_bytes(
-        manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}})
-    )
+    write_manifest(Path(config.run.dir) / "checkpoints" / "step_1", corpus="old")
     with pytest.raises(UserError, match="was trained on the corpus old"):
         find_corpus(config, ignore)
 

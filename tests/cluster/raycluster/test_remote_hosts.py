@@ -153,13 +153,14 @@ def test_token_is_created_once_and_readable_by_its_user_only(tmp_path):
 
 def test_node_is_living_while_its_daemon_holds_the_lock(tmp_path):
     assert node_daemon.read_living_node(tmp_path) is None
-    (tmp_path / "node.json").write_text('{"pid": 1, "address": "x"}')  # left by one that was killed
+    node = {"pid": 1, "address": "x", "ip": "y", "head": True, "node": "z", "host": "h", "cpus": 2, "gpus": 0}
+    (tmp_path / "node.json").write_text(json.dumps(node))  # left by one that was killed
     assert node_daemon.read_living_node(tmp_path) is None
     opened = f"import fcntl; f=open({str(tmp_path / 'node.json')!r})"
     hold = f"{opened}; fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
     daemon = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     daemon.stdout.readline()
-    assert node_daemon.read_living_node(tmp_path) == {"pid": 1, "address": "x"}
+    assert node_daemon.read_living_node(tmp_path) == node
     daemon.kill()
     daemon.wait()
     assert node_daemon.read_living_node(tmp_path) is None

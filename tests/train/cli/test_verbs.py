@@ -15,11 +15,13 @@ import pytest
 from helpers import gloo_ranks
 
 from train.__main__ import main
+from train.cli import generate
 from train.config import schema
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.data.loader import held_out_text
 from train.data.prepare.prepare import prepare
+from train.errors import ExitCode
 
 SAMPLE = ("generation.prompts=[ab]", "generation.max_tokens=12")
 
@@ -141,3 +143,54 @@ def test_bad_arguments_exit_with_code_2(
 ):
     assert main([a.replace("RUN", str(trained.run.dir)) for a in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+LONG, FOREIGN = "n" * 300, b"a\xff".decode("utf-8", "surrogateescape")
+
+
+@pytest.fixture
+def bad_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working folder with the file ``b.txt``, and ``loop``, a link to itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("b.txt").write_text("text\n")
+    Path("loop").symlink_to("loop")
+
+
+@pytest.mark.usefixtures("bad_paths")
+@pytest.mark.parametrize("folder", ["b.txt", "b.txt/x", "loop", LONG, FOREIGN, "/proc/x", "a\0b"])
+@pytest.mark.parametrize("words", ["evaluate", "generate prompt=x", "trace step=1", "export to=out"])
+def test_a_path_that_is_no_run_is_refused_with_its_name(folder: str, words: str, capsys):
+    verb, *rest = words.split()
+    assert main([verb, f"run.dir={folder}", *rest]) == ExitCode.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith(f"{verb}: ")
+    assert folder[:5] in error or "a\\xff" in error or "zero byte" in error
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("bad_paths")
+@pytest.mark.parametrize("to", ["b.txt/x", "/proc/x", LONG, "loop", FOREIGN])
+def test_export_to_a_place_that_takes_nothing_is_refused(trained: Config, to: str, capsys):
+    before = sorted(Path().iterdir())
+    assert main(["export", f"run.dir={trained.run.dir}", f"to={to}"]) == ExitCode.BAD_INPUT
+    assert re.match(r"export: .*(b\.txt|/proc|nnnn|loop|a\\xff).*", capsys.readouterr().err)
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.usefixtures("bad_paths")
+@pytest.mark.parametrize("given", ["data.dir=loop", f"data.dir={LONG}", "data.dir=b.txt/x", f"data.paths=[{FOREIGN}]"])
+def test_prepare_into_a_place_that_takes_nothing_is_refused(given: str, capsys):
+    keys = ["data=text", "data.paths=[b.txt]", "data.tokenizer.kind=bytes", "data.workers=1", given]
+    assert main(["prepare", *keys]) == ExitCode.BAD_INPUT
+    assert re.match(r"prepare: .*(b\.txt|nnnn|loop|a\\xff).*", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("bad_paths")
+def test_a_prompt_that_is_not_utf_8_is_refused(capsys):
+    assert main(["generate", "run.dir=b.txt", f"prompt={FOREIGN}"]) == ExitCode.BAD_INPUT
+    assert "the argument 'prompt=a\\xff' is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert generate.read_prompts("", str(tmp_path / "p.txt")) == ["one", "two"]

@@ -206,5 +206,12 @@ def test_text_that_a_tokenizer_does_not_know_is_counted(fast: Fast, text: str, u
 def test_vocabulary_without_an_unknown_token_is_refused_in_words():
     fast = Fast(models.WordLevel({"aa": 0}, unk_token="[UNK]"))
     fast.add_special_tokens([EOT])
-    with pytest.raises(UserError, match="cannot encode this text"):
+    with pytest.raises(UserError, match="the tokenizer fails at this text"):
         Tokenizer(fast.to_str()).encode("b")
+
+
+def test_an_id_beyond_any_vocabulary_is_refused_before_it_takes_memory():
+    crafted = json.loads(BYTES.content)
+    crafted["model"]["vocab"]["Ā"] = 2**31
+    with pytest.raises(UserError, match="numbers its tokens up to 2,147,483,648"):
+        Tokenizer(json.dumps(crafted))

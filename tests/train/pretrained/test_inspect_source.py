@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import yaml
 from helpers import gloo_ranks
+from helpers.run_dirs import write_manifest
 from safetensors.numpy import save_file
 
-from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
 from train.pretrained.inspect_source import check_source
@@ -116,9 +116,7 @@ def test_source_of_another_family_or_without_checkpoint_is_refused(make, folder:
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(configuration.to_dict(make(*OVERRIDES))))
     assert "has no complete checkpoint yet" in refusal(make(*OVERRIDES, f"init.from={run}"))
-    (run / "checkpoints/step_4").mkdir(parents=True)
-    whole = {"progress": {"step": 4}, "files": {}, "val_loss": None, "shapes": {"backbone.embed.weight": [320, 32]}}
-    (run / "checkpoints/step_4/checkpoint.json").write_bytes(manifest.to_bytes(whole))
+    write_manifest(run / "checkpoints" / "step_4", shapes={"backbone.embed.weight": [320, 32]})
     check_source(make(*OVERRIDES, f"init.from={run}"))
     assert "It has the steps 4" in refusal(make(*OVERRIDES, f"init.from={run}", "init.checkpoint=5"))
 

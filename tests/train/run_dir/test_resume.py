@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import gloo_ranks
+from helpers.run_dirs import write_manifest
 
-from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
 from train.run_dir import resume
@@ -52,9 +52,7 @@ def test_other_run_under_the_same_name_is_refused_naming_the_key(make, started, 
 
 def test_other_corpus_than_the_checkpoint_s_is_refused(make, started):
     config = started()
-    folder = Path(config.run.dir) / "checkpoints" / "step_1"
-    folder.mkdir(parents=True)
-    (folder / "checkpoint.json").write_bytes(manifest.to_bytes({"corpus": "old", "progress": {"step": 1}, "files": {}}))
+    write_manifest(Path(config.run.dir) / "checkpoints" / "step_1", corpus="old")
     with pytest.raises(UserError, match="corpus"):
         resume.check_resumable(config, "new")
 

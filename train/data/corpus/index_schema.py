@@ -7,6 +7,7 @@ nothing here would unpack it.
 
 from __future__ import annotations
 
+import io
 import re
 import tarfile
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from train.errors import UserError
+from train.util.reading import reading
 
 MEMBER = re.compile(r"\d{9,}\.(meta\.json|tokens\.npy)")
 """Names of the members a shard may have: the two files of each sample."""
@@ -76,19 +78,24 @@ def check_index(path: Path, index: Any) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where} is {str(first['input'])[:80]!r}: {first['msg'].lower()}. {CURE}") from None
+        raise UserError(f"{path}: {where} is {repr(first['input'])[:80]}: {first['msg'].lower()}. {CURE}") from None
 
 
 def check_members(path: Path) -> None:
-    """Raise UserError, naming the member, if a tar holds anything but samples. Reads the headers only."""
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                link = f", a link to {member.linkname!r}" if member.linkname else ""
-                if link or not member.isreg() or not MEMBER.fullmatch(member.name):
-                    raise UserError(f"{path}: holds {member.name!r}{link}, which is no part of a sample. {CURE}")
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: {error}. {CURE}") from None
+    """Raise UserError, naming the member, if a tar holds anything but samples. Reads the headers only.
+
+    Header by header, since ``tarfile`` would allocate what a header for a long name announces.
+    """
+    size = path.stat().st_size
+    with reading(path, CURE), path.open("rb") as tar:
+        while (header := tar.read(tarfile.BLOCKSIZE)) not in (b"", bytes(tarfile.BLOCKSIZE)):
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            link = f", a link to {member.linkname!r}" if member.linkname else ""
+            if link or not member.isreg() or not MEMBER.fullmatch(member.name):
+                raise UserError(f"{path}: holds {member.name!r}{link}, which is no part of a sample. {CURE}")
+            if not 0 <= member.size <= size - tar.tell():
+                raise ValueError(f"{member.name} is cut short")
+            tar.seek(-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, io.SEEK_CUR)
 
 
 def check_table(path: Path, table: NDArray[np.int64], shards: Sequence[Any], width: int) -> None:

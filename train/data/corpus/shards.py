@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import mmap
 import os
 import tarfile
@@ -36,6 +37,8 @@ from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io as files
+from train.util.reading import read_object, reading
+from train.util.run_layout import RunDir
 
 VERSION = 1
 INDEX = "index.json"
@@ -165,12 +168,12 @@ class CorpusSplit:
             check_size(folder, entry.name, entry.size)
         table = split["table"]
         verified.check(folder, table["name"], table["size"], table["sha256"], self._check_table)
-        self._table = _open_table(folder / table["name"])
+        self._table = open_table(folder / table["name"])
         self.sample_tokens: Ids = self._table[1]
         self.text_bytes: Ids = self._table[2]
 
     def _check_table(self, path: Path) -> None:
-        check_table(path, _open_table(path), self.entries, self.dtype.itemsize)
+        check_table(path, open_table(path), self.entries, self.dtype.itemsize)
 
     def read_spans(self, spans: DocSpans, out: NDArray[Any]) -> None:
         """Read the stored ids of all spans, one after another, into ``out`` (flat); padding reads as zeros.
@@ -212,8 +215,11 @@ class CorpusSplit:
             end = int(self._table[0][sample - 1]) + (int(self.sample_tokens[sample - 1]) + 1) * self.dtype.itemsize
             begin = -(-end // _BLOCK) * _BLOCK
         file = self._open_shard(shard, 0).file
-        size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
-        return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
+        with reading(self.folder / self.entries[shard].name, CURE):
+            size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
+            if size > self.entries[shard].size:
+                raise ValueError(f"a member of {size:,} bytes is larger than the file")
+            return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
 
     def _open_shard(self, shard: int, uses: int) -> _OpenShard:
         """An open shard: verified when first opened, mapped after many uses, closed with its last reference."""
@@ -232,13 +238,19 @@ class CorpusSplit:
         return opened
 
 
-def _open_table(path: Path) -> Ids:
-    """The array of a table: in memory, or mapped if it is large, since a rank needs only parts of it."""
+def open_table(path: Path) -> Ids:
+    """The array of a table, of the size that its header says: in memory, or mapped if it is large, since a rank needs
+    only parts of it.
+    """
     mode: Literal["r"] | None = "r" if path.stat().st_size > _SMALL_TABLE else None
-    try:
+    with reading(path, CURE):
+        with path.open("rb") as file:  # numpy would first allocate what the header announces
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("it is no table of this program")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if file.tell() + math.prod(shape) * dtype.itemsize != path.stat().st_size:
+                raise ValueError(f"its header announces {shape} numbers, and they are not there")
         return np.load(path, mmap_mode=mode, allow_pickle=False).view(np.ndarray)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: {error}. {CURE}") from None
 
 
 class Corpus:
@@ -281,17 +293,26 @@ def fingerprint(index: dict[str, Any]) -> str:
 def read_index(folder: Path) -> dict[str, Any]:
     """The validated index of a prepared corpus. Raises UserError if it is missing, damaged or of another version."""
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no prepared corpus (no {INDEX}): run `./launch.sh prepare` first") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}). {CURE}") from None
-    version = index.get("version") if isinstance(index, dict) else None
+    if not path.exists():
+        raise UserError(f"{folder} is no prepared corpus (no {INDEX}): run `./launch.sh prepare` first")
+    index = read_object(path, CURE)
+    version = index.get("version")
     if version != VERSION:
         raise UserError(f"{path}: version {version}, this program reads {VERSION}: prepare the corpus again")
     check_index(path, index)
     return index
+
+
+def open_trained_corpus(run_dir: RunDir, special: Sequence[str] = ()) -> Corpus:
+    """The corpus that the run in a folder was trained on. Raises UserError where it is not there any more."""
+    cure = "Restore it: it names the corpus that the run was trained on"
+    about = read_object(run_dir.corpus, cure)
+    with reading(run_dir.corpus, cure):
+        folder, was = Path(about["folder"]), str(about["fingerprint"])
+    corpus = Corpus(folder, special)
+    if corpus.fingerprint != was:
+        raise UserError(f"{folder} is not the corpus that {run_dir.path} was trained on: prepare that one again")
+    return corpus
 
 
 def split_entry(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:

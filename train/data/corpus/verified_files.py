@@ -7,6 +7,7 @@ from pathlib import Path
 
 from train.errors import UserError
 from train.util import io
+from train.util.reading import UNREADABLE
 
 _FILE = "verified.txt"
 CURE = "Run `./launch.sh prepare` again with the same settings: it makes anew what is damaged and keeps the rest."
@@ -23,7 +24,7 @@ class VerifiedFiles:
         self._path = folder / _FILE
         try:
             lines = self._path.read_text("utf-8").splitlines()
-        except OSError:
+        except UNREADABLE:
             lines = []
         self._known = set(lines)
 

@@ -26,6 +26,7 @@ from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, par
 from train.errors import UserError
 from train.util import io
 from train.util.format import plural
+from train.util.reading import UNREADABLE, read_object
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
@@ -65,12 +66,13 @@ def claim_folder(folder: Path, spec: CorpusSpec) -> None:
     (folder / _RECEIPTS).mkdir(parents=True, exist_ok=True)
     path = folder / _RECIPE
     if path.exists():
-        old = json.loads(path.read_text("utf-8"))
-        if old["recipe"] != spec.digest:
-            changed = [key for key, value in spec.settings.items() if old["settings"].get(key) != value]
+        old = read_object(path, "Set another data.dir, or delete that folder")
+        if old.get("recipe") != spec.digest:
+            settings = old["settings"] if isinstance(old.get("settings"), dict) else {}
+            changed = [key for key, value in spec.settings.items() if settings.get(key) != value]
             what = f"other settings ({', '.join(f'data.{key}' for key in changed)})" if changed else "other text"
             raise UserError(
-                f"data.dir={folder} holds a corpus of {what}: {old['recipe'][:12]}, not {spec.digest[:12]}. "
+                f"data.dir={folder} holds a corpus of {what}: {str(old.get('recipe'))[:12]}, not {spec.digest[:12]}. "
                 "Set another data.dir, or delete that folder"
             )
     else:
@@ -106,7 +108,7 @@ def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:
         if io.sha256_of(path) == digest:
             verified.add(path, digest)
             return load_tokenizer(build.folder)
-    except (OSError, ValueError):
+    except UNREADABLE:
         pass  # not made yet, or damaged
     total = int(build.spec.splits["train"]["bytes"].sum())
     build.report({"phase": "tokenizer", "done": 0, "total": total})
@@ -213,12 +215,16 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
     """The receipt of a shard that is there and whole, else None."""
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:
-        values = json.loads(receipt.read_text("utf-8"))
-        unknown = values.pop("unknown")
+        values = json.loads(receipt.read_bytes())
+        unknown = int(values.pop("unknown"))
         entry = shards.ShardEntry(**values)
+        if entry.name != path.name:
+            return None
         verified.check(folder, entry.name, entry.size, entry.sha256)
-        return entry, np.load(receipt.with_suffix(".npy"), allow_pickle=False), unknown
-    except (OSError, ValueError, TypeError, KeyError, UserError):
+        return entry, shards.open_table(receipt.with_suffix(".npy")), unknown
+    except UserError:
+        return None
+    except UNREADABLE:
         return None
 
 

@@ -24,6 +24,8 @@ WITH_LM_HEAD = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "
 OLD_NORM_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 """Names in files that were converted from TensorFlow -> today's."""
 
+MAX_SHOWN = 200
+"""Characters of a value of a config.json that a message repeats."""
 TRAINING_KEYS = {"dropout", "init_std", "checkpoint_activations"}
 """Keys of ``schema.Model`` that matter in training only: they are not part of ``ArchKeys``."""
 
@@ -229,4 +231,5 @@ class HFFamily:
 
 def yaml_text(value: Any) -> str:
     """A scalar as it is written in YAML: true, false, null or its text."""
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    text = str(value)
+    return text.lower() if value is None or isinstance(value, bool) else text[:MAX_SHOWN]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from train.errors import UserError
 from train.pretrained.hf.family import HFFamily, Shape
-from train.pretrained.hf.listing import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_headers, read_json
+from train.pretrained.hf.listing import CONFIG_FILE, FETCH_AGAIN, INDEX_FILE, WEIGHTS_FILE, read_headers
 from train.util.io import write_whole
+from train.util.reading import read_object, reading
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -30,20 +31,19 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         """Read the headers of the weight files. Raises UserError for pickled, missing or damaged weights."""
         self.path = path
-        self.config = read_json(path / CONFIG_FILE)
+        self.config = read_object(path / CONFIG_FILE, FETCH_AGAIN)
         self.tensors = read_headers(path)
-        names = sorted({tensor.file for tensor in self.tensors.values()})
-        try:
-            self.files = {name: safe_open(path / name, framework="pt") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
+        self.files: dict[str, Any] = {}
+        for name in sorted({tensor.file for tensor in self.tensors.values()}):
+            with reading(path / name, FETCH_AGAIN):
+                self.files[name] = safe_open(path / name, framework="pt")
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the configuration and of each weight file's name, size and header (tensor names and shapes)."""
         lines = [json.dumps(self.config, sort_keys=True)]
         for name in sorted(self.files):
-            with (self.path / name).open("rb") as file:
+            with reading(self.path / name, FETCH_AGAIN), (self.path / name).open("rb") as file:
                 header = file.read(int.from_bytes(file.read(8), "little"))
             lines.append(f"{name} {(self.path / name).stat().st_size} {header!r}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -55,7 +55,8 @@ class HFFolder:
     def read(self, name: str) -> Tensor:
         """A tensor in its stored precision. Raises UserError where it is not floating-point (quantised weights)."""
         stored = self.tensors[name]
-        tensor = self.files[stored.file].get_tensor(stored.name)
+        with reading(self.path / stored.file, FETCH_AGAIN):
+            tensor = self.files[stored.file].get_tensor(stored.name)
         if tensor.dtype not in FLOAT_DTYPES:
             raise UserError(f"{self.path}: {name} is {tensor.dtype}, and only floating-point weights are read")
         return tensor
@@ -64,7 +65,8 @@ class HFFolder:
     def tokenizer(self) -> bytes | None:
         """Content of tokenizer.json, or None where the folder has none."""
         file = self.path / "tokenizer.json"
-        return file.read_bytes() if file.exists() else None
+        with reading(file, FETCH_AGAIN):
+            return file.read_bytes() if file.exists() else None
 
 
 class HFWeights:
@@ -91,6 +93,8 @@ class HFWeights:
         if not shapes:
             return None
         shapes = [shape[::-1] if transposed and len(shape) == 2 else shape for shape in shapes]
+        if not all(shape and shape[1:] == shapes[0][1:] for shape in shapes):
+            raise UserError(f"{self.folder.path}: {', '.join(parts)} are of shapes {shapes}, and are parts of {name}")
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read(self, name: str) -> Tensor:

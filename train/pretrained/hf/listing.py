@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
+from train.util.reading import as_object, read_object, reading
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+FETCH_AGAIN = "Fetch it again from where the folder comes from"
 ADAPTER_FILE = "adapter_config.json"
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put before the name of every parameter."""
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError where it cannot be read or is not an object."""
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -120,28 +112,28 @@ _LARGEST_HEADER = 100_000_000
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """The index's name of the file of each tensor."""
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{folder / INDEX_FILE} has no weight_map that names a file for each tensor: fetch it again")
-    if not weight_map:
-        raise UserError(f"{folder / INDEX_FILE} names no tensor: fetch it again")
+    with reading(folder / INDEX_FILE, FETCH_AGAIN):
+        weight_map = as_object(read_object(folder / INDEX_FILE, FETCH_AGAIN).get("weight_map"))
+        if not all(isinstance(name, str) and name.isprintable() for name in weight_map.values()):
+            raise TypeError("its weight_map names files by what is no text")
+        if not weight_map:
+            raise ValueError("its weight_map names no tensor")
     return weight_map
 
 
-def _read_header(folder: Path, file: str) -> Iterator[StoredTensor]:
+def _read_header(folder: Path, file: str) -> list[StoredTensor]:
     """The tensors in a safetensors file (https://github.com/huggingface/safetensors#format)."""
-    path = folder / file
-    try:
+    path, tensors = folder / file, list[StoredTensor]()
+    with reading(path, FETCH_AGAIN):
         if is_lfs_pointer(path):
             raise UserError(f"{path} is not the weights but Git LFS's note of them: fetch them with `git lfs pull`")
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if not 2 <= length <= min(_LARGEST_HEADER, path.stat().st_size - 8):
                 raise ValueError("its header does not fit into it")
-            header = dict(json.loads(opened.read(length)))
+            header = as_object(json.loads(opened.read(length)))
         header.pop("__metadata__", None)
         for name, about in header.items():
             begin, end = (8 + length + int(offset) for offset in about["data_offsets"])
-            yield StoredTensor(file, name, str(about["dtype"]), tuple(map(int, about["shape"])), begin, end)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: a file of weights cannot be read ({error}): fetch it again") from error
+            tensors.append(StoredTensor(file, name, str(about["dtype"]), tuple(map(int, about["shape"])), begin, end))
+    return tensors
