@@ -19,7 +19,7 @@ from train.config import schema
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
-from train.util.reading import read_text
+from train.util.reading import UNREADABLE, read_text
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
@@ -298,7 +298,7 @@ def _with_end_token(content: str, fast: Fast, end_token: str | None, config_file
 
 def _eos_token(config_file: Path) -> str | None:
     """``eos_token`` of a tokenizer_config.json; None where there is no such file or entry."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(*UNREADABLE):
         named = json.loads(config_file.read_text("utf-8")).get("eos_token")
         text = named.get("content") if isinstance(named, dict) else named
         return text if isinstance(text, str) else None
