@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console as Terminal
 
 from train.reporting.console import RunConsole
+from train.reporting.terminal import UserConsole as Terminal
 from train.util.format import count, duration
 
 CONFIG = {
