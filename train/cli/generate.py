@@ -19,6 +19,7 @@ from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
+from train.util.format import printable
 
 SETTING_KEYS = [name for name in schema.GenerationConfig.model_fields if name != "prompts"]
 """Keys of the section ``generation`` that the verb takes without its name."""
@@ -54,6 +55,8 @@ def read_prompts(text: str, file: str) -> list[str]:
     """The prompt ``text``, or those of ``file``, one a line; ``-`` for either is standard input."""
     if text and file:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
+    if "-" in (text, file) and sys.stdin is None:
+        raise UserError("- reads the prompt from standard input, which is closed: give prompt=TEXT or prompts=FILE")
     try:
         if not file:
             return [sys.stdin.read() if text == "-" else text]
@@ -99,5 +102,6 @@ def _title(number: int, of: int, text: GeneratedText) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Writes the very text, but to a terminal no characters that it would obey: a model may write any."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -61,4 +61,5 @@ def _names_secret(key: Any, value: Any) -> bool:
 
 
 if __name__ == "__main__":  # a filter, for launch.sh
-    sys.stdout.write(redact(sys.stdin.read()))
+    shown = redact(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"))  # an argument may be any bytes
+    sys.stdout.buffer.write(shown.encode("utf-8", "surrogateescape"))
