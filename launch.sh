@@ -158,11 +158,18 @@ set_up_tests() {
     unlock_environment
 }
 
-# Shows the command with its secrets hidden, if it can, then becomes it, so that signals go straight to it.
-run() {
+# Shows a command, with its secrets hidden, if it can.
+show() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
     printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2 2>/dev/null || true
+}
+
+# Becomes a command of the product, so that signals go straight to it. While Python itself starts, Ctrl-C would end in a
+# traceback of Python's: the command unblocks it when it can (train/util/streams.py). Older coreutils cannot block it.
+run() {
+    show "$@"
+    if env --block-signal=INT true 2>/dev/null; then exec env --block-signal=INT "$@"; fi
     exec "$@"
 }
 
@@ -208,7 +215,8 @@ case "$verb" in
     test)
         export OMP_NUM_THREADS=1
         cd "$root"
-        run "$python" -m pytest -n 2 "$@"  # one has the clusters, the other the rest: tests/conftest.py; -n 0: here, with --pdb
+        show "$python" -m pytest -n 2 "$@"
+        exec "$python" -m pytest -n 2 "$@"  # one has the clusters, the other the rest: tests/conftest.py; -n 0: here, with --pdb
         ;;
     check)
         cd "$root"

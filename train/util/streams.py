@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from train.errors import ExitCode
@@ -221,8 +221,9 @@ def raise_on_signals(*numbers: signal.Signals) -> None:
     _handle(numbers, signal.default_int_handler)
 
 
-def _handle(numbers: Iterable[signal.Signals], handler: Callable[[int, Any], Any]) -> None:
+def _handle(numbers: Collection[signal.Signals], handler: Callable[[int, Any], Any]) -> None:
     """Sets a handler, except where the signal is ignored, as by nohup and by scripts for jobs in the background."""
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # launch.sh blocks SIGINT until there is a handler
