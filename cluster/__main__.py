@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from train.errors import ExitCode
+from train.errors import ExitCode, UserError
 from train.util import streams
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
@@ -53,7 +53,11 @@ def _train(rest: Sequence[str]) -> int:
     signals.install()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.driver.early_start import start_early
 
-    early = None if HELP & set(rest) else start_early(signals)
+    try:
+        early = None if HELP & set(rest) else start_early(signals)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
     # Imported only now: it takes a second, in which the fork server imports torch.
     from cluster.cli import train
 
