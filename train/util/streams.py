@@ -29,8 +29,8 @@ from typing import Any
 from train.errors import ExitCode
 from train.util.redact import redact
 
-MOST_WAITING = 1 << 16
-"""Bytes that wait for a reader who does not read: what a pipe holds itself."""
+MOST_WAITING = 1000
+"""Writes, of at most 4 KiB each, that wait for a reader who does not read."""
 STALLED_S = 1.0
 """Without a byte read: from then on nobody is waited for, until there is room again."""
 LAST_S = 5.0
@@ -125,7 +125,7 @@ class Outbox:
         for other in self.others:
             other.wait(0, IN_ORDER_S)
         if self._stalled:
-            self._stalled = self.waiting > MOST_WAITING // 2
+            self._stalled = len(self._pending) > MOST_WAITING // 2
         else:
             self._stalled = not self.wait(MOST_WAITING, STALLED_S)
         if self._stalled:
@@ -140,15 +140,10 @@ class Outbox:
             self._thread = threading.Thread(target=self._write, name=f"output-{self.fd}", daemon=True)
             self._thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Bytes that are still to be written."""
-        return sum(map(len, self._pending.copy()))
-
     def wait(self, most: int, patience_s: float) -> bool:
-        """Waits until at most ``most`` bytes are to be written; False where none was written for ``patience_s``."""
+        """Waits until at most ``most`` writes are left; False where none was made for ``patience_s``."""
         seen, since = self._written, time.monotonic()
-        while self.waiting > most:
+        while len(self._pending) > most:
             now = time.monotonic()
             if self._written != seen:
                 seen, since = self._written, now
@@ -161,7 +156,8 @@ class Outbox:
         while True:
             self._wake.get()
             write_or_leave_out(self.fd, self._pending[0])
-            self._written += len(self._pending.popleft())
+            self._pending.popleft()
+            self._written += 1
 
 
 _outboxes: list[Outbox] = []
