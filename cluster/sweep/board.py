@@ -19,7 +19,7 @@ from train.config.sweep_dir import ENDED
 from train.events import FailureEvent
 from train.reporting import failure_block
 from train.reporting.terminal import UserConsole
-from train.util.format import PREPARING, duration, finite, plural
+from train.util.format import PREPARING, duration, finite, plural, printable
 
 REFRESH_PER_S = 4
 COLORS = {
@@ -198,7 +198,7 @@ class Board:
         left = trial.seconds_left() if trial.state not in ENDED else None
         return [
             str(trial.number),
-            *(shorten(trial.params.get(key, "")) for key in keys),
+            *(printable(shorten(trial.params.get(key, ""))) for key in keys),
             trial.state,
             f"{trial.step:,}/{trial.config.steps:,}",
             *(f"{value:.5g}{mark}" if value is not None else "" for value in self._values(trial)),

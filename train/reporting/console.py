@@ -22,7 +22,7 @@ from rich.text import Text
 from train import events
 from train.reporting import failure_block
 from train.reporting.terminal import UserConsole
-from train.util.format import PREPARING, count, duration, finite, plural, shares
+from train.util.format import PREPARING, count, duration, finite, plural, printable, shares
 
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
@@ -205,7 +205,7 @@ class RunConsole:
     def _sample(self, event: events.SampleEvent) -> None:
         if event.step < self._config.get("steps", 0):
             return  # samples.jsonl has those of earlier evaluations, which would hide the losses here
-        body = Text.assemble((event.prompt, "cyan"), event.text)
+        body = Text.assemble((printable(event.prompt), "cyan"), printable(event.text))  # as wide as it is shown
         if self.terminal.is_live:
             self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
         else:

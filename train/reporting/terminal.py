@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from train.util.format import printable
 
@@ -24,6 +25,10 @@ class UserConsole(Console):
     def is_live(self) -> bool:
         """Whether lines can be drawn anew: on a terminal, but not on one that knows no cursor (TERM=dumb)."""
         return self.is_terminal and not self.is_dumb_terminal
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text of a string, made visible before it is measured for a table."""
+        return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         """The segments of ``renderable``; control characters in its text are made visible, rich's own stay."""
