@@ -68,7 +68,7 @@ class GuardedStream(io.TextIOBase):
         return os.isatty(self.fd)
 
     def writable(self) -> bool:
-        """True: it is for writing."""
+        """Whether it is for writing, which it is."""
         return True
 
 

@@ -15,6 +15,7 @@ import pytest
 from helpers import gloo_ranks
 
 from train.__main__ import main
+from train.cli import generate as generate_verb
 from train.config import schema
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
@@ -141,3 +142,22 @@ def test_bad_arguments_exit_with_code_2(
 ):
     assert main([a.replace("RUN", str(trained.run.dir)) for a in arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_prompt_from_closed_standard_input_is_refused(trained: Config):
+    words = [sys.executable, "-m", "train", "generate", f"run.dir={trained.run.dir}", "prompt=-"]
+    environment = {**os.environ, "PYTHONPATH": str(gloo_ranks.REPOSITORY)}
+    command = ["bash", "-c", 'exec "$@" <&-', "bash", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "reads the prompt from standard input, which is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\\x1b[2J\n"), (False, "a\x1b[2J\n")])
+def test_generated_escape_sequences_reach_files_but_no_terminal(terminal, shown, monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    generate_verb._write("a\x1b[2J\n")
+    assert out.getvalue() == shown
