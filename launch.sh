@@ -8,20 +8,30 @@
 #
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi  # sh launch.sh, where sh is dash
+[ "${BASH_SOURCE[0]}" = "$0" ] || { echo "launch.sh: run it, as ./launch.sh: it is no file to source" >&2; return 2; }
 set -euo pipefail
+# What the caller's shell may hand over (SHELLOPTS, CDPATH, ...) means nothing here.
+set +o posix +o noclobber +o noglob
+unset CDPATH GREP_OPTIONS
+{ : >&2; } 2>/dev/null || exec 2>/dev/null  # closed: what is said is lost, and the command goes on
 export PYTHONSAFEPATH=1  # else a train.py or json.py of the folder that this is called in would be imported
 
-root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+fail() { printf 'launch.sh: %s\n' "$@" >&2 || true; exit "${code:-1}"; }
+
+pwd -P >/dev/null 2>&1 || fail "the folder that this is called in is no longer there, or may not be read: cd to another"
+script="${BASH_SOURCE[0]}"
+[ -f "$(dirname -- "$script")/requirements.lock" ] || script="$(readlink -f -- "$script")"  # called through a link to it
+root="$(cd -- "$(dirname -- "$script")" && pwd -P)"
 if [ -n "${SLURM_JOB_ID:-}" ] && [ ! -f "$root/requirements.lock" ]; then  # sbatch runs a copy; its original is in the repository
     root="$({ scontrol show job "$SLURM_JOB_ID" || true; } | sed -n 's|^ *Command=\(/.*\)|\1|p')"
     root="${root%%/launch.sh*}"
 fi
 venv="${TRIREME_VENV:-$root/.venv}"
+case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 lock="$root/requirements.lock"
 test_lock="$root/requirements-test.lock"
 verbs="train cluster test check prepare evaluate generate export trace verify-resume drill review bench help"
-
-fail() { printf 'launch.sh: %s\n' "$@" >&2; exit "${code:-1}"; }
 
 [ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
 case "$root$venv" in *:*) fail "Python cannot be run from a path with a colon: move $root, or TRIREME_VENV, to a path without one" ;; esac
@@ -52,9 +62,19 @@ find_python() {
 # A stamp in the environment says that a lock was installed to its end: digest of the lock and of the Python that it was installed for.
 digest() { { cat "$1"; "$venv/bin/python" -c 'import sys; print(sys.version)'; } | sha256sum | cut -d' ' -f1; }
 write_stamp() { digest "$2" >"$1.new" && mv "$1.new" "$1"; }
+mark_checked() { touch "$1" 2>/dev/null || true; }  # only saves the next command the digest: the environment may be read-only
 newer_than_lock() { [ -f "$1" ] && [ "$1" -nt "$2" ] && [ -x "$venv/bin/python" ]; }
 matches_lock() {
     [ -f "$1" ] && [ -x "$venv/bin/python" ] && "$venv/bin/python" -c '' 2>/dev/null && [ "$(cat "$1")" = "$(digest "$2")" ]
+}
+
+# Before anything is changed: what making an environment in a folder takes.
+check_can_set_up() {
+    local tool missing=""
+    for tool in flock sha256sum; do command -v "$tool" >/dev/null || missing+=" $tool"; done
+    [ -z "$missing" ] || fail "setting up $venv needs$missing: install util-linux and coreutils (this is a program for Linux)"
+    { mkdir -p "$1" && [ -w "$1" ]; } 2>/dev/null || fail "$1 cannot be written, and $venv is not what $lock says yet." \
+        "Name a place for the environment that can be: TRIREME_VENV=/path/to/venv"
 }
 
 lock_environment() {
@@ -94,10 +114,11 @@ set_up() {
     # The stamp is written last, so an environment without it is incomplete; one whose stamp is older than the lock is checked again.
     local python users stamp="$venv/.ready" log="$venv/setup.log" began=$SECONDS
     if newer_than_lock "$stamp" "$lock"; then return; fi
-    mkdir -p "$(dirname "$venv")"
+    if matches_lock "$stamp" "$lock"; then mark_checked "$stamp"; return; fi
+    check_can_set_up "$(dirname "$venv")"
+    [ ! -e "$venv" ] || check_can_set_up "$venv"
     lock_environment
-    if matches_lock "$stamp" "$lock"; then
-        touch "$stamp"
+    if matches_lock "$stamp" "$lock"; then  # by another launch.sh, which was waited for
         unlock_environment
         return
     fi
@@ -110,6 +131,8 @@ set_up() {
     rm -rf "$venv"
     mkdir "$venv"
     "$python" -m venv "$venv" >>"$log" 2>&1 || fail "python -m venv failed; the last lines of $log:" "$(tail -n 5 "$log")"
+    "$venv/bin/python" -c '' 2>/dev/null || fail "$venv/bin/python was made and cannot be run: is the disk mounted with noexec?" \
+        "Name a place for the environment on another: TRIREME_VENV=/path/to/venv"
     pip_install -r "$lock"
     write_stamp "$stamp" "$lock"
     echo "Set up in $((SECONDS - began)) s." >&2
@@ -121,6 +144,8 @@ set_up() {
 set_up_tests() {
     local stamp="$venv/.ready-test" log="$venv/setup-test.log" began=$SECONDS
     if newer_than_lock "$stamp" "$test_lock"; then return; fi
+    if matches_lock "$stamp" "$test_lock"; then mark_checked "$stamp"; return; fi
+    check_can_set_up "$venv"
     lock_environment
     if ! matches_lock "$stamp" "$test_lock"; then
         echo "Adding to $venv what tests and checks need (once; a minute). Log: $log" >&2
@@ -130,15 +155,21 @@ set_up_tests() {
         echo "Added in $((SECONDS - began)) s." >&2
         rm -f "$log"
     fi
-    touch "$stamp"
     unlock_environment
 }
 
-# Shows the command with its secrets hidden, then becomes it, so that signals go straight to it.
-run() {
+# Shows a command, with its secrets hidden, if it can.
+show() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2
+    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2 2>/dev/null || true
+}
+
+# Becomes a command of the product, so that signals go straight to it. While Python itself starts, Ctrl-C would end in a
+# traceback of Python's: the command unblocks it when it can (train/util/streams.py). Older coreutils cannot block it.
+run() {
+    show "$@"
+    if env --block-signal=INT true 2>/dev/null; then exec env --block-signal=INT "$@"; fi
     exec "$@"
 }
 
@@ -161,7 +192,8 @@ if [ "$verb" = help ]; then usage; exit 0; fi
 
 set_up
 case "$verb ${1:-}" in "test "*|"check "*|"bench gpu") set_up_tests ;; esac  # bench gpu begins with the tests of a GPU
-export TRIREME_T0="${EPOCHREALTIME/,/.}"  # the run begins here: its start is not charged with the environment's set-up
+now="${EPOCHREALTIME:-$(date +%s.%N)}"  # bash has the clock since 5.0
+export TRIREME_T0="${now/,/.}"  # the run begins here: its start is not charged with the environment's set-up
 export DS_BUILD_OPS=0
 home=~
 # torch makes this folder wherever it is imported, else in the temporary directory
@@ -175,17 +207,14 @@ case "$verb" in
     prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)
-        names="$(cd "$root" && grep -lx 'if __name__ == "__main__":' bench/*.py bench/nanogpt/*.py | sed 's/\.py//; s|/|.|g')"
-        module="$(grep -m 1 "\.${1:-}\$" <<<"$names" || true)"
-        [ -n "$module" ] || code=2 fail "bench needs one of these names: $(sed 's/.*\.//' <<<"$names" | sort | xargs)"
-        shift
         unset TRIREME_T0  # the runs that it makes begin when it makes them
-        run "$python" -m "$module" "$@"
+        run "$python" -m bench.tools.run "$@"
         ;;
     test)
         export OMP_NUM_THREADS=1
         cd "$root"
-        run "$python" -m pytest -n 2 "$@"  # one has the clusters, the other the rest: tests/conftest.py; -n 0: here, with --pdb
+        show "$python" -m pytest -n 2 "$@"
+        exec "$python" -m pytest -n 2 "$@"  # one has the clusters, the other the rest: tests/conftest.py; -n 0: here, with --pdb
         ;;
     check)
         cd "$root"

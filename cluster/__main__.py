@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Sequence
 
-from cluster.host.stop_request import StopSignals
-from train.errors import ExitCode
-from train.util import redact
+from train.errors import ExitCode, UserError
+from train.util import streams
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
+HELP = {"-h", "--help"}
 
 
 def main(arguments: list[str]) -> int:
     """Runs the verb that ``arguments`` begin with, ``train`` if there are none, and returns the exit code."""
-    redact.redact_output()
     verb, *rest = arguments or ["train"]
+    shows = {*HELP, "--list"} & set(rest) or (verb == "cluster" and rest[:1] not in (["up"], ["join"], ["down"]))
+    (streams.guard_result if shows else streams.guard_report)()
     if verb not in VERBS:
         print(f"there is no verb {verb!r} here: try `python -m cluster train --help`", file=sys.stderr)
         return ExitCode.BAD_INPUT
+    if verb == "train":
+        return _train(rest)
+    streams.raise_on_signals(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    try:
+        return _run(verb, rest)
+    except KeyboardInterrupt:
+        return ExitCode.INTERRUPTED
+
+
+def _run(verb: str, rest: Sequence[str]) -> int:
+    """Runs a verb that has its runs, or a node, to end when it is interrupted."""
     if verb == "verify-resume":
         from cluster.cli import verify_resume
 
@@ -26,15 +40,24 @@ def main(arguments: list[str]) -> int:
         from cluster.chaos import drill
 
         return drill.run(rest)
-    if verb == "cluster":
-        from cluster.cli import cluster
+    from cluster.cli import cluster
 
-        return cluster.run(rest)
+    return cluster.run(rest)
+
+
+def _train(rest: Sequence[str]) -> int:
+    """Runs a job or a sweep, whose driver handles its signals itself."""
+    from cluster.host.stop_request import StopSignals
+
     signals = StopSignals()
     signals.install()  # before the other imports: Ctrl-C is meant from the first moment on
     from cluster.driver.early_start import start_early
 
-    early = None if {"-h", "--help"} & set(rest) else start_early(signals)
+    try:
+        early = None if HELP & set(rest) else start_early(signals)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
     # Imported only now: it takes a second, in which the fork server imports torch.
     from cluster.cli import train
 
@@ -42,4 +65,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    streams.end_on_interrupt()
     sys.exit(main(sys.argv[1:]))

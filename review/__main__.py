@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import ExitCode, UserError, guard_verb
+from train.util import streams
 from train.util.io import write_whole
 
 DESCRIPTION = "what run folders tell, as a page, as pictures, or as a comment. No server, no network."
@@ -79,4 +80,8 @@ def _review(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    streams.end_on_interrupt()
+    # Only the page and the figures are written whether or not somebody reads their names.
+    shows = {"-h", "--help", "md", "--format=md"} & set(sys.argv[1:])
+    (streams.guard_result if shows else streams.guard_report)()
     sys.exit(main(sys.argv[1:]))

@@ -77,6 +77,12 @@ def test_each_heavy_dependency_has_one_fence(file: Path):
     assert not [d for d, fence in FENCES.items() if d in tops and not name(file).startswith(fence)]
 
 
+def test_consoles_take_text_of_users_as_it_is():
+    """rich's own console would take ``[/v2]`` in a path for markup; ``UserConsole`` takes no text for it."""
+    users = {name(file) for file in FILES if imports(file) & {"rich.console.Console", "rich.markup"}}
+    assert users == {"train/reporting/terminal.py"}
+
+
 def test_private_api_of_ray_is_used_in_one_module():
     """Ray may change it in any release: ``ray_internals`` gives the reason for each use."""
     private = ("ray._private", "ray._raylet")

@@ -4,6 +4,7 @@ import _ctypes
 import json
 import os
 import pty
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from helpers import gloo_ranks
 
 TELL = "import json, os, sys, time; print(json.dumps([sys.argv[1:], time.time(), os.environ.get('TRIREME_T0')]))"
 NOTHING = "# no package\n"
+NAMES = {"launch": "launch.sh", "lock": "requirements.lock"}
 
 
 def copy_launch(folder: Path) -> Path:
@@ -23,7 +25,7 @@ def copy_launch(folder: Path) -> Path:
     shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", folder)
     for name in ("requirements.lock", "requirements-test.lock"):
         (folder / name).write_text(NOTHING)
-    for file in ("review/__main__.py", "bench/told.py", "bench/gpu.py", "pytest.py"):
+    for file in ("review/__main__.py", "bench/told.py", "bench/gpu.py", "bench/tools/run.py", "pytest.py"):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(TELL)
     (folder / "train" / "util").mkdir(parents=True)
@@ -152,3 +154,63 @@ def test_environment_in_use_is_not_made_anew(tmp_path: Path):
     assert done.returncode == 1
     assert f"is in use (processes {user.pid})" in done.stderr
     assert library.exists()
+
+
+def run_in(folder: Path, line: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs a line of bash that calls launch.sh, in a folder beside the repository."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TRIREME_PYTHON": sys.executable, **env}
+    return subprocess.run(["bash", "-c", line], env=environment, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sh {launch} review a",
+        "ln -sf {launch} trireme; PATH=$PATH:$PWD trireme review a",
+        "mkdir -p in; ln -sf {launch} absolute; ln -sf ../absolute in/relative; in/relative review a",
+        "cd ..; export CDPATH=/usr:$PWD; ein*/launch.sh review a",
+        "set -o noclobber -o posix -o noglob; export SHELLOPTS; {launch} review a",
+        "POSIXLY_CORRECT=1 {launch} review a",
+        "unset HOME; {launch} review a",
+        "{launch} review a 2>&-",
+        "{launch} review a 2>/dev/full",
+        "{launch} review a <&-",
+    ],
+)
+def test_launch_works_however_it_is_called(line, first, tmp_path):
+    folder = first[0]
+    done = run_in(folder if "cd .." in line else tmp_path, line.format(launch=shlex.quote(f"{folder}/launch.sh")))
+    assert done.returncode == 0, done.stderr
+    assert told(done)[0] == ["a"]
+
+
+def test_stamp_that_cannot_be_touched_fails_no_command(first, tmp_path):
+    """A read-only environment whose clone is newer: the touch only saves the next command a digest."""
+    folder = first[0]
+    (tmp_path / "touch").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "touch").chmod(0o755)
+    os.utime(folder / "requirements.lock")
+    done = launch(folder, "review", "a", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert told(done)[0] == ["a"]
+    assert done.stderr == "+ .venv/bin/python -m review a\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("mkdir gone; cd gone; rmdir ../gone; {launch} review", "the folder that this is called in is no longer there"),
+        ("source {launch} review; exit 1", "run it, as ./launch.sh"),
+        ("TRIREME_VENV=/proc/none/venv {launch} review", "/proc/none cannot be written"),
+        ("touch {lock}; PATH=$PWD/few TRIREME_VENV=new {launch} review", "needs flock sha256sum"),
+    ],
+)
+def test_launch_says_in_words_what_cannot_work(line, words, first, tmp_path):
+    folder = first[0]
+    (tmp_path / "few").mkdir()
+    for tool in ("bash", "dirname", "readlink", "cut", "cat"):
+        (tmp_path / "few" / tool).symlink_to(shutil.which(tool))
+    quoted = {name: shlex.quote(f"{folder}/{file}") for name, file in NAMES.items()}
+    done = run_in(tmp_path, line.format(**quoted))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert not (tmp_path / "new").exists()

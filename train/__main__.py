@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+if __name__ == "__main__":  # before the imports that take long: Ctrl-C is meant from the first moment on
+    from train.util import streams
+
+    streams.end_on_interrupt()
+
 from rich.table import Table
+from rich.text import Text
 
 from train.config import load as configuration
 from train.config import schema
 from train.errors import ExitCode, Stopped, UserError, guard_verb
 from train.events import Event
-from train.util import redact
+from train.reporting.terminal import UserConsole
+from train.util import streams
 from train.util.format import plural
 from train.util.io import to_json
 
-OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+OUT, ERR = UserConsole(), UserConsole(stderr=True)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -94,7 +100,7 @@ def trace(argv: Sequence[str]) -> int:
     for part in parts:
         row = f"{part.row}{' (skipped)' if part.skipped else ''}"
         tokens = f"{part.tokens[0]:,} to {part.tokens[1]:,}"
-        table.add_row(row, str(part.stream), part.document, escape(part.source), tokens, escape(part.words))
+        table.add_row(row, str(part.stream), part.document, part.source, tokens, part.words)
     OUT.print(table)
     return ExitCode.OK
 
@@ -145,19 +151,16 @@ def main(argv: Sequence[str]) -> int:
         ERR.print("usage: python -m train " + "|".join(VERBS) + " [key=value ...]")
         return ExitCode.BAD_INPUT
     if {"-h", "--help"} & set(argv[1:]):
-        OUT.print(verb.__doc__, markup=False)
+        OUT.print(verb.__doc__)
         if verb is generate:
             known = configuration.keys(schema.GenerationConfig)
-            OUT.print(
-                "\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})), markup=False
-            )
+            OUT.print("\n".join(configuration.key_lines({k: v for k, v in known.items() if k != "prompts"})))
         return ExitCode.OK
     try:
         with guard_verb(argv):
             return verb(argv[1:])
     except UserError as error:
-        ERR.print(f"[bold red]{argv[0]}:[/] ", end="")
-        ERR.print(str(error), markup=False)
+        ERR.print(Text.assemble((f"{argv[0]}:", "bold red"), f" {error}"))
         return ExitCode.BAD_INPUT
     except Stopped:
         return ExitCode.STOPPED
@@ -187,5 +190,9 @@ def _number(text: str) -> float | int | str:
 
 
 if __name__ == "__main__":
-    redact.redact_output()
-    sys.exit(main(sys.argv[1:]))
+    argv = sys.argv[1:]
+    shows = {"-h", "--help"} & set(argv) or {"evaluate", "generate", "trace"} & set(argv[:1])
+    (streams.guard_result if shows else streams.guard_report)()
+    if not shows:
+        streams.raise_on_signals(signal.SIGINT)
+    sys.exit(main(argv))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -32,6 +31,7 @@ from cluster.host import run_lock
 from train.config import load as configuration
 from train.config.schema import Config
 from train.errors import ExitCode, UserError, guard_verb
+from train.reporting.terminal import UserConsole
 from train.run_dir.compare import compare_lines
 from train.util.format import duration, plural
 from train.util.io import read_records
@@ -71,12 +71,12 @@ The faults, in their order (./launch.sh drill --list):
 
 def run(words: Sequence[str]) -> int:
     """drill [faults=...] [group=choice] [key=value]: runs the drill and returns the exit code."""
-    out = Console(highlight=False)
+    out = UserConsole(soft_wrap=False)
     if not out.is_terminal:
         out.width = WIDTH
     listed = "\n".join(f"  {fault.name:11}{fault.title}" for fault in FAULTS.values())
     if {"-h", "--help", "--list"} & set(words):
-        out.print(listed if "--list" in words else HELP + listed, markup=False, soft_wrap=True)
+        out.print(listed if "--list" in words else HELP + listed, soft_wrap=True)
         return ExitCode.OK
     try:
         chosen = [word.partition("=")[2] for word in words if word.startswith("faults=")]
@@ -87,14 +87,14 @@ def run(words: Sequence[str]) -> int:
         with guard_verb(words):
             return _drill(out, faults, [word for word in words if not word.startswith("faults=")])
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"drill: {error}", markup=False)
+        UserConsole(stderr=True).print(f"drill: {error}")
         return ExitCode.BAD_INPUT
     except KeyboardInterrupt:
         out.print("The drill was stopped, and its runs with it.")
         return ExitCode.INTERRUPTED
 
 
-def _drill(out: Console, faults: Sequence[Fault], overrides: Sequence[str]) -> int:
+def _drill(out: UserConsole, faults: Sequence[Fault], overrides: Sequence[str]) -> int:
     users = configuration.load(overrides)
     given = {word.partition("=")[0] for word in overrides}
     waits = [setting for setting in SHORT_WAITS if setting.partition("=")[0] not in given]
@@ -118,7 +118,7 @@ def _drill(out: Console, faults: Sequence[Fault], overrides: Sequence[str]) -> i
 class Drill:
     """One drill: the undisturbed run, the disturbed one, and the table of verdicts."""
 
-    def __init__(self, out: Console, folder: Path, settings: Sequence[str], config: Config) -> None:
+    def __init__(self, out: UserConsole, folder: Path, settings: Sequence[str], config: Config) -> None:
         self.out, self.folder, self.config = out, folder, config
         self.undisturbed = TrainProcess(folder / "undisturbed", with_settings(settings, ["cluster.min_workers=null"]))
         self.disturbed = DisturbedRun(folder, settings, config, FaultInjector(config.cluster.address))
@@ -143,7 +143,7 @@ class Drill:
         self.out.print(self._table())
         for row in self.rows:
             if row.remark:
-                self.out.print(row.remark, style="dim" if row.impossible else "red", markup=False, soft_wrap=True)
+                self.out.print(row.remark, style="dim" if row.impossible else "red", soft_wrap=True)
         tried = [row for row in self.rows if not row.impossible]
         holds = bool(tried) and all(row.holds for row in tried)
         self._write(about, holds)
@@ -201,7 +201,7 @@ class Drill:
         return "" if others else "the job's workers are on one host"
 
     def _show_progress(self, what: str, live: Live) -> None:
-        if self.out.is_terminal:
+        if self.out.is_live:
             live.update(self._table(f"now: {what}"))
         else:
             self.out.print(f"  now: {what}")

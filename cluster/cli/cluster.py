@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.host import network, resources
 from cluster.raycluster import cluster_client, node_daemon, ray_auth
 from cluster.raycluster import status as cluster_status
 from train.errors import ExitCode, UserError, guard_verb
+from train.reporting.terminal import UserConsole
 from train.util.format import duration, plural
 from train.util.io import FileLock
 
-OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
+OUT, ERR = UserConsole(), UserConsole(stderr=True)
 PORT = 6379
 """The port on which Ray's heads listen by default."""
 Options = dict[str, str]
@@ -48,7 +49,9 @@ def up(options: Options, words: Sequence[str]) -> int:
     _check_port_is_free(ip, port)
     ray_auth.create_token(ray_auth.token_path())
     node = _start_daemon(_node_order(folder, ip, options, port=port))
-    OUT.print(f"The cluster is up at [bold]{node['address']}[/], with {_resources(node)} of this host.")
+    OUT.print(
+        Text.assemble("The cluster is up at ", (node["address"], "bold"), f", with {_resources(node)} of this host.")
+    )
     return _print_next_steps(node["address"])
 
 
@@ -94,7 +97,8 @@ def join(options: Options, words: Sequence[str]) -> int:
     ip = options.get("bind") or network.address_towards(address)
     node = _start_daemon(_node_order(folder, ip, options, address=address))
     host = f"{node['host']}, {node['ip']}"
-    OUT.print(f"This host ({host}) has joined the cluster at [bold]{address}[/], with {_resources(node)}.")
+    joined = f"This host ({host}) has joined the cluster at "
+    OUT.print(Text.assemble(joined, (address, "bold"), f", with {_resources(node)}."))
     return ExitCode.OK
 
 
@@ -137,7 +141,7 @@ def down(options: Options, words: Sequence[str]) -> int:
     try:
         cluster_client.drain_nodes(node["address"], None if everything else node["node"])
     except UserError as error:
-        ERR.print(f"the others were not told: {error}", markup=False)
+        ERR.print(f"the others were not told: {error}")
     node_daemon.end_node(folder)
     what = "The cluster" if everything else "This host's node"
     OUT.print(f"{what} at {node['address']} is down.")
@@ -225,7 +229,7 @@ def run(arguments: Sequence[str]) -> int:
     if verb is None or {"-h", "--help"} & set(rest):
         shown = [verb] if verb else [function for function, _ in VERBS.values()]
         texts = [(function.__doc__ or "").rstrip().replace("\n    ", "\n") for function in shown]
-        OUT.print("\n\n".join(texts), markup=False)
+        OUT.print("\n\n".join(texts))
         return ExitCode.OK if verb or name in ("-h", "--help") else ExitCode.BAD_INPUT
     options = dict(word.removeprefix("cluster.").split("=", 1) for word in rest if "=" in word)
     words = [word for word in rest if "=" not in word]
@@ -235,6 +239,5 @@ def run(arguments: Sequence[str]) -> int:
         with guard_verb(arguments), _exclusive(name, options):
             return verb(options, words)
     except UserError as error:
-        ERR.print("[bold red]error:[/] ", end="")
-        ERR.print(str(error), markup=False)
+        ERR.print(Text.assemble(("error: ", "bold red"), str(error)))
         return ExitCode.BAD_INPUT

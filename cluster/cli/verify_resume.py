@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_settings
 from train.config import load as configuration
 from train.errors import ExitCode, UserError, guard_verb
+from train.reporting.terminal import UserConsole
 from train.run_dir.compare import Comparison, compare
 from train.util.format import plural
 from train.util.run_layout import RunDir
@@ -31,16 +32,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGKILL)
 
 def run(overrides: Sequence[str]) -> int:
     """verify-resume [group=choice] [key=value]: exit 0 only if a stopped run is the undisturbed one, bit for bit."""
-    out = Console(highlight=False, soft_wrap=True)
+    out = UserConsole()
     try:
         with guard_verb(overrides):
             return _verify_in_own_folder(out, overrides)
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"verify-resume: {error}", markup=False)
+        UserConsole(stderr=True).print(f"verify-resume: {error}")
         return ExitCode.BAD_INPUT
 
 
-def _verify_in_own_folder(out: Console, overrides: Sequence[str]) -> int:
+def _verify_in_own_folder(out: UserConsole, overrides: Sequence[str]) -> int:
     config = configuration.load(overrides)
     half = min(HALF, config.steps // 2)
     if not half:
@@ -55,7 +56,7 @@ def _verify_in_own_folder(out: Console, overrides: Sequence[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> int:
+def _verify(out: UserConsole, folder: Path, settings: Sequence[str], half: int) -> int:
     unbroken = TrainProcess(folder / "whole", settings)
     out.print(f"{2 * half} steps at once")
     _train_to_checkpoint(unbroken, 2 * half)
@@ -84,16 +85,16 @@ def _verify(out: Console, folder: Path, settings: Sequence[str], half: int) -> i
     return ExitCode.OK if equal else ExitCode.FAILURE
 
 
-def _conclusion(equal: bool, run: RunDir) -> str:
+def _conclusion(equal: bool, run: RunDir) -> Text:
     """The verdict in words, with the devices that it was seen on: of others it says nothing."""
     about = json.loads(run.environment.read_text())
     deterministic = yaml.safe_load(run.config.read_text())["cluster"]["deterministic"]
     where = f"{plural(about['workers'], 'worker')} on {about['device']}"
     where += f", cluster.deterministic={str(deterministic).lower()}"
     if equal:
-        return f"proven for {where}: a stopped run is the undisturbed one, bit for bit"
+        return Text(f"proven for {where}: a stopped run is the undisturbed one, bit for bit")
     cure = "" if deterministic else ". Try again with cluster.deterministic=true"
-    return f"[bold red]not so for {where}: a stopped run is another run[/]{cure}"
+    return Text.assemble((f"not so for {where}: a stopped run is another run", "bold red"), cure)
 
 
 def _train_to_checkpoint(run: TrainProcess, step: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from abc import ABC, abstractmethod
 from typing import Protocol
@@ -63,7 +62,5 @@ class Driver(ABC):
             self.remote_nodes.close()
         # The kernel ends Ray's processes and the workers on this host with this process: there is nothing to wait for.
         self.early.remove_folder()
-        sys.stdout.flush()
-        sys.stderr.flush()
         end_now(code)
         return code

@@ -37,6 +37,7 @@ def start_early(signals: StopSignals, target: str = TARGET) -> EarlyStart:
     """Makes the job's private folder and starts this host's fork server, whose workers will run ``target``.
 
     The handlers of ``signals`` are installed already; ``TRIREME_T0`` is the moment at which launch.sh was called.
+    UserError where this host has no directory for the folder.
     """
     since = float(os.environ.get("TRIREME_T0") or time.time())
     folder = job_dir.make_folder()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import stat
@@ -22,8 +23,14 @@ from train.util.io import FileLock
 PREFIX = "trireme-"
 JOB_ENV = "TRIREME_JOB"
 """Environment variable with the job's folder; every process that a driver starts on its own host inherits it."""
-LONGEST_TEMP = 18
-"""Characters: a Unix socket's path ends at 107, a job folder's name has up to 21, and Ray's below it 68."""
+USABLE_TEMP = re.compile(r"[A-Za-z0-9_/.+-]{1,18}")
+"""Paths that job folders can be below. A Unix socket's path ends at 107 bytes, a job folder's name has up to 21, and
+Ray's below it 68; Ray takes ASCII only, and quotes nothing in its commands.
+"""
+OTHER_TEMPS = ("/tmp", "/var/tmp")
+"""Where job folders are made if the directory for temporary files (TMPDIR) is not usable."""
+LEAST_FREE = 32 << 20
+"""Bytes: Ray's logs of a job take some MiB, and on a disk that has no more, Ray's processes wait for ever."""
 
 
 _held: list[FileLock] = []
@@ -32,13 +39,29 @@ _held: list[FileLock] = []
 
 @functools.cache  # the same after a driver has given its process another directory for temporary files
 def temp_root() -> Path:
-    """The directory that job folders are made in."""
-    root = tempfile.gettempdir()
-    return Path(root if len(root) <= LONGEST_TEMP else "/tmp")
+    """The directory that job folders are made in. UserError where none can be written."""
+    roots = list(OTHER_TEMPS)
+    with contextlib.suppress(FileNotFoundError):  # it has found no directory that can be written
+        roots.insert(0, tempfile.gettempdir())
+    for root in roots:
+        if USABLE_TEMP.fullmatch(root) and _has_room(root):
+            return Path(root)
+    raise UserError(
+        f"no directory for temporary files: none of {', '.join(dict.fromkeys(roots))} can be written and has "
+        f"{LEAST_FREE >> 20} MiB free. Make room there, or set TMPDIR to another on a disk of this host, by a path of "
+        "at most 18 letters, digits and _ / . + -"
+    )
+
+
+def _has_room(root: str) -> bool:
+    return os.access(root, os.W_OK | os.X_OK) and shutil.disk_usage(root).free >= LEAST_FREE
 
 
 def make_folder() -> Path:
-    """Makes a new job folder for a driver, after removing the folders of this user's dead jobs."""
+    """Makes a new job folder for a driver, after removing the folders of this user's dead jobs.
+
+    UserError where there is no directory for it.
+    """
     remove_unused_folders()
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temp_root()))
     mark_in_use(folder)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import psutil
 
 from train.errors import ExitCode
+from train.util import streams
 
 EARLY = "Stopped before training began: nothing is lost. Run the same command again to start."
 
@@ -71,4 +72,5 @@ def end_now(code: int) -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
+    streams.flush_report()
     os._exit(code)

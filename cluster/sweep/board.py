@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from textwrap import wrap
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -19,7 +18,8 @@ from cluster.sweep.trial import Trial, shorten
 from train.config.sweep_dir import ENDED
 from train.events import FailureEvent
 from train.reporting import failure_block
-from train.util.format import PREPARING, duration, finite, plural
+from train.reporting.terminal import UserConsole
+from train.util.format import PREPARING, duration, finite, plural, printable
 
 REFRESH_PER_S = 4
 COLORS = {
@@ -43,11 +43,9 @@ LEAST_LINE = 4
 class Board:
     """Shows the trials of one sweep. The scheduler sets ``metrics``, ``trials``, ``best``, ``total`` and ``footer``."""
 
-    def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
-        self.terminal = terminal or Terminal(
-            highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else FILE_WIDTH
-        )
-        self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, terminal: UserConsole | None = None, errors: UserConsole | None = None) -> None:
+        self.terminal = terminal or UserConsole(width=None if sys.stdout.isatty() else FILE_WIDTH)
+        self.errors = errors or UserConsole(stderr=True)
         self.metrics: tuple[str, ...] = ()
         self.total: int | None = None
         self.best: Callable[[], list[Trial]] = list
@@ -58,7 +56,7 @@ class Board:
 
     def open(self) -> None:
         """Starts the live table, where there is a terminal."""
-        if self.terminal.is_terminal and self._live is None:
+        if self.terminal.is_live and self._live is None:
             self._live = Live(
                 get_renderable=self._render, console=self.terminal, transient=True, refresh_per_second=REFRESH_PER_S
             )
@@ -74,7 +72,7 @@ class Board:
 
     def print_line(self, text: str, style: str = "") -> None:
         """Prints a line that stays, above the live table."""
-        self.terminal.print(Text(text, style=style), soft_wrap=not self.terminal.is_terminal)
+        self.terminal.print(Text(text, style=style), soft_wrap=not self.terminal.is_live)
 
     def show_preparing(self, event: dict[str, Any]) -> None:
         """Shows a phase of the corpus' preparation, once."""
@@ -104,7 +102,7 @@ class Board:
             *event.get("lines", [])[1:],
         ]
         failure = FailureEvent(lines, event.get("next"), again=True)
-        terminal = self.errors.is_terminal
+        terminal = self.errors.is_live
         self._error_terminal().print(failure_block.render_failure(failure, trial.config.run.dir, terminal))
 
     def show_end(self, trial: Trial) -> None:
@@ -118,7 +116,7 @@ class Board:
         else:
             self.print_line(line, "" if trial.state == "done" else "yellow")
 
-    def _error_terminal(self) -> Terminal:
+    def _error_terminal(self) -> UserConsole:
         """Where errors go: above the live table, which owns the terminal, or else to standard error."""
         return self.errors if self._live is None else self.terminal
 
@@ -200,7 +198,7 @@ class Board:
         left = trial.seconds_left() if trial.state not in ENDED else None
         return [
             str(trial.number),
-            *(shorten(trial.params.get(key, "")) for key in keys),
+            *(printable(shorten(trial.params.get(key, ""))) for key in keys),
             trial.state,
             f"{trial.step:,}/{trial.config.steps:,}",
             *(f"{value:.5g}{mark}" if value is not None else "" for value in self._values(trial)),

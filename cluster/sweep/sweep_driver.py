@@ -92,7 +92,7 @@ class SweepDriver(Driver):
         for trial in failed:
             reason = trial.why.strip().splitlines()[0] if trial.why else "its logs say more"
             out.print_line(f"  {trial.title}: {trial.state}: {reason}", "red")
-        out.print_line(f"  next     ./launch.sh review {folder}")
+        out.print_line(f"  next     ./launch.sh review {shlex.quote(str(folder))}")
         if failed:
             out.print_line(
                 f"  {plural(len(failed), 'trial')} failed: the same command tries those again that did not diverge",

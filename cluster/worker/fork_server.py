@@ -32,7 +32,7 @@ from cluster.worker.cuda_probe import CudaProbe, answer_without_cuda
 from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
 from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
-from train.util import redact
+from train.util import streams
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
@@ -211,5 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    redact.redact_output()
+    streams.guard_log()
     main()

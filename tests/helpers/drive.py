@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cluster.driver.early_start import start_early
 from cluster.host.stop_request import StopSignals
-from train.util import redact
+from train.util import streams
 
 
 def raise_error(*_):
@@ -16,7 +16,7 @@ def raise_error(*_):
 
 
 if __name__ == "__main__":
-    redact.redact_output()
+    streams.guard_report()
     signals = StopSignals()
     signals.install()
     begun = start_early(signals, "helpers.toy:train_rank")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from train.data.corpus.shards import Corpus, open_trained_corpus
@@ -15,6 +14,7 @@ from train.data.loader import held_out_loader, held_out_text
 from train.distributed import process_group
 from train.errors import UserError
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
+from train.reporting.terminal import UserConsole
 from train.run_dir.open_run import open_run
 from train.util.io import to_json
 from train.util.run_layout import RunDir
@@ -50,7 +50,7 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
     return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
 
 
-def run(options: Mapping[str, str], console: Console, *, as_json: bool) -> None:
+def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> None:
     """Evaluate as ``options`` say, and print a table or JSON. Raises UserError."""
     split = options["split"]
     if split not in ("val", "test"):

@@ -18,6 +18,7 @@ from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
 from train.run_dir.open_run import open_run
+from train.util.format import printable
 from train.util.io import to_json
 from train.util.reading import read_text, reading
 
@@ -66,6 +67,8 @@ def read_prompts(text: str, file: str) -> list[str]:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UserError("- reads the prompt from standard input, which is closed: give prompt=TEXT or prompts=FILE")
     with reading("standard input", "The prompts have to be UTF-8 text"):
         return sys.stdin.read().removeprefix("\ufeff")
 
@@ -101,5 +104,6 @@ def _title(number: int, of: int, text: GeneratedText) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Writes the very text, but to a terminal no characters that it would obey: a model may write any."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

@@ -8,6 +8,7 @@ meter          a run's speed, utilisation and GPU memory, since the last record 
 metrics        formulas of model quality: perplexity, F1, Spearman, ...
 profiler       traces of named steps for Perfetto, and memory snapshots
 run_outline    sizes of model, work and corpus before the first step
+terminal       a console that takes text of users as it is
 throughput     tokens per second, peak rates of GPUs and MFU
 tracking       metrics.jsonl, run.json, summary.json and W&B
 """

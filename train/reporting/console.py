@@ -8,10 +8,10 @@ torch.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -21,7 +21,8 @@ from rich.text import Text
 
 from train import events
 from train.reporting import failure_block
-from train.util.format import PREPARING, count, duration, finite, plural, shares
+from train.reporting.terminal import UserConsole
+from train.util.format import PREPARING, count, duration, finite, plural, printable, shares
 
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0
@@ -45,9 +46,9 @@ PHASES = {
 class RunConsole:
     """Shows one run's events. ``show`` takes any event; the other methods speak for the driver."""
 
-    def __init__(self, terminal: Terminal | None = None, errors: Terminal | None = None) -> None:
-        self.terminal = terminal or Terminal(highlight=False, soft_wrap=False)
-        self.errors = errors or Terminal(stderr=True, highlight=False, soft_wrap=True)
+    def __init__(self, terminal: UserConsole | None = None, errors: UserConsole | None = None) -> None:
+        self.terminal = terminal or UserConsole(soft_wrap=False)
+        self.errors = errors or UserConsole(stderr=True)
         self._live: Live | None = None
         self._config: dict[str, Any] = {}
         self._first_step: tuple[int, float] | None = None
@@ -81,9 +82,7 @@ class RunConsole:
                 self._done(summary)
             case events.FailureEvent() as event:
                 self.close()
-                block = failure_block.render_failure(
-                    event, self._config.get("run", {}).get("dir"), self.errors.is_terminal
-                )
+                block = failure_block.render_failure(event, self._config.get("run", {}).get("dir"), self.errors.is_live)
                 self.errors.print(block)
             case events.RecoveredEvent() as event:
                 self._line(failure_block.render_recovery(event))
@@ -144,7 +143,7 @@ class RunConsole:
             self.close()
             return
         text, done, total = f"  preparing the corpus: {words}", event.progress.get("done"), event.progress.get("total")
-        if words != self._preparing and not self.terminal.is_terminal:
+        if words != self._preparing and not self.terminal.is_live:
             self._line(Text(text))
         self._preparing = words
         self._status(Text(text + (f", {done / total:.0%}" if finite(done) and total else ""), style="dim"))
@@ -165,7 +164,7 @@ class RunConsole:
         facts += [f"loss {self._last['loss']:.4f}"] if self._last else []
         facts += [f"{eta} left"] if eta and step != steps else []
         facts[2:2] = _speed_facts(self._last)
-        if self.terminal.is_terminal:
+        if self.terminal.is_live:
             facts, width = _fit(facts, self.terminal.width - len(" ") - 2 * GAP)
             row = Table.grid(padding=(0, GAP))
             bar = ProgressBar(
@@ -209,8 +208,8 @@ class RunConsole:
     def _sample(self, event: events.SampleEvent) -> None:
         if event.step < self._config.get("steps", 0):
             return  # samples.jsonl has those of earlier evaluations, which would hide the losses here
-        body = Text.assemble((event.prompt, "cyan"), event.text)
-        if self.terminal.is_terminal:
+        body = Text.assemble((printable(event.prompt), "cyan"), printable(event.text))  # as wide as it is shown
+        if self.terminal.is_live:
             self._line(Panel(body, title="a sample", title_align="left", border_style="dim", expand=False))
         else:
             self._line(Text("  a sample:"))
@@ -264,9 +263,10 @@ class RunConsole:
         """Shows where the run's files are, and the commands to use next."""
         where = config.run.dir
         self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
-        generate = f'./launch.sh generate run.dir={where} prompt="..."'
+        run = shlex.quote(f"run.dir={where}")
+        generate = f'./launch.sh generate {run} prompt="..."'
         verbs = [generate] if config.objective.name in ("causal", "seq2seq") else []  # what can write
-        for word, line in zip(("next", ""), [*verbs, f"./launch.sh evaluate run.dir={where}"], strict=False):
+        for word, line in zip(("next", ""), [*verbs, f"./launch.sh evaluate {run}"], strict=False):
             self._fact(word, line)
 
     def complete(self, config: Any, summary: dict[str, Any]) -> None:
@@ -300,10 +300,10 @@ class RunConsole:
         self._line(Text.assemble((f"  {name:9}", "dim"), text))
 
     def _line(self, what: RenderableType) -> None:
-        self.terminal.print(what, soft_wrap=not self.terminal.is_terminal)
+        self.terminal.print(what, soft_wrap=not self.terminal.is_live)
 
     def _status(self, what: RenderableType) -> None:
-        if not self.terminal.is_terminal:
+        if not self.terminal.is_live:
             return
         if self._live is None:
             self._live = Live(Group(what), console=self.terminal, transient=True, refresh_per_second=8)

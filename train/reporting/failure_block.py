@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from train.events import FailureEvent, RecoveredEvent
+from train.util.format import printable
 
 PHASES = {
     "ended": "noticed and ended",
@@ -21,7 +22,7 @@ PHASES = {
 
 def render_failure(event: FailureEvent, run_dir: str | None, terminal: bool) -> RenderableType:
     """The block of a failure: its lines, the folder of the logs, and the driver's next action."""
-    lines = event.lines or ["the job failed"]
+    lines = [printable(line) for line in event.lines or ["the job failed"]]  # as wide as they are shown
     title, body = lines[0], "\n".join(lines[1:])
     same = "" if event.again else "run the same command again to go on from the newest checkpoint"
     then = "; ".join(words for words in (event.next, same) if words)

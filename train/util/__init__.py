@@ -6,4 +6,5 @@ reading     guards the readers of foreign files: every failure names the file an
 redact      keeps secrets out of all that is printed and written
 run_layout  RunDir: the names of the files of a run
 seeding     random numbers and seeds as functions of names
+streams     standard output and error, whose failure ends no work
 """

@@ -60,12 +60,6 @@ def _names_secret(key: Any, value: Any) -> bool:
     return isinstance(key, str) and isinstance(value, str) and key.isupper() and bool(SECRET_NAME.search(key))
 
 
-def redact_output() -> None:
-    """Redact all that Python code of this process and its forks writes to stdout and stderr, tracebacks included."""
-    for stream in (sys.stdout, sys.stderr):
-        write = stream.write
-        stream.write = lambda text, write=write: write(redact(text))  # type: ignore[method-assign]
-
-
 if __name__ == "__main__":  # a filter, for launch.sh
-    sys.stdout.write(redact(sys.stdin.read()))
+    shown = redact(sys.stdin.buffer.read().decode("utf-8", "surrogateescape"))  # an argument may be any bytes
+    sys.stdout.buffer.write(shown.encode("utf-8", "surrogateescape"))

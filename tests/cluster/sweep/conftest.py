@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from helpers import gloo_ranks
 from helpers.ray_cluster import private
-from rich.console import Console
 
 from cluster.driver import early_start
 from cluster.host.stop_request import StopSignals
@@ -19,6 +18,7 @@ from cluster.sweep.slot_pool import SweepResources
 from cluster.sweep.sweep_driver import open_sweep, results_csv
 from train.config import load as configuration
 from train.config.sweep_dir import RESULTS
+from train.reporting.terminal import UserConsole
 
 
 @pytest.fixture(scope="module", name="private")
@@ -54,7 +54,7 @@ class FinishedSweep:
         self.folder = Path(self.sweep.settings.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.scheduler: SweepScheduler = open_sweep(
-            self.sweep, self.folder, Board(*[Console(file=self.said, width=300)] * 2)
+            self.sweep, self.folder, Board(*[UserConsole(file=self.said, width=300)] * 2)
         )
         self.trials = self.scheduler.trials
         if self.scheduler.has_more():

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 from helpers import gloo_ranks
-from rich.console import Console
 
 from cluster.sweep.board import Board
 from cluster.sweep.trial import Trial
+from train.reporting.terminal import UserConsole
 
 PARAMS = {"model.width": "96", "model.layers": "3", "model.mlp_width": "256", "optimizer.lr": "0.0033", "steps": "4398"}
 
 
-def board(terminal: Console | None) -> Board:
+def board(terminal: UserConsole | None) -> Board:
     done = Trial(0, PARAMS, gloo_ranks.compose("steps=4398"), "done", 4398, values=[1.4924])
     failed = Trial(
         11, PARAMS | {"optimizer.lr": "0.0046"}, gloo_ranks.compose("steps=4398"), "failed", 784, values=[2.2065]
@@ -43,7 +43,7 @@ def check_rows(said: str) -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_table_on_a_narrow_terminal_keeps_numbers_whole(width: int):
     out = io.StringIO()
-    board(Console(file=out, width=width, force_terminal=True, color_system=None)).print_table()
+    board(UserConsole(file=out, width=width, force_terminal=True, color_system=None)).print_table()
     check_rows(out.getvalue())
 
 
@@ -59,7 +59,7 @@ def test_table_tells_keys_with_the_same_last_part_apart():
     params = {"model.name": "a", "optimizer.name": "b"}
     trial = Trial(0, params, gloo_ranks.compose(), "done", 8, values=[1.0])
     out = io.StringIO()
-    shown = board(Console(file=out, width=120, force_terminal=True, color_system=None))
+    shown = board(UserConsole(file=out, width=120, force_terminal=True, color_system=None))
     shown.trials, shown.best = lambda: [trial], lambda: [trial]
     shown.print_table()
     assert "model.name" in out.getvalue()

@@ -1,10 +1,13 @@
 """A whole job as its user sees it: a driver process, its exit code, its output, and what it leaves behind."""
 
+import fcntl
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -20,7 +23,8 @@ SLOW = json.dumps({"sleep": 0.05})
 class Driver:
     """One running ``drive.py``; everything it starts is found by the environment variable it inherits."""
 
-    def __init__(self, tmp_path, fault="{}", **settings):
+    def __init__(self, tmp_path, fault="{}", terminal=None, ignored=(), **settings):
+        """``terminal``: the descriptor of one that it has and writes to, in place of a file; ``ignored``: signals."""
         self.run_dir = tmp_path / "run"
         self.mark = f"TRIREME_TEST={tmp_path}"
         self.out = tmp_path / f"out_{time.monotonic_ns()}"
@@ -29,11 +33,11 @@ class Driver:
             self.process = subprocess.Popen(
                 [sys.executable, TESTS / "helpers/drive.py", self.run_dir, fault, json.dumps(settings)],
                 env=environment,
-                stdout=file,
-                stderr=file,
-                stdin=subprocess.DEVNULL,
+                stdout=terminal or file,
+                stderr=terminal or file,
+                stdin=terminal or subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=restore_signals,
+                preexec_fn=lambda: set_signals(terminal, ignored),
             )
 
     def text(self):
@@ -72,10 +76,12 @@ class Driver:
             time.sleep(0.05)
 
 
-def restore_signals():
+def set_signals(terminal, ignored):
     """Runs in the driver's process: tests under nohup or in the background pass on that signals are ignored."""
+    if terminal is not None:
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
 
 def process_environment(process):
@@ -126,6 +132,24 @@ def test_sigterm_saves_and_exits_75_and_a_second_job_is_refused(start):
     assert driver.wait(15) == 75
     assert "Stopped and saved. Run the same command again to go on" in driver.text()
     driver.expect_nothing_left()
+
+
+def test_terminal_that_nobody_reads_and_that_closes_saves_and_exits_75(start):
+    ours, theirs = pty.openpty()
+    driver = start(SLOW, terminal=theirs, **ENDLESS)
+    os.close(theirs)
+    driver.until_training()
+    os.close(ours)  # the kernel sends SIGHUP, and whatever is written from now on fails
+    assert driver.wait(30) == 75
+    driver.expect_nothing_left()
+
+
+def test_hangup_is_no_matter_to_a_job_under_nohup(start):
+    driver = start(SLOW, ignored=[signal.SIGHUP], steps=60)
+    driver.until_training()
+    driver.process.send_signal(signal.SIGHUP)
+    assert driver.wait() == 0
+    assert "stopping" not in driver.text()
 
 
 def test_signal_to_every_process_saves_and_exits_75(start):

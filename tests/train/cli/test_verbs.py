@@ -194,3 +194,22 @@ def test_a_prompt_that_is_not_utf_8_is_refused(capsys):
 def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path):
     (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     assert generate.read_prompts("", str(tmp_path / "p.txt")) == ["one", "two"]
+
+
+def test_prompt_from_closed_standard_input_is_refused(trained: Config):
+    words = [sys.executable, "-m", "train", "generate", f"run.dir={trained.run.dir}", "prompt=-"]
+    environment = {**os.environ, "PYTHONPATH": str(gloo_ranks.REPOSITORY)}
+    command = ["bash", "-c", 'exec "$@" <&-', "bash", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "reads the prompt from standard input, which is closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\\x1b[2J\n"), (False, "a\x1b[2J\n")])
+def test_generated_escape_sequences_reach_files_but_no_terminal(terminal, shown, monkeypatch: pytest.MonkeyPatch):
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    generate._write("a\x1b[2J\n")
+    assert out.getvalue() == shown

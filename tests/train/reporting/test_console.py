@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console as Terminal
 
 from train.reporting.console import RunConsole
+from train.reporting.terminal import UserConsole
 from train.util.format import count, duration
 
 CONFIG = {
@@ -40,8 +40,8 @@ LIFE = [
 def shown(events, terminal=False, width=100):
     out, errors = io.StringIO(), io.StringIO()
     console = RunConsole(
-        Terminal(file=out, force_terminal=terminal, width=width, highlight=False),
-        Terminal(file=errors, force_terminal=terminal, width=width, highlight=False, soft_wrap=True),
+        UserConsole(file=out, force_terminal=terminal, width=width, highlight=False),
+        UserConsole(file=errors, force_terminal=terminal, width=width, highlight=False, soft_wrap=True),
     )
     for event in events:
         console.show(event)
@@ -132,7 +132,7 @@ def test_console_into_a_file_skips_steps_without_a_loss():
 
 def test_console_for_a_complete_run_says_how_to_train_it_further():
     out = io.StringIO()
-    console = RunConsole(Terminal(file=out, width=200, highlight=False))
+    console = RunConsole(UserConsole(file=out, width=200, highlight=False))
     console.complete(
         SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal")),
         LIFE[-1]["summary"],
@@ -185,7 +185,7 @@ def test_failure_is_one_block_on_stderr_with_the_next_action():
 
 def test_end_of_a_run_names_its_folder_and_the_next_commands():
     out = io.StringIO()
-    console = RunConsole(Terminal(file=out, width=60))
+    console = RunConsole(UserConsole(file=out, width=60))
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="causal"))
     console.finished(config)
     console.startup(
@@ -249,6 +249,44 @@ def test_failure_with_a_restart_says_so_and_recovery_is_one_line():
 def test_end_of_a_classifier_suggests_no_generate_command():
     out = io.StringIO()
     config = SimpleNamespace(run=SimpleNamespace(dir="runs/x"), objective=SimpleNamespace(name="classify"))
-    RunConsole(Terminal(file=out, width=60)).finished(config)
+    RunConsole(UserConsole(file=out, width=60)).finished(config)
     assert "generate" not in out.getvalue()
     assert "next     ./launch.sh evaluate run.dir=runs/x" in out.getvalue()
+
+
+def test_next_commands_quote_a_run_name_with_a_space():
+    out = io.StringIO()
+    config = SimpleNamespace(run=SimpleNamespace(dir="runs/my run"), objective=SimpleNamespace(name="causal"))
+    RunConsole(UserConsole(file=out, width=200)).finished(config)
+    assert "./launch.sh generate 'run.dir=runs/my run' prompt=" in out.getvalue()
+    assert "./launch.sh evaluate 'run.dir=runs/my run'" in out.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_console_shows_text_of_users_as_it_is(terminal):
+    config = CONFIG | {"run": {"name": "a[/v2][red]:tada:", "dir": "runs/e[v3]"}}
+    sample = {"event": "sample", "step": 1000, "prompt": "[b]", "text": "\x1b]0;title\x07 \x9b2J \u202e [/]"}
+    text, _ = shown([{"event": "job", "config": config, "device": "cpu", "hosts": 1}, sample], terminal)
+    for words in ("a[/v2][red]:tada:", "runs/e[v3]", "[b]", "\\x1b]0;title", "\\x9b2J", "\\u202e"):
+        assert words in text
+    assert not {"\x1b]", "\x9b", "\u202e"} & {text[n : n + k] for n in range(len(text)) for k in (1, 2)}
+
+
+@pytest.mark.parametrize("event", ["note", "failure"])
+def test_console_obeys_no_escape_sequence_of_a_message(event):
+    words = "x\x1b[2J\udcff.txt"
+    out, errors = shown([{"event": event, "text": words, "lines": [words]}])
+    assert "x\\x1b[2J\\udcff.txt" in out + errors
+
+
+def test_terminal_without_a_cursor_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    text, _ = shown(LIFE, terminal=True)
+    assert "step 10/1,000  loss 6.5000" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20])
+def test_console_survives_a_terminal_of_few_columns(width):
+    text, _ = shown(LIFE, terminal=True, width=width)
+    assert text

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from train.config import schema
 from train.data.corpus.shards import Corpus, describe_corpus
 from train.data.prepare.prepare import prepare
+from train.reporting.terminal import UserConsole
 from train.util.format import PREPARING, plural
 
 
-def prepare_with_progress(data: schema.DataConfig, console: Console, objective: schema.Objective | None = None) -> Path:
+def prepare_with_progress(
+    data: schema.DataConfig, console: UserConsole, objective: schema.Objective | None = None
+) -> Path:
     """Call ``prepare`` and show its progress on ``console``, then a summary of the corpus; returns its folder."""
     columns = (TextColumn("{task.description:22}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     last: dict[str, Any] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_live) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(event: dict[str, Any]) -> None:
@@ -32,7 +34,7 @@ def prepare_with_progress(data: schema.DataConfig, console: Console, objective: 
                 return
             if phase not in tasks:
                 tasks[phase] = bars.add_task(PREPARING[phase], total=event["total"])
-                if not console.is_terminal:
+                if not console.is_live:
                     console.print(PREPARING[phase])
                 if event.get("kept"):
                     bars.print(f"{event['kept']} of {event['shards']} shards were finished before, and are kept")

@@ -3,9 +3,9 @@
 import io
 
 import pytest
-from rich.console import Console
 
 from train.data.prepare.progress_bar import prepare_with_progress
+from train.reporting.terminal import UserConsole
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -13,7 +13,7 @@ def test_progress_is_shown_and_a_second_prepare_does_nothing(tmp_path, text_data
     (tmp_path / "a.txt").write_text("hello there " * 100)
 
     def shown() -> str:
-        out = Console(file=io.StringIO(), force_terminal=terminal, width=200, highlight=False)
+        out = UserConsole(file=io.StringIO(), force_terminal=terminal, width=200)
         folder = prepare_with_progress(text_data("a.txt"), out)
         assert f"in {folder}" in out.file.getvalue()
         return out.file.getvalue()
