@@ -14,6 +14,7 @@ from rich.table import Table
 
 from train.config import load as configuration
 from train.config import schema
+from train.config.wandb_mode import with_wandb_mode
 from train.errors import ExitCode, Stopped, UserError
 from train.events import Event
 from train.util import redact
@@ -104,7 +105,7 @@ def worker(argv: Sequence[str]) -> int:
     from train.distributed import determinism, process_group
     from train.run import train_rank
 
-    config = configuration.read(Path(options["config"]))
+    config = with_wandb_mode(configuration.read(Path(options["config"])), os.environ)
     os.environ.update(determinism.environment(config.cluster.deterministic))
     world = process_group.init_from_env()
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -30,6 +31,7 @@ from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, va
 from train.config.suggest import did_you_mean
 from train.config.sweep_dir import trial_dir
 from train.config.validate import config_problems, worker_problems
+from train.config.wandb_mode import with_wandb_mode
 from train.errors import UserError
 
 S = TypeVar("S", bound=Section)
@@ -177,7 +179,7 @@ def parse_section(section: type[S], values: dict[str, Any]) -> S:
 
 
 def complete_config(values: dict[str, Any], name: str) -> Config:
-    """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams."""
+    """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams, W&B's mode."""
     config = parse(values)
     title = config.run.name or name
     run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
@@ -185,7 +187,7 @@ def complete_config(values: dict[str, Any], name: str) -> Config:
     config = parse({**values, "run": run, "data": data})
     if problems := config_problems(config):
         raise ConfigError(problems)
-    return config
+    return with_wandb_mode(config, os.environ)
 
 
 def with_workers(config: Config, workers: int) -> Config:
