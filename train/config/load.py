@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -23,13 +24,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from train.config import sweep_space
 from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
-from train.config.suggest import did_you_mean
+from train.config.suggest import did_you_mean, one_value_wanted, unreadable
 from train.config.sweep_dir import trial_dir
+from train.config.text_keys import UNREADABLE, text_keys, typed_value
 from train.config.validate import config_problems, worker_problems
 from train.config.wandb_mode import with_wandb_mode
 from train.errors import UserError
@@ -110,17 +112,19 @@ def load_trial(sweep: sweep_space.SweepSpace, number: int, params: sweep_space.P
 
 def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     """A run's configuration, and the values of its section ``sweep``. Raises ConfigError, earlier problems included."""
-    checked, problems = check_overrides(overrides)
+    checked, typed, problems = check_overrides(overrides)
     problems = [*earlier_problems, *problems]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("config", overrides=checked, return_hydra_config=True)
+        choices = composed.hydra.runtime.choices
+        values: dict[str, Any] = {
+            str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
+        }
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*problems, str(error).strip()]) from error
-    choices = composed.hydra.runtime.choices
-    values: dict[str, Any] = {
-        str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
-    }
+        raise ConfigError([*problems, _composition_error(error)]) from error
+    for key, value in typed.items():
+        _set(values, key, value)
     settings = values.pop("sweep")
     try:
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
@@ -269,26 +273,34 @@ def _merge_variants(trees: dict[str, dict[str, KeyEntry]]) -> dict[str, KeyEntry
     return entries
 
 
-def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Check that keys and choices exist. Returns (overrides as Hydra takes them, problems with what was meant)."""
-    known, known_groups, problems, checked = keys(), groups(), [], []
+def check_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """Check that keys and choices exist.
+
+    Returns (overrides as Hydra takes them, values that it cannot read by their keys, problems with what was meant).
+    """
+    known, known_groups, problems, checked, typed = keys(), groups(), [], [], {}
+    kinds = text_keys()
     sections: set[str] = set()
     for name in known:
         sections |= {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
     names = [*known, *sections, *known_groups]
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException:
-            problems.append(f"{text!r} is not key=value or group=choice")
-            continue
-        key = override.key_or_group
-        if override.is_sweep_override():
-            problems.append(
-                f"{text!r} asks for a sweep, and this command runs one job: give one value, or -m for a run each"
-            )
+        override, value = _parse_override(text)
+        key, equals, raw = sweep_space.key_of(text), "=" in text, text.partition("=")[2]
+        typed.pop(key, None)  # the last one counts
+        asks_sweep = override is not None and override.is_sweep_override()
+        if asks_sweep and key not in sweep_space.NAMING_KEYS:
+            problems.append(one_value_wanted(key, text, kinds.get(key)))
+        elif (
+            equals and key in kinds and (as_typed := typed_value(kinds[key], raw, UNREADABLE if asks_sweep else value))
+        ):
+            typed[key] = as_typed
+        elif override is None and equals and key in known:
+            typed[key] = raw  # its type is named in what refuses it
+        elif override is None and key not in known_groups:
+            problems.append(unreadable(text, key, names))
         elif key in known_groups:
-            choice = str(override.value())
+            choice = str(raw if override is None else override.value())
             if choice not in known_groups[key]:
                 problems.append(_unknown_choice(key, choice, known_groups[key]))
             else:
@@ -296,8 +308,34 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         elif key not in known and key not in sections:
             problems.append(f"unknown key {key!r}{did_you_mean(key, names)}")
         else:  # "++" sets a key that no YAML mentions; the schema says which keys there are
-            checked.append(f"++{key}={text.split('=', 1)[1]}" if "=" in text else text)
-    return checked, problems
+            checked.append(f"++{key}={raw}" if equals else text)
+    return checked, typed, problems
+
+
+def _parse_override(text: str) -> tuple[Override | None, Any]:
+    """An override as Hydra reads it, and its value; (None, UNREADABLE) where its grammar refuses it."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None, UNREADABLE
+    return override, None if override.is_sweep_override() else override.value()
+
+
+def _composition_error(error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, InterpolationResolutionError):
+        return (
+            f"{text.partition(chr(10))[0]}: ${{...}} stands for another key; for the signs themselves write \\${{...}}"
+        )
+    return text
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key``, with dots, in nested dictionaries."""
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
 
 
 def _unknown_choice(group: str, name: str, known: Sequence[str]) -> str:
@@ -337,6 +375,10 @@ def _error_text(error: Any) -> str:
         return f"unknown key {path!r}{did_you_mean(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
+    if error["type"] == "list_type":
+        return f"{path} is a list: write {shlex.quote(path + '=[' + str(error['input']) + ']')}"
+    if error["type"] == "dict_type":
+        return f'{path}={error["input"]}: not a dictionary, such as {path}={{NAME: "text"}}, in quotes for the shell'
     return f"{path}={error['input']!r}: {error['msg'].lower()}"
 
 
