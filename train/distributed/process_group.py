@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -114,7 +115,13 @@ def bound_device(world: DistContext) -> torch.device | None:
 
 
 def destroy_group() -> None:
-    """Destroy the process group, if this process has one."""
+    """Destroy the process group, if this process has one, and end its threads.
+
+    They end with the last reference to the group. A thread of Gloo that outlives it may release a tensor while the
+    interpreter is being finalised, which aborts the process after its work is done (torch issue 190489). torch's
+    ``nn.functional`` keeps whatever group exists when it is imported, as a default argument, for ever; so it is
+    imported with this module, when there is none.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
