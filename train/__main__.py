@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -115,7 +116,10 @@ def worker(argv: Sequence[str]) -> int:
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
     process_group.destroy_group()
-    return ExitCode.OK
+    # As the cluster's workers end, for DeepSpeed keeps groups, whose threads may abort the interpreter's own end.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(ExitCode.OK)
 
 
 def prepare(argv: Sequence[str]) -> int:

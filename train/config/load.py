@@ -161,6 +161,8 @@ def read(path: Path) -> Config:
     """Read the configuration saved in a run's ``config.yaml``."""
     try:
         return parse(yaml.safe_load(path.read_text()))
+    except ConfigError as error:
+        raise UserError(f"{path} is not of this program's version, or was changed: {error}") from error
     except FileNotFoundError as error:
         raise UserError(
             f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=..."
@@ -278,8 +280,8 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
     Returns (overrides as Hydra takes them, values that it cannot read by their keys, problems with what was meant).
     """
-    known, known_groups, problems, checked, typed = keys(), groups(), [], [], {}
-    kinds = text_keys()
+    known, known_groups, kinds, problems, checked = keys(), groups(), text_keys(), [], []
+    typed: dict[str, Any] = {}
     sections: set[str] = set()
     for name in known:
         sections |= {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}

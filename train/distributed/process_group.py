@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from train.distributed import heartbeat
 from train.errors import UserError
+from train.util.format import plural
 
 DIGEST_BYTES = 64
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -84,7 +85,7 @@ def init_from_env() -> DistContext:
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise UserError(
-            f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
+            f"rank {rank} is number {local_rank} of its host, which has {plural(gpus, 'GPU')}: start at most {gpus} here"
         )
     world = DistContext(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())

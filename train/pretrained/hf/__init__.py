@@ -40,4 +40,4 @@ def family_of_config(config: dict[str, Any], path: str) -> HFFamily:
         if config.get("model_type") == family.model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{path} is of model_type {config.get('model_type')!r}; read are: {known}")
+    raise UserError(f"{path} is of model_type {config.get('model_type')!r}, which is not read; those that are: {known}")
