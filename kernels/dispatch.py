@@ -19,7 +19,7 @@ Choice = Literal["auto", "triton", "torch"]
 _choice: Choice = "auto"
 # Evaluated at import: torch.compile traces ``implementation``, and can trace neither of these calls.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 _NOT_INTERPRETED = (
     "on a CPU it runs in Triton's interpreter, thousands of times slower: for a look or a test, set "
     "TRITON_INTERPRET=1 in the environment"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from train.config import load as configuration
 from train.config import schema
+from train.config.wandb_mode import with_wandb_mode
 from train.errors import ExitCode, Stopped, UserError, guard_verb
 from train.events import Event
 from train.reporting.terminal import UserConsole
@@ -111,7 +113,7 @@ def worker(argv: Sequence[str]) -> int:
     from train.distributed import determinism, process_group
     from train.run import train_rank
 
-    config = configuration.read(Path(options["config"]))
+    config = with_wandb_mode(configuration.read(Path(options["config"])), os.environ)
     os.environ.update(determinism.environment(config.cluster.deterministic))
     world = process_group.init_from_env()
 
@@ -121,7 +123,10 @@ def worker(argv: Sequence[str]) -> int:
 
     train_rank(config, options["corpus"], world, emit, lambda: False)
     process_group.destroy_group()
-    return ExitCode.OK
+    # As the cluster's workers end, for DeepSpeed keeps groups, whose threads may abort the interpreter's own end.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(ExitCode.OK)
 
 
 def prepare(argv: Sequence[str]) -> int:

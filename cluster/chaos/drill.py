@@ -101,7 +101,7 @@ def _drill(out: UserConsole, faults: Sequence[Fault], overrides: Sequence[str]) 
     settings = with_settings(overrides, [*SETTINGS, *waits])
     config = configuration.load(settings)
     if config.steps < 20 * SAVE_EVERY:
-        raise UserError(f"steps={config.steps} is too short for a drill: it makes {20 * SAVE_EVERY} at least")
+        raise UserError(f"steps={config.steps} is too short for a drill, which needs {20 * SAVE_EVERY} at least")
     folder = Path(f"{Path(users.run.dir or '.').absolute()}-drill")
     with run_lock.lock_run_dir(folder):
         for old in [folder / "corpus", *folder.glob("*disturbed*")]:

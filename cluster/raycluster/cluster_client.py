@@ -27,7 +27,7 @@ def open_client(address: str) -> GcsClient:
     """A client of the head at ``address``. UserError says why there is none; Ray itself would try for minutes."""
     host_name, _, port = address.rpartition(":")
     has_token = ray_internals.has_auth_token()
-    if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not has_token:
         ray_auth.check_token(ray_auth.token_path())
     try:
         socket.create_connection((host_name, int(port)), ANSWER_S).close()

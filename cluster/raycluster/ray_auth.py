@@ -14,6 +14,8 @@ from cluster.raycluster import ray_internals
 from train.errors import UserError
 
 DEFAULT_PATH = "~/.ray/auth_token"
+MODES = ("token", "disabled")
+"""Ray's words for whether a cluster asks its clients for a token, in letters of either case."""
 LOOPBACK = "127.0.0.1"
 """A cluster that listens here is reached from this host only."""
 
@@ -55,8 +57,11 @@ def authenticate(path: Path | None, address: str) -> None:
     """Has this process, and those that it starts, use the token in ``path`` with the cluster at ``address``.
 
     ``path`` None: the token that this user has, if any. It is named by its file and never put into the environment,
-    which every worker can see.
+    which every worker can see. UserError where ``RAY_AUTH_MODE`` is a word that Ray would silently take for "disabled".
     """
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if path is None and mode is not None and mode.lower() not in MODES:
+        raise UserError(f"RAY_AUTH_MODE={mode} is neither {' nor '.join(MODES)}: set one of them, or unset it")
     if path is not None:
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)})

@@ -26,6 +26,7 @@ from cluster.worker.agent import WorkerAgent
 from cluster.worker.messages import SlotInfo
 from train.config.schema import ClusterConfig
 from train.errors import UserError
+from train.util.format import plural
 
 AGENT_ANSWER_S = 5.0
 """How long an agent may take to answer after a failed start before it is counted as lost."""
@@ -179,7 +180,7 @@ class JobSlots:
                 return
             if waited > seconds:
                 raise UserError(
-                    f"no room for {least} workers within cluster.start_timeout={seconds:.0f} s, only for {up}: "
+                    f"no room for {plural(least, 'worker')} within cluster.start_timeout={seconds:.0f} s, only for {up}: "
                     "other jobs hold the cluster, or hosts are gone. Wait for them, ask for fewer cluster.workers, "
                     "set cluster.min_workers, or wait longer"
                 )

@@ -19,6 +19,8 @@ HOST_NAMES = frozenset(
     }
 )
 """Those of them that name devices or paths: what a host says of itself comes before what the driver says."""
+WANDB_NAMES = frozenset({"WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_RUN_GROUP", "WANDB_TAGS"})
+"""Where and under what a run is kept: what the driver says comes before what rank 0's host says, whoever that is."""
 FLIGHT_RECORDER_ENTRIES = 20_000
 """Collectives that NCCL's flight recorder keeps: some steps of ZeRO stage 3 of a large model."""
 TRACE_PREFIX = "nccl_rank_"
@@ -30,7 +32,8 @@ def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if name.startswith(SHARED_PREFIXES) and name != "CUDA_VISIBLE_DEVICES" and not SECRET_NAME.search(name)
+        if name in WANDB_NAMES
+        or (name.startswith(SHARED_PREFIXES) and name != "CUDA_VISIBLE_DEVICES" and not SECRET_NAME.search(name))
     }
 
 

@@ -110,7 +110,7 @@ def newest_step(folder: Path) -> int:
 def select(manifests: Sequence[dict[str, Any]], which: str, folder: Path) -> int:
     """The index, among the run's manifests from oldest to newest, of "latest", "best" or a step number."""
     if not manifests:
-        raise UserError(f"{folder} has no complete checkpoint yet: train on with ./launch.sh train run.dir={folder}")
+        raise UserError(f"{folder} has no complete checkpoint yet: give the command again that began this run")
     steps = [str(m["progress"]["step"]) for m in manifests]
     if which == "best":
         measured = [(value, -n) for n, m in enumerate(manifests) if (value := score(m)) is not None]

@@ -15,7 +15,7 @@ from train.distributed import process_group
 from train.errors import UserError
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
 from train.reporting.terminal import UserConsole
-from train.run_dir.open_run import open_run
+from train.run_dir.open_run import SavedRun, open_run
 from train.util.io import to_json
 from train.util.run_layout import RunDir
 
@@ -40,7 +40,8 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
         held_out = held_out_loader(corpus, run.config, world, split)
         if not held_out.groups:
             raise UserError(
-                f"nothing was held out of this corpus (data.{split}_fraction=0): there is nothing to evaluate on"
+                f"nothing is held out of this corpus as {split} (data.{split}_fraction={_held_out_share(run, split)}, "
+                "of whole documents): prepare one with a larger share, or with more and shorter documents"
             )
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
     finally:
@@ -48,6 +49,11 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
     evaluation = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
     return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
+
+
+def _held_out_share(run: SavedRun, split: str) -> float:
+    data = run.config.data
+    return data.val_fraction if split == "val" else data.test_fraction
 
 
 def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> None:

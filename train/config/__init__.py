@@ -7,4 +7,6 @@ validate     rules between keys
 suggest      "did you mean ...?" for unknown keys
 sweep_space  keys with several values, and their combinations
 sweep_dir    file names and trial states of a sweep's folder
+text_keys    values of keys of text, whatever characters they have
+wandb_mode   the mode of W&B that its own variables and files ask for
 """

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -22,14 +24,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from train.config import sweep_space
 from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
-from train.config.suggest import did_you_mean
+from train.config.suggest import did_you_mean, one_value_wanted, unreadable
 from train.config.sweep_dir import trial_dir
+from train.config.text_keys import UNPARSED, text_keys, typed_value
 from train.config.validate import config_problems, ineffective_keys, worker_problems
+from train.config.wandb_mode import with_wandb_mode
 from train.errors import UserError, refuse_foreign_bytes
 from train.util.reading import UNREADABLE, as_object, read_yaml, reason
 
@@ -117,7 +121,7 @@ def load_trial(sweep: sweep_space.SweepSpace, number: int, params: sweep_space.P
 
 def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple[Config, dict[str, Any]]:
     """A run's configuration, and the values of its section ``sweep``. Raises ConfigError, earlier problems included."""
-    checked, problems = check_overrides(overrides)
+    checked, typed, problems = check_overrides(overrides)
     problems = [*earlier_problems, *problems]
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -127,7 +131,9 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
             str(k): OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for k, v in composed.items() if k != "hydra"
         }
     except MALFORMED as error:
-        raise ConfigError([*problems, reason(error)]) from error
+        raise ConfigError([*problems, _composition_error(error)]) from error
+    for key, value in typed.items():
+        _set(values, key, value)
     settings = values.pop("sweep")
     try:
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
@@ -168,7 +174,7 @@ def read(path: Path) -> Config:
     try:
         return parse(read_yaml(path, "Restore it, or give another run's folder: run.dir=...", as_object))
     except ConfigError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path} is not of this program's version, or was changed: {error}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:
@@ -185,7 +191,7 @@ def parse_section(section: type[S], values: dict[str, Any]) -> S:
 
 
 def complete_config(values: dict[str, Any], name: str) -> Config:
-    """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams."""
+    """Check ``values`` and fill in what is derived: the run's name and folder, the number of streams, W&B's mode."""
     config = parse(values)
     title = config.run.name or name
     run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
@@ -193,7 +199,7 @@ def complete_config(values: dict[str, Any], name: str) -> Config:
     config = parse({**values, "run": run, "data": data})
     if problems := config_problems(config):
         raise ConfigError(problems)
-    return config
+    return with_wandb_mode(config, os.environ)
 
 
 def with_workers(config: Config, workers: int) -> Config:
@@ -275,26 +281,32 @@ def _merge_variants(trees: dict[str, dict[str, KeyEntry]]) -> dict[str, KeyEntry
     return entries
 
 
-def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Check that keys and choices exist. Returns (overrides as Hydra takes them, problems with what was meant)."""
-    known, known_groups, problems, checked = keys(), groups(), [], []
+def check_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """Check that keys and choices exist.
+
+    Returns (overrides as Hydra takes them, values that it cannot read by their keys, problems with what was meant).
+    """
+    known, known_groups, kinds, problems, checked = keys(), groups(), text_keys(), [], []
+    typed: dict[str, Any] = {}
     sections: set[str] = set()
     for name in known:
         sections |= {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
     names = [*known, *sections, *known_groups]
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except MALFORMED:
-            problems.append(f"{text!r} is not key=value or group=choice")
-            continue
-        key = override.key_or_group
-        if override.is_sweep_override():
-            problems.append(
-                f"{text!r} asks for a sweep, and this command runs one job: give one value, or -m for a run each"
-            )
+        override, value = _parse_override(text)
+        key, equals, raw = sweep_space.key_of(text), "=" in text, text.partition("=")[2]
+        typed.pop(key, None)  # the last one counts
+        asks_sweep = override is not None and override.is_sweep_override()
+        if asks_sweep and key not in sweep_space.NAMING_KEYS:
+            problems.append(one_value_wanted(key, text, kinds.get(key)))
+        elif equals and key in kinds and (as_typed := typed_value(kinds[key], raw, UNPARSED if asks_sweep else value)):
+            typed[key] = as_typed
+        elif override is None and equals and key in known:
+            typed[key] = raw  # its type is named in what refuses it
+        elif override is None and key not in known_groups:
+            problems.append(unreadable(text, key, names))
         elif key in known_groups:
-            choice = str(override.value())
+            choice = str(raw if override is None else override.value())
             if choice not in known_groups[key]:
                 problems.append(_unknown_choice(key, choice, known_groups[key]))
             else:
@@ -302,8 +314,34 @@ def check_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
         elif key not in known and key not in sections:
             problems.append(f"unknown key {key!r}{did_you_mean(key, names)}")
         else:  # "++" sets a key that no YAML mentions; the schema says which keys there are
-            checked.append(f"++{key}={text.split('=', 1)[1]}" if "=" in text else text)
-    return checked, problems
+            checked.append(f"++{key}={raw}" if equals else text)
+    return checked, typed, problems
+
+
+def _parse_override(text: str) -> tuple[Override | None, Any]:
+    """An override as Hydra reads it, and its value; (None, UNPARSED) where its grammar refuses it."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except MALFORMED:
+        return None, UNPARSED
+    return override, None if override.is_sweep_override() else override.value()
+
+
+def _composition_error(error: Exception) -> str:
+    text = reason(error)
+    if isinstance(error, InterpolationResolutionError):
+        return (
+            f"{text.partition(chr(10))[0]}: ${{...}} stands for another key; for the signs themselves write \\${{...}}"
+        )
+    return text
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key``, with dots, in nested dictionaries."""
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[name] = value
 
 
 def _unknown_choice(group: str, name: str, known: Sequence[str]) -> str:
@@ -343,7 +381,12 @@ def _error_text(error: Any) -> str:
         return f"unknown key {path!r}{did_you_mean(path, list(keys()))}"
     if error["type"] == "missing":
         return f"{path} is missing"
-    return f"{path}={repr(error['input'])[:MAX_SHOWN]}: {error['msg'].lower()}"
+    if error["type"] == "list_type":
+        return f"{path} is a list: write {shlex.quote(path + '=[' + str(error['input'])[:MAX_SHOWN] + ']')}"
+    shown = repr(error["input"])[:MAX_SHOWN]
+    if error["type"] == "dict_type":
+        return f'{path}={shown}: not a dictionary, such as {path}={{NAME: "text"}}, in quotes for the shell'
+    return f"{path}={shown}: {error['msg'].lower()}"
 
 
 _TYPES = {"int", "float", "str", "bool"}

@@ -243,9 +243,9 @@ class TrackingConfig(Section):
     """W&B settings, beside the local files."""
 
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: online with a key, else offline"
+        "auto", description="auto: as WANDB_MODE says, else online with a key, offline without"
     )
-    project: str = "trireme"
+    project: str | None = Field(None, description="of W&B; without it WANDB_PROJECT, else trireme")
     entity: str | None = None
     group: str | None = None
     tags: list[str] = Field([])

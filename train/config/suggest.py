@@ -1,9 +1,12 @@
-"""Suggests the key that was meant, by its spelling or by its name in other systems."""
+"""Suggests what was meant: a key by its spelling or by its name in other systems, a value by its quotes."""
 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Sequence
+
+from train.config.text_keys import quoted
 
 FOREIGN_NAMES = {
     "lr": "optimizer.lr",
@@ -49,3 +52,25 @@ def did_you_mean(name: str, names: Sequence[str]) -> str:
     by_last = {n.rsplit(".", 1)[-1]: n for n in reversed(names)}
     match = difflib.get_close_matches(name, names, 1, 0.6) or difflib.get_close_matches(name, list(by_last), 1, 0.6)
     return f": did you mean {by_last.get(match[0], match[0])!r}?" if match else ""
+
+
+def one_value_wanted(key: str, text: str, kind: str | None) -> str:
+    """The problem of an override with several values in a command that takes one; ``kind`` as of ``text_keys``."""
+    problem = f"{text!r} asks for a sweep, and this command runs one job: give one value, or -m for a run each"
+    value = text.partition("=")[2]
+    if kind == "list":
+        return f"{problem}; a list of them is {shlex.quote(f'{key}=[{value}]')}"
+    return problem if kind is None else f"{problem}; where the comma is part of it, {quoted(key, value)}"
+
+
+def unreadable(text: str, key: str, names: Sequence[str]) -> str:
+    """The problem of an override that Hydra cannot read, of a key that does not exist or that is a section."""
+    without_dashes = text.lstrip("-")
+    if text != without_dashes and without_dashes.partition("=")[0] in names:
+        meant = without_dashes if "=" in text else f"{without_dashes}=..."
+        return f"{text!r} is not key=value: keys have no dashes here, as in {meant}"
+    if "=" not in text:
+        return f"{text!r} is not key=value or group=choice"
+    if key not in names:
+        return f"unknown key {key!r}{did_you_mean(key, names)}"
+    return f"{text!r} cannot be read: set the keys of {key} one by one, as in {key}.KEY=..."

@@ -15,6 +15,8 @@ from train.config.schema import Config, SweepConfig
 from train.errors import UserError
 from train.util.reading import read_yaml
 
+NAMING_KEYS = ("run.name", "run.dir")
+"""Keys of which each run of a sweep needs its own value, which the sweep gives it."""
 Params = dict[str, str]
 """A trial's own choices: key (or group) -> value as on the command line."""
 
@@ -169,7 +171,7 @@ def is_sweep_override(text: str) -> bool:
 
 def naming_keys(overrides: Sequence[str]) -> list[str]:
     """Keys among ``overrides`` that would give all runs of a sweep the same name or folder."""
-    return [key_of(text) for text in overrides if key_of(text) in ("run.name", "run.dir")]
+    return [key_of(text) for text in overrides if key_of(text) in NAMING_KEYS]
 
 
 def shared_keys(varied: Iterable[str]) -> list[str]:

@@ -147,12 +147,11 @@ def family_mismatch(config: Config) -> list[str]:
 def _objective_problems(config: Config) -> list[str]:
     o, d, problems = config.objective, config.data, []
     labelled = o.name == "classify" or (o.name == "seq2seq" and o.task == "pairs")
+    what = "objective.task=pairs" if o.name == "seq2seq" else f"objective={o.name}"
     if labelled and d.label_key is None:
-        problems.append(
-            f"objective={o.name} needs data.label_key, the field of a .jsonl line that holds what is to be learnt"
-        )
+        problems.append(f"{what} needs data.label_key, the field of a .jsonl line that holds what is to be learnt")
     if labelled and d.pack:
-        problems.append(f"objective={o.name} reads a document a row: set data.pack=false")
+        problems.append(f"{what} reads a document a row: set data.pack=false")
     if o.name == "classify" and o.pool == "mean" and not config.model.mean_pooling:
         problems.append(
             "objective.pool=mean means nothing for an encoder-decoder, which says one word of a row: leave it out"

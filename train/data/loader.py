@@ -21,6 +21,7 @@ from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
 from train.distributed.process_group import DistContext
 from train.errors import UserError
+from train.util.format import plural
 
 Step = tuple[list[Batch], Cursor]
 """The micro-batches of one rank for one optimizer step, and the cursor after it."""
@@ -61,8 +62,8 @@ class Loader:
     ) -> None:
         if share.world_size > plan.shape.streams:
             raise UserError(
-                f"{share.world_size} workers for {plan.shape.streams} streams: a worker would have no data. "
-                f"Take at most {plan.shape.streams} workers, or a larger batch.global"
+                f"{plural(share.world_size, 'worker')} for {plural(plan.shape.streams, 'stream')}: a worker would have "
+                f"no data. Take at most {plural(plan.shape.streams, 'worker')}, or a larger batch.global"
             )
         self.plan = plan
         self._split, self._share, self._examples, self._pin = split, share, examples, pin

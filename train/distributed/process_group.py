@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from train.distributed import heartbeat
 from train.errors import UserError
+from train.util.format import plural
 
 DIGEST_BYTES = 64
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -83,7 +85,7 @@ def init_from_env() -> DistContext:
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise UserError(
-            f"rank {rank} is number {local_rank} of its host, which has {gpus} GPUs: start at most {gpus} here"
+            f"rank {rank} is number {local_rank} of its host, which has {plural(gpus, 'GPU')}: start at most {gpus} here"
         )
     world = DistContext(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
@@ -114,7 +116,13 @@ def bound_device(world: DistContext) -> torch.device | None:
 
 
 def destroy_group() -> None:
-    """Destroy the process group, if this process has one."""
+    """Destroy the process group, if this process has one, and end its threads.
+
+    They end with the last reference to the group. A thread of Gloo that outlives it may release a tensor while the
+    interpreter is being finalised, which aborts the process after its work is done (torch issue 190489). torch's
+    ``nn.functional`` keeps whatever group exists when it is imported, as a default argument, for ever; so it is
+    imported with this module, when there is none.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here may reach the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: nothing here may reach the network
 
 import torch
 import transformers

@@ -6,6 +6,7 @@ before it starts anything; the ranks use the same functions again.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,14 @@ def describe_source(folder: Path, which: str) -> SourceDescription:
         arch["tied"] = tied
         kind = f"Hugging Face, {family.name}"
         return SourceDescription(kind, objective, arch, family=family)
+    kinds = f"a run (which has a config.yaml) or of a Hugging Face model (which has a {CONFIG_FILE})"
+    where = f"looked on {socket.gethostname()} from {Path.cwd()}"
+    if folder.is_dir():
+        raise UserError(f"init.from={folder} is not the folder of {kinds}; {where}")
+    if folder.exists():
+        raise UserError(f"init.from={folder} is a file: name the folder of {kinds}; {where}")
     raise UserError(
-        f"init.from={folder} {'is' if folder.is_dir() else 'is not there; it must be'} "
-        f"neither a run (which has a config.yaml) nor a Hugging Face folder (which has a {CONFIG_FILE}), "
-        f"or not every worker sees it (looked from {Path.cwd()})"
+        f"init.from={folder} does not exist ({where}): name the folder of {kinds}, by a path that every worker sees"
     )
 
 

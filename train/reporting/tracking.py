@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import netrc
 import os
 import queue
 import secrets
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict
 
@@ -153,10 +155,10 @@ class WandbRun:
             resume="allow" if self.mode == "online" else None,
             dir=str(self.run_dir.path),
             name=self.config.run.name,
-            project=tracking.project,
+            project=tracking.project or os.environ.get("WANDB_PROJECT") or "trireme",
             entity=tracking.entity,
             group=tracking.group,
-            tags=tracking.tags,
+            tags=tracking.tags or None,  # None leaves WANDB_TAGS, as with group and entity
             job_type="train",
             config=redact_tree(self.config.model_dump(by_alias=True, mode="json")) | {"lineage": self._lineage()},
             settings=wandb.Settings(silent=True, console="off", init_timeout=30, save_code=False, disable_git=True),
@@ -243,17 +245,16 @@ def _keep_out_of_home() -> tempfile.TemporaryDirectory[str]:
 
 
 def _mode(tracking: TrackingConfig) -> Literal["online", "offline"]:
-    """The mode of W&B; "auto" never prompts: online where an API key is configured, offline elsewhere."""
-    asked = os.environ.get("WANDB_MODE") if tracking.wandb == "auto" else tracking.wandb
-    if asked == "online":
+    """The mode of W&B; "auto" never prompts: online where this host has a key of W&B's server, offline elsewhere."""
+    if tracking.wandb in ("online", "offline"):
+        return tracking.wandb
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return "online"
-    if asked == "offline":
-        return "offline"
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    known = bool(os.environ.get("WANDB_API_KEY")) or (
-        netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore")
-    )
-    return "online" if known else "offline"
+    with contextlib.suppress(OSError, netrc.NetrcParseError, UnicodeDecodeError):
+        server = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+        if netrc.netrc(Path(os.environ.get("NETRC", "~/.netrc")).expanduser()).authenticators(server):
+            return "online"
+    return "offline"
 
 
 def _line(record: Record) -> str:

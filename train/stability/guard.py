@@ -267,13 +267,13 @@ class Guard:
                 # Before the loss history is full, a learning rate that is far too high looks like bad data.
                 if record["limit"] is None:
                     raise NotFinite(
-                        f"{limit} steps in a row had numbers that are not finite, each on other data "
+                        f"{plural(limit, 'step')} in a row had numbers that are not finite, each on other data "
                         f"(optimizer.max_skipped={limit}), the last at step {record['step']}: lower optimizer.lr, "
                         "lengthen schedule.warmup or set optimizer.clip. If the loss had been falling, "
                         f"look at {source_files(record)}"
                     )
                 raise UserError(
-                    f"{limit} steps in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "
+                    f"{plural(limit, 'step')} in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "
                     f"the last from {source_files(record)}: look at these files, and take them out of the corpus"
                 )
         elif self.skipped.count_in_a_row("rolled back", record["step"], watched.window) > watched.max_rollbacks:

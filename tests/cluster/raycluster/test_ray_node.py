@@ -71,3 +71,10 @@ def test_worker_environment_starts_python_in_path_with_spaces(tmp_path: Path, mo
         f"exec {cluster_client.worker_environment('/code')['py_executable']} -c 'print(1)'"  # as Ray gives it to bash
     )
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout == "1\n"
+
+
+def test_unknown_word_for_the_token_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Ray would take it for "disabled", and the job would speak to the cluster without a token."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "tokn")
+    with pytest.raises(UserError, match="RAY_AUTH_MODE=tokn is neither token nor disabled"):
+        ray_auth.authenticate(None, "10.0.0.1:6379")

@@ -123,3 +123,25 @@ def test_init_from_env_reads_the_environment_of_torchrun(tmp_path, size):
 def test_group_is_bound_to_a_device_only_between_gpus(device: str, size: int, bound: bool):
     world = process_group.DistContext(0, size, 0, torch.device(device))
     assert process_group.bound_device(world) == (torch.device(device) if bound else None)
+
+
+ENDS_WITH_WORK_UNDER_WAY = """
+import os, sys, torch, torch.distributed as dist
+from train.distributed import process_group
+torch.set_num_threads(1)
+process_group.init_from_env()
+import torch.distributed._shard.sharded_tensor
+for _ in range(50):
+    dist.all_reduce(torch.zeros(1 << 16), async_op=True)
+process_group.destroy_group()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print([name for name in names if "gloo" in name])
+"""
+
+
+def test_destroyed_group_leaves_no_thread_to_abort_the_exit():
+    """A thread of Gloo that still holds a tensor while the interpreter ends would end it with SIGABRT."""
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS_WITH_WORK_UNDER_WAY], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr

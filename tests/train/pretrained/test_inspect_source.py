@@ -70,9 +70,13 @@ def test_source_that_fits_passes_the_drivers_check(make, folder: Path):
 
 
 def test_missing_folder_or_folder_without_a_model_is_refused(make, folder: Path):
-    assert "nowhere is not there" in refusal(make(*OVERRIDES, "init.from=nowhere"))
+    nowhere = refusal(make(*OVERRIDES, "init.from=nowhere"))
+    assert "nowhere does not exist" in nowhere and "name the folder of a run" in nowhere
+    assert "is a file: name the folder" in refusal(make(*OVERRIDES, f"init.from={folder / 'config.json'}"))
     (folder / "config.json").unlink()
-    assert "is neither a run (which has a config.yaml) nor" in refusal(make(*OVERRIDES, f"init.from={folder}"))
+    assert "is not the folder of a run (which has a config.yaml) or of a Hugging Face model" in refusal(
+        make(*OVERRIDES, f"init.from={folder}")
+    )
 
 
 def test_pickled_or_missing_weights_are_refused(make, folder: Path):
@@ -94,7 +98,7 @@ def test_pickled_or_missing_weights_are_refused(make, folder: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba'; read are: gpt2, llama, bert, t5"),
+        ({"model_type": "mamba"}, "model_type 'mamba', which is not read; those that are: gpt2, llama, bert, t5"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu, which must be silu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "rope_type=llama3"),
         ({"head_dim": 16}, "head_dim=16"),

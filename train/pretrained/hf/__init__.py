@@ -40,4 +40,5 @@ def family_of_config(config: dict[str, Any], path: str) -> HFFamily:
         if config.get("model_type") == family.model_type:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{path} is of model_type {repr(config.get('model_type'))[:80]}; read are: {known}")
+    kind = repr(config.get("model_type"))[:80]
+    raise UserError(f"{path} is of model_type {kind}, which is not read; those that are: {known}")
