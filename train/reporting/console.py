@@ -136,6 +136,8 @@ class RunConsole:
             self._fact("resumes", f"at step {event.start_step:,}, from its newest checkpoint")
 
     def _prepare(self, event: events.PrepareEvent) -> None:
+        if note := event.progress.get("note"):
+            self._line(Text(f"  {note}"))
         words = (PREPARING | {"wait": "waiting for another that works on it"}).get(event.phase)
         if words is None:
             self.close()

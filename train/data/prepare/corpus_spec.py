@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,12 +14,14 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
-from train.data.prepare.sources import ReadOptions, SourceFile, raise_problems
+from train.data.prepare.problems import merged
+from train.data.prepare.sources import ReadOptions, SourceFile, describe_reading
 from train.errors import UserError
 from train.util.format import plural
 
 ReportProgress = Callable[[dict[str, Any]], None]
-"""Called with {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)}.
+"""Called with {"phase": "read" | "tokenizer" | "tokenize" | "wait" | "ready", "done": n, "total": m (bytes)},
+With "note": words that the user should read, said once.
 
 An exception that it raises ends the work; finished shards are kept.
 """
@@ -46,6 +47,7 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     """
     keys = {"source", "text_key", "encoding_errors", "dedup", "val_fraction", "tokenizer", "shard_tokens"}
     chosen = data.model_dump(include=keys) | ({"label_key": data.label_key, "place": "text"} if data.label_key else {})
+    chosen |= {"bad_rows": data.bad_rows} if data.bad_rows != "refuse" else {}
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
@@ -60,6 +62,8 @@ def build_spec(
     total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer) if data.tokenizer.kind == "file" else ""
     tasks = [(spans, options, data.tokenizer.kind == "chars") for spans in _group_spans(sources)]
+    if data.source == "text":
+        report({"phase": "read", "done": 0, "total": total, "note": describe_reading(sources)})
     results: dict[int, workers.FoundDocuments] = {}
     done = 0
     for number, part in run_tasks(workers.find_documents, tasks):
@@ -67,12 +71,16 @@ def build_spec(
         done += part.read
         report({"phase": "read", "done": done, "total": total})
     parts = [results[number] for number in range(len(tasks))]
-    raise_problems(list(chain.from_iterable(part.problems for part in parts)))
+    merged(part.problems for part in parts).raise_all()
+    skipped = merged(part.skipped for part in parts).as_note()
     documents = np.concatenate([part.documents for part in parts])
     if not len(documents):
         raise UserError(
             f"the corpus is empty: no text is left after cleaning in {plural(len(sources), 'file')} of {total:,} bytes"
+            + (f"; {skipped}" if skipped else "")
         )
+    if skipped:
+        report({"phase": "read", "done": total, "total": total, "note": skipped})
     if data.dedup:
         documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()

@@ -26,6 +26,8 @@ def prepare_with_progress(data: schema.DataConfig, console: Console, objective: 
             phase = event["phase"]
             if phase == "wait":
                 bars.print(f"another prepare works on {event['folder']}: waiting for it")
+            if event.get("note"):
+                bars.console.print(event["note"], markup=False)
             if phase not in PREPARING:
                 return
             if phase not in tasks:

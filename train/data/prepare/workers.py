@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.sources import CHANGED, LABEL, BadText, ReadOptions, SourceFile, read_document, read_span
+from train.data.prepare.problems import BadText, Problems
+from train.data.prepare.sources import CHANGED, LABEL, ReadOptions, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ExitCode, UserError
 
@@ -59,10 +60,11 @@ class ByteSpan:
 
 @dataclass(frozen=True)
 class FoundDocuments:
-    """The documents of some spans in order, problems of reading, the characters seen if wanted, bytes read."""
+    """The documents of some spans in order, problems of reading, rows left out, characters if wanted, bytes read."""
 
     documents: Documents
-    problems: list[str]
+    problems: Problems
+    skipped: Problems
     characters: frozenset[str]
     read: int
 
@@ -70,13 +72,13 @@ class FoundDocuments:
 def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters: bool) -> FoundDocuments:
     """Read, clean and hash every document that begins in the spans; empty documents are left out."""
     rows: list[tuple[Any, ...]] = []
-    problems: list[str] = []
+    problems, skipped = Problems(), Problems()
     characters: set[str] = set()
     for span in spans:
         try:
             for offset, length, text in read_span(span.file, span.begin, span.end, options):
                 if isinstance(text, BadText):
-                    problems.append(str(text))
+                    (skipped if text.row and options.skip_rows else problems).add(text)
                 elif text:
                     encoded = text.encode()
                     split_hash = _hash128(text.partition(LABEL)[0].encode())[0]
@@ -84,9 +86,10 @@ def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters:
                     if with_characters:
                         characters.update(text.replace(LABEL, ""))
         except OSError as error:
-            problems.append(f"{span.file.path}: {error.strerror or error}")
+            problems.add(BadText(span.file.path, error.strerror or str(error)))
     return FoundDocuments(
-        np.array(rows, DOCUMENT), problems, frozenset(characters), sum(span.end - span.begin for span in spans)
+        *(np.array(rows, DOCUMENT), problems, skipped),
+        *(frozenset(characters), sum(span.end - span.begin for span in spans)),
     )
 
 
