@@ -9,6 +9,7 @@
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
 set -euo pipefail
+export PYTHONUTF8=1      # all text is UTF-8, whatever the locale
 export PYTHONSAFEPATH=1  # else a train.py or json.py of the folder that this is called in would be imported
 
 root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
@@ -138,7 +139,7 @@ set_up_tests() {
 run() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2
+    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S -X utf8 "$root/train/util/redact.py" >&2
     exec "$@"
 }
 

@@ -6,7 +6,7 @@ import sys
 
 from cluster.host.stop_request import StopSignals
 from train.errors import ExitCode
-from train.util import redact
+from train.util import redact, utf8
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
 
@@ -42,4 +42,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import ExitCode
+from train.util import utf8
 from train.util.io import write_whole
 
 DESCRIPTION = "what run folders tell, as a page, as pictures, or as a comment. No server, no network."
@@ -69,4 +70,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     sys.exit(main(sys.argv[1:]))

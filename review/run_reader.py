@@ -262,7 +262,7 @@ def _rank_errors(folder: Path) -> list[str]:
     errors = []
     for file in sorted(RunDir(folder).logs.glob("*.end")):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            end = json.loads(file.read_text())
+            end = json.loads(file.read_text("utf-8"))
             if end.get("error"):
                 errors.append(f"{file.stem}: {str(end['error']).strip().splitlines()[-1]}")
     return errors

@@ -16,7 +16,7 @@ from train.config import load as configuration
 from train.config import schema
 from train.errors import ExitCode, Stopped, UserError
 from train.events import Event
-from train.util import redact
+from train.util import redact, utf8
 from train.util.format import plural
 
 OUT, ERR = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
@@ -185,5 +185,6 @@ def _number(text: str) -> float | int | str:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     redact.redact_output()
     sys.exit(main(sys.argv[1:]))

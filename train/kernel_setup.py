@@ -88,7 +88,7 @@ def share_choices(
 def _read_choices(file: Path) -> Any:
     """The content of ``file``; without an origin where it is damaged, None where there is none."""
     try:
-        saved = json.loads(file.read_text())
+        saved = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -97,7 +97,7 @@ def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
     """The metrics of a finished run, of its summary or else of its last step with them; None where one is missing."""
     summary: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(RunDir(folder).summary.read_text())
+        summary = json.loads(RunDir(folder).summary.read_text("utf-8"))
     values: list[float] = []
     for metric in metrics:
         value = summary.get(metric)

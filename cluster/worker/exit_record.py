@@ -26,7 +26,7 @@ def write(order: StartOrder, code: int, error: str | None) -> None:
 def read(order: StartOrder) -> dict[str, Any] | None:
     """The record {"code", "error"} of the worker that ``order`` started; None while there is none."""
     with contextlib.suppress(OSError, ValueError):
-        record = json.loads(_path(order).read_text())
+        record = json.loads(_path(order).read_text("utf-8"))
         if {**record, **_identity(order)} == record:
             return dict(record)
     return None

@@ -34,7 +34,7 @@ class EvaluatedRun:
 def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
     """Evaluate checkpoint ``which`` of the run in ``folder`` on all of ``split``, "val" or "test". Raises UserError."""
     run = open_run(folder, which)
-    about = json.loads(RunDir(folder).corpus.read_text())
+    about = json.loads(RunDir(folder).corpus.read_text("utf-8"))
     corpus = Corpus(about["folder"], run.config.model.special)
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")

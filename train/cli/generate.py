@@ -56,16 +56,22 @@ def read_prompts(text: str, file: str) -> list[str]:
         raise UserError("prompt=... and prompts=... are both given: give one of them")
     try:
         if not file:
-            return [sys.stdin.read() if text == "-" else text]
-        lines = (sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")).splitlines()
+            return [_standard_input() if text == "-" else text]
+        lines = (_standard_input() if file == "-" else Path(file).read_text("utf-8-sig")).split("\n")
     except OSError as error:
         raise UserError(f"prompts={file}: {error.strerror} (looked from {Path.cwd()})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the prompts are not UTF-8 text: {error}") from None
-    nonempty = [line for line in lines if line.strip()]
+    nonempty = [line.removesuffix("\r") for line in lines if line.strip()]
     if not nonempty:
         raise UserError(f"prompts={file} has no line with a prompt")
     return nonempty
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise UserError("the prompts are to come from standard input, which is closed")
+    return sys.stdin.read().removeprefix("\ufeff")
 
 
 def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]) -> schema.GenerationConfig:

@@ -154,7 +154,7 @@ def _axis(override: Override) -> sweep_space.SweepAxis:
 def read(path: Path) -> Config:
     """Read the configuration saved in a run's ``config.yaml``."""
     try:
-        return parse(yaml.safe_load(path.read_text()))
+        return parse(yaml.safe_load(path.read_text("utf-8")))
     except FileNotFoundError as error:
         raise UserError(
             f"{path.parent} holds no run: {path.name} is missing. Give a run's folder: run.dir=..."
@@ -233,7 +233,7 @@ def read_choice(group: str, name: str) -> dict[str, Any]:
     known = groups()[group]
     if name not in known:
         raise UserError(_unknown_choice(group, name, known))
-    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
+    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text("utf-8")))
 
 
 def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, KeyEntry]:

@@ -94,8 +94,8 @@ def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:
     if not files:
         return ({},)
     try:
-        points = yaml.safe_load(Path(files[-1]).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        points = yaml.safe_load(Path(files[-1]).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"sweep.points={files[-1]}: {error}") from error
     if not points or not isinstance(points, list) or not all(map(_is_point, points)):
         raise UserError(

@@ -41,7 +41,7 @@ class MetricsFile:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.earlier = [r for r in read_records(file) if r["step"] <= last_step]
         write_whole(file, "".join(_line(r) for r in self.earlier).encode())
-        self.out = file.open("a")
+        self.out = file.open("a", encoding="utf-8")
 
     def append(self, record: Record) -> None:
         """Append a line; it survives a kill of the process when this returns."""
@@ -63,7 +63,7 @@ class RunFile:
         self.file, self.times = RunDir(folder).starts, times
         self.values: dict[str, Any] = {"wandb_id": secrets.token_hex(4), "starts": 0, "seen": None, "seconds": {}}
         with contextlib.suppress(FileNotFoundError, ValueError):
-            self.values |= json.loads(self.file.read_text())
+            self.values |= json.loads(self.file.read_text("utf-8"))
         self.values["starts"] += 1
         command = os.environ.get("TRIREME_T0")
         times.add_earlier_starts(self.values["seconds"], self.values["seen"], float(command) if command else None)
@@ -125,7 +125,7 @@ class WandbRun:
     def _lineage(self) -> dict[str, Any]:
         """The content of ``environment.json``: versions, commit and machine."""
         with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads(self.run_dir.environment.read_text()))
+            return dict(json.loads(self.run_dir.environment.read_text("utf-8")))
         return {}
 
     def _feed(self) -> None:
@@ -203,7 +203,7 @@ class Tracker:
 
     def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         """Log (prompt, text) pairs, to ``samples.jsonl``, then to W&B."""
-        with self.run_dir.samples.open("a") as out:
+        with self.run_dir.samples.open("a", encoding="utf-8") as out:
             out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
         if self.wandb:
             self.wandb.samples(step, rows)
@@ -238,7 +238,7 @@ def _mode(tracking: TrackingConfig) -> Literal["online", "offline"]:
         return "offline"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     known = bool(os.environ.get("WANDB_API_KEY")) or (
-        netrc.is_file() and "wandb.ai" in netrc.read_text(errors="ignore")
+        netrc.is_file() and "wandb.ai" in netrc.read_text("utf-8", errors="ignore")
     )
     return "online" if known else "offline"
 

@@ -40,7 +40,7 @@ def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]
     if not saved.exists():
         return []
     try:
-        old = yaml.safe_load(saved.read_text())
+        old = yaml.safe_load(saved.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{saved} cannot be read ({error}): restore it, or choose another run.dir") from error
     changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
@@ -73,7 +73,7 @@ def require_same_corpus(folder: Path, was: str, now: str) -> None:
 def finished_summary(config: Config) -> dict[str, Any] | None:
     """The summary of the run in ``run.dir`` if it has made all its steps or was stopped early; else None."""
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())
+        summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text("utf-8"))
         if summary["step"] >= config.steps or 0 < config.stop.patience <= summary.get("stale", 0):
             return dict(summary)
     return None

@@ -66,7 +66,7 @@ def trace_step(folder: Path, step: int) -> tuple[str, list[DocumentPart]]:
     config = configuration.read(run_dir.config)
     if not 1 <= step <= config.steps:
         raise UserError(f"step={step}: {folder} has the steps 1 to {config.steps}")
-    about = json.loads(run_dir.corpus.read_text())
+    about = json.loads(run_dir.corpus.read_text("utf-8"))
     corpus = Corpus(about["folder"])
     if corpus.fingerprint != about["fingerprint"]:
         raise UserError(f"{about['folder']} is not the corpus that {folder} was trained on: prepare that one again")

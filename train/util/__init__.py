@@ -4,5 +4,6 @@ format      numbers, durations and counts as text
 io          atomic writes, JSON Lines and file locks
 redact      keeps secrets out of all that is printed and written
 run_layout  RunDir: the names of the files of a run
+utf8        UTF-8 for all text of a process, whatever the locale
 seeding     random numbers and seeds as functions of names
 """

@@ -63,7 +63,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     """
     records = []
     with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():  # of bytes, as U+2028 in a text ends no line
             with contextlib.suppress(ValueError):
                 records.append(json.loads(line))
     return records
@@ -81,7 +81,7 @@ class FileLock:
 
         Raises OSError where it cannot be opened.
         """
-        self.file, self.on_wait = path.open("a+" if create else "r+"), on_wait
+        self.file, self.on_wait = path.open("a+" if create else "r+", encoding="utf-8"), on_wait
 
     def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
         """Take the lock, ``shared`` with others that share it; False where another holds it and ``wait`` is false."""
