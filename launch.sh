@@ -15,6 +15,7 @@ set -euo pipefail
 set +o posix +o noclobber +o noglob
 unset CDPATH GREP_OPTIONS
 { : >&2; } 2>/dev/null || exec 2>/dev/null  # closed: what is said is lost, and the command goes on
+export PYTHONUTF8=1      # all text is UTF-8, whatever the locale
 export PYTHONSAFEPATH=1  # else a train.py or json.py of the folder that this is called in would be imported
 
 fail() { printf 'launch.sh: %s\n' "$@" >&2 || true; exit "${code:-1}"; }
@@ -162,7 +163,7 @@ set_up_tests() {
 show() {
     local dim="" plain=""
     if [ -t 2 ]; then dim=$'\033[2m'; plain=$'\033[0m'; fi
-    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S "$root/train/util/redact.py" >&2 2>/dev/null || true
+    printf '%s+ %s%s\n' "$dim" "${*/#"$venv/"/"${venv#"$PWD/"}/"}" "$plain" | "$python" -I -S -X utf8 "$root/train/util/redact.py" >&2 2>/dev/null || true
 }
 
 # Becomes a command of the product, so that signals go straight to it. While Python itself starts, Ctrl-C would end in a

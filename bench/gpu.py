@@ -138,7 +138,7 @@ class Session:
                 return f"{len(row['failed_tests'])} tests failed, first {row['failed_tests'][0]}"
             if row.get("failed") and row.get("bench") == "mfu":
                 return str(row["failed"])
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
         lines = [line for line in lines if not line.startswith("USDT:")]  # of torch's profiler
         return f"exit code {code}: {' / '.join(lines[-LAST_LINES:])[-200:] or 'no output'}"
 

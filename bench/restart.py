@@ -68,7 +68,7 @@ class Job:
 
     def __init__(self, command: list, log: Path) -> None:
         self.log = log
-        with log.open("w") as file:
+        with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
 
     def __enter__(self) -> Job:
@@ -84,7 +84,7 @@ class Job:
         end = time.monotonic() + LIMIT_S
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
-                raise GoneError(f"the job did not come back:\n{self.log.read_text()[-4000:]}")
+                raise GoneError(f"the job did not come back:\n{self.log.read_text('utf-8')[-4000:]}")
             time.sleep(0.01)
 
 
@@ -112,7 +112,7 @@ def trainers(driver: int) -> list[int]:
 
 def children(parent: int) -> list[tuple[int, bytes]]:
     """(pid, command line) of the processes that ``parent`` has started."""
-    text = " ".join(file.read_text() for file in Path(f"/proc/{parent}/task").glob("*/children"))
+    text = " ".join(file.read_text("utf-8") for file in Path(f"/proc/{parent}/task").glob("*/children"))
     own = map(int, text.split())
     return [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in own]
 
@@ -135,7 +135,7 @@ def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
 
 def fresh(folder: Path, since: float) -> list[dict]:
     """Records of Ray Train's workers, a file each, whose first step of a start came after ``since``."""
-    records = [json.loads(file.read_text()) for file in folder.glob("rank_*.json")]
+    records = [json.loads(file.read_text("utf-8")) for file in folder.glob("rank_*.json")]
     return [record for record in records if record["first"] > since]
 
 

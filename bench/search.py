@@ -43,7 +43,7 @@ def sweep(folder: Path, words: list[str]) -> list[dict[str, str]]:
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 1):
         raise SystemExit(code)
-    with (folder / RESULTS).open() as file:
+    with (folder / RESULTS).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

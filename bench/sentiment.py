@@ -117,7 +117,7 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "cluster", "train", *words, *ALL, f"run.dir={folder}", f"run.name={folder.name}"]
     if code := subprocess.run(command, check=False).returncode:
         raise SystemExit(code)
-    return dict(json.loads((folder / "summary.json").read_text()))
+    return dict(json.loads((folder / "summary.json").read_text("utf-8")))
 
 
 def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row:
@@ -126,7 +126,7 @@ def best_rate(out: Path, name: str, seeds: int, overrides: Sequence[str]) -> Row
     val = {rate: held_out_accuracy(folders) for rate, folders in tried.items()}
     print(f"{name}: " + ", ".join(f"{val[rate]:.4f} with optimizer.lr={rate}" for rate in RATES))
     rate = max(val, key=val.__getitem__)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in tried[rate]]
+    summaries = [json.loads((folder / "summary.json").read_text("utf-8")) for folder in tried[rate]]
     tables = [evaluate_run(folder, "best", "test").evaluation.sums["confusion"][0] for folder in tried[rate]]
     return Row(name, tables, val[rate], summaries[0]["params"], statistics.mean(done["wall_s"] for done in summaries))
 
@@ -148,7 +148,7 @@ def held_out_accuracy(folders: Sequence[Path]) -> float:
 
 def baseline_rows(folder: Path) -> list[Row]:
     """The two baselines, on the documents of the corpus that the run in ``folder`` was trained on."""
-    corpus = Corpus(json.loads((folder / "corpus.json").read_text())["folder"])
+    corpus = Corpus(json.loads((folder / "corpus.json").read_text("utf-8"))["folder"])
     train, val, test = (baselines.documents(corpus, split, CLASSES) for split in ("train", "val", "test"))
     print(f"{len(train[0]):,} reviews to train on, {len(val[0]):,} held out, {len(test[0]):,} for the test")
     began = time.monotonic()

@@ -49,16 +49,16 @@ Marks = dict[str, float]
 def ours(overrides: list[str], run_dir: Path) -> Marks:
     """Phases of one start of ``launch.sh train``, in seconds since the command."""
     log = run_dir.with_suffix(".log")
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         command = [REPOSITORY / "launch.sh", "train", *overrides, f"run.dir={run_dir}"]
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     try:
         end = time.monotonic() + LIMIT_S
         while not (run_dir / "startup.json").exists():
             if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"launch.sh reached no first step:\n{log.read_text()}")
+                raise SystemExit(f"launch.sh reached no first step:\n{log.read_text('utf-8')}")
             time.sleep(0.05)
-        return json.loads((run_dir / "startup.json").read_text())
+        return json.loads((run_dir / "startup.json").read_text("utf-8"))
     finally:
         process.kill()
         process.wait()
@@ -102,7 +102,7 @@ def same_run(config: Config, folder: Path) -> Path:
     values = configuration.to_dict(config)
     values["run"]["dir"] = str(folder)
     path = folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 

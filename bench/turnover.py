@@ -24,13 +24,13 @@ MODEL = ("experiment=scaling", "model.width=32", "model.heads=2", "model.mlp_wid
 
 def between(folder: Path) -> list[dict[str, float]]:
     """Seconds of each part, for every trial but the first."""
-    records = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / LEDGER).read_text("utf-8").splitlines()]
     turnovers, ended = [], None
     for record in records:
         if record["event"] == "end":
             ended = record["t"]
         elif record["event"] == "start" and ended is not None:
-            marks = json.loads((trial_dir(folder, record["trial"]) / "startup.json").read_text())
+            marks = json.loads((trial_dir(folder, record["trial"]) / "startup.json").read_text("utf-8"))
             turnovers.append(
                 {
                     "places": record["t"] - ended,

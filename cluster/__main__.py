@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from train.errors import ExitCode, UserError
-from train.util import streams
+from train.util import streams, utf8
 
 VERBS = ("train", "cluster", "verify-resume", "drill")
 HELP = {"-h", "--help"}
@@ -65,5 +65,6 @@ def _train(rest: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     streams.end_on_interrupt()
     sys.exit(main(sys.argv[1:]))

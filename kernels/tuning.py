@@ -198,11 +198,11 @@ def _store(file: Path, key: str, choice: Tiles | str) -> None:
     """Adds an entry to the table on disk, keeping those of other processes; a failing disk is ignored."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with file.with_suffix(".lock").open("w") as lock:
+        with file.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             _read_table.cache_clear()
             table = _read_table(file)
             table[key] = choice
             temporary = file.with_suffix(".new")
-            temporary.write_text(json.dumps(table, indent=0, sort_keys=True))
+            temporary.write_text(json.dumps(table, indent=0, sort_keys=True), encoding="utf-8")
             temporary.replace(file)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import ExitCode, UserError, guard_verb
-from train.util import streams
+from train.util import streams, utf8
 from train.util.io import write_whole
 
 DESCRIPTION = "what run folders tell, as a page, as pictures, or as a comment. No server, no network."
@@ -80,6 +80,7 @@ def _review(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     streams.end_on_interrupt()
     # Only the page and the figures are written whether or not somebody reads their names.
     shows = {"-h", "--help", "md", "--format=md"} & set(sys.argv[1:])

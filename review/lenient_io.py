@@ -74,11 +74,11 @@ def is_locked(lock: Path, written: Sequence[Path]) -> bool:
     of the files that the driver has ``written`` decides.
     """
     try:
-        holder = json.loads(lock.read_text())
+        holder = json.loads(lock.read_text("utf-8"))
         on_this_host = holder["host"] == socket.gethostname()
         inode = lock.stat().st_ino
         if on_this_host and Path("/proc/locks").exists():
-            return any(f":{inode} " in line for line in Path("/proc/locks").read_text().splitlines())
+            return any(f":{inode} " in line for line in Path("/proc/locks").read_text("utf-8").splitlines())
         return time.time() - max(p.stat().st_mtime for p in written if p.exists()) < FRESH_FILES_S
     except UNREADABLE:
         return False

@@ -268,6 +268,57 @@ def test_exit_codes_have_names(file: Path):
     assert not numeric, f"{name(file)}: lines {numeric} have a number for an ExitCode of train/errors.py"
 
 
+TEXT_FILES = [file for file in CODE if not name(file).startswith("tests/")]
+NO_FILES = ("os", "webbrowser", "console", "tarfile")
+"""Receivers of an ``open`` that opens no text file."""
+
+
+def lacks_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the locale."""
+    receiver, _, called = ast.unparse(call.func).rpartition(".")
+    keys = {keyword.arg: keyword.value for keyword in call.keywords}
+    if "encoding" in keys:
+        return False
+    if called in ("read_text", "write_text"):
+        return len(call.args) < (1 if called == "read_text" else 2)
+    if called == "fdopen" or (called == "open" and receiver.rpartition(".")[2] not in NO_FILES):
+        place = 0 if called == "open" and receiver else 1
+        mode = keys.get("mode", call.args[place] if len(call.args) > place else None)
+        return not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
+    return any(ast.unparse(keys[key]) == "True" for key in ("text", "universal_newlines") if key in keys)
+
+
+@pytest.mark.parametrize("file", TEXT_FILES, ids=name)
+def test_text_files_and_pipes_name_their_encoding(file: Path):
+    """Else it is that of the locale, which need not be UTF-8."""
+    calls = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if lacks_encoding(call)]
+
+
+@pytest.mark.parametrize(
+    ("code", "lacks"),
+    [
+        ("path.read_text()", True),
+        ("path.read_text('utf-8')", False),
+        ("path.write_text(text)", True),
+        ("path.open()", True),
+        ("path.open('a')", True),
+        ("path.open(mode)", True),
+        ("path.open('ab')", False),
+        ("open(path, 'w')", True),
+        ("open(path, 'rb')", False),
+        ("os.fdopen(fd, 'w')", True),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("subprocess.run(command, text=True)", True),
+        ("subprocess.run(command, encoding='utf-8')", False),
+        ("Text(text='a')", False),
+    ],
+)
+def test_rule_of_encodings_knows_each_way_to_open(code: str, lacks: bool):
+    call = ast.parse(code).body[0].value
+    assert lacks_encoding(call) is lacks
+
+
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_docstrings_say_something(file: Path):
     """Public ones: at least a short sentence, which does not begin with a riddle."""

@@ -24,7 +24,7 @@ from train.config.wandb_mode import with_wandb_mode
 from train.errors import ExitCode, Stopped, UserError, guard_verb
 from train.events import Event
 from train.reporting.terminal import UserConsole
-from train.util import streams
+from train.util import streams, utf8
 from train.util.format import plural
 from train.util.io import to_json
 
@@ -195,6 +195,7 @@ def _number(text: str) -> float | int | str:
 
 
 if __name__ == "__main__":
+    utf8.use_utf8()
     argv = sys.argv[1:]
     shows = {"-h", "--help"} & set(argv) or {"evaluate", "generate", "trace"} & set(argv[:1])
     (streams.guard_result if shows else streams.guard_report)()

@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
     peer = load_peer(options.peer)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        text.write_text("".join(random.Random(0).choices(CHARACTERS, k=TEXT_LENGTH)))
+        text.write_text("".join(random.Random(0).choices(CHARACTERS, k=TEXT_LENGTH)), encoding="utf-8")
         data = [f"data.paths=[{text}]", f"data.dir={folder}/corpus"]
         config = configuration.load(["experiment=shakespeare_char", "tracking=off", *data, *options.overrides])
         corpus = Corpus(prepare.prepare(config.data, lambda progress: None))

@@ -51,7 +51,9 @@ def installed(package: str) -> str | None:
 def command_output(command: list[str]) -> str | None:
     """Standard output of a command run in the repository; None if it fails or is not there."""
     try:
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -59,7 +61,7 @@ def command_output(command: list[str]) -> str | None:
 def processor() -> str:
     """The model name of this machine's CPU."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
@@ -68,11 +70,11 @@ def processor() -> str:
 def append(file: Path, rows: list[dict[str, Any]]) -> None:
     """Appends the rows to the file, a JSON line each; creates its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
+    with file.open("a", encoding="utf-8") as out:
         out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The complete lines of a file of JSON lines, parsed; none if it is not there."""
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text("utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -218,8 +218,8 @@ class Drill:
 
     def _write(self, about: str, holds: bool) -> None:
         content = {"about": about, "holds": holds, "faults": [to_dict(row) for row in self.rows]}
-        (self.folder / "drill.json").write_text(json.dumps(content, indent=1) + "\n")
-        (self.folder / "drill.md").write_text(markdown(self.rows, about))
+        (self.folder / "drill.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (self.folder / "drill.md").write_text(markdown(self.rows, about), encoding="utf-8")
 
 
 def _losses(folder: Path, step: int) -> Losses:

@@ -224,7 +224,7 @@ class DisturbedRun:
         """The command is given on a copy of the corpus with a damaged shard; then the shard is put right."""
         run = self._ready_run()
         self.stop()
-        corpus = Path(json.loads(RunDir(run.folder).corpus.read_text())["folder"])
+        corpus = Path(json.loads(RunDir(run.folder).corpus.read_text("utf-8"))["folder"])
         shard, copy = copy_with_damaged_shard(corpus, self.folder / "corpus")
         injection = self._inject(run.start, f"data.dir={copy}")
         report = self._wait_for_report(fault, injection, {"file": shard}, lambda: False)

@@ -190,4 +190,4 @@ class TrainProcess:
 
     @property
     def _world(self) -> dict[str, Any]:
-        return dict(json.loads(RunDir(self.folder).world.read_text()))
+        return dict(json.loads(RunDir(self.folder).world.read_text("utf-8")))

@@ -166,7 +166,8 @@ def _start_daemon(order: node_daemon.NodeOrder) -> dict:
         stderr=subprocess.PIPE,
         start_new_session=True,
         cwd="/",
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     assert process.stdout is not None
     assert process.stderr is not None

@@ -87,8 +87,8 @@ def _verify(out: UserConsole, folder: Path, settings: Sequence[str], half: int) 
 
 def _conclusion(equal: bool, run: RunDir) -> Text:
     """The verdict in words, with the devices that it was seen on: of others it says nothing."""
-    about = json.loads(run.environment.read_text())
-    deterministic = yaml.safe_load(run.config.read_text())["cluster"]["deterministic"]
+    about = json.loads(run.environment.read_text("utf-8"))
+    deterministic = yaml.safe_load(run.config.read_text("utf-8"))["cluster"]["deterministic"]
     where = f"{plural(about['workers'], 'worker')} on {about['device']}"
     where += f", cluster.deterministic={str(deterministic).lower()}"
     if equal:

@@ -14,7 +14,7 @@ def bind_to_device(pci_address: str, least: int) -> int:
     allowed = os.sched_getaffinity(0)
     local = ""
     with contextlib.suppress(OSError):
-        local = (PCI_DEVICES / pci_address.lower() / "local_cpulist").read_text()
+        local = (PCI_DEVICES / pci_address.lower() / "local_cpulist").read_text("utf-8")
     cores = cores_near(local, allowed, least)
     if cores != allowed:
         os.sched_setaffinity(0, cores)

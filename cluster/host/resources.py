@@ -47,12 +47,13 @@ def count_cpus() -> int:
     """
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
+        quota, whole = Path("/sys/fs/cgroup/cpu.max").read_text("utf-8").split()
+        cores = min(cores, max(1, int(quota) // int(whole)))
     with contextlib.suppress(OSError, ValueError):
-        microseconds = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text())
+        microseconds = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text("utf-8"))
         if microseconds > 0:
-            cores = min(cores, max(1, microseconds // int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text())))
+            period = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text("utf-8"))
+            cores = min(cores, max(1, microseconds // period))
     with contextlib.suppress(KeyError, ValueError):
         cores = min(cores, int(os.environ["SLURM_CPUS_ON_NODE"]))
     return cores
@@ -63,9 +64,10 @@ def oom_kills() -> int:
     total = 0
     counters = [Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")]
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text("utf-8", errors="replace").splitlines():
             counters.append(Path("/sys/fs/cgroup" + line.split(":", 2)[2]) / "memory.events")
     for path in counters:
         with contextlib.suppress(OSError):
-            total += sum(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
+            lines = path.read_text("utf-8").splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
     return total

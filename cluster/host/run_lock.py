@@ -58,7 +58,7 @@ def _unwritable(folder: Path, key: str, error: OSError) -> UserError:
 
 def _holder(path: Path) -> str:
     try:
-        holder = json.loads(path.read_text())
+        holder = json.loads(path.read_text("utf-8"))
         return f"another job: pid {holder['pid']} on {holder['host']}, since {holder['since']}"
     except UNREADABLE:
         return "another job"

@@ -47,7 +47,7 @@ def connect(
     ]
     commands_for = remote_hosts.ssh_commands if kind == "ssh" else remote_hosts.srun_commands
     commands = commands_for(hosts, join, cluster.remote_dir or str(REPOSITORY))
-    remote_nodes = remote_hosts.RemoteNodes(commands, token.read_text(), folder)
+    remote_nodes = remote_hosts.RemoteNodes(commands, token.read_text("utf-8"), folder)
     cluster_client.init_driver(head.address, job_name, None, ip)
     remote_nodes.wait_until_joined(cluster.start_timeout)
     return None, remote_nodes

@@ -205,7 +205,7 @@ def main() -> int:
     daemon = NodeDaemon(order, lifeline=False)
     try:
         print_message(daemon.start_node())
-        with (daemon.folder / "node.log").open("a") as log:
+        with (daemon.folder / "node.log").open("a", encoding="utf-8") as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
         daemon.wait_for_end()

@@ -36,7 +36,7 @@ def write_token(path: Path, token: str) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.unlink(missing_ok=True)
     new.touch(mode=0o600, exist_ok=False)
-    new.write_text(token)
+    new.write_text(token, encoding="utf-8")
     new.replace(path)
 
 

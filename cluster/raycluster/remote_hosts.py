@@ -70,7 +70,8 @@ def read_hosts(named: Sequence[str] | str) -> list[str]:
 def ssh_address(name: str) -> str:
     """The name or address that ssh connects to for ``name``, which its configuration may define."""
     try:
-        output = subprocess.run(["ssh", "-G", "--", name], capture_output=True, text=True, timeout=10).stdout
+        command = ["ssh", "-G", "--", name]
+        output = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10).stdout
     except FileNotFoundError:
         raise UserError("cluster.hosts needs the command ssh, and there is none here: install openssh-client") from None
     settings = dict(line.split(" ", 1) for line in output.splitlines() if " " in line)
@@ -100,7 +101,12 @@ def other_slurm_nodes(environment: dict[str, str]) -> list[str]:
         return []
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=True,
+            timeout=30,
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
@@ -192,14 +198,15 @@ class RemoteNodes:
             time.sleep(REPEAT_S)
 
     def _run(self, command: RemoteCommand, environment: dict[str, str]) -> int:
-        with self._log(command.name).open("w") as log:
+        with self._log(command.name).open("w", encoding="utf-8") as log:
             process = subprocess.Popen(
                 command.argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 start_new_session=True,  # Ctrl-C on the terminal is the driver's to handle
             )
         self.processes[command.name] = process
@@ -221,7 +228,7 @@ class RemoteNodes:
     def _last_output(self, name: str) -> str:
         """The last lines of a command's errors, to be appended to a sentence; empty where there are none."""
         with contextlib.suppress(OSError):
-            lines = [line for line in self._log(name).read_text(errors="replace").splitlines() if line.strip()]
+            lines = [line for line in self._log(name).read_text("utf-8", errors="replace").splitlines() if line.strip()]
             lines = [line for line in lines if not line.startswith("+ ")][-OUTPUT_LINES:]
             return ": " + " / ".join(lines) if lines else ""
         return ""

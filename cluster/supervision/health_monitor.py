@@ -105,7 +105,7 @@ class HealthMonitor:
         if window and window is not self.written and now > self.written_at + STEPS_WRITTEN_S:
             self.written, self.written_at = window, now
             line = {"step": max(heartbeat.step for heartbeat in heartbeats), **hang_detector.summarise_steps(window)}
-            with RunDir(self.job.run_dir).ranks.open("a") as file:
+            with RunDir(self.job.run_dir).ranks.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
         for rank, ratio in slow_ranks:
             self._show_slow(rank, f"it works {ratio:.1f} times as long as the others")

@@ -33,7 +33,7 @@ class StartupClock:
         first = event["event"] == "phase" and event["name"] == "train" and "first_step_done" not in self.marks
         if first:
             self.mark("first_step_done", event["t"])
-            RunDir(run_dir).startup.write_text(json.dumps(self.marks, indent=1) + "\n")
+            RunDir(run_dir).startup.write_text(json.dumps(self.marks, indent=1) + "\n", encoding="utf-8")
         return first
 
 

@@ -98,7 +98,7 @@ class Supervisor:
             for status, pid in zip(attempt.ranks, pids, strict=True)
         ]
         partial = self.job.run_dir / ".world.json"
-        partial.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n")
+        partial.write_text(json.dumps({"generation": self.attempts, "ranks": ranks}) + "\n", encoding="utf-8")
         partial.replace(RunDir(self.job.run_dir).world)
 
     # --------------------------------------------------------------------------------------------------------- restarts
@@ -216,7 +216,7 @@ class Supervisor:
             marks = {**event["marks"], **self.interruption}
             event = RecoveredEvent(self.attempts, event["size"], marks).to_json()
             record = {key: value for key, value in event.items() if key != "event"}
-            with RunDir(self.job.run_dir).restarts.open("a") as file:
+            with RunDir(self.job.run_dir).restarts.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             self.interruption = {}
         self.console(event)

@@ -75,7 +75,9 @@ class Board:
         self.terminal.print(Text(text, style=style), soft_wrap=not self.terminal.is_live)
 
     def show_preparing(self, event: dict[str, Any]) -> None:
-        """Shows a phase of the corpus' preparation, once."""
+        """Shows a phase of the corpus' preparation, once, and its notes."""
+        if event.get("note"):
+            self.print_line(f"  {event['note']}", "dim")
         words = PREPARING.get(event.get("phase", ""))
         if words is not None and words != self._preparing:
             self._preparing = words

@@ -97,7 +97,7 @@ def describe_versions(torch_version: str, built_for: str | None, driver: str | N
 def _driver_version() -> str | None:
     """The version of the NVIDIA kernel module, such as "550.54.15"."""
     with contextlib.suppress(OSError):
-        found = re.search(r"Kernel Module\D*?([0-9]+(?:\.[0-9]+)+)", DRIVER_VERSION.read_text())
+        found = re.search(r"Kernel Module\D*?([0-9]+(?:\.[0-9]+)+)", DRIVER_VERSION.read_text("utf-8"))
         return found[1] if found else None
     return None
 

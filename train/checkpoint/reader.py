@@ -196,7 +196,7 @@ def _candidates(
         note(str(error))
         mirror_errors.append(str(error))
     with contextlib.suppress(OSError):
-        latest = (folder / "latest").read_text(errors="replace")
+        latest = (folder / "latest").read_text("utf-8", errors="replace")
         if latest not in {name for name, *_ in local}:
             note(f"latest says {latest[:40]!r}, which is no whole checkpoint")
     return sorted([*local, *remote], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)

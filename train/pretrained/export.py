@@ -274,7 +274,7 @@ def head_logits(objective: Any, tokens: Tensor) -> list[Tensor]:
 
 def _load_exported(staging: Path) -> tuple[Any, dict[str, Any]]:
     """The exported model loaded by transformers in float32, and its missing, unexpected and mismatched parameters."""
-    hf_class = getattr(transformers, json.loads((staging / CONFIG_FILE).read_text())["architectures"][0])
+    hf_class = getattr(transformers, json.loads((staging / CONFIG_FILE).read_text("utf-8"))["architectures"][0])
     model, info = hf_class.from_pretrained(
         staging, dtype=torch.float32, local_files_only=True, output_loading_info=True
     )

@@ -46,7 +46,7 @@ class MetricsFile:
         file.parent.mkdir(parents=True, exist_ok=True)
         self.earlier = [r for step, r in steps_of(read_records(file)).items() if step <= last_step]
         write_whole(file, "".join(_line(r) for r in self.earlier).encode())
-        self.out = file.open("a")
+        self.out = file.open("a", encoding="utf-8")
 
     def append(self, record: Record) -> None:
         """Append a line; it survives a kill of the process when this returns."""
@@ -217,7 +217,7 @@ class Tracker:
 
     def samples(self, step: int, rows: list[tuple[str, str]]) -> None:
         """Log (prompt, text) pairs, to ``samples.jsonl``, then to W&B."""
-        with self.run_dir.samples.open("a") as out:
+        with self.run_dir.samples.open("a", encoding="utf-8") as out:
             out.writelines(_line({"step": step, "prompt": prompt, "text": text}) for prompt, text in rows)
         if self.wandb:
             self.wandb.samples(step, rows)

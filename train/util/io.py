@@ -123,7 +123,7 @@ class FileLock:
 
         Raises OSError where it cannot be opened.
         """
-        self.file, self.on_wait = path.open("a+" if create else "r+"), on_wait
+        self.file, self.on_wait = path.open("a+" if create else "r+", encoding="utf-8"), on_wait
 
     def acquire(self, *, wait: bool = True, shared: bool = False) -> bool:
         """Take the lock, ``shared`` with others that share it; False where another holds it and ``wait`` is false."""

@@ -21,7 +21,7 @@ from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.data.loader import held_out_text
 from train.data.prepare.prepare import prepare
-from train.errors import ExitCode
+from train.errors import ExitCode, UserError
 
 SAMPLE = ("generation.prompts=[ab]", "generation.max_tokens=12")
 
@@ -91,7 +91,7 @@ def test_generate_equals_the_samples_that_a_sharded_run_wrote(trained: Config, c
 def test_generate_reads_prompts_from_a_file_and_standard_input(
     trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "prompts.txt").write_text("ab\n\nnö\n", "utf-8")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffab\r\n\r\nnö\r\n".encode())
     common = ["generate", f"run.dir={trained.run.dir}", "generation=beam", "beams=3", "n=2", "max_tokens=6", "batch=1"]
     assert main([*common, f"prompts={tmp_path}/prompts.txt", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -108,6 +108,23 @@ def test_generate_reads_prompts_from_a_file_and_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\nnö"))
     assert main(["generate", f"run.dir={trained.run.dir}", "prompt=-", "max_tokens=0"]) == 0
     assert capsys.readouterr().out == "ab\nnö\n"
+
+
+def test_prompts_begin_after_a_mark_and_end_at_line_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = "\ufeffone\u2028still\x0cone\r\n  \ntwo"
+    (tmp_path / "prompts.txt").write_bytes(text.encode())
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    assert (
+        generate.read_prompts("", f"{tmp_path}/prompts.txt")
+        == generate.read_prompts("", "-")
+        == ["one\u2028still\x0cone", "two"]
+    )
+    (tmp_path / "prompts.txt").write_bytes("prompt".encode("utf-16"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        generate.read_prompts("", f"{tmp_path}/prompts.txt")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="standard input, which is closed"):
+        generate.read_prompts("-", "")
 
 
 def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from train.config.keys.base import Above0, Fraction, Section
+
+ClassName = Annotated[
+    str, BeforeValidator(lambda name: json.dumps(name) if isinstance(name, bool | int | float) else name)
+]
+"""A label as the data has it; true and 3 are spelled as in JSON, as labels of the data are."""
 
 
 class Smoothed(Section):
@@ -57,7 +64,7 @@ class Classify(Section):
     """Classification of documents, or regression where no classes are given."""
 
     name: Literal["classify"]
-    classes: list[str] = Field(
+    classes: list[ClassName] = Field(
         [], description="the labels, as the data has them, in their order; empty: labels are scores"
     )
     pool: Literal["own", "mean"] = Field(
@@ -76,7 +83,8 @@ class Classify(Section):
                 "name it there, or mend the data"
             )
         try:
-            float(label)
+            finite = math.isfinite(float(label))
         except ValueError:
-            return f"the label {label!r} is no number: name the classes in objective.classes=[...], or mend the data"
-        return None
+            finite = False
+        cure = "name the classes in objective.classes=[...], or mend the data"
+        return None if finite else f"the label {label!r} is no number: {cure}"

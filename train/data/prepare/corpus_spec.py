@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
-from train.data.prepare.sources import ReadOptions, SourceFile, raise_problems
+from train.data.prepare.problems import merged
+from train.data.prepare.sources import ReadOptions, SourceFile, describe_reading
 from train.errors import UserError
 from train.util.format import plural
 
@@ -50,6 +50,7 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     del chosen["tokenizer"]["max_unknown"]
     if data.tokenizer.end_token is None:  # as in corpora that were prepared before there was this key
         del chosen["tokenizer"]["end_token"]
+    chosen |= {"bad_rows": data.bad_rows} if data.bad_rows != "refuse" else {}
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
@@ -68,6 +69,8 @@ def build_spec(
     total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
     tasks = [(spans, options, data.tokenizer.kind == "chars") for spans in _group_spans(sources)]
+    if data.source == "text":
+        note(describe_reading(sources))
     results: dict[int, workers.FoundDocuments] = {}
     done = 0
     for number, part in run_tasks(workers.find_documents, tasks):
@@ -75,12 +78,16 @@ def build_spec(
         done += part.read
         report({"phase": "read", "done": done, "total": total})
     parts = [results[number] for number in range(len(tasks))]
-    raise_problems(list(chain.from_iterable(part.problems for part in parts)))
+    merged(part.problems for part in parts).raise_all()
+    skipped = merged(part.skipped for part in parts).as_note()
     documents = np.concatenate([part.documents for part in parts])
     if not len(documents):
         raise UserError(
             f"the corpus is empty: no text is left after cleaning in {plural(len(sources), 'file')} of {total:,} bytes"
+            + (f"; {skipped}" if skipped else "")
         )
+    if skipped:
+        note(skipped)
     if data.dedup:
         documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()

@@ -27,16 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.sources import (
-    CHANGED,
-    LABEL,
-    BadText,
-    Pieces,
-    ReadOptions,
-    SourceFile,
-    read_document,
-    read_span,
-)
+from train.data.prepare.problems import BadText, Problems
+from train.data.prepare.sources import CHANGED, LABEL, Pieces, ReadOptions, SourceFile, read_document, read_span
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ExitCode, UserError
 
@@ -69,10 +61,11 @@ class ByteSpan:
 
 @dataclass(frozen=True)
 class FoundDocuments:
-    """The documents of some spans in order, problems of reading, the characters seen if wanted, bytes read."""
+    """The documents of some spans in order, problems of reading, rows left out, characters if wanted, bytes read."""
 
     documents: Documents
-    problems: list[str]
+    problems: Problems
+    skipped: Problems
     characters: frozenset[str]
     read: int
 
@@ -80,7 +73,7 @@ class FoundDocuments:
 def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters: bool) -> FoundDocuments:
     """Read, clean and hash every document that begins in the spans; empty documents are left out."""
     rows: list[tuple[Any, ...]] = []
-    problems: list[str] = []
+    problems, skipped = Problems(), Problems()
     characters: set[str] | None = set() if with_characters else None
     for span in spans:
         try:
@@ -89,11 +82,14 @@ def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters:
                     if measured := _measure(pieces, characters):
                         rows.append((span.number, offset, length, *measured, 0, WHOLE))
                 except BadText as problem:
-                    problems.append(str(problem))
+                    (skipped if problem.row and options.skip_rows else problems).add(problem)
+        except BadText as problem:
+            problems.add(problem)
         except OSError as error:
-            problems.append(f"{span.file.path}: {error.strerror or error}")
+            problems.add(BadText(span.file.path, error.strerror or str(error)))
     return FoundDocuments(
-        np.array(rows, DOCUMENT), problems, frozenset(characters or ()), sum(span.end - span.begin for span in spans)
+        *(np.array(rows, DOCUMENT), problems, skipped),
+        *(frozenset(characters or ()), sum(span.end - span.begin for span in spans)),
     )
 
 

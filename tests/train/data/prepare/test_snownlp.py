@@ -113,11 +113,11 @@ def test_label_that_is_no_class_is_refused_when_prepared_or_read(tmp_path: Path,
     config = configuration.load([*keys, "objective.classes=[bad,good]"])
     with pytest.raises(
         UserError,
-        match=r"a\.jsonl: the line at offset \d+: the label 'gut' is none of objective\.classes \(bad, good\)",
+        match=r"a\.jsonl: line 41 \(offset \d+\) .* the label 'gut' is none of objective\.classes \(bad, good\)",
     ):
         prepare(data, lambda event: None, config.objective)
     scores = configuration.load(keys)
-    with pytest.raises(UserError, match=r"the label 'good' is no number: name the classes(.|\n)*and 21 more"):
+    with pytest.raises(UserError, match=r"the label 'good' is no number: name the classes.*and 19 other lines"):
         prepare(data, lambda event: None, scores.objective)
     corpus = Corpus(prepare(data, lambda event: None), config.model.special)  # prepared for something else
     examples = build_examples(config, corpus.tokenizer)
