@@ -351,9 +351,7 @@ def _decode(file: SourceFile, offset: int, blocks: Iterator[bytes], errors: str)
     for block in chain(blocks, [b""]):
         if (nul := block.find(0)) >= 0:
             where = f"a zero byte at offset {begin + nul}"
-            raise BadText(
-                file.path, f"has {where}" if row else f"a binary file, not text ({where}); leave it out", **place
-            )
+            raise problem(f"has {where}", f"a binary file, not text ({where}); leave it out")
         undecoded = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
