@@ -30,6 +30,22 @@ from train.util.format import plural
 from train.util.io import FileLock
 
 
+def plan_workers(
+    config: Config, nodes: Sequence[placement.Node]
+) -> tuple[Config, str, placement.WorkerRequest, placement.Placement]:
+    """The configuration with its workers counted, their device, what they ask for, and how these nodes take them.
+
+    UserError where the nodes cannot, or where the settings do not go with so many workers.
+    """
+    cluster = config.cluster
+    device = placement.choose_device(cluster.device, nodes)
+    config = configuration.with_workers(config, placement.default_workers(nodes, device, cluster.cpus_per_worker))
+    request = placement.WorkerRequest(
+        config.cluster.worker_count, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
+    )
+    return config, device, request, placement.place_workers(nodes, request)
+
+
 class TrainDriver(Driver):
     """Runs the job of one command line: exit code 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
 
@@ -69,19 +85,14 @@ class TrainDriver(Driver):
         if summary := resume.finished_summary(config):
             self.console.complete(config, summary)
             return ExitCode.OK
+        if (known := connect.nodes_before_start(config.cluster)) is not None:
+            plan_workers(config, known)  # what does not fit is told before text is read and Ray started
         corpus = self.find_corpus(config)
         clock.mark("corpus")
         self._connect_to_ray(config)
         nodes = status.living_nodes()
-        device = placement.choose_device(config.cluster.device, nodes)
+        config, device, request, packed = plan_workers(config, nodes)
         self.early.fork_server.set_device(device)
-        each = config.cluster.cpus_per_worker
-        config = configuration.with_workers(config, placement.default_workers(nodes, device, each))
-        cluster = config.cluster
-        request = placement.WorkerRequest(
-            cluster.worker_count, cluster.cpus_per_worker, int(device == "gpu"), cluster.min_workers
-        )
-        packed = placement.place_workers(nodes, request)
         if packed.waiting:
             held = "; ".join(map(str, status.job_holdings()))
             text = f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}"

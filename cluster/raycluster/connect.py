@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from cluster.host import network, resources
-from cluster.raycluster import cluster_client, node_daemon, ray_auth, ray_node, remote_hosts, versions
+from cluster.raycluster import cluster_client, node_daemon, placement, ray_auth, ray_node, remote_hosts, versions
 from cluster.raycluster.local_cluster import LocalRayCluster
 from train.config.schema import ClusterConfig
 
@@ -51,6 +52,14 @@ def connect(
     cluster_client.init_driver(head.address, job_name, None, ip)
     remote_nodes.wait_until_joined(cluster.start_timeout)
     return None, remote_nodes
+
+
+def nodes_before_start(cluster: ClusterConfig) -> list[placement.Node] | None:
+    """The nodes of the cluster that ``connect`` would start, where that is of this host alone; None where it is not."""
+    if cluster.address is not None or remote_hosts.other_hosts(cluster)[1]:
+        return None
+    cpus, gpus = float(resources.count_cpus()), float(resources.count_gpus())
+    return [placement.Node(socket.gethostname(), cpus, gpus, cpus, gpus)]
 
 
 def join_lasting_cluster(address: str, job_name: str) -> None:

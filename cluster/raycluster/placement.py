@@ -20,6 +20,8 @@ class Node:
     gpus: float
     free_cpus: float
     free_gpus: float
+    id: str = ""
+    """Ray's, once it is up."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def _nodes(state: GlobalState) -> list[Node]:
                 gpus=total.get("GPU", 0.0),
                 free_cpus=left.get("CPU", 0.0),
                 free_gpus=left.get("GPU", 0.0),
+                id=info["NodeID"],
             )
         )
     return nodes

@@ -6,6 +6,7 @@ failure_report   the text that explains a failure to its reader, pure
 hang_detector    which ranks hang or lag, from their heartbeats, pure
 health_monitor   watches the living ranks of an attempt and gathers evidence
 job              the job's configuration and connections that these modules share
+left_places      GPUs and hosts that a job does not use any more, and the room beside them, pure
 outcome          the verdict on an attempt from the exits of its ranks, pure
 restart_policy   whether and when a failed job starts again, pure
 slots            placement groups and agents of the job's workers

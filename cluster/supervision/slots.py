@@ -18,9 +18,10 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.raycluster.placement import Node, WorkerRequest
+from cluster.raycluster import status
+from cluster.raycluster.placement import WorkerRequest
 from cluster.supervision.job import Job
-from cluster.supervision.restart_policy import LeftPlace, is_left, room_without
+from cluster.supervision.left_places import LeftPlace, is_left, room_without, shortage_without
 from cluster.supervision.timeouts import REJOIN_S, SLOT_CHECK_S
 from cluster.worker.agent import WorkerAgent
 from cluster.worker.messages import SlotInfo
@@ -101,7 +102,7 @@ def request_gang(cluster: ClusterConfig, device: str, size: int, left: Sequence[
     None is on a host of ``left``. Of a GPU in it, its slot keeps hold, so that Ray gives another.
     """
     bundle = _bundle(cluster, device)
-    hosts = sorted({place.node for place in left if not place.gpu})
+    hosts = sorted({place.node for place in left if place.node and not place.gpu})
     labels = [{"ray.io/node-id": f"!in({','.join(hosts)})"}] * size if hosts else None
     group = placement_group([bundle] * size, strategy="PACK", bundle_label_selector=labels)
     return [Slot(group, index, bundle) for index in range(size)]
@@ -151,12 +152,18 @@ class JobSlots:
         """Reserves ``size`` slots at once, or takes over ``gang``, and starts agents where there are none.
 
         The other slots, up to ``cluster.workers``, are requested one by one. UserError when there is no room in time.
+        Beside the places that were left there may be room for fewer, with which the job goes on; UserError where these
+        are less than ``min_workers``.
         """
         cluster = self.job.config.cluster
         self.release_slots()
-        self.all = [*(gang or request_gang(cluster, self.device, size))]
+        if self.left:
+            if shortage := self.shortage():
+                raise UserError(shortage)
+            size = min(size, self.room())
+        self.all = [*(gang or request_gang(cluster, self.device, size, self.left))]
         for _ in range(cluster.worker_count - size):
-            self.all += request_gang(cluster, self.device, 1)
+            self.all += request_gang(cluster, self.device, 1, self.left)
         for slot in self.all:
             if slot.info is None:
                 self._start_agent(slot)
@@ -180,9 +187,9 @@ class JobSlots:
                 return
             if waited > seconds:
                 raise UserError(
-                    f"no room for {plural(least, 'worker')} within cluster.start_timeout={seconds:.0f} s, only for {up}: "
-                    "other jobs hold the cluster, or hosts are gone. Wait for them, ask for fewer cluster.workers, "
-                    "set cluster.min_workers, or wait longer"
+                    f"no room for {plural(least, 'worker')} within cluster.start_timeout={seconds:.0f} s, "
+                    f"only for {up}: other jobs hold the cluster, or hosts are gone. Wait for them, ask for fewer "
+                    "cluster.workers, set cluster.min_workers, or wait longer"
                 )
             self.update_slots(SLOT_CHECK_S)
 
@@ -224,11 +231,11 @@ class JobSlots:
         """How many workers of the job fit on the cluster, whoever uses it now, beside the places that were left."""
         bundle = _bundle(self.job.config.cluster, self.device)
         request = WorkerRequest(self.job.config.cluster.worker_count, int(bundle["CPU"]), int(bundle.get("GPU", 0)))
-        nodes = []
-        for node in ray.nodes():
-            cpus, gpus = (node["Resources"].get(kind, 0.0) for kind in ("CPU", "GPU"))
-            nodes += [Node(node["NodeID"], cpus, gpus, cpus, gpus)] if node["Alive"] else []
-        return room_without(nodes, request, self.left)
+        return room_without(status.living_nodes(), request, self.left)
+
+    def shortage(self) -> str:
+        """Why the job cannot go on without the places that it has left, and what to do; empty where it can."""
+        return shortage_without(self.left, self.room(), self.min_workers)
 
     def up_slots(self) -> list[Slot]:
         """The slots that are up, in the order of ranks."""

@@ -19,6 +19,7 @@ from cluster.raycluster import placement
 from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import Attempt
 from cluster.supervision.job import Job
+from cluster.supervision.left_places import LeftPlace
 from cluster.supervision.slots import JobSlots, Slot, node_lives, node_resources
 from cluster.supervision.timeouts import SIGNAL_GRACE_S, TICK_S
 from cluster.worker import worker_env
@@ -119,14 +120,14 @@ class Supervisor:
             again = not self.job.stop.requested
         return again
 
-    def _leave_device(self, attempt: Attempt, verdict: outcome.Verdict) -> tuple[restart_policy.LeftPlace | None, str]:
+    def _leave_device(self, attempt: Attempt, verdict: outcome.Verdict) -> tuple[LeftPlace | None, str]:
         """Leaves the GPU or host whose fault the failure was: that place, and why the job cannot go on without it."""
         fault, cause = verdict.device_fault, verdict.cause
         if fault is None or cause is None:
             return None, ""
-        place = restart_policy.LeftPlace.of(attempt.ranks[cause.rank].info, fault)
+        place = LeftPlace.of(attempt.ranks[cause.rank].info, fault)
         self.slots.leave(place)
-        return place, restart_policy.shortage_without(self.slots.left, self.slots.room(), self.slots.min_workers)
+        return place, self.slots.shortage()
 
     def _newest_checkpoint(self) -> int:
         """The step of the newest checkpoint, 0 without one; a folder that has its final name is complete."""
@@ -196,7 +197,7 @@ class Supervisor:
         if self.job.signals is not None:
             self.job.signals.install()
         left, self.slots = self.slots.left, JobSlots(self.job, self.device)
-        self.slots.left = left
+        self.slots.left = [place.by_host_name() for place in left]
         self.slots.reserve_slots(self.size)
 
     def _can_grow_from(self, size: int) -> Callable[[], bool]:

@@ -18,7 +18,8 @@ from train.config.schema import CommandLine, Section
 TextKind = Literal["text", "list"]
 ELEMENT = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'|([^,]*?))\s*(?:,|$)""", re.DOTALL)
 """An element of a list, in either quotes or bare up to the next comma."""
-QUOTES = re.compile(r"""\\(["'\\])""")
+ESCAPES = re.compile(r"""(\\+)(?=["']|$)""")
+"""Backslashes before a quote or the end of a quoted element: two stand for one, as in Hydra."""
 
 
 def text_keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, TextKind]:
@@ -71,12 +72,13 @@ def split_list(inner: str) -> list[str]:
         match = ELEMENT.match(inner, at)
         assert match is not None  # a bare element takes anything
         double, single, bare = match.groups()
-        elements.append(bare if bare is not None else QUOTES.sub(r"\1", double if double is not None else single))
+        inside = double if double is not None else single
+        elements.append(bare if bare is not None else ESCAPES.sub(lambda run: run[0][: len(run[0]) // 2], inside))
         at = match.end()
     return elements
 
 
 def quoted(key: str, text: str) -> str:
     """The words of a shell that give ``key`` the value ``text``, whatever characters that has."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    escaped = re.sub(r'\\+(?="|$)', lambda run: run[0] * 2, text).replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')

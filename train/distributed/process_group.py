@@ -85,7 +85,7 @@ def init_from_env() -> DistContext:
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise UserError(
-            f"rank {rank} is number {local_rank} of its host, which has {plural(gpus, 'GPU')}: start at most {gpus} here"
+            f"rank {rank} is number {local_rank} of its host, which has {plural(gpus, 'GPU')}: start no more here"
         )
     world = DistContext(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())

@@ -273,8 +273,9 @@ class Guard:
                         f"look at {source_files(record)}"
                     )
                 raise UserError(
-                    f"{plural(limit, 'step')} in a row held data that make the numbers infinite (optimizer.max_skipped={limit}), "
-                    f"the last from {source_files(record)}: look at these files, and take them out of the corpus"
+                    f"{plural(limit, 'step')} in a row held data that make the numbers infinite "
+                    f"(optimizer.max_skipped={limit}), the last from {source_files(record)}: look at these files, "
+                    "and take them out of the corpus"
                 )
         elif self.skipped.count_in_a_row("rolled back", record["step"], watched.window) > watched.max_rollbacks:
             raise NotFinite(

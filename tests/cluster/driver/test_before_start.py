@@ -7,7 +7,9 @@ import yaml
 from helpers.run_dirs import write_manifest
 
 from cluster.driver.prepared_corpus import find_corpus
+from cluster.driver.train_driver import plan_workers
 from cluster.host import run_lock
+from cluster.raycluster import connect
 from train.config import load as configuration
 from train.errors import UserError
 
@@ -56,3 +58,24 @@ def test_run_folder_with_other_files_is_kept_after_a_refused_start(tmp_path):
         (tmp_path / "run" / "config.yaml").write_text("steps: 1")
         run_lock.remove_empty_run_dir(tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.yaml", "lock", "logs"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cure"),
+    [
+        (["batch.micro=4"], "has room for 2: batch.micro=4 is more than a worker's share of 3 sequences"),
+        (["cluster.workers=99", "batch.global=99"], "cluster.workers=99 asks for 99 workers of 1 core"),
+    ],
+)
+def test_workers_that_do_not_fit_this_host_are_refused_before_the_start(monkeypatch, overrides, cure):
+    monkeypatch.setattr(connect.resources, "count_cpus", lambda: 2)
+    monkeypatch.setattr(connect.resources, "count_gpus", lambda: 0)
+    config = configuration.load(["experiment=gpt_tiny", "cluster.start=here", *overrides])
+    nodes = connect.nodes_before_start(config.cluster)
+    with pytest.raises(UserError, match=cure):
+        plan_workers(config, nodes)
+
+
+def test_nodes_of_a_cluster_elsewhere_are_not_known_before_the_start():
+    config = configuration.load(["cluster.address=10.0.0.1:6379"])
+    assert connect.nodes_before_start(config.cluster) is None

@@ -8,10 +8,13 @@ import pytest
 from helpers.ray_cluster import private
 
 from cluster.host.stop_request import StopRequest
-from cluster.raycluster import ray_auth, ray_node
+from cluster.raycluster import ray_auth, ray_node, status
 from cluster.supervision.job import Job, StartupClock
+from cluster.supervision.left_places import LeftPlace
+from cluster.supervision.slots import JobSlots
 from cluster.supervision.supervisor import Supervisor
 from train.config import load as configuration
+from train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TARGET = "helpers.toy:train_rank"
@@ -92,3 +95,24 @@ def test_job_that_cannot_shrink_says_which_host_to_mend(cluster_of, tmp_path):
     assert "(uncorrectable ECC error encountered) only 1 worker fit on the cluster, and 2 are needed" in failure["next"]
     assert "drain and reboot" in failure["next"]
     assert "or use cluster.min_workers=1" in failure["next"]
+
+
+def test_slots_that_are_reserved_anew_stay_out_of_places_that_were_left(cluster_of, tmp_path):
+    folder = cluster_of(2)
+    bad, good = status.living_nodes()
+    overrides = [f"run.dir={tmp_path}", "cluster.workers=2"]
+
+    def reserve(*more):
+        config = configuration.load([*overrides, *more])
+        job = Job(config, "", TARGET, folder.name, lambda event: None, StopRequest(), StartupClock(time.time()))
+        slots = JobSlots(job, "cpu")
+        slots.left = [LeftPlace(bad.id, bad.name, "Xid 79: the GPU has fallen off the bus")]
+        try:
+            slots.reserve_slots(2)
+            return [slot.info.node for slot in slots.up_slots()]
+        finally:
+            slots.release_slots()
+
+    assert reserve("cluster.min_workers=1") == [good.id]
+    with pytest.raises(UserError, match=r"giving up: without host .* only 1 worker fits on the cluster, and 2 are"):
+        reserve()
