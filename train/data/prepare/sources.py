@@ -289,16 +289,21 @@ def _text_or_problem(file: SourceFile, offset: int, raw: bytes, options: ReadOpt
 
 def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> list[str]:
     """[text], or [text, label] where labels are read, of a document's bytes, which begin at ``offset`` in the file."""
-    row = {"offset": offset, "row": True} if file.records or file.lines else {}
+    row = file.records or file.lines
+    place = offset if row else None
     if (nul := raw.find(0)) >= 0:
         where = f"a zero byte at offset {offset + nul}"
-        raise BadText(file.path, f"has {where}" if row else f"a binary file, not text ({where}); leave it out", **row)
+        raise BadText(
+            file.path, f"has {where}" if row else f"a binary file, not text ({where}); leave it out", place, row=row
+        )
     try:
         text = raw.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         what = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8"
         cure = "convert the file, or take data.encoding_errors=replace"
-        raise BadText(file.path, f"cannot be read: {what}; {cure}" if row else f"{what}; {cure}", **row) from None
+        raise BadText(
+            file.path, f"cannot be read: {what}; {cure}" if row else f"{what}; {cure}", place, row=row
+        ) from None
     if file.package_file:
         return [file.package_file.text(text), *([file.package_file.label] if options.label_key else [])]
     if file.records:
@@ -306,7 +311,7 @@ def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOpti
             replace = options.errors == "replace"
             return records.record_fields(text, options.text_key, options.label_key, replace=replace)
         except records.BadRecord as error:
-            raise BadText(file.path, str(error), **row) from None
+            raise BadText(file.path, str(error), place, row=row) from None
     if options.label_key:
         raise BadText(
             file.path,
