@@ -376,9 +376,9 @@ def _of_hugging_face(folder: Path) -> list[Format]:
 
     def read(path: Path) -> None:
         opened = HFFolder(path)
-        family = describe_source(path, "latest").family
-        assert family is not None
-        reader = HFWeights(opened, family)
+        source = describe_source(path, "latest")
+        assert source.family is not None
+        reader = HFWeights(opened, source.family, source.arch["tied"])
         for name in ("backbone.embed.weight", "backbone.blocks.0.attention.qkv.weight", "backbone.norm.weight"):
             if reader.shape(name) is not None:
                 reader.read(name)
