@@ -92,7 +92,8 @@ def test_job_that_cannot_shrink_says_which_host_to_mend(cluster_of, tmp_path):
     assert (verdict.kind, verdict.fault) == ("failed", "device")
     [failure] = failures(events)
     assert not failure["again"]
-    assert "(uncorrectable ECC error encountered) only 1 worker fit on the cluster, and 2 are needed" in failure["next"]
+    shortage = "(uncorrectable ECC error encountered) only 1 worker fits on the cluster, and 2 are needed"
+    assert shortage in failure["next"]
     assert "drain and reboot" in failure["next"]
     assert "or use cluster.min_workers=1" in failure["next"]
 
