@@ -293,7 +293,6 @@ def read_document(file: SourceFile, offset: int, length: int, options: ReadOptio
         raise UserError(f"{error} ({CHANGED})") from None
 
 
-<<<<<<< HEAD
 def _blocks(stream: BinaryIO) -> Iterator[bytes]:
     """What is left of a file, in blocks."""
     return iter(lambda: stream.read(_BLOCK), b"")
@@ -319,25 +318,6 @@ def _parse_document(file: SourceFile, offset: int, blocks: Iterator[bytes], opti
     A plain file is read as its pieces are; a row is parsed at once.
     """
     pieces = _decode(file, offset, blocks, options.errors)
-=======
-def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOptions) -> list[str]:
-    """[text], or [text, label] where labels are read, of a document's bytes, which begin at ``offset`` in the file."""
-    row = file.records or file.lines
-    place = offset if row else None
-    if (nul := raw.find(0)) >= 0:
-        where = f"a zero byte at offset {offset + nul}"
-        raise BadText(
-            file.path, f"has {where}" if row else f"a binary file, not text ({where}); leave it out", place, row=row
-        )
-    try:
-        text = raw.decode("utf-8", options.errors)
-    except UnicodeDecodeError as error:
-        what = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start} is not UTF-8"
-        cure = "convert the file, or take data.encoding_errors=replace"
-        raise BadText(
-            file.path, f"cannot be read: {what}; {cure}" if row else f"{what}; {cure}", place, row=row
-        ) from None
->>>>>>> sources
     if file.package_file:
         line = "".join(pieces)
         fields = [file.package_file.text(line), *([file.package_file.label] if options.label_key else [])]
@@ -346,13 +326,8 @@ def _parse_document(file: SourceFile, offset: int, raw: bytes, options: ReadOpti
             replace = options.errors == "replace"
             fields = records.record_fields("".join(pieces), options.text_key, options.label_key, replace=replace)
         except records.BadRecord as error:
-<<<<<<< HEAD
             raise BadText(file.path, str(error), offset, row=True) from None
     elif options.label_key:
-=======
-            raise BadText(file.path, str(error), place, row=row) from None
-    if options.label_key:
->>>>>>> sources
         raise BadText(
             file.path,
             f"plain text, and only rows of JSON have labels (data.label_key={options.label_key})",
