@@ -164,15 +164,15 @@ def lie(*path, value):
     ("path", "value", "words"),
     [
         (("shards", 0, "size"), lambda size: size + 512, "truncated or overwritten"),
-        (("shards", 0, "size"), -1, "splits.train.shards.0.size is '-1'"),
+        (("shards", 0, "size"), -1, "splits.train.shards.0.size is -1"),
         (("shards", 0, "size"), 10**30, "splits.train.shards.0.size is "),
         (("shards", 0, "samples"), lambda n: n + 10**12, "where the index speaks of 10000000000"),
-        (("shards", 0, "samples"), 1.5, "splits.train.shards.0.samples is '1.5'"),
+        (("shards", 0, "samples"), 1.5, "splits.train.shards.0.samples is 1.5"),
         (("shards", 0, "tokens"), lambda n: n + 1, "tokens, and the index says"),
         (("shards", 0, "name"), "../../../etc/passwd", "splits.train.shards.0.name is '../../../etc/passwd'"),
         (("shards", 0, "name"), "pipe:touch canary", "splits.train.shards.0.name is 'pipe:touch canary'"),
         (("table", "name"), "/dev/zero", "splits.train.table.name is '/dev/zero'"),
-        (("shards",), {}, "splits.train.shards is '{}'"),
+        (("shards",), {}, "splits.train.shards is {}"),
         (("_target_",), "os.system", "splits.train._target_ is 'os.system'"),
     ],
 )
