@@ -39,7 +39,7 @@ from train.config import load as configuration
 from train.config import sweep_space
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
-from train.data.prepare import build, sources
+from train.data.prepare import build, sources, workers
 from train.data.prepare.corpus_spec import CorpusSpec
 from train.data.prepare.prepare import prepare
 from train.data.tokenizer import Tokenizer, build_tokenizer
@@ -153,13 +153,15 @@ def _of_corpora(folder: Path) -> list[Format]:
     options = sources.ReadOptions("text", "strict", "label", None)
     lines = [
         b'{"text": "a b", "label": "good", "more": [1, {"a": null}]}\n{"text": "c", "label": "bad"}\n',
-        b'{"text": "", "label": ""}',
+        b'{"text": "", "label": "good"}',
     ]
+    array_file = folder / "rows.json"
+    row_arrays = [b'[{"text": "a b", "label": 1}, {"text": "c", "label": true, "more": [0.5, null]}]']
 
-    def read_rows() -> None:
-        size = rows.stat().st_size
-        file = sources.SourceFile(str(rows), rows.name, size, 0)
-        list(sources.read_span(file, 0, size, options))
+    def read_rows(path: Path) -> None:
+        size = path.stat().st_size
+        span = workers.ByteSpan(0, sources.SourceFile(str(path), path.name, size, 0), 0, size)
+        workers.find_documents([span], options, True).problems.raise_all()
 
     return [
         Format("corpus: index.json", [index], mutate.json_file, _file(corpus / shards.INDEX, read_index)),
@@ -184,7 +186,8 @@ def _of_corpora(folder: Path) -> list[Format]:
             mutate.json_file,
             _file(corpus / "recipe.json", lambda: build.claim_folder(corpus, spec)),
         ),
-        Format("rows of jsonl", lines, mutate.json_lines, _file(rows, read_rows)),
+        Format("rows of jsonl", lines, mutate.json_lines, _file(rows, lambda: read_rows(rows))),
+        Format("rows of a json array", row_arrays, mutate.json_file, _file(array_file, lambda: read_rows(array_file))),
         *_of_tokenizers(),
     ]
 

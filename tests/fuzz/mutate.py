@@ -153,7 +153,7 @@ def _break_text(draw: random.Random, text: str) -> str:
             opening, closing = draw.choice((("[", "]"), ('{"a":', "}")))
             at = max(0, text.rfind(":", 0, draw.randint(1, len(text)))) + 1 if text else 0
             return f"{text[:at]}{opening * DEEP}1{closing * DEEP}{text[at:]}"
-        case 1 if '{"' in text and '",' in text:
+        case 1 if '{"' in text and '",' in text.partition('{"')[2]:
             begin = text.index('{"') + 1
             return text[:begin] + text[begin : text.index('",', begin) + 2] + text[begin:]
         case 2:
