@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.tools.run import modules as bench_modules
 from cluster.cli import cluster
 from review import __main__ as review
 from train.config import load as configuration
@@ -110,7 +111,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
     elif verb == "review":
         review.parser().parse_args(arguments)
     elif verb == "bench" and arguments:
-        assert (ROOT / "bench" / f"{arguments[0]}.py").is_file()
+        assert arguments[0] in bench_modules()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)

@@ -57,10 +57,10 @@ class Finish(NamedTuple):
 def run_logged(command: list[str], folder: Path, log: Path) -> None:
     """Run a command in ``folder``, its output into ``log``. Raises SystemExit with its last lines if it fails."""
     environment = {name: value for name, value in os.environ.items() if name not in OURS}
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(command, cwd=folder, stdout=file, stderr=file, env=environment, check=False).returncode
     if code:
-        tail = "\n".join(log.read_text().splitlines()[-15:])
+        tail = "\n".join(log.read_text("utf-8").splitlines()[-15:])
         raise SystemExit(f"{' '.join(command[:3])} ... ended with {code}:\n{tail}")
 
 
@@ -71,7 +71,7 @@ def ours(text: Path, overrides: list[str], folder: Path) -> Finish:
     command = [str(REPOSITORY / "launch.sh"), "train", "experiment=shakespeare_race", *keys, *overrides]
     run_logged(command, REPOSITORY, folder / "log")
     seconds = time.perf_counter() - began
-    return Finish(seconds, json.loads((folder / "run" / "summary.json").read_text())["val_loss"])
+    return Finish(seconds, json.loads((folder / "run" / "summary.json").read_bytes())["val_loss"])
 
 
 def theirs(peer: Path, text: Path, steps: int, folder: Path) -> Finish:
@@ -144,7 +144,7 @@ def report(out: Console, finishes: dict[str, list[Finish]]) -> int:
     for column in ("", "seconds", "range", "loss", "range"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, runs in finishes.items():
-        seconds, losses = [run.seconds for run in runs], [run.loss for run in runs]
+        seconds, losses = zip(*runs, strict=True)
         table.add_row(
             name,
             f"{statistics.median(seconds):.1f}",
