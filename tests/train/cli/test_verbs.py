@@ -181,7 +181,7 @@ def test_a_path_that_is_no_run_is_refused_with_its_name(folder: str, words: str,
     assert main([verb, f"run.dir={folder}", *rest]) == ExitCode.BAD_INPUT
     error = capsys.readouterr().err
     assert error.startswith(f"{verb}: ")
-    assert folder[:5] in error or "a\\xff" in error or "zero byte" in error
+    assert folder[:5] in error or "a\\x" in error
     assert not Path("out").exists()
 
 

@@ -64,7 +64,7 @@ def test_fewer_tokens_than_asked_for_are_said_with_the_cure(tmp_path, text_data)
     (tmp_path / "a.txt").write_text("one two one two")
     events = []
     corpus = Corpus(prepare(text_data("a.txt", kind="bpe", vocab_size=4096, val_fraction=0.0), events.append))
-    (note,) = [event["text"] for event in events if event["phase"] == "note"]
+    _, note = [event["text"] for event in events if event["phase"] == "note"]  # the first: how files are read
     size = corpus.tokenizer.vocab_size
     assert f"the tokenizer has {size} tokens, not the 4,096 of data.tokenizer.vocab_size" in note
     assert f"data.tokenizer.vocab_size={size}" in note

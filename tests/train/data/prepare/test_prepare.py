@@ -74,7 +74,7 @@ def test_second_prepare_reads_no_text(tmp_path, text_data, monkeypatch):
 def test_progress_is_reported_by_phase_and_ends_at_its_total(tmp_path, text_data):
     events = []
     prepare(text_data(write_lines(tmp_path / "a.jsonl", 300), shard_tokens=3000), events.append)
-    assert list(dict.fromkeys(event["phase"] for event in events)) == ["read", "tokenizer", "tokenize", "ready"]
+    assert list(dict.fromkeys(event["phase"] for event in events)) == ["note", "read", "tokenizer", "tokenize", "ready"]
     for phase in ("read", "tokenize"):
         last = [event for event in events if event["phase"] == phase][-1]
         assert last["done"] == last["total"] > 0
@@ -167,7 +167,7 @@ def test_share_that_is_far_from_the_one_asked_for_is_said(tmp_path, text_data):
         (tmp_path / f"{name}.txt").write_text(name * 90)
     events = []
     prepare(text_data("*.txt", val_fraction=0.05), events.append)
-    (note,) = [event["text"] for event in events if event["phase"] == "note"]
+    _, note = [event["text"] for event in events if event["phase"] == "note"]  # the first: how files are read
     assert "val has 33.3% of the text, not the 5.0% of data.val_fraction" in note
     assert "there are 3" in note
 
@@ -354,7 +354,7 @@ def test_text_unknown_to_a_given_tokenizer_is_said_and_much_refused(tmp_path, te
     given, notes = {"kind": "file", "tokenizer_path": str(unigram_file(tmp_path))}, []
 
     def report(event):
-        notes.extend([event["text"]] if event["phase"] == "note" else [])
+        notes.extend([event["text"]] if "unknown" in event.get("text", "") else [])
 
     (tmp_path / "zh.txt").write_text("床前明月光，疑是地上霜。" * 50)
     with pytest.raises(UserError, match=r"(?s)9\d\.\d\d% of the text is unknown.*data\.tokenizer\.max_unknown=1 "):

@@ -27,9 +27,9 @@ def names(data: schema.DataConfig) -> list[str]:
 
 
 def documents(data: schema.DataConfig) -> list:
-    """The texts of all files, or the problems in their place."""
-    parts = [[*read_span(file, 0, file.size, read_options(data))] for file in list_files(data)]
-    return [text for _, _, text in chain.from_iterable(parts)]
+    """The texts of all files, with their labels behind LABEL."""
+    spans = (read_span(file, 0, file.size, read_options(data)) for file in list_files(data))
+    return ["".join(pieces) for _, _, pieces in chain.from_iterable(spans)]
 
 
 def test_folders_globs_and_files_are_listed_once_and_in_order(tmp_path, text_data):
@@ -268,7 +268,7 @@ def test_bad_rows_are_left_out_and_counted_if_asked_for(tmp_path, text_data):
     data = text_data("a.jsonl", bad_rows="skip")
     corpus = Corpus(prepare(data, events.append))
     assert sum(corpus.split(split).samples for split in ("train", "val")) == 2
-    notes = [event["note"] for event in events if "note" in event]
+    notes = [event["text"] for event in events if event["phase"] == "note"]
     assert notes[0] == "each row is a document of 1 .jsonl"
     assert notes[1].startswith("3 rows left out (data.bad_rows=skip); the first: a.jsonl: line 2 (offset 16) has no")
     with pytest.raises(UserError, match="it is null"):
