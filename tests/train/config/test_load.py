@@ -28,7 +28,12 @@ FITTING = {
 }
 """Overrides that an objective needs beside the default configuration."""
 DEFAULT = configuration.load([])
-NEEDING_PATHS = [("data", "text"), ("experiment", "shakespeare_char"), ("experiment", "transformer_base")]
+NEEDING_PATHS = [
+    ("data", "text"),
+    ("experiment", "shakespeare_char"),
+    ("experiment", "shakespeare_race"),
+    ("experiment", "transformer_base"),
+]
 """Choices that need data.paths."""
 
 

@@ -53,7 +53,7 @@ def test_trace_prints_a_table_or_json_and_marks_skipped_rows(make, corpus: Path,
     config = make("steps=2", "eval_every=0")
     gloo_ranks.train_world(config, corpus)
     folder = Path(config.run.dir or "")
-    line = {"step": 2, "skipped": [{"epoch": 0, "position": 16, "rows": [1]}]}
+    line = {"step": 2, "how": "in place", "skipped": [{"epoch": 0, "position": 16, "rows": [1]}]}
     (folder / "skipped.jsonl").write_text(json.dumps(line) + "\n")
     assert main(["trace", f"run.dir={folder}", "step=2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
