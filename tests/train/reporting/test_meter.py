@@ -54,7 +54,9 @@ def test_run_logs_speed_of_the_steps_since_the_last_record_and_sums_it_up(make, 
         assert record.keys() >= KEYS
         assert not {"mfu", "gpu_peak_gib"} & record.keys()
         assert 0 < record["step_s_p50"] <= record["step_s_p99"]
-        assert record["tokens_per_s"] == pytest.approx(2 * record["tokens_per_s_per_worker"], abs=0.1)
+        assert record["tokens_per_s"] == pytest.approx(
+            2 * record["tokens_per_s_per_worker"], abs=0.16
+        )  # both are rounded
         assert 0 < record["mfu_measured"] < 1
     summary = json.loads((Path(config.run.dir or "") / "summary.json").read_text())
     speeds = [record["tokens_per_s"] for record in records]
