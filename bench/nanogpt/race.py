@@ -33,7 +33,6 @@ from rich.table import Table
 from bench.nanogpt.checkout import load_peer
 from bench.tools import goals, results
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 GOAL = 1 / 3
 ROW = 64
 PEER_COMMAND = (
@@ -68,8 +67,8 @@ def ours(text: Path, overrides: list[str], folder: Path) -> Finish:
     """One run of ours into ``folder``, from nothing but the text."""
     keys = [f"data.paths=[{text}]", f"data.dir={folder}/corpus", f"run.dir={folder}/run", "tracking=off"]
     began = time.perf_counter()
-    command = [str(REPOSITORY / "launch.sh"), "train", "experiment=shakespeare_race", *keys, *overrides]
-    run_logged(command, REPOSITORY, folder / "log")
+    command = [str(results.REPOSITORY / "launch.sh"), "train", "experiment=shakespeare_race", *keys, *overrides]
+    run_logged(command, results.REPOSITORY, folder / "log")
     seconds = time.perf_counter() - began
     return Finish(seconds, json.loads((folder / "run" / "summary.json").read_bytes())["val_loss"])
 
@@ -145,13 +144,7 @@ def report(out: Console, finishes: dict[str, list[Finish]]) -> int:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, runs in finishes.items():
         seconds, losses = zip(*runs, strict=True)
-        table.add_row(
-            name,
-            f"{statistics.median(seconds):.1f}",
-            f"{min(seconds):.1f}-{max(seconds):.1f}",
-            f"{statistics.median(losses):.4f}",
-            f"{min(losses):.4f}-{max(losses):.4f}",
-        )
+        table.add_row(name, *results.middle(seconds, 1), *results.middle(losses, 4))
     out.print(table)
     rounds = list(zip(finishes["ours"], finishes["nanoGPT"], strict=True))
     ratio = statistics.median(own.seconds / peer.seconds for own, peer in rounds)

@@ -33,7 +33,7 @@ from torch import nn
 
 from bench.nanogpt.checkout import load_peer
 from bench.tools.bare_loop import NoServices, training
-from bench.tools.results import processor
+from bench.tools.results import middle, processor
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
@@ -175,11 +175,6 @@ def report(
     ratio = statistics.median(ratios[f"ours, ZeRO {options.stages[0]}"])
     out.print(f"ours / nanoGPT at ZeRO {options.stages[0]}: {ratio:.3f} (goal: at most {GOAL})")
     return int(ratio > GOAL)
-
-
-def middle(values: list[float], digits: int) -> tuple[str, str]:
-    """The median and the range, as text."""
-    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f}-{max(values):.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import statistics
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +67,11 @@ def processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+def middle(values: Sequence[float], digits: int) -> tuple[str, str]:
+    """The median and the range, as text."""
+    return f"{statistics.median(values):.{digits}f}", f"{min(values):.{digits}f}-{max(values):.{digits}f}"
 
 
 def append(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ def modules() -> dict[str, str]:
 if __name__ == "__main__":
     streams.guard_report()
     streams.raise_on_signals(signal.SIGINT, signal.SIGHUP)
-    _, name, *words = [*sys.argv, ""][: max(2, len(sys.argv))]
+    name, *words = sys.argv[1:] or [""]
     known = modules()
     if name not in known:
         print(f"bench needs one of these names: {', '.join(known)}", file=sys.stderr)

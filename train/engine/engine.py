@@ -66,9 +66,9 @@ class Engine:
         self.param_shards = [*self.trained, *frozen]
         if isinstance(self.inner, Muon):
             self.inner.dtype = torch.bfloat16 if config.precision.name == "bf16" else torch.float32
-        if isinstance(self.inner, Muon) and config.zero.stage > 0:
-            self.inner.shards = zero_layout.shards_by_flat(self.engine, self.names, self.trained, self.shapes)
-            self.inner.world = world
+            if config.zero.stage > 0:
+                self.inner.shards = zero_layout.shards_by_flat(self.engine, self.names, self.trained, self.shapes)
+                self.inner.world = world
         if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to create its states: undo it
             torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
             self.inner.state.clear()

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Bytes that a note begins with which Git LFS leaves in the place of a file."""
 
 TEMPORARY_PREFIX = ".aside-"
 """Prefix of the name of a file that is still being written; such a file found later was left by a killed process."""
@@ -90,7 +91,7 @@ def sha256_of(path: Path) -> str:
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is a note that Git LFS left in the place of the real one, which was not fetched."""
     with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import codecs
 import json
 from pathlib import PurePath
 
+from train.util.io import LFS_POINTER
+
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 """Names of files of JSON Lines: each line is a record."""
 JSON_SUFFIX = ".json"
@@ -74,7 +76,7 @@ _BY_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"GIF8", "a GIF image", _NO_TEXT),
     (0, b"\x7fELF", "a program", _NO_TEXT),
     (
-        *(0, b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself"),
+        *(0, LFS_POINTER, "a Git LFS pointer, not the file itself"),
         "fetch the files in their repository: git lfs pull",
     ),
     (
