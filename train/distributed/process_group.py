@@ -155,9 +155,17 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 @heartbeat.count_calls
-def reduce_(tensor: Tensor, rank: int) -> None:
-    """Sum the tensors of all ranks into that of ``rank``, in place; those of the others are undefined then."""
-    dist.reduce(tensor, rank)
+def all_to_all(parts: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+    """Send the flat tensors ``parts[r]``, at least one, to each rank r.
+
+    Returns by rank what it has sent here, cut into tensors of ``sizes[r]`` elements.
+    """
+    sent = torch.cat([tensor for part in parts for tensor in part])
+    lengths = [sum(part) for part in sizes]
+    received = torch.empty(sum(lengths), dtype=sent.dtype, device=sent.device)
+    dist.all_to_all_single(received, sent, lengths, [sum(map(len, part)) for part in parts])
+    whole = received.split(lengths)
+    return [list(tensor.split(list(cuts))) if cuts else [] for tensor, cuts in zip(whole, sizes, strict=True)]
 
 
 @heartbeat.count_calls

@@ -1,9 +1,9 @@
 """Muon: orthogonalised momentum for matrices, AdamW for everything else, at every ZeRO stage.
 
-Jordan et al. 2024. Momentum is elementwise, so ZeRO's flat shards hold it. Orthogonalisation needs a whole matrix: in
-rounds of ``world_size`` matrices each rank receives the shards of one, orthogonalises it and broadcasts the result.
-Clipping comes first, then momentum, then the orthogonal update, as on one device. (DeepSpeed's own Muon orthogonalises
-first, and clips the update.)
+Jordan et al. 2024. Momentum is elementwise, so ZeRO's flat shards hold it. Orthogonalisation needs a whole matrix:
+one rank collects it (``matrix_owners``), works on it, and the result goes back to the shards. Clipping comes first,
+then momentum, then the orthogonal update, as on one device. (DeepSpeed's own Muon orthogonalises first, and clips the
+update.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from train.distributed import process_group
 from train.distributed.param_shard import ParamShard
+from train.optim.matrix_owners import MatrixOwners
 
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -41,6 +42,11 @@ class Muon(torch.optim.AdamW):
     world: process_group.DistContext
     dtype = torch.float32
     """Number format of the iterations on a CPU: bfloat16 halves their time where the run's own products have it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Arguments of AdamW."""
+        super().__init__(*args, **options)
+        self._owners: dict[Tensor, MatrixOwners] = {}
 
     def step(self, closure: Any = None) -> Any:
         """Update every parameter that has a gradient. A collective under ZeRO."""
@@ -70,18 +76,12 @@ class Muon(torch.optim.AdamW):
 
     def _step_shards(self, flat: Tensor, lookahead: Tensor, lr: float) -> None:
         assert self.shards is not None
-        matrices, world = self.shards[flat], self.world
-        for first in range(0, len(matrices), world.size):
-            part = matrices[first : first + world.size]
-            wholes = [_zeros_with_shard(shape, shard, lookahead, world) for shape, shard in part]
-            for owner, whole in enumerate(wholes):
-                process_group.reduce_(whole, owner)  # each element is 0 but on one rank: nothing is rounded
-            if world.rank < len(part):
-                wholes[world.rank] = muon_update(wholes[world.rank], self.dtype)
-            for owner, (whole, (_, shard)) in enumerate(zip(wholes, part, strict=True)):
-                process_group.broadcast_(whole, owner)
-                own_part = whole.view(-1)[shard.start : shard.start + shard.numel]
-                shard.view_of(flat).add_(own_part.to(flat.device), alpha=-lr)
+        if flat not in self._owners:
+            self._owners[flat] = MatrixOwners(self.shards[flat], self.world)
+        owners = self._owners[flat]
+        updates = [muon_update(matrix, self.dtype) for matrix in owners.collect(lookahead)]
+        for shard, update in owners.distribute(updates):
+            shard.view_of(flat).add_(update.to(flat.device), alpha=-lr)
 
 
 def muon_update(lookahead: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,10 +99,3 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide is matrix else x.T).to(matrix.dtype).contiguous()
-
-
-def _zeros_with_shard(shape: torch.Size, shard: ParamShard, flat: Tensor, world: process_group.DistContext) -> Tensor:
-    """A matrix (R, C) with this rank's shard in place, 0 elsewhere."""
-    whole = torch.zeros(shape.numel(), device=world.device)
-    whole[shard.start : shard.start + shard.numel] = shard.view_of(flat)
-    return whole.view(shape)
