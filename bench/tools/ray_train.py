@@ -1,8 +1,9 @@
-"""A job of Ray Train, the peer whose workers ``bench.restart`` kills.
+"""A job of Ray Train, the peer whose processes ``bench.restart`` and ``bench.faults`` kill.
 
     python -m bench.tools.ray_train FOLDER [group=choice] [key=value]
 
-Each worker writes its pid and the time of its first step after a start to FOLDER. The job never ends by itself.
+Each worker writes its pid and the time of its first step after a start to FOLDER, the first one every ``log_every``
+steps its step to steps.jsonl. The job never ends by itself; given again on the same FOLDER, it resumes.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def worker(options: dict[str, Any]) -> None:
         if first is None:
             first = time.time()
             write_whole(folder / f"rank_{rank}.json", json.dumps({"pid": os.getpid(), "first": first}).encode())
+        if rank == 0 and step % config.log_every == 0:
+            with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step}) + "\n")
         if step % config.save_every == 0:
             save(rank, {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
@@ -89,7 +93,9 @@ def main(arguments: list[str]) -> None:
         train_loop_config={"config": configuration.to_dict(config), "folder": str(folder)},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=config.cluster.worker_count),
-        run_config=RunConfig(storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=-1)),
+        run_config=RunConfig(
+            name="job", storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=-1)
+        ),
     ).fit()
 
 
