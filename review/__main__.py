@@ -49,7 +49,7 @@ def _review(options: argparse.Namespace) -> int:
     runs = read_runs(options.runs, options.out)
     if all(run.state == "missing" and run.trial is None for run in runs):
         print(
-            f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_mini-stdlib",
+            f"review: no run in {', '.join(map(str, options.runs))}: give run folders, such as runs/gpt_micro-stdlib",
             file=sys.stderr,
         )
         return ExitCode.BAD_INPUT

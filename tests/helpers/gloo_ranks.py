@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(["train.run", "helpers.gloo_ranks", "helpers.freeze
 TINY = [
     *("model=gpt_tiny", "model.layers=2", "model.width=32", "model.max_len=32", "batch.seq_len=16", "batch.global=4"),
     *("steps=8", "log_every=1", "eval_every=4", "save_every=4", "keep_last=9", "tracking=off", "generation.prompts=[]"),
-    *("optimizer.lr=1e-2", "schedule=constant", "precision=fp32", "cluster.workers=2"),
+    *("optimizer=adamw", "optimizer.lr=1e-2", "schedule=constant", "precision=fp32", "cluster.workers=2"),
 ]
 
 TEXT = [

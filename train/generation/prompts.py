@@ -12,8 +12,8 @@ from train.config.schema import Config
 from train.data.tokenizer import Tokenizer
 from train.errors import UserError
 
-PYTHON_PROMPTS = ("def ", "class ")
-"""Default of the embedded corpus, which is Python."""
+PYTHON_PROMPTS = ("def", "class")
+"""Default of the embedded corpus, which is Python. No blank ends them: a BPE keeps it with the word that follows."""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, continues: bool) -> list[int]:

@@ -80,7 +80,7 @@ def test_override_sets_its_key_with_or_without_a_yaml():
         (["steps"], ["key=value"]),
         (["sweep=tpe"], ["'sweep=tpe'", "-m"]),
         (["sweep.trials=3"], ["-m"]),
-        (["model.heads=5"], ["model.heads=5", "model.width=192"]),
+        (["model.heads=5"], ["model.heads=5", "model.width=128"]),
     ],
 )
 def test_mistake_in_configuration_is_named_with_its_cure(overrides: list[str], expected: list[str]):

@@ -149,7 +149,15 @@ def test_classifier_of_any_family_learns_and_reports_metrics(tmp_path: Path, lab
         "batch.global=8",
         "cluster.workers=2",
     ]
-    rest = ["steps=30", "eval_every=0", "save_every=0", "optimizer.lr=3e-3", "schedule=constant", "tracking=off"]
+    rest = [
+        "steps=30",
+        "eval_every=0",
+        "save_every=0",
+        "optimizer=adamw",
+        "optimizer.lr=3e-3",
+        "schedule=constant",
+        "tracking=off",
+    ]
     config = configuration.load([*gloo_ranks.TEXT, *data, *how, *rest, f"run.dir={tmp_path}/run"])
     corpus = prepare(config.data.model_copy(update={"workers": 1}), lambda event: None)
     gloo_ranks.train_world(config, corpus)
