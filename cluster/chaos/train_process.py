@@ -19,11 +19,13 @@ from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
 from train.util.io import read_records, steps_of
+from train.util.reading import as_object, reading
 from train.util.run_layout import RunDir
 
 TIMEOUT_S = 1800.0
 PROGRESS_CHECK_S = 0.02
 LAST_LINES = 15
+OWN_FILE = "The run has written it: repeat the command, and let nothing else write into its folder"
 
 COMPARABLE_SETTINGS = [
     "keep_best=0",
@@ -174,7 +176,8 @@ class TrainProcess:
     @property
     def locations(self) -> list[RankLocation]:
         """Where the ranks are, in their order."""
-        return [RankLocation.from_json(record) for record in self._world["ranks"]]
+        with reading(RunDir(self.folder).world, OWN_FILE):
+            return [RankLocation.from_json(record) for record in self._world["ranks"]]
 
     @property
     def workers(self) -> int:
@@ -184,10 +187,11 @@ class TrainProcess:
     @property
     def world_size(self) -> int:
         """How many workers train now; 0 while they are being restarted."""
-        world = self._world
-        attempts = {record["generation"] for record in self.restarts[self.restarts_before :]}
-        return len(world["ranks"]) if not world["generation"] or world["generation"] in attempts else 0
+        with reading(RunDir(self.folder).world, OWN_FILE):
+            world = self._world
+            attempts = [record.get("generation") for record in self.restarts[self.restarts_before :]]
+            return len(world["ranks"]) if not world["generation"] or world["generation"] in attempts else 0
 
     @property
     def _world(self) -> dict[str, Any]:
-        return dict(json.loads(RunDir(self.folder).world.read_text("utf-8")))
+        return as_object(json.loads(RunDir(self.folder).world.read_text("utf-8")))

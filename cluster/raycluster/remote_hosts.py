@@ -7,7 +7,6 @@ standard input, which stays open: it closes when the driver ends, however that h
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import shlex
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host import job_dir
+from cluster.raycluster import node_daemon
 from train.config.schema import ClusterConfig
 from train.errors import UserError
 from train.util.reading import read_text
@@ -216,10 +216,8 @@ class RemoteNodes:
             process.stdin.write(self.token + "\n")
             process.stdin.flush()
         for line in process.stdout:
-            with contextlib.suppress(ValueError):  # what a shell's start-up files print
-                message = json.loads(line)
-                if isinstance(message, dict):
-                    self.messages.put((command.name, message))
+            if (message := node_daemon.parse_message(line)) is not None:
+                self.messages.put((command.name, message))
         return process.wait()
 
     def _log(self, name: str) -> Path:

@@ -301,7 +301,7 @@ def _eos_token(config_file: Path) -> str | None:
     with contextlib.suppress(*UNREADABLE):
         named = json.loads(config_file.read_text("utf-8")).get("eos_token")
         text = named.get("content") if isinstance(named, dict) else named
-        return text if isinstance(text, str) else None
+        return text if isinstance(text, str) and text.encode() else None
     return None
 
 
