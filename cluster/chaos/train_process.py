@@ -18,7 +18,7 @@ from cluster.worker import ipc
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
-from train.util.io import read_records, steps_of
+from train.util.io import FileLock, read_records, steps_of
 from train.util.reading import as_object, reading
 from train.util.run_layout import RunDir
 
@@ -121,7 +121,7 @@ class TrainProcess:
             if ended or time.monotonic() > deadline:
                 how = f"ended with exit code {self.exit_code}" if ended else f"went on for {TIMEOUT_S:.0f} s"
                 last = "\n".join(self.read_output().splitlines()[-LAST_LINES:])
-                raise UserError(f"the run {how}, and not to {what}:\n{last}")
+                raise UserError(f"the run {how} before {what}:\n{last}")
             time.sleep(check_s)
 
     def stop(self, number: int) -> int | None:
@@ -167,6 +167,18 @@ class TrainProcess:
     def saved_step(self) -> int:
         """The step of the newest checkpoint; 0 where there is none."""
         return manifest.newest_step(RunDir(self.folder).checkpoints)
+
+    @property
+    def reached_step(self) -> int:
+        """The last step that it is known to have made: one that was stopped before its evaluation is saved, and has no
+        line of metrics yet.
+        """
+        return max(self.step, self.saved_step)
+
+    def wait_for_rank0(self) -> None:
+        """Waits until no rank 0 of an earlier start writes any more: it outlives a driver that was killed a little."""
+        with FileLock(RunDir(self.folder).logs / "writer.lock"):
+            pass
 
     @property
     def restarts(self) -> list[dict]:

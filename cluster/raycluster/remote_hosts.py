@@ -72,6 +72,8 @@ def ssh_address(name: str) -> str:
     try:
         command = ["ssh", "-G", "--", name]
         output = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10).stdout
+    except subprocess.TimeoutExpired:
+        raise UserError(f"`ssh -G {name}` does not answer: look at ~/.ssh/config, or give addresses") from None
     except FileNotFoundError:
         raise UserError("cluster.hosts needs the command ssh, and there is none here: install openssh-client") from None
     settings = dict(line.split(" ", 1) for line in output.splitlines() if " " in line)

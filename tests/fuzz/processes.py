@@ -194,7 +194,7 @@ def _of_environments(folder: Path) -> list[Format]:
 
     def variables(content: bytes) -> dict[str, str]:
         lines = content.decode("utf-8", "surrogateescape").replace("\0", "").split("\n")
-        return {key: value for key, _, value in (line.partition("=") for line in lines)}
+        return dict(line.partition("=")[::2] for line in lines)
 
     def usable_gpus(content: bytes) -> None:
         resources.usable_gpus(["nvidia0", "nvidia1"], variables(content).get("CUDA_VISIBLE_DEVICES"))

@@ -46,6 +46,11 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
     finally:
         process_group.destroy_group()
+    if not sums["loss"][1]:
+        raise UserError(
+            f"no token is to be predicted in what is held out of this corpus as {split}: its documents are too short, "
+            f"or too few. Prepare a corpus of longer ones, or with a larger data.{split}_fraction, and train on it"
+        )
     evaluation = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
     return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
@@ -82,6 +87,6 @@ def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> N
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}")
     if evaluated.evaluation.bytes:
-        text = b"".join(held_out_text(evaluated.corpus, split))
-        table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
+        packed, size = gzip_bits_per_byte(held_out_text(evaluated.corpus, split))
+        table.add_row(f"bits_per_byte of gzip -9, same {size:,} bytes", f"{packed:.4f}")
     console.print(table)

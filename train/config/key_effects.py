@@ -19,7 +19,7 @@ class KeyOwners:
     values: tuple[str, ...] | range = ()
 
     def problem(self, key: str, decided: Any) -> str | None:
-        """What is wrong with ``key`` where ``decider`` has the value ``decided``; None where it has an effect."""
+        """The problem of ``key`` where ``decider`` has the value ``decided``; None where it has an effect."""
         if decided in self.values if self.values else decided is not None:
             return None
         if not self.values:
@@ -60,27 +60,29 @@ Keys that only a variant of ``model`` or ``objective`` has are in ``schema``.
 
 
 def ineffective_keys(values: Mapping[str, Any], given: Container[str], varied: Iterable[str] = ()) -> list[str]:
-    """Problems of keys among those ``given`` on the command line, in the whole tree of ``values``.
+    """Problems of keys among those ``given`` on the command line, in a tree of ``values``.
 
     ``varied``: what the trials of a sweep differ by. A key may be of some of them alone.
     """
-    problems = []
     differing = tuple(f"{key}." for key in varied)
     if "experiment." in differing:
         return []
+    problems = _vocabulary_of_no_bpe(values, given)
     for owners in OWNERS:
         section, _, name = owners.decider.rpartition(".")
-        if name not in _at(values, section) or f"{owners.decider}.".startswith(differing):
+        keys_there = _at(values, section)
+        if keys_there is None or name not in keys_there or f"{owners.decider}.".startswith(differing):
             continue
-        found = [owners.problem(key, _at(values, owners.decider)) for key in owners.keys if key in given]
+        found = [owners.problem(key, keys_there[name]) for key in owners.keys if key in given]
         problems += [problem for problem in found if problem]
-    problems += _vocabulary_of_no_bpe(values, given)
     return problems
 
 
 def _vocabulary_of_no_bpe(values: Mapping[str, Any], given: Container[str]) -> list[str]:
     tokenizer = _at(values, "data.tokenizer")
-    if tokenizer["kind"] == "bpe" or tokenizer["vocab_size"] is None or "data.tokenizer.vocab_size" not in given:
+    if tokenizer is None or tokenizer["kind"] == "bpe" or tokenizer["vocab_size"] is None:
+        return []
+    if "data.tokenizer.vocab_size" not in given:
         return []
     return [
         f"data.tokenizer.vocab_size is how many tokens a bpe learns, and data.tokenizer.kind={tokenizer['kind']} "
@@ -89,7 +91,9 @@ def _vocabulary_of_no_bpe(values: Mapping[str, Any], given: Container[str]) -> l
 
 
 def _at(values: Mapping[str, Any], key: str) -> Any:
-    """The value at a key with dots."""
+    """The value at a key with dots; None where a section of it is not there."""
     for name in key.split("."):
+        if name not in values:
+            return None
         values = values[name]
     return values

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 
 from train.config import sweep_space
 from train.config.key_effects import ineffective_keys
-from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, SweepConfig, variants
+from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
 from train.config.suggest import did_you_mean, one_value_wanted, unreadable
 from train.config.sweep_dir import trial_dir
 from train.config.text_keys import UNPARSED, text_keys, typed_value
@@ -105,7 +105,8 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
     sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
     fixed_of_runs = tuple(text for text in fixed if not sweep_space.is_sweep_override(text))
     space = sweep_space.SweepSpace(sweep, base, fixed_of_runs, tuple(axes), points)
-    if sweep_problems := sweep_space.sweep_problems(space):
+    without_effect = ineffective_keys({"sweep": sweep.model_dump()}, {sweep_space.key_of(text) for text in overrides})
+    if sweep_problems := [*without_effect, *sweep_space.sweep_problems(space)]:
         raise ConfigError(sweep_problems)
     return space
 
@@ -145,8 +146,7 @@ def _compose(
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
-    tree = {**to_dict(config), "sweep": {**SweepConfig().model_dump(), **settings}}
-    problems += ineffective_keys(tree, {sweep_space.key_of(text) for text in overrides}, varied)
+    problems += ineffective_keys(to_dict(config), {sweep_space.key_of(text) for text in overrides}, varied)
     if problems:
         raise ConfigError(problems)
     return config, settings
@@ -181,7 +181,8 @@ def read(path: Path) -> Config:
     try:
         return parse(read_yaml(path, "Restore it, or give another run's folder: run.dir=...", as_object))
     except ConfigError as error:
-        raise UserError(f"{path} is not of this program's version, or was changed: {error}") from error
+        cure = "Restore it, or read the run with the version that made it"
+        raise UserError(f"{path} is not of this program's version, or was changed: {error}. {cure}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:

@@ -100,8 +100,8 @@ def launcher_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
     if 0 <= rank < size and local_rank >= 0:
         return rank, size, local_rank
     raise UserError(
-        f"RANK={words[0]} WORLD_SIZE={words[1]} LOCAL_RANK={words[2]} is no place among ranks: start by torchrun, "
-        "which sets all three, or unset them"
+        f"RANK={words[0]} WORLD_SIZE={words[1]} LOCAL_RANK={words[2]} name no rank: they are whole numbers, RANK "
+        "below WORLD_SIZE. Start by torchrun, which sets all three, or unset them"
     )
 
 
