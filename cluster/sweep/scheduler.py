@@ -60,6 +60,7 @@ class SweepScheduler:
         self.stopping = False
         self.pruning: set[int] = set()
         self.nodes: Sequence[placement.Node] = ()
+        """Of the cluster, once they are known."""
         board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
         board.total = sweep.settings.trials if search else len(self.trials)
 
@@ -99,7 +100,8 @@ class SweepScheduler:
         UserError where a trial can never fit on the cluster.
         """
         self.resources, self.pool = resources, SlotPool(resources, self.board)
-        self.check_trials(resources.nodes)
+        if not self.nodes:
+            self.check_trials(resources.nodes)
         for config in [trial.config for trial in self.waiting] or [self.sweep.base]:
             each, gpus = config.cluster.cpus_per_worker, int(resources.device == "gpu")
             placement.place_workers(resources.nodes, placement.WorkerRequest(config.cluster.worker_count, each, gpus))

@@ -12,7 +12,7 @@ from rich.table import Table
 from train.data.corpus.shards import Corpus, open_trained_corpus
 from train.data.loader import held_out_loader, held_out_text
 from train.distributed import process_group
-from train.errors import UserError
+from train.errors import UserError, shown_name
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
 from train.reporting.terminal import UserConsole
 from train.run_dir.open_run import SavedRun, open_run
@@ -74,7 +74,7 @@ def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> N
         more: dict[str, Any] = {"step": evaluated.step, "split": split, "places": evaluated.targets}
         console.print_json(to_json(more | numbers | evaluated.evaluation.details(evaluated.classes)))
         return
-    title = f"{options['run.dir']}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
+    title = f"{shown_name(options['run.dir'])}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
         ", test" if split == "test" else ""
     )
     table = Table(title=title, title_justify="left")

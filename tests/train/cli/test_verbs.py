@@ -163,6 +163,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
         (["generate", "run.dir=RUN", "generation=beem"], "did you mean 'beam'"),
         (["generate", "run.dir=RUN", "beams=2", "n=3"], "raise beams, or lower n"),
         (["generate", "run.dir=RUN", "stop=[1]"], "stop"),
+        (["generate", "run.dir=RUN", "length_penalty=2"], "generation.length_penalty has no effect with"),
         (["sing"], "usage"),
     ],
 )
