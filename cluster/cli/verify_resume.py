@@ -75,7 +75,7 @@ def _verify(out: UserConsole, folder: Path, settings: Sequence[str], half: int) 
         step = stopped.reached_step
         if step >= 2 * half:
             raise UserError(
-                f"the run was past step {2 * half} when {number.name}, sent after step {half}, reached it: nothing was "
+                f"the run had made step {2 * half} when {number.name}, sent after step {half}, reached it: nothing was "
                 "stopped, and nothing is proven. Take a larger batch.global, so that steps last longer, or more steps "
                 f"(up to {2 * HALF} are made)"
             )

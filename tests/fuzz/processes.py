@@ -87,7 +87,7 @@ def _page(content: bytes) -> bytes:
 
 def _of_nodes(folder: Path) -> list[Format]:
     order = node_daemon.NodeOrder("/tmp/node", "/tmp/token", "127.0.0.1", 6379, 2, 0, "10.0.0.1:6379")
-    about = {"Python": "3.11.2", "ray": "2", "Trireme's code": "ab12"}
+    about = versions.local_versions()
     answer = {"pid": 3, "address": "10.0.0.1:6379", "ip": "10.0.0.1", "host": "h", "cpus": 2, "gpus": 0}
     token = folder / "auth_token"
     token.touch(mode=0o600)

@@ -20,7 +20,7 @@ from train.config import schema
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
-from train.util.reading import UNREADABLE, read_text
+from train.util.reading import UNREADABLE, as_object, read_text
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
@@ -185,7 +185,7 @@ class Tokenizer:
         fast, _ = _load(self.content)
         fast.add_special_tokens(lacking)
         content = fast.to_str()
-        extended = Tokenizer(_mark_end(json.loads(content), self._marked) if self._marked else content)
+        extended = Tokenizer(_mark_end(_values(content), self._marked) if self._marked else content)
         if [extended.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
             raise UserError(
                 f"the model needs the token {lacking[0]}, and this tokenizer numbers its own with gaps, so that none "
@@ -199,10 +199,16 @@ def _load(content: str) -> tuple[Fast, str]:
     marked = ""
     with _library("not a tokenizer.json that the tokenizers library reads"):
         if f'"{_ENDS}"' in content:
-            values = json.loads(content)
+            values = _values(content)
             marked = next((entry["content"] for entry in values["added_tokens"] if entry.pop(_ENDS, False)), "")
             content = json.dumps(values)
         return Fast.from_str(content), marked
+
+
+def _values(content: str) -> dict[str, Any]:
+    """The values of a tokenizer.json. Raises UserError where Python's parser is stricter than the library's."""
+    with _library("not a tokenizer.json"):
+        return as_object(json.loads(content))
 
 
 def encoding_digest(content: str) -> str:
@@ -218,7 +224,7 @@ def encoding_digest(content: str) -> str:
 def _unknown_id(fast: Fast, content: str) -> int | None:
     """The id of the token that stands for what the vocabulary lacks, or None where there is none."""
     if isinstance(fast.model, models.Unigram):
-        unknown: int | None = json.loads(content)["model"].get("unk_id")
+        unknown: int | None = _values(content)["model"].get("unk_id")
         return unknown
     name = getattr(fast.model, "unk_token", None)
     return fast.token_to_id(name) if name else None
@@ -291,7 +297,7 @@ def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None
         fast, _ = _load(content)
         if dropout := getattr(fast.model, "dropout", None):
             note(f"{path} has a dropout of {dropout:g}, which gives a text other tokens each time: it is switched off")
-            values = json.loads(content)
+            values = _values(content)
             values["model"]["dropout"] = None
             content = json.dumps(values, ensure_ascii=False)
         content = _with_end_token(content, fast, settings.end_token, path.with_name(_CONFIG_FILE))
@@ -315,7 +321,7 @@ def _with_end_token(content: str, fast: Fast, end_token: str | None, config_file
     if end not in (token.content for token in fast.get_added_tokens_decoder().values()):
         fast.add_special_tokens([end])  # it keeps its id
         content = fast.to_str()
-    return _mark_end(json.loads(content), end)
+    return _mark_end(_values(content), end)
 
 
 def _eos_token(config_file: Path) -> str | None:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cluster.host import network
-from cluster.raycluster import cluster_client, node_daemon, ray_auth, remote_hosts, versions
+from cluster.raycluster import cluster_client, node_daemon, ray_auth, ray_internals, remote_hosts, versions
 from train.config.schema import ClusterConfig
 from train.errors import UserError
 
@@ -187,3 +187,13 @@ def test_versions_that_others_have_stored_with_a_head_are_none_of_ours():
     for stored in (b"{}", b"[1]", b"\xff", b"[" * 5000):
         assert cluster_client.parse_versions(stored) == {}
     assert cluster_client.parse_versions(b'{"ray": "2"}') == {"ray": "2"}
+
+
+def test_token_file_that_is_empty_or_missing_is_named(tmp_path, monkeypatch):
+    for path in (tmp_path / "token", tmp_path / "missing"):
+        (tmp_path / "token").touch()
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+        ray_internals.forget_auth_token()
+        with pytest.raises(UserError, match=f"{path}.*Write the cluster's token into it, or unset RAY_AUTH_TOKEN_PATH"):
+            ray_internals.has_auth_token()
+    ray_internals.forget_auth_token()
