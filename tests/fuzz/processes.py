@@ -130,15 +130,15 @@ def _of_nodes(folder: Path) -> list[Format]:
 
 def _of_files_beside(folder: Path) -> list[Format]:
     """Files beside those that a verb names: of a running job, of W&B's client, of Hugging Face, of the kernels."""
-    process = TrainProcess(folder / "job", [])
-    run = RunDir(process.folder)
+    processes = [TrainProcess(folder / name, []) for name in ("placed", "restarted")]
+    placed, restarted = (RunDir(process.folder) for process in processes)
     rank = {"rank": 0, "pid": 3, "steward": 2, "host": "h", "ip": "127.0.0.1", "node": "ab"}
     world = {"generation": 1, "ranks": [rank, {**rank, "rank": 1}]}
     restarts = b'{"event": "recovered", "generation": 1, "failed": 1.5, "ended": 2.0}\n'
-    run.path.mkdir()
-    run.restarts.write_bytes(restarts)
     world_seed = json.dumps(world).encode()
-    run.world.write_bytes(world_seed)
+    for run in (placed, restarted):
+        run.path.mkdir()
+        run.world.write_bytes(world_seed)
     tokenizer = folder / "tokenizer" / "tokenizer.json"
     tokenizer.parent.mkdir()
     tokenizer.write_bytes((SEEDS / "unigram.json").read_bytes())
@@ -159,9 +159,14 @@ def _of_files_beside(folder: Path) -> list[Format]:
             del os.environ["NETRC"]
 
     return [
-        Format("run: world.json", [world_seed], mutate.json_file, in_file(run.world, lambda: process.locations)),
         Format(
-            "run: restarts.jsonl", [restarts * 2], mutate.json_lines, in_file(run.restarts, lambda: process.world_size)
+            "run: world.json", [world_seed], mutate.json_file, in_file(placed.world, lambda: processes[0].locations)
+        ),
+        Format(
+            "run: restarts.jsonl",
+            [restarts * 2],
+            mutate.json_lines,
+            in_file(restarted.restarts, lambda: processes[1].world_size),
         ),
         Format(
             "tokenizer_config.json",
