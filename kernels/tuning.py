@@ -74,7 +74,7 @@ def _choose(key: str, candidates: Sequence[Candidate], run: Callable[[Candidate]
     if key not in table and _measuring:
         table[key] = min(candidates, key=functools.partial(_median_ms, run))
         _store(_table_path(), key, table[key])
-    return table.get(key, candidates[0])
+    return table[key] if table.get(key) in candidates else candidates[0]  # the file may be anything
 
 
 def used_choices() -> Choices:

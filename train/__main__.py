@@ -21,7 +21,7 @@ from rich.text import Text
 from train.config import load as configuration
 from train.config import schema
 from train.config.wandb_mode import with_wandb_mode
-from train.errors import ExitCode, Stopped, UserError, guard_verb
+from train.errors import ExitCode, Stopped, UserError, guard_verb, shown_name
 from train.events import Event
 from train.reporting.terminal import UserConsole
 from train.util import streams, utf8
@@ -71,7 +71,7 @@ def export(argv: Sequence[str]) -> int:
 
     done = write(Path(options["run.dir"]), Path(options["to"]), options["checkpoint"], shard_mb * 10**6)
     size = sum(file.stat().st_size for file in done.files) / 1e6
-    where = f"{options['run.dir']}, step {done.step} -> {options['to']}"
+    where = f"{shown_name(options['run.dir'])}, step {done.step} -> {shown_name(options['to'])}"
     OUT.print(
         f"{where}: {done.family}, {plural(done.tensors, 'tensor')} in {plural(len(done.files), 'file')}, {size:,.1f} MB"
     )
@@ -96,13 +96,13 @@ def trace(argv: Sequence[str]) -> int:
     if "--json" in argv:
         OUT.print_json(data={"step": step, "data_hash": data_hash, "parts": [part.to_dict() for part in parts]})
         return ExitCode.OK
-    table = Table(title=f"{options['run.dir']}, step {step}, data_hash {data_hash}", title_justify="left")
+    table = Table(title=f"{shown_name(options['run.dir'])}, step {step}, data_hash {data_hash}", title_justify="left")
     for column in ("row", "stream", "document", "source", "tokens", "begins with"):
         table.add_column(column, justify="right" if column in ("row", "stream") else "left", no_wrap=column == "tokens")
     for part in parts:
         row = f"{part.row}{' (skipped)' if part.skipped else ''}"
         tokens = f"{part.tokens[0]:,} to {part.tokens[1]:,}"
-        table.add_row(row, str(part.stream), part.document, part.source, tokens, part.words)
+        table.add_row(row, str(part.stream), part.document, shown_name(part.source), tokens, part.words)
     OUT.print(table)
     return ExitCode.OK
 

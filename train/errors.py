@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -75,11 +76,7 @@ def bad_input(error: BaseException) -> str | None:
 
 def place_error(error: OSError) -> str:
     """The path, the system's reason and the cure: "/x/y: Not a directory (there is a file ...)"."""
-    paths = [
-        escape_foreign_bytes(os.fsdecode(name))
-        for name in (error.filename, error.filename2)
-        if isinstance(name, str | bytes)
-    ]
+    paths = [shown_name(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     cure = CURES.get(error.errno or 0)
     where = f"{' -> '.join(paths)}: " if paths else ""
     return f"{where}{error.strerror or error}" + (f" ({cure})" if cure else "")
@@ -89,6 +86,14 @@ def escape_foreign_bytes(text: str) -> str:
     """A text that any stream takes: bytes that were not UTF-8 are written as ``\\xff``, all else as it is."""
     shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
     return "".join(shown).encode("utf-8", "backslashreplace").decode()
+
+
+def shown_name(name: str | bytes | os.PathLike[str]) -> str:
+    """A path on one line of its own characters: what a terminal would obey is an escape, such as ``\\n``."""
+    text = escape_foreign_bytes(os.fsdecode(name))
+    plain = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+    shown = (c if as_is else c.encode("unicode_escape").decode() for c, as_is in zip(text, plain, strict=True))
+    return "".join(shown)
 
 
 @contextmanager

@@ -98,7 +98,8 @@ class DisturbedRun:
         saved, workers, give_up = run.saved_step, run.workers, time.monotonic() + FULL_S
         run.wait_until(lambda: run.step >= saved + every // 2, "the next steps")
         run.wait_until(
-            lambda: run.world_size == workers or (run.world_size and time.monotonic() > give_up), "have all its workers"
+            lambda: run.world_size == workers or (run.world_size and time.monotonic() > give_up),
+            "it had all its workers",
         )
         return run
 
@@ -123,7 +124,10 @@ class DisturbedRun:
         """
         assert self.run is not None
         run, pattern = self.run, fault.pattern(where)
-        run.wait_until(lambda: pattern.search(run.read_output(injection.offset)) or over() or run.ended, fault.title)
+        run.wait_until(
+            lambda: pattern.search(run.read_output(injection.offset)) or over() or run.ended,
+            f"it told of the fault: {fault.title}",
+        )
         output = run.read_output(injection.offset)
         if match := pattern.search(output):
             return FaultReport(match[0], True, time.monotonic() - injection.moment, run.furthest_step)
@@ -136,9 +140,9 @@ class DisturbedRun:
         assert self.run is not None
         run = self.run
         report = self._wait_for_report(fault, injection, where, lambda: len(run.restarts) > injection.restarts)
-        run.wait_until(lambda: len(run.restarts) > injection.restarts, f"go on after: {report.text}")
+        run.wait_until(lambda: len(run.restarts) > injection.restarts, f"it went on after: {report.text}")
         recovered = time.monotonic() - injection.moment
-        run.wait_until(lambda: len(run.restarts) >= injection.restarts + attempts, "grow again")
+        run.wait_until(lambda: len(run.restarts) >= injection.restarts + attempts, "it had grown again")
         return self._observe(injection, report, recovered)
 
     def _end_and_start(self, fault: Fault, injection: Injection, where: dict[str, Any], code: int) -> Observation:
@@ -146,7 +150,7 @@ class DisturbedRun:
         assert self.run is not None
         run = self.run
         report = self._wait_for_report(fault, injection, where, lambda: False)
-        run.wait_until(lambda: run.ended, "an end")
+        run.wait_until(lambda: run.ended, "its end")
         if run.exit_code != code:
             report = replace(report, text=f"exit code {run.exit_code}, not {code}: {report.text}", right=False)
         self._start(run)
@@ -228,7 +232,7 @@ class DisturbedRun:
         shard, copy = copy_with_damaged_shard(corpus, self.folder / "corpus")
         injection = self._inject(run.start, f"data.dir={copy}")
         report = self._wait_for_report(fault, injection, {"file": shard}, lambda: False)
-        run.wait_until(lambda: run.ended, "refuse the corpus")
+        run.wait_until(lambda: run.ended, "it refused the corpus")
         if run.exit_code != ExitCode.BAD_INPUT:
             text = f"exit code {run.exit_code}, not {ExitCode.BAD_INPUT:d}: {report.text}"
             report = replace(report, text=text, right=False)

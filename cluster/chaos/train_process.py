@@ -18,12 +18,14 @@ from cluster.worker import ipc
 from train.checkpoint import manifest
 from train.config import load as configuration
 from train.errors import UserError
-from train.util.io import read_records, steps_of
+from train.util.io import FileLock, read_records, steps_of
+from train.util.reading import as_object, reading
 from train.util.run_layout import RunDir
 
 TIMEOUT_S = 1800.0
 PROGRESS_CHECK_S = 0.02
 LAST_LINES = 15
+OWN_FILE = "The run has written it: repeat the command, and let nothing else write into its folder"
 
 COMPARABLE_SETTINGS = [
     "keep_best=0",
@@ -119,7 +121,7 @@ class TrainProcess:
             if ended or time.monotonic() > deadline:
                 how = f"ended with exit code {self.exit_code}" if ended else f"went on for {TIMEOUT_S:.0f} s"
                 last = "\n".join(self.read_output().splitlines()[-LAST_LINES:])
-                raise UserError(f"the run {how}, and not to {what}:\n{last}")
+                raise UserError(f"the run {how} before {what}:\n{last}")
             time.sleep(check_s)
 
     def stop(self, number: int) -> int | None:
@@ -167,6 +169,18 @@ class TrainProcess:
         return manifest.newest_step(RunDir(self.folder).checkpoints)
 
     @property
+    def reached_step(self) -> int:
+        """The last step that it is known to have made: one that was stopped before its evaluation is saved, and has no
+        line of metrics yet.
+        """
+        return max(self.step, self.saved_step)
+
+    def wait_for_rank0(self) -> None:
+        """Waits until no rank 0 of an earlier start writes any more: it outlives a driver that was killed a little."""
+        with FileLock(RunDir(self.folder).logs / "writer.lock"):
+            pass
+
+    @property
     def restarts(self) -> list[dict]:
         """The records of ``restarts.jsonl``: one for each attempt that trains after another had ended."""
         return read_records(RunDir(self.folder).restarts)
@@ -174,7 +188,8 @@ class TrainProcess:
     @property
     def locations(self) -> list[RankLocation]:
         """Where the ranks are, in their order."""
-        return [RankLocation.from_json(record) for record in self._world["ranks"]]
+        with reading(RunDir(self.folder).world, OWN_FILE):
+            return [RankLocation.from_json(record) for record in self._world["ranks"]]
 
     @property
     def workers(self) -> int:
@@ -184,10 +199,11 @@ class TrainProcess:
     @property
     def world_size(self) -> int:
         """How many workers train now; 0 while they are being restarted."""
-        world = self._world
-        attempts = {record["generation"] for record in self.restarts[self.restarts_before :]}
-        return len(world["ranks"]) if not world["generation"] or world["generation"] in attempts else 0
+        with reading(RunDir(self.folder).world, OWN_FILE):
+            world = self._world
+            attempts = [record.get("generation") for record in self.restarts[self.restarts_before :]]
+            return len(world["ranks"]) if not world["generation"] or world["generation"] in attempts else 0
 
     @property
     def _world(self) -> dict[str, Any]:
-        return dict(json.loads(RunDir(self.folder).world.read_text("utf-8")))
+        return as_object(json.loads(RunDir(self.folder).world.read_text("utf-8")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import subprocess
 import sys
@@ -171,12 +170,13 @@ def _start_daemon(order: node_daemon.NodeOrder) -> dict:
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    line = process.stdout.readline()
-    answer = json.loads(line) if line else {"error": f"the node could not be started:\n{process.stderr.read()[-2000:]}"}
+    answer = node_daemon.parse_message(process.stdout.readline())
+    if answer is None:
+        answer = {"error": f"the node could not be started:\n{process.stderr.read()[-2000:]}"}
     if "error" in answer:
         process.wait()
         raise UserError(answer["error"])
-    return dict(answer)
+    return answer
 
 
 def _check_port_is_free(ip: str, port: int) -> None:

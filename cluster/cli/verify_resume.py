@@ -71,10 +71,13 @@ def _verify(out: UserConsole, folder: Path, settings: Sequence[str], half: int) 
         stopped.start()
         stopped.wait_until(lambda run=stopped: run.step >= half, f"step {half}")  # type: ignore[misc]
         stopped.stop(number)
-        step = stopped.step
+        stopped.wait_for_rank0()
+        step = stopped.reached_step
         if step >= 2 * half:
             raise UserError(
-                f"the steps are too short to stop between step {half} and {2 * half}: take a larger batch.global"
+                f"the run had made step {2 * half} when {number.name}, sent after step {half}, reached it: nothing was "
+                "stopped, and nothing is proven. Take a larger batch.global, so that steps last longer, or more steps "
+                f"(up to {2 * HALF} are made)"
             )
         _train_to_checkpoint(stopped, 2 * half)
         for n, comparison in enumerate(compare(stopped.folder, unbroken.folder, 2 * half)):
@@ -100,7 +103,8 @@ def _conclusion(equal: bool, run: RunDir) -> Text:
 def _train_to_checkpoint(run: TrainProcess, step: int) -> None:
     """Starts or continues a run, and ends it once it has the checkpoint of ``step``."""
     run.start()
-    run.wait_until(RunDir(run.folder).checkpoint(step).is_dir, f"the checkpoint of step {step}")
+    saved = RunDir(run.folder).checkpoint(step).is_dir
+    run.wait_until(lambda: run.step >= step and saved(), f"the checkpoint of step {step}")
     run.stop(signal.SIGTERM)
 
 

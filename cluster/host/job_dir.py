@@ -145,7 +145,7 @@ def own_folder(name: str) -> Path:
     folder = temp_root() / name
     folder.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(folder):
-        raise UserError(f"{folder} is not private to this user: remove it")
+        raise UserError(f"{folder} is not private to this user: remove it, or have its owner do so")
     mark_in_use(folder)
     return folder
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import socket
 
 import psutil
 
 from train.errors import UserError
 
+MAX_PORT = 65535
+NAME = re.compile(r"[A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]+)?\]?")
+"""A host name, or an address of IPv4 or IPv6."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """The host and the port of ``address``, HOST:PORT or [IPV6]:PORT. Raises UserError for another text."""
+    name, _, port = address.rpartition(":")
+    if port.isascii() and port.isdecimal() and 0 < int(port[:6]) <= MAX_PORT and NAME.fullmatch(name):
+        return name.strip("[]"), int(port[:6])
+    raise UserError(
+        f"{address!r} is not HOST:PORT, with a port from 1 to {MAX_PORT}: "
+        "`./launch.sh cluster status` on a cluster's head shows its address"
+    )
+
 
 def address_towards(address: str) -> str:
     """The address of this host that packets to ``address`` (HOST:PORT) leave from. UserError without a route."""
-    name, _, port = address.rpartition(":")
+    name, port = split_address(address)
     try:
-        family, _, _, _, peer = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, peer = socket.getaddrinfo(name, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(peer)  # sends nothing
             return str(probe.getsockname()[0])
@@ -23,9 +39,8 @@ def address_towards(address: str) -> str:
 
 def refuses_connections(address: str, patience_s: float = 5.0) -> bool:
     """Whether the host of ``address`` (HOST:PORT) answers that no process listens on the port."""
-    name, _, port = address.rpartition(":")
     try:
-        socket.create_connection((name.strip("[]"), int(port)), patience_s).close()
+        socket.create_connection(split_address(address), patience_s).close()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -13,9 +13,11 @@ from typing import Any
 
 import ray
 
+from cluster.host import network
 from cluster.raycluster import ray_auth, ray_internals
 from cluster.raycluster.ray_internals import GcsClient
 from train.errors import UserError
+from train.util.reading import UNREADABLE, as_object
 
 ANSWER_S = 5.0
 """How long a head may take to accept a connection."""
@@ -25,12 +27,12 @@ ABOUT = b"trireme"
 
 def open_client(address: str) -> GcsClient:
     """A client of the head at ``address``. UserError says why there is none; Ray itself would try for minutes."""
-    host_name, _, port = address.rpartition(":")
+    host = network.split_address(address)
     has_token = ray_internals.has_auth_token()
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not has_token:
         ray_auth.check_token(ray_auth.token_path())
     try:
-        socket.create_connection((host_name, int(port)), ANSWER_S).close()
+        socket.create_connection(host, ANSWER_S).close()
         with _silent_stderr():
             return ray_internals.gcs_client(address)
     except ray.exceptions.AuthenticationError as error:
@@ -67,8 +69,14 @@ def publish_versions(address: str, versions: dict[str, str]) -> None:
 
 def published_versions(address: str) -> dict[str, str]:
     """The versions that the head at ``address`` runs; {"down"} where it is ending; {} where it is not one of ours."""
-    stored = open_client(address).internal_kv_get(ABOUT, ABOUT)
-    return dict(json.loads(stored)) if stored else {}
+    return parse_versions(open_client(address).internal_kv_get(ABOUT, ABOUT) or b"{}")
+
+
+def parse_versions(stored: bytes) -> dict[str, str]:
+    """The versions as ``publish_versions`` stored them; {} for anything else, which is not one of ours."""
+    with contextlib.suppress(*UNREADABLE):
+        return {name: str(version) for name, version in as_object(json.loads(stored)).items()}
+    return {}
 
 
 def drain_nodes(address: str, node: str | None = None) -> None:

@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from cluster.host import job_dir, network, resources
 from cluster.raycluster import cluster_client, ray_auth, ray_node, versions
 from cluster.worker import fork_server_client
 from train.errors import ExitCode, UserError
 from train.util.io import FileLock
-from train.util.reading import UNREADABLE
+from train.util.reading import UNREADABLE, as_object
 
 LIFELINE_CHECK_S = 0.5
 NODE_SAVE_S = 70.0
@@ -201,9 +201,10 @@ class NodeDaemon:
 
 def main() -> int:
     """Starts a node, prints one line of JSON, its description or {"error"}, and keeps the node in the background."""
-    order = NodeOrder(**json.loads(sys.argv[1]))
-    daemon = NodeDaemon(order, lifeline=False)
+    daemon = None
     try:
+        order = from_argument(sys.argv[1])
+        daemon = NodeDaemon(order, lifeline=False)
         print_message(daemon.start_node())
         with (daemon.folder / "node.log").open("a", encoding="utf-8") as log:
             for stream in (1, 2):
@@ -215,7 +216,8 @@ def main() -> int:
         print_message({"error": str(error)})
         return ExitCode.BAD_INPUT
     finally:
-        daemon.end()
+        if daemon is not None:
+            daemon.end()
     return ExitCode.OK
 
 
@@ -271,9 +273,24 @@ def print_message(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
+def parse_message(line: str) -> dict[str, Any] | None:
+    """The message in a line that a node printed; None for another line, as a shell's start-up files print."""
+    with contextlib.suppress(*UNREADABLE):
+        return as_object(json.loads(line))
+    return None
+
+
 def to_argument(order: NodeOrder) -> str:
     """The order as the command-line argument that ``main`` reads."""
     return json.dumps(asdict(order))
+
+
+def from_argument(text: str) -> NodeOrder:
+    """The order that ``to_argument`` wrote. Raises UserError for anything else."""
+    try:
+        return TypeAdapter(NodeOrder).validate_json(text, strict=True)
+    except ValueError:
+        raise UserError("this is no order for a node: `./launch.sh cluster up` and `join` start one") from None
 
 
 def make_node_folder(folder: Path) -> Path:

@@ -17,6 +17,7 @@ import ray._private.services
 import ray._private.state
 import ray._private.utils
 import ray._private.worker
+import ray.exceptions
 import ray.job_config
 from ray._private import ray_constants
 from ray._private.state import GlobalState
@@ -26,6 +27,8 @@ from ray._raylet import (  # type: ignore[attr-defined]
     GcsClient,
     GcsClientOptions,
 )
+
+from train.errors import UserError
 
 # The node that `ray start` makes. Ray offers no public class for it, and `ray.init` and `ray start` add a dashboard, an
 # autoscaler's monitor and a log forwarder to it, and sleep while they wait; ray_node.LeanNode does without them.
@@ -59,8 +62,15 @@ def reread_environment() -> None:
 
 
 def has_auth_token() -> bool:
-    """Whether Ray finds a token for this user, even if none is asked for. Private: Ray's API does not tell."""
-    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+    """Whether Ray finds a token for this user, even if none is asked for. Private: Ray's API does not tell.
+
+    UserError where the file that is named for it is not there, or has none.
+    """
+    try:
+        return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+    except ray.exceptions.AuthenticationError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"{why}. Write the cluster's token into it, or unset RAY_AUTH_TOKEN_PATH") from error
 
 
 def forget_auth_token() -> None:

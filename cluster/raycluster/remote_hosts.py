@@ -7,7 +7,6 @@ standard input, which stays open: it closes when the driver ends, however that h
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import shlex
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.host import job_dir
+from cluster.raycluster import node_daemon
 from train.config.schema import ClusterConfig
 from train.errors import UserError
 from train.util.reading import read_text
@@ -72,6 +72,8 @@ def ssh_address(name: str) -> str:
     try:
         command = ["ssh", "-G", "--", name]
         output = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10).stdout
+    except subprocess.TimeoutExpired:
+        raise UserError(f"`ssh -G {name}` does not answer: look at ~/.ssh/config, or give addresses") from None
     except FileNotFoundError:
         raise UserError("cluster.hosts needs the command ssh, and there is none here: install openssh-client") from None
     settings = dict(line.split(" ", 1) for line in output.splitlines() if " " in line)
@@ -216,10 +218,8 @@ class RemoteNodes:
             process.stdin.write(self.token + "\n")
             process.stdin.flush()
         for line in process.stdout:
-            with contextlib.suppress(ValueError):  # what a shell's start-up files print
-                message = json.loads(line)
-                if isinstance(message, dict):
-                    self.messages.put((command.name, message))
+            if (message := node_daemon.parse_message(line)) is not None:
+                self.messages.put((command.name, message))
         return process.wait()
 
     def _log(self, name: str) -> Path:

@@ -128,7 +128,11 @@ class Attempt:
             if waiting and self.job.private is not None:
                 self.job.private.check()
             if waiting and time.monotonic() > deadline:
-                raise UserError(f"{len(waiting)} of {len(questions)} workers did not answer within {timeout} s")
+                raise UserError(
+                    f"{len(waiting)} of {len(questions)} agents of workers did not answer "
+                    f"within cluster.start_timeout={timeout} s: is a host overloaded, or cut off? Give the same "
+                    "command again, or a longer time"
+                )
         return ray.get(list(questions))
 
     # ------------------------------------------------------------------------------------------------------- following

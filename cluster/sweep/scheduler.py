@@ -10,6 +10,7 @@ import collections
 import queue
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from cluster.supervision.job import Job, StartupClock
 from cluster.supervision.slots import Slot
 from cluster.sweep.board import Board
 from cluster.sweep.ledger import SweepLedger, TrialRecord
-from cluster.sweep.search import TrialSearch
+from cluster.sweep.search import TrialSearch, refuse_useless_values
 from cluster.sweep.slot_pool import SlotPool, SweepResources
 from cluster.sweep.trial import (
     Trial,
@@ -58,6 +59,8 @@ class SweepScheduler:
         """(number of a trial, event of its job)."""
         self.stopping = False
         self.pruning: set[int] = set()
+        self.nodes: Sequence[placement.Node] = ()
+        """Of the cluster, once they are known."""
         board.metrics, board.trials, board.best = sweep.metrics, lambda: self.trials, self.best
         board.total = sweep.settings.trials if search else len(self.trials)
 
@@ -97,9 +100,8 @@ class SweepScheduler:
         UserError where a trial can never fit on the cluster.
         """
         self.resources, self.pool = resources, SlotPool(resources, self.board)
-        self.sweep = replace(self.sweep, base=self._with_workers(self.sweep.base))
-        for trial in self.waiting:
-            trial.config = self._with_workers(trial.config)
+        if not self.nodes:
+            self.check_trials(resources.nodes)
         for config in [trial.config for trial in self.waiting] or [self.sweep.base]:
             each, gpus = config.cluster.cpus_per_worker, int(resources.device == "gpu")
             placement.place_workers(resources.nodes, placement.WorkerRequest(config.cluster.worker_count, each, gpus))
@@ -112,10 +114,22 @@ class SweepScheduler:
             self._handle_events()
         self.pool.release_all()
 
+    def check_trials(self, nodes: Sequence[placement.Node]) -> None:
+        """Counts the workers of all trials on these nodes, where that was left out.
+
+        UserError where they do not fit to the rest of a trial's configuration, or a value of a search to any.
+        """
+        self.nodes = nodes
+        self.sweep = replace(self.sweep, base=self._with_workers(self.sweep.base))
+        for trial in self.waiting:
+            trial.config = self._with_workers(trial.config)
+        if self.search is not None:
+            refuse_useless_values(self.sweep, self._with_workers)
+
     def _with_workers(self, config: Config) -> Config:
         """The configuration of a trial with its number of workers, where that was left out."""
-        resources = self.resources
-        workers = placement.default_workers(resources.nodes, resources.device, config.cluster.cpus_per_worker)
+        device = placement.choose_device(config.cluster.device, self.nodes)
+        workers = placement.default_workers(self.nodes, device, config.cluster.cpus_per_worker)
         return configuration.with_workers(config, workers)
 
     def _stop_all(self, number: int) -> None:

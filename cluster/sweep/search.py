@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
 from optuna import distributions, pruners, samplers
 from optuna.trial import TrialState
 
+from train.config import load as configuration
+from train.config import sweep_space
+from train.config.schema import Config
 from train.config.sweep_space import Params, SweepAxis, SweepSpace
 
 STATES = {
@@ -174,3 +177,25 @@ def _first_report(trial: optuna.trial.FrozenTrial, least: float) -> tuple[int | 
     """The first report of a trial at step ``least`` or later: (step, value), or (None, 0.0) where there is none."""
     step = min((step for step in trial.intermediate_values if step >= least), default=None)
     return step, 0.0 if step is None else trial.intermediate_values[step]
+
+
+def refuse_useless_values(sweep: SweepSpace, complete: Callable[[Config], Config]) -> None:
+    """Raise ConfigError for values of a search's axes that make sense in no trial; ``complete`` fills in what is left.
+
+    A search would find them one by one, hours after its start.
+    """
+    problems: list[str] = []
+    for axis in sweep.axes:
+        for value in axis.values[: sweep_space.MOST_TRIED]:
+            found: list[str] = []
+            for params in sweep_space.trials_with(sweep, axis.key, value):
+                try:
+                    complete(configuration.load_trial(sweep, 0, params))
+                except configuration.ConfigError as error:
+                    found = found or [f"{axis.key}={value}, one of its values: {problem}" for problem in error.problems]
+                else:
+                    found = []
+                    break
+            problems += found
+    if problems:
+        raise configuration.ConfigError(problems)

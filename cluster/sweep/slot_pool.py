@@ -96,7 +96,8 @@ class SlotPool:
         if self.restarts > MOST_RESTARTS:
             raise UserError(
                 f"Ray's processes on this host have ended {self.restarts} times and no trial with them: "
-                f"see {self.resources.folder}"
+                f"their logs are in {self.resources.folder}. Is this host short of memory or processes (ulimit -u)? "
+                "The same command goes on with the sweep"
             )
         self.board.print_line("  Ray's processes on this host have ended: starting them anew", "yellow")
         self.resources.local_cluster.restart(by_sweep=True)

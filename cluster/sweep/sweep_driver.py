@@ -58,6 +58,8 @@ class SweepDriver(Driver):
         self.console.print_line(f"Trireme sweep {sweep.settings.name}", "bold")
         self.console.print_line(f"  sweep    {sweep.settings.dir}: {_describe(scheduler)}")
         if scheduler.has_more():
+            if (known := connect.nodes_before_start(sweep.base.cluster)) is not None:
+                scheduler.check_trials(known)  # what makes no sense is told before Ray is started
             scheduler.run(self._connect_to_ray(sweep))
         return self._finish(scheduler)
 

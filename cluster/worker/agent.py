@@ -8,6 +8,7 @@ attempt of the job.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import mmap
 import os
@@ -31,7 +32,8 @@ from cluster.worker.messages import BindResult, SlotInfo, StartOrder, StartResul
 from cluster.worker.worker_handle import WorkerHandle, log_tail
 from train.distributed import heartbeat
 from train.errors import ExitCode
-from train.events import ExitEvent
+from train.events import KINDS, ExitEvent
+from train.util.reading import UNREADABLE, as_object
 
 EVIDENCE_S = 2.0
 """How long the GPU of a worker that failed may take to answer, before its exit is reported without its counters."""
@@ -214,12 +216,25 @@ class WorkerAgent:
 
     def _add_worker_events(self, data: bytes, identity: dict[str, Any]) -> bytes:
         """Adds the events of the whole lines in ``data``; returns the incomplete line at its end."""
-        *lines, rest = data.split(b"\n")
-        for line in lines:
-            event = json.loads(line)
+        lines, _, rest = data.rpartition(b"\n")
+        for event in read_events(lines):
             if identity["rank"] == 0 or event["event"] in QUIET_EVENTS:
                 self._add_event({"t": time.time(), **event, **identity})
         return rest
+
+
+def read_events(lines: bytes) -> list[dict[str, Any]]:
+    """The events in JSON lines of a worker. Any process that a worker starts may write into its pipe: the rest is left.
+
+    A line that is no event must not end the thread that waits for the worker's end.
+    """
+    events = []
+    for line in lines.split(b"\n"):
+        with contextlib.suppress(*UNREADABLE):
+            event = as_object(json.loads(line))
+            if event["event"] in KINDS:
+                events.append(event)
+    return events
 
 
 def _read_available(fd: int) -> bytes:

@@ -33,6 +33,7 @@ from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_S
 from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
 from train.util import streams
+from train.util.reading import UNREADABLE, reason
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
@@ -132,7 +133,12 @@ class ForkServer:
         elif self.probe is not None and (refused := self.probe.failure()):
             ipc.send(agent, {"refused": refused})
         else:
-            self._start_or_hold_back(agent, StartOrder.from_json(message), fds)
+            try:
+                order = StartOrder.from_json(message)
+            except UNREADABLE as error:
+                ipc.send(agent, {"failed": f"the order to start a worker cannot be read: {reason(error)}"})
+            else:
+                self._start_or_hold_back(agent, order, fds)
 
     def _start_or_hold_back(self, agent: socket.socket, order: StartOrder, fds: list[int]) -> None:
         """Forks the worker, once its GPU is free: a process that was killed may take long to give its memory back."""

@@ -10,8 +10,12 @@ import socket
 import struct
 from typing import Any
 
+from train.util.reading import UNREADABLE, as_object
+
 HEADER = struct.Struct("!I")
 """Length of the message that follows, in bytes."""
+MAX_BYTES = 64 << 20
+"""A longer message is none of ours: its length was never one."""
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -27,14 +31,17 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
 
 
 def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message | None, list[int]]:
-    """The next message and the files that came with it; None when the other side is gone."""
+    """The next message and the files that came with it; None when the other side is gone, or sends no message."""
     head, fds, _, _ = socket.recv_fds(sock, HEADER.size, max_fds)
     head += _receive_exactly(sock, HEADER.size - len(head)) if head else b""
     if len(head) < HEADER.size:
         return None, fds
     size = HEADER.unpack(head)[0]
-    body = _receive_exactly(sock, size)
-    return (json.loads(body) if len(body) == size else None), fds
+    body = _receive_exactly(sock, size) if size <= MAX_BYTES else b""
+    try:
+        return (as_object(json.loads(body)) if len(body) == size else None), fds
+    except UNREADABLE:
+        return None, fds
 
 
 def _receive_exactly(sock: socket.socket, size: int) -> bytes:

@@ -8,14 +8,14 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from fuzz import mutate
+from fuzz import mutate, processes
+from fuzz.format import Format, in_file
 from helpers.run_dirs import write_run, write_sweep
 from safetensors.torch import save
 
@@ -61,35 +61,14 @@ TYPED = (UserError, manifest.DamagedCheckpoint)
 """The product's own errors for bad input; readers of the review, and of state that may be damaged, raise none."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """A format: valid contents, how they are mutated, and the product's reading of one."""
-
-    name: str
-    seeds: list[bytes]
-    mutation: mutate.Mutation
-    read: Callable[[bytes], object]
-
-
 def all_formats(folder: Path) -> list[Format]:
     """Every format, its files in ``folder``, which is best on a file system in memory."""
     rooms = (_of_corpora, _of_runs, _of_checkpoints, _of_hugging_face, _of_command_lines, _of_clusters, _of_reviews)
     formats: list[Format] = []
-    for room in rooms:
+    for room in (*rooms, processes.all_formats):
         (own := folder / room.__name__.strip("_")).mkdir()
         formats += room(own)
     return formats
-
-
-def _file(path: Path, read: Callable[[], object]) -> Callable[[bytes], object]:
-    """A reader that finds the mutated content in a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def written(content: bytes) -> object:
-        path.write_bytes(content)
-        return read()
-
-    return written
 
 
 def _corpus(folder: Path) -> Path:
@@ -164,30 +143,32 @@ def _of_corpora(folder: Path) -> list[Format]:
         workers.find_documents([span], options, True).problems.raise_all()
 
     return [
-        Format("corpus: index.json", [index], mutate.json_file, _file(corpus / shards.INDEX, read_index)),
+        Format("corpus: index.json", [index], mutate.json_file, in_file(corpus / shards.INDEX, read_index)),
         Format("corpus: table", [files["train.table.npy"]], mutate.of_bytes, table),
-        Format("corpus: .npy header", arrays, mutate.of_bytes, _file(folder / "any.npy", array)),
+        Format("corpus: .npy header", arrays, mutate.of_bytes, in_file(folder / "any.npy", array)),
         Format("corpus: shard", [files["train-000000.tar"]], mutate.of_bytes, shard),
         Format(
             "corpus: verified.txt",
             [verified],
             mutate.of_bytes,
-            _file(folder / "verified.txt", lambda: VerifiedFiles(folder)),
+            in_file(folder / "verified.txt", lambda: VerifiedFiles(folder)),
         ),
         Format(
             "corpus: receipt",
             [(receipts / f"{tar.name}.json").read_bytes()],
             mutate.json_file,
-            _file(receipts / f"{tar.name}.json", finished),
+            in_file(receipts / f"{tar.name}.json", finished),
         ),
         Format(
             "corpus: recipe.json",
             [(corpus / "recipe.json").read_bytes()],
             mutate.json_file,
-            _file(corpus / "recipe.json", lambda: build.claim_folder(corpus, spec)),
+            in_file(corpus / "recipe.json", lambda: build.claim_folder(corpus, spec)),
         ),
-        Format("rows of jsonl", lines, mutate.json_lines, _file(rows, lambda: read_rows(rows))),
-        Format("rows of a json array", row_arrays, mutate.json_file, _file(array_file, lambda: read_rows(array_file))),
+        Format("rows of jsonl", lines, mutate.json_lines, in_file(rows, lambda: read_rows(rows))),
+        Format(
+            "rows of a json array", row_arrays, mutate.json_file, in_file(array_file, lambda: read_rows(array_file))
+        ),
         *_of_tokenizers(),
     ]
 
@@ -251,35 +232,37 @@ def _of_runs(folder: Path) -> list[Format]:
             "run: config.yaml",
             [run.config.read_bytes()],
             mutate.yaml_file,
-            _file(run.config, lambda: configuration.read(run.config)),
+            in_file(run.config, lambda: configuration.read(run.config)),
         ),
         Format(
             "run: config.yaml of a resume",
             [small],
             mutate.yaml_file,
-            _file(run.config, lambda: resume.check_resumable(config, None)),
+            in_file(run.config, lambda: resume.check_resumable(config, None)),
         ),
         Format(
             "run: corpus.json",
             [json.dumps(about).encode()],
             mutate.json_file,
-            _file(run.corpus, lambda: shards.open_trained_corpus(run)),
+            in_file(run.corpus, lambda: shards.open_trained_corpus(run)),
         ),
-        Format("run: summary.json", [summary.encode()], mutate.json_file, _file(run.summary, finished)),
-        Format("run: metrics.jsonl", [run.metrics.read_bytes()], mutate.json_lines, _file(run.metrics, metrics)),
+        Format("run: summary.json", [summary.encode()], mutate.json_file, in_file(run.summary, finished)),
+        Format("run: metrics.jsonl", [run.metrics.read_bytes()], mutate.json_lines, in_file(run.metrics, metrics)),
         Format(
             "run: skipped.jsonl",
             [(json.dumps(skipped) + "\n").encode() * 2],
             mutate.json_lines,
-            _file(run.skipped, lambda: rows_of(read_skipped(run.skipped))),
+            in_file(run.skipped, lambda: rows_of(read_skipped(run.skipped))),
         ),
         Format(
             "run: run.json",
             [b'{"wandb_id": "ab", "starts": 2, "seen": 1.5, "seconds": {"train": 2.5}}'],
             mutate.json_file,
-            _file(run.starts, lambda: RunFile(run.path, TimeByCause())),
+            in_file(run.starts, lambda: RunFile(run.path, TimeByCause())),
         ),
-        Format("run: kernels.json", [json.dumps(choices).encode()], mutate.json_file, _file(run.kernels, kernels_json)),
+        Format(
+            "run: kernels.json", [json.dumps(choices).encode()], mutate.json_file, in_file(run.kernels, kernels_json)
+        ),
     ]
 
 
@@ -390,12 +373,12 @@ def _of_hugging_face(folder: Path) -> list[Format]:
     (folder / "model.safetensors").write_bytes(weights)
     weight_map = json.dumps({"metadata": {"total_size": 9}, "weight_map": dict.fromkeys(shapes, "part-1.safetensors")})
     return [
-        Format("HF: config.json", configs, mutate.json_file, _file(run, describe)),
+        Format("HF: config.json", configs, mutate.json_file, in_file(run, describe)),
         Format(
             "HF: model.safetensors.index.json",
             [weight_map.encode()],
             mutate.json_file,
-            _file(index / "model.safetensors.index.json", lambda: read(index)),
+            in_file(index / "model.safetensors.index.json", lambda: read(index)),
         ),
         Format(
             "HF: model.safetensors",
@@ -403,7 +386,7 @@ def _of_hugging_face(folder: Path) -> list[Format]:
             safetensors,
             lambda content: (
                 run.write_bytes(configs[0]),
-                _file(folder / "model.safetensors", lambda: read(folder))(content),
+                in_file(folder / "model.safetensors", lambda: read(folder))(content),
             ),
         ),
     ]
@@ -434,13 +417,13 @@ def _of_command_lines(folder: Path) -> list[Format]:
             "sweep: points.yaml",
             [b"- [model.width=64, steps=400]\n- [model.width=32]\n"],
             mutate.yaml_file,
-            _file(points, lambda: sweep_space.read_points([f"sweep.points={points}"])),
+            in_file(points, lambda: sweep_space.read_points([f"sweep.points={points}"])),
         ),
         Format(
             "prompts",
             [b"one\ntwo \xe8\xaa\x9e\n"],
             mutate.of_bytes,
-            _file(prompts, lambda: generate.read_prompts("", str(prompts))),
+            in_file(prompts, lambda: generate.read_prompts("", str(prompts))),
         ),
     ]
 
@@ -498,33 +481,33 @@ def _of_clusters(folder: Path) -> list[Format]:
             "sweep: ledger.jsonl",
             [ledger.read_bytes()],
             mutate.json_lines,
-            _file(ledger, lambda: SweepLedger(ledger.parent, grid, sweep_space.grid(grid))),
+            in_file(ledger, lambda: SweepLedger(ledger.parent, grid, sweep_space.grid(grid))),
         ),
-        Format("exit record", [end.read_bytes()], mutate.json_file, _file(end, lambda: exit_record.read(order))),
+        Format("exit record", [end.read_bytes()], mutate.json_file, in_file(end, lambda: exit_record.read(order))),
         Format("flight record", [dump], mutate.json_file, groups),
         Format(
             "cluster: node.json",
             [json.dumps(node).encode()],
             mutate.json_file,
-            _file(node_folder / "node.json", living),
+            in_file(node_folder / "node.json", living),
         ),
         Format(
             "cluster: hosts file",
             [b"one # a\ntwo\n"],
             mutate.of_bytes,
-            _file(hosts, lambda: remote_hosts.read_hosts(str(hosts))),
+            in_file(hosts, lambda: remote_hosts.read_hosts(str(hosts))),
         ),
         Format(
             "lock of a folder",
             [b'{"pid": 3, "host": "h", "since": "2026"}'],
             mutate.json_file,
-            _file(lock, lambda: run_lock._holder(lock)),
+            in_file(lock, lambda: run_lock._holder(lock)),
         ),
         Format(
             "JSON Lines of any kind",
             [ledger.read_bytes()],
             mutate.json_lines,
-            _file(folder / "any.jsonl", lambda: read_records(folder / "any.jsonl")),
+            in_file(folder / "any.jsonl", lambda: read_records(folder / "any.jsonl")),
         ),
     ]
 
@@ -555,7 +538,7 @@ def _of_reviews(folder: Path) -> list[Format]:
     files = {
         **dict.fromkeys((run.metrics, run.samples, run.skipped), mutate.json_lines),
         **dict.fromkeys(
-            (run.summary, run.starts, run.startup, run.environment, run.corpus, run.logs / "rank_0.end"),
+            (run.summary, run.starts, run.startup, run.environment, run.corpus, run.lock, run.logs / "rank_0.end"),
             mutate.json_file,
         ),
         run.config: mutate.yaml_file,
@@ -563,6 +546,7 @@ def _of_reviews(folder: Path) -> list[Format]:
     seeds = {
         run.startup: startup,
         run.environment: about,
+        run.lock: b'{"pid": 3, "host": "h", "since": "2026"}',
         run.logs / "rank_0.end": b'{"error": "Traceback\\nValueError: x"}',
         run.skipped: b'{"step": 3}\n',
     }
@@ -575,7 +559,7 @@ def _of_reviews(folder: Path) -> list[Format]:
     ledger = sweep / "ledger.jsonl"
     return [
         *formats,
-        Format("review: ledger.jsonl", [ledger.read_bytes()], mutate.json_lines, _file(ledger, read(sweep))),
+        Format("review: ledger.jsonl", [ledger.read_bytes()], mutate.json_lines, in_file(ledger, read(sweep))),
     ]
 
 

@@ -198,7 +198,7 @@ def _candidates(
     with contextlib.suppress(OSError):
         latest = (folder / "latest").read_text("utf-8", errors="replace")
         if latest not in {name for name, *_ in local}:
-            note(f"latest says {latest[:40]!r}, which is no whole checkpoint")
+            note(f"latest says {latest[:40]!r}, which is no whole checkpoint: the newest whole one is used")
     return sorted([*local, *remote], key=lambda c: (c[1]["progress"]["step"], not c[2]), reverse=True)
 
 
@@ -234,7 +234,8 @@ def restore(checkpoint: Checkpoint, engine: ShardedState) -> None:
     ours = {name: list(shape) for name, shape in engine.shapes.items()}
     if ours != checkpoint.manifest["shapes"]:
         raise UserError(
-            f"{checkpoint.path} holds another model: {_first_difference(checkpoint.manifest['shapes'], ours)}"
+            f"{checkpoint.path} holds another model: {_first_difference(checkpoint.manifest['shapes'], ours)}. "
+            "Give the old model.* to go on with it, or another run.name to start anew"
         )
     reader = checkpoint.reader()
     engine.load(

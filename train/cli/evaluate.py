@@ -12,7 +12,7 @@ from rich.table import Table
 from train.data.corpus.shards import Corpus, open_trained_corpus
 from train.data.loader import held_out_loader, held_out_text
 from train.distributed import process_group
-from train.errors import UserError
+from train.errors import UserError, shown_name
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
 from train.reporting.terminal import UserConsole
 from train.run_dir.open_run import SavedRun, open_run
@@ -46,6 +46,11 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
         sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
     finally:
         process_group.destroy_group()
+    if not sums["loss"][1]:
+        raise UserError(
+            f"no token is to be predicted in what is held out of this corpus as {split}: its documents are too short, "
+            f"or too few. Prepare a corpus of longer ones, or with a larger data.{split}_fraction, and train on it"
+        )
     evaluation = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
     return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
@@ -69,7 +74,7 @@ def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> N
         more: dict[str, Any] = {"step": evaluated.step, "split": split, "places": evaluated.targets}
         console.print_json(to_json(more | numbers | evaluated.evaluation.details(evaluated.classes)))
         return
-    title = f"{options['run.dir']}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
+    title = f"{shown_name(options['run.dir'])}, step {evaluated.step}, {evaluated.targets:,} held-out places" + (
         ", test" if split == "test" else ""
     )
     table = Table(title=title, title_justify="left")
@@ -82,6 +87,6 @@ def run(options: Mapping[str, str], console: UserConsole, *, as_json: bool) -> N
     for name, value in numbers.items():
         table.add_row(name, f"{value:.4f}")
     if evaluated.evaluation.bytes:
-        text = b"".join(held_out_text(evaluated.corpus, split))
-        table.add_row(f"bits_per_byte of gzip -9, same {len(text):,} bytes", f"{gzip_bits_per_byte(text):.4f}")
+        packed, size = gzip_bits_per_byte(held_out_text(evaluated.corpus, split))
+        table.add_row(f"bits_per_byte of gzip -9, same {size:,} bytes", f"{packed:.4f}")
     console.print(table)

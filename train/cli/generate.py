@@ -13,6 +13,7 @@ import yaml
 
 from train.config import load as configuration
 from train.config import schema
+from train.config.key_effects import ineffective_keys
 from train.config.validate import generation_problems
 from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
@@ -83,7 +84,8 @@ def choose_settings(trained: schema.GenerationConfig, options: Mapping[str, str]
     settings = configuration.parse_section(
         schema.GenerationConfig, base | {n: _value(n, options[n]) for n in SETTING_KEYS if options[n]}
     )
-    if problems := generation_problems(settings):
+    given = {f"generation.{name}" for name in SETTING_KEYS if options[name]}
+    if problems := generation_problems(settings) + ineffective_keys({"generation": settings.model_dump()}, given):
         raise configuration.ConfigError(problems)
     return settings
 

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -28,11 +28,12 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from pydantic import BaseModel, ValidationError
 
 from train.config import sweep_space
+from train.config.key_effects import ineffective_keys
 from train.config.schema import DISCRIMINATORS, CommandLine, Config, Section, variants
 from train.config.suggest import did_you_mean, one_value_wanted, unreadable
 from train.config.sweep_dir import trial_dir
 from train.config.text_keys import UNPARSED, text_keys, typed_value
-from train.config.validate import config_problems, ineffective_keys, worker_problems
+from train.config.validate import config_problems, worker_problems
 from train.config.wandb_mode import with_wandb_mode
 from train.errors import UserError, refuse_foreign_bytes
 from train.util.reading import UNREADABLE, as_object, read_yaml, reason
@@ -97,21 +98,22 @@ def load_sweep(overrides: Sequence[str]) -> sweep_space.SweepSpace:
         problems.append(f"{key} is the same for all runs of a sweep, which share a cluster: give one value")
     first = {**points[0], **{axis.key: axis.first for axis in axes}}
     first_overrides = [f"{key}={value}" for key, value in first.items() if key not in naming_keys]
-    base, settings = _compose([*fixed, *first_overrides], problems)
+    base, settings = _compose([*fixed, *first_overrides], problems, varied)
     sweep = parse_section(CommandLine, {**to_dict(base), "sweep": settings}).sweep
     method = [Path(sweep.points).stem] if sweep.points else [] if sweep.sampler == "grid" else [sweep.sampler]
     name = sweep.name or "-".join([*method, *(axis.key for axis in axes)])
     sweep = sweep.model_copy(update={"name": name, "dir": sweep.dir or str(Path("sweeps") / name)})
     fixed_of_runs = tuple(text for text in fixed if not sweep_space.is_sweep_override(text))
     space = sweep_space.SweepSpace(sweep, base, fixed_of_runs, tuple(axes), points)
-    if sweep_problems := sweep_space.sweep_problems(space):
+    without_effect = ineffective_keys({"sweep": sweep.model_dump()}, {sweep_space.key_of(text) for text in overrides})
+    if sweep_problems := [*without_effect, *sweep_space.sweep_problems(space)]:
         raise ConfigError(sweep_problems)
     return space
 
 
 def load_trial(sweep: sweep_space.SweepSpace, number: int, params: sweep_space.Params) -> Config:
     """Configuration of one trial of a sweep, with a folder in the sweep's and the sweep's W&B group."""
-    config = load([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())])
+    config, _ = _compose([*sweep.fixed, *(f"{key}={value}" for key, value in params.items())], [], params)
     folder = trial_dir(Path(sweep.settings.dir or ""), number)
     run = config.run.model_copy(update={"name": f"{sweep.settings.name}-{folder.name}", "dir": str(folder)})
     group = config.tracking.group or sweep.settings.name
@@ -119,8 +121,13 @@ def load_trial(sweep: sweep_space.SweepSpace, number: int, params: sweep_space.P
     return config.model_copy(update={"run": run, "tracking": tracking})
 
 
-def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """A run's configuration, and the values of its section ``sweep``. Raises ConfigError, earlier problems included."""
+def _compose(
+    overrides: Sequence[str], earlier_problems: Sequence[str], varied: Collection[str] = ()
+) -> tuple[Config, dict[str, Any]]:
+    """A run's configuration, and the values of its section ``sweep``. Raises ConfigError, earlier problems included.
+
+    ``varied``: the keys by which the run differs from others of its sweep.
+    """
     checked, typed, problems = check_overrides(overrides)
     problems = [*earlier_problems, *problems]
     try:
@@ -139,7 +146,7 @@ def _compose(overrides: Sequence[str], earlier_problems: Sequence[str]) -> tuple
         config = complete_config(values, name=f"{choices['model']}-{choices['data']}")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
-    problems += ineffective_keys(config, {sweep_space.key_of(text) for text in overrides})
+    problems += ineffective_keys(to_dict(config), {sweep_space.key_of(text) for text in overrides}, varied)
     if problems:
         raise ConfigError(problems)
     return config, settings
@@ -174,7 +181,8 @@ def read(path: Path) -> Config:
     try:
         return parse(read_yaml(path, "Restore it, or give another run's folder: run.dir=...", as_object))
     except ConfigError as error:
-        raise UserError(f"{path} is not of this program's version, or was changed: {error}") from error
+        cure = "Restore it, or read the run with the version that made it"
+        raise UserError(f"{path} is not of this program's version, or was changed: {error}. {cure}") from error
 
 
 def parse(values: dict[str, Any]) -> Config:

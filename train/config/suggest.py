@@ -34,7 +34,6 @@ FOREIGN_NAMES = {
     "num_gpus": "cluster.workers",
     "nproc_per_node": "cluster.workers",
     "world_size": "cluster.workers",
-    "num_workers": "cluster.workers",
     "zero_stage": "zero.stage",
     "output_dir": "run.dir",
     "out_dir": "run.dir",
@@ -42,10 +41,17 @@ FOREIGN_NAMES = {
     "save_steps": "save_every",
 }
 """Name of a key in other training systems -> our key."""
+OF_SEVERAL = "num_workers"
+"""What others call the processes that load batches, of which there are none here: it may mean two of our keys."""
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """Text ": did you mean ...?" with the one of ``names`` most similar to ``name``; "" where none is similar."""
+    if name.rsplit(".", 1)[-1].endswith(OF_SEVERAL) and "cluster.workers" in names:
+        return (
+            ": cluster.workers is how many ranks train, and data.workers how many processes prepare the text; "
+            "batches need none, a thread of each rank reads them ahead"
+        )
     foreign = difflib.get_close_matches(name.rsplit(".", 1)[-1], FOREIGN_NAMES, 1, 0.85)
     if foreign and FOREIGN_NAMES[foreign[0]] in names:
         return f": did you mean {FOREIGN_NAMES[foreign[0]]!r}?"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,8 @@ from train.util.reading import read_yaml
 
 NAMING_KEYS = ("run.name", "run.dir")
 """Keys of which each run of a sweep needs its own value, which the sweep gives it."""
+MOST_TRIED = 32
+"""Values of an axis, and trials with one of them, that are looked at before a search begins."""
 Params = dict[str, str]
 """A trial's own choices: key (or group) -> value as on the command line."""
 
@@ -87,6 +89,14 @@ def grid(sweep: SweepSpace) -> list[Params]:
     for point in sweep.points:
         params += [{**point, **dict(zip(keys, values, strict=True))} for values in combinations]
     return params
+
+
+def trials_with(sweep: SweepSpace, key: str, value: str) -> Iterator[Params]:
+    """Trials of a search in which ``key`` has ``value``: with the first values of the other axes, then with others."""
+    others = [axis for axis in sweep.axes if axis.key != key]
+    choices = [axis.values or (axis.first,) for axis in others]
+    for values in itertools.islice(itertools.product(*choices), MOST_TRIED):
+        yield {key: value, **{axis.key: other for axis, other in zip(others, values, strict=True)}}
 
 
 def read_points(overrides: Sequence[str]) -> tuple[Params, ...]:

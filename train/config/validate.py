@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
 
 from train.config.schema import Config, GenerationConfig, variants
 
@@ -39,17 +38,6 @@ def config_problems(config: Config) -> list[str]:
     if config.cluster.workers is not None:
         problems += worker_problems(config, config.cluster.workers)
     return problems + generation_problems(config.generation)
-
-
-def ineffective_keys(config: Config, given: Container[str]) -> list[str]:
-    """Keys among those ``given`` on the command line that mean nothing beside the others."""
-    kind = config.data.tokenizer.kind
-    if kind == "bpe" or config.data.tokenizer.vocab_size is None or "data.tokenizer.vocab_size" not in given:
-        return []
-    return [
-        f"data.tokenizer.vocab_size is how many tokens a bpe learns, and data.tokenizer.kind={kind} learns none: "
-        "leave it out, or take kind=bpe"
-    ]
 
 
 def _batch_problems(config: Config) -> list[str]:

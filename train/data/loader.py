@@ -293,7 +293,8 @@ def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[
 
 
 def held_out_text(corpus: Corpus, split: str = "val") -> Iterator[bytes]:
-    """The UTF-8 text of each held-out document: the bytes that bits per byte are counted over."""
+    """The UTF-8 text of each held-out document, a long one in parts: the bytes that bits per byte are counted over."""
     documents = corpus.split(split)
-    texts = (corpus.tokenizer.decode(documents.document(n).tolist()) for n in range(documents.samples))
-    return (text.encode() for text in texts)
+    for number in range(documents.samples):
+        for part in corpus.tokenizer.decode_parts(documents.document(number)):
+            yield part.encode()

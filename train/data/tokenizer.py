@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -19,7 +20,7 @@ from train.config import schema
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import is_lfs_pointer
-from train.util.reading import UNREADABLE, read_text
+from train.util.reading import UNREADABLE, as_object, read_text
 
 FILE = "tokenizer.json"
 EOT = "<|endoftext|>"
@@ -33,6 +34,8 @@ PREPARE_AGAIN = "Prepare the corpus again (`./launch.sh prepare`)"
 _BYTES = 256
 MAX_SHOWN = 300
 """Characters of the library's own message that are repeated."""
+_DECODED_AT_ONCE, _CONTEXT = 1 << 16, 8
+"""Tokens of a long text that are decoded at once, and those before them: a decoder may begin a text in another way."""
 _MOST_IDS = 1 << 24
 """Ids of a vocabulary, gaps included, for each of which the library and the model take memory."""
 _LONG_WORD = re.compile(
@@ -78,7 +81,9 @@ class Tokenizer:
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         if self.vocab_size > _MOST_IDS:
-            raise UserError(f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read")
+            raise UserError(
+                f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read, take another"
+            )
         self.content = content
         added = self._fast.get_added_tokens_decoder()
         self.special = sorted(identity for identity, token in added.items() if token.special)
@@ -105,7 +110,7 @@ class Tokenizer:
         for part in self._cuts.parts(pieces):
             if self._characters is not None and (unknown := set(part) - self._characters):
                 listed = " ".join(f"{character!r}" for character in sorted(unknown)[:20])
-                raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}")
+                raise UserError(f"characters that the corpus of this tokenizer does not have: {listed}. Leave them out")
             with _library("the tokenizer fails at this text"):
                 ids = self._fast.encode_batch_fast([part], add_special_tokens=False)[0].ids
             yield part, ids
@@ -129,6 +134,20 @@ class Tokenizer:
         """The text of some ids; bytes that form no whole character become the replacement character."""
         with _library("the tokenizer fails at these tokens"):
             return self._fast.decode(list(ids), skip_special_tokens=False)
+
+    def decode_parts(self, ids: NDArray[Any]) -> Iterator[str]:
+        """The text of a document's ids in parts of about ``_DECODED_AT_ONCE`` tokens, cut between characters."""
+        begin = 0
+        while True:
+            end, before = begin + _DECODED_AT_ONCE, ids[max(0, begin - _CONTEXT) : begin].tolist()
+            text = self.decode(ids[begin - len(before) : end].tolist())
+            while text.endswith("\ufffd") and end < min(len(ids), begin + _DECODED_AT_ONCE + _CONTEXT):
+                end += 1  # a character may lie in several tokens
+                text = self.decode(ids[begin - len(before) : end].tolist())
+            yield text[len(self.decode(before)) :]
+            begin = end
+            if begin >= len(ids):
+                return
 
     def find(self, name: str, default: int) -> int:
         """The id of the token of that name, or ``default`` if the vocabulary has none."""
@@ -166,9 +185,12 @@ class Tokenizer:
         fast, _ = _load(self.content)
         fast.add_special_tokens(lacking)
         content = fast.to_str()
-        extended = Tokenizer(_mark_end(json.loads(content), self._marked) if self._marked else content)
+        extended = Tokenizer(_mark_end(_values(content), self._marked) if self._marked else content)
         if [extended.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
-            raise UserError(f"the tokenizer numbers its tokens with gaps, so {lacking[0]} cannot stand behind")
+            raise UserError(
+                f"the model needs the token {lacking[0]}, and this tokenizer numbers its own with gaps, so that none "
+                "can be added: take one that has it, or one without gaps"
+            )
         return extended
 
 
@@ -177,10 +199,16 @@ def _load(content: str) -> tuple[Fast, str]:
     marked = ""
     with _library("not a tokenizer.json that the tokenizers library reads"):
         if f'"{_ENDS}"' in content:
-            values = json.loads(content)
+            values = _values(content)
             marked = next((entry["content"] for entry in values["added_tokens"] if entry.pop(_ENDS, False)), "")
             content = json.dumps(values)
         return Fast.from_str(content), marked
+
+
+def _values(content: str) -> dict[str, Any]:
+    """The values of a tokenizer.json. Raises UserError where Python's parser is stricter than the library's."""
+    with _library("not a tokenizer.json"):
+        return as_object(json.loads(content))
 
 
 def encoding_digest(content: str) -> str:
@@ -196,7 +224,7 @@ def encoding_digest(content: str) -> str:
 def _unknown_id(fast: Fast, content: str) -> int | None:
     """The id of the token that stands for what the vocabulary lacks, or None where there is none."""
     if isinstance(fast.model, models.Unigram):
-        unknown: int | None = json.loads(content)["model"].get("unk_id")
+        unknown: int | None = _values(content)["model"].get("unk_id")
         return unknown
     name = getattr(fast.model, "unk_token", None)
     return fast.token_to_id(name) if name else None
@@ -269,7 +297,7 @@ def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None
         fast, _ = _load(content)
         if dropout := getattr(fast.model, "dropout", None):
             note(f"{path} has a dropout of {dropout:g}, which gives a text other tokens each time: it is switched off")
-            values = json.loads(content)
+            values = _values(content)
             values["model"]["dropout"] = None
             content = json.dumps(values, ensure_ascii=False)
         content = _with_end_token(content, fast, settings.end_token, path.with_name(_CONFIG_FILE))
@@ -293,7 +321,7 @@ def _with_end_token(content: str, fast: Fast, end_token: str | None, config_file
     if end not in (token.content for token in fast.get_added_tokens_decoder().values()):
         fast.add_special_tokens([end])  # it keeps its id
         content = fast.to_str()
-    return _mark_end(json.loads(content), end)
+    return _mark_end(_values(content), end)
 
 
 def _eos_token(config_file: Path) -> str | None:
@@ -301,7 +329,7 @@ def _eos_token(config_file: Path) -> str | None:
     with contextlib.suppress(*UNREADABLE):
         named = json.loads(config_file.read_text("utf-8")).get("eos_token")
         text = named.get("content") if isinstance(named, dict) else named
-        return text if isinstance(text, str) else None
+        return text if isinstance(text, str) and text.encode() else None
     return None
 
 

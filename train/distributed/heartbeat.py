@@ -104,15 +104,18 @@ class HeartbeatWriter:
 
 
 def read(memory: bytes | mmap.mmap) -> dict[str, Any]:
-    """Decode a heartbeat's memory, with the field names of ``cluster.supervision.outcome.Heartbeat``."""
+    """Decode a heartbeat's memory, with the field names of ``cluster.supervision.outcome.Heartbeat``.
+
+    A worker that writes where it must not may have overwritten it: whatever it holds, something is returned.
+    """
     values = _LAYOUT.unpack(memory[: _LAYOUT.size])
     fields: dict[str, Any] = dict(zip((*_FIELDS, *_TIMES), values[:-1], strict=True))
-    phase = PHASES[fields["phase"]]
+    phase = dict(enumerate(PHASES)).get(fields["phase"], PHASES[0])
     return {
         "step": fields["step"],
         "phase": phase,
         "micro": fields["micro"],
-        "collective": values[-1].rstrip(b"\0").decode(),
+        "collective": values[-1].rstrip(b"\0").decode("utf-8", "replace"),
         "count": fields["count"],
         "inside": bool(fields["inside"]),
         "still_s": time.monotonic() - fields["changed"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -80,8 +80,7 @@ def init_from_env() -> DistContext:
 
     One rank a device: on a machine with GPUs a rank takes the one of its local rank.
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank, size, local_rank = launcher_ranks(os.environ)
     gpus = torch.cuda.device_count()
     if gpus and local_rank >= gpus:
         raise UserError(
@@ -90,6 +89,20 @@ def init_from_env() -> DistContext:
     world = DistContext(rank, size, local_rank, torch.device(f"cuda:{local_rank}" if gpus else "cpu"))
     _initialise(world, None if "MASTER_ADDR" in os.environ else dist.HashStore())
     return world
+
+
+def launcher_ranks(environ: Mapping[str, str]) -> tuple[int, int, int]:
+    """The rank, the world's size and the rank on this host in torchrun's variables. Raises UserError for nonsense."""
+    words = [environ.get(name, given) for name, given in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))]
+    rank, size, local_rank = (
+        int(word) if word.isascii() and word.isdecimal() and len(word) < 10 else -1 for word in words
+    )
+    if 0 <= rank < size and local_rank >= 0:
+        return rank, size, local_rank
+    raise UserError(
+        f"RANK={words[0]} WORLD_SIZE={words[1]} LOCAL_RANK={words[2]} name no rank: they are whole numbers, RANK "
+        "below WORLD_SIZE. Start by torchrun, which sets all three, or unset them"
+    )
 
 
 def _initialise(world: DistContext, store: dist.Store | None) -> None:

@@ -42,6 +42,11 @@ GENERATIVE = ("causal", "seq2seq")
 """Objectives whose models write text."""
 TOLERANCE = 1e-5
 """Largest difference of logits, relative to the larger of the largest logit and 1: float32 sums in another order."""
+_NOT_EXPORTED = (
+    "so nothing is exported. The run is as it was, and `generate` and `evaluate` read it. "
+    "Try the transformers that requirements.lock names, or another checkpoint=<step>"
+)
+"""The end of a message about an export that failed its proof."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +197,9 @@ def _check_tokenizer(run: SavedRun, staging: Path, tokens: Tensor) -> None:
     before, after = (list(map(run.tokenizer.id_of, part)) for part in _around_text(run))
     same_ids = hf_tokenizer.encode(text, add_special_tokens=False) == ids
     if not same_ids or hf_tokenizer.decode(ids) != run.tokenizer.decode(ids):
-        raise UserError("transformers reads the tokenizer of this run as another one, so nothing is exported")
+        raise UserError(f"transformers reads the tokenizer of this run as another one, {_NOT_EXPORTED}")
     if hf_tokenizer(text)["input_ids"] != [*before, *ids, *after]:
-        raise UserError("transformers puts other tokens around a text than training did, so nothing is exported")
+        raise UserError(f"transformers puts other tokens around a text than training did, {_NOT_EXPORTED}")
 
 
 @torch.no_grad()
@@ -212,13 +217,13 @@ def _check_model(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[float, f
     if not difference <= TOLERANCE * max(largest, 1.0):
         raise UserError(
             f"transformers' logits differ from ours by {difference:.2g} where the largest is {largest:.3g}, "
-            "so nothing is exported"
+            f"{_NOT_EXPORTED}"
         )
     if written:
         logits = _logits_of_text(objective, run, prompt, written)
         behind = logits.max(-1).values - logits.gather(-1, torch.tensor(written)[:, None])[:, 0]
         if not float(behind.max()) <= TOLERANCE * max(float(logits.abs().max()), 1.0):
-            raise UserError("transformers' generate writes another text than this run, so nothing is exported")
+            raise UserError(f"transformers' generate writes another text than this run, {_NOT_EXPORTED}")
     return difference, largest
 
 
@@ -233,7 +238,7 @@ def _run_exported(run: SavedRun, staging: Path, tokens: Tensor) -> tuple[list[Te
         if names:
             listed.append(f"{problem.replace('_', ' ')}: {some(sorted(map(str, names)))}")
     if listed:
-        raise UserError(f"transformers does not find what it looks for ({'; '.join(listed)}), so nothing is exported")
+        raise UserError(f"transformers does not find what it looks for ({'; '.join(listed)}), {_NOT_EXPORTED}")
     output = model(tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}))
     theirs = [output[name] for name in ("logits", "prediction_logits", "seq_relationship_logits") if name in output]
     hf_tokenizer = transformers.AutoTokenizer.from_pretrained(staging, local_files_only=True)

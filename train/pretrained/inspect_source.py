@@ -18,7 +18,8 @@ from train.config.schema import Config
 from train.errors import UserError
 from train.pretrained.hf import family_of_config
 from train.pretrained.hf.family import ArchKeys, HFFamily, arch_keys, yaml_text
-from train.pretrained.hf.listing import CONFIG_FILE, FETCH_AGAIN, read_headers
+from train.pretrained.hf.listing import CONFIG_FILE, FETCH_AGAIN, pickled_files, read_headers
+from train.util.format import some
 from train.util.reading import read_object, reading
 from train.util.run_layout import RunDir
 
@@ -73,6 +74,8 @@ def describe_source(folder: Path, which: str) -> SourceDescription:
             )
         arch["tied"] = tied
         kind = f"Hugging Face, {family.name}"
+        if pickled := pickled_files(folder):
+            kind += f"; {some(pickled)} not read, only safetensors are"
         return SourceDescription(kind, objective, arch, family=family)
     kinds = f"a run (which has a config.yaml) or of a Hugging Face model (which has a {CONFIG_FILE})"
     where = f"looked on {socket.gethostname()} from {Path.cwd()}"

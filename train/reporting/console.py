@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from train import events
+from train.errors import shown_name
 from train.reporting import failure_block
 from train.reporting.terminal import UserConsole
 from train.util.format import PREPARING, count, duration, finite, plural, printable, shares
@@ -262,7 +263,7 @@ class RunConsole:
     def finished(self, config: Any) -> None:
         """Shows where the run's files are, and the commands to use next."""
         where = config.run.dir
-        self._fact("run", f"{where}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
+        self._fact("run", f"{shown_name(where)}  (metrics.jsonl, summary.json, checkpoints/, logs/)")
         run = shlex.quote(f"run.dir={where}")
         generate = f'./launch.sh generate {run} prompt="..."'
         verbs = [generate] if config.objective.name in ("causal", "seq2seq") else []  # what can write

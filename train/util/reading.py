@@ -7,7 +7,6 @@ Every reader of the product guards what it takes out of a file by ``reading``, o
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import tokenize
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from train.errors import UserError, escape_foreign_bytes, place_error
+from train.errors import UserError, escape_foreign_bytes, place_error, shown_name
 
 UNREADABLE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, MemoryError, RecursionError),
@@ -37,7 +36,7 @@ def reading(path: Path | str, cure: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        raise UserError(f"{escape_foreign_bytes(os.fspath(path))} cannot be read: {reason(error)}. {cure}") from error
+        raise UserError(f"{shown_name(path)} cannot be read: {reason(error)}. {cure}") from error
 
 
 def reason(error: Exception) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 from helpers import gloo_ranks
+from helpers.run_dirs import write_manifest, write_run
 
+from cluster.chaos.train_process import TrainProcess
 from cluster.cli import verify_resume
 from train.config import load as configuration
+from train.util.run_layout import RunDir
 
 
 def run(*overrides: str) -> subprocess.CompletedProcess[str]:
@@ -38,3 +41,11 @@ def test_verify_resume_refuses_bad_input_before_any_start(as_typed, capsys: pyte
     assert configuration.load(as_typed("steps=8"))
     assert verify_resume.run(as_typed("lerning_rate=1")) == 2
     assert "lerning_rate" in capsys.readouterr().err
+
+
+def test_step_that_was_saved_before_its_evaluation_counts_as_made(tmp_path: Path):
+    run = TrainProcess(write_run(tmp_path / "run", lines=1), [])
+    steps = RunDir(run.folder)
+    logged = run.step
+    write_manifest(steps.checkpoint(logged + 1))
+    assert (run.step, run.reached_step) == (logged, logged + 1)

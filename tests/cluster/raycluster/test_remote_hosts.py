@@ -10,7 +10,7 @@ import time
 import pytest
 
 from cluster.host import network
-from cluster.raycluster import node_daemon, ray_auth, remote_hosts, versions
+from cluster.raycluster import cluster_client, node_daemon, ray_auth, ray_internals, remote_hosts, versions
 from train.config.schema import ClusterConfig
 from train.errors import UserError
 
@@ -173,3 +173,27 @@ def test_address_towards_a_host_and_refused_connections():
     began = time.monotonic()
     assert network.refuses_connections("127.0.0.1:1")
     assert time.monotonic() - began < 5
+
+
+def test_order_for_a_node_comes_back_and_anything_else_is_refused():
+    order = node_daemon.NodeOrder("/tmp/node", "/tmp/token", "127.0.0.1", 0, 2, 0)
+    assert node_daemon.from_argument(node_daemon.to_argument(order)) == order
+    for text in ("", "[]", '{"folder": "/tmp"}', "[" * 5000):
+        with pytest.raises(UserError, match="no order for a node"):
+            node_daemon.from_argument(text)
+
+
+def test_versions_that_others_have_stored_with_a_head_are_none_of_ours():
+    for stored in (b"{}", b"[1]", b"\xff", b"[" * 5000):
+        assert cluster_client.parse_versions(stored) == {}
+    assert cluster_client.parse_versions(b'{"ray": "2"}') == {"ray": "2"}
+
+
+def test_token_file_that_is_empty_or_missing_is_named(tmp_path, monkeypatch):
+    for path in (tmp_path / "token", tmp_path / "missing"):
+        (tmp_path / "token").touch()
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+        ray_internals.forget_auth_token()
+        with pytest.raises(UserError, match=f"{path}.*Write the cluster's token into it, or unset RAY_AUTH_TOKEN_PATH"):
+            ray_internals.has_auth_token()
+    ray_internals.forget_auth_token()

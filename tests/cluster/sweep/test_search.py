@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cluster.sweep.search import TrialSearch
+from cluster.sweep.search import TrialSearch, refuse_useless_values
 from train.config import load as configuration
 
 SPACE = ["optimizer.lr=tag(log,interval(1e-4,1e-1))", "optimizer.weight_decay=interval(0,0.3)"]
@@ -145,3 +145,17 @@ def test_tpe_starts_with_points_spread_evenly_over_the_space():
         assert len({int(p["model.layers"]) // 2 for p in tried}) >= 3
         assert {p["zero"] for p in tried} == {"0", "1"}
     assert search("sweep=tpe", "sweep.trials=40", *SPACE).startup == 8
+
+
+def test_value_that_makes_sense_in_no_trial_of_a_search_is_refused():
+    search = ["sweep=tpe", "batch.micro=4,5", "batch.global=16"]
+    sweep = configuration.load_sweep(search)
+    with pytest.raises(configuration.ConfigError, match=r"^batch.micro=5, one of its values: .*set batch.micro=4"):
+        refuse_useless_values(sweep, lambda config: configuration.with_workers(config, 2))
+    with pytest.raises(configuration.ConfigError, match=r"^model.heads=7, one of its values: .*does not divide"):
+        refuse_useless_values(configuration.load_sweep(["sweep=tpe", "model.heads=2,7"]), lambda c: c)
+
+
+def test_value_that_makes_sense_in_some_trial_of_a_search_is_taken():
+    sweep = configuration.load_sweep(["sweep=tpe", "batch.micro=4,8", "batch.global=4,16", "cluster.workers=1"])
+    refuse_useless_values(sweep, lambda config: config)

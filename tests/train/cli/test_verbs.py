@@ -22,7 +22,9 @@ from train.data.corpus.shards import Corpus
 from train.data.loader import held_out_text
 from train.data.prepare.prepare import prepare
 from train.errors import ExitCode, UserError
+from train.util.run_layout import RunDir
 
+BERT = ("model=bert_tiny", "objective=masked", "steps=1", "cluster.workers=1")
 SAMPLE = ("generation.prompts=[ab]", "generation.max_tokens=12")
 
 
@@ -73,6 +75,15 @@ def test_evaluate_of_the_test_split_reads_text_that_no_step_has_read(corpus: Pat
     assert found["test"]["val_loss"] != found["val"]["val_loss"]
     assert main(["evaluate", f"run.dir={tmp_path}/run", "split=test"]) == 0
     assert f"{splits['test']['tokens']:,} held-out places, test" in capsys.readouterr().out
+
+
+def test_evaluate_without_anything_to_predict_is_refused(corpus: Path, tmp_path: Path, capsys):
+    config = gloo_ranks.on_corpus(corpus, tmp_path / "run", *BERT)
+    gloo_ranks.train_world(config, corpus)
+    file = RunDir(tmp_path / "run").config
+    file.write_text(re.sub(r"(?m)^  rate: .*$", "  rate: 0.0", file.read_text()))
+    assert main(["evaluate", f"run.dir={tmp_path}/run"]) == 2
+    assert "no token is to be predicted in what is held out of this corpus as val" in capsys.readouterr().err
 
 
 def test_generate_with_the_same_seed_gives_the_same_text(trained: Config):
@@ -152,6 +163,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]):
         (["generate", "run.dir=RUN", "generation=beem"], "did you mean 'beam'"),
         (["generate", "run.dir=RUN", "beams=2", "n=3"], "raise beams, or lower n"),
         (["generate", "run.dir=RUN", "stop=[1]"], "stop"),
+        (["generate", "run.dir=RUN", "length_penalty=2"], "generation.length_penalty has no effect with"),
         (["sing"], "usage"),
     ],
 )

@@ -312,3 +312,10 @@ def test_tokenizer_key_without_effect_is_refused(keys: list[str], words: str):
     with pytest.raises(configuration.ConfigError, match=re.escape(words)):
         configuration.load(["data=text", "data.paths=[x]", *keys])
     configuration.load(["data=text", "data.paths=[x]", "data.tokenizer.kind=bytes"])
+
+
+def test_number_of_loading_processes_is_answered_by_both_keys_it_may_mean():
+    both = r"cluster\.workers is how many ranks .*, and data\.workers"
+    for key in ("num_workers", "data.num_workers"):
+        with pytest.raises(configuration.ConfigError, match=both):
+            configuration.load([f"{key}=2"])

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from train.batch import IGNORE
+from train.config import schema
+from train.data import tokenizer
 from train.data.examples.causal import CausalExamples
 from train.data.loader import EvalLoader, Loader, RankShare, held_out_text, split_sizes
 from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
@@ -254,6 +256,18 @@ def test_empty_held_out_split_has_no_groups(build_corpus):
 def test_held_out_text_comes_back_byte_for_byte(build_corpus):
     corpus = build_corpus([[5]], UNEVEN)
     assert sum(map(len, held_out_text(corpus))) == corpus.split("val").bytes
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 5])
+def test_long_held_out_text_comes_in_parts_cut_between_characters(at_once: int, monkeypatch):
+    monkeypatch.setattr(tokenizer, "_DECODED_AT_ONCE", at_once)
+    settings = schema.TokenizerConfig(kind="bytes")
+    of_bytes = tokenizer.Tokenizer(tokenizer.build_tokenizer(settings, (), ""))
+    text = "a语b\U0001f600c" * 3 + "é"
+    parts = list(of_bytes.decode_parts(np.array(of_bytes.encode(text))))
+    assert "".join(parts) == text
+    assert len(parts) > 1
+    assert list(of_bytes.decode_parts(np.array([], np.uint16))) == [""]
 
 
 def test_preparing_and_planning_do_not_import_torch():

@@ -1,6 +1,7 @@
 """Tokenizers: every text comes back, deterministic training, refusals with the cure."""
 
 import json
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -215,3 +216,10 @@ def test_an_id_beyond_any_vocabulary_is_refused_before_it_takes_memory():
     crafted["model"]["vocab"]["Ā"] = 2**31
     with pytest.raises(UserError, match="numbers its tokens up to 2,147,483,648"):
         Tokenizer(json.dumps(crafted))
+
+
+def test_file_that_only_the_librarys_lenient_parser_takes_is_refused():
+    unigram = (Path(__file__).parents[2] / "fuzz/seeds/unigram.json").read_text()
+    lenient = unigram.replace('"version": "1.0"', '"version\ufffd1.0"')
+    with pytest.raises(UserError, match=re.escape("not a tokenizer.json")):
+        Tokenizer(lenient)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from train.distributed import process_group
+from train.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -145,3 +146,10 @@ def test_destroyed_group_leaves_no_thread_to_abort_the_exit():
         [sys.executable, "-c", ENDS_WITH_WORK_UNDER_WAY], capture_output=True, text=True, timeout=120
     )
     assert (ended.returncode, ended.stdout) == (0, "[]\n"), ended.stderr
+
+
+@pytest.mark.parametrize("rank", ["-1", "x", "2", "", "9" * 20])
+def test_variables_that_name_no_rank_are_refused(rank: str):
+    with pytest.raises(UserError, match="name no rank"):
+        process_group.launcher_ranks({"RANK": rank, "WORLD_SIZE": "2"})
+    assert process_group.launcher_ranks({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}) == (1, 2, 1)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from train.config import load as configuration
 from train.errors import UserError
-from train.pretrained.inspect_source import check_source
+from train.pretrained.inspect_source import check_source, describe_source
 
 LLAMA = {
     "model_type": "llama",
@@ -182,3 +182,9 @@ def test_folder_that_is_at_odds_with_itself_is_refused_with_both_names(make, fol
     assert "git lfs pull" in refusal(config)
     (folder / "adapter_config.json").write_text("{}")
     assert "Merge them first" in refusal(config)
+
+
+def test_pickled_copy_beside_safetensors_is_said_to_be_left(make, folder: Path):
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    kind = describe_source(folder, "latest").kind
+    assert kind == "Hugging Face, Llama; pytorch_model.bin not read, only safetensors are"

@@ -9,6 +9,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from train.config.keys.base import Above0, Fraction, Section
+from train.util.format import some
+
+_MAX_SHOWN = 60
+"""Characters of a label that a message repeats: the field may hold a whole text."""
 
 ClassName = Annotated[
     str, BeforeValidator(lambda name: json.dumps(name) if isinstance(name, bool | int | float) else name)
@@ -79,7 +83,7 @@ class Classify(Section):
             if label in self.classes:
                 return None
             return (
-                f"the label {label!r} is none of objective.classes ({', '.join(self.classes)}): "
+                f"the label {_beginning(label)} is none of objective.classes ({some(self.classes)}): "
                 "name it there, or mend the data"
             )
         try:
@@ -87,4 +91,8 @@ class Classify(Section):
         except ValueError:
             finite = False
         cure = "name the classes in objective.classes=[...], or mend the data"
-        return None if finite else f"the label {label!r} is no number: {cure}"
+        return None if finite else f"the label {_beginning(label)} is no number: {cure}"
+
+
+def _beginning(label: str) -> str:
+    return repr(label) if len(label) <= _MAX_SHOWN else f"{label[:_MAX_SHOWN]!r}... ({len(label):,} characters)"

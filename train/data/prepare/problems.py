@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.errors import UserError
+from train.errors import UserError, shown_name
 from train.util.format import plural
 
 MAX_SHOWN = 20
@@ -38,9 +38,10 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
 
     def __str__(self) -> str:
         """File, place and problem; a row is named by its number, which is counted only when it is shown."""
+        name = shown_name(self.path)
         if self.offset is not None:
-            return f"{self.path}: line {_line_number(self.path, self.offset)} (offset {self.offset}) {self.what}"
-        return f"{self.path}: {self.in_words()}"
+            return f"{name}: line {_line_number(self.path, self.offset)} (offset {self.offset}) {self.what}"
+        return f"{name}: {self.in_words()}"
 
     def in_words(self) -> str:
         """The problem of a file and its cure, without the file's name."""
@@ -77,7 +78,7 @@ class _Group:
             return str(self.first)
         if self.first.cure:
             more = self.count - len(self.files)
-            named = ", ".join(self.files) + (f" and {more:,} more" if more else "")
+            named = ", ".join(map(shown_name, self.files)) + (f" and {more:,} more" if more else "")
             return f"{plural(self.count, 'file')} ({named}): each {self.first.in_words()}"
         return f"{self.first} (and {plural(others, 'other line')} of this file)"
 

@@ -18,11 +18,13 @@ from itertools import chain, repeat
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-from train.config import schema
+from train.config import schema, sweep_dir
+from train.data.corpus import shards
 from train.data.prepare import file_kinds, records, snownlp
 from train.data.prepare.clean import clean_pieces
 from train.data.prepare.problems import BadText, Problems
-from train.errors import UserError
+from train.errors import UserError, shown_name
+from train.util.run_layout import RunDir
 
 CHANGED = "the file changed while it was being prepared: run the same command again"
 _STREAMS = ("-", "/dev/stdin", "/dev/stdout", "/dev/stderr")
@@ -44,6 +46,16 @@ _STDLIB_SKIP = frozenset(
     {"test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "ensurepip"}
     | {"site-packages", "dist-packages", "__pycache__"}
 )
+
+
+_RUN = RunDir(Path())
+_WRITTEN_HERE = (
+    {"recipe.json", "receipts"},
+    {"recipe.json", shards.INDEX},
+    {_RUN.config.name, _RUN.environment.name, _RUN.starts.name},
+    {sweep_dir.LEDGER, sweep_dir.LOCK},
+)
+"""Files that tell a folder of this program's own: a corpus, also one that is being prepared, a run, a sweep."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +193,16 @@ def _missing(path: str) -> BadText:
         return BadText(path, f"there is no such file or folder (looked from {Path.cwd()})")
     target = os.readlink(path)  # noqa: PTH115
     cure = "git annex get fetches it" if ".git/annex/" in target else "mend the link, or delete it"
-    return BadText(path, f"a link to {target}, which is not there; {cure}")
+    return BadText(path, f"a link to {shown_name(target)}, which is not there; {cure}")
+
+
+def _is_written_here(names: set[str]) -> bool:
+    """Whether files of these names are a prepared corpus, a run or a sweep: work of this program, and no text."""
+    return any(marks <= names for marks in _WRITTEN_HERE)
 
 
 class _Walk:
-    """All files below a folder that are not hidden, by name.
+    """All files below a folder that are not hidden, by name; prepared corpora, runs and sweeps below it are left out.
 
     A link to a folder outside is followed, each such folder once; one that leads to where the walk comes anyway is not.
     """
@@ -201,6 +218,8 @@ class _Walk:
     def _below(self, folder: str, prefix: str) -> Iterator[SourceFile]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            if prefix and _is_written_here({entry.name for entry in entries}):
+                return
         except OSError as error:
             self.problems.add(BadText(folder, error.strerror or str(error)))
             return
@@ -288,7 +307,7 @@ def read_document(file: SourceFile, offset: int, length: int, options: ReadOptio
             blocks = iter([stream.read(length)]) if file.lines or file.records else _blocks(stream)
             yield from _clean_pieces(file, offset, blocks, options)
     except OSError as error:
-        raise UserError(f"{file.path}: {error.strerror or error} ({CHANGED})") from None
+        raise UserError(f"{shown_name(file.path)}: {error.strerror or error} ({CHANGED})") from None
     except BadText as error:
         raise UserError(f"{error} ({CHANGED})") from None
 

@@ -43,17 +43,22 @@ def weight_files(folder: Path) -> list[str]:
         return names
     if (folder / WEIGHTS_FILE).exists():
         return [WEIGHTS_FILE]
-    pickled: list[str] = []
-    for pattern in PICKLE_PATTERNS:
-        pickled += [file.name for file in folder.glob(pattern)]
-    if pickled:
+    if pickled := pickled_files(folder):
         raise UserError(
-            f"{folder} holds its weights as {min(pickled)}, which is pickled: reading it may run any code that is in "
+            f"{folder} holds its weights as {pickled[0]}, which is pickled: reading it may run any code that is in "
             "it, so it is not read. Take the safetensors of the same model, or have whoever made it save them so"
         )
     raise UserError(
         f"{folder} has a {CONFIG_FILE} and no weights: {WEIGHTS_FILE}, or {INDEX_FILE} and its files, are missing"
     )
+
+
+def pickled_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that may hold weights, and are never read; beside safetensors they are a copy."""
+    names: set[str] = set()
+    for pattern in PICKLE_PATTERNS:
+        names |= {file.name for file in folder.glob(pattern)}
+    return sorted(names)
 
 
 @dataclass(frozen=True)

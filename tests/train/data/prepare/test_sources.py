@@ -346,3 +346,35 @@ def test_reading_is_described_by_endings(tmp_path, text_data):
         "each row is a document of 1 .jsonl; each file is a document of 1 without an ending, 2 .html, 1 .md; "
         "the tags of .html are text too"
     )
+
+
+def test_corpora_runs_and_sweeps_below_a_folder_are_no_text(tmp_path, text_data):
+    written = [f"corpora/text-ab/{name}" for name in ("recipe.json", "index.json", "train-000000.tar")]
+    written += [f"runs/a/{name}" for name in ("config.yaml", "environment.json", "run.json", "metrics.jsonl")]
+    written += [f"sweeps/b/{name}" for name in ("ledger.jsonl", "sweep.lock", "000/config.yaml")]
+    for name in ("a.txt", "notes/recipe.json", "notes/config.yaml", *written):
+        path = tmp_path / "here" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("text")
+    assert names(text_data(tmp_path / "here")) == ["a.txt", "notes/config.yaml", "notes/recipe.json"]
+    assert names(text_data(tmp_path / "here" / "runs" / "a")) == [
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "run.json",
+    ]
+
+
+def test_name_with_control_characters_is_shown_on_one_line(tmp_path, text_data):
+    path = tmp_path / "a\n\x1b[31mred.txt"
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError) as caught:
+        prepare(text_data(path), quiet)
+    assert "/a\\n\\x1b[31mred.txt: " in str(caught.value)
+
+
+def test_label_as_long_as_a_text_is_not_repeated_as_a_whole():
+    for classes in ([], ["good", "bad"]):
+        problem = schema.Classify(name="classify", classes=classes).label_problem("x" * 1_000_000)
+        assert "(1,000,000 characters)" in problem
+        assert len(problem) < 300
