@@ -22,7 +22,7 @@ from cluster.supervision.attempt_state import (
 )
 from cluster.supervision.health_monitor import HealthMonitor, RankStatus, heartbeat_of
 from cluster.supervision.job import Job
-from cluster.supervision.slots import Slot, node_lives
+from cluster.supervision.slots import Slot
 from cluster.supervision.timeouts import (
     EXIT_RECORD_S,
     GROW_CHECK_S,
@@ -42,9 +42,10 @@ from train.events import NoteEvent, StartedEvent, StoppingEvent, WorldEvent
 class Attempt:
     """One start of all ranks of a job: ``start`` forks their workers, ``follow`` waits for the verdict."""
 
-    def __init__(self, job: Job, slots: Sequence[Slot], number: int) -> None:
-        """``number`` counts the attempts of the job from 0."""
+    def __init__(self, job: Job, slots: Sequence[Slot], number: int, node_lives: Callable[[str], bool]) -> None:
+        """``number`` counts the attempts of the job from 0; ``node_lives`` says whether the node of an id lives."""
         self.job = job
+        self.node_lives = node_lives
         self.number = number
         self.ranks: list[RankStatus] = []
         for rank, slot in enumerate(slots):
@@ -358,7 +359,7 @@ class Attempt:
             return "worker lost", "was lost: processes of Ray's own have ended"
         if error is None:
             return "network lost", f"was lost: its host has not answered for {KILL_REPORT_S:.0f} s"
-        if not node_lives(info.node):
+        if not self.node_lives(info.node):
             return "host lost", "was lost with its host"
         return "worker lost", "was lost with its steward, the process that watched over it"
 

@@ -10,7 +10,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,22 +37,6 @@ RAYLET_CONNECT_S = 1.0
 
 def _bundle(cluster: ClusterConfig, device: str) -> dict[str, float]:
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
-
-
-def node_lives(node: str) -> bool:
-    """Whether the node of that id lives. Ray may know a quarter of a minute late, so its raylet's port is tried too."""
-    known = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
-    with contextlib.suppress(OSError):
-        if known is not None:
-            address = known["NodeManagerAddress"], known["NodeManagerPort"]
-            socket.create_connection(address, RAYLET_CONNECT_S).close()
-            return True
-    return False
-
-
-def node_resources() -> dict[str, dict[str, float]]:
-    """All that the nodes have, by their ids."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
 
 
 def rank_order(infos: Sequence[SlotInfo]) -> list[int]:
@@ -86,12 +70,14 @@ class Slot:
     """When the agent answered (monotonic)."""
     empty_until: float = 0.0
     """When another agent may be asked for (monotonic)."""
+    kill: Callable[[Any], None] = ray.kill
+    """Ends its agent."""
 
     def vacate(self, seconds: float = 0.0) -> None:
         """Ends its agent, and leaves the slot empty for so many seconds."""
         if self.agent is not None:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(self.agent)
+                self.kill(self.agent)
         self.agent = self.pending_info = self.info = None
         self.empty_until = time.monotonic() + seconds
 
@@ -147,6 +133,20 @@ class JobSlots:
         """GPUs and hosts with a fault: their slots stay empty, and others are asked for."""
         cluster = job.config.cluster
         self.min_workers = cluster.min_workers or cluster.worker_count
+
+    def node_lives(self, node: str) -> bool:
+        """Whether the node of that id lives. Ray may know a quarter of a minute late, so its raylet's port is tried."""
+        known = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
+        with contextlib.suppress(OSError):
+            if known is not None:
+                address = known["NodeManagerAddress"], known["NodeManagerPort"]
+                socket.create_connection(address, RAYLET_CONNECT_S).close()
+                return True
+        return False
+
+    def node_resources(self) -> dict[str, dict[str, float]]:
+        """All that the nodes have, by their ids."""
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
 
     def reserve_slots(self, size: int, gang: Sequence[Slot] = ()) -> None:
         """Reserves ``size`` slots at once, or takes over ``gang``, and starts agents where there are none.

@@ -6,7 +6,7 @@ exit_record          a worker's last word in the run's folder, for when its agen
 flight_dump          writes a hung worker's last collectives at its agent's request
 fork_server          imports everything once and forks the workers of its host
 fork_server_client   starts a host's fork server and connects to it; light to import
-ipc                  JSON messages and file descriptors over Unix sockets
+ipc                  JSON messages over Unix sockets and event pipes
 messages             what driver, agents and workers tell each other, typed
 procfs               a process's state, memory and kernel wait, from /proc
 worker_env           the environment of a worker, as a pure function
