@@ -93,7 +93,7 @@ class Supervisor:
             {
                 "rank": status.rank,
                 "pid": pid,
-                "steward": status.info.pid,
+                "steward": status.host.info.pid,
                 "host": status.info.host,
                 "ip": status.info.ip,
                 "node": status.info.node,
@@ -236,8 +236,9 @@ class Supervisor:
         """The order that starts the worker of each slot, by rank. ``resources``: all that each node has, by its id."""
         config = self.job.config
         config_json = config.model_dump_json(by_alias=True)
-        nodes = [slot.info.node for slot in slots if slot.info is not None]
-        local_sizes = Counter(nodes)
+        infos = [slot.info for slot in slots if slot.info is not None]
+        nodes = [info.node for info in infos]
+        local_sizes, started = Counter(nodes), Counter[str]()
         forwarded = worker_env.forwarded_variables(os.environ)
         orders = []
         for rank, node in enumerate(nodes):
@@ -246,7 +247,7 @@ class Supervisor:
                 job=self.job.folder,
                 rank=rank,
                 size=len(slots),
-                local_rank=nodes[:rank].count(node),
+                local_rank=started[node],
                 rendezvous=rendezvous,
                 target=self.job.target,
                 device=self.device,
@@ -256,7 +257,9 @@ class Supervisor:
                 log=str(RunDir(self.job.run_dir).log(rank)),
                 threads=placement.threads_per_worker(self.device, config.cluster.cpus_per_worker, cores, gpus),
                 forwarded=forwarded,
+                gpus=infos[rank].gpus,
             )
+            started[node] += 1
             env = {**self._environment(order, local_sizes[node]), **config.cluster.env}
             orders.append(replace(order, env=env))
         return orders

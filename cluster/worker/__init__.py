@@ -1,6 +1,6 @@
 """A rank's processes on its host: the agent watches, the fork server starts, the worker trains.
 
-agent                Ray actor that starts, watches and signals its rank's worker
+agent                Ray actor that starts, watches and signals its host's workers
 cuda_probe           whether CUDA can be used on a host, without starting it in the fork server
 exit_record          a worker's last word in the run's folder, for when its agent is gone
 flight_dump          writes a hung worker's last collectives at its agent's request

@@ -36,7 +36,7 @@ LIFELINE = 0
 """Standard input: it ends when the owner does."""
 
 
-class DeviceProbe(Protocol):
+class CudaCheck(Protocol):
     """A check of this host's devices that runs beside the imports, see ``cuda_probe.CudaProbe``."""
 
     def failure(self) -> str:
@@ -57,10 +57,10 @@ class ForkedWorker:
 class ForkServer:
     """Forks workers for agents until its owner is gone.
 
-    What a worker imports and does is in ``import_target`` and ``run_worker`` alone; the rest loads no torch.
+    Only ``import_early``, ``import_target`` and ``run_worker`` know what a worker is; the rest loads no torch.
     """
 
-    def __init__(self, listener: socket.socket, target: str, probe: DeviceProbe | None = None) -> None:
+    def __init__(self, listener: socket.socket, target: str, probe: CudaCheck | None = None) -> None:
         """``probe``: of this host's CUDA, where the workers are to use GPUs."""
         self.target, self.probe = target, probe
         self.listener = listener
@@ -74,11 +74,16 @@ class ForkServer:
         self.ready = 0.0
         """When the imports were done, in seconds since 1970."""
 
+    @staticmethod
+    def import_early() -> None:
+        """Imports what workers need on any device, while the owner finds out on which they will run."""
+        import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
+
+        import cluster.worker.worker_main  # noqa: F401
+
     def import_target(self) -> None:
         """Imports the target and all that its module imports; keeps an error for the agents that will ask."""
         try:
-            import torch._dynamo  # the first optimizer imports it: 1.5 s that belong before the fork
-
             from cluster.worker import cuda_probe, worker_main
 
             with cuda_probe.answer_without_cuda(resources.count_gpus() if self.probe else 0):
@@ -212,7 +217,7 @@ class ForkServer:
                     ipc.send(worker.agent, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
 
 
-def probe_cuda() -> DeviceProbe:
+def probe_cuda() -> CudaCheck:
     """Starts a check of whether CUDA can be used on this host."""
     from cluster.worker.cuda_probe import CudaProbe
 
@@ -224,6 +229,7 @@ def main(server_class: type[ForkServer] = ForkServer) -> None:
     target, fd = sys.argv[1], int(sys.argv[2])
     listener = socket.socket(fileno=fd)
     resources.raise_file_limit()
+    server_class.import_early()
     device = sys.stdin.readline().strip()
     if device:
         # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.

@@ -18,6 +18,7 @@ IMPORTS = """
 import contextlib, os, sys
 import torch
 from cluster.worker import cuda_probe, fork_server
+fork_server.ForkServer.import_early()
 calls = []
 torch.cuda._is_compiled = lambda: True
 torch._C._cuda_getDeviceCount = lambda: calls.append("cudaGetDeviceCount") or 0
