@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.tools import goals, results
+from bench.tools import goals
 from bench.tools.simulated_hosts import host_name, single_hosts
 from bench.tools.simulated_ranks import HANG, SLOW
 from train.errors import ExitCode
@@ -39,7 +38,7 @@ from train.util.run_layout import RunDir
 
 RANKS = (8, 64, 256, 1024)
 WORKERS_A_HOST = 8
-HANG_S = 10.0
+HANG_S = 10
 """The job's ``cluster.hang_timeout``: of a hang this much passes before it is one."""
 SLOW_PART = 0.1
 STEADY_S = 20.0
@@ -133,7 +132,9 @@ class SimulatedJob:
 
     def wait_until_training(self) -> float:
         """When all ranks of the newest start have made a step, in seconds since 1970."""
-        return float(self.wait_for("all ranks to train", lambda event: event["event"] in ("world", "recovered"))["shown"])
+        return float(
+            self.wait_for("all ranks to train", lambda event: event["event"] in ("world", "recovered"))["shown"]
+        )
 
     def locations(self) -> list[dict[str, Any]]:
         """Where each rank is."""
@@ -169,7 +170,7 @@ def measure_steady(job: SimulatedJob) -> dict[str, float]:
     time.sleep(STEADY_S)
     seconds = time.monotonic() - began
     used = [now - then for now, then in zip([cpu_s([driver]), cpu_s(agents), cpu_s(ray)], before, strict=True)]
-    files = [os.readlink(link) for link in Path(f"/proc/{driver.pid}/fd").iterdir() if link.is_symlink()]
+    files = [str(link.readlink()) for link in Path(f"/proc/{driver.pid}/fd").iterdir() if link.is_symlink()]
     return {
         "driver_cores": used[0] / seconds,
         "agents_cores_a_host": used[1] / seconds / job.hosts,
@@ -202,7 +203,7 @@ def inject(job: SimulatedJob, fault: str, draw: random.Random) -> Answer:
     named &= fault != "stop" or "stopped by a signal" in " ".join(event["lines"])
     met = job.wait_until_met()
     job.wait_until_training()
-    waited = HANG_S if fault in ("hang", "stop") else 0.0
+    waited = float(HANG_S) if fault in ("hang", "stop") else 0.0
     return Answer(fault, event["shown"] - moment - waited, named, first, met - event["shown"])
 
 
@@ -261,7 +262,8 @@ def measure(ranks: int, faults: Sequence[str], work_s: float, seed: int, overrid
     with tempfile.TemporaryDirectory() as temporary:
         job = SimulatedJob(Path(temporary), ranks, work_s, overrides)
         try:
-            met = job.wait_until_met()
+            met_s = job.wait_until_met() - job.began
+            start_cpu_s = cpu_s([psutil.Process(job.process.pid)])
             job.wait_until_training()
             start = json.loads(RunDir(job.folder / "run").startup.read_text("utf-8"))
             steady = measure_steady(job)
@@ -269,25 +271,39 @@ def measure(ranks: int, faults: Sequence[str], work_s: float, seed: int, overrid
             for fault in faults:
                 driver = psutil.Process(job.process.pid)
                 before = cpu_s([driver])
-                answers.append(asdict(inject(job, fault, draw)))
+                try:
+                    answers.append(asdict(inject(job, fault, draw)))
+                except GoneError as error:  # the faults before it count none the less
+                    answers.append(asdict(Answer(fault, 0.0, False, str(error), 0.0)))
+                    break
                 if job.process.pid == driver.pid:
                     answers[-1]["driver_cpu_s"] = cpu_s([driver]) - before
         finally:
             job.end()
-    marks = {"met_s": met - job.began, "start": start}
-    return {"ranks": ranks, "hosts": job.hosts, **marks, **steady, "answers": answers}
+    about = {"ranks": ranks, "hosts": job.hosts, "met_s": met_s, "start_cpu_s": start_cpu_s, "start": start}
+    return {**about, **steady, "answers": answers}
 
 
 def show(rows: Sequence[dict[str, Any]], out: Console) -> None:
     """Prints a table of the sizes and one of the faults."""
     table = Table(title="control plane by ranks, undisturbed")
-    for column in ("ranks", "hosts", "start s", "driver cores", "sockets", "files", "MiB", "agents cores/host"):
+    for column in (
+        "ranks",
+        "hosts",
+        "start s",
+        "start CPU s",
+        "driver cores",
+        "sockets",
+        "files",
+        "MiB",
+        "agents cores/host",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [row["met_s"], row["driver_cores"], row["agents_cores_a_host"]]
-        start, cores, agents = (f"{cell:.3f}" for cell in cells)
+        start, used = f"{row['met_s']:.1f}", f"{row['start_cpu_s']:.2f}"
+        cores, agents = f"{row['driver_cores']:.3f}", f"{row['agents_cores_a_host']:.3f}"
         counts = [f"{row[key]:.0f}" for key in ("driver_sockets", "driver_files", "driver_mib")]
-        table.add_row(str(row["ranks"]), str(row["hosts"]), start, cores, *counts, agents)
+        table.add_row(str(row["ranks"]), str(row["hosts"]), start, used, cores, *counts, agents)
     out.print(table)
     table = Table(title="faults: worst of each kind")
     for column in ("ranks", "fault", "times", "noticed s", "named right", "met again s", "driver CPU s"):
@@ -295,7 +311,8 @@ def show(rows: Sequence[dict[str, Any]], out: Console) -> None:
     for row in rows:
         for fault in dict.fromkeys(answer["fault"] for answer in row["answers"]):
             same = [answer for answer in row["answers"] if answer["fault"] == fault]
-            noticed, again = (max(answer[key] for answer in same) for key in ("noticed_s", "restarted_s"))
+            noticed = max(answer["noticed_s"] for answer in same)
+            again = max(answer["restarted_s"] for answer in same)
             cpu = max(answer.get("driver_cpu_s", 0.0) for answer in same)
             named = f"{sum(answer['named'] for answer in same)} of {len(same)}"
             cells = [f"{noticed:.2f}", named, f"{again:.2f}", f"{cpu:.2f}"]
@@ -331,11 +348,17 @@ def main(arguments: list[str]) -> int:
         print(f"bench scale: {error}: ranks, faults and seed are whole numbers, work_s is seconds", file=sys.stderr)
         return ExitCode.BAD_INPUT
     rows = []
+    about: dict[str, Any] = {"bench": "scale"}
+    if "out" in options:
+        import torch  # only now: it takes seconds of the CPU that the jobs share
+
+        from bench.tools import results
+
+        about |= results.machine(torch.device("cpu"))
     for ranks in sizes:
         out.print(f"{ranks} ranks: start, {STEADY_S:.0f} s undisturbed, {len(faults)} faults ...")
         rows.append(measure(ranks, faults, work_s, seed, overrides))
         if "out" in options:
-            about = {"bench": "scale"} | results.machine(torch.device("cpu"))
             results.append(Path(options["out"]), [about | rows[-1]])
     show(rows, out)
     problems = [problem for row in rows for problem in missed(row)]

@@ -26,7 +26,7 @@ from cluster.driver.early_start import EarlyStart, start_early
 from cluster.driver.train_driver import TrainDriver
 from cluster.host import resources
 from cluster.host.stop_request import StopSignals
-from cluster.raycluster import placement, ray_auth, ray_node
+from cluster.raycluster import ray_auth, ray_node
 from cluster.raycluster.local_cluster import LocalRayCluster
 from cluster.supervision.slots import JobSlots, Slot
 from cluster.supervision.supervisor import Supervisor
@@ -53,6 +53,8 @@ def host_name(host: int) -> str:
 class SimulatedAgent(WorkerAgent):
     """The product's agent, on a host that it is told."""
 
+    fork_server_class = SimulatedForkServerProcess
+
     def __init__(self, job: str, target: str, host: int) -> None:
         super().__init__(job, target, "cpu")
         self.host = host
@@ -66,8 +68,9 @@ class SimulatedAgent(WorkerAgent):
 class HostProcess:
     """An actor of Ray's in which the agents of several simulated hosts live."""
 
-    def __init__(self, job: str, target: str) -> None:
-        self.job, self.target = job, target
+    def __init__(self, job: str, target: str, number: int) -> None:
+        """``number``: of this process among its like, for a job folder, and so a fork server, of its own."""
+        self.job, self.target = f"{job}-{number}", target
         self.agents: dict[int, SimulatedAgent] = {}
         self.lock = threading.Lock()
 
@@ -87,7 +90,7 @@ class HostProcess:
         with self.lock:
             agent = self.agents.pop(slot, None)
         if agent is not None:
-            agent.kill_worker()
+            agent.kill_workers()
 
 
 class RemoteAgent:
@@ -128,7 +131,7 @@ class SimulatedSlots(JobSlots):
     def reserve_slots(self, size: int, gang: Sequence[Slot] = ()) -> None:
         """Starts all processes at once, then reserves the slots as usual."""
         numbers = sorted({self._process_of(host) for host in range(self.hosts)})
-        started = [self._start_process() for _ in numbers]
+        started = [self._start_process(number) for number in numbers]
         pids = ray.get([process.pid.remote() for process in started])
         self.processes = dict(zip(numbers, zip(started, pids, strict=True), strict=True))
         super().reserve_slots(size, gang)
@@ -142,22 +145,22 @@ class SimulatedSlots(JobSlots):
         return {host_name(host): {"CPU": float(self.workers)} for host in range(self.hosts)}
 
     def _process_of(self, host: int) -> int:
-        return -1 - host if host in single_hosts(self.hosts) else host // HOSTS_A_PROCESS
+        return self.hosts + host if host in single_hosts(self.hosts) else host // HOSTS_A_PROCESS
 
-    def _start_process(self) -> Any:
+    def _start_process(self, number: int) -> Any:
         threads = 8 + THREADS_AN_AGENT * HOSTS_A_PROCESS * self.workers
         actor = ray.remote(HostProcess).options(num_cpus=0, max_concurrency=threads)
-        return actor.remote(self.job.folder, self.job.target)
+        return actor.remote(self.job.folder, self.job.target, number)
 
     def _start_agent(self, slot: Slot) -> None:
-        host = self.all.index(slot) // self.workers
+        host = slot.index // self.workers
         number = self._process_of(host)
         process, pid = self.processes[number]
         if not psutil.pid_exists(pid):
-            process = self._start_process()
+            process = self._start_process(number)
             self.processes[number] = process, ray.get(process.pid.remote())
         slot.kill = end_agent
-        slot.agent = RemoteAgent(process, host, self.all.index(slot))
+        slot.agent = RemoteAgent(process, host, slot.index)
         slot.info, slot.pending_info = None, slot.agent.describe_slot.remote()
 
 

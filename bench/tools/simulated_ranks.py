@@ -119,8 +119,12 @@ class SimulatedRank:
 class SimulatedForkServer(fork_server.ForkServer):
     """The product's fork server, with simulated ranks for workers."""
 
-    def import_target(self) -> None:
+    @staticmethod
+    def import_early() -> None:
         """Imports nothing: a simulated rank needs no more than the fork server itself."""
+
+    def import_target(self) -> None:
+        """Keeps what is there already out of the collector's sight, so that its pages stay shared."""
         gc.collect()
         gc.freeze()
         self.ready = time.time()
