@@ -224,7 +224,6 @@ class ExitEvent(Event, event="exit"):
     t: float
     rank: int
     generation: int
-    host: str | None = None
     tail: list[str] | None = None
     """The last lines of its log."""
     peak_mib: int | None = None

@@ -26,6 +26,9 @@ STALL_RATIO, GPU_STALL_RATIO, GPU_STALL_S = 0.25, 0.1, 0.05
 """Stall of a save over that of async_save: anywhere, and on a GPU; and in seconds on a GPU."""
 RESTART_S, GPU_RESTART_S, GPU_RESTART_WORST_S = 2.0, 1.0, 2.0
 """Seconds from a SIGKILL to the next step of all: the median anywhere, the median and the worst on a GPU."""
+SCALE_NOTICED_S, SCALE_RESTARTED_S, SCALE_DRIVER_CORES = 5.0, 10.0, 0.5
+"""Seconds from a fault to its report, of a hang beyond the hang timeout; from there until all ranks have met again; and
+cores of the driver."""
 NORMS, ADD_NORMS = ("rms_norm", "layer_norm"), ("add_rms_norm", "add_layer_norm")
 
 

@@ -33,7 +33,11 @@ class EarlyStart:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def start_early(signals: StopSignals, target: str = TARGET) -> EarlyStart:
+def start_early(
+    signals: StopSignals,
+    target: str = TARGET,
+    process: type[fork_server_client.ForkServerProcess] = fork_server_client.ForkServerProcess,
+) -> EarlyStart:
     """Makes the job's private folder and starts this host's fork server, whose workers will run ``target``.
 
     The handlers of ``signals`` are installed already; ``TRIREME_T0`` is the moment at which launch.sh was called.
@@ -43,6 +47,6 @@ def start_early(signals: StopSignals, target: str = TARGET) -> EarlyStart:
     folder = job_dir.make_folder()
     os.environ[job_dir.JOB_ENV] = str(folder)
     tempfile.tempdir = job_dir.temporary_files(folder)  # of this process alone: hosts agree on where job folders are
-    early = EarlyStart(folder, fork_server_client.ForkServerProcess(folder, target), target, since, signals)
+    early = EarlyStart(folder, process(folder, target), target, since, signals)
     signals.on_exit.append(early.remove_folder)
     return early

@@ -49,6 +49,8 @@ def plan_workers(
 class TrainDriver(Driver):
     """Runs the job of one command line: exit code 0 done, 75 stopped on request, 2 bad input, 1 a failure."""
 
+    supervisor_class: type[Supervisor] = Supervisor
+
     def __init__(self, overrides: Sequence[str], early: EarlyStart) -> None:
         super().__init__(early)
         self.overrides = overrides
@@ -63,6 +65,10 @@ class TrainDriver(Driver):
     def load_config(self) -> Config:
         """The configuration that the command line asks for."""
         return configuration.load(self.overrides)
+
+    def nodes_before_start(self, config: Config) -> list[placement.Node] | None:
+        """The nodes that the job will have, where they are known before Ray has started."""
+        return connect.nodes_before_start(config.cluster)
 
     def find_corpus(self, config: Config) -> str:
         """The folder of the prepared corpus; see ``prepared_corpus.find_corpus``."""
@@ -85,11 +91,11 @@ class TrainDriver(Driver):
         if summary := resume.finished_summary(config):
             self.console.complete(config, summary)
             return ExitCode.OK
-        if (known := connect.nodes_before_start(config.cluster)) is not None:
+        if (known := self.nodes_before_start(config)) is not None:
             plan_workers(config, known)  # what does not fit is told before text is read and Ray started
         corpus = self.find_corpus(config)
         clock.mark("corpus")
-        self._connect_to_ray(config)
+        self.connect_to_ray(config)
         nodes = status.living_nodes()
         config, device, request, packed = plan_workers(config, nodes)
         self.early.fork_server.set_device(device)
@@ -106,10 +112,10 @@ class TrainDriver(Driver):
         job = Job(
             config, corpus, self.early.target, folder, self._show, stop, clock, self.local_cluster, signals=signals
         )
-        verdict = Supervisor(job, device, placement.initial_workers(packed, request)).run()
+        verdict = self.supervisor_class(job, device, placement.initial_workers(packed, request)).run()
         return self._finish(verdict, config)
 
-    def _connect_to_ray(self, config: Config) -> None:
+    def connect_to_ray(self, config: Config) -> None:
         """Makes this process a driver of the configured Ray cluster, or of one that it starts for this job."""
         self.console.show(PhaseEvent("ray").to_json())
         self.local_cluster, self.remote_nodes = connect.connect(

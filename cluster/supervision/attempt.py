@@ -20,9 +20,9 @@ from cluster.supervision.attempt_state import (
     judge_ending,
     next_state,
 )
-from cluster.supervision.health_monitor import HealthMonitor, RankStatus, heartbeat_of
+from cluster.supervision.health_monitor import HealthMonitor, HostStatus, RankStatus, group_by_host, heartbeat_of
 from cluster.supervision.job import Job
-from cluster.supervision.slots import Slot, node_lives
+from cluster.supervision.slots import Slot, take_ready
 from cluster.supervision.timeouts import (
     EXIT_RECORD_S,
     GROW_CHECK_S,
@@ -42,17 +42,23 @@ from train.events import NoteEvent, StartedEvent, StoppingEvent, WorldEvent
 class Attempt:
     """One start of all ranks of a job: ``start`` forks their workers, ``follow`` waits for the verdict."""
 
-    def __init__(self, job: Job, slots: Sequence[Slot], number: int) -> None:
-        """``number`` counts the attempts of the job from 0."""
+    def __init__(self, job: Job, slots: Sequence[Slot], number: int, node_lives: Callable[[str], bool]) -> None:
+        """``number`` counts the attempts of the job from 0; ``node_lives`` says whether the node of an id lives."""
         self.job = job
+        self.node_lives = node_lives
         self.number = number
-        self.ranks: list[RankStatus] = []
-        for rank, slot in enumerate(slots):
-            assert slot.info is not None
-            self.ranks.append(RankStatus(rank, slot.agent, slot.info))
-        self.size = len(self.ranks)
+        infos = [slot.info for slot in slots if slot.info is not None]
+        self.hosts = group_by_host([slot.agent for slot in slots], infos)
+        self.size = len(infos)
         self.state = AttemptState()
-        self.monitor = HealthMonitor(job, self.ranks)
+        self.monitor = HealthMonitor(job, self.hosts)
+        self.ranks = self.monitor.ranks
+        self.exits: list[outcome.WorkerExit] = []
+        """The exits so far, in the order in which the driver learned of them."""
+        self.failed = False
+        """A rank has ended badly."""
+        self.untrained = self.size
+        """Ranks that have not made a step yet."""
         self.diagnosis: outcome.Diagnosis | None = None
         """Why the living ranks could not go on, where they were killed for that."""
         self.stop_agreed = False
@@ -66,18 +72,13 @@ class Attempt:
         self._grow_checked = 0.0
 
     @property
-    def exits(self) -> list[outcome.WorkerExit]:
-        """The exits so far, in the order of ranks."""
-        return [status.exit for status in self.ranks if status.exit is not None]
-
-    @property
     def stopped_ranks(self) -> set[int]:
         """Ranks whose workers were told to end by a signal of their own."""
         return {status.rank for status in self.ranks if status.stop_signal is not None}
 
     @property
     def lost_ranks(self) -> set[int]:
-        """Ranks whose agents are gone."""
+        """Ranks whose slots have lost their agents."""
         return {status.rank for status in self.ranks if status.agent_lost}
 
     @property
@@ -95,23 +96,27 @@ class Attempt:
         UserError when the port is taken, RuntimeError when the imports fail, RayError when an agent is gone.
         """
         orders = make_orders(self._bind_rendezvous())
-        results = self._ask_agents(
-            [status.agent.start_worker.remote(order) for status, order in zip(self.ranks, orders, strict=True)]
-        )
-        for status, order, result in zip(self.ranks, orders, results, strict=True):
-            if result.refused is not None:
-                raise UserError(f"{status.info.host}: {result.refused}")
-            if result.failed is not None:
-                raise RuntimeError(f"rank {status.rank} could not be started on {status.info.host}:\n{result.failed}")
-            status.order, status.pid = order, result.pid
-        self.job.clock.mark("imports", results[0].ready)
+        questions = []
+        for host in self.hosts:
+            questions.append(host.agent.start_workers.remote([orders[status.rank] for status in host.ranks]))
+        answers = self._ask_agents(questions)
+        for host, results in zip(self.hosts, answers, strict=True):
+            for status, result in zip(host.ranks, results, strict=True):
+                where = status.info.host
+                if result.refused is not None:
+                    raise UserError(f"{where}: {result.refused}")
+                if result.failed is not None:
+                    raise RuntimeError(f"rank {status.rank} could not be started on {where}:\n{result.failed}")
+                status.order, status.pid = orders[status.rank], result.pid
+        self.job.clock.mark("imports", answers[0][0].ready)
         pids = [status.pid for status in self.ranks]
         self.job.show(StartedEvent(pids, self.number).to_json())
         return pids
 
     def _bind_rendezvous(self) -> RendezvousAddress:
-        cluster, info = self.job.config.cluster, self.ranks[0].info
-        [bound] = self._ask_agents([self.ranks[0].agent.bind_rendezvous.remote(info.ip, cluster.port)])
+        cluster, host = self.job.config.cluster, self.ranks[0].host
+        info = host.info
+        [bound] = self._ask_agents([host.agent.bind_rendezvous.remote(info.ip, cluster.port)])
         if bound.error is not None:
             raise UserError(
                 f"cluster.port={cluster.port} on {info.host} ({info.ip}): {bound.error}. "
@@ -129,9 +134,9 @@ class Attempt:
                 self.job.private.check()
             if waiting and time.monotonic() > deadline:
                 raise UserError(
-                    f"{len(waiting)} of {len(questions)} agents of workers did not answer "
-                    f"within cluster.start_timeout={timeout} s: is a host overloaded, or cut off? Give the same "
-                    "command again, or a longer time"
+                    f"{len(waiting)} of {len(questions)} hosts did not answer within "
+                    f"cluster.start_timeout={timeout} s: is one overloaded, or cut off? Give the same command again, "
+                    "or a longer time"
                 )
         return ray.get(list(questions))
 
@@ -144,7 +149,7 @@ class Attempt:
         checkpoint.
         """
         self._grow_checked = time.monotonic()
-        polls = {status.agent.poll_events.remote(POLL_S): status.rank for status in self.ranks}
+        polls = {host.agent.poll_events.remote(POLL_S): host for host in self.hosts}
         while len(self.exits) < self.size:
             self.state, actions = next_state(self.state, self._observe(can_grow))
             for action in actions:
@@ -158,7 +163,7 @@ class Attempt:
         stop_requested = self.job.stop.requested
         if self.state.phase is Phase.KILLED:
             return AttemptFacts(time.monotonic(), stop_requested)
-        if self._verdict().cause is not None:
+        if self.failed:
             known = outcome.first_cause_known(self.exits)
             return AttemptFacts(time.monotonic(), stop_requested, failed=True, cause_known=known)
         self.diagnosis = self._diagnose()
@@ -204,67 +209,73 @@ class Attempt:
     def _check_unreachable(self) -> None:
         """Reads the exit records of workers whose agents do not answer; in time counts those without one as lost."""
         signalled, now = self._stop_signalled, time.monotonic()
-        for status in self.ranks if signalled else ():
-            mute = status.answered is not None and now > status.answered + MUTE_S
-            if status.living and mute:
-                status.unreachable = now, ray.exceptions.RayError("its steward does not answer")
-        unreachable = [(*status.unreachable, status) for status in self.ranks if status.unreachable is not None]
-        for since, error, status in sorted(unreachable, key=lambda row: row[0]):
-            assert status.order is not None
-            record = exit_record.read(status.order)
-            if record is not None:
-                status.agent_lost = True
-                status.stop_signal = status.stop_signal or signal.SIGTERM
-                status.error = status.error or {"text": record["error"] or ""}
-                self._add_exit(status, {"code": record["code"], "pid": status.info.pid})
-            elif self.state.phase is Phase.KILLED or now > since + (EXIT_RECORD_S if signalled else SIGNAL_GRACE_S):
-                self._add_lost_agent(status, error)
-            else:
-                continue
-            status.unreachable = None
+        for host in self.hosts if signalled else ():
+            mute = host.answered is not None and now > host.answered + MUTE_S
+            if mute and host.living:
+                host.unreachable = now, ray.exceptions.RayError("its steward does not answer")
+        unreachable = [(*host.unreachable, host) for host in self.hosts if host.unreachable is not None]
+        for since, error, host in sorted(unreachable, key=lambda row: row[0]):
+            for status in host.ranks:
+                if status.exit is not None:
+                    continue
+                assert status.order is not None
+                record = exit_record.read(status.order)
+                if record is not None:
+                    status.agent_lost = True
+                    status.stop_signal = status.stop_signal or signal.SIGTERM
+                    status.error = status.error or {"text": record["error"] or ""}
+                    self._add_exit(status, {"code": record["code"], "pid": host.info.pid})
+                elif self.state.phase is Phase.KILLED or now > since + (EXIT_RECORD_S if signalled else SIGNAL_GRACE_S):
+                    self._add_lost_agent(status, error)
+            if all(status.exit is not None for status in host.ranks):
+                host.unreachable = None
 
     def _signal_living(self, number: int) -> None:
-        for status in self.ranks:
-            if status.living:
-                status.agent.signal_worker.remote(number, status.pid)
+        for host in self.hosts:
+            if host.living:
+                host.agent.signal_workers.remote(number, [status.pid for status in host.living])
 
     def _give_up_late(self) -> None:
         """Counts killed ranks as lost whose exits have not been reported in time."""
         now, ray_lost = time.monotonic(), self.job.private is not None and self.job.private.lost()
-        for status in self.ranks if now > self.state.since else ():
-            ending = judge_ending(now, self.state.since, status.answered)
-            if status.living and (ray_lost or ending is Ending.SILENT):
-                self._add_lost_agent(status, None)
-            elif status.living and ending is Ending.STUCK:
-                self._add_stuck_worker(status)
+        for host in self.hosts if now > self.state.since else ():
+            ending = judge_ending(now, self.state.since, host.answered)
+            if ending is Ending.UNDER_WAY and not ray_lost:
+                continue
+            for status in host.living:
+                if ray_lost or ending is Ending.SILENT:
+                    self._add_lost_agent(status, None)
+                else:
+                    self._add_stuck_worker(status)
 
     # --------------------------------------------------------------------------------------------------------- events
 
-    def _receive_events(self, polls: dict[Any, int]) -> None:
+    def _receive_events(self, polls: dict[Any, HostStatus]) -> None:
         """Handles all answers to ``polls`` that are there within a tick, and polls those agents again."""
         if not polls:
             time.sleep(TICK_S)
             return
         for poll in take_ready(list(polls), TICK_S):
-            status = self.ranks[polls.pop(poll)]
-            if status.exit is not None:
-                continue
+            host = polls.pop(poll)
             try:
                 events = ray.get(poll)
             except ray.exceptions.RayError as error:
-                status.unreachable = time.monotonic(), error
+                if any(status.exit is None for status in host.ranks):
+                    host.unreachable = time.monotonic(), error
                 continue
-            status.answered = time.monotonic()
-            status.unreachable = None
+            host.answered = time.monotonic()
+            host.unreachable = None
             for record in events:
-                self._handle_event(status, record)
-            if status.exit is None:
-                polls[status.agent.poll_events.remote(POLL_S)] = status.rank
+                self._handle_event(record)
+            if any(status.exit is None for status in host.ranks):
+                polls[host.agent.poll_events.remote(POLL_S)] = host
 
-    def _handle_event(self, status: RankStatus, record: dict[str, Any]) -> None:
+    def _handle_event(self, record: dict[str, Any]) -> None:
         if record.get("generation") != self.number:
             return
-        event = record["event"]
+        status, event = self.ranks[record["rank"]], record["event"]
+        if status.exit is not None:
+            return
         if event == "beat":
             status.heartbeat = heartbeat_of(record)
         elif event == "exit":
@@ -293,7 +304,8 @@ class Attempt:
             self.job.show(record)
         if record["name"] == "train" and not status.trains:
             status.trains = True
-            if all(other.trains for other in self.ranks):
+            self.untrained -= 1
+            if self.untrained == 0:
                 self.marks["train"] = max(record["t"], self.marks.get("train", 0.0))
                 self.job.show(WorldEvent(self.number, self.size, self.marks).to_json())
 
@@ -303,11 +315,10 @@ class Attempt:
         self.marks.setdefault(
             "failed" if record["code"] not in (ExitCode.OK, ExitCode.STOPPED) else "ended", record.get("t", time.time())
         )
-        status.exit = outcome.WorkerExit(
-            rank=status.rank,
-            order=len(self.exits),
+        self._note_exit(
+            status,
             code=record["code"],
-            host=record.get("host", status.info.host),
+            host=status.info.host,
             pid=record["pid"],
             error=error.get("text") or None,
             kind=error.get("kind", "exception"),
@@ -323,17 +334,25 @@ class Attempt:
             evidence=DeviceEvidence.from_json(record["evidence"]) if "evidence" in record else None,
         )
 
+    def _note_exit(self, status: RankStatus, **fields: Any) -> None:
+        """Counts a rank as ended, in the way that the ``fields`` of a ``WorkerExit`` say."""
+        status.exit = outcome.WorkerExit(rank=status.rank, order=len(self.exits), **fields)
+        self.exits.append(status.exit)
+        self.failed = self.failed or status.exit.code not in (ExitCode.OK, ExitCode.STOPPED)
+
     def _add_lost_agent(self, status: RankStatus, error: Exception | None) -> None:
         """Counts a rank as ended whose agent does not answer: the fork server kills a worker without its agent."""
-        status.agent_lost = True
-        fault, description = self._explain_loss(status.info, error)
+        host = status.host
+        host.loss = host.loss or self._explain_loss(host.info, error)
+        fault, description = host.loss
+        # Where the agent alone is lost, the other slots of its host have theirs.
+        status.agent_lost = fault != "worker lost" or status is host.ranks[0]
         self.marks.setdefault("failed", time.time())
-        status.exit = outcome.WorkerExit(
-            rank=status.rank,
-            order=len(self.exits),
+        self._note_exit(
+            status,
             code=-signal.SIGKILL,
             host=status.info.host,
-            pid=status.info.pid,
+            pid=host.info.pid,
             fault=fault,
             description=description,
             at=status.heartbeat,
@@ -344,9 +363,8 @@ class Attempt:
 
         Its agent is kept, and the fork server gives its GPU to nobody before the process is gone.
         """
-        status.exit = outcome.WorkerExit(
-            rank=status.rank,
-            order=len(self.exits),
+        self._note_exit(
+            status,
             code=-signal.SIGKILL,
             host=status.info.host,
             pid=status.pid,
@@ -362,12 +380,6 @@ class Attempt:
             return "worker lost", "was lost: processes of Ray's own have ended"
         if error is None:
             return "network lost", f"was lost: its host has not answered for {KILL_REPORT_S:.0f} s"
-        if not node_lives(info.node):
+        if not self.node_lives(info.node):
             return "host lost", "was lost with its host"
         return "worker lost", "was lost with its steward, the process that watched over it"
-
-
-def take_ready(polls: list[Any], patience_s: float) -> list[Any]:
-    """All of the agents' answers that are there, after waiting at most so long for the first of them."""
-    first, _ = ray.wait(polls, num_returns=1, timeout=patience_s, fetch_local=True)
-    return ray.wait(polls, num_returns=len(polls), timeout=0, fetch_local=True)[0] if first else []

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.device_health.device_fault import DeviceFault
 from cluster.device_health.flight_record import StuckCollective
+from cluster.device_health.slow_clocks import medians_of_others
 from cluster.supervision.outcome import Diagnosis, Heartbeat
 
 FIRST_TIME_FACTOR = 5
@@ -130,6 +131,18 @@ def format_ranks(heartbeats: Sequence[Any], most: int = 8) -> str:
     return f"rank{'s' if len(heartbeats) > 1 else ''} {numbers}"
 
 
+def format_ranges(numbers: Sequence[int]) -> str:
+    """All of these ranks in words, however many: "ranks 0-3, 9"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(parts)}"
+
+
 def summarise_steps(step_s: Mapping[int, float]) -> dict[str, float]:
     """The seconds of a step over all ranks, as a line of ``ranks.jsonl`` has them."""
     seconds = [*step_s.values()]
@@ -169,9 +182,9 @@ class StragglerDetector:
             for b in heartbeats
         }
         self.window_start, self.since, self.step_s = {b.rank: b for b in heartbeats}, now, work
-        slow_ranks = []
+        slow_ranks, medians = [], medians_of_others(work)
         for rank, mine in work.items():
-            others = statistics.median(seconds for other, seconds in work.items() if other != rank)
+            others = medians[rank]
             slow = mine > SLOW_RATIO * others and mine > others + MIN_EXCESS_S
             self.streak[rank] = self.streak.get(rank, 0) + 1 if slow else 0
             if self.streak[rank] == WINDOWS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ from cluster.supervision.job import Job
 from cluster.supervision.timeouts import DEVICE_CHECK_S, DRIVER_PAUSE_S, INSPECT_S, TICK_S
 from cluster.worker.messages import SlotInfo, StartOrder
 from train.events import NoteEvent
+from train.util.format import plural
 from train.util.io import to_json
 from train.util.run_layout import RunDir
 
@@ -30,44 +31,66 @@ MOST_RANKS = 6
 
 
 @dataclass
+class HostStatus:
+    """One host of an attempt, as far as the driver knows: it hears the host's agent, and by it all ranks there."""
+
+    agent: Any
+    """Handle of its Ray actor, which is that of the host's first slot."""
+    info: SlotInfo
+    """Where the agent is."""
+    ranks: list[RankStatus] = field(default_factory=list)
+    answered: float | None = None
+    """When the agent last answered a poll (monotonic)."""
+    unreachable: tuple[float, Exception] | None = None
+    """Since when the agent has not answered (monotonic), and how Ray says so."""
+    loss: tuple[outcome.Fault, str] | None = None
+    """What has become of it and its ranks, where it is lost: found out once, for a host that is gone answers slowly."""
+
+    @property
+    def living(self) -> list[RankStatus]:
+        """The ranks that live, as far as is known, where the agent answers."""
+        return [] if self.unreachable is not None else [status for status in self.ranks if status.exit is None]
+
+
+@dataclass
 class RankStatus:
     """One rank of an attempt, as far as the driver knows."""
 
     rank: int
-    agent: Any
-    """Handle of its Ray actor."""
+    host: HostStatus
     info: SlotInfo
     order: StartOrder | None = None
     """What its worker was started by."""
     pid: int = 0
     """Its worker's process."""
     heartbeat: outcome.Heartbeat | None = None
-    answered: float | None = None
-    """When its agent last answered a poll (monotonic)."""
     trains: bool = False
     """It has made its first step."""
     error: dict[str, Any] | None = None
     """The error event that its worker sent before it ended."""
     stop_signal: int | None = None
     """The signal of its own that told its worker to end."""
-    unreachable: tuple[float, Exception] | None = None
-    """Since when its agent has not answered (monotonic), and how Ray says so."""
     agent_lost: bool = False
-    """Its agent is gone, so its slot needs another."""
+    """The agent in its slot is gone, so the slot needs another."""
     exit: outcome.WorkerExit | None = None
 
-    @property
-    def living(self) -> bool:
-        """Whether the worker has not ended, as far as is known, and its agent answers."""
-        return self.exit is None and self.unreachable is None
+
+def group_by_host(agents: Sequence[Any], infos: Sequence[SlotInfo]) -> list[HostStatus]:
+    """The hosts of an attempt with their ranks, in the order of these, from the slot of each rank."""
+    hosts: dict[str, HostStatus] = {}
+    for rank, (agent, info) in enumerate(zip(agents, infos, strict=True)):
+        host = hosts.setdefault(info.node, HostStatus(agent, info))
+        host.ranks.append(RankStatus(rank, host, info))
+    return list(hosts.values())
 
 
 class HealthMonitor:
     """Judges the ranks of one attempt while they live."""
 
-    def __init__(self, job: Job, ranks: Sequence[RankStatus]) -> None:
+    def __init__(self, job: Job, hosts: Sequence[HostStatus]) -> None:
         cluster = job.config.cluster
-        self.job, self.ranks = job, ranks
+        self.job, self.hosts = job, hosts
+        self.ranks = sorted((status for host in hosts for status in host.ranks), key=lambda status: status.rank)
         self.limits = hang_detector.HangLimits(cluster.hang_timeout, cluster.start_timeout)
         self.stragglers = hang_detector.StragglerDetector()
         self.written: dict[int, float] = {}
@@ -76,7 +99,7 @@ class HealthMonitor:
         self.slow_clocks = SlowClockDetector()
         self.devices: dict[int, GpuState] = {}
         """The GPU of each rank, as it was last asked for."""
-        self.device_questions: dict[Any, int] = {}
+        self.device_questions: list[Any] = []
         self.devices_asked = time.monotonic()
         self.checked = 0.0
         """When the ranks were last checked (monotonic)."""
@@ -87,63 +110,75 @@ class HealthMonitor:
         if now < self.checked + TICK_S:  # asked after every answer, and there may be thousands of ranks
             return None
         if now > self.checked + DRIVER_PAUSE_S:  # the driver itself was stopped, and heard nobody
-            for status in self.ranks:
-                status.answered = now
+            for host in self.hosts:
+                host.answered = now
         self.checked = now
-        living = [status for status in self.ranks if status.living]
-        silent_s = {status.rank: now - status.answered for status in living if status.answered is not None}
-        silent = [rank for rank, seconds in silent_s.items() if seconds > self.limits.hang_s]
-        if silent:
-            description = f"was cut off: its host has not answered for {silent_s[silent[0]]:.0f} s"
-            return outcome.Diagnosis("network lost", silent[0], description)
+        for host in self.hosts:
+            silent_s = now - host.answered if host.answered is not None else 0.0
+            if silent_s > self.limits.hang_s and host.living:
+                description = f"was cut off: its host has not answered for {silent_s:.0f} s"
+                return outcome.Diagnosis("network lost", host.living[0].rank, description)
+        living = [status for host in self.hosts for status in host.living]
         heartbeats = [status.heartbeat for status in living if status.heartbeat is not None]
         complete = len(heartbeats) == len(living)
         diagnosis = hang_detector.diagnose_hang(heartbeats, self.limits) if complete else None
         if diagnosis is not None:
-            return self._explain_hang(diagnosis, living, heartbeats)
+            return self._explain_hang(diagnosis, heartbeats)
         slow_ranks, window = self.stragglers.find_slow(heartbeats, now), self.stragglers.step_s
         if window and window is not self.written and now > self.written_at + STEPS_WRITTEN_S:
             self.written, self.written_at = window, now
             line = {"step": max(heartbeat.step for heartbeat in heartbeats), **hang_detector.summarise_steps(window)}
             with RunDir(self.job.run_dir).ranks.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
-        for rank, ratio in slow_ranks:
-            self._show_slow(rank, f"it works {ratio:.1f} times as long as the others")
+        if slow_ranks:
+            ratios = sorted(ratio for _, ratio in slow_ranks)
+            times = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (ratios[0], ratios[-1])))
+            self._show_slow(
+                [rank for rank, _ in slow_ranks], "it works", "they work", f"{times} times as long as the others"
+            )
         self._check_clocks(now)
         return None
 
     def _check_clocks(self, now: float) -> None:
         """Asks for all ranks' GPUs now and then, and reports those that are held at a lower clock than the others."""
         if self.device_questions:
-            ready, _ = ray.wait(list(self.device_questions), num_returns=len(self.device_questions), timeout=0)
+            ready, _ = ray.wait(self.device_questions, num_returns=len(self.device_questions), timeout=0)
             if len(ready) < len(self.device_questions) and now < self.devices_asked + DEVICE_CHECK_S:
                 return
-            answers = {self.device_questions[question]: _answer(question) for question in ready}
-            self.device_questions = {}
-            self.devices = {rank: GpuState(**state) for rank, state in answers.items() if state is not None}
-            for rank in self.slow_clocks.find_slow(self.devices):
-                self._show_slow(rank, "its GPU runs at a lower clock than the others")
+            self.device_questions, self.devices = [], {}
+            for question in ready:
+                states = _answer(question)
+                self.devices |= {rank: GpuState(**state) for rank, state in states.items() if state is not None}
+            if slow_ranks := self.slow_clocks.find_slow(self.devices):
+                self._show_slow(slow_ranks, "its GPU runs", "their GPUs run", "at a lower clock than the others")
         elif now > self.devices_asked + DEVICE_CHECK_S:
             self.devices_asked = now
-            living = [status for status in self.ranks if status.living and status.info.gpus]
-            self.device_questions = {status.agent.read_device.remote(): status.rank for status in living}
+            living = [host for host in self.hosts if host.info.gpus and host.living]
+            self.device_questions = [host.agent.read_devices.remote() for host in living]
 
-    def _show_slow(self, rank: int, why: str) -> None:
-        status = self.ranks[rank]
-        speed = describe_speed(self.devices[rank]) if rank in self.devices else ""
-        device = f" (GPU {','.join(status.info.gpus)}: {speed})" if speed else ""
-        self.job.show(NoteEvent(f"rank {rank} on {status.info.host} is slow: {why}{device}").to_json())
+    def _show_slow(self, ranks: Sequence[int], one: str, many: str, how: str) -> None:
+        """Reports slow ranks, in one note however many they are: "rank 3 on a is slow: it works 2 times ..."."""
+        status = self.ranks[ranks[0]]
+        if len(ranks) > 1:
+            hosts = {self.ranks[rank].info.host for rank in ranks}
+            where = next(iter(hosts)) if len(hosts) == 1 else plural(len(hosts), "host")
+            text = f"{hang_detector.format_ranges(ranks)} on {where} are slow: {many} {how}"
+        else:
+            speed = describe_speed(self.devices[status.rank]) if status.rank in self.devices else ""
+            device = f" (GPU {','.join(status.info.gpus)}: {speed})" if speed else ""
+            text = f"rank {status.rank} on {status.info.host} is slow: {one} {how}{device}"
+        self.job.show(NoteEvent(text).to_json())
 
-    def _explain_hang(
-        self, diagnosis: outcome.Diagnosis, living: Sequence[RankStatus], heartbeats: Sequence[outcome.Heartbeat]
-    ) -> outcome.Diagnosis:
+    def _explain_hang(self, diagnosis: outcome.Diagnosis, heartbeats: Sequence[outcome.Heartbeat]) -> outcome.Diagnosis:
         """Has the ranks write their stacks and last collectives, which are gone once they are killed.
 
         The diagnosis with what these and their GPUs say.
         """
-        questions = {status.agent.inspect_worker.remote(): status.rank for status in living}
-        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=INSPECT_S)
-        answers = {questions[question]: ray.get(question) for question in answered}
+        questions = [host.agent.inspect_workers.remote() for host in self.hosts if host.living]
+        answered, _ = ray.wait(questions, num_returns=len(questions), timeout=INSPECT_S)
+        answers: dict[int, dict[str, Any]] = {}
+        for question in answered:
+            answers |= ray.get(question)
         records, faults = {}, {}
         for rank, answer in answers.items():
             groups = [GroupRecord.from_json(record) for record in answer["flight"]]
@@ -156,12 +191,13 @@ class HealthMonitor:
         return replace(diagnosis, evidence=(*diagnosis.evidence, *_places(answers, diagnosis.rank)))
 
 
-def _answer(question: Any) -> Any:
-    """An agent's answer; None where the agent is gone, which its polls tell better."""
+def _answer(question: Any) -> dict[int, dict[str, Any] | None]:
+    """An agent's answer; none where the agent is gone, which its polls tell better."""
     try:
-        return ray.get(question)
+        answer: dict[int, dict[str, Any] | None] = ray.get(question)
+        return answer
     except ray.exceptions.RayError:
-        return None
+        return {}
 
 
 def _places(answers: Mapping[int, dict[str, Any]], culprit: int | None) -> list[str]:

@@ -6,6 +6,7 @@ All functions are pure.
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 from collections.abc import Collection, Sequence
@@ -118,7 +119,7 @@ class WorkerExit:
     evidence: DeviceEvidence | None = None
     """What its host knows of that GPU."""
 
-    @property
+    @functools.cached_property
     def device_fault(self) -> DeviceFault | None:
         """The fault of its GPU that ended it, if it was one; a rank aborted by NCCL says so only in its log."""
         well = self.code in (ExitCode.OK, ExitCode.STOPPED) or self.kind == "user"
@@ -127,6 +128,18 @@ class WorkerExit:
         if self.kind == "device":
             return DeviceFault(self.error or "")
         return classify(self.error or "\n".join(self.tail), self.evidence)
+
+    @functools.cached_property
+    def weight(self) -> int:
+        """How likely it is the consequence of another exit, from PROVEN on; looked at after every exit of a job."""
+        if self.killed_by_driver:
+            return KILLED_BY_DRIVER
+        device = self.device_fault
+        if device is not None:
+            return PROVEN if device.proven else OWN
+        if self.code > 0 and self.error and COLLATERAL.search(self.error.strip().splitlines()[-1]):
+            return COLLATERAL_ERROR
+        return ABORTED if self.code == -signal.SIGABRT else OWN  # NCCL's watchdog aborts a rank whose peer is gone
 
 
 @dataclass(frozen=True)
@@ -176,7 +189,7 @@ def decide_outcome(
         cause = next((exited for exited in exits if exited.rank == diagnosis.rank), None)
         return Verdict("failed", diagnosis.fault, cause, _rest(bad, cause), diagnosis)
     if bad:
-        first = min(bad, key=lambda exited: (_weight(exited), exited.order))
+        first = min(bad, key=lambda exited: (exited.weight, exited.order))
         fault = "preempted" if preempted and first.rank in told_to_stop else fault_of(first)
         refused = first.code == ExitCode.BAD_INPUT and first.error and fault != "device"
         return Verdict("bad_input" if refused else "failed", fault, first, _rest(bad, first))
@@ -189,7 +202,7 @@ def decide_outcome(
 
 def first_cause_known(exits: Sequence[WorkerExit]) -> bool:
     """Whether an exit is certainly no consequence of another, so that no other rank need be waited for."""
-    return any(exited.code not in (ExitCode.OK, ExitCode.STOPPED) and _weight(exited) <= OWN for exited in exits)
+    return any(exited.code not in (ExitCode.OK, ExitCode.STOPPED) and exited.weight <= OWN for exited in exits)
 
 
 def fault_of(exited: WorkerExit) -> Fault:
@@ -207,19 +220,8 @@ def fault_of(exited: WorkerExit) -> Fault:
         return "out of device memory"
     if HOST_MEMORY.search(error):
         return "out of host memory"
-    return "network lost" if _weight(exited) == COLLATERAL_ERROR else "raised"
+    return "network lost" if exited.weight == COLLATERAL_ERROR else "raised"
 
 
 def _rest(bad: Sequence[WorkerExit], cause: WorkerExit | None) -> tuple[WorkerExit, ...]:
     return tuple(sorted((exited for exited in bad if exited is not cause), key=lambda exited: exited.rank))
-
-
-def _weight(exited: WorkerExit) -> int:
-    if exited.killed_by_driver:
-        return KILLED_BY_DRIVER
-    device = exited.device_fault
-    if device is not None:
-        return PROVEN if device.proven else OWN
-    if exited.code > 0 and exited.error and COLLATERAL.search(exited.error.strip().splitlines()[-1]):
-        return COLLATERAL_ERROR
-    return ABORTED if exited.code == -signal.SIGABRT else OWN  # NCCL's watchdog aborts a rank whose peer is gone

@@ -10,7 +10,7 @@ import contextlib
 import math
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from cluster.raycluster import status
 from cluster.raycluster.placement import WorkerRequest
 from cluster.supervision.job import Job
 from cluster.supervision.left_places import LeftPlace, is_left, room_without, shortage_without
-from cluster.supervision.timeouts import REJOIN_S, SLOT_CHECK_S
+from cluster.supervision.timeouts import REJOIN_S, SLOT_CHECK_S, TICK_S
 from cluster.worker.agent import WorkerAgent
 from cluster.worker.messages import SlotInfo
 from train.config.schema import ClusterConfig
@@ -33,26 +33,26 @@ AGENT_ANSWER_S = 5.0
 """How long an agent may take to answer after a failed start before it is counted as lost."""
 RAYLET_CONNECT_S = 1.0
 """How long the raylet of a node may take to accept a connection."""
+GATHER_S = 0.0005
+"""How long the driver waits for further answers, for each agent that it has not heard."""
+
+
+def take_ready(polls: list[Any], patience_s: float) -> list[Any]:
+    """All of the agents' answers that are there, after waiting at most so long for the first of them.
+
+    After the first, others are waited for a moment that grows with their number, so that the work of a look at all
+    polls is done some ten times a second and not once an answer.
+    """
+    first, _ = ray.wait(polls, num_returns=1, timeout=patience_s, fetch_local=True)
+    if not first:
+        return []
+    return ray.wait(polls, num_returns=len(polls), timeout=min(GATHER_S * (len(polls) - 1), TICK_S), fetch_local=True)[
+        0
+    ]
 
 
 def _bundle(cluster: ClusterConfig, device: str) -> dict[str, float]:
     return {"CPU": float(cluster.cpus_per_worker)} | ({"GPU": 1.0} if device == "gpu" else {})
-
-
-def node_lives(node: str) -> bool:
-    """Whether the node of that id lives. Ray may know a quarter of a minute late, so its raylet's port is tried too."""
-    known = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
-    with contextlib.suppress(OSError):
-        if known is not None:
-            address = known["NodeManagerAddress"], known["NodeManagerPort"]
-            socket.create_connection(address, RAYLET_CONNECT_S).close()
-            return True
-    return False
-
-
-def node_resources() -> dict[str, dict[str, float]]:
-    """All that the nodes have, by their ids."""
-    return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
 
 
 def rank_order(infos: Sequence[SlotInfo]) -> list[int]:
@@ -86,12 +86,14 @@ class Slot:
     """When the agent answered (monotonic)."""
     empty_until: float = 0.0
     """When another agent may be asked for (monotonic)."""
+    kill: Callable[[Any], None] = ray.kill
+    """Ends its agent."""
 
     def vacate(self, seconds: float = 0.0) -> None:
         """Ends its agent, and leaves the slot empty for so many seconds."""
         if self.agent is not None:
             with contextlib.suppress(ray.exceptions.RayError):
-                ray.kill(self.agent)
+                self.kill(self.agent)
         self.agent = self.pending_info = self.info = None
         self.empty_until = time.monotonic() + seconds
 
@@ -148,6 +150,20 @@ class JobSlots:
         cluster = job.config.cluster
         self.min_workers = cluster.min_workers or cluster.worker_count
 
+    def node_lives(self, node: str) -> bool:
+        """Whether the node of that id lives. Ray may know a quarter of a minute late, so its raylet's port is tried."""
+        known = next((known for known in ray.nodes() if known["NodeID"] == node and known["Alive"]), None)
+        with contextlib.suppress(OSError):
+            if known is not None:
+                address = known["NodeManagerAddress"], known["NodeManagerPort"]
+                socket.create_connection(address, RAYLET_CONNECT_S).close()
+                return True
+        return False
+
+    def node_resources(self) -> dict[str, dict[str, float]]:
+        """All that the nodes have, by their ids."""
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+
     def reserve_slots(self, size: int, gang: Sequence[Slot] = ()) -> None:
         """Reserves ``size`` slots at once, or takes over ``gang``, and starts agents where there are none.
 
@@ -199,10 +215,10 @@ class JobSlots:
             if slot.agent is None and time.monotonic() > slot.empty_until:
                 self._start_agent(slot)
         waiting = {slot.pending_info: slot for slot in self.all if slot.pending_info is not None}
-        answered = ray.wait(list(waiting), num_returns=1, timeout=seconds)[0] if waiting else []
         if not waiting and seconds:
             time.sleep(seconds)
-        for question in answered:
+        nodes = {slot.info.node for slot in self.all if slot.info is not None}
+        for question in take_ready(list(waiting), seconds) if waiting else ():
             slot = waiting[question]
             slot.pending_info = None
             try:
@@ -210,7 +226,9 @@ class JobSlots:
                 if is_left(self.left, slot.info):
                     self._replace(slot)
                     continue
-                slot.agent.start_fork_server.remote()
+                if slot.info.node not in nodes:  # one of a host's agents has its fork server begin to import
+                    slot.agent.start_fork_server.remote()
+                    nodes.add(slot.info.node)
             except ray.exceptions.RayError:
                 self._start_agent(slot)
 

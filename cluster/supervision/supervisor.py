@@ -20,7 +20,7 @@ from cluster.supervision import failure_report, outcome, restart_policy
 from cluster.supervision.attempt import Attempt
 from cluster.supervision.job import Job
 from cluster.supervision.left_places import LeftPlace
-from cluster.supervision.slots import JobSlots, Slot, node_lives, node_resources
+from cluster.supervision.slots import JobSlots, Slot
 from cluster.supervision.timeouts import SIGNAL_GRACE_S, TICK_S
 from cluster.worker import worker_env
 from cluster.worker.messages import RendezvousAddress, StartOrder
@@ -33,6 +33,8 @@ from train.util.run_layout import RunDir
 class Supervisor:
     """Runs a job on the Ray cluster that the driver has joined."""
 
+    slots_class: type[JobSlots] = JobSlots
+
     def __init__(self, job: Job, device: str, size: int | None = None, gang: Sequence[Slot] = ()) -> None:
         """``size``: workers to begin with, by default all. ``gang``: slots reserved already, with or without agents."""
         self.job = replace(job, show=self._show)
@@ -40,7 +42,7 @@ class Supervisor:
         self.device = device
         self.size, self.gang = size or job.config.cluster.worker_count, gang
         self.attempts = 0
-        self.slots = JobSlots(self.job, device)
+        self.slots = self.slots_class(self.job, device)
         self.failures: list[restart_policy.Failure] = []
         """The failures since there was progress."""
         self.interruption: dict[str, Any] = {}
@@ -53,7 +55,7 @@ class Supervisor:
             if self.job.stop.requested:
                 return outcome.Verdict("stopped")
             slots = self.slots.up_slots()[: self.job.config.cluster.worker_count]
-            attempt = Attempt(self.job, slots, self.attempts)
+            attempt = Attempt(self.job, slots, self.attempts, self.slots.node_lives)
             verdict = self._run_attempt(attempt, slots)
             if verdict.kind == "failed":
                 again = self._restart_after_failure(attempt, verdict)
@@ -70,7 +72,7 @@ class Supervisor:
     def _run_attempt(self, attempt: Attempt, slots: list[Slot]) -> outcome.Verdict:
         """Starts an attempt and follows it to its end."""
         try:
-            pids = attempt.start(lambda rendezvous: self.make_orders(slots, rendezvous, node_resources()))
+            pids = attempt.start(lambda rendezvous: self.make_orders(slots, rendezvous, self.slots.node_resources()))
             self._write_locations(attempt, pids)
         except (RuntimeError, ray.exceptions.RayError) as error:
             if self.job.private is None or not self.job.private.lost():
@@ -91,7 +93,7 @@ class Supervisor:
             {
                 "rank": status.rank,
                 "pid": pid,
-                "steward": status.info.pid,
+                "steward": status.host.info.pid,
                 "host": status.info.host,
                 "ip": status.info.ip,
                 "node": status.info.node,
@@ -174,7 +176,7 @@ class Supervisor:
                 slot.vacate()
         self.slots.update_slots()
         nodes = {attempt.ranks[rank].info.node for rank in lost}
-        alive = {node for node in nodes if node_lives(node)}
+        alive = {node for node in nodes if self.slots.node_lives(node)}
         back = sum(attempt.ranks[rank].info.node in alive for rank in lost if not preempted)
         wished = len(self.slots.up_slots()) + back
         if verdict.device_fault is not None:
@@ -196,7 +198,7 @@ class Supervisor:
         self.job.private.restart()
         if self.job.signals is not None:
             self.job.signals.install()
-        left, self.slots = self.slots.left, JobSlots(self.job, self.device)
+        left, self.slots = self.slots.left, self.slots_class(self.job, self.device)
         self.slots.left = [place.by_host_name() for place in left]
         self.slots.reserve_slots(self.size)
 
@@ -234,8 +236,9 @@ class Supervisor:
         """The order that starts the worker of each slot, by rank. ``resources``: all that each node has, by its id."""
         config = self.job.config
         config_json = config.model_dump_json(by_alias=True)
-        nodes = [slot.info.node for slot in slots if slot.info is not None]
-        local_sizes = Counter(nodes)
+        infos = [slot.info for slot in slots if slot.info is not None]
+        nodes = [info.node for info in infos]
+        local_sizes, started = Counter(nodes), Counter[str]()
         forwarded = worker_env.forwarded_variables(os.environ)
         orders = []
         for rank, node in enumerate(nodes):
@@ -244,7 +247,7 @@ class Supervisor:
                 job=self.job.folder,
                 rank=rank,
                 size=len(slots),
-                local_rank=nodes[:rank].count(node),
+                local_rank=started[node],
                 rendezvous=rendezvous,
                 target=self.job.target,
                 device=self.device,
@@ -254,7 +257,9 @@ class Supervisor:
                 log=str(RunDir(self.job.run_dir).log(rank)),
                 threads=placement.threads_per_worker(self.device, config.cluster.cpus_per_worker, cores, gpus),
                 forwarded=forwarded,
+                gpus=infos[rank].gpus,
             )
+            started[node] += 1
             env = {**self._environment(order, local_sizes[node]), **config.cluster.env}
             orders.append(replace(order, env=env))
         return orders

@@ -1,8 +1,9 @@
-"""The agent of a rank: a Ray actor that starts, watches and signals the rank's worker.
+"""The agent of a host: a Ray actor that starts, watches and signals the workers of a job on its host.
 
-It never trains itself, and so stays responsive whatever its worker does: it sees a death at once, reports what the
-worker left in its log, and starts the next one from the host's fork server in a fraction of a second. It outlives every
-attempt of the job.
+It never trains itself, and so stays responsive whatever its workers do: it sees a death at once, reports what the
+worker left in its log, and starts the next ones from the host's fork server in a fraction of a second. It outlives
+every attempt of the job. Ray starts one in each slot, for a slot's GPU is only known to an actor in it; in an attempt
+the first of a host speaks for all workers there, so that the driver hears each host and not each rank.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from cluster.device_health.nvml import GpuWatch
 from cluster.host import job_dir, network, resources
 from cluster.worker import fork_server_client, ipc
 from cluster.worker.messages import BindResult, SlotInfo, StartOrder, StartResult
-from cluster.worker.worker_handle import WorkerHandle, log_tail
+from cluster.worker.worker_handle import WorkerHandle, begin_log, log_tail
 from train.distributed import heartbeat
 from train.errors import ExitCode
 from train.events import KINDS, ExitEvent
@@ -40,12 +42,29 @@ EVIDENCE_S = 2.0
 DEVICE_READ_S = 0.3
 """How long it may take to answer while the worker lives. Two of these, and the worker's stack, fit into an inspection.
 """
+MOST_CONNECTING = 4096
+"""Ranks that may be connecting to the rendezvous at the same moment; the kernel's own limit may be lower."""
 QUIET_EVENTS = {"error", "stop_asked", "stop_agreed", "phase"}
 """Events that are passed on from ranks other than 0 too."""
 
 
+@dataclass(frozen=True)
+class PendingWorker:
+    """A worker that the fork server was told to start, and has not answered for yet."""
+
+    order: StartOrder
+    connection: socket.socket
+    read_fd: int
+    """Of the pipe that its events come through."""
+    memory: mmap.mmap
+    """Of its heartbeat."""
+    log_offset: int
+
+
 class WorkerAgent:
-    """One rank's agent. Every method returns at once, except ``poll_events``, which waits for some."""
+    """A host's agent. Every method returns soon, except ``poll_events``, which waits for events."""
+
+    fork_server_class: type[fork_server_client.ForkServerProcess] = fork_server_client.ForkServerProcess
 
     def __init__(self, job: str, target: str, device: str) -> None:
         self.folder = job_dir.own_folder(job)
@@ -56,13 +75,13 @@ class WorkerAgent:
         self.device = device
         self.fork_server: fork_server_client.ForkServerProcess | None = None
         self.listener: socket.socket | None = None
-        self.worker: WorkerHandle | None = None
-        self.gpu: GpuWatch | None = None
+        self.workers: dict[int, WorkerHandle] = {}
+        """The workers that live, by rank."""
         self.events: collections.deque[dict[str, Any]] = collections.deque()
         self.events_added = threading.Condition()
 
     def describe_slot(self) -> SlotInfo:
-        """The node, host name, address and GPUs that Ray gave this rank."""
+        """The node, host name, address and GPUs that Ray gave this agent's slot."""
         context = ray.get_runtime_context()
         return SlotInfo(
             node=context.get_node_id(),
@@ -77,7 +96,7 @@ class WorkerAgent:
         self._connect_fork_server().close()
 
     def bind_rendezvous(self, ip: str, port: int) -> BindResult:
-        """Binds the socket where the next attempt's workers meet; asked of rank 0's agent. Port 0: any free one."""
+        """Binds the socket where the next attempt's workers meet; asked of rank 0's host. Port 0: any free one."""
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
@@ -88,40 +107,50 @@ class WorkerAgent:
             self.listener.close()
             self.listener = None
             return BindResult(error=error.strerror or str(error))
-        self.listener.listen(1024)
+        self.listener.listen(MOST_CONNECTING)
         return BindResult(port=self.listener.getsockname()[1])
 
-    def start_worker(self, order: StartOrder) -> StartResult:
-        """Starts the worker that ``order`` describes, and watches it from then on."""
-        self.kill_worker()
-        log = Path(order.log)
-        log_offset = log.stat().st_size if log.exists() else 0
+    def start_workers(self, orders: Sequence[StartOrder]) -> list[StartResult]:
+        """Starts the workers that ``orders`` describe, all at once, and watches them from then on."""
+        self.kill_workers()
+        interface = network.interface_of(self.describe_slot().ip) or ""
+        started = [self._send_order(replace(order, interface=interface)) for order in orders]
+        return [self._await_worker(each) for each in started]
+
+    def _send_order(self, order: StartOrder) -> PendingWorker:
+        """Sends the fork server an order, each by a connection of its own, which lasts as long as the worker."""
+        log_offset = begin_log(Path(order.log))
         connection = self._connect_fork_server()
         read_fd, write_fd = os.pipe()
         memory = os.memfd_create("heartbeat")
         os.ftruncate(memory, heartbeat.SIZE)
         fds = [write_fd, memory]
-        if self.listener is not None:
-            fds.append(self.listener.fileno())
-        slot = self.describe_slot()
-        order = replace(order, gpus=slot.gpus, interface=network.interface_of(slot.ip) or "")
+        listener = self.listener if order.rank == 0 else None
+        if listener is not None:
+            fds.append(listener.fileno())
         ipc.send(connection, order.to_json(), fds)
         os.close(write_fd)
         shared = mmap.mmap(memory, heartbeat.SIZE, prot=mmap.PROT_READ)
         os.close(memory)
-        if self.listener is not None:
-            self.listener.close()
+        if listener is not None:
+            listener.close()
             self.listener = None
-        answer, _ = ipc.receive(connection)
+        return PendingWorker(order, connection, read_fd, shared, log_offset)
+
+    def _await_worker(self, pending: PendingWorker) -> StartResult:
+        """The fork server's answer to an order; watches the worker from here on."""
+        answer, _ = ipc.receive(pending.connection)
         if answer is None or "pid" not in answer:
-            connection.close()
-            os.close(read_fd)
+            pending.connection.close()
+            os.close(pending.read_fd)
             if answer and "refused" in answer:
                 return StartResult(refused=answer["refused"])
             lost = f"the warm process ended; its log is {self.folder / 'warm.log'}"
             return StartResult(failed=answer["failed"] if answer else lost)
-        self.worker = WorkerHandle(answer["pid"], order, shared, log_offset)
-        arguments = connection, read_fd, self.worker, self.describe_slot().gpus
+        worker = WorkerHandle(answer["pid"], pending.order, pending.memory, pending.log_offset)
+        worker.gpu = GpuWatch(pending.order.gpus) if self.device == "gpu" else None
+        self.workers[pending.order.rank] = worker
+        arguments = pending.connection, pending.read_fd, worker
         threading.Thread(target=self._watch_worker, args=arguments, daemon=True).start()
         return StartResult(answer["pid"], answer["ready"])
 
@@ -132,7 +161,7 @@ class WorkerAgent:
             if connection is None:
                 if self.fork_server is not None:
                     self.fork_server.close()
-                self.fork_server = fork_server_client.ForkServerProcess(self.folder, self.target)
+                self.fork_server = self.fork_server_class(self.folder, self.target)
                 self.fork_server.set_device(self.device)
                 connection = fork_server_client.connect_fork_server(self.folder)
         if connection is None:
@@ -140,49 +169,63 @@ class WorkerAgent:
         return connection
 
     def poll_events(self, wait_s: float) -> list[dict[str, Any]]:
-        """The events since the last call, and last the worker's heartbeat; waits up to ``wait_s`` for an event."""
+        """The events since the last call, and last the workers' heartbeats; waits up to ``wait_s`` for an event."""
         with self.events_added:
             self.events_added.wait_for(lambda: bool(self.events), wait_s)
             events = list(self.events)
             self.events.clear()
-        return [*events, self.worker.heartbeat()] if self.worker else events
+        return [*events, *(worker.heartbeat() for worker in list(self.workers.values()))]
 
-    def signal_worker(self, number: int, pid: int) -> None:
-        """Sends the worker of that pid a signal, if it lives. One that comes late is not for the next worker."""
-        if self.worker and self.worker.pid == pid:
-            self.worker.signal(number)
+    def signal_workers(self, number: int, pids: Sequence[int]) -> None:
+        """Sends the workers of those pids a signal, if they live. One that comes late is not for the next workers."""
+        for worker in list(self.workers.values()):
+            if worker.pid in pids:
+                worker.signal(number)
 
-    def inspect_worker(self) -> dict[str, Any]:
-        """Where the worker is: {"kernel": [what /proc says], "stack": [its Python frames], "flight": [its groups]}.
+    def inspect_workers(self) -> dict[int, dict[str, Any]]:
+        """Where the workers are, all asked at once.
 
-        On a GPU also "evidence" of that.
-
-        Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for the moment that its
-        stack takes.
+        By rank: {"kernel": [what /proc says], "stack": [its Python frames], "flight": [its groups]}, on a GPU also
+        "evidence" of that. Needs no cooperation, so it works for a worker that hangs; one that is stopped runs on for
+        the moment that its stack takes.
         """
-        evidence = {"evidence": self.gpu.collect(DEVICE_READ_S).to_json()} if self.gpu else {}
-        answer = self.worker.inspect() if self.worker else {"kernel": [], "stack": [], "flight": []}
-        return answer | evidence
+        workers = dict(self.workers)
+        if not workers:
+            return {}
+        with ThreadPoolExecutor(len(workers)) as threads:
+            answers = dict(zip(workers, threads.map(_inspect, workers.values()), strict=True))
+        told = set()
+        for answer in answers.values():
+            for record in answer["flight"]:  # the members of a group may be a thousand: one rank of a host tells them
+                group = record["group"], record["backend"]
+                if group in told:
+                    record["members"] = []
+                elif record["members"]:
+                    told.add(group)
+        return answers
 
-    def read_device(self) -> dict[str, Any] | None:
-        """The counters of the worker's GPU now; None where it has none, or it does not answer."""
-        _, state = self.gpu.read(DEVICE_READ_S) if self.gpu else (False, None)
-        return state.to_json() if state is not None else None
+    def read_devices(self) -> dict[int, dict[str, Any] | None]:
+        """The counters of the workers' GPUs now, by rank; None where a GPU does not answer."""
+        states = {}
+        for rank, worker in list(self.workers.items()):
+            if worker.gpu is not None:
+                _, state = worker.gpu.read(DEVICE_READ_S)
+                states[rank] = state.to_json() if state is not None else None
+        return states
 
-    def kill_worker(self) -> None:
-        """Ends the worker at once, if there is one."""
-        if self.worker:
-            self.worker.signal(signal.SIGKILL)
+    def kill_workers(self) -> None:
+        """Ends the workers at once, if there are any."""
+        for worker in list(self.workers.values()):
+            worker.signal(signal.SIGKILL)
 
     def _add_event(self, record: dict[str, Any]) -> None:
         with self.events_added:
             self.events.append(record)
             self.events_added.notify_all()
 
-    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle, gpus: Sequence[str]) -> None:
+    def _watch_worker(self, connection: socket.socket, read_fd: int, worker: WorkerHandle) -> None:
         """Collects a worker's events until it ends, then how it ended. Runs in a thread of its own."""
         kills_before = resources.oom_kills()
-        gpu = self.gpu = GpuWatch(gpus) if self.device == "gpu" else None
         pending = b""
         ended: ipc.Message | None = None
         alive = True
@@ -197,20 +240,19 @@ class WorkerAgent:
         connection.close()
         code = ended["exit"] if ended else -signal.SIGKILL
         event = ExitEvent(code, worker.pid, time.time(), **worker.identity)
-        if code not in (ExitCode.OK, ExitCode.STOPPED):
+        if code not in (ExitCode.OK, ExitCode.STOPPED) and not (worker.killed and code == -signal.SIGKILL):
             event = replace(
                 event,
-                host=socket.gethostname(),
                 tail=log_tail(worker.log, worker.log_offset),
                 peak_mib=ended["peak_kib"] // 1024 if ended else None,
                 memory_mib=psutil.virtual_memory().total >> 20,
                 oom=resources.oom_kills() - kills_before,
                 orphaned=ended is None,
-                evidence=gpu.collect(EVIDENCE_S).to_json() if gpu else None,
+                evidence=worker.gpu.collect(EVIDENCE_S).to_json() if worker.gpu else None,
             )
         record = replace(event, at=worker.heartbeat()).to_json()
-        if self.worker is worker:
-            self.worker = None
+        if self.workers.get(worker.identity["rank"]) is worker:
+            del self.workers[worker.identity["rank"]]
         worker.close()
         self._add_event(record)
 
@@ -235,6 +277,11 @@ def read_events(lines: bytes) -> list[dict[str, Any]]:
             if event["event"] in KINDS:
                 events.append(event)
     return events
+
+
+def _inspect(worker: WorkerHandle) -> dict[str, Any]:
+    evidence = {"evidence": worker.gpu.collect(DEVICE_READ_S).to_json()} if worker.gpu else {}
+    return worker.inspect() | evidence
 
 
 def _read_available(fd: int) -> bytes:

@@ -23,12 +23,10 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-
-import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
+from typing import Protocol
 
 from cluster.host import job_dir, resources
-from cluster.worker import ipc, worker_main
-from cluster.worker.cuda_probe import CudaProbe, answer_without_cuda
+from cluster.worker import ipc
 from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
 from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
@@ -37,6 +35,13 @@ from train.util.reading import UNREADABLE, reason
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
+
+
+class CudaCheck(Protocol):
+    """A check of this host's devices that runs beside the imports, see ``cuda_probe.CudaProbe``."""
+
+    def failure(self) -> str:
+        """Why no worker can use a device of this host, in words; empty where they can."""
 
 
 @dataclass
@@ -51,9 +56,12 @@ class ForkedWorker:
 
 
 class ForkServer:
-    """Forks workers for agents until its owner is gone."""
+    """Forks workers for agents until its owner is gone.
 
-    def __init__(self, listener: socket.socket, target: str, probe: CudaProbe | None = None) -> None:
+    Only ``import_early``, ``import_target`` and ``run_worker`` know what a worker is; the rest loads no torch.
+    """
+
+    def __init__(self, listener: socket.socket, target: str, probe: CudaCheck | None = None) -> None:
         """``probe``: of this host's CUDA, where the workers are to use GPUs."""
         self.target, self.probe = target, probe
         self.listener = listener
@@ -67,10 +75,19 @@ class ForkServer:
         self.ready = 0.0
         """When the imports were done, in seconds since 1970."""
 
+    @staticmethod
+    def import_early() -> None:
+        """Imports what workers need on any device, while the owner finds out on which they will run."""
+        import torch._dynamo  # noqa: F401  the first optimizer imports it: 1.5 s that belong before the fork
+
+        import cluster.worker.worker_main  # noqa: F401
+
     def import_target(self) -> None:
         """Imports the target and all that its module imports; keeps an error for the agents that will ask."""
         try:
-            with answer_without_cuda(resources.count_gpus() if self.probe else 0):
+            from cluster.worker import cuda_probe, worker_main
+
+            with cuda_probe.answer_without_cuda(resources.count_gpus() if self.probe else 0):
                 worker_main.load_target(self.target)
         except Exception:
             self.failure = traceback.format_exc()
@@ -78,6 +95,12 @@ class ForkServer:
         gc.collect()
         gc.freeze()
         self.ready = time.time()
+
+    def run_worker(self, order: StartOrder, fds: list[int]) -> int:
+        """Runs one rank in the process that was forked for it, and returns its exit status."""
+        from cluster.worker import worker_main
+
+        return worker_main.worker_main(order, fds)
 
     def serve(self) -> None:
         """Answers agents and reports workers' deaths until the owner closes standard input."""
@@ -178,7 +201,7 @@ class ForkServer:
                 if isinstance(key.fileobj, socket.socket):
                     key.fileobj.close()
             self.selector.close()
-            code = worker_main.worker_main(order, fds)
+            code = self.run_worker(order, fds)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
@@ -200,16 +223,24 @@ class ForkServer:
                     ipc.send(worker.agent, {"exit": code, "pid": pid, "peak_kib": usage.ru_maxrss})
 
 
-def main() -> None:
+def probe_cuda() -> CudaCheck:
+    """Starts a check of whether CUDA can be used on this host."""
+    from cluster.worker.cuda_probe import CudaProbe
+
+    return CudaProbe()
+
+
+def main(server_class: type[ForkServer] = ForkServer) -> None:
     """Reads the device from the first line of standard input, as soon as the owner knows it, and serves."""
     target, fd = sys.argv[1], int(sys.argv[2])
     listener = socket.socket(fileno=fd)
     resources.raise_file_limit()
+    server_class.import_early()
     device = sys.stdin.readline().strip()
     if device:
         # Named, so that DeepSpeed does not probe for an accelerator, which would start CUDA and spoil the fork.
         os.environ["DS_ACCELERATOR"] = "cuda" if device == "gpu" else "cpu"
-        server = ForkServer(listener, target, CudaProbe() if device == "gpu" else None)
+        server = server_class(listener, target, probe_cuda() if device == "gpu" else None)
         server.import_target()
         server.serve()
     if job_dir.JOB_ENV in os.environ:

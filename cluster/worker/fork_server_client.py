@@ -49,6 +49,9 @@ ORPHAN_CHECK_S = 0.1
 class ForkServerProcess:
     """Owner of a fork server, which lives until ``close``, or until this process ends in any way."""
 
+    MODULE = "cluster.worker.fork_server"
+    """The module that is run."""
+
     def __init__(self, folder: Path, target: str) -> None:
         """Starts it in the job folder ``folder``; each of its workers will run ``target`` (module:function)."""
         path = folder / "warm.sock"
@@ -58,7 +61,7 @@ class ForkServerProcess:
         listener.listen(128)
         with listener, (folder / "warm.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.worker.fork_server", target, str(listener.fileno())],
+                [sys.executable, "-m", self.MODULE, target, str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

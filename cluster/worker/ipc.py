@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import socket
 import struct
+import threading
 from typing import Any
 
+from train.events import Event
+from train.util.io import to_json
 from train.util.reading import UNREADABLE, as_object
 
 HEADER = struct.Struct("!I")
@@ -20,6 +24,21 @@ PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Message = dict[str, Any]
+
+
+class EventPipe:
+    """Sends a rank's events to its agent: ``events(event)`` writes one whole line, from any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._file = os.fdopen(fd, "wb", buffering=0)
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        """Sends ``event``; numbers of foreign types become floats. Does nothing when the agent is gone."""
+        line = to_json(event.to_json()).encode() + b"\n"
+        with self._lock, contextlib.suppress(BrokenPipeError):
+            while line:
+                line = line[self._file.write(line) :]
 
 
 def send(sock: socket.socket, message: Message, fds: list[int] | None = None) -> None:

@@ -66,9 +66,9 @@ class StartOrder:
     forwarded: dict[str, str] = field(default_factory=dict)
     """Variables of the driver that are the same on every rank, see ``worker_env``."""
     gpus: tuple[str, ...] = ()
-    """GPUs that Ray gave the rank. Added by the agent, as is what follows."""
+    """GPUs that Ray gave the rank."""
     interface: str = ""
-    """The network interface that the node's address is on."""
+    """The network interface that the node's address is on; added by the agent."""
 
     @property
     def flight_record(self) -> Path:

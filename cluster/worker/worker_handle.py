@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.device_health import flight_record
+from cluster.device_health.nvml import GpuWatch
 from cluster.worker import procfs
 from cluster.worker.messages import StartOrder
 from train.distributed import heartbeat
@@ -21,6 +22,8 @@ from train.events import BeatEvent
 
 TAIL_LINES = 20
 TAIL_BYTES = 64 << 10
+LOG_BYTES = 4 << 20
+"""A log that is larger is put aside when the rank starts again: a thousand ranks may share a file system."""
 STACK_DUMP_S = 2.0
 """How long a worker may take to write its stacks into its log."""
 STACK_DUMP_CHECK_S = 0.2
@@ -40,6 +43,10 @@ class WorkerHandle:
         self.pid, self.memory, self.log_offset = pid, memory, log_offset
         self.log, self.flight_record = Path(order.log), order.flight_record
         self.identity: dict[str, Any] = {"rank": order.rank, "generation": order.rendezvous.attempt}
+        self.gpu: GpuWatch | None = None
+        """The GPU that it uses, if any."""
+        self.killed = False
+        """It was told to end for another's sake: nothing need be said of how it ends."""
         self.pidfd: int | None = None
         with contextlib.suppress(ProcessLookupError):
             self.pidfd = os.pidfd_open(pid)
@@ -52,6 +59,7 @@ class WorkerHandle:
 
     def signal(self, number: int) -> None:
         """Sends the worker a signal, if it lives."""
+        self.killed = self.killed or number == signal.SIGKILL
         if self.pidfd is not None:
             with contextlib.suppress(ProcessLookupError, OSError):
                 signal.pidfd_send_signal(self.pidfd, number)
@@ -70,7 +78,7 @@ class WorkerHandle:
         return BeatEvent(**heartbeat.read(self.memory), **kernel, **self.identity).to_json()
 
     def inspect(self) -> dict[str, Any]:
-        """Where the worker is, see ``WorkerAgent.inspect_worker``."""
+        """Where the worker is, see ``WorkerAgent.inspect_workers``."""
         kernel = procfs.describe_kernel_wait(self.pid)
         if not self.log.exists():
             return {"kernel": kernel, "stack": [], "flight": []}
@@ -113,6 +121,18 @@ def main_thread_stack(dump: str) -> list[str]:
         if number < MAX_LIBRARY_FRAMES or not (library or "/lib/python" in file or file.startswith("<")):
             frames.append(f"{library or file.removeprefix(f'{REPOSITORY}/')}:{line} in {function}")
     return frames[:MAX_FRAMES]
+
+
+def begin_log(log: Path) -> int:
+    """The offset in ``log`` at which a worker that starts now begins; one that is too large becomes ``<log>.1``."""
+    try:
+        size = log.stat().st_size
+        if size > LOG_BYTES:
+            log.replace(log.with_name(f"{log.name}.1"))
+            size = 0
+    except OSError:
+        return 0
+    return size
 
 
 def log_tail(log: Path, offset: int) -> list[str]:

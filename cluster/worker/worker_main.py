@@ -23,38 +23,23 @@ import torch
 
 from cluster.device_health import preflight
 from cluster.host import affinity, job_dir
-from cluster.worker import cuda_probe, exit_record, flight_dump, worker_env
+from cluster.worker import cuda_probe, exit_record, flight_dump, ipc, worker_env
 from cluster.worker.messages import StartOrder
 from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.errors import NO_ROOM, ExitCode, NotFinite, Stopped, UserError, no_room
-from train.events import ErrorEvent, Event, NoteEvent, PhaseEvent, StopAskedEvent
+from train.events import ErrorEvent, NoteEvent, PhaseEvent, StopAskedEvent
 from train.util.format import plural
-from train.util.io import FileLock, to_json
+from train.util.io import FileLock
 
 LEAST_CORES = 2
 """A rank has more threads that work at the same time: a NUMA node where it may use fewer cores is not kept to."""
 
 
-class EventPipe:
-    """Sends a rank's events to its agent: ``events(event)`` writes one whole line, from any thread."""
-
-    def __init__(self, fd: int) -> None:
-        self._file = os.fdopen(fd, "wb", buffering=0)
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Event) -> None:
-        """Sends ``event``; numbers of foreign types become floats. Does nothing when the agent is gone."""
-        line = to_json(event.to_json()).encode() + b"\n"
-        with self._lock, contextlib.suppress(BrokenPipeError):
-            while line:
-                line = line[self._file.write(line) :]
-
-
 class StopFlag:
     """True from the first SIGTERM or SIGINT on; the training loop reads it at points where it can save."""
 
-    def __init__(self, events: EventPipe) -> None:
+    def __init__(self, events: ipc.EventPipe) -> None:
         self._requested = False
         self._events = events
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,7 +75,7 @@ def worker_main(order: StartOrder, fds: list[int]) -> int:
     os.chdir(order.cwd)
     _set_environment(order)
     torch.set_num_threads(order.threads)
-    events = EventPipe(events_fd)
+    events = ipc.EventPipe(events_fd)
     stop = StopFlag(events)
     code, error = _run_target(order, events, stop, *listen_fd)
     if stop():
@@ -114,7 +99,7 @@ def _set_environment(order: StartOrder) -> None:
 
 
 def _run_target(
-    order: StartOrder, events: EventPipe, stop: StopFlag, listen_fd: int | None = None
+    order: StartOrder, events: ipc.EventPipe, stop: StopFlag, listen_fd: int | None = None
 ) -> tuple[int, str | None]:
     """Joins the process group and calls the target: the exit status, and the error that was sent if there was one."""
     events(PhaseEvent.now("start"))
@@ -157,7 +142,7 @@ def _run_target(
     return ExitCode.OK, None
 
 
-def _traceback(events: EventPipe) -> str:
+def _traceback(events: ipc.EventPipe) -> str:
     text = traceback.format_exc()
     print(text, file=sys.stderr)
     events(ErrorEvent("exception", text))
@@ -201,7 +186,7 @@ def _bind_to_gpu(threads: int) -> None:
 
 
 @contextlib.contextmanager
-def _only_writer(order: StartOrder, events: EventPipe) -> Any:
+def _only_writer(order: StartOrder, events: ipc.EventPipe) -> Any:
     """Locks the run's folder against a second rank 0, on rank 0.
 
     The driver's lock goes when the driver dies; its rank 0 on another host may live some seconds longer, and the next

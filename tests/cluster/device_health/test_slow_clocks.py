@@ -1,9 +1,12 @@
 """GPUs that are held at a lower clock than the others, from samples as NVML gives them."""
 
+import random
+import statistics
+
 import pytest
 
 from cluster.device_health.gpu_state import GpuState
-from cluster.device_health.slow_clocks import SlowClockDetector
+from cluster.device_health.slow_clocks import SlowClockDetector, medians_of_others
 
 H100 = "NVIDIA H100 80GB HBM3"
 HEAT, POWER, IDLE = 0x40, 0x4, 0x1
@@ -43,3 +46,13 @@ def test_job_under_one_power_cap_has_no_slow_gpu():
     detector = SlowClockDetector()
     capped = {rank: gpu(1400, POWER) for rank in range(8)}
     assert [detector.find_slow(capped) for _ in range(3)] == [[], [], []]
+
+
+def test_medians_of_others_equal_those_computed_one_by_one():
+    draw = random.Random(3)
+    for size in range(9):
+        values = {key: draw.choice([1.0, 2.0, draw.random()]) for key in range(size)}
+        wanted = {}
+        for key in values if size > 1 else ():
+            wanted[key] = statistics.median(value for other, value in values.items() if other != key)
+        assert medians_of_others(values) == pytest.approx(wanted)

@@ -17,14 +17,15 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 IMPORTS = """
 import contextlib, os, sys
 import torch
-from cluster.worker import fork_server
+from cluster.worker import cuda_probe, fork_server
+fork_server.ForkServer.import_early()
 calls = []
 torch.cuda._is_compiled = lambda: True
 torch._C._cuda_getDeviceCount = lambda: calls.append("cudaGetDeviceCount") or 0
 start = torch.cuda._lazy_init
 torch.cuda._lazy_init = lambda: calls.append("_lazy_init") or start()
 if sys.argv[1] == "unguarded":
-    fork_server.answer_without_cuda = lambda gpus: contextlib.nullcontext()
+    cuda_probe.answer_without_cuda = lambda gpus: contextlib.nullcontext()
 asks = torch.cuda.is_available, torch.cuda.device_count
 server = fork_server.ForkServer(None, "train.run:train_rank", probe=object())
 server.import_target()

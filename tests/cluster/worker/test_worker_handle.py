@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.worker import procfs
-from cluster.worker.worker_handle import WorkerHandle
+from cluster.worker.worker_handle import LOG_BYTES, WorkerHandle, begin_log
 from train.distributed import heartbeat
 
 STOPPED = """
@@ -53,3 +53,16 @@ def test_stack_of_a_stopped_process_is_where_it_stopped(tmp_path, busy_machine, 
             process.send_signal(signal.SIGKILL)
     assert answer["kernel"][0].startswith("state T: stopped by a signal")
     assert any("in stops_here" in frame for frame in answer["stack"]), answer["stack"]
+
+
+def test_log_that_grew_too_large_is_put_aside_at_the_next_start(tmp_path):
+    log = tmp_path / "rank_3.log"
+    assert begin_log(log) == 0
+    log.write_bytes(b"x" * LOG_BYTES)
+    assert begin_log(log) == LOG_BYTES  # what the last attempts said stays
+    for content in (b"older", b"newer"):
+        log.write_bytes(content + b"x" * LOG_BYTES)
+        assert begin_log(log) == 0
+    assert not log.exists()
+    assert log.with_name("rank_3.log.1").read_bytes().startswith(b"newer")
+    assert len(list(tmp_path.iterdir())) == 1
