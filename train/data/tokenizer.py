@@ -81,9 +81,7 @@ class Tokenizer:
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocabulary.values()) + 1
         if self.vocab_size > _MOST_IDS:
-            raise UserError(
-                f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read, take another"
-            )
+            raise UserError(f"the tokenizer numbers its tokens up to {self.vocab_size - 1:,}: {_MOST_IDS:,} are read")
         self.content = content
         added = self._fast.get_added_tokens_decoder()
         self.special = sorted(identity for identity, token in added.items() if token.special)
@@ -145,8 +143,7 @@ class Tokenizer:
                 end += 1  # a character may lie in several tokens
                 text = self.decode(ids[begin - len(before) : end].tolist())
             yield text[len(self.decode(before)) :]
-            begin = end
-            if begin >= len(ids):
+            if (begin := end) >= len(ids):
                 return
 
     def find(self, name: str, default: int) -> int:
@@ -188,8 +185,7 @@ class Tokenizer:
         extended = Tokenizer(_mark_end(_values(content), self._marked) if self._marked else content)
         if [extended.id_of(name) for name in lacking] != list(range(self.vocab_size, self.vocab_size + len(lacking))):
             raise UserError(
-                f"the model needs the token {lacking[0]}, and this tokenizer numbers its own with gaps, so that none "
-                "can be added: take one that has it, or one without gaps"
+                f"the tokenizer numbers its tokens with gaps, so {lacking[0]} cannot be added: take another"
             )
         return extended
 

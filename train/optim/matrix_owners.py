@@ -50,12 +50,12 @@ class MatrixOwners:
 
     def distribute(self, results: Sequence[Tensor]) -> Iterable[tuple[ParamShard, Tensor]]:
         """Each shard of this rank with its part (numel,) of its matrix's result, one (R, C) by owner. A collective."""
-        flat = [result.reshape(-1) for result in results]
-        pieces = [
-            [whole.narrow(0, *ranges[number]) for number, whole in zip(self.own, flat, strict=True)]
-            for ranges in self.ranges
-        ]
-        theirs = [[n for n, owner in enumerate(self.owners) if owner == rank] for rank in range(len(self.ranges))]
+        flat, pieces = [result.reshape(-1) for result in results], []
+        for ranges in self.ranges:
+            pieces.append([whole.narrow(0, *ranges[number]) for number, whole in zip(self.own, flat, strict=True)])
+        theirs: list[list[int]] = [[] for _ in self.ranges]
+        for number, owner in enumerate(self.owners):
+            theirs[owner].append(number)
         sizes = [self._held(self.rank, numbers) for numbers in theirs]
         for numbers, parts in zip(theirs, self._exchange(pieces, sizes), strict=True):
             yield from zip([self.shards[number] for number in numbers], parts, strict=True)

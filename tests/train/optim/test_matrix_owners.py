@@ -28,6 +28,11 @@ def layout(ranks: int, seed: int) -> list[list[tuple[int, int]]]:
     return ranges
 
 
+def whole_matrix(number: int) -> torch.Tensor:
+    """The elements of a matrix, flattened: another value for each element of each matrix."""
+    return 100.0 * number + torch.arange(SHAPES[number].numel(), dtype=torch.float32)
+
+
 def exchanged(world: DistContext, emit: Callable[[dict], None], seeds: int) -> list[dict]:
     """For each layout what this rank collects, and what comes back to it of three times that."""
     results = []
@@ -36,11 +41,14 @@ def exchanged(world: DistContext, emit: Callable[[dict], None], seeds: int) -> l
         for number, (start, numel) in enumerate(ranges):
             matrices.append((SHAPES[number], ParamShard(str(number), start, numel, torch.empty(0), offset)))
             offset += numel
-        flat = torch.cat([100.0 * number + torch.arange(start, start + n) for number, (start, n) in enumerate(ranges)])
+        parts = [whole_matrix(number)[start : start + n] for number, (start, n) in enumerate(ranges)]
+        flat = torch.cat(parts)
         owners = MatrixOwners(matrices, world)
         whole = owners.collect(flat)
-        back = {shard.name: part.tolist() for shard, part in owners.distribute([3 * matrix for matrix in whole])}
-        results.append({"own": dict(zip(owners.own, [m.tolist() for m in whole], strict=True)), "back": back})
+        returned = owners.distribute([3 * matrix for matrix in whole])
+        back = {shard.name: part.tolist() for shard, part in returned}
+        own = {number: matrix.tolist() for number, matrix in zip(owners.own, whole, strict=True)}
+        results.append({"own": own, "back": back})
     return results
 
 
@@ -49,10 +57,12 @@ def test_matrices_come_together_whole_and_results_return_to_the_shards(ranks: in
     seeds = 12
     by_rank = gloo_ranks.run(ranks, exchanged, seeds)
     for seed in range(seeds):
-        collected = {number: rows for rank in by_rank for number, rows in rank[seed]["own"].items()}
-        assert sum(len(rank[seed]["own"]) for rank in by_rank) == len(SHAPES)
+        collected: dict[int, list] = {}
+        for rank in by_rank:
+            assert not collected.keys() & rank[seed]["own"].keys()
+            collected |= rank[seed]["own"]
         for number, shape in enumerate(SHAPES):
-            whole = 100.0 * number + torch.arange(shape.numel(), dtype=torch.float32)
+            whole = whole_matrix(number)
             assert torch.equal(torch.tensor(collected[number]), whole.view(shape))
             for rank, (start, numel) in enumerate(ranges[number] for ranges in layout(ranks, seed)):
                 assert by_rank[rank][seed]["back"][str(number)] == (3 * whole)[start : start + numel].tolist()
@@ -67,5 +77,7 @@ def test_equal_shares_are_shared_out_by_work(ranks: int, shapes: list[tuple[int,
     """No rank has more than the largest matrix over the least loaded."""
     sizes = [torch.Size(shape) for shape in shapes]
     owners = assign_owners(sizes, [[(0, 1)] * len(sizes)] * ranks)
-    work = [sum(s.numel() * min(s) for s, o in zip(sizes, owners, strict=True) if o == r) for r in range(ranks)]
-    assert max(work) - min(work) <= max((s.numel() * min(s) for s in sizes), default=0)
+    work, costs = [0] * ranks, [shape.numel() * min(shape) for shape in sizes]
+    for cost, owner in zip(costs, owners, strict=True):
+        work[owner] += cost
+    assert max(work) - min(work) <= max(costs, default=0)
