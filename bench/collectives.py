@@ -34,6 +34,7 @@ RANKS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = {1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3", 4: "3 with hpz"}
 STEPS, ROWS = 6, 8
 TINY = [
+    "optimizer=adamw",
     *(
         "model=gpt_tiny",
         "model.width=512",

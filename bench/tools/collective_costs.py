@@ -15,6 +15,10 @@ BUCKET_BYTES = 200 << 20
 """Of gradients that are reduced at a time between GPUs: ``zero.bucket_mb``."""
 GATHER_ELEMENTS = 500_000_000
 """Of weights that stages 1 and 2 gather at a time; DeepSpeed's own."""
+KEPT_ELEMENTS = 1_000_000_000
+"""Of weights: a model of no more stays gathered at stage 3 from the forward pass on; DeepSpeed's own
+(``stage3_max_live_parameters`` and ``stage3_max_reuse_distance``).
+"""
 MASTER_BYTES = 12
 """Of optimizer state a parameter: fp32 master weight and two moments."""
 
@@ -72,14 +76,15 @@ def transfers(model: Model, stage: int, accumulation: int, hpz: bool = False) ->
     """The collectives of one optimizer step of ``accumulation`` micro-batches, as DeepSpeed makes them.
 
     Stages 0 and 1 reduce once a step, stages 2 and 3 once a micro-batch. Stages 1 and 2 reduce whole buckets to all
-    ranks, which is twice the bytes of a reduce-scatter. Stage 3 gathers each layer's weights for the forward pass and
-    again for the backward pass; with ``hpz`` the second time inside the host.
+    ranks, which is twice the bytes of a reduce-scatter. Stage 3 gathers each layer's weights for the forward pass and,
+    where they are more than KEPT_ELEMENTS, again for the backward pass; with ``hpz`` the second time inside the host.
     """
     weights, gradients = model.params * model.weight_bytes, model.params * model.gradient_bytes
     if stage == 3:
+        again = Transfer("all_gather", weights, accumulation, model.layers, "backward", inside=hpz)
         return [
             Transfer("all_gather", weights, accumulation, model.layers, "forward"),
-            Transfer("all_gather", weights, accumulation, model.layers, "backward", inside=hpz),
+            *([again] if model.params > KEPT_ELEMENTS else []),
             Transfer("reduce_scatter", gradients, accumulation, model.layers, "backward"),
         ]
     buckets = math.ceil(gradients / BUCKET_BYTES)
