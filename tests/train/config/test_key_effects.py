@@ -1,3 +1,5 @@
+"""Keys that another choice leaves without effect are refused, and none besides."""
+
 from __future__ import annotations
 
 import re
@@ -12,9 +14,12 @@ from train.config.key_effects import OWNERS
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["optimizer.momentum=0.8"], "optimizer.momentum has no effect with optimizer=adamw: leave it out, or take"),
+        (
+            ["optimizer=adamw", "optimizer.momentum=0.8"],
+            "optimizer.momentum has no effect with optimizer=adamw: leave it out, or take",
+        ),
         (["optimizer=sgd", "optimizer.betas=[0.9,0.99]"], "take optimizer=adam, adamw, rmsprop, lion or muon"),
-        (["schedule.decay=0.3"], "schedule.decay has no effect with schedule=cosine"),
+        (["schedule.decay=0.3"], "schedule.decay has no effect with schedule=linear"),
         (
             ["experiment=t5_tiny", "objective.target_len=9"],
             "objective.task=spans: leave it out, or take objective.task=pairs",
