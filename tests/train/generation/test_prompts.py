@@ -24,7 +24,7 @@ def test_default_prompts_are_the_corpuss_and_what_does_not_fit_is_noted(make_con
     assert notes == []
     assert with_prompts(config_of(make_config, "stdlib", None), CHINESE, notes.append).generation.prompts == []
     assert len(notes) == 2
-    assert "'def '" in notes[0]
+    assert "'def'" in notes[0]
 
 
 def test_given_prompt_that_does_not_fit_is_refused_by_its_key(make_config):
