@@ -13,6 +13,8 @@ is at most nanoGPT's of the same round.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -93,7 +95,8 @@ def theirs(peer: Path, text: Path, steps: int, folder: Path) -> Finish:
 def load_model(nanogpt: ModuleType, checkpoint: Path) -> torch.nn.Module:
     """The model of a checkpoint of its train.py, its best by the held-out rows that it drew."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model: torch.nn.Module = nanogpt.GPT(nanogpt.GPTConfig(**saved["model_args"]))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its size
+        model: torch.nn.Module = nanogpt.GPT(nanogpt.GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
     return model.eval()
 
