@@ -105,7 +105,7 @@ def kind(process: psutil.Process, job: DisturbedJob) -> str:
         return "worker"
     if title.startswith("ray::"):
         return title.partition(":")[2].strip(":").partition(".")[0].split(" ")[0]
-    return "fork server" if "fork_server" in title else Path(words[0] if len(words) < 2 else _script(words)).stem
+    return "fork server" if "fork_server" in title else Path(_script(words)).stem
 
 
 def _script(words: list[str]) -> str:
@@ -117,7 +117,7 @@ def _script(words: list[str]) -> str:
 
 
 def disturb(job: DisturbedJob, minutes: float, every: float, victims: str, draw: random.Random) -> Ordeal:
-    """Runs ``job``, kills processes of it, and measures. Raises SystemExit where it makes no step before any kill."""
+    """Runs ``job``, kills processes of it, and measures. Raises GoneError where it makes no step before any kill."""
     course = Ordeal()
     job.keep_alive()
     try:
@@ -140,7 +140,7 @@ def _wait_for_steps(job: DisturbedJob) -> None:
     while not job.progress():
         assert job.process is not None
         if job.process.poll() is not None or time.monotonic() > end:
-            raise SystemExit(f"no step was made:\n{job.log.read_text('utf-8')[-4000:]}")
+            raise restart.GoneError(f"no step was made:\n{job.log.read_text('utf-8')[-4000:]}")
         time.sleep(CHECK_S)
 
 
@@ -223,9 +223,9 @@ def main(arguments: list[str]) -> int:
             draw = random.Random(int(options["seed"]))
             try:
                 course = courses[name] = disturb(job, minutes, every, options["victims"], draw)
-            except SystemExit as error:
+            except restart.GoneError as error:
                 if name == OURS:
-                    raise
+                    raise SystemExit(str(error)) from None
                 out.print(f"{name}: {error}")  # what ours came to is told all the same
                 continue
             kills = sum(map(len, course.stalls.values()))

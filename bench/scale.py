@@ -30,6 +30,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from bench.restart import GoneError
 from bench.tools import goals
 from bench.tools.simulated_hosts import host_name, single_hosts
 from bench.tools.simulated_ranks import HANG, SLOW
@@ -57,10 +58,6 @@ FIXED = [
     f"cluster.hang_timeout={HANG_S}",
     "cluster.max_failures=1000000",
 ]
-
-
-class GoneError(Exception):
-    """Raised when a job ended, or did not do in time what was waited for."""
 
 
 @dataclass(frozen=True)

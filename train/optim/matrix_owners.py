@@ -32,7 +32,11 @@ class MatrixOwners:
         self.rank, self.device = world.rank, world.device
         self.ranges: Ranges = process_group.gather_objects([(shard.start, shard.numel) for shard in self.shards])
         self.owners = assign_owners(self.shapes, self.ranges)
-        self.own = [number for number, owner in enumerate(self.owners) if owner == self.rank]
+        self.owned: list[list[int]] = [[] for _ in self.ranges]
+        """By rank: the numbers of the matrices that it owns."""
+        for number, owner in enumerate(self.owners):
+            self.owned[owner].append(number)
+        self.own = self.owned[self.rank]
         self._travels = any(
             numel and owner != rank
             for rank, ranges in enumerate(self.ranges)
@@ -53,11 +57,8 @@ class MatrixOwners:
         flat, pieces = [result.reshape(-1) for result in results], []
         for ranges in self.ranges:
             pieces.append([whole.narrow(0, *ranges[number]) for number, whole in zip(self.own, flat, strict=True)])
-        theirs: list[list[int]] = [[] for _ in self.ranges]
-        for number, owner in enumerate(self.owners):
-            theirs[owner].append(number)
-        sizes = [self._held(self.rank, numbers) for numbers in theirs]
-        for numbers, parts in zip(theirs, self._exchange(pieces, sizes), strict=True):
+        sizes = [self._held(self.rank, numbers) for numbers in self.owned]
+        for numbers, parts in zip(self.owned, self._exchange(pieces, sizes), strict=True):
             yield from zip([self.shards[number] for number in numbers], parts, strict=True)
 
     def _held(self, rank: int, numbers: Iterable[int]) -> list[int]:
