@@ -34,6 +34,7 @@ from rich.table import Table
 
 from bench import restart
 from bench.tools import goals, results
+from cluster.worker.fork_server import SPARE_NAME
 
 GOODPUT, RATIO = 0.90, 3.0
 WARM_UP_S, UNDISTURBED_S = 15.0, 60.0
@@ -53,6 +54,8 @@ class DisturbedJob:
     """The step that it has come to."""
     starts: int = 0
     process: subprocess.Popen[bytes] | None = None
+    sessions: set[int] = field(default_factory=set)
+    """Sessions that processes of it have begun; one whose parent was killed is no longer below the command."""
 
     def keep_alive(self) -> None:
         """Gives the command where it is not running."""
@@ -62,12 +65,20 @@ class DisturbedJob:
             self.starts += 1
 
     def processes(self) -> list[psutil.Process]:
-        """The command's own process and all below it."""
+        """The command's own process, all below it, and those of their sessions."""
         assert self.process is not None
+        found: set[psutil.Process] = set()
         with contextlib.suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
-            return [root, *root.children(recursive=True)]
-        return []
+            found.update([root, *root.children(recursive=True)])
+        for process in found:
+            with contextlib.suppress(OSError):
+                self.sessions.add(os.getsid(process.pid))
+        for pid in set(psutil.pids()) - {process.pid for process in found}:
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(pid) in self.sessions:
+                    found.add(psutil.Process(pid))
+        return sorted(found, key=lambda process: process.pid)
 
     def end(self) -> None:
         """Kills all of it."""
@@ -101,6 +112,8 @@ def kind(process: psutil.Process, job: DisturbedJob) -> str:
     title = " ".join(words)
     if process.pid == job.process.pid:
         return "the command"
+    if process.name() == SPARE_NAME:
+        return "spare fork server"
     if "RayTrainWorker" in title or (parent and "fork_server" in title and parent.cmdline() == words):
         return "worker"
     if title.startswith("ray::"):

@@ -126,7 +126,9 @@ def run_for_host(locations: Sequence[RankLocation], line: str) -> None:
     for location in locations:  # a fork server may be another's child, or nobody's
         with contextlib.suppress(psutil.Error):
             worker = psutil.Process(location.pid)
-            processes.update(filter(None, [worker, worker.parent()]))
+            processes.add(worker)
+            if fork_server := worker.parent():
+                processes.update([fork_server, *fork_server.children()])  # its spare
     pids = " ".join(str(process.pid) for process in processes)
     shell = ["sh", "-c", f"(sleep {DELAY_S}; {line.format(pids)}) >/dev/null 2>&1 </dev/null &"]
     subprocess.run(shell, start_new_session=True, check=True)

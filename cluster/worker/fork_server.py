@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from cluster.host import job_dir, resources
@@ -35,6 +36,10 @@ from train.util.reading import UNREADABLE, reason
 
 LIFELINE = 0
 """Standard input: it ends when the owner does."""
+SPARE_AFTER_S = 0.2
+"""How long it has nothing to do before it forks its spare, which no worker shall wait for."""
+SPARE_NAME = "spare"
+"""Name of the spare's process, as ps shows it."""
 
 
 class CudaCheck(Protocol):
@@ -72,6 +77,8 @@ class ForkServer:
         self.failure: str | None = None
         """Why the imports failed; sent to each agent that asks for a worker."""
         self.stop_signalled = False
+        self.spare = 0
+        """Process id of the spare; 0 while there is none."""
         self.ready = 0.0
         """When the imports were done, in seconds since 1970."""
 
@@ -104,6 +111,11 @@ class ForkServer:
 
     def serve(self) -> None:
         """Answers agents and reports workers' deaths until the owner closes standard input."""
+        while self._serve_until_end():
+            pass  # this process was the spare, and the one that forked it is dead
+
+    def _serve_until_end(self) -> bool:
+        """False once the owner is gone; True in the spare, when the fork server that forked it has ended."""
         awake, wake = socket.socketpair()
         awake.setblocking(False)
         wake.setblocking(False)
@@ -115,7 +127,11 @@ class ForkServer:
         for source in (self.listener, awake, LIFELINE):
             self.selector.register(source, selectors.EVENT_READ)
         while True:
-            for key, _ in self.selector.select(self._kill_orphans()):
+            orphans = self._kill_orphans()
+            ready = self.selector.select(orphans if self.spare or orphans else SPARE_AFTER_S)
+            if not ready and not self.spare and self._fork_spare():
+                return True
+            for key, _ in ready:
                 if key.fileobj is self.listener:
                     self._accept_agent()
                 elif key.fileobj is awake:
@@ -123,7 +139,7 @@ class ForkServer:
                     self._reap_workers()
                     self._start_held_back()
                 elif key.fileobj == LIFELINE:
-                    return
+                    return False
                 else:
                     self._serve_agent(key.fileobj)  # type: ignore[arg-type]
 
@@ -207,6 +223,31 @@ class ForkServer:
         finally:
             os._exit(code)
 
+    def _fork_spare(self) -> bool:
+        """Forks the spare. In the spare it returns True, once this process is dead: the spare then serves agents."""
+        parent = os.getpid()
+        self.spare = os.fork()
+        if self.spare:
+            return False
+        signal.set_wakeup_fd(-1)
+        shown = Path("/proc/self/comm")
+        name = shown.read_text("utf-8").strip()
+        shown.write_text(SPARE_NAME, encoding="utf-8")
+        for key in list(self.selector.get_map().values()):  # else an agent would not see that this process died
+            if isinstance(key.fileobj, socket.socket) and key.fileobj is not self.listener:
+                key.fileobj.close()
+        self.selector.close()
+        for _, _, fds in self.held_back:
+            for fd in fds:
+                os.close(fd)
+        ipc.wait_for_parents_end(parent)
+        shown.write_text(name, encoding="utf-8")
+        self.selector = selectors.DefaultSelector()
+        self.workers, self.held_back = {}, []  # the workers died with their parent
+        if self.probe is not None:
+            self.probe = type(self.probe)()  # whose process has died too
+        return True
+
     def _reap_workers(self) -> None:
         """Reports every worker that ended to its agent: exit code or signal, and its peak memory."""
         while True:
@@ -216,6 +257,8 @@ class ForkServer:
                 return
             if pid == 0:
                 return
+            if pid == self.spare:
+                self.spare = 0
             worker = self.workers.pop(pid, None)
             if worker is not None and worker.agent.fileno() >= 0:
                 code = os.waitstatus_to_exitcode(status)

@@ -78,7 +78,10 @@ class ForkServerProcess:
                 self.process.stdin.flush()
 
     def close(self) -> None:
-        """Ends the fork server, and with it every worker that it forked."""
+        """Ends the fork server, and with it every worker that it forked, and its spare."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()  # what the spare lives by
         self.process.kill()
         self.process.wait()
 

@@ -21,6 +21,8 @@ HEADER = struct.Struct("!I")
 MAX_BYTES = 64 << 20
 """A longer message is none of ours: its length was never one."""
 PR_SET_PDEATHSIG = 1
+PARENT_CHECK_S = 1.0
+"""Between looks at whether a parent is there, should its signal not have come."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 Message = dict[str, Any]
@@ -82,3 +84,13 @@ def die_with_parent(parent: int) -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_parents_end(parent: int) -> None:
+    """Waits until the thread that made this process has ended; returns at once if ``parent`` is gone already."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
+    while os.getppid() == parent:
+        signal.sigtimedwait({signal.SIGUSR1}, PARENT_CHECK_S)
+    _libc.prctl(PR_SET_PDEATHSIG, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})

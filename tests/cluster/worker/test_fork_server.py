@@ -1,14 +1,24 @@
-"""The fork server's orders for a GPU whose last worker has not ended yet; its other work is tested with whole jobs."""
+"""The fork server's orders for a GPU whose last worker has not ended yet, and its spare; jobs test the rest."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.worker.fork_server import ForkedWorker, ForkServer
+import psutil
+
+from bench.tools.simulated_ranks import SimulatedForkServerProcess
+from cluster.worker import ipc
+from cluster.worker.fork_server import SPARE_NAME, ForkedWorker, ForkServer
+from cluster.worker.fork_server_client import connect_fork_server
+from train.distributed import heartbeat
+
+LIMIT_S = 60.0
 
 
 class CountingServer(ForkServer):
@@ -60,3 +70,55 @@ def test_gpu_is_given_to_the_next_worker_when_the_last_one_is_gone(order):
         for pid in list(server.workers):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def test_spare_takes_the_place_of_a_killed_fork_server(order, tmp_path):
+    """Also when the spare itself was killed before; the killed one's worker ends, and no process outlives the owner."""
+    board = json.dumps({"board": str(tmp_path / "board"), "steps": 1_000_000, "work_s": 0.01})
+    order = replace(order, size=1, corpus=board, log=str(tmp_path / "run" / "logs" / "rank_0.log"))
+    Path(order.log).parent.mkdir(parents=True)
+    owner = SimulatedForkServerProcess(tmp_path, "module:function")
+    try:
+        owner.set_device("cpu")
+        agent, worker = start_worker(tmp_path, order)
+        first = psutil.Process(owner.process.pid)
+        first_name = first.name()
+        lost = spare_of(first)
+        lost.kill()
+        spare = spare_of(first, but=lost)
+        first.kill()
+        assert ipc.receive(agent) == (None, [])  # the agent sees it at once
+        psutil.wait_procs([worker], timeout=LIMIT_S)
+        assert not worker.is_running()
+        _, later = start_worker(tmp_path, order)
+        assert later.parent() == spare
+        assert spare.name() == first_name
+        assert spare_of(spare)
+    finally:
+        owner.close()
+    _, left = psutil.wait_procs([spare, later], timeout=LIMIT_S)
+    assert not left
+
+
+def start_worker(folder, order):
+    """A connection by which a worker was ordered, and the worker."""
+    agent = connect_fork_server(folder)
+    _, write = os.pipe()
+    memory = os.memfd_create("heartbeat")
+    os.ftruncate(memory, heartbeat.SIZE)
+    ipc.send(agent, order.to_json(), [write, memory])
+    os.close(write)
+    os.close(memory)
+    answer, _ = ipc.receive(agent)
+    return agent, psutil.Process(answer["pid"])
+
+
+def spare_of(server, but=None):
+    """The spare of a fork server, once it has one, another than ``but``."""
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        for child in server.children():
+            if child != but and child.name() == SPARE_NAME:
+                return child
+        time.sleep(0.02)
+    raise AssertionError("no spare was forked")
