@@ -20,7 +20,7 @@ KILL_REPORT_S = 5.0
 """How long an agent may be silent after the driver has killed its worker."""
 TEARDOWN_S = 60.0
 """How long a killed worker may take to end: the kernel frees its GPU's memory, and what it has pinned, before."""
-SIGNAL_GRACE_S = 1.5
+SIGNAL_GRACE_S = 0.75
 """How long a lost agent is taken for the victim of a signal to everybody, which the driver is then to receive."""
 MUTE_S = 3.0
 """After such a signal, how long an agent may be silent before its worker's exit record is looked for."""

@@ -38,7 +38,7 @@ By default much of it goes back to the kernel, and the next step faults it in ag
 step of a small model on a CPU.
 """
 
-ORPHAN_S = 1.0
+ORPHAN_S = 0.5
 """How long a worker outlives its agent: a signal to everybody may reach the fork server after the agent."""
 ORPHAN_SAVE_S = 60.0
 """How long after such a signal, when the workers are saving what they have."""
