@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
+from pathlib import Path
 
 import psutil
 
 from train.errors import UserError
 
 MAX_PORT = 65535
+LEAST_PORT = 10_000
+"""The ports below are those that people give their servers."""
+PORTS_OF_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,253}|\[?[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]+)?\]?")
 """A host name, or an address of IPv4 or IPv6."""
 
@@ -46,6 +52,21 @@ def refuses_connections(address: str, patience_s: float = 5.0) -> bool:
     except OSError:
         return False
     return False
+
+
+def free_port() -> int:
+    """A port that no socket of this host has, outside the range that the kernel takes ports of connections from.
+
+    So it is still free some seconds later, unless another server is given this very port.
+    """
+    first, last = (int(word) for word in PORTS_OF_CONNECTIONS.read_text("utf-8").split())
+    servers = range(LEAST_PORT, MAX_PORT + 1)
+    ports = [port for port in servers if not first <= port <= last] or servers
+    for port in random.SystemRandom().sample(ports, len(ports)):  # a run's seed must not choose it
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError("no port of this host is free")
 
 
 def interface_of(ip: str) -> str | None:

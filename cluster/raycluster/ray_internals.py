@@ -22,10 +22,15 @@ import ray.job_config
 from ray._private import ray_constants
 from ray._private.state import GlobalState
 from ray._raylet import (  # type: ignore[attr-defined]
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
     AuthenticationTokenLoader,
     Config,
     GcsClient,
     GcsClientOptions,
+    persist_port,
 )
 
 from train.errors import UserError
@@ -39,9 +44,11 @@ NodeParameters = ray._private.parameter.RayParams
 
 # Ray's names for two of its own Python programs, as `lower_priority_of_ray_agents` gets them.
 RAY_AGENTS = {ray_constants.PROCESS_TYPE_DASHBOARD_AGENT, ray_constants.PROCESS_TYPE_RUNTIME_ENV_AGENT}
-RAY_AGENTS_NICENESS = 5
-"""They start beside our fork server, whose imports everybody waits for; nobody waits for them. But the raylet ends
-where they take more than 15 s, so on a busy host they do not give way."""
+RAY_AGENTS_NICENESS = 10
+"""They start beside our fork server, whose imports everybody waits for; nobody waits for them, see ``tell_ports``."""
+
+NOT_IN_USE = -1
+"""What Ray's own dashboard agent writes for its ports where Ray is installed without what it needs."""
 
 
 def lower_priority_of_ray_agents() -> None:
@@ -51,9 +58,20 @@ def lower_priority_of_ray_agents() -> None:
 
 def _interpreter_command(component: str, session_dir: str, unbuffered: bool = True) -> list[str]:
     """The command with which Ray starts a Python program of its own."""
-    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
-    nice = ["nice", "-n", str(RAY_AGENTS_NICENESS)] if component in RAY_AGENTS and not busy else []
+    nice = ["nice", "-n", str(RAY_AGENTS_NICENESS)] if component in RAY_AGENTS else []
     return [*nice, sys.executable, *(["-u"] if unbuffered else [])]
+
+
+def tell_ports(session_dir: str, node_id: str, runtime_env_agent: int) -> None:
+    """Tells the raylet of a node, before it starts, on which ports Ray's two agents will listen.
+
+    Private: else it waits for them to tell it themselves, two seconds of imports, and nobody could wait less. The
+    dashboard agent only passes on metrics, and finds its ports itself: to the raylet it is not in use. The runtime
+    environments of a cluster with shared folders need the other.
+    """
+    for name in (DASHBOARD_AGENT_LISTEN_PORT_NAME, METRICS_AGENT_PORT_NAME, METRICS_EXPORT_PORT_NAME):
+        persist_port(session_dir, node_id, name, NOT_IN_USE)
+    persist_port(session_dir, node_id, RUNTIME_ENV_AGENT_PORT_NAME, runtime_env_agent)
 
 
 def reread_environment() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from cluster.host import network
 from cluster.raycluster import cluster_client, ray_auth, ray_internals
 from train.errors import UserError
 
@@ -52,6 +53,7 @@ class LeanNode(ray_internals.BaseNode):
 
         The base class looks every half second. UserError where the raylet ends or does not come up.
         """
+        ray_internals.tell_ports(self.get_session_dir_path(), self._node_id or "", self.runtime_env_agent_port)
         super().start_ray_processes()
         deadline = time.monotonic() + RAYLET_S
         node_id = ray.NodeID.from_hex(self._node_id or "")
@@ -123,6 +125,7 @@ def _start_node(spec: NodeSpec, **role: Any) -> LeanNode:
         include_log_monitor=False,  # type: ignore[arg-type]
         no_monitor=True,
         temp_dir=str(spec.folder / "ray"),
+        runtime_env_agent_port=network.free_port(),
         **role,
     )
     return LeanNode(parameters, head="gcs_address" not in role, shutdown_at_exit=False, spawn_reaper=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from cluster.host import job_dir
-from cluster.raycluster import cluster_client, ray_auth, ray_node
+from cluster.raycluster import cluster_client, ray_auth, ray_internals, ray_node
 from train.errors import UserError
 
 
@@ -78,3 +79,25 @@ def test_unknown_word_for_the_token_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "tokn")
     with pytest.raises(UserError, match="RAY_AUTH_MODE=tokn is neither token nor disabled"):
         ray_auth.authenticate(None, "10.0.0.1:6379")
+
+
+def test_cluster_is_up_before_rays_own_agents_are(folder, monkeypatch):
+    """They take two seconds of imports; here they never begin."""
+    forever = ["sh", "-c", "sleep 600"]
+    command = ray_internals._interpreter_command
+    monkeypatch.setattr(
+        ray_internals,
+        "_interpreter_command",
+        lambda component, folder, unbuffered=True: (
+            forever if component in ray_internals.RAY_AGENTS else command(component, folder, unbuffered)
+        ),
+    )
+    node = ray_node.start_head(ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cpus=1, gpus=0))
+    try:
+        cluster_client.init_driver(node.address, "tests", None, ray_auth.LOOPBACK)
+        answer = ray.remote(num_cpus=0)(lambda: os.getpid()).remote()
+        assert ray.get(answer, timeout=60) != os.getpid()
+        assert not node.lost()
+    finally:
+        ray.shutdown()
+        node.end()

@@ -228,6 +228,9 @@ def test_fork_server_that_an_agent_started_ends_with_the_job(start):
     driver = start(SLOW, **ENDLESS)
     driver.until_training()
     [first] = fork_servers(driver)
+    first.suspend()  # else it would fork another spare
+    for child in first.children():
+        child.kill()
     first.kill()
     driver.until(lambda: "recovered" in driver.text())
     [second] = fork_servers(driver)
