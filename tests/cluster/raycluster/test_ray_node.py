@@ -83,7 +83,7 @@ def test_unknown_word_for_the_token_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 def test_cluster_is_up_before_rays_own_agents_are(folder, monkeypatch):
     """They take two seconds of imports; here they never begin."""
-    forever = ["sh", "-c", "sleep 600"]
+    forever = ["sh", "-c", "while kill -0 $PPID; do sleep 0.2; done"]
     command = ray_internals._interpreter_command
     monkeypatch.setattr(
         ray_internals,
