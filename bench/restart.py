@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bench.tools import goals, results
 from train.config import load as configuration
@@ -50,7 +51,8 @@ FIXED = [
 ]
 
 OPTIONS = ("repeats", "peer", "out")
-LEFT_OUT = "Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock"
+LEFT_OUT = Text("Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock")
+"""No markup: the brackets are meant."""
 Marks = dict[str, float]
 
 

@@ -31,7 +31,7 @@ from train.data.prepare import prepare
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
-GOAL = 1.2
+GOAL = 1.1
 PHASES = {
     "config": "configuration composed",
     "ray": "Ray up",
