@@ -132,7 +132,7 @@ def documented_table() -> list[str]:
 )
 @pytest.mark.parametrize("arch", SHARED_KIB)
 def test_every_tile_candidate_fits_every_architecture(arch, cases):
-    """Takes two idle cores up to nine minutes a case, about forty in all."""
+    """Takes two idle cores two to ten minutes a case, by the time that parts of it took."""
     for row in compiled_rows(str(arch), "--every-candidate", *cases):
         assert_fits(row)
 
