@@ -128,13 +128,18 @@ def main(arguments: list[str]) -> int:
     for column in ("phase", "launch.sh", "torchrun", *(["Ray Train"] if peer else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():
-        measured = [[run[key] for run in runs if key in run] for runs in (mine, theirs, peers) if runs]
-        table.add_row(words, *(results.middle(seconds, 2)[0] if seconds else "" for seconds in measured))
+        table.add_row(words, *(middle_of(runs, key) for runs in (mine, theirs, peers) if runs))
     own_time = statistics.median(marks["train"] for marks in mine)
     ratio = own_time / statistics.median(marks["train"] for marks in theirs)
     out.print(table)
     out.print(f"launch.sh / torchrun: {ratio:.2f} (goal: at most {GOAL})")
     return int(ratio > GOAL)
+
+
+def middle_of(runs: list[Marks], key: str) -> str:
+    """The median of a phase as text; empty where no run has it."""
+    seconds = [run[key] for run in runs if key in run]
+    return results.middle(seconds, 2)[0] if seconds else ""
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
-from train.util.format import escape_foreign_bytes, printable
+from train.printable import escape_foreign_bytes, printable
 
 
 class ExitCode(IntEnum):

@@ -79,7 +79,8 @@ def default_workers(nodes: Sequence[Node], device: str, cpus_per_worker: int) ->
 
 def describe_held_gpus(nodes: Sequence[Node], workers: int, holders: Sequence[object]) -> str:
     """Why a job that leaves ``cluster.workers`` out has fewer than the cluster has GPUs; empty where none is held."""
-    gpus, free = (int(sum(getattr(node, name) for node in nodes)) for name in ("gpus", "free_gpus"))
+    gpus = int(sum(node.gpus for node in nodes))
+    free = int(sum(node.free_gpus for node in nodes))
     if free in (0, gpus):
         return ""
     held_by = "; ".join(map(str, holders)) or "others"

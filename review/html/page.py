@@ -157,8 +157,10 @@ def _ranks(run: RunRecord) -> dict[str, Any] | None:
     if not run.rank_windows:
         return None
     kept = thin_windows(run.rank_windows)
-    columns = {name: [getattr(window, name) for window in kept] for name in RANK_COLUMNS}
-    return columns | {"text": slowest_rank_text(run.rank_windows)}
+    columns: dict[str, Any] = {"text": slowest_rank_text(run.rank_windows)}
+    for name in RANK_COLUMNS:
+        columns[name] = [getattr(window, name) for window in kept]
+    return columns
 
 
 def _curve(run: RunRecord, budget: int) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ import yaml
 from safetensors import SafetensorError
 
 from train.errors import UserError, place_error, shown_name
-from train.util.format import escape_foreign_bytes
+from train.printable import escape_foreign_bytes
 
 UNREADABLE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, MemoryError, RecursionError),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from train.errors import shown_name
-from train.util.format import printable
+from train.printable import printable
 
 
 @pytest.mark.parametrize(
