@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -106,17 +107,11 @@ def ours(overrides: list[str], folder: Path, repeats: int) -> list[Marks]:
 
 
 def trainers(driver: int) -> list[int]:
-    """The job's workers: what its warm process has forked."""
-    warm = [pid for pid, command in children(driver) if b"cluster.worker.fork_server" in command]
-    forked = itertools.chain.from_iterable(map(children, warm))
-    return [pid for pid, _ in forked]
-
-
-def children(parent: int) -> list[tuple[int, bytes]]:
-    """(pid, command line) of the processes that ``parent`` has started."""
-    text = " ".join(file.read_text("utf-8") for file in Path(f"/proc/{parent}/task").glob("*/children"))
-    own = map(int, text.split())
-    return [(pid, Path(f"/proc/{pid}/cmdline").read_bytes()) for pid in own]
+    """The job's workers: what its fork server has forked."""
+    children = psutil.Process(driver).children()
+    servers = [child for child in children if "cluster.worker.fork_server" in child.cmdline()]
+    forked = itertools.chain.from_iterable(server.children() for server in servers)
+    return [process.pid for process in forked]
 
 
 def ray_train(overrides: list[str], folder: Path, repeats: int) -> list[float]:
@@ -158,7 +153,7 @@ def main(arguments: list[str]) -> int:
     table = Table(title=f"seconds since the SIGKILL of one worker, {repeats} times")
     for column in ("until", "median", "worst"):
         table.add_column(column, justify="left" if column == "until" else "right")
-    for key, words in {"failed": "the steward knows", **PHASES}.items():
+    for key, words in {"failed": "the end is noticed", **PHASES}.items():
         seconds = [marks[key] for marks in mine]
         table.add_row(words, f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}")
     if theirs:

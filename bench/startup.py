@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import restart
+from bench.tools import results
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.prepare import prepare
@@ -127,7 +128,7 @@ def main(arguments: list[str]) -> int:
     for column in ("phase", "launch.sh", "torchrun", *(["Ray Train"] if peer else [])):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for key, words in PHASES.items():
-        table.add_row(words, *(middle(runs, key) for runs in (mine, theirs, peers) if runs))
+        table.add_row(words, *(middle_of(runs, key) for runs in (mine, theirs, peers) if runs))
     own_time = statistics.median(marks["train"] for marks in mine)
     ratio = own_time / statistics.median(marks["train"] for marks in theirs)
     out.print(table)
@@ -135,11 +136,10 @@ def main(arguments: list[str]) -> int:
     return int(ratio > GOAL)
 
 
-def middle(runs: list[Marks], key: str) -> str:
-    """The median of a phase as text; empty unless all runs have it."""
-    if not all(key in run for run in runs):
-        return ""
-    return f"{statistics.median(run[key] for run in runs):.2f}"
+def middle_of(runs: list[Marks], key: str) -> str:
+    """The median of a phase as text; empty where no run has it."""
+    seconds = [run[key] for run in runs if key in run]
+    return results.middle(seconds, 2)[0] if seconds else ""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ run_differences  which configuration keys differ, which run is best, and whether
 importance       permutation importance of the keys that differ
 search_history   the trials of one sweep in order, with the best score so far
 wall_time        shares of wall time by cause
+rank_times       seconds of a step by rank: the spread, and the slowest rank
 colors           one color for each run, and the scale from best to worst
 downsample       thins and averages long curves
 figures          PNG figures (matplotlib)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from review.importance import ImportanceReport
+from review.rank_times import is_notable, slowest_rank_text
 from review.run_differences import best_runs, comparability_warnings, differing_keys, seed_noise, verdict
 from review.run_reader import RunRecord, sweeps_of
 from review.scaling.study import ScalingStudy, report_lines
@@ -62,6 +63,8 @@ def render_comment(runs: Sequence[RunRecord], importances: ImportanceReport | No
     noted = [run for run in order if run.notes or (run.end_reason and run.state != "pruned")]
     if noted:
         lines += ["", *(_notes_line(run) for run in noted[:MAX_RUNS])]
+    if slow := [line for run in order[:MAX_RUNS] if (line := _ranks_line(run))]:
+        lines += ["", *slow]
     if study is not None:
         lines += ["", "**Scaling law**", "", *(f"- {escape_cell(line)}" for line in report_lines(study))]
     return "\n".join(lines)
@@ -78,6 +81,11 @@ def _importance_line(importances: ImportanceReport, goal: Goal) -> str:
 def _notes_line(run: RunRecord) -> str:
     notes = "; ".join(filter(None, [run.end_reason, *run.notes]))
     return f"- {escape_cell(run.name)} ({run.state}): {escape_cell(notes)}"
+
+
+def _ranks_line(run: RunRecord) -> str:
+    """The sentence on a run's slowest rank, where it is slow enough to tell of."""
+    return f"- {escape_cell(run.name)}: {slowest_rank_text(run.rank_windows)}" if is_notable(run.rank_windows) else ""
 
 
 def escape_cell(text: Any) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from review.lenient_io import finite_number, is_locked, read_json_lines, read_json_object
+from review.rank_times import RankWindow, read_rank_windows
 from review.sweep_reader import (
     VAL_LOSS_GOAL,
     Goal,
@@ -60,6 +61,8 @@ class RunRecord:
     steps: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     columns: dict[str, Floats] = field(default_factory=dict)
     """METRICS at each logged step, shape of ``steps``, NaN where not measured; and ``seconds`` of training so far."""
+    rank_windows: list[RankWindow] = field(default_factory=list)
+    """Seconds of a step by rank, over time."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     run_json: dict[str, Any] = field(default_factory=dict)
@@ -229,6 +232,7 @@ def _read_files(run: RunRecord) -> None:
     run.run_json = read_json_object(files.starts, run.notes)
     run.corpus = str(read_json_object(files.corpus, run.notes).get("fingerprint") or "")
     _read_metrics(run)
+    run.rank_windows = read_rank_windows(run.folder, run.notes)
     run.samples = [s for s in read_json_lines(files.samples, run.notes) if isinstance(s.get("step"), int)]
     if bad := read_json_lines(files.skipped, run.notes):
         run.notes.append(f"{plural(len(bad), 'step')} made again without rows that made its numbers bad")

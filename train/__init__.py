@@ -8,6 +8,7 @@ evaluate       exact evaluation on the held-out split
 batch          the contract between data, objectives and metrics
 events         the messages of ranks, driver and sweeps
 errors         exit codes, and the exceptions that end a run early
+printable      text and names of users, without what a terminal would obey
 kernel_setup   choice of kernels and tuning of tiles
 config         schema, loading and validation of configurations
 data           from text to batches

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+
+from train.printable import escape_foreign_bytes, printable
 
 
 class ExitCode(IntEnum):
@@ -82,18 +83,9 @@ def place_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}" + (f" ({cure})" if cure else "")
 
 
-def escape_foreign_bytes(text: str) -> str:
-    """A text that any stream takes: bytes that were not UTF-8 are written as ``\\xff``, all else as it is."""
-    shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
-    return "".join(shown).encode("utf-8", "backslashreplace").decode()
-
-
 def shown_name(name: str | bytes | os.PathLike[str]) -> str:
     """A path on one line of its own characters: what a terminal would obey is an escape, such as ``\\n``."""
-    text = escape_foreign_bytes(os.fsdecode(name))
-    plain = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
-    shown = (c if as_is else c.encode("unicode_escape").decode() for c, as_is in zip(text, plain, strict=True))
-    return "".join(shown)
+    return printable(os.fsdecode(name), one_line=True)
 
 
 @contextmanager

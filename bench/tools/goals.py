@@ -20,8 +20,9 @@ from bench.tools.results import CPU
 Row = dict[str, Any]
 MISSED = 3
 """Exit code of a benchmark that measured all it should, and missed a goal."""
-MFU, MFU_SPEC_1B = 0.50, 0.58
-"""Model FLOPs over those of matrix products measured beside them, for every model; llama_1b's over the data sheet's."""
+MFU, MFU_1B, MFU_SPEC_1B = 0.50, 0.73, 0.58
+"""Model FLOPs over those of matrix products measured beside them, for every model and for llama_1b; llama_1b's over the
+data sheet's, which is as much: products reach 788 of 989 TFLOP/s on an H200."""
 STALL_RATIO, GPU_STALL_RATIO, GPU_STALL_S = 0.25, 0.1, 0.05
 """Stall of a save over that of async_save: anywhere, and on a GPU; and in seconds on a GPU."""
 RESTART_S, GPU_RESTART_S, GPU_RESTART_WORST_S = 2.0, 1.0, 2.0
@@ -57,8 +58,9 @@ GOALS = (
         for peer, min_ratio in (("flex", 1.5), ("sdpa, dense mask", 3.0))
     ),
     *(Goal("P4", (*NORMS, *ADD_NORMS), mode, EAGER, 1.0) for mode in (FORWARD, BACKWARD, BOTH)),
-    Goal("P4", (*NORMS, *ADD_NORMS), BACKWARD, COMPILED, 2.0, has_wide_rows),
+    Goal("P4", (*NORMS, *ADD_NORMS), BACKWARD, COMPILED, 2.2, has_wide_rows),
     Goal("P5", ADD_NORMS, BOTH, LIGER, 1.4, has_wide_rows),
+    Goal("P5", ADD_NORMS, BOTH, COMPILED, 1.2, has_wide_rows),
     Goal("P6", ("cross_entropy",), BOTH, LIGER, 1.9),
     Goal("P7", ("linear_cross_entropy",), BOTH, EAGER, 1.0),
 )
@@ -230,7 +232,7 @@ def equal_runs(rows: list[Row]) -> float | None:
 
 FIGURES = (
     Figure("P8", "gpt2_124m: MFU of measured products", "steps", utilisation_of("gpt2_124m", "mfu"), least=MFU),
-    Figure("P8", "llama_1b: MFU of measured products", "steps", utilisation_of("llama_1b", "mfu"), least=MFU),
+    Figure("P8", "llama_1b: MFU of measured products", "steps", utilisation_of("llama_1b", "mfu"), least=MFU_1B),
     Figure("P8", "llama_1b: MFU of the data sheet", "steps", utilisation_of("llama_1b", "mfu_spec"), least=MFU_SPEC_1B),
     Figure("P14", "stall of a save / async_save's", "saves", stall_ratio, most=GPU_STALL_RATIO),
     Figure("P14", "stall of a save, seconds", "saves", stall, most=GPU_STALL_S),

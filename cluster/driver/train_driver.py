@@ -97,8 +97,13 @@ class TrainDriver(Driver):
         clock.mark("corpus")
         self.connect_to_ray(config)
         nodes = status.living_nodes()
+        workers_left_out = config.cluster.workers is None
         config, device, request, packed = plan_workers(config, nodes)
         self.early.fork_server.set_device(device)
+        if workers_left_out and device == "gpu":
+            text = placement.describe_held_gpus(nodes, config.cluster.worker_count, status.job_holdings())
+            if text:
+                self.console.show(NoteEvent(text).to_json())
         if packed.waiting:
             held = "; ".join(map(str, status.job_holdings()))
             text = f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}"

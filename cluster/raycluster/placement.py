@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.errors import UserError
+from train.util.format import plural
 
 CPU_WORKERS = 2
 """Workers of a job that says nothing of them, where there is no GPU: the fewest that divide the work."""
@@ -66,10 +67,25 @@ def choose_device(asked: str, nodes: Sequence[Node]) -> str:
 
 
 def default_workers(nodes: Sequence[Node], device: str, cpus_per_worker: int) -> int:
-    """Workers of a job that leaves ``cluster.workers`` out: one a GPU of the cluster; on CPUs two, where they fit."""
+    """Workers of a job that leaves ``cluster.workers`` out: one a GPU of the cluster; on CPUs two, where they fit.
+
+    GPUs that others hold are not counted, unless they hold all: then the job waits for these.
+    """
     request = WorkerRequest(CPU_WORKERS, cpus_per_worker, int(device == "gpu"))
     room = sum(count_fitting(node.cpus, node.gpus, request) for node in nodes)
-    return max(1, room if device == "gpu" else min(CPU_WORKERS, room))
+    free = sum(count_fitting(node.free_cpus, node.free_gpus, request) for node in nodes)
+    return max(1, (free or room) if device == "gpu" else min(CPU_WORKERS, room))
+
+
+def describe_held_gpus(nodes: Sequence[Node], workers: int, holders: Sequence[object]) -> str:
+    """Why a job that leaves ``cluster.workers`` out has fewer than the cluster has GPUs; empty where none is held."""
+    gpus = int(sum(node.gpus for node in nodes))
+    free = int(sum(node.free_gpus for node in nodes))
+    if free in (0, gpus):
+        return ""
+    held_by = "; ".join(map(str, holders)) or "others"
+    taken = f"cluster.workers is not set: the job takes {workers} of the {plural(gpus, 'GPU')} of the cluster"
+    return f"{taken}, as {gpus - free} {'is' if gpus - free == 1 else 'are'} held: {held_by}"
 
 
 def threads_per_worker(device: str, cpus_per_worker: int, cpus: float, gpus: float) -> int:

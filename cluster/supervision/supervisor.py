@@ -35,14 +35,25 @@ class Supervisor:
 
     slots_class: type[JobSlots] = JobSlots
 
-    def __init__(self, job: Job, device: str, size: int | None = None, gang: Sequence[Slot] = ()) -> None:
-        """``size``: workers to begin with, by default all. ``gang``: slots reserved already, with or without agents."""
+    def __init__(
+        self,
+        job: Job,
+        device: str,
+        size: int | None = None,
+        gang: Sequence[Slot] = (),
+        left: Sequence[LeftPlace] = (),
+    ) -> None:
+        """``size``: workers to begin with, by default all. ``gang``: slots reserved already, with or without agents.
+
+        ``left``: GPUs and hosts that had a fault before.
+        """
         self.job = replace(job, show=self._show)
         self.console = job.show
         self.device = device
         self.size, self.gang = size or job.config.cluster.worker_count, gang
         self.attempts = 0
         self.slots = self.slots_class(self.job, device)
+        self.slots.left = [*left]
         self.failures: list[restart_policy.Failure] = []
         """The failures since there was progress."""
         self.interruption: dict[str, Any] = {}

@@ -17,9 +17,10 @@ from rich.text import Text
 from cluster.sweep.trial import Trial, shorten
 from train.config.sweep_dir import ENDED
 from train.events import FailureEvent
+from train.printable import printable
 from train.reporting import failure_block
 from train.reporting.terminal import UserConsole
-from train.util.format import PREPARING, duration, finite, plural, printable
+from train.util.format import PREPARING, duration, finite, plural
 
 REFRESH_PER_S = 4
 COLORS = {

@@ -146,7 +146,7 @@ class SweepScheduler:
         most = self.sweep.settings.parallel
         while self.has_more() and not self.resources.lost() and (most is None or len(self.running) < most):
             cluster = (self.waiting[0].config if self.waiting else self.sweep.base).cluster
-            gang = self.pool.take_gang(cluster, len(self.running))
+            gang = self.pool.take_gang(cluster, [job.job.config.cluster.worker_count for job in self.running.values()])
             if not gang:
                 return
             self._start_next(gang)
@@ -194,7 +194,7 @@ class SweepScheduler:
         self.board.show_started(trial, len(hosts), hosts)
         target, folder, local_cluster = resources.target, resources.folder, resources.local_cluster
         job = Job(trial.config, corpus, target, folder, show, stop, clock, local_cluster)
-        self.running[trial.number] = TrialJob(job, resources.device, gang, show)
+        self.running[trial.number] = TrialJob(job, resources.device, gang, show, self.pool.left)
 
     # -------------------------------------------------------------------------------------------------- handling events
 
@@ -244,6 +244,7 @@ class SweepScheduler:
             self.locks.pop(trial.number).close()
             return
         self.pool.restarts = 0
+        self.pool.leave(job.left)
         self.pool.return_gang(job.reusable_slots)
         why = event["why"] or job.why
         if verdict.kind == "done":

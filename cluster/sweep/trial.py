@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.supervision import outcome, restart_policy
 from cluster.supervision.job import Job
+from cluster.supervision.left_places import LeftPlace
 from cluster.supervision.slots import Slot
 from cluster.supervision.supervisor import Supervisor
 from train.config.schema import Config
@@ -123,16 +124,31 @@ def final_metrics(folder: Path, metrics: Sequence[str]) -> list[float] | None:
 class TrialJob:
     """A trial's job, supervised in a thread of its own until all its processes have ended."""
 
-    def __init__(self, job: Job, device: str, gang: Sequence[Slot], send_event: Callable[[Event], None]) -> None:
-        """``send_event`` gets the job's events, and last {"event": "ended", "verdict", "why", "lost"}."""
+    def __init__(
+        self,
+        job: Job,
+        device: str,
+        gang: Sequence[Slot],
+        send_event: Callable[[Event], None],
+        left: Sequence[LeftPlace] = (),
+    ) -> None:
+        """``send_event`` gets the job's events, and last {"event": "ended", "verdict", "why", "lost"}.
+
+        ``left``: GPUs and hosts that trials before it have left.
+        """
         self.job, self.send_event = job, send_event
         self.why = ""
         """First line of the newest failure."""
         self.reusable_slots: list[Slot] = []
         """Its slots with their agents, once the job has ended and nothing was wrong with them."""
-        self.supervisor = Supervisor(job, device, gang=gang)
+        self.supervisor = Supervisor(job, device, gang=gang, left=left)
         self.thread = threading.Thread(target=self._run, name=job.config.run.name, daemon=True)
         self.thread.start()
+
+    @property
+    def left(self) -> list[LeftPlace]:
+        """GPUs and hosts that the job does not use any more because of a fault of the device."""
+        return self.supervisor.slots.left
 
     def request_stop(self, number: int) -> None:
         """Asks the job to save and end, as signal ``number`` would."""

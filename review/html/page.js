@@ -79,6 +79,23 @@
       yaxis: { title: { text: measures[state.measure] }, rangemode: "tozero" } });
   }
 
+  function ranks() {
+    const runs = shown().filter((run) => run.ranks);
+    const seconds = (v) => v.toPrecision(3);
+    const traces = runs.flatMap(({ id, name, colour, dash, ranks: r }) => {
+      const common = { x: r.step, mode: "lines", name: plain(short(name)), hoverlabel, meta: id, legendgroup: id };
+      return [
+        { ...common, y: r.median_s, line: { color: colour, dash, width: 0.8 }, hoverinfo: "skip", showlegend: false },
+        { ...common, y: r.slowest_s, line: { color: colour, dash, width: 1.8 }, showlegend: data.few, hoverinfo: "text",
+          text: r.step.map((step, i) => plain(`${short(name)}, step ${step}: rank ${r.slowest_rank[i]} ${seconds(r.slowest_s[i])} s, `
+            + `median ${seconds(r.median_s[i])} s, fastest ${seconds(r.fastest_s[i])} s`)) },
+      ];
+    });
+    figure("ranks", traces.concat(scale()), { xaxis: { title: { text: xs.steps } }, legend: legend(),
+      yaxis: { title: { text: "seconds of work a step" }, rangemode: "tozero" } });
+    by("ranks-text").replaceChildren(...runs.map((run) => el("p", {}, `${run.name}: ${run.ranks.text}`)));
+  }
+
   function parallel() {
     if (!data.parallel) return;
     const visible = new Set(shown().map((run) => run.id));
@@ -242,7 +259,7 @@
     by("failures").replaceChildren(...bad.map((run) => el("p", {}, el("span", { class: "state " + run.state }, run.state), ` ${run.name}: ${run.notes}`)));
   }
 
-  function draw() { loss(); speed(); goodput(); failures(); search(); parallel(); importance(); scaling(); }
+  function draw() { loss(); speed(); ranks(); goodput(); failures(); search(); parallel(); importance(); scaling(); }
 
   function choose(id, options, current, then) {
     for (const [key, text] of Object.entries(options)) by(id).append(el("option", { value: key }, text));
@@ -266,7 +283,7 @@
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   const sampled = data.runs.filter((run) => run.samples.length);
-  for (const [id, there] of [["search", data.search], ["parallel", data.parallel], ["importance", data.importance || data.search], ["scaling", data.scaling], ["samples", sampled.length]]) {
+  for (const [id, there] of [["search", data.search], ["parallel", data.parallel], ["importance", data.importance || data.search], ["scaling", data.scaling], ["ranks", data.runs.some((run) => run.ranks)], ["samples", sampled.length]]) {
     by(id + "-part").hidden = !there;
   }
   choose("sample-run", Object.fromEntries(sampled.map((run) => [run.id, run.name])), sampled.length ? (sampled.find((run) => run.best) || sampled[0]).id : "", samples);

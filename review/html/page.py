@@ -27,6 +27,7 @@ from review.downsample import extreme_indices, moving_average
 from review.html.parallel_axes import axis_position, parallel_coordinates
 from review.importance import MIN_RUNS, ImportanceReport
 from review.lenient_io import display_path, finite_number
+from review.rank_times import slowest_rank_text, thin_windows
 from review.run_differences import best_runs, comparability_warnings, differing_keys, verdict
 from review.run_reader import SPEED, Floats, RunRecord, sweeps_of
 from review.scaling.study import ScalingStudy, report_lines
@@ -38,6 +39,8 @@ MAX_POINTS, MIN_POINTS = 90_000, 200
 """Points of all curves together, and of each curve at least."""
 MAX_SAMPLE_CHARS = 1_500_000
 """Characters of the samples of all runs together."""
+RANK_COLUMNS = ("step", "fastest_s", "median_s", "slowest_s", "slowest_rank")
+"""Fields of a window of ``ranks.jsonl`` that page.js reads."""
 SUMMARY_KEYS = ("bits_per_byte", "step", "params", "starts")
 """Columns of the table taken from the summary as they are; the others are computed."""
 
@@ -145,7 +148,19 @@ def _run(run: RunRecord, keys: list[str], budget: int) -> dict[str, Any]:
         "environment": environment,
         "curve": _curve(run, budget),
         "held": _held(run),
+        "ranks": _ranks(run),
     }
+
+
+def _ranks(run: RunRecord) -> dict[str, Any] | None:
+    """The curve of the slowest and the median rank, and the sentence on it; None without a reading."""
+    if not run.rank_windows:
+        return None
+    kept = thin_windows(run.rank_windows)
+    columns: dict[str, Any] = {"text": slowest_rank_text(run.rank_windows)}
+    for name in RANK_COLUMNS:
+        columns[name] = [getattr(window, name) for window in kept]
+    return columns
 
 
 def _curve(run: RunRecord, budget: int) -> dict[str, Any] | None:

@@ -87,4 +87,4 @@ EVERY_ATTENTION = [
     for head_dim in (48, 64, 128, 256)
     for dtype in DTYPES
 ]
-EVERY = [*EVERY_ATTENTION, *row_wise("float32", (768, 4096, 8192)), *row_wise("bfloat16", (768, 4096, 8192, 16384))]
+EVERY_ROW_WISE = [*row_wise("float32", (768, 4096, 8192)), *row_wise("bfloat16", (768, 4096, 8192, 16384))]

@@ -7,8 +7,8 @@ TRITON_INTERPRET must not be set.
 A case is a line of Python that calls an op, e.g. "ops.rms_norm(rand(4096, 4096), rand(4096), 1e-5)"; without any, the
 cases of ``compile_cases.SOME`` are taken. Every kernel that the forward and backward pass would launch on each
 architecture is compiled down to machine code. Prints a JSON line per launch: the case, the architecture, the kernel's
-name, dtype and constants, registers per thread, bytes spilled and spills inside loops, bytes of shared memory, columns
-of tensor memory, and the instruction of its matrix products. With --table, the table of docs/kernels.md instead.
+name, dtype and constants, threads, registers of each, bytes spilled and spills inside loops, bytes of shared memory,
+columns of tensor memory, and the instruction of its matrix products; with --table the table of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compile_launch(arch: int, kernel: Any, *args: Any, **options: Any) -> dict[s
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+        value = values.get(parameter.name, parameter.default)
         kind, key = (
             ("constexpr", value)
             if parameter.is_constexpr
@@ -84,8 +84,10 @@ def usage(compiled: Any) -> dict[str, Any]:
         resources = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
         spilled = resources["STACK"] + resources["LOCAL"]
         in_loops = spilled_in_loops(cuobjdump("-sass", file.name)) if spilled else 0
+    [threads] = re.findall(r"\.reqntid (\d+)", compiled.asm["ptx"])
     products = [name for name in ("wgmma", "tcgen05", "mma") if f"{name}." in compiled.asm["ptx"]]
     return {
+        "threads": int(threads),
         "registers": resources["REG"],
         "spilled": spilled,
         "spilled_in_loops": in_loops,

@@ -14,10 +14,11 @@ from cluster.worker import fork_server_client
 
 
 @contextlib.contextmanager
-def private(cores: int, target: str, *module_folders: Path) -> Iterator[LocalRayCluster]:
+def private(cores: int, target: str, *module_folders: Path, gpus: int = 0) -> Iterator[LocalRayCluster]:
     """A private Ray cluster of this host with a job folder (``.spec.folder``) and a fork server that runs ``target``.
 
-    Ray takes the host for one of ``cores`` cores. ``module_folders`` become the processes' PYTHONPATH.
+    Ray takes the host for one of ``cores`` cores and ``gpus`` GPUs, which it only counts.
+    ``module_folders`` become the processes' PYTHONPATH.
     """
     before = dict(os.environ)
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, module_folders))
@@ -29,8 +30,6 @@ def private(cores: int, target: str, *module_folders: Path) -> Iterator[LocalRay
         cleanup.callback(fork_server.close)
         fork_server.set_device("cpu")
         ray_auth.create_token(folder / "token")
-        cluster = LocalRayCluster(
-            ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cores, gpus=0), "tests"
-        )
+        cluster = LocalRayCluster(ray_node.NodeSpec(ray_auth.LOOPBACK, folder, folder / "token", cores, gpus), "tests")
         cleanup.callback(cluster.end)
         yield cluster

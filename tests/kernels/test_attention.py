@@ -100,6 +100,29 @@ def test_attention_by_tma_descriptors_equals_reference(head_dim):
         assert_attention_matches("triton", inputs, causal=True, segments=kernels.Segments(ids, ids), rope=rope)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton compiles it for some tiles of some GPUs only: see the next test")
+def test_attention_with_specialized_warps_equals_reference():
+    specialized = SMALL_TILES | {"attention_forward": SMALL_TILES["attention_forward"] | {"WARP_SPECIALIZE": 1}}
+    with tuning.force_tiles(**specialized):
+        assert_attention_matches("triton", qkv(1, 49, 49, 1, 1, 16), causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [None, "runs"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention_by_every_candidate_of_this_gpu_equals_reference(head_dim, documents):
+    """A candidate that is fast and wrong would be chosen by its time."""
+    inputs = qkv(1, 300, 300, 1, 2, head_dim)
+    ids = None if documents is None else segment_ids(documents, 1, 300)
+    segments = None if ids is None else kernels.Segments(ids, ids)
+    limits = requirements.limits_of(torch.device(DEVICE))
+    for module, name in ((forward, KERNELS[0]), (backward_q, KERNELS[1]), (backward_kv, KERNELS[2])):
+        for choice in module._tile_choices(inputs[0].to(torch.bfloat16)):
+            if choice.fits(limits, 0):
+                with tuning.force_tiles(**{name: choice.tiles()}):
+                    assert_attention_matches("triton", inputs, torch.bfloat16, causal=True, segments=segments)
+
+
 @backends
 @pytest.mark.parametrize("head_dim", [1, 20, 80, 96, 128, 160, 256])
 def test_attention_at_every_head_dim_equals_reference(backend, head_dim):

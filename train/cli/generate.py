@@ -18,8 +18,8 @@ from train.config.validate import generation_problems
 from train.errors import UserError
 from train.generation.text_streamer import GeneratedText, generate_text
 from train.models.generation_api import Generative
+from train.printable import printable
 from train.run_dir.open_run import open_run
-from train.util.format import printable
 from train.util.io import to_json
 from train.util.reading import read_text, reading
 

@@ -197,7 +197,7 @@ class ClusterConfig(Section):
     """Number, place and recovery of the workers."""
 
     workers: Positive | None = Field(
-        None, description="default: one a GPU of the cluster; where there is none, two, or one on a single core"
+        None, description="default: one a GPU that nobody holds; without GPUs two, or one on a single core"
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: gpu where the cluster has any")
     cpus_per_worker: Positive = Field(1, description="cores a worker asks for; on a CPU they are its threads")

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from train.config import schema
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
-from train.util.io import is_lfs_pointer
+from train.util.io import LFS_POINTER
 from train.util.reading import UNREADABLE, as_object, read_text
 
 FILE = "tokenizer.json"
@@ -288,7 +288,7 @@ def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None
     path = Path(settings.path).expanduser()
     content = read_text(path, f"data.tokenizer.path names it (looked from {Path.cwd()})")
     try:
-        if is_lfs_pointer(path):
+        if content.startswith(LFS_POINTER.decode()):
             raise UserError("not a tokenizer.json but Git LFS's note of one: fetch it with `git lfs pull`")
         fast, _ = _load(content)
         if dropout := getattr(fast.model, "dropout", None):

@@ -21,9 +21,10 @@ from rich.text import Text
 
 from train import events
 from train.errors import shown_name
+from train.printable import printable
 from train.reporting import failure_block
 from train.reporting.terminal import UserConsole
-from train.util.format import PREPARING, count, duration, finite, plural, printable, shares
+from train.util.format import PREPARING, count, duration, finite, plural, shares
 
 PLAIN_EVERY_S = 5.0
 LEAST_ESTIMATE_S = 5.0

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from train.events import FailureEvent, RecoveredEvent
-from train.util.format import printable
+from train.printable import printable
 
 PHASES = {
     "ended": "noticed and ended",

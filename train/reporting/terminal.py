@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from train.util.format import printable
+from train.printable import printable
 
 
 class UserConsole(Console):

@@ -8,35 +8,45 @@ import time
 import torch
 
 PEAKS = (
+    # GB200 and GB300 NVL72 data sheets: 360 PFLOPS in bf16 with sparsity over 72 GPUs, 80 TFLOPS each in fp32
     (r"GB[23]00", 2500e12, 80e12),
+    # HGX B200 and B300 data sheets: 36 PFLOPS in bf16 with sparsity and 600 TFLOPS in fp32 over 8 GPUs
     (r"B[23]00", 2250e12, 75e12),
+    # Hopper: data sheets of GH200, H100 and H200, whose bf16 is with sparsity
     (r"GH200", 989e12, 67e12),
     (r"H[12]00.*NVL", 835e12, 60e12),
-    (r"H100 PCIe", 756e12, 51e12),
+    (r"H[18]00 PCIe", 756e12, 51e12),
     (r"H([12]|8)00\b", 989e12, 67e12),
     (r"H20\b", 148e12, 44e12),
+    # Ampere: data sheets of A100, A30, A40 and A10, white paper of GA102
     (r"A[18]00\b", 312e12, 19.5e12),
     (r"A30\b", 165e12, 10.3e12),
     (r"A40\b", 149.7e12, 37.4e12),
     (r"A10G", 70e12, 35e12),
     (r"A10\b", 125e12, 31.2e12),
+    (r"RTX A6000", 154.8e12, 38.7e12),
+    (r"RTX 3090 Ti$", 80e12, 40e12),
+    (r"RTX 3090$", 71e12, 35.6e12),
+    # Ada: data sheets of L40S, L40, L20 and L4, white paper of the Ada architecture
     (r"L40S", 362e12, 91.6e12),
     (r"L40\b", 181e12, 90.5e12),
     (r"L20\b", 119.5e12, 59.8e12),
     (r"L4\b", 121e12, 30.3e12),
-    (r"RTX 6000 Ada", 364e12, 91.1e12),
-    (r"RTX A6000", 154.8e12, 38.7e12),
-    (r"RTX 5090", 209.5e12, 104.8e12),
-    (r"RTX 4090", 165e12, 82.6e12),
-    (r"RTX 3090 Ti", 80e12, 40e12),
-    (r"RTX 3090", 71e12, 35.6e12),
+    (r"RTX 6000 Ada", 364.2e12, 91.1e12),
+    (r"RTX 4090$", 165.2e12, 82.6e12),
+    # White papers of RTX Blackwell and RTX PRO; of the server edition the data sheet's fp32, and four times that
+    (r"RTX PRO 6000 Blackwell Max-Q", 438.9e12, 109.7e12),
+    (r"RTX PRO 6000 Blackwell Server", 480e12, 120e12),
+    (r"RTX PRO 6000 Blackwell Workstation", 503.8e12, 126e12),
+    (r"RTX 5090$", 209.5e12, 104.8e12),
     (r"V100-SXM", 125e12, 15.7e12),
     (r"Tesla T4", 65e12, 8.1e12),
     (r"MI3(00|25)X", 1307e12, 163.4e12),
 )
-"""Dense FLOP/s in bf16 (and fp16) and in fp32 by device name, the first match wins; from the makers' data sheets.
+"""Dense FLOP/s in bf16 (and fp16) and in fp32 by device name, the first match wins; from the makers' documents.
 
-fp32 is that of plain fp32 arithmetic, in which torch multiplies matrices unless it is told otherwise, not of TF32.
+Where these give rates with 2:4 sparsity, it is half of them. bf16 adds up in fp32, which GeForce cards do at half the
+rate. fp32 is that of plain fp32 arithmetic, in which torch multiplies matrices unless it is told otherwise, not TF32.
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +13,6 @@ PREPARING = {
     "tokenize": "writing shards",
 }
 """The phases of preparing a corpus, in words."""
-
-UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but tab and newline, those that turn the direction of text, and bytes that are no UTF-8."""
-
-
-def printable(text: str) -> str:
-    """``text`` with what a terminal would obey, and not show, as escapes such as ``\\x1b``."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def finite(value: Any) -> bool:

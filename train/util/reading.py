@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from train.errors import UserError, escape_foreign_bytes, place_error, shown_name
+from train.errors import UserError, place_error, shown_name
+from train.printable import escape_foreign_bytes
 
 UNREADABLE: tuple[type[Exception], ...] = (
     *(OSError, EOFError, MemoryError, RecursionError),

@@ -22,9 +22,9 @@ from kernels.triton_ops.attention.tiles import LOG2_E, head_columns, load_tile, 
 
 # Candidates (TileChoice) by head dimension; what the bias takes is counted.
 HALF: TileRows = {
-    64: [(64, 64, 0, 4, 2, 40, 72, 67)],
-    128: [(64, 64, 0, 4, 2, 72, 136, 131)],
-    256: [(32, 32, 0, 4, 1, 36, 36, 36)],
+    64: [(64, 64, 0, 4, 2, 40, 72, None), (64, 64, 0, 8, 2, None, None, 72)],
+    128: [(64, 64, 0, 8, 2, None, 136, 136), (32, 64, 0, 8, 2, 52, None, None)],
+    256: [(32, 64, 0, 8, 1, 64, 64, 64)],
 }
 FLOAT32: TileRows = {
     64: [(16, 32, 0, 4, 2, 28, 28, 28)],
@@ -150,7 +150,10 @@ def _run(
     launch(_attention_backward_bias_kernel, grid, *arguments, **problem.constexprs(), **tiles)
 
 
-def _tile_choices(q: Tensor) -> list[TileChoice]:
-    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
+def _tile_choices(q: Tensor, biased: bool = True) -> list[TileChoice]:
+    """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default.
+
+    ``biased`` makes no difference here, where there always is a bias.
+    """
     by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
     return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

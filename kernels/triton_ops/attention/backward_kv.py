@@ -63,11 +63,24 @@ HALF: TileRows = {
         (32, 64, 1, 8, 2, None, None, 163),
     ],
 }
+HALF_BIASED: TileRows = {
+    64: [
+        (64, 128, 0, 8, 3, None, 82, None),
+        (32, 64, 0, 8, 2, 25, None, None),
+        (64, 64, 0, 8, 2, None, 49, 73),
+        (64, 128, 1, 8, 3, None, 83, None),
+        (64, 64, 1, 4, 3, None, 67, 83),
+    ],
+    128: [(64, 64, 0, 8, 2, 65, 98, 131), (32, 64, 0, 8, 2, 53, 65, None), (32, 128, 0, 8, 2, None, 97, None)],
+    256: [(32, 32, 0, 8, 1, 80, 80, 80)],
+}
+"""Those for layers with a bias, which takes registers in the loop: what spills with one is left out."""
 FLOAT32: TileRows = {
     64: [(32, 64, 0, 8, 2, None, 97, None), (32, 32, 0, 4, 2, 49, 49, 49)],
     128: [(32, 32, 0, 8, 1, 96, 96, None), (16, 16, 0, 4, 2, 49, 49, 49)],
     256: [(16, 16, 0, 8, 1, 96, 96, 96)],
 }
+FLOAT32_BIASED: TileRows = FLOAT32 | {128: [(16, 16, 0, 4, 2, 49, 49, 49)]}
 FLOAT64: TileRows = {
     64: [(16, 16, 0, 4, 2, 81, 81, 81)],
     128: [(16, 16, 0, 4, 2, 81, 81, 81)],
@@ -227,7 +240,9 @@ def run_backward_kv(
 ) -> None:
     """Writes the gradients of k and v (B, Tk, Hkv, Dh). Queries and keys come rotated already."""
     run = functools.partial(_run, problem, lse, grad_out, delta, grad_k, grad_v)
-    run_best_tiles("attention_backward_kv", problem, (problem.q, grad_out), _tile_choices(problem.q), run)
+    run_best_tiles(
+        "attention_backward_kv", problem, (problem.q, grad_out), _tile_choices(problem.q, problem.bias is not None), run
+    )
 
 
 def _run(
@@ -253,7 +268,8 @@ def _run(
     launch(_attention_backward_kv_kernel, grid, *arguments, **problem.constexprs(), **tiles)
 
 
-def _tile_choices(q: Tensor) -> list[TileChoice]:
+def _tile_choices(q: Tensor, biased: bool = False) -> list[TileChoice]:
     """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
-    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
+    half, full = (HALF_BIASED, FLOAT32_BIASED) if biased else (HALF, FLOAT32)
+    by_head_dim = {torch.float64: FLOAT64, torch.float32: full}.get(q.dtype, half)
     return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

@@ -68,6 +68,23 @@ HALF: TileRows = {
         (64, 64, 1, 8, 2, None, None, 226),
     ],
 }
+HALF_BIASED: TileRows = {
+    64: [
+        (128, 64, 0, 8, 3, None, 81, 90),
+        (64, 32, 0, 4, 2, 29, None, None),
+        (128, 64, 1, 8, 3, None, 82, None),
+        (64, 64, 1, 4, 3, None, 66, None),
+        (128, 128, 1, 8, 2, None, 98, None),
+    ],
+    128: [
+        (128, 64, 0, 8, 2, None, 129, 146),
+        (64, 32, 0, 4, 2, 57, 65, None),
+        (128, 64, 1, 8, 2, None, 129, None),
+        (64, 64, 1, 4, 2, None, 98, None),
+    ],
+    256: [(64, 32, 0, 8, 2, 113, 129, None), (32, 32, 0, 8, 1, 64, 64, 64)],
+}
+"""Those for layers with a bias, which takes registers in the loop: what spills with one is left out."""
 FLOAT32: TileRows = {
     64: [(128, 32, 0, 8, 2, None, 161, None), (32, 32, 0, 4, 2, 57, 57, 57)],
     128: [(16, 32, 0, 4, 2, 69, 69, 69)],
@@ -251,7 +268,9 @@ def run_backward_q(
 ) -> None:
     """Writes delta (B, H, Tq), the gradient of q, and with rope the rotated q. Keys come rotated already."""
     run = functools.partial(_run, problem, out, lse, grad_out, q_rotated, delta, grad_q)
-    run_best_tiles("attention_backward_q", problem, problem[1:3], _tile_choices(problem.q), run)
+    run_best_tiles(
+        "attention_backward_q", problem, problem[1:3], _tile_choices(problem.q, problem.bias is not None), run
+    )
 
 
 def _run(
@@ -278,7 +297,7 @@ def _run(
     launch(_attention_backward_q_kernel, grid, *arguments, **problem.constexprs(), **tiles)
 
 
-def _tile_choices(q: Tensor) -> list[TileChoice]:
+def _tile_choices(q: Tensor, biased: bool = False) -> list[TileChoice]:
     """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
-    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF)
+    by_head_dim = {torch.float64: FLOAT64, torch.float32: FLOAT32}.get(q.dtype, HALF_BIASED if biased else HALF)
     return [TileChoice(*row) for row in by_head_dim[head_dim_class(q.shape[3])]]

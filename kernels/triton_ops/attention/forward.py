@@ -74,6 +74,37 @@ HALF: TileRows = {
         (64, 32, 1, 4, 2, None, 97, 97),
     ],
 }
+HALF_BIASED: TileRows = {
+    64: [
+        (128, 64, 0, 8, 3, 49, 65, 66),
+        (128, 128, 1, 8, 2, None, 81, None),
+        (128, 64, 1, 8, 3, None, 65, None),
+        (64, 64, 1, 4, 3, None, 57, None),
+        (128, 64, 1, 4, 3, None, 65, None),
+    ],
+    128: [
+        (128, 64, 0, 8, 2, 65, 97, 97),
+        (128, 128, 1, 8, 2, None, 161, None),
+        (128, 64, 1, 8, 3, None, 129, None),
+        (64, 64, 1, 4, 3, None, 113, None),
+        (64, 128, 1, 4, 2, None, 145, None),
+    ],
+    256: [
+        (128, 32, 0, 8, 2, None, 129, None),
+        (64, 32, 0, 8, 1, 52, 49, 49),
+        (128, 64, 1, 8, 2, None, 193, None),
+        (64, 32, 1, 4, 2, None, 97, None),
+    ],
+}
+"""Those for layers with a bias, which takes registers in the loop: what spills with one is left out."""
+HALF_SPECIALIZED: TileRows = {
+    64: [(128, 64, 1, 8, 3, None, None, 67)],
+    128: [(128, 64, 1, 8, 3, None, None, 131)],
+}
+"""Candidates with warps for loads, for products and for the softmax each, as Triton 3.7 makes them for tcgen05 only.
+
+For wgmma it ignores the wish with 8 warps and fails with 4.
+"""
 FLOAT32: TileRows = {
     64: [(128, 64, 0, 8, 2, None, 129, None), (128, 32, 0, 8, 2, 81, 97, None), (32, 32, 0, 4, 2, 41, 41, 41)],
     128: [(32, 32, 0, 8, 1, 48, 48, 48), (16, 32, 0, 4, 2, 53, 53, 53)],
@@ -138,6 +169,7 @@ def _attention_forward_kernel(
     USE_TMA: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr = 0,
 ):
     # Queries of this program and what they see. Rows past the end repeat the last query and are not stored.
     n_blocks = (n_queries + BLOCK_M - 1) // BLOCK_M
@@ -182,7 +214,7 @@ def _attention_forward_kernel(
     row_sum = tl.zeros((BLOCK_M,), acc_dtype)
     acc = tl.zeros((BLOCK_M, BLOCK_D), acc_dtype)
     for PARTIAL in tl.static_range(2):
-        for tile in tl.range(0, n_partial if PARTIAL else n_full):
+        for tile in tl.range(0, n_partial if PARTIAL else n_full, warp_specialize=WARP_SPECIALIZE):
             k_start = tile_start(tile, PARTIAL, first, full_first, n_full, BLOCK_N)
             k_offset = tl.arange(0, BLOCK_N)
             if PARTIAL:
@@ -284,7 +316,7 @@ def _attention_merge_kernel(
 def run_forward(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     """Writes the output (B, Tq, H, Dh) and the log-sum-exp (B, H, Tq). Keys come rotated already, queries do not."""
     run = functools.partial(_run, problem, out, lse)
-    run_best_tiles("attention_forward", problem, problem[1:3], _tile_choices(problem.q), run)
+    run_best_tiles("attention_forward", problem, problem[1:3], _tile_choices(problem.q, problem.bias is not None), run)
 
 
 def _run(problem: AttentionProblem, out: Tensor, lse: Tensor, tiles: tuning.Tiles) -> None:
@@ -319,13 +351,18 @@ def _split_count(n_programs: int, n_queries: int, n_keys: int, tiles: tuning.Til
     return max(1, min(TARGET_PROGRAMS // n_programs, n_keys // (4 * tiles["BLOCK_N"]), 32))
 
 
-def _tile_choices(q: Tensor) -> list[TileChoice]:
+def _tile_choices(q: Tensor, biased: bool = False) -> list[TileChoice]:
     """Candidates for the dtype and head dimension of q; the first that fits the device is the untuned default."""
     head_dim = head_dim_class(q.shape[3])
+    specialized: TileRows = {}
     if q.dtype == torch.float64:
         rows = FLOAT64[head_dim]
     elif q.shape[1] <= 16:
         rows = (DECODING_FLOAT32 if q.dtype == torch.float32 else DECODING)[head_dim]
+    elif q.dtype == torch.float32:
+        rows = FLOAT32[head_dim]
     else:
-        rows = (FLOAT32 if q.dtype == torch.float32 else HALF)[head_dim]
-    return [TileChoice(*row) for row in rows]
+        rows = (HALF_BIASED if biased else HALF)[head_dim]
+        specialized = {} if biased else HALF_SPECIALIZED
+    choices = [TileChoice(*row) for row in rows]
+    return choices + [TileChoice(*row, warp_specialize=True) for row in specialized.get(head_dim, ())]

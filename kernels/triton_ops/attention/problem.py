@@ -32,11 +32,14 @@ class TileChoice(NamedTuple):
     mma: int | None
     wgmma: int | None
     tcgen05: int | None
+    warp_specialize: bool = False
+    """Loads, products and softmax in warps of their own: the forward pass alone, where Triton can compile it."""
 
     def tiles(self) -> tuning.Tiles:
         """The constexprs and launch options of the kernel."""
         names = "BLOCK_M", "BLOCK_N", "USE_TMA", "num_warps", "num_stages"
-        return dict(zip(names, self[:5], strict=True))
+        specialized = {"WARP_SPECIALIZE": 1} if self.warp_specialize else {}
+        return dict(zip(names, self[:5], strict=True)) | specialized
 
     def fits(self, limits: DeviceLimits | None, bias_bytes: int) -> bool:
         """Whether a GPU of these limits can run the kernel; a bias has ``bias_bytes`` an element, 0 without one.

@@ -9,31 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.nanogpt_model import MODEL
 from torch.nn import functional as F
 
 from bench.nanogpt import race
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# A stand-in for a checkout of nanoGPT: a table of the next character's counts, written as its train.py would.
-MODEL = """
-from dataclasses import dataclass
-import torch
-from torch.nn import functional as F
-
-@dataclass
-class GPTConfig:
-    vocab_size: int = 8
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
-
-    def forward(self, tokens, targets):
-        logits = self.table(tokens)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-"""
+# The rest of a stand-in for a checkout of nanoGPT: a table of the next character's counts, as its train.py would.
 PREPARE = """
 import numpy as np
 text = open("input.txt").read()
@@ -47,7 +30,9 @@ from model import GPT, GPTConfig
 import torch
 assert "--max_iters=3" in sys.argv and "--device=cpu" in sys.argv
 os.makedirs("out-shakespeare-char")
-torch.save({"model": GPT(GPTConfig(10)).state_dict(), "model_args": {"vocab_size": 10}}, "out-shakespeare-char/ckpt.pt")
+arguments = {"vocab_size": 10}
+state = {"model": GPT(GPTConfig(**arguments)).state_dict(), "model_args": arguments}
+torch.save(state, "out-shakespeare-char/ckpt.pt")
 """
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 
+from cluster.raycluster import status
 from cluster.raycluster.placement import (
     Node,
     WorkerRequest,
     choose_device,
     default_workers,
+    describe_held_gpus,
     initial_workers,
     place_workers,
     threads_per_worker,
@@ -112,8 +114,10 @@ def test_device_gpu_without_gpus_is_refused():
         ([node("head", 8), node("a", 64, 4), node("b", 64, 8)], "gpu", 1, 12),
         # as many as their cores are enough for
         ([node("a", 4, 8), node("b", 64, 8)], "gpu", 2, 10),
-        # of all the cluster, whoever uses it now: a job waits for its room, and says for whom
-        ([node("a", 64, 8, free_gpus=3)], "gpu", 1, 8),
+        # one a GPU that nobody holds; where all are held the job waits for all, and says for whom
+        ([node("a", 64, 8, free_gpus=3)], "gpu", 1, 3),
+        ([node("a", 64, 8, free_gpus=0), node("b", 64, 8, free_gpus=2)], "gpu", 1, 2),
+        ([node("a", 64, 8, free_gpus=0), node("b", 64, 8, free_gpus=0)], "gpu", 1, 16),
         # CPUs were asked for, beside GPUs
         ([node("a", 64, 8)], "cpu", 1, 2),
         # nothing fits: one is asked for, and refused with what is missing
@@ -123,6 +127,31 @@ def test_device_gpu_without_gpus_is_refused():
 )
 def test_workers_left_out_are_one_a_gpu_or_two_on_cpus(nodes, device, cpus_per_worker, workers):
     assert default_workers(nodes, device, cpus_per_worker) == workers
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "text"),
+    [
+        ([node("a", 64, 8)], 8, ""),
+        ([node("a", 64, 8, free_gpus=0)], 8, ""),  # the job waits, and that is told elsewhere
+        (
+            [node("a", 64, 8, free_gpus=3)],
+            3,
+            "cluster.workers is not set: the job takes 3 of the 8 GPUs of the cluster, as 5 are held: "
+            "first (pid 7 on a) holds a: 5 GPUs",
+        ),
+        (
+            [node("a", 64, 2, free_gpus=1)],
+            1,
+            "cluster.workers is not set: the job takes 1 of the 2 GPUs of the cluster, as 1 is held: "
+            "first (pid 7 on a) holds a: 5 GPUs",
+        ),
+    ],
+    ids=["none held", "all held", "five held", "one held"],
+)
+def test_gpus_that_others_hold_are_told_with_their_holders(nodes, workers, text):
+    holder = status.JobHolding("first", "a", 7, 1.0, {"a": "5 GPUs"})
+    assert describe_held_gpus(nodes, workers, [holder]) == text
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])

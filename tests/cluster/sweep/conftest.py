@@ -67,6 +67,12 @@ class FinishedSweep:
 
 
 @pytest.fixture
-def swept(resources: SweepResources, given: list[str]):
-    """swept(*overrides) -> the FinishedSweep of tiny runs that they ask for."""
-    return lambda *overrides: FinishedSweep(resources, [*given, *overrides])
+def swept_on(given: list[str]):
+    """swept_on(resources, *overrides) -> the FinishedSweep of tiny runs that they ask for."""
+    return lambda resources, *overrides: FinishedSweep(resources, [*given, *overrides])
+
+
+@pytest.fixture
+def swept(resources: SweepResources, swept_on):
+    """swept(*overrides) -> the FinishedSweep of tiny runs that they ask for, on the shared cluster."""
+    return lambda *overrides: swept_on(resources, *overrides)

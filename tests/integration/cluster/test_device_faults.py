@@ -1,5 +1,6 @@
 """Jobs whose device fails, on real Ray: they leave its host, take another or shrink, or say why they cannot."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -39,8 +40,11 @@ def cluster_of():
         yield make
 
 
-def run_job(folder, tmp_path, **cluster):
-    """Runs a job of two workers of which rank 1 meets the error once: verdict, events, and each attempt's nodes."""
+def run_job(folder, tmp_path, slots_on="cpu", **cluster):
+    """Runs a job of two workers of which rank 1 meets the error once: verdict, events, and each attempt's nodes.
+
+    With ``slots_on`` "gpu" each worker's slot has one of Ray's GPUs, and instead of the nodes these are returned.
+    """
     base = configuration.to_dict(configuration.load([f"run.dir={tmp_path}/run", "schedule.warmup=0"]))
     values = {**base, "steps": 12, "cluster": {**base["cluster"], "workers": 2, **cluster}}
     (tmp_path / "run" / "logs").mkdir(parents=True)
@@ -50,15 +54,30 @@ def run_job(folder, tmp_path, **cluster):
         events.append(event)
         if event["event"] == "plan":
             ranks = json.loads((tmp_path / "run" / "world.json").read_text())["ranks"]
-            worlds.append([rank["node"] for rank in ranks])
+            nodes = [rank["node"] for rank in ranks]
+            gpus = [slot.info.gpus for slot in supervisor.slots.up_slots()]
+            worlds.append(gpus if slots_on == "gpu" else nodes)
 
     fault = json.dumps({"rank": 1, "step": 3, "do": "raise", "say": ECC, "times": 1})
     job = Job(configuration.parse(values), fault, TARGET, folder.name, show, StopRequest(), StartupClock(time.time()))
     supervisor = Supervisor(job, "cpu")
+    supervisor.slots.device = slots_on
     try:
         return supervisor.run(), events, worlds
     finally:
         supervisor.release_slots()
+
+
+@pytest.fixture
+def with_gpus():
+    """Makes a private cluster of one host that Ray takes for one of so many GPUs; returns its folder."""
+    with contextlib.ExitStack() as cleanup:
+
+        def make(gpus):
+            clusters = private(4, TARGET, REPOSITORY, REPOSITORY / "tests", gpus=gpus)
+            return cleanup.enter_context(clusters).spec.folder
+
+        yield make
 
 
 def failures(events):
@@ -78,6 +97,24 @@ def test_host_of_a_failed_device_is_left_for_another(cluster_of, tmp_path):
     assert all(event["event"] != "note" for event in events), events
     [recovered] = [event for event in events if event["event"] == "recovered"]
     assert (recovered["fault"], recovered["workers"]) == ("device", 2)
+
+
+def test_failed_gpu_is_left_for_another_of_its_host(with_gpus, tmp_path):
+    verdict, events, (before, after) = run_job(with_gpus(3), tmp_path, slots_on="gpu")
+    assert verdict.kind == "done", events
+    assert sorted(before) == [("0",), ("1",)]
+    assert sorted(after) == sorted([before[0], ("2",)])
+    [failure] = failures(events)
+    assert f"starting again without GPU {before[1][0]} of " in failure["next"]
+    [recovered] = [event for event in events if event["event"] == "recovered"]
+    assert (recovered["fault"], recovered["workers"]) == ("device", 2)
+
+
+def test_job_shrinks_where_no_other_gpu_is_left(with_gpus, tmp_path):
+    verdict, events, (before, after) = run_job(with_gpus(2), tmp_path, slots_on="gpu", min_workers=1)
+    assert verdict.kind == "done", events
+    assert after == before[:1]
+    assert any(event.get("text", "").startswith("going on with 1 of 2 workers") for event in events), events
 
 
 def test_job_shrinks_where_no_other_host_is_left(cluster_of, tmp_path):

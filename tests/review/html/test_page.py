@@ -51,6 +51,8 @@ def hostile_runs(folder: Path) -> list[Path]:
     (bad / "corpus.json").write_text(json.dumps({"fingerprint": "f" * 64}))
     summary = json.loads((bad / "summary.json").read_text())
     (bad / "summary.json").write_text(json.dumps(summary | {"time_by_cause": {HOSTILE: 3.0, "train": 9.0}}))
+    line = {"rank_step_s_min": 1.0, "rank_step_s_median": 1.1, "rank_step_s_max": 1.5, "slowest_rank": 3}
+    (bad / "ranks.jsonl").write_text("".join(json.dumps({"step": step} | line) + "\n" for step in (10, 20)))
     (folder / "empty").mkdir()
     (folder / "broken").mkdir()
     (folder / "broken" / "config.yaml").write_text("[" + HOSTILE)
@@ -127,6 +129,10 @@ def test_page_in_a_browser_sorts_filters_and_holds_every_run(made: tuple[Path, i
         assert browser.value(drawn % "loss") == with_curve
         assert browser.value(drawn % "speed") == with_curve
         assert browser.value(drawn % "parallel") == 11  # the finished ones
+        assert browser.value(drawn % "ranks") == 1  # the one with such a file
+        assert "rank 3 was the slowest in 2 of 2 windows" in browser.value(
+            "document.getElementById('ranks-text').textContent"
+        )
         losses = [float(v) for v in browser.value(column % 2) if v]
         assert losses[:11] == sorted(losses[:11])  # the finished ones, the best first
         for way in (False, True):

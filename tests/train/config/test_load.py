@@ -81,6 +81,19 @@ def test_override_sets_its_key_with_or_without_a_yaml():
         (["sweep=tpe"], ["'sweep=tpe'", "-m"]),
         (["sweep.trials=3"], ["-m"]),
         (["model.heads=5"], ["model.heads=5", "model.width=128"]),
+        (
+            ["steps=100", "profile.steps=[20,120]"],
+            ["profile.steps=[20,120] names no steps of this run", "steps=100 at most, such as profile.steps=[95,100]"],
+        ),
+        (["steps=100", "profile.steps=[25,20]"], ["profile.steps=[25,20] names no steps", "profile.steps=[95,100]"]),
+        (["steps=3", "profile.steps=[3,3]"], ["profile.steps=[3,3] names no steps", "profile.steps=[0,3]"]),
+        (["profile.memory=true"], ["profile.memory says what to record", "are not given: profile.steps=[20,25]"]),
+        (
+            ["steps=100", "profile.steps=[2,6]", "profile.ranks=[0,2]", "cluster.workers=2"],
+            ["profile.ranks=[0, 2] has rank 2, and cluster.workers=2 makes ranks 0 to 1: name one of those"],
+        ),
+        (["profile.steps=[5]"], ["profile.steps", "at least 2"]),
+        (["profile.steps=[2,6]", "profile.ranks=[]"], ["profile.ranks", "at least 1"]),
     ],
 )
 def test_mistake_in_configuration_is_named_with_its_cure(overrides: list[str], expected: list[str]):
