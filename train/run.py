@@ -45,6 +45,7 @@ from train.services import RunServices
 from train.stability.guard import Guard
 from train.state.train_state import TrainState
 from train.util.io import to_json, write_whole
+from train.util.progress import SlowProgress
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
@@ -74,7 +75,7 @@ def train_rank(
     activity.enter("build engine")
     kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0], note)
     first = None if checkpoint else init_from.first_weights(config, corpus.tokenizer, world)
-    fill = partial(_fill_first, config, world, note, first) if first else _leave_to_checkpoint
+    fill = partial(_fill_first, config, world, note, first) if first else partial(_leave_to_checkpoint, note)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)
     config = with_prompts(config, corpus.tokenizer, note)
     state, pending = restore(checkpoint, engine, loader)
@@ -146,8 +147,9 @@ def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tu
     return checkpoint.progress, checkpoint.manifest["pending"]
 
 
-def _leave_to_checkpoint(engine: Engine) -> None:
+def _leave_to_checkpoint(note: Callable[[str], None], engine: Engine) -> None:
     """Fill nothing: ``restore`` does, and a draw takes minutes for billions of weights."""
+    engine.on_progress = SlowProgress("reading the checkpoint", note)
 
 
 def _fill_first(
@@ -158,6 +160,7 @@ def _fill_first(
     engine: Engine,
 ) -> None:
     """Fill a new run's engine, and write to ``init.json`` what ``init.from`` gave of its weights. A collective."""
+    engine.on_progress = SlowProgress(f"weights from {config.init.from_}" if first.report else "weights", note)
     engine.fill(first.read)
     if first.report is None:
         return

@@ -73,6 +73,8 @@ class Engine:
             if config.zero.stage > 0:
                 self.inner.shards = zero_layout.shards_by_flat(self.engine, self.names, self.trained, self.shapes)
                 self.inner.world = world
+        self.on_progress: Callable[[float], None] = lambda share: None
+        """Called with the share of this rank's state that is there, while ``fill`` or ``load`` goes on."""
         self.carried: list[ParamShard] = []
         for name, rows in objective.named_buffers():
             self.carried += row_shards(name, rows, world)
@@ -196,10 +198,13 @@ class Engine:
                 device = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
                 self.inner.state[holder] = moments
+        done, total = 0, max(1, sum(shard.numel for shard in self.param_shards))
         for shard in [*self.param_shards, *self.carried]:
             for kind, view in self.states(shard).items():
                 heartbeat.touch()  # a large model takes minutes
                 view.copy_(read(shard, kind))
+            done += shard.numel
+            self.on_progress(min(1.0, done / total))
         self._fill_frozen(read)
         zero_layout.copy_masters_to_weights(self.engine, self.masters)
 

@@ -60,13 +60,18 @@ def begin(world, emit, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         torch.distributed.broadcast = refuse
         engine, _ = build_engine(configuration.parse(values), VOCABULARY, world, sizes)
         torch.distributed.broadcast = broadcast
+        count = sum(drawn)
         masters = {(s.name, s.start): s.view_of(s.holder).clone().numpy() for s in engine.param_shards}
         forward = {name: weight.numpy() for name, weight in gloo_ranks.whole_weights(engine).items()}
-        losses = []
+        losses, shares = [], []
+        engine.on_progress = shares.append
+        engine.fill(InitialWeights(build_objective(configuration.parse(values), VOCABULARY), values["seed"]).read)
+        assert shares == sorted(shares)
+        assert shares[-1] == 1.0
         for _ in range(2):
             result = engine.train_step([rows(world.rank, world.size)], {"loss": 64}, 0.01, lambda: None)
             losses.append(result.losses["loss"][0])
-        found.append({"masters": masters, "forward": forward, "drawn": sum(drawn), "losses": losses})
+        found.append({"masters": masters, "forward": forward, "drawn": count, "losses": losses})
     return found
 
 
