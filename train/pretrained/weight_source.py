@@ -75,7 +75,7 @@ class CheckpointWeights:
     """The fp32 weights of a run's checkpoint (a ``WeightReader``)."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.reader, self.shapes = checkpoint.reader(), checkpoint.manifest["shapes"]
+        self.reader, self.shapes = checkpoint.reader(keep_open=True), checkpoint.manifest["shapes"]
 
     def shape(self, name: str) -> Shape | None:
         """See ``WeightReader.shape``."""

@@ -81,6 +81,6 @@ def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointRe
             with contextlib.suppress(FileNotFoundError, RuntimeError):
                 damage = checkpoint.damage() or ""
                 if not damage:
-                    return checkpoint, checkpoint.reader()
+                    return checkpoint, checkpoint.reader(keep_open=True)
         if path.exists():
             raise UserError(f"{path} is damaged: {damage}. Choose another with checkpoint=<step>")

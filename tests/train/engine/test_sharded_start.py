@@ -90,7 +90,7 @@ def expected() -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in objective.named_parameters()}
 
 
-def test_masters_are_the_fp32_draw_and_forward_weights_its_rounding_at_every_stage_and_world(begun, expected):
+def test_masters_are_the_fp32_draw_at_every_stage_and_world(begun, expected):
     for (stage, precision, keys), ranks in zip(CASES, begun, strict=True):
         covered = dict.fromkeys(expected, 0)
         for rank in ranks:
@@ -104,7 +104,7 @@ def test_masters_are_the_fp32_draw_and_forward_weights_its_rounding_at_every_sta
             assert torch.equal(torch.from_numpy(weight), right), (stage, precision, keys, name)
 
 
-def test_where_masters_are_sharded_each_rank_draws_its_share_alone(begun, expected):
+def test_each_rank_draws_its_share_where_masters_are_sharded(begun, expected):
     size = sum(weight.numel() for weight in expected.values())
     for (stage, _, keys), ranks in zip(CASES, begun, strict=True):
         if stage > 0 and not keys:
@@ -133,13 +133,14 @@ def plain_losses(keys: tuple[str, ...]) -> list[float]:
     return losses
 
 
-def test_first_losses_equal_plain_torch_within_a_millionth_at_every_stage_and_world(begun):
+def test_first_losses_equal_plain_torch_at_every_stage_and_world(begun):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(initial_weights, "BLOCK", BLOCK)
         expected = {keys: plain_losses(keys) for keys in ((), (FROZEN,))}
     for (stage, precision, keys), ranks in zip(CASES, begun, strict=True):
         if precision == "fp32":
-            losses = [sum(step) for step in zip(*(rank["losses"] for rank in ranks), strict=True)]
+            by_rank = [rank["losses"] for rank in ranks]
+            losses = [sum(step) for step in zip(*by_rank, strict=True)]
             assert losses == pytest.approx(expected[keys], rel=1e-6), (stage, keys)
 
 
@@ -155,7 +156,7 @@ def train_without_drawing(world, emit, config: dict[str, Any], corpus: str) -> s
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 1), (3, 2)])
-def test_nothing_is_drawn_where_a_checkpoint_or_init_from_fills_it(corpus: Path, tmp_path: Path, stage, workers):
+def test_nothing_is_drawn_that_a_checkpoint_or_init_from_fills(corpus: Path, tmp_path: Path, stage, workers):
     keys = (f"zero={stage}", f"cluster.workers={workers}", "precision=fp32")
     config = gloo_ranks.on_corpus(corpus, tmp_path / "run", *keys)
     gloo_ranks.train_world(config, corpus, {"event": "step", "step": 3})

@@ -32,7 +32,7 @@ def test_parameters_of_one_block_have_the_weights_of_earlier_versions():
 
 
 @pytest.mark.parametrize("model", ["gpt_tiny", "t5_tiny", "bert_tiny", "lstm_tiny"])
-def test_a_module_on_meta_tells_every_range_of_the_weights_of_a_whole_one(make_config, model):
+def test_a_module_on_meta_gives_the_weights_of_a_whole_one(make_config, model):
     objectives = {"t5_tiny": {"name": "seq2seq"}, "bert_tiny": {"name": "masked"}}
     config = make_config(model, **({"objective": objectives[model]} if model in objectives else {}))
     with torch.device("meta"):

@@ -120,7 +120,7 @@ def assert_same_logits(logits: list, model) -> None:
 
 
 def begun(config, tokenizer, world):
-    """An objective with the first weights of a run, read 1,000 elements at a time, and what init.from gave of them."""
+    """An objective with the first weights of a run, read in three ranges each, and what init.from gave of them."""
     from train.distributed.param_shard import ParamShard
     from train.objectives import build_objective
     from train.pretrained.init_from import first_weights, refuse_unusable
@@ -129,8 +129,9 @@ def begun(config, tokenizer, world):
     objective = build_objective(config, tokenizer.vocab_size).eval()
     shards = []
     for name, parameter in objective.named_parameters():
-        for start in range(0, parameter.numel(), 1000):
-            shards.append(ParamShard(name, start, min(1000, parameter.numel() - start), parameter, start))
+        size, third = parameter.numel(), parameter.numel() // 3 + 1  # seldom a whole number of rows
+        for start in range(0, size, third):
+            shards.append(ParamShard(name, start, min(third, size - start), parameter, start))
             shards[-1].view_of(parameter).copy_(first.read(name, start, shards[-1].numel))
     refuse_unusable(config, first.report, shards)
     return objective, first.report
