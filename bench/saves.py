@@ -51,7 +51,7 @@ from train.data.prepare import prepare
 from train.distributed import process_group
 from train.engine.engine import Engine
 from train.loop import train
-from train.objectives import build_objective
+from train.objectives import describe_objective
 from train.reporting.tracking import Record
 from train.run import build_engine
 from train.state.train_state import TrainState
@@ -103,8 +103,7 @@ class Room:
 def choose_model(room: Room) -> str:
     """The larger model that there is room for."""
     config = configuration.load([f"model={LARGE}", "tracking=off"])
-    with torch.device("meta"):
-        objective = build_objective(config, config.model.vocab_size or 0)
+    objective = describe_objective(config, config.model.vocab_size or 0)
     rows, length = SHAPES[LARGE]
     activations = 40 * rows * length * config.model.layers * config.model.width  # bytes, as of Korthikanti et al. 2022
     return LARGE if room.holds(sum(p.numel() for p in objective.parameters()), activations) else SMALL

@@ -21,14 +21,16 @@ from train.data.loader import Loader, loaders
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import determinism, process_group
 from train.distributed.device import describe
+from train.engine.allocation import allocate_parameters
 from train.engine.engine import Engine
 from train.engine.precision import resolve_precision
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
 from train.generation.prompts import with_prompts
-from train.kernel_setup import choose_kernels
+from train.kernel_setup import DTYPES, choose_kernels
 from train.loop import Training, train
-from train.objectives import build_objective
+from train.models.initial_weights import InitialWeights
+from train.objectives import describe_objective
 from train.optim.factory import build_optimizer, parameter_groups
 from train.optim.layerwise_lr import split_by_depth
 from train.pretrained import init_from
@@ -43,6 +45,7 @@ from train.services import RunServices
 from train.stability.guard import Guard
 from train.state.train_state import TrainState
 from train.util.io import to_json, write_whole
+from train.util.progress import SlowProgress
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
@@ -71,8 +74,8 @@ def train_rank(
     checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
     kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0], note)
-    read_weights = partial(_load_initial, config, corpus, world, note) if config.init.from_ else None
-    fill = _leave_to_checkpoint if checkpoint else read_weights
+    first = None if checkpoint else init_from.first_weights(config, corpus.tokenizer, world)
+    fill = partial(_fill_first, config, world, note, first) if first else partial(_leave_to_checkpoint, note)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)
     config = with_prompts(config, corpus.tokenizer, note)
     state, pending = restore(checkpoint, engine, loader)
@@ -108,25 +111,31 @@ def build_engine(
     vocab_size: int,
     world: process_group.DistContext,
     loader: Loader,
-    fill: Callable[[Any], None] | None = None,
+    fill: Callable[[Engine], None] | None = None,
 ) -> tuple[Engine, Any]:
-    """The objective and the engine that trains it. Every rank draws the same weights, unless ``fill`` gives others.
+    """The objective and the engine that trains it, its weights drawn, unless ``fill`` gives it others.
 
-    The precision of ``config`` must be chosen: see ``resolve_precision``.
+    No rank has the whole model where ZeRO shards it: the objective is described, the engine allocates its share, and
+    that is filled. The precision of ``config`` must be chosen: see ``resolve_precision``.
     """
     if config.precision.name == "auto":
         raise ValueError("an engine needs a precision of its own, not auto: resolve_precision chooses one")
-    objective = build_objective(config, vocab_size, draw=fill is None).to(world.device)
-    if fill:
-        fill(objective)
+    objective = describe_objective(config, vocab_size)
+    drawn = InitialWeights(objective, config.seed)
     init_from.freeze_parameters(objective, config.init.freeze)
+    allocate_parameters(objective, world.device, DTYPES[config.precision.name], config.zero.stage)
     groups = parameter_groups(objective, config.optimizer.weight_decay)
     if config.optimizer.layer_decay < 1:
         groups = split_by_depth(
             groups, [name for name, _ in objective.named_parameters()], config.optimizer.layer_decay
         )
     optimizer = build_optimizer(config.optimizer, groups)
-    return Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches), objective
+    engine = Engine(objective, optimizer, config, world, loader.micro, loader.micro_batches)
+    if fill:
+        fill(engine)
+    else:
+        engine.fill(drawn.read)
+    return engine, objective
 
 
 def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tuple[TrainState, Record | None]:
@@ -138,18 +147,27 @@ def restore(checkpoint: Checkpoint | None, engine: Engine, loader: Loader) -> tu
     return checkpoint.progress, checkpoint.manifest["pending"]
 
 
-def _leave_to_checkpoint(objective: Any) -> None:
-    """Fill nothing: ``restore`` does, once the engine is there, and a draw takes minutes for billions of weights."""
+def _leave_to_checkpoint(note: Callable[[str], None], engine: Engine) -> None:
+    """Fill nothing: ``restore`` does, and a draw takes minutes for billions of weights."""
+    engine.on_progress = SlowProgress("reading the checkpoint", note)
 
 
-def _load_initial(
-    config: Config, corpus: Corpus, world: process_group.DistContext, note: Callable[[str], None], objective: Any
+def _fill_first(
+    config: Config,
+    world: process_group.DistContext,
+    note: Callable[[str], None],
+    first: init_from.FirstWeights,
+    engine: Engine,
 ) -> None:
-    """Fill a new run's objective from ``init.from``, and write the origin of its weights to ``init.json``."""
-    report = init_from.load_weights(objective, config, corpus.tokenizer, world)
-    note(report.summary())
-    file = RunDir(Path(config.run.dir or "")).init
-    if error := process_group.run_on_rank0(lambda: write_whole(file, to_json(asdict(report), indent=1).encode())):
+    """Fill a new run's engine, and write to ``init.json`` what ``init.from`` gave of its weights. A collective."""
+    engine.on_progress = SlowProgress(f"weights from {config.init.from_}" if first.report else "weights", note)
+    engine.fill(first.read)
+    if first.report is None:
+        return
+    init_from.refuse_unusable(config, first.report, engine.param_shards)
+    note(first.report.summary())
+    file, content = RunDir(Path(config.run.dir or "")).init, to_json(asdict(first.report), indent=1).encode()
+    if error := process_group.run_on_rank0(lambda: write_whole(file, content)):
         raise UserError(error)
 
 

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from train.config import load as configuration
 from train.config.schema import Config
-from train.objectives import build_objective
+from train.objectives import describe_objective
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,5 @@ def planned_runs(plan: IsoFlopPlan, overrides: Sequence[str] = ()) -> list[Plann
 
 def model_cost(config: Config, vocab_size: int) -> tuple[int, float]:
     """(parameters, FLOPs per token) of a configuration's model, built on the meta device without weights."""
-    with torch.device("meta"):
-        objective: Any = build_objective(config, vocab_size)
+    objective: Any = describe_objective(config, vocab_size)
     return sum(p.numel() for p in objective.parameters()), objective.flops_per_token(config.batch.seq_len)

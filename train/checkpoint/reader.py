@@ -78,9 +78,9 @@ class Checkpoint:
                 return f"{name} cannot be read: {error.strerror or error}"
         return None
 
-    def reader(self) -> CheckpointReader:
-        """Open its files to read slices of parameters."""
-        return CheckpointReader(self)
+    def reader(self, keep_open: bool = False) -> CheckpointReader:
+        """Read slices of parameters; with ``keep_open`` also once the checkpoint is deleted."""
+        return CheckpointReader(self, keep_open)
 
 
 def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
@@ -109,9 +109,14 @@ def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
 class CheckpointReader:
     """Reads slices of flattened parameters from the pieces that they were written in."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, keep_open: bool) -> None:
+        """Opens every file now with ``keep_open``, else each for as long as it is read.
+
+        What was read of a file that stays open stays in memory, since it is mapped: a rank that resumes would hold all
+        of its state twice. And of a thousand files it reads a few.
+        """
         self.path = checkpoint.path
-        self.files = {n: safe_open(checkpoint.path / n, framework="pt") for n in checkpoint.manifest["files"]}
+        self.files = {n: self._open(n) for n in checkpoint.manifest["files"]} if keep_open else {}
         self.pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         """(first element, elements, file) of each piece in ascending order, by (parameter, kind)."""
         for file, entry in checkpoint.manifest["files"].items():
@@ -123,6 +128,9 @@ class CheckpointReader:
             pieces.sort()
             self.kinds.setdefault(name, []).append(kind)
 
+    def _open(self, file: str) -> Any:
+        return safe_open(self.path / file, framework="pt")
+
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
         pieces, end, parts = self.pieces.get((name, kind), []), start + numel, []
@@ -132,7 +140,8 @@ class CheckpointReader:
                 break
             low, high = max(start, first), min(end, first + length)
             if low < high:
-                parts.append(self.files[file].get_slice(tensor_name(kind, name, first))[low - first : high - first])
+                opened = self.files.get(file) or self._open(file)
+                parts.append(opened.get_slice(tensor_name(kind, name, first))[low - first : high - first])
         held = sum(part.numel() for part in parts)
         if held != numel:
             raise UserError(

@@ -6,14 +6,15 @@ them. Engines expose their state as shards and are filled from them; checkpoints
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from train.distributed.process_group import DistContext
+from train.distributed.process_group import DistContext, gather_objects
 
 MASTER = "weight"
 """The kind of state that is fp32 weights; other kinds have the optimizer's names, such as ``exp_avg``."""
@@ -67,20 +68,21 @@ class ShardedState(Protocol):
         """Restore the numbers of ``scalars``."""
 
 
-def frozen_shards(module: nn.Module, rank: int, ranks: int) -> list[ParamShard]:
-    """Shards of a module's frozen parameters, as ``rank`` of ``ranks`` keeps them: float32, beside the engine.
+def frozen_shards(module: nn.Module, rank: int, ranks: int, own: bool) -> list[ParamShard]:
+    """Shards of a module's frozen parameters, as ``rank`` of ``ranks`` keeps them: float32 zeros, beside the engine.
 
-    To be made before the engine, which may lower the precision of the parameters or shard them.
+    With ``own`` (one rank only) the parameters themselves, which are float32 then, are the holders. To be made before
+    the engine, which may shard the parameters.
     """
     shards = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
-            whole = parameter.detach().view(-1)
-            share = -(-whole.numel() // ranks)
-            start, end = min(rank * share, whole.numel()), min((rank + 1) * share, whole.numel())
-            if start < end:
-                holder = whole if ranks == 1 else whole[start:end].clone()
-                shards.append(ParamShard(name, start, end - start, holder, 0))
+            share = -(-parameter.numel() // ranks)
+            start = min(rank * share, parameter.numel())
+            numel = min(share, parameter.numel() - start)
+            if numel:
+                holder = parameter if own else torch.zeros(numel, device=parameter.device)
+                shards.append(ParamShard(name, start, numel, holder, 0))
     return shards
 
 
@@ -88,3 +90,9 @@ def row_shards(name: str, rows: Tensor, world: DistContext) -> list[ParamShard]:
     """This rank's rows of a tensor, a shard each: row r belongs to rank r mod world size, as stream r does."""
     size = rows[0].numel()
     return [ParamShard(name, row * size, size, rows, row * size) for row in range(world.rank, len(rows), world.size)]
+
+
+def nonfinite_parameters(shards: Iterable[ParamShard]) -> list[str]:
+    """Names of the parameters that hold a master weight, on any rank, that is infinite or no number. A collective."""
+    own = [shard.name for shard in shards if not torch.isfinite(shard.view_of(shard.holder)).all()]
+    return list(dict.fromkeys(chain.from_iterable(gather_objects(own))))

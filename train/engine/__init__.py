@@ -4,5 +4,6 @@ engine       ``Engine``: train one step, evaluate, read and load the state as sh
 zero_layout  where each ZeRO stage keeps its fp32 master weights
 ds_config    DeepSpeed's settings for a run's configuration
 precision    choice of the number format, once for all ranks
-ds_patches   settings made before DeepSpeed is imported, for a quick start
+allocation   memory for the parameters of a module described on meta
+ds_patches   settings and patches of DeepSpeed, for a quick start and one without a copy of the model
 """

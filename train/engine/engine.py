@@ -22,6 +22,7 @@ from train.engine.ds_config import EngineInventory, deepspeed_config
 from train.engine.zero_layout import MasterWeights
 from train.models.carried_state import carried_states
 from train.models.generation_api import Generative
+from train.models.initial_weights import ReadWeights
 from train.optim.muon import Muon
 
 ds_patches.import_deepspeed()
@@ -41,38 +42,39 @@ class Engine:
         micro: int,
         accumulation: int,
     ) -> None:
-        """``micro`` rows per forward pass, ``accumulation`` forward passes per optimizer step."""
+        """``micro`` rows per forward pass, ``accumulation`` forward passes per optimizer step.
+
+        The parameters are those of ``allocate_parameters``, and remain without weights until ``fill`` or ``load``.
+        """
         self.rank, self.world_size = world.rank, world.size
         self.clip = config.optimizer.clip
         self.memories = carried_states(objective)
         self.shapes = {name: p.shape for name, p in [*objective.named_parameters(), *objective.named_buffers()]}
         self.names: dict[Any, str] = {p: name for name, p in objective.named_parameters() if p.requires_grad}
-        frozen = frozen_shards(objective, *((world.rank, world.size) if config.zero.stage else (0, 1)))
         self.masters = MasterWeights.of(config.zero.stage, config.precision.name)
+        kept_by = (world.rank, world.size) if config.zero.stage else (0, 1)
+        self.frozen = frozen_shards(objective, *kept_by, own=self.masters is MasterWeights.MODULE)
         os.environ["LOCAL_RANK"] = str(
             world.device.index or 0
         )  # index of the device, which is not always the rank's index on its host
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         inventory = EngineInventory(world.device.type, world.size, sum(p.numel() for p in self.names))
         settings = deepspeed_config(config, micro, accumulation, inventory, plain=self.masters is MasterWeights.MODULE)
-        unfused = self.masters is MasterWeights.UNFUSED
-        initial = [p.detach().float().clone() for p in self.names] if unfused else []
         _patch_collectives(world.size)
-        self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
+        with ds_patches.weights_come_later():
+            self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)
         self.inner: torch.optim.Optimizer = self.engine.basic_optimizer
         if self.masters is MasterWeights.MODULE:  # a lone rank has nothing to average, yet would copy every gradient
             self.engine.enable_backward_allreduce = world.size > 1
         self.trained = list(zero_layout.trained_shards(self.engine, self.masters, self.names, world.rank))
-        self.param_shards = [*self.trained, *frozen]
+        self.param_shards = [*self.trained, *self.frozen]
         if isinstance(self.inner, Muon):
             self.inner.dtype = torch.bfloat16 if config.precision.name == "bf16" else torch.float32
             if config.zero.stage > 0:
                 self.inner.shards = zero_layout.shards_by_flat(self.engine, self.names, self.trained, self.shapes)
                 self.inner.world = world
-        if initial:  # DeepSpeed's unfused optimizer takes a step of zero gradients to create its states: undo it
-            torch._foreach_copy_([p.holder.detach() for p in self.trained], initial)
-            self.inner.state.clear()
-            zero_layout.copy_masters_to_weights(self.engine, self.masters)
+        self.on_progress: Callable[[float], None] = lambda share: None
+        """Called with the share of this rank's state that is there, while ``fill`` or ``load`` goes on."""
         self.carried: list[ParamShard] = []
         for name, rows in objective.named_buffers():
             self.carried += row_shards(name, rows, world)
@@ -173,31 +175,54 @@ class Engine:
                 views[kind] = shard.view_of(value)
         return views
 
+    def fill(self, read: ReadWeights) -> None:
+        """Give every parameter its first weights. There are no moments then: the optimizer makes them as it needs them.
+
+        Under ZeRO 1 to 3 masters are filled in fp32, and the weights in the run's precision are made from them.
+        """
+        carried = {shard.name for shard in self.carried}
+
+        def first(shard: ParamShard, kind: str) -> Tensor:
+            return torch.zeros(()) if shard.name in carried else read(shard.name, shard.start, shard.numel)
+
+        self.load(first, dict.fromkeys(self.shapes, (MASTER,)), updates=0)
+
     def load(
         self, read: Callable[[ParamShard, str], Tensor], kinds: Mapping[str, Collection[str]], updates: int
     ) -> None:
         """Fill every shard from ``read(shard, kind)`` for its parameter's ``kinds``; ``updates`` is Adam's step."""
-        self.inner.state.clear()
+        self.inner.state.clear()  # DeepSpeed's unfused optimizer makes a step of zero gradients to create it
         for holder, name in {id(p.holder): (p.holder, p.name) for p in self.trained}.values():
             moments: dict[str, Any] = {k: torch.zeros_like(holder.detach()) for k in kinds[name] if k != MASTER}
             if moments:  # optimizers that count updates read "step", the others ignore it
                 device = holder.device if self.inner.param_groups[0].get("fused") else torch.device("cpu")
                 moments["step"] = torch.tensor(float(updates), dtype=torch.float32, device=device)
                 self.inner.state[holder] = moments
+        done, total = 0, max(1, sum(shard.numel for shard in self.param_shards))
         for shard in [*self.param_shards, *self.carried]:
             for kind, view in self.states(shard).items():
+                heartbeat.touch()  # a large model takes minutes
                 view.copy_(read(shard, kind))
-        zero_layout.copy_masters_to_weights(self.engine, self.masters)
+            done += shard.numel
+            self.on_progress(min(1.0, done / total))
         self._fill_frozen(read)
+        zero_layout.copy_masters_to_weights(self.engine, self.masters)
 
     @torch.no_grad()
     def _fill_frozen(self, read: Callable[[ParamShard, str], Tensor]) -> None:
-        """Fill the frozen weights, which have no master copy in an optimizer."""
+        """Fill the frozen weights that the forward pass uses: no optimizer has a master copy to make them from."""
+        held = {shard.name: shard for shard in self.frozen}
         for name, param in self.engine.module.named_parameters():
-            if not param.requires_grad:
-                whole = ParamShard(name, 0, self.shapes[name].numel(), param, 0)
-                with self.gathered(param, modifier_rank=0):
-                    param.copy_(read(whole, MASTER).view(self.shapes[name]))
+            if param.requires_grad:
+                continue
+            if self._shards_weights:
+                if name in held:  # ZeRO cuts a parameter into the same shares
+                    param.ds_tensor.narrow(0, 0, held[name].numel).copy_(held[name].holder)
+                param.ds_secondary_tensor = None  # a copy of what was
+            elif self.replicated:
+                param.copy_(held[name].holder.view_as(param))
+            else:
+                param.copy_(read(ParamShard(name, 0, param.numel(), param, 0), MASTER).view_as(param))
 
     def scalars(self) -> dict[str, float]:
         """Optimizer state beside tensors: the dynamic loss scale of fp16; empty for other precisions."""
@@ -221,11 +246,11 @@ class Engine:
         """The objective that is trained."""
         return self.engine.module
 
-    def gathered(self, param: nn.Parameter, modifier_rank: int | None = None) -> contextlib.AbstractContextManager[Any]:
-        """Context in which a parameter is whole; what ``modifier_rank`` writes to it is kept."""
+    def gathered(self, param: nn.Parameter) -> contextlib.AbstractContextManager[Any]:
+        """Context in which a parameter is whole, to be read. A collective."""
         if not self._shards_weights:
             return contextlib.nullcontext()
-        return deepspeed.zero.GatheredParameters([param], modifier_rank)
+        return deepspeed.zero.GatheredParameters([param])
 
     @property
     def _shards_weights(self) -> bool:

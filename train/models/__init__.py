@@ -9,6 +9,7 @@ encoder         BERT
 encdec          T5, the original Transformer
 recurrent       RNN, LSTM, GRU
 layers          attention, MLPs, norms and initialisation shared by the families
+initial_weights what the parameters of a new model start with
 carried_state   hidden states that a recurrent model carries from step to step
 generation_api  protocols: the methods that sampler and beam search use of a model
 """

@@ -7,11 +7,9 @@ there.
 from __future__ import annotations
 
 import math
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,8 +19,6 @@ from train.batch import Batch
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
-from train.distributed import heartbeat
-from train.util import seeding
 
 Sizes = Decoder | Encoder | EncDec
 """Keys of the families that are built from these layers."""
@@ -247,33 +243,3 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout of x while training; x itself otherwise."""
     mask = draw_dropout(p, training)
     return x if mask is None else kernels.dropout(x, mask)
-
-
-def nonfinite_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters that hold a number that is infinite or none at all."""
-    return [name for name, parameter in module.named_parameters() if not torch.isfinite(parameter).all()]
-
-
-@torch.no_grad()
-def init_weights(module: nn.Module, seed: int, only: Container[str] | None = None) -> None:
-    """Fill every parameter, or those named in ``only``: weights normal(0, init_std) of their module, biases 0, norms 1.
-
-    Each is drawn by its own generator, seeded by (seed, name), in float32 on the CPU: its values depend neither on the
-    order of construction nor on device, world size or ZeRO stage. Parameters on ``meta`` are left alone.
-    """
-    done: set[int] = set()
-    for path, owner in module.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in done or parameter.is_meta:
-                continue
-            done.add(id(parameter))
-            if only is not None and f"{path}.{leaf}".removeprefix(".") not in only:
-                continue
-            heartbeat.touch()  # a large model takes minutes
-            if leaf.startswith("bias"):
-                parameter.zero_()
-            elif isinstance(owner, Norm):
-                parameter.fill_(1.0)
-            else:
-                draw = seeding.generator(seed, "init", f"{path}.{leaf}").standard_normal(parameter.shape, np.float32)
-                parameter.copy_(torch.from_numpy(draw).mul_(owner.init_std))

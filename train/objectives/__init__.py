@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from train.config import schema
 from train.config.validate import family_mismatch
 from train.errors import UserError
-from train.models.layers import init_weights
+from train.models.initial_weights import init_weights
 from train.objectives.causal import build_causal
 from train.objectives.classify import build_classify
 from train.objectives.masked import build_masked
@@ -31,15 +32,19 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
-def build_objective(config: schema.Config, vocab_size: int, draw: bool = True) -> nn.Module:
+def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
     """Build the module to train, with weights drawn from ``config.seed``. Raises UserError where its parts do not fit.
 
-    ``vocab_size`` is the tokenizer's. Without ``draw`` matrices are left as memory is, for weights that are read
-    later. Under ``torch.device("meta")`` nothing is allocated or drawn.
+    ``vocab_size`` is the tokenizer's. Under ``torch.device("meta")`` nothing is allocated or drawn.
     """
     if problems := [*family_mismatch(config), *config.model.problems(config.batch.seq_len)]:
         raise UserError("; ".join(problems))
     objective: nn.Module = OBJECTIVES[config.objective.name](config, vocab_size)
-    if draw:
-        init_weights(objective, config.seed)
+    init_weights(objective, config.seed)
     return objective
+
+
+def describe_objective(config: schema.Config, vocab_size: int) -> nn.Module:
+    """The module of ``build_objective`` on ``meta``: its layers, names and shapes, without memory or weights."""
+    with torch.device("meta"):
+        return build_objective(config, vocab_size)

@@ -1,7 +1,7 @@
-"""Loads the weights of ``init.from`` into a new run, and freezes parameters (``init.freeze``).
+"""The weights that a new run begins with, drawn or of ``init.from``; and frozen parameters (``init.freeze``).
 
-Every rank reads the weights, one tensor at a time, into its own whole copy of the model before ZeRO shards it, so
-nothing depends on ZeRO stage or world size. A run that resumes from a checkpoint of its own does not read them again.
+Every rank reads, or draws, its shards of them in fp32 and nothing else, so nothing depends on ZeRO stage or world size.
+A run that resumes from a checkpoint of its own does neither.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.config.schema import Config
 from train.data.tokenizer import FILE as TOKENIZER
 from train.data.tokenizer import Tokenizer, encoding_digest
 from train.distributed import process_group
+from train.distributed.param_shard import ParamShard, nonfinite_parameters
 from train.errors import UserError
-from train.models.layers import init_weights
+from train.models.initial_weights import InitialWeights, ReadWeights
+from train.objectives import describe_objective
 from train.pretrained.hf.family import Shape
 from train.pretrained.inspect_source import list_differences, mismatch_error
 from train.pretrained.weight_source import WeightOrigin, open_weights
@@ -53,58 +54,83 @@ class LoadReport:
         return text + (f"; left there: {some(self.left)}" if self.left else "")
 
 
-def load_weights(
-    objective: nn.Module, config: Config, tokenizer: Tokenizer, world: process_group.DistContext
-) -> LoadReport:
-    """Load ``init.from`` into ``objective``: its backbone, and its head where objectives are equal and shapes fit.
+@dataclass(frozen=True)
+class FirstWeights:
+    """The weights of step 0 of a run."""
 
-    What it does not give is drawn, so the objective may come without weights.
+    read: ReadWeights
+    report: LoadReport | None = None
+    """What of them ``init.from`` gave; None where all are drawn."""
+
+
+def first_weights(config: Config, tokenizer: Tokenizer, world: process_group.DistContext) -> FirstWeights:
+    """The weights of step 0: those of ``init.from`` for the backbone, and for the head where objectives are equal and
+    shapes fit; what it does not give, or all without it, is drawn.
 
     Raises UserError that lists everything that does not fit. A collective.
     """
-    init, parameters = config.init, dict(objective.named_parameters())
+    objective = describe_objective(config, tokenizer.vocab_size)
+    drawn, init, parameters = InitialWeights(objective, config.seed), config.init, dict(objective.named_parameters())
+    if not init.from_:
+        return FirstWeights(drawn.read)
     origin = open_weights(Path(str(init.from_)), str(init.checkpoint), world)
     refuse_unmatched_patterns("init.skip", init.skip, list(parameters))
-    same_objective = origin.description.objective == config.objective.name
-    source_shapes: dict[str, Shape | None] = {}
-    for name in parameters:
-        if matches_any(name, init.skip) or not (same_objective or is_backbone_parameter(name)):
-            continue
-        shape = origin.reader.shape(name)
-        if shape is not None or not matches_any(name, [POOLER_PATTERN]):
-            source_shapes[name] = shape
-    differ = {name: shape for name, shape in source_shapes.items() if shape != tuple(parameters[name].shape)}
-    rows = len(objective.get_parameter("backbone.embed.weight"))
-    problems = list_differences(origin.description, config, rows, shapes_differ=bool(differ))
+    shapes, differ = _source_shapes(origin, config, parameters)
+    problems = list_differences(
+        origin.description, config, len(parameters["backbone.embed.weight"]), shapes_differ=bool(differ)
+    )
     for name, shape in differ.items():
         if is_backbone_parameter(name):
             problems.append(f"{name} is {_shape_text(parameters[name].shape)} here, {_shape_text(shape)} there")
     if len(problems) > MAX_LISTED:
         problems = [*problems[:MAX_LISTED], f"and {len(problems) - MAX_LISTED} more"]
-    problems += _tokenizer_problems(origin, config, tokenizer, source_shapes)
+    problems += _tokenizer_problems(origin, config, tokenizer, shapes)
     if problems:
         raise mismatch_error(config, origin.description, problems)
-    loaded = [name for name in source_shapes if name not in differ]
-    for name in loaded:
-        parameters[name].data.copy_(origin.reader.read(name))
-    if ignored := origin.reader.unread_backbone(name for name in parameters if matches_any(name, init.skip)):
+    loaded = [name for name in shapes if name not in differ]
+    skipped = [name for name in parameters if matches_any(name, init.skip)]
+    if ignored := origin.reader.unread_backbone(loaded, skipped):
         problem = f"it holds {some(ignored)}, which the model of this run has no place for, and would compute otherwise"
         raise mismatch_error(config, origin.description, [problem])
-    _refuse_unusable(config, {name: parameters[name] for name in loaded})
-    fresh = [name for name in parameters if name not in set(loaded)]
-    init_weights(objective, config.seed, fresh)
-    return LoadReport(str(init.from_), origin.description.kind, origin.digest, loaded, fresh, origin.reader.unread())
+    given = set(loaded)
+    fresh, left = [name for name in parameters if name not in given], origin.reader.unread(given)
+    report = LoadReport(str(init.from_), origin.description.kind, origin.digest, loaded, fresh, left)
+
+    def read(name: str, start: int, numel: int) -> Tensor:
+        return (origin.reader if name in given else drawn).read(name, start, numel)
+
+    return FirstWeights(read, report)
 
 
-def _refuse_unusable(config: Config, loaded: dict[str, nn.Parameter]) -> None:
-    """Raise UserError where loaded weights are not finite in fp32, or all are 0: no data would be to blame then."""
-    broken = [name for name, parameter in loaded.items() if not torch.isfinite(parameter).all()]
-    if broken:
+def _source_shapes(
+    origin: WeightOrigin, config: Config, parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Shape | None], dict[str, Shape | None]]:
+    """The shapes, there, of the parameters that are to be loaded, and of those among them that have another here."""
+    same_objective = origin.description.objective == config.objective.name
+    shapes: dict[str, Shape | None] = {}
+    for name in parameters:
+        if matches_any(name, config.init.skip) or not (same_objective or is_backbone_parameter(name)):
+            continue
+        shape = origin.reader.shape(name)
+        if shape is not None or not matches_any(name, [POOLER_PATTERN]):
+            shapes[name] = shape
+    return shapes, {name: shape for name, shape in shapes.items() if shape != tuple(parameters[name].shape)}
+
+
+def refuse_unusable(config: Config, report: LoadReport, shards: Iterable[ParamShard]) -> None:
+    """Raise UserError where loaded weights are not finite in fp32, or all are 0: no data would be to blame then.
+
+    ``shards`` are this rank's, filled. A collective.
+    """
+    loaded = set(report.loaded)
+    own = [shard for shard in shards if shard.name in loaded]
+    if broken := nonfinite_parameters(own):
         raise UserError(
             f"init.from={config.init.from_} holds numbers that are not finite (in fp32), in "
             f"{some(broken)}: nothing can be trained from them. Take the weights of an earlier time, or save them again"
         )
-    if loaded and not any(parameter.any() for parameter in loaded.values()):
+    nonzero = any(shard.view_of(shard.holder).any() for shard in own)
+    if loaded and not any(process_group.gather_objects(nonzero)):
         raise UserError(f"init.from={config.init.from_} holds nothing but zeros: fetch it again")
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,18 +22,18 @@ from train.util.run_layout import RunDir
 
 
 class WeightReader(Protocol):
-    """Reads parameters one at a time, by our names."""
+    """Reads parameters by our names, a range at a time."""
 
     def shape(self, name: str) -> Shape | None:
         """Shape of a parameter, or None where it is missing."""
 
-    def read(self, name: str) -> Tensor:
-        """A parameter, in the floating-point format it is stored in."""
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of a flattened parameter, in the floating-point format it is stored in."""
 
-    def unread(self) -> list[str]:
-        """Parameters that were not read, by their names in the source."""
+    def unread(self, read: Collection[str]) -> list[str]:
+        """Parameters that are not among those ``read``, by their names in the source."""
 
-    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+    def unread_backbone(self, read: Collection[str], skipped: Iterable[str]) -> list[str]:
         """Those of them that its backbone computes with, without a pooler and without our parameters ``skipped``."""
 
 
@@ -72,32 +71,26 @@ def open_weights(folder: Path, which: str, world: process_group.DistContext) -> 
     return WeightOrigin(description, checkpoint.digest, tokenizer, CheckpointWeights(checkpoint))
 
 
-@dataclass
 class CheckpointWeights:
     """The fp32 weights of a run's checkpoint (a ``WeightReader``)."""
 
-    checkpoint: Checkpoint
-    names_read: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        """Open the checkpoint's files."""
-        self.reader, self.shapes = self.checkpoint.reader(), self.checkpoint.manifest["shapes"]
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.reader, self.shapes = checkpoint.reader(keep_open=True), checkpoint.manifest["shapes"]
 
     def shape(self, name: str) -> Shape | None:
         """See ``WeightReader.shape``."""
         return tuple(self.shapes[name]) if name in self.shapes else None
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, start: int, numel: int) -> Tensor:
         """See ``WeightReader.read``."""
-        self.names_read.add(name)
-        return self.reader.read(name, MASTER, 0, math.prod(self.shapes[name])).view(self.shapes[name])
+        return self.reader.read(name, MASTER, start, numel)
 
-    def unread(self) -> list[str]:
+    def unread(self, read: Collection[str]) -> list[str]:
         """See ``WeightReader.unread``."""
-        return sorted(self.shapes.keys() - self.names_read)
+        return sorted(self.shapes.keys() - {*read})
 
-    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+    def unread_backbone(self, read: Collection[str], skipped: Iterable[str]) -> list[str]:
         """See ``WeightReader.unread_backbone``."""
         left = {*skipped}
-        names = [name for name in self.unread() if name.startswith("backbone.") and name not in left]
+        names = [name for name in self.unread(read) if name.startswith("backbone.") and name not in left]
         return [name for name in names if not name.startswith("backbone.pooler.")]

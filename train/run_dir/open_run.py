@@ -17,9 +17,9 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.distributed.param_shard import MASTER
+from train.engine.allocation import allocate_parameters
 from train.errors import UserError
-from train.models.layers import nonfinite_parameters
-from train.objectives import build_objective
+from train.objectives import describe_objective
 from train.util.format import some
 from train.util.run_layout import RunDir
 
@@ -51,11 +51,12 @@ def open_run(folder: Path, which: str = "latest") -> SavedRun:
 
 def load_objective(run: SavedRun) -> Any:
     """The objective of a run with its trained weights, in fp32, in eval mode. UserError where any is not finite."""
-    objective = build_objective(run.config, run.tokenizer.vocab_size)
+    objective: Any = describe_objective(run.config, run.tokenizer.vocab_size)
+    allocate_parameters(objective, torch.device("cpu"), torch.float32, stage=0)
     with torch.no_grad():
         for name, parameter in objective.named_parameters():
             parameter.copy_(run.reader.read(name, MASTER, 0, math.prod(parameter.shape)).view_as(parameter))
-    if broken := nonfinite_parameters(objective):
+    if broken := [name for name, parameter in objective.named_parameters() if not torch.isfinite(parameter).all()]:
         raise UserError(
             f"{run.checkpoint.path} holds numbers that are not finite, in {some(broken, 3)}: the model has diverged "
             "there. Choose another with checkpoint=<step>"
@@ -80,6 +81,6 @@ def _open_checkpoint(folder: Path, which: str) -> tuple[Checkpoint, CheckpointRe
             with contextlib.suppress(FileNotFoundError, RuntimeError):
                 damage = checkpoint.damage() or ""
                 if not damage:
-                    return checkpoint, checkpoint.reader()
+                    return checkpoint, checkpoint.reader(keep_open=True)
         if path.exists():
             raise UserError(f"{path} is damaged: {damage}. Choose another with checkpoint=<step>")

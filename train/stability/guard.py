@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from train.batch import count_targets, to_device
 from train.checkpoint.reader import Checkpoint, complete, restore
 from train.config.schema import Config
@@ -29,14 +27,13 @@ from train.data.corpus.shards import Corpus
 from train.data.loader import Loader
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
+from train.distributed.param_shard import nonfinite_parameters
 from train.engine.engine import Engine
 from train.errors import NotFinite, UserError
 from train.evaluate import Evaluation
-from train.models.layers import nonfinite_parameters
-from train.objectives import build_objective
 from train.pretrained import init_from
 from train.stability.find_documents import documents_of_step
-from train.stability.nonfinite import first_nonfinite, reset_to_initial
+from train.stability.nonfinite import first_nonfinite
 from train.stability.skipped_rows import How, SkippedRows, SkipRecord
 from train.state import loss_history
 from train.state.train_state import TrainState
@@ -168,22 +165,14 @@ class Guard:
                 "Start anew under another run.name, with a lower optimizer.lr, and keep more of them (keep_last)"
             )
         if good is None:
-            objective = self._first_objective()
-            if broken := nonfinite_parameters(objective):
+            self.engine.fill(init_from.first_weights(self.config, self.corpus.tokenizer, self.world).read)
+            if broken := nonfinite_parameters(self.engine.param_shards):
                 raise NotFinite(f"the run begins with weights that are not finite, in {some(broken, 3)}. {NEW_RUN}")
-            reset_to_initial(self.engine, objective)
         target = good.progress if good else TrainState()
         process_group.run_on_rank0(
             lambda: _remove_checkpoints(c.path for c in checkpoints if c.progress.step > target.step)
         )
         return target
-
-    def _first_objective(self) -> nn.Module:
-        """The objective with the weights of step 0: a function of the configuration and of ``init.from``."""
-        objective = build_objective(self.config, self.corpus.tokenizer.vocab_size, draw=not self.config.init.from_)
-        if self.config.init.from_:
-            init_from.load_weights(objective, self.config, self.corpus.tokenizer, self.world)
-        return objective
 
     def _restore_if_sound(self, checkpoint: Checkpoint) -> bool:
         mine = checkpoint.damage(slice(self.world.rank, None, self.world.size))

@@ -1,4 +1,4 @@
-"""Non-finite models: find the first layer with bad output, or reset the weights to step 0."""
+"""Non-finite models: find the first layer with bad output."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from train.distributed.param_shard import MASTER, ParamShard
-from train.engine.engine import Engine
 
 
 @contextlib.contextmanager
@@ -53,15 +50,3 @@ def float_tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from float_tensors(item)
-
-
-def reset_to_initial(engine: Engine, objective: nn.Module) -> None:
-    """Fill the engine with the weights of ``objective``, those of step 0, and with zero moments."""
-    weights = {name: p.detach().float().view(-1) for name, p in objective.named_parameters()}
-    kinds = {piece.name: list(engine.states(piece)) for piece in engine.param_shards}
-
-    def read(piece: ParamShard, kind: str) -> Tensor:
-        first = weights.get(piece.name) if kind == MASTER else None
-        return torch.zeros(piece.numel) if first is None else first.narrow(0, piece.start, piece.numel)
-
-    engine.load(read, kinds, updates=0)

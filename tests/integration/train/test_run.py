@@ -144,16 +144,16 @@ def test_samples_are_the_same_in_every_stage_and_world(corpus: Path, tmp_path: P
 
 def counting_draws(world, emit, config, corpus, stop_when=None) -> tuple[str, int]:
     """Train, and count the parameters whose weights are drawn."""
-    from train.models import layers
+    from train.util import seeding
 
-    drawn, generator = [], layers.seeding.generator
+    drawn, generator = [], seeding.generator
 
     def counted(*key):
         if "init" in key:
             drawn.append(key)
         return generator(*key)
 
-    layers.seeding.generator = counted
+    seeding.generator = counted
     return gloo_ranks.train(world, emit, config, corpus, stop_when), len(drawn)
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from train.config import schema
 from train.errors import UserError
 from train.models import build_backbone, padded_vocab
-from train.models.layers import init_weights
+from train.models.initial_weights import init_weights
 from train.objectives import build_objective
 
 MODELS = sorted((Path(__file__).parents[3] / "conf/model").glob("*.yaml"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -48,18 +49,15 @@ def batches(rank: int, size: int) -> list[Any]:
     return own_batches
 
 
-def build(config: Any) -> tuple[Any, Any]:
-    from train.objectives import build_objective
-    from train.optim.factory import build_optimizer, parameter_groups
-
-    objective = build_objective(config, 257)
-    return objective, build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
-
-
 @functools.cache
 def plain(rule: str) -> dict[str, torch.Tensor]:
     """The weights after STEPS steps of plain torch."""
-    objective, optimizer = build(with_rule(tiny(0), rule))
+    from train.objectives import build_objective
+    from train.optim.factory import build_optimizer, parameter_groups
+
+    config = with_rule(tiny(0), rule)
+    objective = build_objective(config, 257)
+    optimizer = build_optimizer(config.optimizer, parameter_groups(objective, config.optimizer.weight_decay))
     for group in optimizer.param_groups:
         group["lr"] = LR
     for batch in batches(0, 1):
@@ -73,12 +71,12 @@ def plain(rule: str) -> dict[str, torch.Tensor]:
 
 def trained(world: Any, emit: Any, values: dict[str, Any], rules: list[str]) -> dict[str, Any]:
     """For each optimizer, weights after STEPS steps, and whether resuming half-way once more gives the same bits."""
-    from train.engine.engine import Engine
+    from train.run import build_engine
 
-    results = {}
+    results, sizes = {}, SimpleNamespace(micro=4 // world.size, micro_batches=1)
     for rule in rules:
         config = with_rule(values, rule)
-        engine, ends = Engine(*build(config), config, world, 4 // world.size, 1), []
+        (engine, _), ends = build_engine(config, 257, world, sizes), []
 
         def train_steps(part: slice) -> None:
             for batch in batches(world.rank, world.size)[part]:

@@ -119,17 +119,31 @@ def assert_same_logits(logits: list, model) -> None:
         assert (torch.from_numpy(a) - b[..., : a.shape[-1]]).abs().max() < 1e-5
 
 
+def begun(config, tokenizer, world):
+    """An objective with the first weights of a run, read in three ranges each, and what init.from gave of them."""
+    from train.distributed.param_shard import ParamShard
+    from train.objectives import build_objective
+    from train.pretrained.init_from import first_weights, refuse_unusable
+
+    first = first_weights(config, tokenizer, world)
+    objective = build_objective(config, tokenizer.vocab_size).eval()
+    shards = []
+    for name, parameter in objective.named_parameters():
+        size, third = parameter.numel(), parameter.numel() // 3 + 1  # seldom a whole number of rows
+        for start in range(0, size, third):
+            shards.append(ParamShard(name, start, min(third, size - start), parameter, start))
+            shards[-1].view_of(parameter).copy_(first.read(name, start, shards[-1].numel))
+    refuse_unusable(config, first.report, shards)
+    return objective, first.report
+
+
 def load_on_rank(world, emit, overrides: list[str], folder: str):
     """On a rank: load a folder; returns the report and the logits of the probe, or the message of the UserError."""
-    from train.objectives import build_objective
-    from train.pretrained.init_from import load_weights
-
     text = [*gloo_ranks.TEXT, "data.paths=[x]", "batch.seq_len=16", "generation.prompts=[]", "tracking=off"]
     config = configuration.load([*text, *overrides, f"init.from={folder}"])
     tokenizer = bytes_for(config)
-    objective = build_objective(config, tokenizer.vocab_size).eval()
     try:
-        report = load_weights(objective, config, tokenizer, world)
+        objective, report = begun(config, tokenizer, world)
     except UserError as error:
         return str(error)
     with torch.no_grad():
@@ -165,15 +179,11 @@ def test_imported_logits_equal_transformers(name: str, tmp_path: Path):
 
 def hidden(world, emit, folder: str, batch: dict):
     """On a rank: the report of loading MiniLM, and our hidden states of a batch."""
-    from train.objectives import build_objective
-    from train.pretrained.init_from import load_weights
-
     keys = ["model=bert_base", "model.layers=6", "model.width=384", "model.heads=12", "model.vocab_size=30522"]
     keys += ["model.activation=gelu_exact", "objective=masked", "data.paths=[x]", f"init.from='{folder}'"]
     config = configuration.load([*gloo_ranks.TEXT, *keys])
     tokenizer = Tokenizer((Path(folder) / "tokenizer.json").read_text())
-    objective = build_objective(config, tokenizer.vocab_size).eval()
-    report = load_weights(objective, config, tokenizer, world)
+    objective, report = begun(config, tokenizer, world)
     with torch.no_grad():
         return report, objective.backbone({name: torch.tensor(value) for name, value in batch.items()}).numpy()
 

@@ -51,17 +51,18 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def huge_row(world, emit, config, corpus, stop_when=None) -> str:
     """Train with an embedding of "~" so large that every row with one overflows, and no other does."""
-    from train import run
+    from train.models.initial_weights import InitialWeights
 
-    build = run.build_objective
+    draw = InitialWeights.read
 
-    def built(config, vocab_size, draw):
-        objective = build(config, vocab_size, draw)
-        with torch.no_grad():
-            objective.backbone.embed.weight[ord("~")] = 1e38
-        return objective
+    def drawn(weights, name, start, numel):
+        values = draw(weights, name, start, numel)
+        if name == "backbone.embed.weight":
+            width = weights.starts[name].shape[1]
+            values[(torch.arange(start, start + numel) // width) == ord("~")] = 1e38
+        return values
 
-    run.build_objective = built
+    InitialWeights.read = drawn
     return gloo_ranks.train(world, emit, config, corpus, stop_when)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders (config.json and safetensors), read and written one tensor at a time."""
+"""Hugging Face folders (config.json and safetensors), read by ranges and written one tensor at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,15 @@ class HFFolder:
         """Shape of a tensor, read from the file's header."""
         return self.tensors[name].shape
 
-    def read(self, name: str) -> Tensor:
-        """A tensor in its stored precision. Raises UserError where it is not floating-point (quantised weights)."""
+    def read(self, name: str, rows: slice, transposed: bool) -> Tensor:
+        """Rows of a tensor, or of its transpose, in its stored precision.
+
+        Raises UserError where it is not floating-point (quantised weights).
+        """
         stored = self.tensors[name]
         with reading(self.path / stored.file, FETCH_AGAIN):
-            tensor = self.files[stored.file].get_tensor(stored.name)
+            part = self.files[stored.file].get_slice(stored.name)
+            tensor = part[:, rows].T if transposed else part[rows]
         if tensor.dtype not in FLOAT_DTYPES:
             raise UserError(f"{self.path}: {name} is {tensor.dtype}, and only floating-point weights are read")
         return tensor
@@ -75,7 +79,6 @@ class HFWeights:
     def __init__(self, folder: HFFolder, family: HFFamily, tied: bool) -> None:
         """``tied``: the embedding is the head's matrix too, so that either may stand for both."""
         self.folder, self.family, self.tied = folder, family, tied
-        self.names_read: set[str] = set()
 
     def _stored_parts(self, name: str) -> tuple[bool, list[str]]:
         """Whether our parameter is stored transposed, and the tensors it is stored in: none if one is missing."""
@@ -97,23 +100,34 @@ class HFWeights:
             raise UserError(f"{self.folder.path}: {', '.join(parts)} are of shapes {shapes}, and are parts of {name}")
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def read(self, name: str) -> Tensor:
-        """Our parameter ``name``, in its stored precision."""
+    def read(self, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of our flattened parameter ``name``, in its stored precision.
+
+        Only the rows that hold them are read, from the tensors whose rows follow each other in the parameter.
+        """
         transposed, parts = self._stored_parts(name)
-        self.names_read |= set(parts)
-        tensors = [self.folder.read(part) for part in parts]
-        tensors = [tensor.T if transposed and tensor.ndim == 2 else tensor for tensor in tensors]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        shape = self.shape(name)
+        assert shape is not None
+        width = math.prod(shape[1:])
+        low, high, first, rows = start // width, -(-(start + numel) // width), 0, []
+        for part in parts:
+            stored = self.folder.shape(part)
+            turned = transposed and len(stored) == 2
+            count = stored[1 if turned else 0]
+            if first < high and low < first + count:
+                rows.append(self.folder.read(part, slice(max(low - first, 0), min(high - first, count)), turned))
+            first += count
+        return torch.cat(rows).reshape(-1).narrow(0, start - low * width, numel)
 
-    def unread(self) -> list[str]:
-        """Tensors that hold a parameter and were not read, by their names in the files."""
-        names = sorted(self.folder.tensors.keys() - self.names_read)
-        return [name for name in names if not self._is_ignored(name)]
+    def unread(self, read: Collection[str]) -> list[str]:
+        """Tensors that hold a parameter, and none of those ``read``, by their names in the files."""
+        used = {part for name in read for part in self._stored_parts(name)[1]}
+        return [name for name in sorted(self.folder.tensors.keys() - used) if not self._is_ignored(name)]
 
-    def unread_backbone(self, skipped: Iterable[str]) -> list[str]:
+    def unread_backbone(self, read: Collection[str], skipped: Iterable[str]) -> list[str]:
         """Those of ``unread`` that the backbone of their model computes with, but for our parameters ``skipped``."""
         left = {part for name in skipped for part in self._stored_parts(name)[1]}
-        return [name for name in self.unread() if name not in left and self.family.is_backbone_tensor(name)]
+        return [name for name in self.unread(read) if name not in left and self.family.is_backbone_tensor(name)]
 
     def _is_ignored(self, name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in self.family.ignored_tensors)
