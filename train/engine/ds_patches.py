@@ -29,3 +29,12 @@ def import_deepspeed() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+def forget_process_groups() -> None:
+    """Have DeepSpeed adopt the next process group of this process, as it did the first: it keeps what it has met."""
+    groups, comm = (importlib.import_module(f"deepspeed.{name}") for name in ("utils.groups", "comm.comm"))
+    vars(comm)["cdb"] = None
+    for name, value in list(vars(groups).items()):
+        if name.endswith(("_GROUP", "_GROUP_RANKS")):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
