@@ -147,7 +147,12 @@ def missing(choice: Choice) -> str:
     """Say what is missing where a choice does not fit, in words, with what would change it."""
     gpu, run, size = choice.cluster.gpu, choice.run, choice.cluster.size
     lacks = (choice.total - gpu.memory) / 1e9
-    shared = sum(run.step.parts.get(part, 0) for part in ("master weights", "moments", "weights"))
+    stage, sharded = choice.config.zero.stage, ["master weights", "moments"]
+    if stage >= 2:
+        sharded.append("gradients")
+    if stage == 3:
+        sharded.append("weights")
+    shared = sum(run.step.parts.get(part, 0) for part in sharded)
     largest = max(run.step.parts, key=run.step.parts.__getitem__)
     said = f"{lacks:,.1f} GB a GPU are missing: {choice.total / 1e9:,.1f} of {gpu.memory / 1e9:,.0f} GB, most of it"
     said += f" {largest} ({run.step.parts[largest] / 1e9:,.1f} GB)."

@@ -28,6 +28,7 @@ from train.distributed import heartbeat, process_group
 from train.distributed.process_group import DistContext
 from train.engine import engine as engine_module
 from train.engine import zero_layout
+from train.engine.ds_config import EngineInventory
 from train.engine.ds_patches import forget_process_groups
 from train.planning.allocations import Peak
 from train.planning.batches import full_batch
@@ -86,7 +87,7 @@ def dry_run(config: Config, world_size: int, device: str = "cpu") -> DryRun:
     The precision must be chosen. This process gets a process group of its own for the time, so it must have none.
     """
     rows, mode = rows_of(config, world_size), DryMode()
-    made = PlannedRows(rows.micro, min(rows.micro_batches, MOST_MICRO_BATCHES))
+    made: Any = PlannedRows(rows.micro, min(rows.micro_batches, MOST_MICRO_BATCHES))
     tokens = {"loss": 1, "next_loss": 1}
     with _pretending(mode, config, world_size, device):
         world = DistContext(0, world_size, 0, torch.device("cpu"))
@@ -118,13 +119,15 @@ def _pretending(mode: DryMode, config: Config, world_size: int, device: str) -> 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     settings, apply, gather = engine_module.deepspeed_config, nn.Module._apply, process_group.gather_objects
 
-    def on_device(*arguments: Any, **options: Any) -> dict[str, Any]:
-        *before, inventory = arguments
-        return settings(*before, dataclasses.replace(inventory, device=device), **options)
+    def on_device(
+        config: Config, micro: int, accumulation: int, inventory: EngineInventory, *, plain: bool
+    ) -> dict[str, Any]:
+        planned = dataclasses.replace(inventory, device=device)
+        return settings(config, micro, accumulation, planned, plain=plain)
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     engine_module.deepspeed_config = on_device
-    nn.Module._apply = _convert  # type: ignore[assignment,method-assign]
+    nn.Module._apply = _convert  # type: ignore[method-assign]
     last = min(rows_of(config, world_size).micro_batches, MOST_MICRO_BATCHES) - 1
     heartbeat.on_phase(lambda phase, micro: mode.enter(phase, micro == last))
     kernels = dispatch.assuming_gpu() if device == "cuda" else contextlib.nullcontext()
@@ -215,4 +218,8 @@ def _answer_owners(engine: engine_module.Engine, stage: int, world_size: int) ->
     known = []
     for flat, matrices in (getattr(engine.inner, "shards", None) or {}).items():
         known.append(_ranges_of_ranks([shape for shape, _ in matrices], flat.numel(), stage, world_size))
-    process_group.gather_objects = lambda own: next(ranges for ranges in known if ranges[0] == own)
+
+    def answer(value: Any) -> list[Any]:
+        return next(ranges for ranges in known if ranges[0] == value)
+
+    process_group.gather_objects = answer

@@ -20,7 +20,7 @@ COPY = Work("step", True, "add_", torch.float32, 0.0, int(GPU.bandwidth))
 
 
 def made_up(nbytes: float, work: dict[Work, int], sent: list[Collective], micro_batches: int = 1) -> DryRun:
-    peak = Peak(int(nbytes), {"weights": int(nbytes)})
+    peak = Peak(int(nbytes), {"moments": int(nbytes)})
     return DryRun(peak, peak, int(nbytes), work, sent, 10**9, 6e9, PlannedRows(2, micro_batches))
 
 
@@ -79,5 +79,5 @@ def test_deeper_model_lies_on_the_line_through_two_depths():
     less, more = made_up(10e9, {}, []), made_up(14e9, {}, [])
     run, time = deepen((less, StepTime(1.0, 0.5)), (more, StepTime(1.5, 0.5)), 80)
     assert run.step.nbytes == 10e9 + 76 * 1e9
-    assert run.step.parts == {"weights": 86e9}
+    assert run.step.parts == {"moments": 86e9}
     assert (time.compute_s, time.exposed_s) == (1.0 + 76 * 0.125, 0.5)
