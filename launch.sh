@@ -4,7 +4,7 @@
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus
 #   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
-#   ./launch.sh test|check|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help
+#   ./launch.sh test|check|plan|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help
 #
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
@@ -32,7 +32,7 @@ venv="${TRIREME_VENV:-$root/.venv}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 lock="$root/requirements.lock"
 test_lock="$root/requirements-test.lock"
-verbs="train cluster test check prepare evaluate generate export trace verify-resume drill review bench help"
+verbs="train cluster test check plan prepare evaluate generate export trace verify-resume drill review bench help"
 
 [ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
 case "$root$venv" in *:*) fail "Python cannot be run from a path with a colon: move $root, or TRIREME_VENV, to a path without one" ;; esac
@@ -205,7 +205,7 @@ python="$venv/bin/python"
 
 case "$verb" in
     train|cluster|verify-resume|drill) run "$python" -m cluster "$verb" "$@" ;;
-    prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
+    plan|prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)
         unset TRIREME_T0  # the runs that it makes begin when it makes them

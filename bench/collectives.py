@@ -3,7 +3,7 @@
     ./launch.sh bench collectives [check=false] [rows=4096] [seq_len=2048] [micro=8] [ranks=8,64,...] [out=FILE]
 
 Prints the part of a step in which the GPUs compute, from 8 to 4,096 ranks, at a global batch of so many rows. Seconds
-are an estimate from data sheets (``bench.tools.collective_costs`` has each number). ``check=true`` runs a tiny model on
+are an estimate from data sheets (``train.planning.collectives`` has each number). ``check=true`` runs a tiny model on
 2 and 4 real ranks over gloo at each stage, with the kernel's own count of the bytes that each socket sent.
 """
 
@@ -24,11 +24,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.tools import collective_costs as costs
 from bench.tools import goals, results
 from train.config import load as configuration
 from train.data.prepare import prepare
 from train.errors import ExitCode
+from train.planning import collectives as costs
 
 RANKS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = {1: "ZeRO 1", 2: "ZeRO 2", 3: "ZeRO 3", 4: "3 with hpz"}

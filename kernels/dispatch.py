@@ -17,6 +17,7 @@ import kernels.torch_ops as torch_ops
 
 Choice = Literal["auto", "triton", "torch"]
 _choice: Choice = "auto"
+_assumes_gpu = False
 # Evaluated at import: torch.compile traces ``implementation``, and can trace neither of these calls.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
@@ -60,9 +61,21 @@ def force(choice: Choice) -> Iterator[None]:
         _choice = previous
 
 
+@contextlib.contextmanager
+def assuming_gpu() -> Iterator[None]:
+    """Context in which tensors of a CPU are taken for a GPU's: for planning, where they have shapes and no numbers."""
+    global _assumes_gpu
+    before, _assumes_gpu = _assumes_gpu, True
+    try:
+        yield
+    finally:
+        _assumes_gpu = before
+
+
 def implementation(x: Tensor) -> ModuleType:
     """The module that implements the ops for tensors on the device of ``x``: ``triton_ops`` or ``torch_ops``."""
-    if _choice == "torch" or not _HAS_TRITON or not (x.is_cuda or (_choice == "triton" and _INTERPRETED)):
+    on_triton = x.is_cuda or _assumes_gpu or (_choice == "triton" and _INTERPRETED)
+    if _choice == "torch" or not _HAS_TRITON or not on_triton:
         return torch_ops
     import kernels.triton_ops as triton_ops  # imported late: Triton loads only where it runs
 

@@ -58,7 +58,7 @@ def linear_cross_entropy_forward(
     cross_entropy_with_grad = dispatch.implementation(hidden).cross_entropy_with_grad
     needs_grad = needs_hidden_grad or needs_weight_grad
     n_tokens = hidden.shape[0]
-    chunk_tokens = _chunk_tokens(n_tokens)
+    chunk_tokens = tokens_per_chunk(n_tokens)
     losses = upcast(hidden).new_empty(n_tokens)
     if not n_tokens:
         grad_weight.zero_()
@@ -101,7 +101,7 @@ def _outputs(
     return hidden.new_empty((), dtype=dtype), grad_hidden, grad_weight
 
 
-def _chunk_tokens(n_tokens: int) -> int:
+def tokens_per_chunk(n_tokens: int) -> int:
     """Tokens of a chunk, the last one excepted: see the module docstring."""
     return max(MIN_CHUNK_TOKENS, -(-n_tokens // MAX_CHUNKS))
 

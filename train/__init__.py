@@ -20,6 +20,7 @@ distributed    process group, parameter shards and heartbeat
 state          the state of a run beside weights and moments
 checkpoint     saving, loading and mirroring of checkpoints
 stability      the guard against bad steps, and early stopping
+planning       memory and time of a run, predicted before it starts
 pretrained     weights from elsewhere, and export
 generation     text from a model
 run_dir        a run's folder, read again

@@ -139,12 +139,25 @@ text to tokenised shards; resumable, idempotent."""
     return ExitCode.OK
 
 
+def plan(argv: Sequence[str]) -> int:
+    """plan [the run's own command] [gpu=h100] [nodes=1] [gpus_a_node=8] [price=DOLLARS] [every=true].
+
+    Memory of a GPU by part, tokens/s, days, GPU-hours and, at a price of a GPU-hour, cost; no GPU is needed.
+    every=true: also every ZeRO stage, recomputation and micro-batch that makes the same steps.
+    """
+    from train.cli import plan as plan_verb
+
+    plan_verb.run(argv, OUT, ERR)
+    return ExitCode.OK
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
     "export": export,
     "trace": trace,
+    "plan": plan,
     "worker": worker,
 }
 

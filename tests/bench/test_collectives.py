@@ -5,7 +5,7 @@ import math
 import pytest
 
 from bench import collectives
-from bench.tools import collective_costs as costs
+from train.planning import collectives as costs
 
 
 def sent(stage, ranks, accumulation, hpz=False):

@@ -317,6 +317,6 @@ def test_linear_cross_entropy_peak_is_gradients_and_one_chunk(backend, monkeypat
 )
 def test_head_peak_at_128k_vocabulary_is_below_liger(tokens, width):
     vocab, size = 128256, 2
-    peak = size * (vocab * width + tokens * width + linear_ce._chunk_tokens(tokens) * vocab)
+    peak = size * (vocab * width + tokens * width + linear_ce.tokens_per_chunk(tokens) * vocab)
     assert peak <= liger_head_bytes(tokens, vocab, width, size)
     assert peak <= materialised_head_bytes(tokens, vocab) / 8

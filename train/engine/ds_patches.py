@@ -72,3 +72,12 @@ def weights_come_later() -> Iterator[None]:
         building = False
         for (owner, name, _), original in zip(patches, originals, strict=True):
             setattr(owner, name, original)
+
+
+def forget_process_groups() -> None:
+    """Have DeepSpeed adopt the next process group of this process, as it did the first: it keeps what it has met."""
+    groups, comm = (importlib.import_module(f"deepspeed.{name}") for name in ("utils.groups", "comm.comm"))
+    vars(comm)["cdb"] = None
+    for name, value in list(vars(groups).items()):
+        if name.endswith(("_GROUP", "_GROUP_RANKS")):
+            setattr(groups, name, {} if isinstance(value, dict) else None)

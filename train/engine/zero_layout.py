@@ -109,3 +109,14 @@ def copy_masters_to_weights(engine: Any, masters: MasterWeights) -> None:
         zero._post_step(set())
     else:
         zero.update_lp_params()
+
+
+def gradient_buffers(engine: Any) -> Iterator[Tensor]:
+    """The tensors in which a DeepSpeed engine keeps gradients beside those of the parameters."""
+    zero = engine.optimizer
+    for name in ("grad_partitions_flat_buffer", "averaged_gradients"):
+        kept = getattr(zero, name, None)
+        for tensors in kept.values() if isinstance(kept, dict) else [[kept]]:
+            yield from (tensor for tensor in tensors or () if isinstance(tensor, Tensor))
+    for group in engine.basic_optimizer.param_groups:
+        yield from (param.grad for param in group["params"] if param.grad is not None)

@@ -25,7 +25,7 @@ MASTER_BYTES = 12
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained, as far as its communication depends on it."""
+    """The model that is trained, as far as its communication depends on it."""
 
     name: str
     params: float
