@@ -35,7 +35,6 @@ from bench.tools import goals
 from bench.tools.options import Option, parse_options
 from bench.tools.simulated_hosts import host_name, single_hosts
 from bench.tools.simulated_ranks import HANG, SLOW
-from train.errors import ExitCode
 from train.util.run_layout import RunDir
 
 RANKS = (8, 64, 256, 1024)
