@@ -48,7 +48,7 @@ def test_option_of_another_kind_is_refused_by_name(name: str, word: str):
         parse_options([word], options, fixed)
 
 
-def test_options_have_the_type_of_their_usual_values_and_the_rest_is_checked(tmp_path: Path):
+def test_options_have_their_usual_values_type_and_the_rest_is_checked(tmp_path: Path):
     out = tmp_path / "new" / "rows.jsonl"
     values, overrides = parse_options(
         ["every=5", "peer=false", f"out={out}", "model=llama_tiny"], *MEASUREMENTS["faults"]
