@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.tools import goals, results
+from bench.tools.options import Option, parse_options
 from train.config import load as configuration
 from train.data.prepare import prepare
 from train.errors import ExitCode
@@ -49,10 +51,15 @@ TINY = [
 """Matrices are larger than the 100,000 elements up to which stage 3 keeps a parameter whole on every rank."""
 TOLERANCE = 0.03
 """Of the bytes: what the ranks say to each other outside DeepSpeed, and the frames of TCP messages."""
-OPTIONS = ("check", "rows", "seq_len", "micro", "ranks", "out")
+OPTIONS = {
+    "check": Option(False),
+    **{name: Option(usual, least=1) for name, usual in (("rows", 4096), ("seq_len", 2048), ("micro", 8))},
+    "ranks": Option(RANKS, least=1),
+    "out": Option(""),
+}
 
 
-def show_model(options: dict[str, int], ranks: list[int], out: Console) -> None:
+def show_model(options: dict[str, Any], ranks: Sequence[int], out: Console) -> None:
     """Prints a table for each model and fabric."""
     tokens = options["rows"] * options["seq_len"]
     for model in (costs.LLAMA_7B, costs.LLAMA_70B):
@@ -128,25 +135,15 @@ def check(out: Console) -> list[dict[str, Any]]:
 
 def main(arguments: list[str]) -> int:
     """Prints the model, and with ``check=true`` its check; 0 when all counts are within ``TOLERANCE``."""
-    given = dict(word.partition("=")[::2] for word in arguments)
-    unknown = sorted(given.keys() - {*OPTIONS})
-    if unknown:
-        print(f"bench collectives: no option {unknown[0]}: it has {', '.join(OPTIONS)}", file=sys.stderr)
-        return ExitCode.BAD_INPUT
-    try:
-        numbers = {key: int(given.get(key, usual)) for key, usual in (("rows", 4096), ("seq_len", 2048), ("micro", 8))}
-        ranks = [int(size) for size in given.get("ranks", ",".join(map(str, RANKS))).split(",")]
-    except ValueError as error:
-        print(f"bench collectives: {error}: rows, seq_len, micro and ranks are whole numbers", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    options, _ = parse_options(arguments, OPTIONS)
     out = Console(width=None if sys.stdout.isatty() else 120)
-    show_model(numbers, ranks, out)
-    if given.get("check") != "true":
+    show_model(options, options["ranks"], out)
+    if not options["check"]:
         return ExitCode.OK
     rows = check(out)
-    if "out" in given:
+    if options["out"]:
         about = {"bench": "collectives"} | results.machine(torch.device("cpu"))
-        results.append(Path(given["out"]), [about | row for row in rows])
+        results.append(Path(options["out"]), [about | row for row in rows])
     far = [row for row in rows if abs(row["counted"] / row["modelled"] - 1) > TOLERANCE]
     out.print(f"{len(rows) - len(far)} of {len(rows)} counts are within {100 * TOLERANCE:.0f} % of the model")
     return goals.MISSED if far else ExitCode.OK

@@ -34,13 +34,20 @@ from rich.table import Table
 
 from bench import restart
 from bench.tools import goals, results
+from bench.tools.options import Option, parse_options
 from cluster.worker.fork_server import SPARE_NAME
 
 GOODPUT, RATIO = 0.90, 3.0
 WARM_UP_S, UNDISTURBED_S = 15.0, 60.0
 CHECK_S = 0.05
-OPTIONS = {"minutes": "10", "every": "15", "victims": "all", "peer": "true", "seed": "0", "out": ""}
-VICTIMS = ("all", "workers")
+OPTIONS = {
+    "minutes": Option(10.0, least=0.1),
+    "every": Option(15.0, least=0.1),
+    "victims": Option("all", choices=("all", "workers")),
+    "peer": Option(True),
+    "seed": Option(0),
+    "out": Option(""),
+}
 OURS = "launch.sh"
 
 
@@ -221,21 +228,16 @@ def table(courses: dict[str, Ordeal]) -> Table:
 
 def main(arguments: list[str]) -> int:
     """Measures, prints the tables. Returns 0 when the goals are met, ``goals.MISSED`` when they are not."""
-    own = [a for a in arguments if a.partition("=")[0] in OPTIONS]
-    options = OPTIONS | dict(a.split("=", 1) for a in own)
-    if options["victims"] not in VICTIMS:
-        raise SystemExit(f"victims={options['victims']}: it is one of {', '.join(VICTIMS)}")
-    overrides = [*restart.FIXED, "tracking=off", *(a for a in arguments if a not in own)]
-    out, peer = Console(soft_wrap=True, highlight=False), options["peer"] == "true"
+    options, overrides = parse_options(arguments, OPTIONS, [*restart.FIXED, "tracking=off"])
+    out, peer, courses = Console(soft_wrap=True, highlight=False), options["peer"], {}
     if peer and not restart.has_ray_train():
         out.print(restart.LEFT_OUT)
         peer = False
-    minutes, every, courses = float(options["minutes"]), float(options["every"]), {}
     with tempfile.TemporaryDirectory() as temporary:
         for name, job in jobs(overrides, Path(temporary), peer).items():
-            draw = random.Random(int(options["seed"]))
+            draw = random.Random(options["seed"])
             try:
-                course = courses[name] = disturb(job, minutes, every, options["victims"], draw)
+                course = courses[name] = disturb(job, options["minutes"], options["every"], options["victims"], draw)
             except restart.GoneError as error:
                 if name == OURS:
                     raise SystemExit(str(error)) from None

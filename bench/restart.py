@@ -32,6 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.tools import goals, results
+from bench.tools.options import Option, parse_options
 from train.config import load as configuration
 from train.reporting.failure_block import PHASES
 
@@ -51,7 +52,7 @@ FIXED = [
     "cluster.workers=2",
 ]
 
-OPTIONS = ("repeats", "peer", "out")
+OPTIONS = {"repeats": Option(20, least=1), "peer": Option(True), "out": Option("")}
 LEFT_OUT = Text("Ray Train is left out: it needs `pip install 'ray[train]'`, which is not in requirements.lock")
 """No markup: the brackets are meant."""
 Marks = dict[str, float]
@@ -138,12 +139,10 @@ def fresh(folder: Path, since: float) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     """Measures, prints the table, appends the row. Returns 0 when the goal is met, ``goals.MISSED`` when it is not."""
-    own = [a for a in arguments if a.partition("=")[0] in OPTIONS]
-    options = dict(a.split("=", 1) for a in own)
-    repeats = int(options.get("repeats", 20))
-    overrides = [*FIXED, "tracking=off", *(a for a in arguments if a not in own)]
+    options, overrides = parse_options(arguments, OPTIONS, [*FIXED, "tracking=off"])
+    repeats = options["repeats"]
     random.seed(0)
-    out, peer = Console(), options.get("peer", "true") == "true"
+    out, peer = Console(), options["peer"]
     if peer and not has_ray_train():
         out.print(LEFT_OUT)
         peer = False
@@ -164,7 +163,7 @@ def main(arguments: list[str]) -> int:
     if peer:
         ratio = f", {statistics.median(theirs) / median:.1f} times as long" if theirs else ""
         out.print(f"Ray Train: {len(theirs)} of {repeats} times within {LIMIT_S:.0f} s each{ratio}")
-    if "out" in options:
+    if options["out"]:
         about = results.machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         row = {"overrides": overrides, "recoveries": mine, "peer_s": theirs}
         results.append(Path(options["out"]), [{"bench": "restart"} | about | row])

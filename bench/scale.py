@@ -32,9 +32,9 @@ from rich.table import Table
 
 from bench.restart import GoneError
 from bench.tools import goals
+from bench.tools.options import Option, parse_options
 from bench.tools.simulated_hosts import host_name, single_hosts
 from bench.tools.simulated_ranks import HANG, SLOW
-from train.errors import ExitCode
 from train.util.run_layout import RunDir
 
 RANKS = (8, 64, 256, 1024)
@@ -47,7 +47,13 @@ STEADY_S = 20.0
 LIMIT_S = 600.0
 FAULTS = ("kill", "hang", "kill", "host", "stop", "slow", "kill", "hang", "host", "driver")
 """The faults of a job, in turn."""
-OPTIONS = ("ranks", "faults", "work_s", "seed", "out")
+OPTIONS = {
+    "ranks": Option(RANKS, least=1),
+    "faults": Option(len(FAULTS), least=0),
+    "work_s": Option(1.0, least=0),
+    "seed": Option(0),
+    "out": Option(""),
+}
 FIXED = [
     "model=gpt_tiny",
     "batch.micro=1",
@@ -333,29 +339,22 @@ def missed(row: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Measures each size, prints the tables, appends the rows. Returns 0 when all goals are met."""
-    own = [a for a in arguments if a.partition("=")[0] in OPTIONS]
-    options = dict(a.split("=", 1) for a in own)
-    overrides = [a for a in arguments if a not in own]
+    options, overrides = parse_options(arguments, OPTIONS, FIXED)
+    overrides = overrides[len(FIXED) :]
     out = Console()
-    try:
-        sizes = [int(size) for size in options.get("ranks", ",".join(map(str, RANKS))).split(",")]
-        faults = [FAULTS[n % len(FAULTS)] for n in range(int(options.get("faults", len(FAULTS))))]
-        work_s, seed = float(options.get("work_s", 1.0)), int(options.get("seed", 0))
-    except ValueError as error:
-        print(f"bench scale: {error}: ranks, faults and seed are whole numbers, work_s is seconds", file=sys.stderr)
-        return ExitCode.BAD_INPUT
+    faults = [FAULTS[n % len(FAULTS)] for n in range(options["faults"])]
     rows = []
     about: dict[str, Any] = {"bench": "scale"}
-    if "out" in options:
+    if options["out"]:
         import torch  # only now: it takes seconds of the CPU that the jobs share
 
         from bench.tools import results
 
         about |= results.machine(torch.device("cpu"))
-    for ranks in sizes:
+    for ranks in options["ranks"]:
         out.print(f"{ranks} ranks: start, {STEADY_S:.0f} s undisturbed, {len(faults)} faults ...")
-        rows.append(measure(ranks, faults, work_s, seed, overrides))
-        if "out" in options:
+        rows.append(measure(ranks, faults, options["work_s"], options["seed"], overrides))
+        if options["out"]:
             results.append(Path(options["out"]), [about | rows[-1]])
     show(rows, out)
     problems = [problem for row in rows for problem in missed(row)]

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from bench import restart
 from bench.tools import results
+from bench.tools.options import Option, parse_options
 from train.config import load as configuration
 from train.config.schema import Config
 from train.data.prepare import prepare
@@ -33,6 +34,7 @@ from train.data.prepare import prepare
 REPOSITORY = Path(__file__).resolve().parent.parent
 LIMIT_S = 300.0
 GOAL = 1.1
+FIXED = ["tracking=off", "cluster.workers=2"]
 PHASES = {
     "config": "configuration composed",
     "ray": "Ray up",
@@ -109,8 +111,8 @@ def same_run(config: Config, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Measures, prints the table, and returns 0 when the goal is met."""
-    repeats = next((int(a.split("=")[1]) for a in arguments if a.startswith("repeats=")), 5)
-    overrides = ["tracking=off", "cluster.workers=2", *(a for a in arguments if not a.startswith("repeats="))]
+    options, overrides = parse_options(arguments, {"repeats": Option(5, least=1)}, FIXED)
+    repeats = options["repeats"]
     config = configuration.load(overrides)
     corpus = prepare.find_prepared(config.data) or prepare.prepare(config.data, lambda progress: None)
     mine, theirs, peers = [], [], []

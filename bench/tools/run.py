@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from train.errors import ExitCode
+from train.errors import ExitCode, UserError, guard_verb
 from train.util import streams
 
 BENCH = Path(__file__).parent.parent
@@ -32,6 +32,10 @@ if __name__ == "__main__":
         sys.exit(ExitCode.BAD_INPUT)
     sys.argv = [name, *words]
     try:
-        runpy.run_module(known[name], run_name="__main__", alter_sys=True)
+        with guard_verb(words):
+            runpy.run_module(known[name], run_name="__main__", alter_sys=True)
+    except UserError as error:
+        print(f"bench {name}: {error}", file=sys.stderr)
+        sys.exit(ExitCode.BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from train.util.io import FileLock
 OUT, ERR = UserConsole(), UserConsole(stderr=True)
 PORT = 6379
 """The port on which Ray's heads listen by default."""
+MAX_NUMBER = 100_000
+"""Of cores or GPUs of a host: more than any has."""
 Options = dict[str, str]
 
 
@@ -44,7 +47,7 @@ def up(options: Options, words: Sequence[str]) -> int:
             )
         OUT.print(f"The cluster is up already, at {node['address']}.")
         return _print_next_steps(node["address"])
-    ip, port = options.get("bind", ray_auth.LOOPBACK), _number(options, "port", PORT)
+    ip, port = options.get("bind", ray_auth.LOOPBACK), _number(options, "port", PORT, 1, network.MAX_PORT)
     _check_port_is_free(ip, port)
     ray_auth.create_token(ray_auth.token_path())
     node = _start_daemon(_node_order(folder, ip, options, port=port))
@@ -151,7 +154,8 @@ def _node_order(
     folder: Path, ip: str, options: Options, port: int = 0, address: str | None = None
 ) -> node_daemon.NodeOrder:
     """A node to be started in a new folder. ``address``: the cluster to join; None: this is the head of a new one."""
-    cpus, gpus = _number(options, "cpus", resources.count_cpus()), _number(options, "gpus", resources.count_gpus())
+    cpus = _number(options, "cpus", resources.count_cpus(), 1)
+    gpus = _number(options, "gpus", resources.count_gpus(), 0)
     made, token = node_daemon.make_node_folder(folder), ray_auth.token_path()
     return node_daemon.NodeOrder(str(made), str(token), ip, port, cpus, gpus, address)
 
@@ -198,11 +202,11 @@ def _resources(node: dict) -> str:
     return plural(node["cpus"], "core") + (f" and {plural(node['gpus'], 'GPU')}" if node["gpus"] else "")
 
 
-def _number(options: Options, key: str, default: int) -> int:
-    try:
-        return int(options.get(key, default))
-    except ValueError:
-        raise UserError(f"{key}={options[key]} is not a number") from None
+def _number(options: Options, key: str, usual: int, least: int, most: int = MAX_NUMBER) -> int:
+    text = options.get(key, str(usual))
+    if not re.fullmatch(r"-?[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(f"{key}={text} is not a whole number from {least} to {most:,}")
+    return int(text)
 
 
 VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
@@ -211,6 +215,15 @@ VERBS: dict[str, tuple[Callable[[Options, Sequence[str]], int], set[str]]] = {
     "status": (status, set()),
     "down": (down, set()),
 }
+WORDS = {"up": "(?!)", "join": "[^-].*", "status": "[^-].*", "down": "--all"}
+"""Pattern of the one word that a verb may have beside its options."""
+
+
+def _check_words(name: str, words: Sequence[str]) -> None:
+    """Raises UserError for a word that the verb would leave unread: what is meant by it would not be done."""
+    left = [word for n, word in enumerate(words) if n or not re.fullmatch(WORDS[name], word)]
+    if left:
+        raise UserError(f"{name} does not know the word {left[0]!r}: try `./launch.sh cluster {name} --help`")
 
 
 def _exclusive(name: str, options: Options) -> contextlib.AbstractContextManager[object]:
@@ -237,6 +250,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if unknown := [key for key in options if key not in known]:
             raise UserError(f"{name} knows no {unknown[0]}=...: try `./launch.sh cluster {name} --help`")
+        _check_words(name, words)
         with guard_verb(arguments), _exclusive(name, options):
             return verb(options, words)
     except UserError as error:

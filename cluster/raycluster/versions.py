@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ PACKAGES = ("kernels", "train", "cluster")
 LIBRARIES = ("ray", "torch", "deepspeed")
 
 
+@functools.cache
 def local_versions() -> dict[str, str]:
     """The version of each on this host, by name. Of our code it is a hash of all files, which sees edits too."""
     files: list[Path] = []

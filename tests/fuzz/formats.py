@@ -525,6 +525,10 @@ def _of_reviews(folder: Path) -> list[Format]:
     startup = json.dumps({"driver": 0.5, "config": 1.0, "first_step": 3.0}).encode()
     about = json.dumps({"device": "cpu", "workers": 2, "versions": {"torch": "2"}, "commit": "abc"}).encode()
     run.logs.mkdir()
+    config = run.config.read_bytes()
+    tree = yaml.safe_load(config)  # parsing the whole one is nearly all that the reading of another file costs
+    small = yaml.dump({key: tree[key] for key in ("steps", "model", "optimizer", "run")}).encode()
+    run.config.write_bytes(small)
 
     def read(of: Path) -> Callable[[], None]:
         def review() -> None:
@@ -552,9 +556,10 @@ def _of_reviews(folder: Path) -> list[Format]:
     }
     formats = []
     for file, mutation in files.items():
-        seed = seeds.get(file) or file.read_bytes()
+        whole = seeds.get(file) or file.read_bytes()
+        contents = [config, small] if file == run.config else [whole]
         formats.append(
-            Format(f"review: {file.relative_to(run.path)}", [seed], mutation, _restored(file, seed, read(run.path)))
+            Format(f"review: {file.relative_to(run.path)}", contents, mutation, _restored(file, whole, read(run.path)))
         )
     ledger = sweep / "ledger.jsonl"
     return [

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -119,6 +118,7 @@ def _pretending(mode: DryMode, config: Config, world_size: int, device: str) -> 
     """Context in which a world of ``world_size`` ranks on ``device`` seems to be there, and ``mode`` is active."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     settings, apply, gather = engine_module.deepspeed_config, nn.Module._apply, process_group.gather_objects
+    deepspeed: Any = engine_module.deepspeed
     initialize = deepspeed.initialize
 
     def watched(*, model: nn.Module, **options: Any) -> Any:

@@ -156,6 +156,8 @@ def test_weights_are_believed_before_the_flag_that_ties_them(make, folder: Path)
     rewritten(folder, tie_word_embeddings=False, architectures=["LlamaForCausalLM"])
     save_file({"model.embed_tokens.weight": HEAD}, file)
     check_source(make(*tied, f"init.from={folder}"))
+    rewritten(folder, tie_word_embeddings=False, architectures=[["LlamaForCausalLM"], 3])  # no names of classes
+    check_source(make(*untied, f"init.from={folder}"))
     (folder / "config.json").write_text(json.dumps(T5))
     save_file({"shared.weight": HEAD, "lm_head.weight": HEAD + 1}, file)
     assert "it also says whether the output is scaled" in refusal(make("init.from=" + str(folder)))

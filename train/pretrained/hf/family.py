@@ -187,7 +187,8 @@ class HFFamily:
         head = self.stored_name(self.head_matrix, stored, tied=False)
         if head is None:
             causal = [name for name, _ in self.hf_classes.values() if name.endswith(WITH_LM_HEAD)]
-            return tied or bool(set(causal) & set(config.get("architectures") or ()))
+            named = config.get("architectures") or ()
+            return tied or any(name in named for name in causal)
         return tied and (embedding is None or same_values(folder, stored[embedding], stored[head]))
 
     def is_backbone_tensor(self, hf_name: str) -> bool:
