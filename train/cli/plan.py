@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from train.errors import UserError
 from train.planning.choices import Choice, Cluster, alternatives, choose, least_state, missing
 from train.planning.gpus import GPUS, REACHED_MEMORY, REACHED_PRODUCTS
 from train.reporting.terminal import UserConsole
+from train.util.format import count, duration
 
 OPTIONS = {"gpu": "h100", "nodes": "1", "gpus_a_node": "8", "price": "", "every": "false"}
 
@@ -22,6 +24,8 @@ def run(argv: Sequence[str], out: UserConsole, err: UserConsole) -> None:
     pairs = dict(word.partition("=")[::2] for word in argv)
     options = OPTIONS | {key: value for key, value in pairs.items() if key in OPTIONS}
     cluster, price = _cluster(options), _price(options["price"])
+    if options["every"] not in ("true", "false"):
+        raise UserError(f"every={options['every']} is neither true nor false")
     words = [word for word in argv if word.partition("=")[0] not in OPTIONS]
     config = configuration.load([*words, f"cluster.workers={cluster.size}"])
     if config.precision.name == "auto":
@@ -47,35 +51,51 @@ def _price(text: str) -> float | None:
     if not text:
         return None
     try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"price={text} is not a number of dollars a GPU-hour") from error
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    if not 0 <= price < math.inf:
+        raise UserError(f"price={text} is not a number of dollars a GPU-hour, of 0 or more")
+    return price
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours > 10 else f"{hours:.2g}"
+
+
+def _days(seconds: float) -> str:
+    """A length of time in days, or in what fits a shorter one."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 86400:,.1f} days" if seconds > 86400 else duration(seconds)
 
 
 def _show(choice: Choice, price: float | None, out: UserConsole) -> None:
     cluster, config, run = choice.cluster, choice.config, choice.run
     out.print(
-        f"{run.params / 1e9:,.2f}B parameters on {cluster.size:,} {cluster.gpu.name}, ZeRO {config.zero.stage}, "
+        f"{count(run.params)} parameters on {cluster.size:,} {cluster.gpu.name}, ZeRO {config.zero.stage}, "
         f"{config.precision.name}, {config.batch.global_:,} x {config.batch.seq_len:,} tokens a step "
         f"({run.rows.micro_batches} micro-batches of {run.rows.micro} a GPU)"
     )
+    size, unit = (1e9, "GB") if choice.total > 10e9 else (1e6, "MB")
     table = Table()
     table.add_column("memory of a GPU")
-    table.add_column("GB", justify="right")
+    table.add_column(unit, justify="right")
     for part, nbytes in choice.memory.items():
-        table.add_row(part, f"{nbytes / 1e9:,.2f}")
-    table.add_row(f"in all, of {cluster.gpu.memory / 1e9:,.0f}", f"{choice.total / 1e9:,.2f}", style="bold")
+        table.add_row(part, f"{nbytes / size:,.2f}")
+    table.add_row(f"in all, of {cluster.gpu.memory / size:,.0f}", f"{choice.total / size:,.2f}", style="bold")
     out.print(table)
     if not choice.fits:
         out.print(f"It does not fit. {missing(choice)}")
         return
-    days = config.steps * choice.time.total_s / 86400
     out.print(
-        f"It fits. A step takes {choice.time.total_s:,.2f} s, {choice.time.exposed_s:,.2f} of them waiting for other "
+        f"It fits. A step takes {choice.time.total_s:.3g} s, {choice.time.exposed_s:.3g} of them waiting for other "
         f"GPUs: {choice.tokens_per_s:,.0f} tokens/s, MFU {choice.mfu:.2f}"
     )
-    cost = "" if price is None else f", {price * choice.gpu_hours:,.0f} dollars at {price:g} a GPU-hour"
-    out.print(f"{config.steps:,} steps: {days:,.1f} days, {choice.gpu_hours:,.0f} GPU-hours{cost}")
+    cost = "" if price is None else f", {price * choice.gpu_hours:,.2f} dollars at {price:g} a GPU-hour"
+    out.print(
+        f"{config.steps:,} steps: {_days(config.steps * choice.time.total_s)}, {_hours(choice.gpu_hours)} GPU-hours{cost}"
+    )
     out.print(
         f"Memory is that of a dry run of the engine; time is an estimate from data sheets, of which products reach "
         f"{REACHED_PRODUCTS:.0%} and memory {REACHED_MEMORY:.0%}: no GPU was measured."

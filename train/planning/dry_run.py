@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -131,6 +132,7 @@ def _pretending(mode: DryMode, config: Config, world_size: int, device: str) -> 
         planned = dataclasses.replace(inventory, device=device)
         return settings(config, micro, accumulation, planned, plain=plain)
 
+    logging.disable(logging.WARNING)  # DeepSpeed's words about a run that is none
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     engine_module.deepspeed_config = on_device
     deepspeed.initialize = watched
@@ -143,6 +145,7 @@ def _pretending(mode: DryMode, config: Config, world_size: int, device: str) -> 
             warnings.simplefilter("ignore")  # of addresses, which such tensors do not have
             yield
     finally:
+        logging.disable(logging.NOTSET)
         heartbeat.on_phase(None)
         engine_module.deepspeed_config, process_group.gather_objects = settings, gather
         nn.Module._apply = apply  # type: ignore[method-assign]

@@ -15,11 +15,11 @@ from train.planning import dry_run
 from train.planning.allocations import AllocationLog
 from train.planning.batches import full_batch
 
-CASES = ["models=bert_tiny,llama_tiny", "precisions=bf16", "recompute=true", "batch.micro=3"]
+CASES = ["models=gpt_tiny,llama_tiny", "precisions=bf16", "recompute=false", "batch.micro=3"]
 
 
 def test_predicted_peak_is_the_measured_one(tmp_path: Path):
-    """Two families with recomputation, two micro-batches a step, in a process of its own; more: ``bench plan``."""
+    """Two families, two micro-batches a step, in a process of its own; more: ``bench plan``."""
     out = tmp_path / "rows.jsonl"
     command = [sys.executable, "-m", "bench.plan", *CASES, "stages=2,3", f"out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
