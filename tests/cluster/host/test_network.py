@@ -31,7 +31,7 @@ def test_what_is_no_address_is_refused_before_it_is_asked(address: str):
             use(address)
 
 
-def test_free_port_is_none_that_a_connection_may_take_and_does_not_depend_on_a_seed():
+def test_free_port_is_outside_the_range_of_connections_whatever_the_seed():
     first, last = map(int, network.PORTS_OF_CONNECTIONS.read_text().split())
     ports = set()
     for _ in range(8):
