@@ -166,7 +166,10 @@ def _axis(override: Override) -> sweep_space.SweepAxis:
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         whole, log = isinstance(value.start, int), "log" in value.tags
         return sweep_space.SweepAxis(key, text, low=value.start, high=value.end, whole=whole, log=log)
-    values = tuple(override.sweep_string_iterator())
+    most = sweep_space.MOST_TRIALS
+    values = tuple(itertools.islice(override.sweep_string_iterator(), most + 1))
+    if len(values) > most:
+        raise ConfigError([f"{key}={text} has more than {most:,} values: give fewer, or an interval to search"])
     if isinstance(value, RangeSweep) and values:
         numbers = sorted(map(float, values))
         step, whole = abs(float(value.step or 1)), all(number.is_integer() for number in numbers)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ NAMING_KEYS = ("run.name", "run.dir")
 """Keys of which each run of a sweep needs its own value, which the sweep gives it."""
 MOST_TRIED = 32
 """Values of an axis, and trials with one of them, that are looked at before a search begins."""
+MOST_TRIALS = 100_000
+"""Values of a key, and runs of a grid: more is a slip of the pen, and would fill the memory before it is refused."""
 Params = dict[str, str]
 """A trial's own choices: key (or group) -> value as on the command line."""
 
@@ -135,6 +138,9 @@ def sweep_problems(sweep: SweepSpace) -> list[str]:
     if settings.sampler == "grid":
         for axis in endless:
             problems.append(f"{axis.key}={axis.text} has no end of values: search it with sweep=tpe or sweep=random")
+        number = len(sweep.points) * math.prod(len(axis.values) for axis in axes)
+        if number > MOST_TRIALS:
+            problems.append(f"a grid of {number:,} runs: at most {MOST_TRIALS:,}, or search them with sweep=tpe")
         if settings.pruner != "none":
             problems.append(f"sweep.pruner={settings.pruner} is for a search: sweep=tpe or sweep=random")
     elif settings.points:

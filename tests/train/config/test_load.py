@@ -195,6 +195,18 @@ def test_sweep_with_hydra_syntax_gives_axes_and_grid():
     assert len(points) == len({str(point) for point in points}) == len(axes["model"]) * 2 * 2 * 3
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["steps=range(1,1000000000)"], "steps=range\\(1,1000000000\\) has more than 100,000 values"),
+        (["steps=range(1,1000)", "seed=range(0,1000)"], "a grid of 999,000 runs: at most 100,000"),
+    ],
+)
+def test_sweep_without_bounds_is_refused_before_it_fills_the_memory(words: list[str], message: str):
+    with pytest.raises(configuration.ConfigError, match=message):
+        configuration.load_sweep(words)
+
+
 def test_listed_points_are_combined_with_all_axis_values(tmp_path):
     file = tmp_path / "sizes.yaml"
     file.write_text('- [model.width=32, steps=80]\n- [model.width=64, model.heads=8, "generation.prompts=[a,b]"]\n')
