@@ -28,7 +28,9 @@ from fuzz.formats import TYPED, Format, all_formats
 from train.errors import guard_verb
 
 INPUT_S = 5.0
-"""Longest that one input of some kilobytes may take."""
+"""Longest that one input of some kilobytes may take, of the processor: the machine may be busy."""
+WAIT_S = 60.0
+"""Longest that it may take by the clock: a reader that waits for something uses no processor."""
 ROOM_BYTES = 2 << 30
 """Address space that reading may add to this process: more than any input needs, less than a crafted one asks."""
 MOST_FINDINGS = 20
@@ -36,7 +38,7 @@ MOST_FINDINGS = 20
 
 
 class Hang(BaseException):
-    """One input took longer than ``INPUT_S``; no reader's ``except`` takes it for an error of the content."""
+    """One input took too long; no reader's ``except`` takes it for an error of the content."""
 
 
 @dataclass
@@ -72,7 +74,8 @@ def fuzz(form: Format, inputs: int, seconds: float, seed: int) -> Outcome:
 
 def _read(form: Format, content: bytes, outcome: Outcome) -> None:
     outcome.inputs += 1
-    signal.setitimer(signal.ITIMER_REAL, INPUT_S)
+    signal.setitimer(signal.ITIMER_PROF, INPUT_S)
+    signal.setitimer(signal.ITIMER_REAL, WAIT_S)
     try:
         with guard_verb():
             form.read(content)
@@ -86,6 +89,7 @@ def _read(form: Format, content: bytes, outcome: Outcome) -> None:
     except BaseException as error:  # a panic of Rust is no Exception
         _find(outcome, error, content)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -104,17 +108,18 @@ def _limits() -> Iterator[None]:
     """A bound on memory, an alarm for a slow input, and a dump of the stack where nothing else ends it."""
 
     def on_alarm(number: int, frame: object) -> None:
-        raise Hang(f"no answer within {INPUT_S:.0f} s")
+        raise Hang(f"no answer within {INPUT_S:.0f} s of the processor, or {WAIT_S:.0f} s in all")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = signal.signal(signal.SIGALRM, on_alarm)
+    before = {number: signal.signal(number, on_alarm) for number in (signal.SIGALRM, signal.SIGPROF)}
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM_BYTES, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(words: list[str]) -> int:

@@ -32,6 +32,11 @@ def _hangs(content: bytes) -> None:
         time.sleep(0.01)
 
 
+def _spins(content: bytes) -> None:
+    while content != b"{}":
+        pass
+
+
 def _allocates(content: bytes) -> None:
     try:
         bytearray(1 << 45 if content != b"{}" else 1)
@@ -39,8 +44,9 @@ def _allocates(content: bytes) -> None:
         raise UserError("too large") from error
 
 
-@pytest.mark.parametrize("read", [_leaks_a_key_error, _hangs, _allocates])
+@pytest.mark.parametrize("read", [_leaks_a_key_error, _hangs, _spins, _allocates])
 def test_a_reader_that_leaks_hangs_or_allocates_is_found(read, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(campaign, "INPUT_S", 0.1)
+    monkeypatch.setattr(campaign, "WAIT_S", 0.5 if read is _hangs else 60)
     form = Format("planted", [b"{}"], lambda draw, content: b"[]", read)
     assert len(campaign.fuzz(form, 2, 10, seed=0).findings) == 1
