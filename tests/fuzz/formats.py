@@ -365,10 +365,11 @@ def _of_hugging_face(folder: Path) -> list[Format]:
         source = describe_source(path, "latest")
         assert source.family is not None
         reader = HFWeights(opened, source.family, source.arch["tied"])
-        for name in ("backbone.embed.weight", "backbone.blocks.0.attention.qkv.weight", "backbone.norm.weight"):
-            if reader.shape(name) is not None:
-                reader.read(name)
-        opened.digest, reader.unread()
+        names = ("backbone.embed.weight", "backbone.blocks.0.attention.qkv.weight", "backbone.norm.weight")
+        for name in names:
+            if (shape := reader.shape(name)) is not None:
+                reader.read(name, 0, int(np.prod(shape)))
+        opened.digest, reader.unread(names)
 
     (folder / "model.safetensors").write_bytes(weights)
     weight_map = json.dumps({"metadata": {"total_size": 9}, "weight_map": dict.fromkeys(shapes, "part-1.safetensors")})
