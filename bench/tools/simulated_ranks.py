@@ -24,6 +24,7 @@ from train.distributed import heartbeat
 from train.errors import ExitCode
 from train.events import PhaseEvent, PlanEvent, StepEvent, StopAgreedEvent, StopAskedEvent
 from train.util import streams
+from train.util.io import write_whole
 
 HANG, SLOW = signal.SIGRTMIN, signal.SIGRTMIN + 1
 """Signals that make a rank stand still for ever, and work more slowly or again as fast as the others."""
@@ -108,7 +109,7 @@ class SimulatedRank:
             if number == 2:
                 self.events(PhaseEvent.now("train"))
             if rank0:
-                progress.write_text(str(step), "utf-8")
+                write_whole(progress, str(step).encode())
                 self.events(StepEvent(self.settings["steps"], step, {"loss": 1.0, "tokens_per_s": 1.0}))
             if board.numbers[STOP_AT] == number:
                 self.events(StopAgreedEvent())

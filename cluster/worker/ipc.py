@@ -53,7 +53,10 @@ def send(sock: socket.socket, message: Message, fds: list[int] | None = None) ->
 
 def receive(sock: socket.socket, max_fds: int = 0) -> tuple[Message | None, list[int]]:
     """The next message and the files that came with it; None when the other side is gone, or sends no message."""
-    head, fds, _, _ = socket.recv_fds(sock, HEADER.size, max_fds)
+    try:
+        head, fds, _, _ = socket.recv_fds(sock, HEADER.size, max_fds)
+    except ConnectionError:  # it ended with messages of ours unread
+        return None, []
     head += _receive_exactly(sock, HEADER.size - len(head)) if head else b""
     if len(head) < HEADER.size:
         return None, fds

@@ -14,6 +14,7 @@ import torch
 from train.distributed import heartbeat, process_group
 from train.errors import Stopped, UserError
 from train.events import DoneEvent, PhaseEvent, PlanEvent, SaveEvent, StepEvent
+from train.util.io import write_whole
 
 
 def train_rank(config, corpus, context, emit, should_stop):
@@ -38,7 +39,7 @@ def train_rank(config, corpus, context, emit, should_stop):
             emit(PhaseEvent.now("train"))
         emit(StepEvent(config.steps, step, {"loss": 1.0 / step, "tokens_per_s": 10.0}))
         if context.is_rank0:
-            progress.write_text(str(step))
+            write_whole(progress, str(step).encode())
             emit(SaveEvent(step))
         if process_group.all_reduce_sum([float(should_stop())])[0]:
             raise Stopped

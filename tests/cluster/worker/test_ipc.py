@@ -18,6 +18,14 @@ def test_what_is_no_message_is_the_end_of_a_connection(body: bytes):
         assert ipc.receive(ours) == (None, [])
 
 
+def test_peer_that_ends_with_our_message_unread_is_the_end_of_a_connection():
+    ours, theirs = socket.socketpair()
+    with ours:
+        ipc.send(ours, {"rank": 0})
+        theirs.close()
+        assert ipc.receive(ours) == (None, [])
+
+
 def test_order_that_cannot_be_read_is_answered_and_the_fork_server_lives():
     ours, theirs = socket.socketpair()
     with ours, theirs:
