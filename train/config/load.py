@@ -166,10 +166,7 @@ def _axis(override: Override) -> sweep_space.SweepAxis:
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         whole, log = isinstance(value.start, int), "log" in value.tags
         return sweep_space.SweepAxis(key, text, low=value.start, high=value.end, whole=whole, log=log)
-    most = sweep_space.MOST_TRIALS
-    values = tuple(itertools.islice(override.sweep_string_iterator(), most + 1))
-    if len(values) > most:
-        raise ConfigError([f"{key}={text} has more than {most:,} values: give fewer, or an interval to search"])
+    values = sweep_space.bounded(f"{key}={text}", override.sweep_string_iterator())
     if isinstance(value, RangeSweep) and values:
         numbers = sorted(map(float, values))
         step, whole = abs(float(value.step or 1)), all(number.is_integer() for number in numbers)

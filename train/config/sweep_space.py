@@ -84,6 +84,14 @@ class SweepSpace:
         return (direction,) * len(self.metrics) if isinstance(direction, str) else tuple(direction)
 
 
+def bounded(given: str, values: Iterable[str]) -> tuple[str, ...]:
+    """The ``values`` of a key as it was ``given``. UserError where there are more than any sweep tries."""
+    first = tuple(itertools.islice(values, MOST_TRIALS + 1))
+    if len(first) > MOST_TRIALS:
+        raise UserError(f"{given} has more than {MOST_TRIALS:,} values: give fewer, or an interval to search")
+    return first
+
+
 def grid(sweep: SweepSpace) -> list[Params]:
     """All combinations of the axes' values with each of the points, the last key changing fastest."""
     keys = [axis.key for axis in sweep.axes]

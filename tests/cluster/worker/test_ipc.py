@@ -18,7 +18,7 @@ def test_what_is_no_message_is_the_end_of_a_connection(body: bytes):
         assert ipc.receive(ours) == (None, [])
 
 
-def test_peer_that_ends_with_our_message_unread_is_the_end_of_a_connection():
+def test_peer_that_leaves_a_message_unread_has_ended():
     ours, theirs = socket.socketpair()
     with ours:
         ipc.send(ours, {"rank": 0})

@@ -203,7 +203,7 @@ def test_sweep_with_hydra_syntax_gives_axes_and_grid():
     ],
 )
 def test_sweep_without_bounds_is_refused_before_it_fills_the_memory(words: list[str], message: str):
-    with pytest.raises(configuration.ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         configuration.load_sweep(words)
 
 
