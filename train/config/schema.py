@@ -261,7 +261,7 @@ class GenerationConfig(Section):
 
     prompts: list[str] | None = Field(
         None,
-        description="what the samples of a run start with; default: of data=stdlib `def ` and `class `, "
+        description="what the samples of a run start with; default: of data=stdlib `def` and `class`, "
         "else the start of a document",
     )
     max_tokens: NonNegative = Field(
