@@ -62,7 +62,8 @@ def free_port() -> int:
     first, last = (int(word) for word in PORTS_OF_CONNECTIONS.read_text("utf-8").split())
     servers = range(LEAST_PORT, MAX_PORT + 1)
     ports = [port for port in servers if not first <= port <= last] or servers
-    for port in random.SystemRandom().sample(ports, len(ports)):  # a run's seed must not choose it
+    first_tried = random.SystemRandom().randrange(len(ports))  # a run's seed must not choose it
+    for port in [*ports[first_tried:], *ports[:first_tried]]:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
             return port
