@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, NoReturn
 
-import torch
-
 from train.batch import SKIPPED_STEP, Batch, count_targets, count_tokens, to_device
 from train.config.schema import Config
 from train.data.loader import Loader
 from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
+from train.distributed.device import seed_device
 from train.engine.engine import Engine
 from train.errors import Stopped
 from train.events import Emit, NoteEvent, StepEvent, StopAgreedEvent
@@ -146,7 +145,7 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
         services.wait_for_save()  # raises what is wrong
     if step.stop:
         stop(run, before)
-    torch.manual_seed(seed_of(config.seed, before.step, run.world.rank))
+    seed_device(seed_of(config.seed, before.step, run.world.rank), run.world.device)
     stalled = services.stall_s
     lr = learning_rate(config.schedule, config.optimizer.lr, before.step, config.steps)
     result = SKIPPED_STEP
