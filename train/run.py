@@ -18,7 +18,6 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.data.loader import Loader, loaders
-from train.data.sampling.batch_plan import Cursor
 from train.distributed import determinism, process_group
 from train.distributed.device import describe
 from train.engine.allocation import allocate_parameters
@@ -73,7 +72,7 @@ def train_rank(
     loader, held_out = loaders(corpus, config, world)
     checkpoint = _find_checkpoint(run_dir, corpus, world, note, mirror)
     activity.enter("build engine")
-    kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(Cursor())[0], note)
+    kernels = choose_kernels(config, corpus.tokenizer.vocab_size, world, loader.peek(loader.plan.full_size)[0], note)
     first = None if checkpoint else init_from.first_weights(config, corpus.tokenizer, world)
     fill = partial(_fill_first, config, world, note, first) if first else partial(_leave_to_checkpoint, note)
     engine, objective = build_engine(config, corpus.tokenizer.vocab_size, world, loader, fill)

@@ -93,7 +93,7 @@ def _show(choice: Choice, price: float | None, out: UserConsole) -> None:
         f"GPUs: {choice.tokens_per_s:,.0f} tokens/s, MFU {choice.mfu:.2f}"
     )
     cost = "" if price is None else f", {price * choice.gpu_hours:,.2f} dollars at {price:g} a GPU-hour"
-    length, hours = _days(config.steps * choice.time.total_s), _hours(choice.gpu_hours)
+    length, hours = _days(choice.run_s), _hours(choice.gpu_hours)
     out.print(f"{config.steps:,} steps: {length}, {hours} GPU-hours{cost}")
     out.print(
         f"Memory is that of a dry run of the engine; time is an estimate from data sheets, of which products reach "

@@ -48,6 +48,7 @@ OWNERS = (
     KeyOwners(("model.buckets", "model.max_distance"), "model.position", ("relative",)),
     KeyOwners(("data.text_key", "data.encoding_errors", "data.bad_rows"), "data.source", _GIVEN_TEXT),
     KeyOwners(("init.checkpoint",), "init.from"),
+    KeyOwners(("batch.ramp_by",), "batch.ramp"),
     KeyOwners(("profile.ranks",), "profile.steps"),
     KeyOwners(("generation.length_penalty",), "generation.beams", range(2, 1 << 30)),
     KeyOwners(("sweep.trials", "sweep.budget", "sweep.seed"), "sweep.sampler", _SEARCHES),

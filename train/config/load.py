@@ -203,7 +203,7 @@ def complete_config(values: dict[str, Any], name: str) -> Config:
     config = parse(values)
     title = config.run.name or name
     run = {"name": title, "dir": config.run.dir or str(Path("runs") / title)}
-    data = dict(values["data"], streams=config.data.streams or config.batch.global_)
+    data = dict(values["data"], streams=config.data.streams or config.batch.default_streams)
     config = parse({**values, "run": run, "data": data})
     if problems := config_problems(config):
         raise ConfigError(problems)

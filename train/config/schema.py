@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from train.config.keys.base import FolderName, Fraction, NonNegative, NotBlank, Positive, Section
+from train.config.keys.batch_size import BatchConfig
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
@@ -28,14 +29,6 @@ class RunConfig(Section):
 
     name: FolderName | None = Field(None, description="default: <model>-<data>")
     dir: str | None = Field(None, description="default: runs/<run.name>; every worker must see it")
-
-
-class BatchConfig(Section):
-    """Size of one optimizer step's batch."""
-
-    global_: Positive = Field(alias="global", description="sequences per optimizer step, over all workers")
-    micro: Positive | None = Field(None, description="sequences per forward pass; default: a worker's whole share")
-    seq_len: Positive = Field(description="tokens per sequence")
 
 
 class InitConfig(Section):
@@ -88,7 +81,9 @@ class DataConfig(Section):
     )
     tokenizer: TokenizerConfig
     shard_tokens: Positive = Field(1 << 20, description="tokens per shard, about")
-    streams: Positive | None = Field(None, description="ranges an epoch is cut into; default: batch.global")
+    streams: Positive | None = Field(
+        None, description="ranges an epoch is cut into; default: batch.global, or what divides all sizes of a ramp"
+    )
     shuffle_shards: Positive = Field(16, description="shards within which samples are permuted")
     pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
     isolate: bool = Field(True, description="no token attends to another document of its row")

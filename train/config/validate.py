@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from train.config.schema import Config, GenerationConfig, variants
@@ -42,24 +43,54 @@ def config_problems(config: Config) -> list[str]:
 
 def _batch_problems(config: Config) -> list[str]:
     b, problems = config.batch, []
-    streams = config.data.streams or b.global_
+    streams = config.data.streams or b.default_streams
     if b.global_ % streams:
         near = max(s for s in range(1, min(streams, b.global_) + 1) if b.global_ % s == 0)
         problems.append(
             f"data.streams={streams} does not divide batch.global={b.global_}, so streams would be read unevenly: "
             f"set data.streams={near}, or leave it out (one stream a sequence)"
         )
+    return problems + (_ramp_problems(config, streams) if b.ramp else [])
+
+
+def _ramp_problems(config: Config, streams: int) -> list[str]:
+    """Problems of ``batch.ramp`` by itself, with the steps of the run and with its streams."""
+    b, problems = config.batch, []
+    sizes, ends = [rows for rows, _ in b.ramp or []], [end for _, end in b.ramp or []]
+    growing = [*sizes, b.global_]
+    if any(after <= before for before, after in itertools.pairwise(growing)):
+        problems.append(
+            f"batch.ramp={b.ramp} has sizes that do not grow up to batch.global={b.global_}: "
+            "each stage is larger than the one before it, and the last is smaller than batch.global"
+        )
+    if any(after <= before for before, after in itertools.pairwise([0, *ends])):
+        problems.append(
+            f"batch.ramp={b.ramp} has stages that end before they begin: the second number of each is where it ends, "
+            "counted from the start of the run, so they rise"
+        )
+    length = sum(steps for _, steps in b.ramp_steps)
+    if length >= config.steps:
+        problems.append(
+            f"batch.ramp={b.ramp} lasts {length} steps, and steps={config.steps}: batch.global={b.global_} would never "
+            "be reached. Shorten the ramp, or raise steps"
+        )
+    for rows in sizes:
+        if rows % streams:
+            problems.append(
+                f"data.streams={streams} does not divide the {rows} sequences of batch.ramp: leave data.streams out, "
+                f"or set it to a divisor of {b.default_streams}"
+            )
     return problems
 
 
 def worker_problems(config: Config, workers: int) -> list[str]:
     """Settings that do not fit to so many workers: the batch that they share, the fewest that are to go on."""
     b, problems = config.batch, []
-    streams = config.data.streams or b.global_
+    streams = config.data.streams or b.default_streams
     if workers > streams:
         problems.append(
             f"cluster.workers={workers} is more than data.streams={streams}: a worker would own no data. "
-            f"Set cluster.workers={streams} or fewer, or raise batch.global"
+            f"Set cluster.workers={streams} or fewer, or raise {'batch.ramp' if b.ramp else 'batch.global'}"
         )
     least = config.cluster.min_workers
     if least is not None and least > workers:
@@ -78,7 +109,27 @@ def worker_problems(config: Config, workers: int) -> list[str]:
             f"batch.micro={b.micro} does not divide a worker's share of {share} sequences "
             f"(batch.global={b.global_} over cluster.workers={workers}): set batch.micro={near}"
         )
-    return problems + _rank_problems(config, workers)
+    return problems + _ramp_share_problems(config, workers) + _rank_problems(config, workers)
+
+
+def _ramp_share_problems(config: Config, workers: int) -> list[str]:
+    """Sizes of a ramp that so many workers, or their micro-batches, do not share evenly."""
+    micro, problems = config.batch.micro, []
+    for rows, _ in config.batch.ramp_steps:
+        share = rows // workers
+        if rows % workers:
+            near = " or ".join(str(size) for size in (share * workers, (share + 1) * workers) if size)
+            problems.append(
+                f"batch.ramp has a stage of {rows} sequences, which cluster.workers={workers} cannot share evenly: "
+                f"take {near}, or other workers"
+            )
+        elif micro is not None and micro < share and share % micro:
+            divides = max(n for n in range(1, micro + 1) if share % n == 0)
+            problems.append(
+                f"batch.micro={micro} does not divide a worker's share of {share} sequences in the stage of {rows} "
+                f"of batch.ramp (over cluster.workers={workers}): set batch.micro={divides}"
+            )
+    return problems
 
 
 def _rank_problems(config: Config, workers: int) -> list[str]:
@@ -109,13 +160,13 @@ def _variable_problems(config: Config) -> list[str]:
 
 def _model_problems(config: Config) -> list[str]:
     model, problems = config.model, [*family_mismatch(config), *config.model.problems(config.batch.seq_len)]
-    streams = config.data.streams or config.batch.global_
+    streams = config.data.streams or config.batch.default_streams
     carries = model.carries_state and config.objective.name == "causal"
     if carries and not (config.data.pack and streams == config.batch.global_):
         problems.append(
             "model.carry needs rows that go on from step to step, data.pack=true and a stream a row: "
             f"here data.streams={streams} and batch.global={config.batch.global_}. "
-            "Leave data.streams out, or set model.carry=false"
+            "Leave data.streams and batch.ramp out, or set model.carry=false"
         )
     return problems
 

@@ -37,7 +37,10 @@ EVAL_TOKENS_PER_GROUP = 8192
 
 @dataclass(frozen=True)
 class RankShare:
-    """A rank's part of each step: the streams s with s mod ``world_size`` = ``rank``, ``micro`` rows a micro-batch."""
+    """A rank's part of each step: the streams s with s mod ``world_size`` = ``rank``, ``micro`` rows a micro-batch.
+
+    A step of a ramp in which a rank has fewer rows than that has one micro-batch of them.
+    """
 
     rank: int
     world_size: int
@@ -51,6 +54,8 @@ def split_sizes(split: CorpusSplit) -> SplitSizes:
 
 class Loader:
     """Endless iterator over a rank's training steps; every rank gets equally many micro-batches of ``micro`` rows.
+
+    ``micro_batches`` is their number once the batch has its whole size: fewer in the steps of a ramp.
 
     Rows beyond a rank's own (it owns fewer streams than another, or ``micro`` does not divide them) are masked: all
     their targets are IGNORE. ``next()`` raises any error of the thread that reads ahead, such as UserError for a
@@ -68,9 +73,9 @@ class Loader:
         self.plan = plan
         self._split, self._share, self._examples, self._pin = split, share, examples, pin
         self._streams = range(share.rank, plan.shape.streams, share.world_size)
-        most_rows = plan.rows_per_stream * -(-plan.shape.streams // share.world_size)
+        self._most_streams = -(-plan.shape.streams // share.world_size)
         self.micro = share.micro
-        self.micro_batches = -(-most_rows // share.micro)
+        self.micro_batches = -(-plan.shape.rows // plan.shape.streams * self._most_streams // share.micro)
         self._steps_per_chunk = max(1, examples.chunk_tokens // (self.micro_batches * share.micro * plan.shape.seq_len))
         self._cursor = Cursor()
         self._skipped: Mapping[Cursor, frozenset[int]] = {}
@@ -99,9 +104,9 @@ class Loader:
         """Mask these rows of the global batch at these cursors from now on; replaces what was set before."""
         self._skipped = rows
 
-    def row_numbers(self) -> list[int]:
-        """The numbers, in the global batch, of this rank's rows in the order in which its micro-batches hold them."""
-        firsts = range(0, self.plan.shape.rows, self.plan.shape.streams)
+    def row_numbers(self, cursor: Cursor) -> list[int]:
+        """The numbers, in the step at a cursor, of this rank's rows, in the order of its micro-batches."""
+        firsts = np.arange(self.plan.rows_per_stream(cursor)) * self.plan.shape.streams
         return [int(number) for number in np.add.outer(firsts, self._streams).ravel()]
 
     def seek(self, cursor: Cursor) -> None:
@@ -163,8 +168,8 @@ class Loader:
                     continue
 
     def _read_steps(self, cursor: Cursor, steps: int) -> list[_ReadStep]:
-        """This rank's next ``steps`` steps from a cursor, all in one epoch."""
-        own, rows_each = len(self._streams), steps * self.plan.rows_per_stream
+        """This rank's next ``steps`` steps from a cursor, all in one epoch and of one size."""
+        own, rows_each = len(self._streams), steps * self.plan.rows_per_stream(cursor)
         spans = self.plan.row_spans(self._streams, cursor, steps)
         if own > 1:
             # From stream after stream to step after step, and in a step to the rows' order j = i * streams + stream.
@@ -175,19 +180,24 @@ class Loader:
 
     def _micro_batches(self, rows: ReadRows, step: int, cursor: Cursor) -> list[Batch]:
         """Write one of the steps that were read, the one at ``cursor``, to tensors; mask surplus and skipped rows."""
-        micro, used = self._share.micro, self.plan.rows_per_stream * len(self._streams)
-        batch = empty_batch(self._examples.columns, self.micro_batches * micro, self._pin)
+        each = self.plan.rows_per_stream(cursor)
+        used, most = each * len(self._streams), each * self._most_streams
+        micro = (
+            min(self._share.micro, most) if each * self.plan.shape.streams < self.plan.shape.rows else self._share.micro
+        )
+        held = -(-most // micro) * micro
+        batch = empty_batch(self._examples.columns, held, self._pin)
         rows.write(step * used, {key: value[:used].numpy() for key, value in batch.items()})
         if "memory" in batch:  # the row's number in the global batch; negative at the start of an epoch
-            numbers = torch.tensor(self.row_numbers()) + 1
+            numbers = torch.tensor(self.row_numbers(cursor)) + 1
             batch["memory"][:used] = batch["memory"][:used] * numbers if cursor.position else -numbers
-        if used < self.micro_batches * micro:
+        if used < held:
             mask_rows({key: value[used:] for key, value in batch.items()})
         if skipped := self._skipped.get(cursor):
-            for index, number in enumerate(self.row_numbers()):
+            for index, number in enumerate(self.row_numbers(cursor)):
                 if number in skipped:
                     mask_rows({key: value[index : index + 1] for key, value in batch.items()})
-        parts = [slice(first, first + micro) for first in range(0, self.micro_batches * micro, micro)]
+        parts = [slice(first, first + micro) for first in range(0, held, micro)]
         return [_slice_batch(batch, part) for part in parts]
 
 
@@ -268,7 +278,9 @@ def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin
     data, split = config.data, corpus.split("train")
     order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.pack)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(config.batch.global_, examples.row_tokens, data.streams or config.batch.global_, data.pack)
+    batch = config.batch
+    streams = data.streams or batch.default_streams
+    shape = StepShape(batch.global_, examples.row_tokens, streams, data.pack, batch.ramp_steps)
     return Loader(split, BatchPlan(order, shape), share, examples, pin)
 
 
@@ -282,7 +294,7 @@ def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, s
 
 def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, EvalLoader]:
     """This rank's loaders of the training split and of the validation split."""
-    streams = config.data.streams or config.batch.global_
+    streams = config.data.streams or config.batch.default_streams
     rows_per_stream = config.batch.global_ // streams
     rows, usual = (-(-streams // size) * rows_per_stream for size in (world.size, config.cluster.workers or world.size))
     # A world that lost workers takes more micro-batches, not larger ones: memory was measured for the configured world.

@@ -42,7 +42,7 @@ class Engine:
         micro: int,
         accumulation: int,
     ) -> None:
-        """``micro`` rows per forward pass, ``accumulation`` forward passes per optimizer step.
+        """``micro`` rows per forward pass, ``accumulation`` forward passes per optimizer step, both at most.
 
         The parameters are those of ``allocate_parameters``, and remain without weights until ``fill`` or ``load``.
         """
@@ -101,6 +101,7 @@ class Engine:
         applied = True
         for n, batch in enumerate(micro_batches):
             heartbeat.enter_phase("forward", n)
+            self.engine.set_gradient_accumulation_boundary(n == len(micro_batches) - 1)  # a ramp has fewer at first
             losses = self.engine(batch)
             loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, (s, _) in losses.items()]).sum()
             heartbeat.enter_phase("backward", n)

@@ -72,9 +72,15 @@ class Choice:
         return utilization(self.tokens_per_s, self.run.flops_per_token, self.cluster.size, peak) or 0.0
 
     @property
+    def run_s(self) -> float:
+        """Seconds of all steps of the run; a smaller one of a ramp takes as much less as it has fewer sequences."""
+        batch = self.config.batch
+        return batch.sequences(self.config.steps) / batch.global_ * self.time.total_s
+
+    @property
     def gpu_hours(self) -> float:
         """GPU-hours of all steps of the run."""
-        return self.config.steps * self.time.total_s * self.cluster.size / 3600
+        return self.run_s * self.cluster.size / 3600
 
 
 def choose(config: Config, cluster: Cluster) -> Choice:

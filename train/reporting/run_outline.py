@@ -25,19 +25,20 @@ def outline(
     """Fields of the plan event: sizes of model, work and corpus, and ``estimate_s`` seconds for the steps that are
     left.
     """
-    tokens_per_step = config.batch.global_ * config.batch.seq_len
+    batch = config.batch
+    tokens_per_step, tokens = batch.global_ * batch.seq_len, batch.sequences(config.steps) * batch.seq_len
     train_tokens = corpus.split("train").tokens
-    left = (config.steps - progress.step) * tokens_per_step * rates.flops_per_token
+    left = (tokens - batch.sequences(progress.step) * batch.seq_len) * rates.flops_per_token
     return {
         "model": config.run.name,
         "params": _numel(objective.parameters()),
         "trained": _numel(p for p in objective.parameters() if p.requires_grad),
         "steps": config.steps,
         "start_step": progress.step,
-        "tokens": tokens_per_step * config.steps,
+        "tokens": tokens,
         "tokens_per_step": tokens_per_step,
         "corpus_tokens": train_tokens,
-        "epochs": tokens_per_step * config.steps / max(train_tokens, 1),
+        "epochs": tokens / max(train_tokens, 1),
         "flops_per_token": rates.flops_per_token,
         "zero_stage": config.zero.stage,
         "precision": config.precision.name,

@@ -20,7 +20,7 @@ from train.util.reading import UNREADABLE, as_object, read_yaml
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir, checkpoint_steps
 
-IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.seq_len", "seed", "optimizer.name")
+IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.ramp", "batch.seq_len", "seed", "optimizer.name")
 """Keys that identify a run: a run with other values is another run."""
 BEGINNING = ("init.", "stop.metric")
 """Keys that are fixed once a run has logged or saved; before, a start that failed may be repeated with others."""

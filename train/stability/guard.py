@@ -218,7 +218,7 @@ class Guard:
         """
         rows = self.config.batch.global_
         sums, counts = [0.0] * rows, [0.0] * rows
-        mine = iter(self.loader.row_numbers())
+        mine = iter(self.loader.row_numbers(cursor))
         for batch in (to_device(b, self.world.device) for b in self.loader.peek(cursor)):
             for index in range(len(batch["tokens"])):
                 row = {key: value[index : index + 1] for key, value in batch.items()}

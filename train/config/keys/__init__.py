@@ -1,6 +1,7 @@
-"""Keys of each model family and of the objectives, without torch: the driver reads them too.
+"""Keys of each model family, of the objectives and of the batch, without torch: the driver reads them too.
 
 base        base classes of all sections and families
+batch_size  sequences of a step, and a ramp up to them
 decoder     GPT-2, Llama
 encoder     BERT
 encdec      T5, the original Transformer

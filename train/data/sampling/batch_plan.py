@@ -8,11 +8,13 @@ most. All streams advance together, so one number says how far an epoch has come
     after it: p + k u; once that is past the longest stream, Cursor(epoch + 1, 0)
 
 A row that reaches beyond the end of its stream is padded. So every unit comes exactly once an epoch, and any cursor is
-reached by arithmetic.
+reached by arithmetic. A ramp of the batch size cuts the run into stages, each with its own k from the cursor
+on at which it begins: so the cursor alone says how large its step is.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -48,40 +50,76 @@ class StepShape:
     seq_len: int
     streams: int
     pack: bool = True
+    ramp: tuple[tuple[int, int], ...] = ()
+    """What comes before steps of ``rows`` rows: (rows, steps) after (rows, steps)."""
 
 
 class BatchPlan:
     """Maps a cursor to the spans of documents that fill each row of the global batch."""
 
     def __init__(self, order: EpochOrder, shape: StepShape) -> None:
-        if shape.rows % shape.streams:
-            raise UserError(
-                f"batch.global={shape.rows} is not a multiple of data.streams={shape.streams}: every stream gives the "
-                f"same number of rows to a step. Set data.streams to a divisor of {shape.rows}, or leave it out"
-            )
+        for rows in (shape.rows, *(rows for rows, _ in shape.ramp)):
+            if rows % shape.streams:
+                raise UserError(
+                    f"batch.global={rows} is not a multiple of data.streams={shape.streams}: every stream gives the "
+                    f"same number of rows to a step. Set data.streams to a divisor of {rows}, or leave it out"
+                )
         self.order = order
         self.shape = shape
-        self.rows_per_stream = shape.rows // shape.streams
         self._units_per_row = shape.seq_len if shape.pack else 1
-        self._units_per_step = self.rows_per_stream * self._units_per_row  # of one stream
         self._longest_stream = -(-order.units // shape.streams)
         if not order.units:
             raise UserError("nothing to train on: this split of the corpus holds no documents")
+        # Where each stage begins, and the rows that each stream gives to its steps.
+        self._stages: list[tuple[Cursor, int]] = []
+        begin = Cursor()
+        for rows, steps in shape.ramp:
+            self._stages.append((begin, rows // shape.streams))
+            begin = self.after(begin, steps)
+        self._stages.append((begin, shape.rows // shape.streams))
+
+    @property
+    def full_size(self) -> Cursor:
+        """The first cursor whose step has all of ``shape.rows``."""
+        return self._stages[-1][0]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch, the last of which may be short."""
-        return self.steps_left(Cursor())
+        """Optimizer steps of the first epoch, the last of which may be short."""
+        cursor, steps = Cursor(), 0
+        while cursor.epoch == 0:
+            left = self.steps_left(cursor)
+            cursor, steps = self.after(cursor, left), steps + left
+        return steps
+
+    def rows_per_stream(self, cursor: Cursor) -> int:
+        """Rows that each stream gives to the step at the cursor."""
+        return self._stages[self._stage(cursor)][1]
 
     def after(self, cursor: Cursor, steps: int = 1) -> Cursor:
         """The cursor ``steps`` optimizer steps later, in a later epoch if need be."""
-        while steps >= (left := self.steps_left(cursor)):
-            cursor, steps = Cursor(cursor.epoch + 1, 0), steps - left
-        return Cursor(cursor.epoch, cursor.position + steps * self._units_per_step)
+        while steps:
+            made = min(steps, self.steps_left(cursor))
+            position = cursor.position + made * self._units_per_step(cursor)
+            over = position >= self._longest_stream
+            cursor, steps = Cursor(cursor.epoch + 1) if over else Cursor(cursor.epoch, position), steps - made
+        return cursor
 
     def steps_left(self, cursor: Cursor) -> int:
-        """Steps from the cursor to the end of its epoch, the last of which may be short."""
-        return -(-(self._longest_stream - cursor.position) // self._units_per_step)
+        """Steps from the cursor to the end of its epoch, the last of which may be short, or to another batch size."""
+        end, following = self._longest_stream, self._stages[self._stage(cursor) + 1 :]
+        if following and following[0][0].epoch == cursor.epoch:
+            end = following[0][0].position
+        return -(-(end - cursor.position) // self._units_per_step(cursor))
+
+    def _stage(self, cursor: Cursor) -> int:
+        """The number of the stage that the step at the cursor belongs to: the last that begins there or before."""
+        begins = [(begin.epoch, begin.position) for begin, _ in self._stages]
+        return bisect_right(begins, (cursor.epoch, cursor.position)) - 1
+
+    def _units_per_step(self, cursor: Cursor) -> int:
+        """Units of one stream in the step at the cursor."""
+        return self.rows_per_stream(cursor) * self._units_per_row
 
     def check_cursor(self, cursor: Cursor) -> None:
         """Raise UserError unless the cursor lies inside an epoch of this plan."""
@@ -94,17 +132,17 @@ class BatchPlan:
             )
 
     def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int, keep: bool = True) -> DocSpans:
-        """Spans of the rows of ``steps`` steps from a cursor, all in its epoch: stream after stream, step after step.
+        """Spans of the rows of ``steps`` <= steps_left steps from a cursor: stream after stream, step after step.
 
-        Each stream gives rows_per_stream * steps rows. Spans are cut where rows of seq_len tokens end; padding
+        Each stream gives rows_per_stream(cursor) * steps rows. Spans are cut where rows of seq_len tokens end; padding
         (sample -1) fills the rest of a row. ``keep``: see ``EpochOrder.spans``.
         """
         number = np.fromiter(streams, np.int64)
         low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
         begins = np.minimum(low + cursor.position, high)
-        ends = np.minimum(begins + steps * self._units_per_step, high)
+        ends = np.minimum(begins + steps * self._units_per_step(cursor), high)
         spans, owner = self.order.spans(cursor.epoch, begins, ends, keep)
-        rows = steps * self.rows_per_stream
+        rows = steps * self.rows_per_stream(cursor)
         if not self.shape.pack:
             row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
             return _one_sample_per_row(spans, row, rows * len(number), self.shape.seq_len)
@@ -124,7 +162,8 @@ class BatchPlan:
         spans = self.row_spans(range(self.shape.streams), cursor, 1, keep=False)
         # Spans come stream after stream: row ``i`` of ``stream`` is row i * streams + stream of the step.
         index = (np.cumsum(spans.length) - 1) // self.shape.seq_len
-        row = index % self.rows_per_stream * self.shape.streams + index // self.rows_per_stream
+        each = self.rows_per_stream(cursor)
+        row = index % each * self.shape.streams + index // each
         real = np.flatnonzero((spans.sample >= 0) & ~np.isin(row, list(skipped)))
         real = real[np.argsort(row[real], kind="stable")]
         return np.stack([row[real], *(column[real] for column in spans)], axis=1)

@@ -32,7 +32,7 @@ def read_epoch(corpus, epoch=0, seed=0, world=1, steps=None, seq_len=T, **keys):
         loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
         loader.seek(Cursor(epoch, 0))
         for step in range(steps or plan.steps_per_epoch):
-            numbers, batches = loader.row_numbers(), next(loader)[0]
+            numbers, batches = loader.row_numbers(Cursor()), next(loader)[0]
             rows += [(step, number, batch) for number, batch in zip(numbers, batches, strict=False)]
         loader.close()
     rows.sort(key=lambda row: (row[1], row[0]))  # stream after stream

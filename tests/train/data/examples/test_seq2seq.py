@@ -13,7 +13,7 @@ from train.data.corpus.shards import Corpus
 from train.data.examples.seq2seq import Seq2seqExamples, row_lengths
 from train.data.loader import Loader, RankShare, split_sizes
 from train.data.prepare.prepare import prepare
-from train.data.sampling.batch_plan import BatchPlan, StepShape
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle
 from train.errors import UserError
 
@@ -31,7 +31,7 @@ def read_epoch(corpus, objective, seq_len, seed=0, isolate=True, pack=True, worl
     for rank in range(world):
         loader = Loader(shards, plan, RankShare(rank, world, 1), examples)
         for step in range(plan.steps_per_epoch):
-            rows += [(step, n, b) for n, b in zip(loader.row_numbers(), next(loader)[0], strict=False)]
+            rows += [(step, n, b) for n, b in zip(loader.row_numbers(Cursor()), next(loader)[0], strict=False)]
         loader.close()
     rows.sort(key=lambda row: row[:2])
     columns = zip(*(batch.values() for _, _, batch in rows), strict=True)

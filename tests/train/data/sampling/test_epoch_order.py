@@ -65,7 +65,7 @@ def test_every_token_comes_exactly_once_an_epoch(drawn, epoch):
 @settings(max_examples=100, deadline=None)
 def test_rows_are_equal_for_any_rank_and_number_of_steps_at_once(drawn, world, steps):
     _, plan = drawn
-    T, rows_each = plan.shape.seq_len, plan.rows_per_stream
+    T, rows_each = plan.shape.seq_len, plan.rows_per_stream(Cursor())
     cursor = plan.after(Cursor(1, 0), plan.steps_per_epoch // 2)
     steps = min(steps, plan.steps_left(cursor))
     by_rank = {}
