@@ -82,10 +82,10 @@ def cases(given: dict[str, str]) -> list[list[str]]:
     for model, stage, precision, recompute in itertools.product(*axes):
         experiment = [f"experiment={model}"] if model.endswith("_tiny") else [f"model={model}"]
         words = [*experiment, f"zero.stage={stage}", f"precision={precision}"]
-        if recompute == "true":
+        if recompute != "false":
             if model.partition("_")[0] in ("lstm", "gru", "rnn"):
                 continue
-            words.append("model.checkpoint_activations=true")
+            words.append(f"model.checkpoint_activations={recompute}")
         found.append(words)
     return found
 

@@ -48,8 +48,8 @@ from train.util.progress import SlowProgress
 from train.util.redact import redact_tree
 from train.util.run_layout import RunDir
 
-MIRROR_WAIT_S, MIRROR_WAIT_STOPPED_S = 600.0, 20.0
-"""How long the end of a run, and a stop, wait for the last checkpoint to be complete in its mirror."""
+MIRROR_WAIT_S, MIRROR_WAIT_STOPPED = 600.0, 1 / 3
+"""How long the end of a run waits for its last checkpoint's copy in the mirror; and a stop, of its ``stop_grace``."""
 
 
 def train_rank(
@@ -98,7 +98,7 @@ def train_rank(
         activity.charge("save")
         if tracker:
             tracker.close({})
-        saver.wait_for_mirror(MIRROR_WAIT_STOPPED_S)
+        saver.wait_for_mirror(MIRROR_WAIT_STOPPED * config.cluster.stop_grace)
         raise
     finally:
         saver.close()

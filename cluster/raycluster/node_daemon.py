@@ -27,13 +27,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from cluster.host import job_dir, network, resources
 from cluster.raycluster import cluster_client, ray_auth, ray_node, versions
 from cluster.worker import fork_server_client
+from train.config.schema import LONGEST_GRACE_S
 from train.errors import ExitCode, UserError
 from train.util.io import FileLock
 from train.util.reading import UNREADABLE, as_object
 
 LIFELINE_CHECK_S = 0.5
-NODE_SAVE_S = 70.0
-"""How long the node of a job that is told to end (a batch system tells everybody) leaves its workers to save."""
+NODE_SAVE_S = LONGEST_GRACE_S + 10.0
+"""How long the node of a job that is told to end (a batch system tells everybody) leaves its workers to save, at most:
+it ends with the driver, which ends once they have.
+"""
 REJOIN_LIMIT_S = 1800.0
 """How long a lost head is asked whether it is back."""
 REJOIN_RETRY_S = 2.0

@@ -225,7 +225,9 @@ class Attempt:
                     status.stop_signal = status.stop_signal or signal.SIGTERM
                     status.error = status.error or {"text": record["error"] or ""}
                     self._add_exit(status, {"code": record["code"], "pid": host.info.pid})
-                elif self.state.phase is Phase.KILLED or now > since + (EXIT_RECORD_S if signalled else SIGNAL_GRACE_S):
+                    continue
+                patience = status.order.stop_grace + EXIT_RECORD_S if signalled else SIGNAL_GRACE_S
+                if self.state.phase is Phase.KILLED or now > since + patience:
                     self._add_lost_agent(status, error)
             if all(status.exit is not None for status in host.ranks):
                 host.unreachable = None

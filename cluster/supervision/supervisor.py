@@ -269,6 +269,7 @@ class Supervisor:
                 threads=placement.threads_per_worker(self.device, config.cluster.cpus_per_worker, cores, gpus),
                 forwarded=forwarded,
                 gpus=infos[rank].gpus,
+                stop_grace=config.cluster.stop_grace,
             )
             started[node] += 1
             env = {**self._environment(order, local_sizes[node]), **config.cluster.env}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from cluster.raycluster.node_daemon import NODE_SAVE_S
 from cluster.worker.agent import DEVICE_READ_S, EVIDENCE_S
-from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
+from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S
 from cluster.worker.worker_handle import STACK_DUMP_CHECK_S, STACK_DUMP_S
+from train.config.schema import LONGEST_GRACE_S, ClusterConfig
 
 TICK_S = 0.2
 """How long the driver waits for events at a time; so late it may see a signal or a larger cluster."""
@@ -24,8 +25,8 @@ SIGNAL_GRACE_S = 0.75
 """How long a lost agent is taken for the victim of a signal to everybody, which the driver is then to receive."""
 MUTE_S = 3.0
 """After such a signal, how long an agent may be silent before its worker's exit record is looked for."""
-EXIT_RECORD_S = 65.0
-"""After such a signal, how long a worker may take to save and write its exit record."""
+EXIT_RECORD_S = 5.0
+"""After such a signal, how long beyond ``cluster.stop_grace`` a worker may take to write its exit record."""
 GROW_CHECK_S = 0.5
 """Between checks for whether there is room for more workers."""
 
@@ -42,6 +43,7 @@ REJOIN_S = 8.0
 SLOT_CHECK_S = 0.2
 """Between checks for whether slots have been filled."""
 
+USUAL_GRACE_S = float(ClusterConfig().stop_grace)
 DRIVER_STOP_S = 150.0
 """How long a driver that was told to stop may take to end, before the drill kills it."""
 HOST_CUT_S = 20.0
@@ -57,9 +59,9 @@ INEQUALITIES = (
     (TICK_S, GROW_CHECK_S, "a check happens at most once a tick"),
     (SLOT_CHECK_S, REJOIN_S, "a slot that is filled in time is seen in time"),
     (ORPHAN_S + ORPHAN_CHECK_S, SIGNAL_GRACE_S, "a lost agent's worker is dead before its rank counts as ended"),
-    (ORPHAN_SAVE_S + ORPHAN_CHECK_S, EXIT_RECORD_S, "the exit record is awaited as long as its worker may live"),
-    (ORPHAN_SAVE_S + ORPHAN_CHECK_S, NODE_SAVE_S, "a node's daemon, which owns the fork server, outlives the save"),
-    (EXIT_RECORD_S + TEARDOWN_S, DRIVER_STOP_S, "a driver that waits for all it may wait for is not killed"),
+    (ORPHAN_CHECK_S, EXIT_RECORD_S, "the exit record is awaited as long as its worker may live"),
+    (LONGEST_GRACE_S + ORPHAN_CHECK_S, NODE_SAVE_S, "a node's daemon, which owns the fork server, outlives the save"),
+    (USUAL_GRACE_S + EXIT_RECORD_S + TEARDOWN_S, DRIVER_STOP_S, "a driver that waits for its workers is not killed"),
     (
         STACK_DUMP_S + STACK_DUMP_CHECK_S + 2 * DEVICE_READ_S,
         INSPECT_S,

@@ -28,7 +28,7 @@ from typing import Protocol
 
 from cluster.host import job_dir, resources
 from cluster.worker import ipc
-from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S, ORPHAN_SAVE_S
+from cluster.worker.fork_server_client import ORPHAN_CHECK_S, ORPHAN_S
 from cluster.worker.messages import StartOrder
 from train.errors import ExitCode
 from train.util import streams
@@ -56,6 +56,8 @@ class ForkedWorker:
     pid: int
     agent: socket.socket
     gpus: tuple[str, ...] = ()
+    stop_grace: float = ORPHAN_S
+    """Seconds that it may live without its agent once everybody was told to end."""
     orphaned: float | None = None
     """When its agent was lost (monotonic)."""
 
@@ -150,7 +152,7 @@ class ForkServer:
         """Kills workers that have been without an agent for too long; the seconds to the next check, if any."""
         orphans = [(worker, worker.orphaned) for worker in self.workers.values() if worker.orphaned is not None]
         for worker, since in orphans:
-            if time.monotonic() > since + (ORPHAN_SAVE_S if self.stop_signalled else ORPHAN_S):
+            if time.monotonic() > since + (worker.stop_grace if self.stop_signalled else ORPHAN_S):
                 os.kill(worker.pid, signal.SIGKILL)
         return ORPHAN_CHECK_S if orphans else None
 
@@ -203,7 +205,7 @@ class ForkServer:
             self._become_worker(parent, order, fds)
         for fd in fds:
             os.close(fd)
-        self.workers[pid] = ForkedWorker(pid, agent, order.gpus)
+        self.workers[pid] = ForkedWorker(pid, agent, order.gpus, order.stop_grace)
         ipc.send(agent, {"pid": pid, "ready": self.ready})
 
     def _become_worker(self, parent: int, order: StartOrder, fds: list[int]) -> None:

@@ -40,8 +40,6 @@ step of a small model on a CPU.
 
 ORPHAN_S = 0.5
 """How long a worker outlives its agent: a signal to everybody may reach the fork server after the agent."""
-ORPHAN_SAVE_S = 60.0
-"""How long after such a signal, when the workers are saving what they have."""
 ORPHAN_CHECK_S = 0.1
 """Between the fork server's looks at workers without an agent."""
 

@@ -67,6 +67,8 @@ class StartOrder:
     """Variables of the driver that are the same on every rank, see ``worker_env``."""
     gpus: tuple[str, ...] = ()
     """GPUs that Ray gave the rank."""
+    stop_grace: float = 60.0
+    """Seconds that the worker may take to save, after a signal to everybody that ended its agent."""
     interface: str = ""
     """The network interface that the node's address is on; added by the agent."""
 

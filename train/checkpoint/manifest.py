@@ -18,10 +18,11 @@ from pydantic import BaseModel, Field, StrictInt, StrictStr
 from train.errors import UserError
 from train.util.io import to_json
 from train.util.reading import UNREADABLE
-from train.util.run_layout import checkpoint_name, checkpoint_steps
+from train.util.run_layout import checkpoint_name, checkpoint_steps, shard_name
 
 MANIFEST = "checkpoint.json"
-VERSION = 2
+VERSION, READ_VERSIONS = 3, (2, 3)
+"""Version 2 lists every piece; 3 leaves out those that follow from ``even``: see ``train.checkpoint.pieces``."""
 FILE = re.compile(r"rank_\d+\.safetensors")
 
 _BEFORE, _AFTER = b'{"sha256": "', b'", '
@@ -60,6 +61,7 @@ class _ManifestForm(BaseModel):
     scalars: dict[StrictStr, Any]
     corpus: StrictStr
     files: dict[StrictStr, _FileForm]
+    even: dict[StrictStr, list[StrictStr]] = {}
 
 
 class DamagedCheckpoint(Exception):  # noqa: N818  a finding, not an error of the program
@@ -79,7 +81,7 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{MANIFEST} does not have the hash it was written with")
     try:
         values: dict[str, Any] = json.loads(b"{" + rest)
-        if (version := values.get("version")) != VERSION:
+        if (version := values.get("version")) not in READ_VERSIONS:
             raise DamagedCheckpoint(f"{MANIFEST} has version {str(version)[:20]}, and {VERSION} is read")
         form = _ManifestForm.model_validate(values)
     except UNREADABLE as error:  # the hash is right: somebody else has written it so
@@ -88,6 +90,10 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{MANIFEST} is that of step {form.progress.step}")
     if unexpected := [name for name in form.files if not FILE.fullmatch(name)]:
         raise DamagedCheckpoint(f"{MANIFEST} names a file {unexpected[0]!r}")
+    if form.even and form.files.keys() != {shard_name(rank) for rank in range(len(form.files))}:
+        raise DamagedCheckpoint(f"{MANIFEST} does not name the files of all ranks")
+    if foreign := [name for names in form.even.values() for name in names if name not in form.shapes]:
+        raise DamagedCheckpoint(f"{MANIFEST} names a parameter {foreign[0]!r} without a shape")
     return values
 
 

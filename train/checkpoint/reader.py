@@ -17,8 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
+from train.checkpoint.pieces import PieceTable, pieces_in_file
 from train.checkpoint.staging import tensor_name
 from train.distributed import process_group
 from train.distributed.param_shard import ShardedState
@@ -37,6 +37,9 @@ from train.state.train_state import TrainState
 from train.util.io import sha256_of, write_whole
 from train.util.reading import reading
 from train.util.run_layout import checkpoint_name
+
+MAPPED_BYTES, MOST_OPEN = 256 << 20, 64
+"""Of the files that a reader holds open: bytes read of them, after which they are closed, and their number."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Checkpoint:
                     return f"{name} has {size} bytes, not {entry['size']}"
                 if sha256_of(file) != entry["sha256"]:
                     return f"{name} does not have the hash it was written with"
-                if mismatch := _content_mismatch(file, entry["pieces"]):
+                if mismatch := _content_mismatch(file, pieces_in_file(self.manifest, name)):
                     return f"{name} {mismatch}"
             except OSError as error:
                 return f"{name} cannot be read: {error.strerror or error}"
@@ -83,7 +86,7 @@ class Checkpoint:
         return CheckpointReader(self, keep_open)
 
 
-def _content_mismatch(file: Path, pieces: list[list[Any]]) -> str | None:
+def _content_mismatch(file: Path, pieces: Iterable[list[Any]]) -> str | None:
     """How the tensors of a file differ from its manifest's ``pieces``, or None. Raises OSError if it cannot be read.
 
     A matching hash is not enough: file and manifest may both come from somebody else. Nothing is ever unpickled.
@@ -110,37 +113,42 @@ class CheckpointReader:
     """Reads slices of flattened parameters from the pieces that they were written in."""
 
     def __init__(self, checkpoint: Checkpoint, keep_open: bool) -> None:
-        """Opens every file now with ``keep_open``, else each for as long as it is read.
-
-        What was read of a file that stays open stays in memory, since it is mapped: a rank that resumes would hold all
-        of its state twice. And of a thousand files it reads a few.
-        """
+        """Opens every file now with ``keep_open``, else those that are read, when they are."""
         self.path = checkpoint.path
         self.files = {n: self._open(n) for n in checkpoint.manifest["files"]} if keep_open else {}
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        """(first element, elements, file) of each piece in ascending order, by (parameter, kind)."""
-        for file, entry in checkpoint.manifest["files"].items():
-            for kind, name, start, numel in entry["pieces"]:
-                self.pieces.setdefault((name, kind), []).append((start, numel, file))
+        self.pieces = PieceTable(checkpoint.manifest)
         self.kinds: dict[str, list[str]] = {}
         """Kinds (weight, moments) of each parameter."""
-        for (name, kind), pieces in self.pieces.items():
-            pieces.sort()
+        for name, kind in self.pieces:
             self.kinds.setdefault(name, []).append(kind)
+        self._recent: dict[str, Any] = {}
+        self._mapped = 0  # bytes that were read of those
 
     def _open(self, file: str) -> Any:
         return safe_open(self.path / file, framework="pt")
 
+    def _opened(self, file: str, nbytes: int) -> Any:
+        """A file that is about to be read, opened anew at most once in MAPPED_BYTES.
+
+        What was read of a file that stays open stays in memory, since it is mapped: a rank that resumes would hold all
+        of its state twice. But every opening parses the file's header, and asks a file server.
+        """
+        if file in self.files:
+            return self.files[file]
+        if self._mapped > MAPPED_BYTES or len(self._recent) >= MOST_OPEN:
+            self._recent, self._mapped = {}, 0
+        self._mapped += nbytes
+        if file not in self._recent:
+            self._recent[file] = self._open(file)
+        return self._recent[file]
+
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of a flattened parameter: (numel,) float32."""
-        pieces, end, parts = self.pieces.get((name, kind), []), start + numel, []
-        begin = max(0, bisect_right([piece[0] for piece in pieces], start) - 1)
-        for first, length, file in pieces[begin:]:
-            if first >= end:
-                break
+        end, parts = start + numel, []
+        for first, length, file in self.pieces.overlapping(name, kind, start, end):
             low, high = max(start, first), min(end, first + length)
             if low < high:
-                opened = self.files.get(file) or self._open(file)
+                opened = self._opened(file, 4 * (high - low))
                 parts.append(opened.get_slice(tensor_name(kind, name, first))[low - first : high - first])
         held = sum(part.numel() for part in parts)
         if held != numel:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from train.checkpoint import manifest
 from train.checkpoint.mirror import Mirror
+from train.checkpoint.pieces import Even, without_even
 from train.checkpoint.reader import complete
 from train.checkpoint.staging import StagingBuffer, StateKey
 from train.distributed import process_group
@@ -47,6 +48,8 @@ class PendingSave:
     before_publish: Callable[[], None]
     """Called on rank 0 once all files are written, before the checkpoint appears."""
     started_at: float
+    carried: frozenset[str] | None
+    """Where all else is evenly sharded: the states that are not; None where nothing is."""
     thread: threading.Thread = field(init=False)
     seconds: float = 0.0
     error: str | None = None
@@ -107,7 +110,10 @@ class CheckpointWriter:
             **run_values,
         }
         self.staging.begin_copy(states)
-        self.current = save = PendingSave(self.next_number, progress.step, manifest_values, before_publish, started_at)
+        carried = frozenset(shard.name for shard in engine.carried) if engine.evenly_sharded else None
+        self.current = save = PendingSave(
+            self.next_number, progress.step, manifest_values, before_publish, started_at, carried
+        )
         self.next_number += 1
         save.thread = threading.Thread(target=self._run_save, args=[save], name="save", daemon=True)
         save.thread.start()
@@ -188,11 +194,17 @@ class CheckpointWriter:
             self.staging.copy()
             folder.mkdir(parents=True, exist_ok=True)
             entry = self.staging.write_file(folder / shard_name(self.world.rank), self.closing.is_set)
+            even: Even = {}
+            if save.carried is not None:
+                place = (self.world.rank, self.world.size)
+                shapes = save.manifest_values["shapes"]
+                entry["pieces"], even = without_even(entry["pieces"], shapes, *place, save.carried)
         except Exception as error:  # any error: the other ranks must not wait for this one
             return {
                 "error": f"rank {self.world.rank}: {error if isinstance(error, OSError) else traceback.format_exc()}"
             }
-        return {"entry": entry}
+        # Rank 0's names are all: it has a share of every parameter, however small.
+        return {"entry": entry, "even": even} if self.world.is_rank0 else {"entry": entry}
 
     def _exchange_reports(self, save: PendingSave, report: dict[str, Any]) -> str | None:
         """Report to rank 0, which publishes the checkpoint and answers all ranks: returns its error, or None."""
@@ -216,7 +228,8 @@ class CheckpointWriter:
                 raise OSError("; ".join(errors))
             entries = {shard_name(rank): report["entry"] for rank, report in enumerate(reports)}
             save.before_publish()
-            write_whole(temporary / manifest.MANIFEST, manifest.to_bytes({**save.manifest_values, "files": entries}))
+            values = {**save.manifest_values, "files": entries, "even": reports[0]["even"]}
+            write_whole(temporary / manifest.MANIFEST, manifest.to_bytes(values))
             if final.exists():  # of an earlier attempt, which has been found damaged
                 self._delete(final)
             temporary.rename(final)

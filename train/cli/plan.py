@@ -17,6 +17,8 @@ from train.reporting.terminal import UserConsole
 from train.util.format import count, duration
 
 OPTIONS = {"gpu": "h100", "nodes": "1", "gpus_a_node": "8", "price": "", "every": "false"}
+NAMES: dict[bool | str, str] = {False: "no", True: "blocks", "attention": "attention", "mlp": "mlp"}
+"""What is recomputed, as the table of every way says it."""
 
 
 def run(argv: Sequence[str], out: UserConsole, err: UserConsole) -> None:
@@ -113,7 +115,7 @@ def _show_every(asked: Choice, out: UserConsole, err: UserConsole) -> None:
         way = config.zero.stage, recompute
         if way in full:
             continue
-        said = [str(config.zero.stage), "yes" if recompute else "no", str(config.batch.micro)]
+        said = [str(config.zero.stage), NAMES[recompute], str(config.batch.micro)]
         least = least_state(config, asked.run.params, asked.cluster.size)
         if least > asked.cluster.gpu.memory:
             full.add(way)

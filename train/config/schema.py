@@ -179,6 +179,9 @@ class ProfileConfig(Section):
     memory: bool = Field(False, description="trace allocations too; of a GPU, with a snapshot of its memory")
 
 
+LONGEST_GRACE_S = 3600
+
+
 def _as_text(value: Any) -> Any:
     """A number as an environment variable holds it, for the command line reads NCCL_IB_TIMEOUT=22 as one."""
     return str(int(value) if isinstance(value, bool) else value) if isinstance(value, int | float) else value
@@ -219,6 +222,9 @@ class ClusterConfig(Section):
     )
     grow_after: NonNegative = Field(
         30, description="seconds that a lost worker's place must be back before it is used again"
+    )
+    stop_grace: Annotated[int, Field(gt=0, le=LONGEST_GRACE_S)] = Field(
+        60, description="seconds that workers may take, after a signal to everybody, to finish their step and save"
     )
     stay_away: NonNegative = Field(
         120, description="seconds that the place of a worker that was told to end stays empty"

@@ -56,7 +56,8 @@ def _batch_problems(config: Config) -> list[str]:
 def _ramp_problems(config: Config, streams: int) -> list[str]:
     """Problems of ``batch.ramp`` by itself, with the steps of the run and with its streams."""
     b, problems = config.batch, []
-    sizes, ends = [rows for rows, _ in b.ramp or []], [end for _, end in b.ramp or []]
+    sizes = [rows for rows, _ in b.ramp or []]
+    ends = [end for _, end in b.ramp or []]
     growing = [*sizes, b.global_]
     if any(after <= before for before, after in itertools.pairwise(growing)):
         problems.append(

@@ -51,6 +51,10 @@ class ShardedState(Protocol):
     def replicated(self) -> bool:
         """Whether every rank holds every shard."""
 
+    @property
+    def evenly_sharded(self) -> bool:
+        """Whether each rank holds, in order, an equal part of every parameter, and of every moment."""
+
     def states(self, shard: ParamShard) -> dict[str, Tensor]:
         """Views of a shard's state by kind, MASTER and the optimizer's moments: (numel,) float32 each."""
 

@@ -258,6 +258,11 @@ class Engine:
         return bool(self.engine.zero_optimization_stage() == 3)
 
     @property
+    def evenly_sharded(self) -> bool:
+        """Whether each rank holds an equal part of every parameter (ZeRO stage 3)."""
+        return self._shards_weights
+
+    @property
     def replicated(self) -> bool:
         """Whether every rank holds every shard (ZeRO stage 0)."""
         return self.masters is not MasterWeights.ZERO

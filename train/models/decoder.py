@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
@@ -26,6 +25,7 @@ from train.models.layers import (
     dropout,
     last_token,
     linear_weights,
+    run_part,
 )
 
 
@@ -36,8 +36,9 @@ class Block(nn.Module):
     residual stream and the output (delta) that is still to be dropped out and added to it.
     """
 
-    def __init__(self, model: keys.Decoder) -> None:
+    def __init__(self, model: keys.Decoder, number: int) -> None:
         super().__init__()
+        self.recomputed = model.recomputed(number)
         self.attention_norm = Norm(model)
         self.attention = Attention(model)
         self.mlp_norm = Norm(model)
@@ -48,8 +49,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(x, delta) -> (x, delta), each (B, T, D): the residual stream and the output not yet added to it."""
         h, x = self.attention_norm(x, delta)
-        h, x = self.mlp_norm(x, self.attention(h, context, cache))
-        return x, self.mlp(h)
+        h, x = self.mlp_norm(x, run_part(self.attention, self.recomputed == "attention", h, context, cache))
+        return x, run_part(self.mlp, self.recomputed == "mlp", h)
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self.embed = Embedding(vocab_size, model.width, model.deviation(model.width))
         learned = model.position == "learned"
         self.positions = Embedding(model.max_len, model.width, model.deviation(model.width)) if learned else None
-        self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(Block(model, number) for number in range(model.layers))
         self.norm = Norm(model)
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
@@ -144,12 +145,10 @@ class Decoder(nn.Module):
             x = x + self.positions(positions)
         x = dropout(x, self.model.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            if self.model.checkpoint_activations and torch.is_grad_enabled():
-                # The sum alone is kept for the backward pass, not both its parts.
-                x = x if delta is None else x + dropout(delta, self.model.dropout, self.training)
-                x, delta = checkpoint(block, x, None, context, use_reentrant=False)
-            else:
-                x, delta = block(x, delta, context, caches[i] if caches else None)
+            again = block.recomputed == "block" and torch.is_grad_enabled()
+            if again and delta is not None:  # the sum alone is kept for the backward pass, not both its parts
+                x, delta = x + dropout(delta, self.model.dropout, self.training), None
+            x, delta = run_part(block, again, x, delta, context, caches[i] if caches else None)
         return self.norm(x, delta)[0]
 
     def _rope(self, positions: Tensor) -> kernels.RopeTable | None:

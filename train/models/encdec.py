@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
@@ -32,6 +31,7 @@ from train.models.layers import (
     linear_weights,
     query_std,
     residual_std,
+    run_part,
 )
 
 
@@ -78,21 +78,24 @@ class ResidualLayer(nn.Module):
 class EncDecEncoderBlock(nn.Module):
     """Encoder block: bidirectional attention and an MLP."""
 
-    def __init__(self, model: keys.EncDec) -> None:
+    def __init__(self, model: keys.EncDec, number: int) -> None:
         super().__init__()
+        self.recomputed = model.recomputed(number)
         self.attention = ResidualLayer(model, Attention(model, causal=False))
         self.mlp = ResidualLayer(model, build_mlp(model))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
-        return self.mlp(self.attention(x, context))
+        x = run_part(self.attention, self.recomputed == "attention", x, context)
+        return run_part(self.mlp, self.recomputed == "mlp", x)
 
 
 class EncDecDecoderBlock(nn.Module):
     """Decoder block: causal attention, cross-attention to the source and an MLP."""
 
-    def __init__(self, model: keys.EncDec) -> None:
+    def __init__(self, model: keys.EncDec, number: int) -> None:
         super().__init__()
+        self.recomputed = model.recomputed(number)
         self.attention = ResidualLayer(model, Attention(model))
         self.cross = ResidualLayer(model, CrossAttention(model))
         self.mlp = ResidualLayer(model, build_mlp(model))
@@ -106,7 +109,10 @@ class EncDecDecoderBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """X (B, U, D), encoder output (B, T, D) -> (B, U, D); ``across`` has the segments of the cross-attention."""
-        return self.mlp(self.cross(self.attention(x, context, cache), source, across))
+        attends = self.recomputed == "attention"
+        x = run_part(self.attention, attends, x, context, cache)
+        x = run_part(self.cross, attends, x, source, across)
+        return run_part(self.mlp, self.recomputed == "mlp", x)
 
 
 class RelativeBias(Embedding):
@@ -147,7 +153,7 @@ class Stack(nn.Module):
         super().__init__()
         self.model = model
         self.relative = RelativeBias(model, both_ways) if model.position == "relative" else None
-        self.blocks = nn.ModuleList(block(model) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(block(model, number) for number in range(model.layers))
         self.norm = Norm(model) if model.norm_first else None
 
     def forward(self, x: Tensor, segments: kernels.Segments, *inputs: Any) -> Tensor:
@@ -157,10 +163,7 @@ class Stack(nn.Module):
         bias = None if self.relative is None else self.relative(positions - positions[:, None])
         context = AttentionContext(segments=segments, bias=bias)
         for block in self.blocks:
-            if self.model.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, *inputs, use_reentrant=False)
-            else:
-                x = block(x, context, *inputs)
+            x = run_part(block, block.recomputed == "block", x, context, *inputs)
         return x if self.norm is None else dropout(self.norm(x)[0], self.model.dropout, self.training)
 
 

@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
 from train.config.keys import encoder as keys
-from train.models.layers import Attention, AttentionContext, Embedding, Linear, Norm, build_mlp, dropout, linear_weights
+from train.models.layers import (
+    Attention,
+    AttentionContext,
+    Embedding,
+    Linear,
+    Norm,
+    build_mlp,
+    dropout,
+    linear_weights,
+    run_part,
+)
 
 
 class EncoderLayer(nn.Module):
     """Post-norm Transformer block: attention and an MLP, each added to its input and the sum normalised."""
 
-    def __init__(self, model: keys.Encoder) -> None:
+    def __init__(self, model: keys.Encoder, number: int) -> None:
         super().__init__()
+        self.recomputed = model.recomputed(number)
         self.attention = Attention(model, causal=False)
         self.attention_norm = Norm(model)
         self.mlp = build_mlp(model)
@@ -27,8 +37,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """X (B, T, D) -> (B, T, D)."""
-        x, _ = self.attention_norm(x, self.attention(x, context))
-        return self.mlp_norm(x, self.mlp(x))[0]
+        x, _ = self.attention_norm(x, run_part(self.attention, self.recomputed == "attention", x, context))
+        return self.mlp_norm(x, run_part(self.mlp, self.recomputed == "mlp", x))[0]
 
 
 class Pooler(Linear):
@@ -51,7 +61,7 @@ class Encoder(nn.Module):
         self.positions = Embedding(model.max_len, model.width, model.deviation(model.width))
         self.types = Embedding(model.types, model.width, model.deviation(model.width))
         self.norm = Norm(model)
-        self.blocks = nn.ModuleList(EncoderLayer(model) for _ in range(model.layers))
+        self.blocks = nn.ModuleList(EncoderLayer(model, number) for number in range(model.layers))
         self.pooler: Pooler | None = Pooler(model.width, model.width, True, model.deviation(model.width))
 
     def forward(self, batch: Batch, isolate: bool = True) -> Tensor:
@@ -62,10 +72,7 @@ class Encoder(nn.Module):
         x = self.embed(batch["tokens"]) + self.positions(batch["positions"]) + self.types(types)
         x = dropout(self.norm(x)[0], self.model.dropout, self.training)
         for block in self.blocks:
-            if self.model.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
+            x = run_part(block, block.recomputed == "block", x, context)
         return x
 
     def pooled(self, batch: Batch, isolate: bool = True) -> Tensor:

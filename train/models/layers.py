@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from train.batch import Batch
@@ -66,6 +67,13 @@ class Norm(nn.Module):
         if delta is None:
             return kernels.layer_norm(x, self.weight, self.bias, self.eps), x
         return kernels.add_layer_norm(delta, x, self.weight, self.bias, self.eps, draw_dropout(self.p, self.training))
+
+
+def run_part(module: nn.Module, again: bool, *inputs: Any) -> Any:
+    """``module(*inputs)``; with ``again`` only its inputs are kept for the backward pass, which runs it once more."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
 
 
 @dataclass(frozen=True)

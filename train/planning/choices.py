@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from train.config.keys.base import Transformer
 from train.config.schema import Config
 from train.planning import collectives
 from train.planning.allocations import Peak
@@ -16,6 +17,8 @@ from train.reporting.throughput import utilization
 
 DEPTHS = (4, 8)
 """Layers of the dry runs of a deeper model: its layers are equal, so what it takes grows by as much with each."""
+RECOMPUTED: tuple[bool | str, ...] = (False, "attention", "mlp", True)
+"""What of each block is recomputed in the backward pass: nothing, a part, all."""
 STATE_BYTES = 4 + 8
 """Of a parameter: its fp32 master weight and two moments."""
 
@@ -95,12 +98,25 @@ def choose(config: Config, cluster: Cluster) -> Choice:
     layers = config.model.layers
     if layers <= DEPTHS[1]:
         return Choice(config, cluster, *of_depth(layers))
-    return Choice(config, cluster, *deepen(of_depth(DEPTHS[0]), of_depth(DEPTHS[1]), layers))
+    model = config.model
+    if (
+        isinstance(model, Transformer) and model.checkpoint_blocks is not None
+    ):  # two kinds of block: all of one, or none
+        ways = (choose(recomputing(config, kind), cluster) for kind in (False, model.checkpoint_activations))
+        none, every = ((way.run, way.time) for way in ways)
+        return Choice(config, cluster, *between(none, every, model.recomputed_share))
+    deep = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+    return Choice(config, cluster, *between(of_depth(DEPTHS[0]), of_depth(DEPTHS[1]), deep))
 
 
-def deepen(less: tuple[DryRun, StepTime], more: tuple[DryRun, StepTime], layers: int) -> tuple[DryRun, StepTime]:
-    """The dry run and time of ``layers`` equal layers, on the lines through those of ``DEPTHS``."""
-    share = (layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+def recomputing(config: Config, kind: bool | str) -> Config:
+    """The configuration with ``kind`` recomputed in all blocks."""
+    keys = {"checkpoint_activations": kind, "checkpoint_blocks": None}
+    return config.model_copy(update={"model": config.model.model_copy(update=keys)})
+
+
+def between(less: tuple[DryRun, StepTime], more: tuple[DryRun, StepTime], share: float) -> tuple[DryRun, StepTime]:
+    """The dry run and time at a ``share`` of the way from one to the other, or beyond it, on the line through both."""
 
     def at(low: float, high: float) -> float:
         return max(0.0, low + share * (high - low))
@@ -127,14 +143,13 @@ def alternatives(config: Config, cluster: Cluster) -> Iterator[Config]:
     """Every ZeRO stage, recomputation and micro-batch, doubling from 1, that makes steps of the same global batch."""
     share = -(-config.batch.global_ // cluster.size)
     micros = [2**n for n in range(share.bit_length()) if share % 2**n == 0]
-    recomputes = (False, True) if hasattr(config.model, "checkpoint_activations") else (None,)
+    recomputes = RECOMPUTED if hasattr(config.model, "checkpoint_activations") else (None,)
     for stage, recompute, micro in itertools.product((0, 1, 2, 3), recomputes, micros):
-        keys = {"checkpoint_activations": recompute} if recompute is not None else {}
+        way = config if recompute is None else recomputing(config, recompute)
         hpz = config.zero.hpz if stage == 3 else 1
-        yield config.model_copy(
+        yield way.model_copy(
             update={
                 "zero": config.zero.model_copy(update={"stage": stage, "hpz": hpz}),
-                "model": config.model.model_copy(update=keys),
                 "batch": config.batch.model_copy(update={"micro": micro}),
             }
         )

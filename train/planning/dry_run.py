@@ -28,7 +28,7 @@ from train.config.schema import Config
 from train.distributed import heartbeat, process_group
 from train.distributed.process_group import DistContext
 from train.engine import engine as engine_module
-from train.engine import zero_layout
+from train.engine import short_collectives, zero_layout
 from train.engine.ds_config import EngineInventory
 from train.engine.ds_patches import forget_process_groups
 from train.planning.allocations import Peak
@@ -141,7 +141,7 @@ def _pretending(mode: DryMode, config: Config, world_size: int, device: str) -> 
     heartbeat.on_phase(lambda phase, micro: mode.enter(phase, micro == last))
     kernels = dispatch.assuming_gpu() if device == "cuda" else contextlib.nullcontext()
     try:
-        with warnings.catch_warnings(), kernels, mode:
+        with warnings.catch_warnings(), kernels, short_collectives.in_place_of_deepspeeds(), mode:
             warnings.simplefilter("ignore")  # of addresses, which such tensors do not have
             yield
     finally:

@@ -75,8 +75,7 @@ def _of_states(ours: Checkpoint, theirs: Checkpoint) -> list[Comparison]:
 
 
 def _whole_tensor(reader: CheckpointReader, name: str, kind: str) -> torch.Tensor:
-    numel = sum(shard[1] for shard in reader.pieces[name, kind])
-    return reader.read(name, kind, 0, numel)
+    return reader.read(name, kind, 0, reader.pieces.numel(name, kind))
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> str:

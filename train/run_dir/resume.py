@@ -24,7 +24,7 @@ IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.ramp", "batc
 """Keys that identify a run: a run with other values is another run."""
 BEGINNING = ("init.", "stop.metric")
 """Keys that are fixed once a run has logged or saved; before, a start that failed may be repeated with others."""
-INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations")
+INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations", "model.checkpoint_blocks")
 """Keys among them that may change, since they do not affect the result: the corpus is identified by its fingerprint."""
 
 

@@ -27,7 +27,7 @@ class CountingServer(ForkServer):
     def _fork_worker(self, agent, order, fds):
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         process.returncode = 0  # reaped by the fork server, not by subprocess
-        self.workers[process.pid] = ForkedWorker(process.pid, agent, order.gpus)
+        self.workers[process.pid] = ForkedWorker(process.pid, agent, order.gpus, order.stop_grace)
 
 
 def started(server):
@@ -122,3 +122,24 @@ def spare_of(server, but=None):
                 return child
         time.sleep(0.02)
     raise AssertionError("no spare was forked")
+
+
+def test_worker_without_an_agent_has_the_grace_of_its_order_to_save(order):
+    """Once everybody was told to end; without such a signal it is killed at once."""
+    server, ends = CountingServer(None, "module:function"), {}
+    for grace in (0.2, 60.0):
+        agent, other = socket.socketpair()
+        server._start_or_hold_back(agent, replace(order, stop_grace=grace), [])
+        pid = list(server.workers)[-1]
+        ends[grace] = pid
+        server.workers[pid].orphaned = time.monotonic() - 1
+        agent.close()
+        other.close()
+    server._note_stop_signal(signal.SIGTERM, None)
+    server._kill_orphans()
+    assert os.WIFSIGNALED(os.waitpid(ends[0.2], 0)[1])
+    assert os.waitpid(ends[60.0], os.WNOHANG) == (0, 0)
+    server.stop_signalled = False
+    del server.workers[ends[0.2]]
+    server._kill_orphans()
+    assert os.WIFSIGNALED(os.waitpid(ends[60.0], 0)[1])

@@ -193,12 +193,15 @@ def test_activation_checkpointing_keeps_loss_and_gradients(make_config, pack, na
     documents = [torch.randint(0, 257, (n,), generator=generator).tolist() for n in (9, 20, 9, 20, 9, 20)]
     batch = pack([documents[:2], documents[2:4], documents[4:]], 32)
     gradients = []
-    for recompute in (False, True):
-        objective = build_objective(make_config(name, checkpoint_activations=recompute, dropout=0.2), 257)
+    ways = [{"checkpoint_activations": kind} for kind in (False, True, "attention", "mlp")]
+    ways += [{"checkpoint_activations": True, "checkpoint_blocks": among} for among in (2, [1])]
+    for way in ways:
+        objective = build_objective(make_config(name, dropout=0.2, **way), 257)
         torch.manual_seed(5)
         objective(batch)["loss"][0].backward()
         gradients.append([p.grad for p in objective.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for found in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], found, strict=True))
 
 
 def test_dropout_depends_on_the_seed_and_is_off_in_eval(make_config):

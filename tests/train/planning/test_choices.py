@@ -8,7 +8,7 @@ from helpers import gloo_ranks
 
 from train.planning import collectives
 from train.planning.allocations import Peak
-from train.planning.choices import Choice, Cluster, alternatives, deepen, least_state, missing
+from train.planning.choices import Choice, Cluster, alternatives, between, least_state, missing
 from train.planning.dry_mode import Collective, Work
 from train.planning.dry_run import DryRun, PlannedRows
 from train.planning.gpus import FRAGMENTATION, GPUS, OUTSIDE_TORCH, REACHED_MEMORY, REACHED_PRODUCTS
@@ -66,7 +66,7 @@ def test_alternatives_keep_the_global_batch():
     assert {way.batch.global_ for way in ways} == {24}
     assert {way.batch.micro for way in ways} == {1, 2, 4}
     made = {(way.zero.stage, way.model.checkpoint_activations) for way in ways}
-    assert made == set(itertools.product(range(4), (False, True)))
+    assert made == set(itertools.product(range(4), (False, "attention", "mlp", True)))
 
 
 @pytest.mark.parametrize(("stage", "each"), [(0, 4 + 4 + 8), (1, 8 + 12 / 4), (2, 4 + 16 / 4), (3, 20 / 4)])
@@ -77,7 +77,7 @@ def test_least_state_by_stage(stage: int, each: float):
 
 def test_deeper_model_lies_on_the_line_through_two_depths():
     less, more = made_up(10e9, {}, []), made_up(14e9, {}, [])
-    run, time = deepen((less, StepTime(1.0, 0.5)), (more, StepTime(1.5, 0.5)), 80)
+    run, time = between((less, StepTime(1.0, 0.5)), (more, StepTime(1.5, 0.5)), (80 - 4) / 4)
     assert run.step.nbytes == 10e9 + 76 * 1e9
     assert run.step.parts == {"moments": 86e9}
     assert (time.compute_s, time.exposed_s) == (1.0 + 76 * 0.125, 0.5)

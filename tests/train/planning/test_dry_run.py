@@ -1,5 +1,6 @@
 """Dry runs beside real steps of the same configurations, and what they are made of."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -82,3 +83,27 @@ def test_planned_batch_has_the_columns_of_the_data(words: list[str]):
     if config.objective.name == "masked":
         share = (batch["targets"] >= 0).float().mean().item()
         assert share == pytest.approx(config.objective.rate, abs=0.02)
+
+
+STAGE_3 = ["zero.stage=3", "precision=bf16", "tracking=off", "batch.micro=1"]
+
+
+@pytest.mark.parametrize("words", [["experiment=llama_tiny"], ["experiment=gpt_tiny", "zero.hpz=2"]])
+def test_short_collectives_hold_what_deepspeeds_own_do(words: list[str], monkeypatch):
+    config = gloo_ranks.configuration.load([*words, *STAGE_3, "cluster.workers=6", "batch.global=6"])
+    short = dry_run.dry_run(config, 6, "cuda")
+    monkeypatch.setattr(dry_run.short_collectives, "in_place_of_deepspeeds", contextlib.nullcontext)
+    own = dry_run.dry_run(config, 6, "cuda")
+    assert (short.step.nbytes, short.start.nbytes, short.resting) == (own.step.nbytes, own.start.nbytes, own.resting)
+    assert short.collectives == own.collectives
+    moved = [sum(work.nbytes * calls for work, calls in run.work.items()) for run in (short, own)]
+    assert moved[0] == moved[1]
+
+
+def test_operators_of_a_dry_run_do_not_grow_with_the_world():
+    calls = []
+    for size in (4, 1024):
+        words = ["experiment=gpt_tiny", *STAGE_3, f"cluster.workers={size}", f"batch.global={size}"]
+        run = dry_run.dry_run(gloo_ranks.configuration.load(words), size, "cuda")
+        calls.append(sum(run.work.values()))
+    assert calls[1] < 1.2 * calls[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -97,7 +97,41 @@ class Transformer(Family):
     heads: Positive
     mlp_width: Positive | None = Field(None, description="features inside the MLP; default: 4 * width")
     norm_eps: Above0 = 1e-5
-    checkpoint_activations: bool = Field(False, description="recompute each block in the backward pass to save memory")
+    checkpoint_activations: bool | Literal["attention", "mlp"] = Field(
+        False, description="recompute each block, or that part of it, in the backward pass to save memory"
+    )
+    checkpoint_blocks: Positive | list[NonNegative] | None = Field(
+        None, description="of these blocks alone: 2 for every second one, from the first; or a list; default: all"
+    )
+
+    def recomputed(self, block: int) -> str | None:
+        """Part of a block, by its number from 0, that is recomputed: "block", "attention", "mlp", or None."""
+        among = self.checkpoint_blocks
+        chosen = block in among if isinstance(among, list) else block % (among or 1) == 0
+        if not (chosen and self.checkpoint_activations):
+            return None
+        return "block" if self.checkpoint_activations is True else self.checkpoint_activations
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the blocks of which anything is recomputed."""
+        return sum(self.recomputed(block) is not None for block in range(self.layers)) / self.layers
+
+    def problems(self, seq_len: int) -> list[str]:
+        """See ``Family.problems``: the blocks that are recomputed."""
+        among = self.checkpoint_blocks
+        if among is not None and not self.checkpoint_activations:
+            return [
+                "model.checkpoint_blocks says where model.checkpoint_activations recomputes, and that is false: "
+                "set it to true, attention or mlp, or leave the blocks out"
+            ]
+        beyond = [block for block in among if block >= self.layers] if isinstance(among, list) else []
+        if not beyond:
+            return []
+        return [
+            f"model.checkpoint_blocks has block {beyond[0]}, and model.layers={self.layers} makes blocks 0 to "
+            f"{self.layers - 1}: name some of those"
+        ]
 
 
 def length_problem(seq_len: int, max_len: int) -> list[str]:

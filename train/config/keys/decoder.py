@@ -30,7 +30,8 @@ class Decoder(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size, positions, grouped heads."""
-        problems = [*length_problem(seq_len, self.max_len), *heads_problem(self.width, self.heads)]
+        problems = [*super().problems(seq_len), *length_problem(seq_len, self.max_len)]
+        problems += heads_problem(self.width, self.heads)
         if self.position == "rope" and not self.width % self.heads and self.width // self.heads % 2:
             problems.append(
                 f"rope turns pairs, but model.width/model.heads is {self.width // self.heads}, which is odd"

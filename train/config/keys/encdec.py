@@ -35,7 +35,8 @@ class EncDec(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size and position buckets."""
-        problems = [] if self.head_dim else heads_problem(self.width, self.heads)
+        problems = super().problems(seq_len)
+        problems += [] if self.head_dim else heads_problem(self.width, self.heads)
         if self.position == "relative" and (self.buckets % 4 or self.max_distance <= self.buckets // 2):
             problems.append(
                 f"model.buckets={self.buckets} must be a multiple of 4, and "

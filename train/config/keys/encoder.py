@@ -33,4 +33,8 @@ class Encoder(Transformer):
 
     def problems(self, seq_len: int) -> list[str]:
         """See ``Family.problems``: head size, positions, types."""
-        return [*length_problem(seq_len, self.max_len), *heads_problem(self.width, self.heads)]
+        return [
+            *super().problems(seq_len),
+            *length_problem(seq_len, self.max_len),
+            *heads_problem(self.width, self.heads),
+        ]
