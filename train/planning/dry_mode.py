@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -34,6 +34,8 @@ GATHERS = ("partition_parameters.py", "partitioned_param_coordinator.py")
 LOSS = torch.ops.trireme.linear_cross_entropy_forward.default
 DISPATCH = ("_fn", "inner")
 """Functions of torch between an operator and ``__torch_dispatch__``."""
+LSTM_LAYER = torch.ops.aten.mkldnn_rnn_layer.default
+"""An LSTM's layer on a CPU. What it returns on shapes alone has no workspace."""
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.is_nonzero.default)
 INDEXED = (
     torch.ops.aten.index.Tensor,
@@ -72,8 +74,10 @@ class Collective:
 class DryMode(TorchDispatchMode):
     """While it is active, see the module; ``log`` has the allocations, ``work`` and ``collectives`` what was done."""
 
-    def __init__(self) -> None:
+    def __init__(self, gloo: bool) -> None:
+        """``gloo``: the collectives are gloo's, which are NCCL's otherwise."""
         super().__init__()
+        self.gloo = gloo
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.log = AllocationLog()
         self.phase, self.last = "start", True
@@ -105,6 +109,9 @@ class DryMode(TorchDispatchMode):
         if faked and func in INDEXED:
             args = (args[0], _as_numbers(args[1]), *args[2:])
         outputs = self._run(func, args, kwargs, faked or not inputs)
+        if func is LSTM_LAYER and faked:
+            with self.fake:
+                outputs = (*outputs[:3], torch.empty(_bytes_of_workspace(args), dtype=torch.uint8))
         if not (faked or inputs or _has_floats(outputs)):
             outputs = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
@@ -166,7 +173,10 @@ class DryMode(TorchDispatchMode):
 
     def _note_collective(self, func: Any, inputs: Sequence[Tensor]) -> None:
         sizes = [tensor.numel() * tensor.itemsize for tensor in inputs]
-        self.collectives.append(Collective(self.phase, self.last, func.overloadpacket.__name__, max(sizes, default=0)))
+        name, nbytes = func.overloadpacket.__name__, max(sizes, default=0)
+        self.collectives.append(Collective(self.phase, self.last, name, nbytes))
+        if self.gloo and "reduce_scatter" in name:  # it reduces a copy of all, and cuts this rank's part out of it
+            self.log.pass_by(nbytes, "buckets")
 
 
 def _nothing(tensor: Tensor, func: Any) -> bool | int | float:
@@ -206,6 +216,13 @@ def _is_sum_of_gradients(func: Any, args: Sequence[Any]) -> bool:
         caller = caller.f_back
     alike = args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
     return alike and caller.f_code.co_name == "_engine_run_backward"
+
+
+def _bytes_of_workspace(args: Sequence[Any]) -> int:
+    """Bytes that oneDNN's LSTM keeps for its backward pass: its own affair, so it is asked by a call on zeros."""
+    with _disable_current_modes():
+        zeros = tree_map_only(Tensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype), list(args))
+        return int(LSTM_LAYER(*zeros)[3].numel())
 
 
 def _owner() -> str:

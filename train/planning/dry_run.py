@@ -87,7 +87,7 @@ def dry_run(config: Config, world_size: int, device: str = "cpu") -> DryRun:
 
     The precision must be chosen. This process gets a process group of its own for the time, so it must have none.
     """
-    rows, mode = rows_of(config, world_size), DryMode()
+    rows, mode = rows_of(config, world_size), DryMode(gloo=device == "cpu")
     made: Any = PlannedRows(rows.micro, min(rows.micro_batches, MOST_MICRO_BATCHES))
     tokens = {"loss": 1, "next_loss": 1}
     with _pretending(mode, config, world_size, device):
