@@ -207,7 +207,7 @@ def _in_place(func: Any) -> bool:
 def _is_sum_of_gradients(func: Any, args: Sequence[Any]) -> bool:
     """Whether autograd itself adds a gradient to one that another use of the same tensor had.
 
-    It does so in place for all tensors but those of subclasses, such as a dry run's.
+    It does so in place where nobody else has the memory, but not with tensors of subclasses, such as a dry run's.
     """
     if func is not torch.ops.aten.add.Tensor or len(args) != 2 or not isinstance(args[1], Tensor):
         return False
@@ -215,7 +215,9 @@ def _is_sum_of_gradients(func: Any, args: Sequence[Any]) -> bool:
     while caller.f_code.co_name in DISPATCH and caller.f_back is not None:
         caller = caller.f_back
     alike = args[0].shape == args[1].shape and args[0].dtype == args[1].dtype
-    return alike and caller.f_code.co_name == "_engine_run_backward"
+    storage = args[0].untyped_storage()
+    alone = torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor's reference, and the one here
+    return alike and alone and caller.f_code.co_name == "_engine_run_backward"
 
 
 def _bytes_of_workspace(args: Sequence[Any]) -> int:

@@ -97,8 +97,12 @@ def test_short_collectives_hold_what_deepspeeds_own_do(words: list[str], monkeyp
     own = dry_run.dry_run(config, 6, "cuda")
     assert (short.step.nbytes, short.start.nbytes, short.resting) == (own.step.nbytes, own.start.nbytes, own.resting)
     assert short.collectives == own.collectives
-    moved = [sum(work.nbytes * calls for work, calls in run.work.items()) for run in (short, own)]
-    assert moved[0] == moved[1]
+    assert moved(short) == moved(own)
+
+
+def moved(run: dry_run.DryRun) -> int:
+    """Bytes that the operators of a step read and write."""
+    return sum(work.nbytes * calls for work, calls in run.work.items())
 
 
 def test_operators_of_a_dry_run_do_not_grow_with_the_world():
