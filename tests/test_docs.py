@@ -101,7 +101,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
     assert verb in verbs()
     if verb == "train" and "-m" in arguments:
         configuration.load_sweep([argument for argument in arguments if argument != "-m"])
-    elif verb in ("train", "prepare", "verify-resume") and not {"--help", "..."} & set(arguments):
+    elif verb in ("train", "prepare", "verify-resume", "verify-gradient") and not {"--help", "..."} & set(arguments):
         configuration.load(arguments)
     elif verb == "plan":
         configuration.load([argument for argument in arguments if argument.partition("=")[0] not in PLAN])
