@@ -56,7 +56,7 @@ def test_model_answers_as_it_was_taught_piece_by_piece(chat: Chat):
     assert [message["content"] for message in chat.messages] == ["moon", "night"]
 
 
-def test_history_is_read_until_it_is_reset_and_what_is_too_long_is_refused(chat: Chat):
+def test_history_is_read_until_reset_and_what_is_too_long_is_refused(chat: Chat):
     chat.answer("hi")
     prompt = chat.template.encode_prompt([*chat.messages, {"role": "user", "content": "sun", "train": False}])
     assert chat.template.tokenizer.decode(prompt).count("<|im_start|>") == 4
