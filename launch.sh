@@ -4,7 +4,7 @@
 #   ./launch.sh                              train the default: a small GPT on the embedded corpus
 #   ./launch.sh [train] [group=choice] [key=value]   with -m: a run of every combination of several values
 #   ./launch.sh cluster up|join|status|down  a cluster that stays, of many hosts
-#   ./launch.sh test|check|plan|prepare|evaluate|generate|export|trace|verify-resume|drill|review|bench|help
+#   ./launch.sh test|check|plan|prepare|look|evaluate|generate|chat|export|trace|verify-resume|verify-gradient|drill|review|bench|help
 #   ./launch.sh setup [extra] [test]         only the environment, with what some data and verbs need, or the tests
 #
 # Inside a SLURM allocation (sbatch --nodes=4 launch.sh train ...) the job's cluster spans its nodes.
@@ -32,7 +32,7 @@ fi
 venv="${TRIREME_VENV:-$root/.venv}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 lock="$root/requirements.lock"
-verbs="train cluster test check plan prepare evaluate generate export trace verify-resume drill review bench setup help"
+verbs="train cluster test check plan prepare look evaluate generate chat export trace verify-resume verify-gradient drill review bench setup help"
 
 [ -f "$lock" ] || fail "this is a copy of launch.sh, and $lock is not there: say it in the repository, as ./launch.sh or sbatch launch.sh"
 case "$root$venv" in *:*) fail "Python cannot be run from a path with a colon: move $root, or TRIREME_VENV, to a path without one" ;; esac
@@ -213,8 +213,8 @@ export PYTHONPATH="$root${absolute:+:$absolute}"
 python="$venv/bin/python"
 
 case "$verb" in
-    train|cluster|verify-resume|drill) run "$python" -m cluster "$verb" "$@" ;;
-    plan|prepare|evaluate|generate|export|trace) run "$python" -m train "$verb" "$@" ;;
+    train|cluster|verify-resume|verify-gradient|drill) run "$python" -m cluster "$verb" "$@" ;;
+    plan|prepare|look|evaluate|generate|chat|export|trace) run "$python" -m train "$verb" "$@" ;;
     review) run "$python" -m review "$@" ;;
     bench)
         unset TRIREME_T0  # the runs that it makes begin when it makes them

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from train.errors import ExitCode, UserError
 from train.util import streams, utf8
 
-VERBS = ("train", "cluster", "verify-resume", "drill")
+VERBS = ("train", "cluster", "verify-resume", "verify-gradient", "drill")
 HELP = {"-h", "--help"}
 
 
@@ -36,6 +36,10 @@ def _run(verb: str, rest: Sequence[str]) -> int:
         from cluster.cli import verify_resume
 
         return verify_resume.run(rest)
+    if verb == "verify-gradient":
+        from cluster.cli import verify_gradient
+
+        return verify_gradient.run(rest)
     if verb == "drill":
         from cluster.chaos import drill
 

@@ -41,11 +41,14 @@ SAVED = {
     "evaluate": {"run.dir", "checkpoint", "split"},
     "trace": {"run.dir", "step"},
     "generate": {"run.dir", "checkpoint", "prompt", "generation", *schema.GenerationConfig.model_fields},
+    "chat": {"run.dir", "checkpoint", "system", "generation", *schema.GenerationConfig.model_fields},
     "export": {"run.dir", "to", "checkpoint", "shard_mb"},
 }
 """Verbs that take a run's folder, and the options of each."""
 PLAN = {"gpu", "nodes", "gpus_a_node", "price", "every"}
 """Options of ``plan`` beside the run's own command."""
+LOOK = {"rows", "html"}
+"""Options of ``look`` beside the run's own command."""
 TEMPLATES = {("group", "choice"), ("key", "value")}
 SECTIONS = {key.split(".")[0] for key in configuration.keys() if "." in key}  # noqa: SIM118  a function, not a dict
 
@@ -101,10 +104,10 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
     assert verb in verbs()
     if verb == "train" and "-m" in arguments:
         configuration.load_sweep([argument for argument in arguments if argument != "-m"])
-    elif verb in ("train", "prepare", "verify-resume") and not {"--help", "..."} & set(arguments):
+    elif verb in ("train", "prepare", "verify-resume", "verify-gradient") and not {"--help", "..."} & set(arguments):
         configuration.load(arguments)
-    elif verb == "plan":
-        configuration.load([argument for argument in arguments if argument.partition("=")[0] not in PLAN])
+    elif verb in ("plan", "look"):
+        configuration.load([argument for argument in arguments if argument.partition("=")[0] not in PLAN | LOOK])
     elif verb == "cluster":
         name, *rest = [*arguments, "up"]
         assert {word.partition("=")[0] for word in rest if "=" in word} <= cluster.VERBS[name][1]
@@ -121,7 +124,7 @@ def test_every_command_is_one_that_launch_sh_would_take(document: Path, words: l
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
 def test_every_key_and_choice_that_is_mentioned_exists(document: Path):
     known, groups = configuration.keys(), configuration.groups()
-    options = PLAN.union(*SAVED.values(), *(known for _, known in cluster.VERBS.values()))
+    options = PLAN.union(LOOK, *SAVED.values(), *(known for _, known in cluster.VERBS.values()))
     sections = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
     for code in inline(document):
         words = (

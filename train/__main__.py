@@ -58,6 +58,28 @@ def generate(argv: Sequence[str]) -> int:
     return ExitCode.OK
 
 
+def chat(argv: Sequence[str]) -> int:
+    """chat run.dir=FOLDER [checkpoint=latest|best|STEP] [system=TEXT] [generation=CHOICE] [key=value ...].
+
+    A conversation with a run that was trained on data=chat, by its template: a line is a turn, the answer is written as
+    it is drawn. /reset forgets what was said, /quit ends. The keys are those of generate.
+    """
+    from train.cli import chat as chat_verb
+    from train.cli.generate import SETTING_KEYS
+
+    known = {"run.dir": None, "checkpoint": "latest"} | dict.fromkeys(["system", "generation", *SETTING_KEYS], "")
+    chat_verb.run(_options(argv, known))
+    return ExitCode.OK
+
+
+def look(argv: Sequence[str]) -> int:
+    """look [the run's own command] [rows=4] [html=FILE]: the first rows as they are trained, targets coloured."""
+    from train.cli import look as look_verb
+
+    look_verb.run(argv, OUT)
+    return ExitCode.OK
+
+
 def export(argv: Sequence[str]) -> int:
     """export run.dir=FOLDER to=FOLDER [checkpoint=latest|best|STEP] [shard_mb=5000]: a folder that transformers loads.
 
@@ -155,6 +177,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "evaluate": evaluate,
     "generate": generate,
+    "chat": chat,
+    "look": look,
     "export": export,
     "trace": trace,
     "plan": plan,
@@ -210,7 +234,7 @@ def _number(text: str) -> float | int | str:
 if __name__ == "__main__":
     utf8.use_utf8()
     argv = sys.argv[1:]
-    shows = {"-h", "--help"} & set(argv) or {"evaluate", "generate", "trace"} & set(argv[:1])
+    shows = {"-h", "--help"} & set(argv) or {"evaluate", "generate", "trace", "look"} & set(argv[:1])
     (streams.guard_result if shows else streams.guard_report)()
     if not shows:
         streams.raise_on_signals(signal.SIGINT)

@@ -18,6 +18,7 @@ from train.data.sampling.batch_plan import Cursor
 from train.distributed import process_group
 from train.distributed.device import seed_device
 from train.engine.engine import Engine
+from train.engine.gradient_check import GradientCheck
 from train.errors import Stopped
 from train.events import Emit, NoteEvent, StepEvent, StopAgreedEvent
 from train.optim.schedule import learning_rate
@@ -56,6 +57,8 @@ class Training:
     """The step of the newest checkpoint."""
     pending: Record | None = None
     """The record of ``state.step`` where a stop came before its evaluation: to be completed first."""
+    gradient_check: GradientCheck | None = None
+    """Proves the gradient of the run's first step before it is made, where that is asked for."""
     ahead: NextStep | None = None
     """The next step, once it is read and agreed on."""
 
@@ -151,6 +154,8 @@ def make_step(run: Training, before: TrainState, pace: Pace) -> tuple[TrainState
     result = SKIPPED_STEP
     if step.tokens:
         batches = [to_device(batch, run.world.device) for batch in step.micro_batches]
+        if run.gradient_check and before.step == 0:
+            run.gradient_check.check(batches, step.counts)
         result = run.engine.train_step(batches, step.counts, lr, services.wait_for_staging)
     seconds = activity.charge("train", save=services.stall_s - stalled)
     last = before.step + 1 == config.steps

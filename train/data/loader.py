@@ -276,11 +276,11 @@ def empty_batch(columns: Columns, rows: int, pin: bool) -> Batch:
 def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin: bool = False) -> Loader:
     """The loader of the training split. Raises UserError where streams, global batch and world size do not fit."""
     data, split = config.data, corpus.split("train")
-    order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.pack)
+    order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.cuts_rows)
     examples = build_examples(config, corpus.tokenizer)
     batch = config.batch
     streams = data.streams or batch.default_streams
-    shape = StepShape(batch.global_, examples.row_tokens, streams, data.pack, batch.ramp_steps)
+    shape = StepShape(batch.global_, examples.row_tokens, streams, data.cuts_rows, batch.ramp_steps)
     return Loader(split, BatchPlan(order, shape), share, examples, pin)
 
 
@@ -288,7 +288,7 @@ def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, s
     """The loader of this rank's part of a held-out split, in groups that are the same for any world size."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(group, examples.row_tokens, 1, config.data.pack)
+    shape = StepShape(group, examples.row_tokens, 1, config.data.cuts_rows)
     return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
 
 

@@ -55,7 +55,9 @@ def with_prompts(config: Config, tokenizer: Tokenizer, note: Callable[[str], Non
         check_given(config, tokenizer)
         return config
     fitting: list[str] = []
-    for number, prompt in enumerate(PYTHON_PROMPTS if config.data.source == "stdlib" else ("",)):
+    # A model of conversations answers, and continues no text: `./launch.sh chat` talks to it.
+    defaults: dict[str, tuple[str, ...]] = {"stdlib": PYTHON_PROMPTS, "chat": ()}
+    for number, prompt in enumerate(defaults.get(config.data.source, ("",))):
         try:
             _check(config, tokenizer, number, prompt)
             fitting.append(prompt)

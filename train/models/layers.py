@@ -7,6 +7,8 @@ there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -238,13 +240,33 @@ def qkv_std(model: Sizes, inner: int, projected: int) -> float | Tensor:
     return torch.where(torch.arange(projected, device="cpu") < inner, query, std)[:, None]
 
 
+_dropout_off: list[bool] = []
+"""Not empty inside ``without_dropout``."""
+
+
 def draw_dropout(p: float, training: bool) -> kernels.Dropout | None:
     """Dropout with a new mask, or None where nothing is dropped.
 
     The mask's seed is drawn from torch's CPU generator: the loop seeds it at each step, activation checkpointing
     replays it, and no device is synchronised.
     """
-    return kernels.Dropout(p, int(torch.randint(2**63 - 1, ()))) if p and training else None
+    return kernels.Dropout(p, int(torch.randint(2**63 - 1, ()))) if p and training and not _dropout_off else None
+
+
+@contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Inside, nothing is dropped in training: neither here nor between the recurrent layers of ``module``."""
+    recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+    rates = [part.dropout for part in recurrent]
+    _dropout_off.append(True)
+    for part in recurrent:
+        part.dropout = 0.0
+    try:
+        yield
+    finally:
+        _dropout_off.pop()
+        for part, rate in zip(recurrent, rates, strict=True):
+            part.dropout = rate
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

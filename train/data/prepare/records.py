@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Any, BinaryIO
+
+from train.data.chat.conversations import NotAConversation, read_conversation, to_text
 
 _BLOCK = 1 << 20
 _LONGEST = 1 << 28
@@ -47,7 +49,7 @@ _CAREFUL = json.JSONDecoder(object_pairs_hook=_object, parse_int=Decimal)
 _SCANNER = json.JSONDecoder(parse_int=len)
 
 
-def _decode(text: str, keys: list[str]) -> Any:
+def _decode(text: str, keys: Sequence[str]) -> Any:
     """The value of a line of JSON; one in which a key may stand twice, or with a long integer, takes longer."""
     if not any(text.count(f'"{key}"') > 1 for key in keys):
         try:
@@ -59,17 +61,31 @@ def _decode(text: str, keys: list[str]) -> Any:
     return _CAREFUL.decode(text)
 
 
+def parse_record(text: str, keys: Sequence[str]) -> Any:
+    """The value of a JSON record, with a mark where one of ``keys`` stands twice. Raises BadRecord."""
+    try:
+        return _decode(text.removeprefix("\ufeff"), keys)
+    except RecursionError:
+        raise BadRecord("is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"is not JSON ({error.msg} at character {error.pos + 1}{_hint(text, error)})") from None
+
+
+def conversation_lines(text: str) -> list[str]:
+    """The conversation of a JSON record as one line; nothing of one that is not trained on. Raises BadRecord."""
+    try:
+        conversation = read_conversation(parse_record(text, ()))
+    except NotAConversation as error:
+        raise BadRecord(str(error)) from None
+    return [to_text(conversation)] if conversation else []
+
+
 def record_fields(text: str, text_key: str, label_key: str | None, *, replace: bool) -> list[str]:
     """[text], or [text, label] if ``label_key`` is set, of a JSON record. Raises BadRecord.
 
     A half of a surrogate pair, which UTF-8 cannot encode, becomes U+FFFD if ``replace``.
     """
-    try:
-        record = _decode(text.removeprefix("\ufeff"), [text_key, *([label_key] if label_key else [])])
-    except RecursionError:
-        raise BadRecord("is nested too deep") from None
-    except json.JSONDecodeError as error:
-        raise BadRecord(f"is not JSON ({error.msg} at character {error.pos + 1}{_hint(text, error)})") from None
+    record = parse_record(text, [text_key, *([label_key] if label_key else [])])
     if not isinstance(record, dict):
         raise BadRecord(f"has no text in the field {text_key!r} (it is not an object, but {_kind(record)})")
     value = _field(record, text_key, "text")

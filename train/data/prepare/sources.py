@@ -82,7 +82,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How bytes become text: fields of a record, handling of what is not UTF-8, check of labels."""
+    """How bytes become text: fields of a record, or ``chat``; handling of what is not UTF-8; check of labels."""
 
     text_key: str
     errors: str
@@ -91,6 +91,7 @@ class ReadOptions:
     """Returns the problem with a label, or None; unset where any label is allowed."""
     skip_rows: bool = False
     """Whether rows that cannot be read are left out."""
+    chat: bool = False
 
 
 def read_options(data: schema.DataConfig, objective: schema.Objective | None = None) -> ReadOptions:
@@ -100,7 +101,7 @@ def read_options(data: schema.DataConfig, objective: schema.Objective | None = N
     """
     label_problem = objective.label_problem if isinstance(objective, schema.Classify) and data.label_key else None
     errors = "replace" if data.source == "stdlib" else data.encoding_errors
-    return ReadOptions(data.text_key, errors, data.label_key, label_problem, data.bad_rows == "skip")
+    return ReadOptions(data.text_key, errors, data.label_key, label_problem, data.bad_rows == "skip", data.is_chat)
 
 
 def list_files(data: schema.DataConfig) -> list[SourceFile]:
@@ -319,6 +320,8 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 def _clean_pieces(file: SourceFile, offset: int, blocks: Iterator[bytes], options: ReadOptions) -> Pieces:
     """The cleaned text of a document in pieces; its label, if labels are read, is one more, which begins with LABEL."""
+    if options.chat:
+        return (yield from _conversation(file, offset, blocks, options))
     text, *label = _parse_document(file, offset, blocks, options)
     labels = ["".join(clean_pieces(part)) for part in label]
     empty = True
@@ -329,6 +332,14 @@ def _clean_pieces(file: SourceFile, offset: int, blocks: Iterator[bytes], option
         yield piece
     if not empty:
         yield from (LABEL + part for part in labels)
+
+
+def _conversation(file: SourceFile, offset: int, blocks: Iterator[bytes], options: ReadOptions) -> Pieces:
+    """The conversation of a row as one line of JSON, not cleaned; nothing of a row that is not trained on."""
+    try:
+        yield from records.conversation_lines("".join(_decode(file, offset, blocks, options.errors)))
+    except records.BadRecord as error:
+        raise BadText(file.path, str(error), offset, row=True) from None
 
 
 def _parse_document(file: SourceFile, offset: int, blocks: Iterator[bytes], options: ReadOptions) -> list[Pieces]:

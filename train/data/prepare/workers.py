@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -145,8 +146,12 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
-    """Tokenise a shard's documents and write it beside the tokenizer; last, how many characters it does not know."""
+Counts = Counter[str]
+"""What was counted in a shard, by name; "unknown": characters that the tokenizer does not know."""
+
+
+def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, Counts]:
+    """Tokenise a shard's documents and write it beside the tokenizer; last, what was counted."""
     tokenizer = _tokenizer(job.path.parent)
     unknown = 0
 
@@ -168,7 +173,7 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, int]:
         yield [tokenizer.eot]
 
     entry, table = write_shard(job.path, job.first, np.dtype(job.dtype), stored())
-    return entry, table, unknown
+    return entry, table, Counts(unknown=unknown)
 
 
 TaskRunner = Callable[..., Iterator[Any]]
