@@ -90,7 +90,7 @@ def from_bytes(content: bytes, folder: str) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{MANIFEST} is that of step {form.progress.step}")
     if unexpected := [name for name in form.files if not FILE.fullmatch(name)]:
         raise DamagedCheckpoint(f"{MANIFEST} names a file {unexpected[0]!r}")
-    if form.even and form.files.keys() != {shard_name(rank) for rank in range(len(form.files))}:
+    if form.even and form.files.keys() != {shard_name(rank) for rank in range(max(1, len(form.files)))}:
         raise DamagedCheckpoint(f"{MANIFEST} does not name the files of all ranks")
     if foreign := [name for names in form.even.values() for name in names if name not in form.shapes]:
         raise DamagedCheckpoint(f"{MANIFEST} names a parameter {foreign[0]!r} without a shape")

@@ -93,7 +93,7 @@ class PieceTable(Mapping[tuple[str, str], list[Piece]]):
         """The pieces that have any of the elements [start, end)."""
         if (name, kind) in self._even:
             numel = math.prod(self._shapes[name])
-            each = -(-numel // self._ranks)
+            each = max(1, -(-numel // self._ranks))
             for rank in range(start // each, -(-min(end, numel) // each)):
                 yield *even_share(numel, rank, self._ranks), shard_name(rank)
             return

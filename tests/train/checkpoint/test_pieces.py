@@ -129,10 +129,14 @@ def test_checkpoint_that_lists_every_piece_is_read_as_before(make, corpus: Path)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("even", [{"weight": ["b"]}, {"weight": "a"}])
-def test_manifest_of_even_shares_that_cannot_be_is_damage(even):
+@pytest.mark.parametrize("other", [{"even": {"weight": ["b"]}}, {"even": {"weight": "a"}}, {"files": {}}])
+def test_manifest_of_even_shares_that_cannot_be_is_damage(other):
     with pytest.raises(manifest.DamagedCheckpoint):
-        manifest.from_bytes(manifest.to_bytes({**values_of({"a": [4]}, 2, even=True), "even": even}), "step_5")
+        manifest.from_bytes(manifest.to_bytes({**values_of({"a": [4]}, 2, even=True), **other}), "step_5")
+
+
+def test_parameter_of_no_elements_has_no_pieces():
+    assert PieceTable(values_of({"a": [0, 3]}, 2, even=True))["a", "weight"] == []
 
 
 def test_terabyte_checkpoints_are_kept_or_dropped_unread(tmp_path: Path):

@@ -23,12 +23,12 @@ CASES = ["precisions=bf16", "recompute=false", "batch.micro=3"]
 def test_predicted_peak_is_the_measured_one(tmp_path: Path):
     """Five families, two micro-batches a step, in a process of its own; more: ``bench plan``."""
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "bench.plan", f"models={','.join(FAMILIES)}", *CASES, "stages=2,3", f"out={out}"]
+    command = [sys.executable, "-m", "bench.plan", f"models={','.join(FAMILIES)}", *CASES, "stages=2", f"out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=gloo_ranks.REPOSITORY, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 2 * len(FAMILIES)
+    assert len(rows) == len(FAMILIES)
     for row in rows:
         assert row["predicted"] == pytest.approx(row["measured"], rel=0.01), row["configuration"]
         assert sum(row["parts"].values()) == row["predicted"]
