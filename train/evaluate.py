@@ -37,7 +37,9 @@ class Evaluation:
 
     sums: Sums
     bytes: float | None
-    """Bytes of text behind the targets, where every token of it was predicted; else None."""
+    """Bytes of text behind the targets, where every token of it was predicted; else None, or 0 of a corpus in which
+    only a part of each text is trained.
+    """
 
     @property
     def loss(self) -> float:
@@ -52,7 +54,7 @@ class Evaluation:
     @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte of text: comparable between tokenizers. None where not every token was predicted."""
-        return None if self.bytes is None else metrics.bits_per_byte(float(self.sums["loss"][0]), self.bytes)
+        return None if not self.bytes else metrics.bits_per_byte(float(self.sums["loss"][0]), self.bytes)
 
     def numbers(self) -> dict[str, float]:
         """The metrics by the names of ``metrics.jsonl``."""

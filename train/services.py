@@ -65,7 +65,7 @@ class RunServices:
             part = None if whole or state.step == self.config.steps else self.config.eval_tokens
             held_out = self.held_out if part is None else self.held_out.first_groups(part)
             sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
-            self.evaluation = Evaluation(sums, (held_out.bytes or None) if self.engine.module.whole_text else None)
+            self.evaluation = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
             metrics = self.evaluation.numbers()
             self.emit(EvalEvent(state.step, time.monotonic() - began, metrics))
             self._sample(state)

@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import gloo_ranks
 
@@ -16,6 +17,7 @@ from train.config.schema import Config, GenerationConfig
 from train.data.chat.template import ChatTemplate, TemplateSource
 from train.data.prepare.prepare import prepare
 from train.errors import ExitCode, UserError
+from train.evaluate import Evaluation
 from train.run_dir.open_run import open_run
 from train.util.run_layout import RunDir
 
@@ -104,3 +106,9 @@ def test_look_refuses_objectives_that_have_no_next_token(corpus: Path, capsys):
     command = [f"data.paths=[{text}]", f"data.dir={corpus}", *gloo_ranks.TEXT, "model=bert_tiny", "objective=masked"]
     assert main(["look", *command]) == ExitCode.BAD_INPUT
     assert "objective=masked" in capsys.readouterr().err
+
+
+def test_loss_of_answers_alone_is_not_given_per_byte_of_text():
+    sums = {"loss": (np.array(8.0), 4)}
+    assert Evaluation(sums, 0.0).numbers() == {"val_loss": 2.0}
+    assert "bits_per_byte" in Evaluation(sums, 16.0).numbers()
