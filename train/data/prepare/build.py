@@ -19,8 +19,9 @@ from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
 from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
-from train.data.prepare.sources import LABEL, SourceFile, read_options
+from train.data.prepare.documents import LABEL, read_options, token_maker
 from train.data.sampling.epoch_order import hash_key
+from train.data.sources.listing import SourceFile
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, parts_to_learn
 from train.errors import UserError
@@ -30,6 +31,8 @@ from train.util.reading import UNREADABLE, read_object
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
+SET_ASIDE = "skipped.jsonl"
+"""The list of documents and files that could not be read, in the folder of the corpus."""
 _MAX_UNKNOWN = 0.01
 """Share of unknown text above which a given tokenizer is refused, unless data.tokenizer.max_unknown allows it."""
 _LEARN_FROM = 256 << 20
@@ -55,10 +58,13 @@ class CorpusBuild:
     report: ReportProgress
 
     def pieces(self, document: np.void) -> Iterator[str]:
-        """The cleaned text of a document in pieces, a label appended without a separator."""
-        file = self.sources[int(document["file"])]
-        pieces = workers.document_pieces(file, document, read_options(self.data))
-        return (piece.removeprefix(LABEL) for piece in pieces)
+        """The cleaned text of a document in pieces, a label appended without a separator; of token ids their text."""
+        file, options = self.sources[int(document["file"])], read_options(self.data)
+        for piece in workers.document_pieces(file, document, options):
+            if isinstance(piece, str):
+                yield piece.removeprefix(LABEL)
+            else:
+                yield from token_maker(options).decode_parts(piece)
 
 
 def claim_folder(folder: Path, spec: CorpusSpec) -> None:
@@ -97,7 +103,18 @@ def build_corpus(build: CorpusBuild) -> None:
         splits[name] = shards.split_entry(
             [entry for entry, _, _ in done], shards.write_table(folder, name, table, verified)
         )
+    _list_set_aside(build)
     shards.write_index(folder, {"recipe": spec.digest, "settings": spec.settings}, tokenizer, dtype, splits)
+
+
+def _list_set_aside(build: CorpusBuild) -> None:
+    """Write the list of what could not be read and was left out, if there is anything."""
+    rows = []
+    for problem in build.spec.set_aside:
+        row = {"file": problem.path, "place": problem.place, "offset": problem.offset, "problem": problem.what}
+        rows.append(io.to_json({key: value for key, value in row.items() if value is not None}) + "\n")
+    if rows:
+        io.write_whole(build.folder / SET_ASIDE, "".join(rows).encode())
 
 
 def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:

@@ -25,7 +25,9 @@ from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import clean, workers
 from train.data.prepare.build import CorpusBuild, build_corpus, claim_folder
 from train.data.prepare.corpus_spec import ReportProgress, build_spec, corpus_settings
-from train.data.prepare.sources import SourceFile, list_files, read_options
+from train.data.prepare.documents import read_options
+from train.data.sources import staging
+from train.data.sources.listing import SourceFile, list_files
 from train.errors import UserError
 from train.util import io
 
@@ -58,7 +60,12 @@ def prepare(
         if (current := _find_current(data, sources)) is not None:
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
-        with workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks:
+        with (
+            staging.with_copies(
+                sources, Path(data.dir).parent if data.dir else Path("corpora"), data.encoding
+            ) as sources,
+            workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks,
+        ):
             if data.tokenizer.kind in ("bytes", "file"):
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
             spec = build_spec(data, sources, read_options(data, objective), run_tasks, report)
