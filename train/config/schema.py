@@ -103,6 +103,11 @@ class DataConfig(Section):
     )
     max_documents: Positive | None = Field(None, description="read no more than the first, for a look; default: all")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
+    near_dedup: bool = Field(False, description="drop near-duplicates of earlier documents, by MinHash")
+    filters: list[Literal["gopher", "repetition", "c4"]] = Field(
+        [], description="rules that drop documents of low quality; each names a set of them"
+    )
+    decontaminate: list[str] = Field([], description="evaluation files: documents with 13 words in a row of them go")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share kept for `evaluate split=test`, by hash"

@@ -7,5 +7,6 @@ corpus      a prepared corpus on disk: shards, index, verification
 sampling    which tokens make up each step, as pure functions of seed, epoch and position
 examples    rows of a batch from stored documents, one module an objective
 sources     files with text, of every format
+screening   documents that are left out on purpose: quality, evaluation passages, near-duplicates
 prepare     text files to a prepared corpus
 """

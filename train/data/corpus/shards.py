@@ -215,7 +215,7 @@ class CorpusSplit:
         return str(self.about(sample)["source"])
 
     def about(self, sample: int) -> dict[str, Any]:
-        """What a shard stores of a document beside its tokens: "source", "bytes" of text, fields of its row."""
+        """The fields stored beside a document's tokens: "source", "bytes" of text, and fields of its row."""
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         begin = 0
         if sample > self.first_samples[shard]:

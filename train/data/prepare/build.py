@@ -18,10 +18,12 @@ from train.config import schema
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
-from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
+from train.data.prepare.corpus_spec import CorpusSpec
 from train.data.prepare.documents import LABEL, read_options, token_maker
+from train.data.prepare.first_pass import ReportProgress
 from train.data.sampling.epoch_order import hash_key
-from train.data.sources.listing import SourceFile
+from train.data.screening.screen import DROPPED
+from train.data.sources.source_files import SourceFile
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, parts_to_learn
 from train.errors import UserError
@@ -108,13 +110,16 @@ def build_corpus(build: CorpusBuild) -> None:
 
 
 def _list_set_aside(build: CorpusBuild) -> None:
-    """Write the list of what could not be read and was left out, if there is anything."""
+    """Write the list of what could not be read and was left out, and examples of what was dropped, if there is any."""
     rows = []
     for problem in build.spec.set_aside:
         row = {"file": problem.path, "place": problem.place, "offset": problem.offset, "problem": problem.what}
         rows.append(io.to_json({key: value for key, value in row.items() if value is not None}) + "\n")
     if rows:
         io.write_whole(build.folder / SET_ASIDE, "".join(rows).encode())
+    if build.spec.dropped:
+        lines = [io.to_json(example) + "\n" for example in build.spec.dropped]
+        io.write_whole(build.folder / DROPPED, "".join(lines).encode())
 
 
 def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:

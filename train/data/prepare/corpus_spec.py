@@ -15,22 +15,15 @@ from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
 from train.data.prepare.documents import ReadOptions, read_options, text_size
-from train.data.sources.listing import SourceFile, describe_reading
-from train.data.sources.problems import BadText, merged
-from train.errors import UserError
-from train.util.format import plural
+from train.data.prepare.first_pass import ReportProgress, find_all
+from train.data.sources.problems import BadText
+from train.data.sources.source_files import SourceFile, describe_reading
 
-ReportProgress = Callable[[dict[str, Any]], None]
-"""Called with {"phase": "read" | "tokenizer" | "merges" | "tokenize" | "wait" | "ready", "done": n, "total": m}, bytes,
-and with {"phase": "note", "text": what the user should know}.
-
-An exception that it raises ends the work; finished shards are kept.
-"""
-
-_OPTIONAL = {"bad", "encoding", "max_documents", "meta_keys", "name_key"}
+_OPTIONAL = {
+    *("bad", "encoding", "max_documents", "meta_keys", "name_key"),
+    *("decontaminate", "filters", "near_dedup"),
+}
 """Keys that are settings of a corpus only where they are given: as in corpora from before there were these keys."""
-_SPAN = 4 << 20
-"""Bytes of source files that one task of a worker reads."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +36,8 @@ class CorpusSpec:
     characters: str
     set_aside: list[BadText]
     """Documents and files that could not be read, and were left out."""
+    dropped: list[dict[str, Any]]
+    """Examples of documents that were left out on purpose."""
 
 
 def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
@@ -73,35 +68,11 @@ def build_spec(
     def note(text: str) -> None:
         report({"phase": "note", "text": text})
 
-    total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
-    most = data.max_documents or workers.WHOLE
-    tasks = [(spans, options, data.tokenizer.kind == "chars", int(most)) for spans in _group_spans(sources)]
     if data.source == "text":
         note(describe_reading(sources))
-    parts = list[workers.FoundDocuments]()
-    done = 0
-    for group in _waves(tasks, data.max_documents):
-        results: dict[int, workers.FoundDocuments] = {}
-        for number, part in run_tasks(workers.find_documents, group):
-            results[number] = part
-            done += part.read
-            report({"phase": "read", "done": done, "total": total})
-        parts += [results[number] for number in range(len(group))]
-        if sum(len(part.documents) for part in parts) >= most:
-            break
-    merged(part.problems for part in parts).raise_all()
-    skipped = merged(part.skipped for part in parts).as_note("data.bad" if options.skip_files else "data.bad_rows")
-    documents = np.concatenate([part.documents for part in parts])[:most]
-    if not len(documents):
-        raise UserError(
-            f"the corpus is empty: no text is left after cleaning in {plural(len(sources), 'file')} of {total:,} bytes"
-            + (f"; {skipped}" if skipped else "")
-        )
-    if skipped:
-        note(skipped)
-    if data.dedup:
-        documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
+    found = find_all(data, sources, options, run_tasks, report)
+    documents = found.documents
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
@@ -110,35 +81,12 @@ def build_spec(
         described.append("cut")  # such corpora were split otherwise before
     meta = documents["meta"].tobytes() if options.has_meta else b""
     digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes() + meta).hexdigest()
-    characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
     splits = _split_documents(
         documents, data, large, lambda row: workers.document_pieces(sources[int(row["file"])], row, options)
     )
     if large is None:
         _note_uneven_splits(splits, data, report)
-    return CorpusSpec(digest, chosen, splits, characters, [problem for part in parts for problem in part.set_aside])
-
-
-def _waves(tasks: list[Any], most: int | None) -> Iterator[list[Any]]:
-    """The tasks in groups that follow each other: one, or where few documents are wanted each of twice as many."""
-    begin, count = 0, 1 if most else len(tasks)
-    while begin < len(tasks):
-        yield tasks[begin : begin + count]
-        begin, count = begin + count, 2 * count
-
-
-def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
-    """Lists of spans of about _SPAN bytes, in order: small files share a list, large files of lines are cut."""
-    group: list[workers.ByteSpan] = []
-    for number, file in enumerate(sources):
-        step = _SPAN if file.divisible else max(file.size, 1)
-        for begin in range(0, max(file.size, 1), step):
-            group.append(workers.ByteSpan(number, file, begin, min(begin + step, file.size)))
-            if sum(span.end - span.begin for span in group) >= _SPAN:
-                yield group
-                group = []
-    if group:
-        yield group
+    return CorpusSpec(digest, chosen, splits, found.characters, found.set_aside, found.dropped.examples)
 
 
 _Read = Callable[[np.void], Iterator[Any]]

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 from train.config import schema
 from train.data import tokenizer
 from train.data.prepare.clean import clean_pieces
-from train.data.sources import file_kinds, records, row_files, staging, token_files
+from train.data.sources import file_kinds, local_copies, records, row_files, token_files
 from train.data.sources.file_kinds import FileKind
-from train.data.sources.listing import SourceFile
 from train.data.sources.problems import BadText
+from train.data.sources.source_files import SourceFile
 from train.errors import UserError, shown_name
 
 CHANGED = "the file changed while it was being prepared: run the same command again"
@@ -96,7 +96,7 @@ def read_span(
     """
     meta = {} if meta is None else meta
     if file.local:
-        staging.make_copy(file, options.encoding, options.errors)
+        local_copies.make_copy(file, options.encoding, options.errors)
         end = os.path.getsize(file.local)  # noqa: PTH202
     with open(file.bytes_path, "rb") as stream:  # noqa: PTH123
         if problem := _refused_kind(file, stream, options):

@@ -24,10 +24,11 @@ from train.data.corpus.index_schema import check_members
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import clean, workers
 from train.data.prepare.build import CorpusBuild, build_corpus, claim_folder
-from train.data.prepare.corpus_spec import ReportProgress, build_spec, corpus_settings
+from train.data.prepare.corpus_spec import build_spec, corpus_settings
 from train.data.prepare.documents import read_options
-from train.data.sources import staging
-from train.data.sources.listing import SourceFile, list_files
+from train.data.prepare.first_pass import ReportProgress
+from train.data.sources import local_copies
+from train.data.sources.source_files import SourceFile, list_files
 from train.errors import UserError
 from train.util import io
 
@@ -61,7 +62,7 @@ def prepare(
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
         with (
-            staging.with_copies(
+            local_copies.with_copies(
                 sources, Path(data.dir).parent if data.dir else Path("corpora"), data.encoding
             ) as sources,
             workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks,
@@ -106,6 +107,8 @@ def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     given = [file.stat() for file in tokenizer.given_files(data.tokenizer)]
     stamps: list[tuple[int, int] | None] = [(file.st_size, file.st_mtime_ns) for file in given]
     fixed = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
+    if data.decontaminate:
+        sources = [*sources, *list_files(data.model_copy(update={"paths": data.decontaminate}))]
     listed = [(file.path, file.size, file.mtime_ns) for file in sources]
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 

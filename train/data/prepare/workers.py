@@ -28,10 +28,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.documents import CHANGED, LABEL, Meta, Pieces, ReadOptions, read_document, read_span, text_size
+from train.data.prepare.documents import (
+    CHANGED,
+    LABEL,
+    Meta,
+    Pieces,
+    ReadOptions,
+    read_document,
+    read_span,
+    text_size,
+    token_maker,
+)
+from train.data.screening.screen import Dropped, Screen, ScreenOptions
 from train.data.sources.file_kinds import FileKind
-from train.data.sources.listing import SourceFile
 from train.data.sources.problems import BadText, Problems
+from train.data.sources.source_files import SourceFile
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ExitCode, UserError
 
@@ -74,16 +85,25 @@ class FoundDocuments:
     skipped: Problems
     set_aside: list[BadText]
     """Each problem in ``skipped``, to be listed beside the corpus."""
+    dropped: Dropped
+    """Documents that were left out on purpose."""
+    signatures: NDArray[np.uint32]
+    """MinHash signatures of the documents (documents, 112), if near-duplicates are looked for."""
     characters: frozenset[str]
     read: int
 
 
-def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters: bool, most: int) -> FoundDocuments:
-    """Read, clean and hash every document that begins in the spans, or the first ``most``; empty ones are left out."""
+def find_documents(
+    spans: list[ByteSpan], options: ReadOptions, screening: ScreenOptions, with_characters: bool, most: int
+) -> FoundDocuments:
+    """Read, clean, screen and hash every document that begins in the spans, or the first ``most``; empty ones are left
+    out.
+    """
     rows: list[tuple[Any, ...]] = []
     problems, set_aside = Problems(), list[BadText]()
     characters: set[str] | None = set() if with_characters else None
     meta: Meta = {}
+    screen = Screen(screening)
 
     def report(problem: BadText) -> None:
         if options.skip_files or (problem.row and options.skip_rows):
@@ -95,7 +115,8 @@ def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters:
         try:
             for offset, length, pieces in read_span(span.file, span.begin, span.end, options, meta):
                 try:
-                    if measured := _measure(pieces, characters, options):
+                    kept = _screened(screen, span.file, offset, pieces, options) if screening.active else pieces
+                    if measured := _measure(kept, characters, options):
                         rows.append((span.number, offset, length, *measured, 0, WHOLE, _meta_hash(meta)))
                 except BadText as problem:
                     report(problem)
@@ -111,9 +132,21 @@ def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters:
     for problem in set_aside:
         skipped.add(problem)
     return FoundDocuments(
-        *(np.array(rows, DOCUMENT), problems, skipped, set_aside),
+        *(np.array(rows, DOCUMENT), problems, skipped, set_aside, screen.dropped, screen.stacked()),
         *(frozenset(characters or ()), sum(span.end - span.begin for span in spans)),
     )
+
+
+def _screened(screen: Screen, file: SourceFile, offset: int, pieces: Pieces, options: ReadOptions) -> Pieces:
+    """The pieces of a document that stays; none of one that is dropped."""
+    held = list(pieces)
+    texts = (piece if isinstance(piece, str) else _decoded(piece, options) for piece in held)
+    text = "".join(text for text in texts if not text.startswith(LABEL))
+    return iter(held if text and screen.keeps(file, offset, text) else [])
+
+
+def _decoded(ids: NDArray[Any], options: ReadOptions) -> str:
+    return "".join(token_maker(options).decode_parts(ids))
 
 
 def _meta_hash(meta: Meta) -> int:

@@ -91,7 +91,7 @@ def read_blocks(url: str) -> Iterator[bytes]:
         wanted = BLOCK if size is None else min(BLOCK, size - done)
         try:
             if stream is None:
-                stream = files.open(path, "rb", block_size=BLOCK if in_parts else 0, cache_type="none")
+                stream = files.open(path, mode="rb", block_size=BLOCK if in_parts else 0, cache_type="none")
                 _skip(stream, done)
             block = _read(stream, wanted)
             if size is not None and len(block) < wanted:
@@ -143,7 +143,7 @@ def _connect(url: str) -> tuple[Any, str]:
         timeouts = {"connect_timeout": _TIMEOUT_S, "read_timeout": _TIMEOUT_S}
         options["config_kwargs"] = {**timeouts, "retries": {"max_attempts": 1}}
     try:
-        return fsspec.core.url_to_fs(url, **options)  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(url, **options)
     except Exception as error:  # each file system has errors of its own
         raise BadText(url, f"cannot be opened: {_in_words(error)}") from None
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
 from train.data.sources import arrow_tables, csv_tables, records, tars
 from train.data.sources.file_kinds import FileKind
-from train.data.sources.listing import SourceFile
 from train.data.sources.problems import BadText
 from train.data.sources.records import BadRecord
+from train.data.sources.source_files import SourceFile
 
 BLOCK = 1 << 17
 """Bytes of a file, or characters of a text, that are read and cleaned at once: a document may be of any size."""
@@ -53,7 +54,7 @@ def scan_rows(
                 yield offset, length, _loader(file, offset, parse)
         else:
             for row, fields in arrow_tables.scan(file.bytes_path, file.kind, keys):
-                yield row, 1, _loader(file, row, lambda fields=fields: fields)  # type: ignore[misc]
+                yield row, 1, partial(_kept, fields)
     except BadRecord as error:
         raise _problem(file, error) from None
 
@@ -73,6 +74,10 @@ def load_row(file: SourceFile, place: tuple[int, int], keys: Sequence[str], erro
             return _json_loader(file, offset, iter([stream.read(length)]), keys, errors)()
     except BadRecord as error:
         raise _problem(file, error) from None
+
+
+def _kept(fields: dict[str, Any]) -> dict[str, Any]:
+    return fields
 
 
 def _first(keys: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 from typing import IO, Any, NamedTuple
 
@@ -58,7 +59,7 @@ def scan(path: str, text_key: str) -> Iterator[tuple[int, int, Callable[[], dict
         for key, group in groupby(_members(headers), lambda member: member.key):
             members = list(group)
             begin, end = members[0].header, members[-1].begin + members[-1].size
-            yield begin, end - begin, lambda key=key, members=members: _parse(stream, key, members, text_key)  # type: ignore[misc]
+            yield begin, end - begin, partial(_parse, stream, key, members, text_key)
 
 
 def load(path: str, offset: int, length: int, text_key: str) -> dict[str, Any]:
@@ -78,11 +79,11 @@ def _members(stream: IO[bytes]) -> Iterator[_Member]:
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # it would hold all of them
+                tar.members = []  # type: ignore[attr-defined]  # it would hold all of them
                 last = member.name
                 _check_member(member)
                 name = member.name.removeprefix("./")
-                if member.isreg() and not any(part.startswith(".") for part in name.split("/")):
+                if member.isreg() and "/." not in f"/{name}":
                     yield _Member(name, member.offset, member.offset_data, member.size)
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end

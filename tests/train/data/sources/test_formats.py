@@ -23,8 +23,8 @@ import zstandard
 from train.data.corpus.shards import Corpus
 from train.data.prepare.documents import read_options, read_span
 from train.data.prepare.prepare import find_prepared, prepare
-from train.data.sources import arrow_tables, row_files, staging
-from train.data.sources.listing import describe_reading, list_files
+from train.data.sources import arrow_tables, local_copies, row_files
+from train.data.sources.source_files import describe_reading, list_files
 from train.errors import UserError
 
 ROWS = [
@@ -126,7 +126,7 @@ def test_every_format_makes_the_same_shards(tmp_path, text_data, name, monkeypat
     expected, shards = map(shard_bytes, folders)
     assert len(expected) > 3
     assert shards == expected
-    assert not list((tmp_path / "out").glob(f"{staging.PREFIX}*"))
+    assert not list((tmp_path / "out").glob(f"{local_copies.PREFIX}*"))
     assert find_prepared(text_data(name, dir="out/1", **keys)) == folders[1]
 
 
@@ -306,7 +306,7 @@ def test_bad_files_and_rows_are_set_aside_and_listed(tmp_path, text_data):
 
 
 def test_folder_of_copies_of_a_killed_process_is_deleted(tmp_path, text_data):
-    left = tmp_path / "corpora" / f"{staging.PREFIX}x"
+    left = tmp_path / "corpora" / f"{local_copies.PREFIX}x"
     left.mkdir(parents=True)
     (left / "lock").touch()
     (left / "0000000.jsonl").write_text("half")
@@ -332,10 +332,10 @@ def test_what_is_compressed_is_unpacked_in_bounded_memory(tmp_path, text_data):
             file.write(json.dumps({"text": f"{number}" + "x" * 100_000}).encode() + b"\n")
     code = (
         "import resource, sys\n"
-        "from train.data.sources import listing, staging\n"
+        "from train.data.sources import source_files, local_copies\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "file = listing.SourceFile(sys.argv[1], 'a', 1, 1, local=sys.argv[1] + '.copy')\n"
-        "staging.make_copy(file, 'utf-8', 'strict')\n"
+        "file = source_files.SourceFile(sys.argv[1], 'a', 1, 1, local=sys.argv[1] + '.copy')\n"
+        "local_copies.make_copy(file, 'utf-8', 'strict')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}

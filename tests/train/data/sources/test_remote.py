@@ -19,7 +19,7 @@ from train.config import schema
 from train.config.load import load as load_config
 from train.data.prepare.prepare import find_prepared, prepare
 from train.data.sources import remote
-from train.data.sources.listing import list_files
+from train.data.sources.source_files import list_files
 from train.errors import UserError
 
 KEY, SECRET = "AKIAEXAMPLEEXAMPLE12", "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY00"

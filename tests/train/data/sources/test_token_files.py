@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from train.data.corpus.shards import Corpus
 from train.data.prepare.prepare import prepare
 from train.data.sources import token_files
-from train.data.sources.listing import list_files
+from train.data.sources.source_files import list_files
 from train.errors import UserError
 
 EOT = 300

@@ -183,7 +183,7 @@ def _remote_files(url: str, problems: Problems) -> list[SourceFile]:
     except BadText as problem:
         problems.add(problem)
         return []
-    kept = [file for file in found if not any(part.startswith(".") for part in file.name.split("/"))]
+    kept = [file for file in found if "/." not in f"/{file.name}"]
     if not kept:
         problems.add(BadText(url, "there is no file of this name, and none below it"))
     return kept

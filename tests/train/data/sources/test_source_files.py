@@ -14,8 +14,8 @@ from train.data.corpus.shards import Corpus
 from train.data.prepare.documents import LABEL, read_options, read_span
 from train.data.prepare.prepare import prepare
 from train.data.sources import row_files
-from train.data.sources.listing import describe_reading, list_files
 from train.data.sources.problems import BadText, Problems, merged
+from train.data.sources.source_files import describe_reading, list_files
 from train.errors import UserError
 
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from train.data.sources import remote
 from train.data.sources.file_kinds import COMPRESSIONS, TEXT_KINDS, inner_suffix
-from train.data.sources.listing import SourceFile
 from train.data.sources.problems import BadText
+from train.data.sources.source_files import SourceFile
 from train.errors import UserError
 from train.util.extra_packages import import_extra
 from train.util.io import temporary_path
