@@ -1,4 +1,4 @@
-"""Keys of each model family and of the objectives, without torch: the driver reads them too.
+"""Keys of each model family, of the objectives and of generation, without torch: the driver reads them too.
 
 base        base classes of all sections and families
 decoder     GPT-2, Llama
@@ -6,4 +6,5 @@ encoder     BERT
 encdec      T5, the original Transformer
 recurrent   RNN, LSTM, GRU
 objectives  causal, masked, seq2seq, classify
+generation  decoding settings of generated text
 """
