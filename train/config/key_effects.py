@@ -48,6 +48,8 @@ OWNERS = (
     KeyOwners(("model.buckets", "model.max_distance"), "model.position", ("relative",)),
     KeyOwners(("data.text_key",), "data.source", _GIVEN_TEXT),
     KeyOwners(("data.encoding_errors", "data.bad_rows"), "data.source", (*_GIVEN_TEXT, "chat")),
+    KeyOwners(("data.bad", "data.encoding"), "data.source", ("text", "chat")),
+    KeyOwners(("data.name_key", "data.meta_keys"), "data.source", ("text",)),
     KeyOwners(("init.checkpoint",), "init.from"),
     KeyOwners(("batch.ramp_by",), "batch.ramp"),
     KeyOwners(("profile.ranks",), "profile.steps"),

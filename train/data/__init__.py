@@ -7,5 +7,7 @@ corpus      a prepared corpus on disk: shards, index, verification
 sampling    which tokens make up each step, as pure functions of seed, epoch and position
 chat        conversations: kinds of rows, templates, what is trained of them, packing
 examples    rows of a batch from stored documents, one module an objective
+sources     files with text, of every format
+screening   documents that are left out on purpose: quality, evaluation passages, near-duplicates
 prepare     text files to a prepared corpus
 """

@@ -26,10 +26,11 @@ RULES = (
         ),
         rf"\1{HIDDEN}",
     ),
-    # wandb.key=... --password=... but not data.text_key=... and data.label_key=...
+    # wandb.key=... --password=... but not data.text_key=..., data.label_key=..., data.name_key=...
     (
         re.compile(
-            r"((?:(?<!text)(?<!label)[._-]key|token|secret|password|passwd|passphrase)=)[^\s'\",\]]+", re.IGNORECASE
+            r"((?:(?<!text)(?<!label)(?<!name)[._-]key|token|secret|password|passwd|passphrase)=)[^\s'\",\]]+",
+            re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",
     ),

@@ -10,6 +10,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import gloo_ranks
@@ -200,3 +202,21 @@ def test_count_of_targets_is_that_of_trained_tokens(chat):
     corpus = Corpus(prepared(config))
     batch = training_loader(corpus, config, RankShare(0, 1, 4)).peek(Cursor())[0]
     assert count_targets(batch) == {"loss": int((batch["targets"] != IGNORE).sum())}
+
+
+def test_conversations_of_a_parquet_file_are_read_and_named_by_row(chat, tmp_path: Path):
+    file = tmp_path / "rows.parquet"
+    good = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(9)
+    ]
+    bad = {"messages": [{"role": "boss", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*good, bad]), file)
+    keys = f"data.paths=[{file}]", f"data.dir={tmp_path / 'corpus'}", "data.val_fraction=0"
+    with pytest.raises(
+        UserError, match=r"rows\.parquet: row 10 has message 1 of 'messages' of the unknown role 'boss'"
+    ):
+        prepared(chat(*keys))
+    notes: list[str] = []
+    prepared(chat(*keys, "data.bad_rows=skip"), notes)
+    assert any(note.startswith("9 conversations in") for note in notes)

@@ -1,4 +1,4 @@
-"""Keys of each model family, of the objectives and of the batch, without torch: the driver reads them too.
+"""Keys of each model family, of objectives, the batch and generation, without torch: the driver reads them too.
 
 base        base classes of all sections and families
 batch_size  sequences of a step, and a ramp up to them
@@ -7,4 +7,5 @@ encoder     BERT
 encdec      T5, the original Transformer
 recurrent   RNN, LSTM, GRU
 objectives  causal, masked, seq2seq, classify
+generation  decoding settings of generated text
 """

@@ -37,7 +37,7 @@ from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io as files
-from train.util.reading import read_object, reading
+from train.util.reading import as_object, read_object, reading
 from train.util.run_layout import RunDir
 
 VERSION = 1
@@ -87,12 +87,13 @@ class _HashingFile:
 
 
 def write_shard(
-    path: Path, first: int, dtype: np.dtype[Any], documents: Iterable[tuple[str, int, Iterable[NDArray[Any]]]]
+    path: Path, first: int, dtype: np.dtype[Any], documents: Iterable[tuple[Any, int, Iterable[NDArray[Any]]]]
 ) -> tuple[ShardEntry, Ids]:
     """Write one tar atomically; returns its index entry and its table (3, samples).
 
-    ``documents`` are (source, bytes of text, stored ids in parts); ``first`` is the number of the first document in its
-    split. Equal arguments give equal bytes, however the ids are parted.
+    ``documents`` are (source, bytes of text, stored ids in parts), the source a name or a dict with a "source"
+    among them; ``first`` is the number of the first document in its split. Equal arguments give equal bytes, however
+    the ids are parted.
     """
     from webdataset import TarWriter  # 1.3 s, and only writers need it
 
@@ -102,7 +103,9 @@ def write_shard(
         hashing = _HashingFile(file)
         with TarWriter(hashing, encoder=False, mtime=0) as writer:
             for number, (source, text_bytes, parts) in enumerate(documents, first):
-                meta = json.dumps({"source": source, "bytes": text_bytes}, ensure_ascii=False).encode()
+                about = source if isinstance(source, dict) else {"source": source}
+                about = {"source": about["source"], "bytes": text_bytes, **about}
+                meta = json.dumps(about | {"bytes": text_bytes}, ensure_ascii=False).encode()
                 writer.write({"__key__": f"{number:09d}", "meta.json": meta})
                 with tempfile.SpooledTemporaryFile(max_size=_SPOOL, dir=str(path.parent)) as spool:
                     count, header = _write_npy(spool, dtype, parts)
@@ -217,7 +220,11 @@ class CorpusSplit:
         return ids
 
     def source(self, sample: int) -> str:
-        """The name of the file that a document came from, as stored in its shard."""
+        """The name of the file that a document came from, as stored in its shard, or that its row had."""
+        return str(self.about(sample)["source"])
+
+    def about(self, sample: int) -> dict[str, Any]:
+        """The fields stored beside a document's tokens: "source", "bytes" of text, and fields of its row."""
         shard = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         begin = 0
         if sample > self.first_samples[shard]:
@@ -228,7 +235,9 @@ class CorpusSplit:
             size = tarfile.TarInfo.frombuf(os.pread(file.fileno(), _BLOCK, begin), "utf-8", "strict").size
             if size > self.entries[shard].size:
                 raise ValueError(f"a member of {size:,} bytes is larger than the file")
-            return str(json.loads(os.pread(file.fileno(), size, begin + _BLOCK))["source"])
+            about = as_object(json.loads(os.pread(file.fileno(), size, begin + _BLOCK)))
+            about["source"] = str(about["source"])
+            return about
 
     def _open_shard(self, shard: int, uses: int) -> _OpenShard:
         """An open shard: verified when first opened, mapped after many uses, closed with its last reference."""

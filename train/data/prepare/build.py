@@ -21,9 +21,12 @@ from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import workers
 from train.data.prepare.chat_shards import PackOptions, describe_counts, encode_conversations
-from train.data.prepare.corpus_spec import CorpusSpec, ReportProgress
-from train.data.prepare.sources import LABEL, SourceFile, read_options
+from train.data.prepare.corpus_spec import CorpusSpec
+from train.data.prepare.documents import LABEL, read_options, token_maker
+from train.data.prepare.first_pass import ReportProgress
 from train.data.sampling.epoch_order import hash_key
+from train.data.screening.screen import DROPPED
+from train.data.sources.source_files import SourceFile
 from train.data.tokenizer import FILE as TOKENIZER_FILE
 from train.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, parts_to_learn
 from train.errors import UserError
@@ -34,6 +37,8 @@ from train.util.run_layout import RunDir
 
 _RECIPE = "recipe.json"
 _RECEIPTS = "receipts"
+SET_ASIDE = "skipped.jsonl"
+"""The list of documents and files that could not be read, in the folder of the corpus."""
 _MAX_UNKNOWN = 0.01
 """Share of unknown text above which a given tokenizer is refused, unless data.tokenizer.max_unknown allows it."""
 _LEARN_FROM = 256 << 20
@@ -61,14 +66,19 @@ class CorpusBuild:
     """How conversations become rows; None for a corpus of text."""
 
     def pieces(self, document: np.void) -> Iterator[str]:
-        """The cleaned text of a document in pieces, a label appended without a separator; of a conversation what is
-        said in it.
+        """The cleaned text of a document in pieces, a label appended without a separator; of token ids their text, of
+        a conversation what is said in it.
         """
-        file = self.sources[int(document["file"])]
-        pieces = workers.document_pieces(file, document, read_options(self.data))
+        file, options = self.sources[int(document["file"])], read_options(self.data)
+        pieces = workers.document_pieces(file, document, options)
         if self.packing:
-            return said_in("".join(pieces))
-        return (piece.removeprefix(LABEL) for piece in pieces)
+            yield from said_in("".join(pieces))
+            return
+        for piece in pieces:
+            if isinstance(piece, str):
+                yield piece.removeprefix(LABEL)
+            else:
+                yield from token_maker(options).decode_parts(piece)
 
 
 def claim_folder(folder: Path, spec: CorpusSpec) -> None:
@@ -111,7 +121,21 @@ def build_corpus(build: CorpusBuild) -> None:
         splits[name] = shards.split_entry(
             [entry for entry, _, _ in done], shards.write_table(folder, name, table, verified)
         )
+    _list_set_aside(build)
     shards.write_index(folder, {"recipe": spec.digest, "settings": spec.settings}, tokenizer, dtype, splits)
+
+
+def _list_set_aside(build: CorpusBuild) -> None:
+    """Write the list of what could not be read and was left out, and examples of what was dropped, if there is any."""
+    rows = []
+    for problem in build.spec.set_aside:
+        row = {"file": problem.path, "place": problem.place, "offset": problem.offset, "problem": problem.what}
+        rows.append(io.to_json({key: value for key, value in row.items() if value is not None}) + "\n")
+    if rows:
+        io.write_whole(build.folder / SET_ASIDE, "".join(rows).encode())
+    if build.spec.dropped:
+        lines = [io.to_json(example) + "\n" for example in build.spec.dropped]
+        io.write_whole(build.folder / DROPPED, "".join(lines).encode())
 
 
 def _make_tokenizer(build: CorpusBuild, verified: VerifiedFiles) -> Tokenizer:

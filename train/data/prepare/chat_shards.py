@@ -14,8 +14,9 @@ from train.data.chat.packed_rows import DTYPE, mark_ids, pack_best_fit
 from train.data.chat.sandbox import TemplateError
 from train.data.chat.template import ChatTemplate, EncodedConversation, TemplateSource
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.problems import BadText, Problems
 from train.data.prepare.workers import Counts, ShardJob, document_pieces
+from train.data.sources import row_files
+from train.data.sources.problems import Problems
 from train.data.tokenizer import load_tokenizer
 from train.errors import UserError
 
@@ -58,7 +59,8 @@ def encode_conversations(job: ShardJob, options: PackOptions) -> tuple[ShardEntr
             else:
                 by = f"the chat template {options.template.name} " if isinstance(error, TemplateError) else ""
                 what = f"cannot be used: {by}{error}"
-                problems.add(BadText(file.path, what, int(document["offset"]), row=True))
+                offset = int(document["offset"])
+                problems.add(file.bad_row(what, offset, row_files.place_of(file, offset)))
             continue
         names.append(file.name)
         conversations.append(mark_ids(encoded.ids, encoded.trained))

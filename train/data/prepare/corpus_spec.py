@@ -14,20 +14,16 @@ from train.config import schema
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.prepare import clean, workers
-from train.data.prepare.problems import merged
-from train.data.prepare.sources import ReadOptions, SourceFile, describe_reading
-from train.errors import UserError
-from train.util.format import plural
+from train.data.prepare.documents import ReadOptions, read_options, text_size
+from train.data.prepare.first_pass import ReportProgress, find_all
+from train.data.sources.problems import BadText
+from train.data.sources.source_files import SourceFile, describe_reading
 
-ReportProgress = Callable[[dict[str, Any]], None]
-"""Called with {"phase": "read" | "tokenizer" | "merges" | "tokenize" | "wait" | "ready", "done": n, "total": m}, bytes,
-and with {"phase": "note", "text": what the user should know}.
-
-An exception that it raises ends the work; finished shards are kept.
-"""
-
-_SPAN = 4 << 20
-"""Bytes of source files that one task of a worker reads."""
+_OPTIONAL = {
+    *("bad", "encoding", "max_documents", "meta_keys", "name_key"),
+    *("decontaminate", "filters", "near_dedup"),
+}
+"""Keys that are settings of a corpus only where they are given: as in corpora from before there were these keys."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +34,10 @@ class CorpusSpec:
     settings: dict[str, Any]
     splits: dict[str, workers.Documents]
     characters: str
+    set_aside: list[BadText]
+    """Documents and files that could not be read, and were left out."""
+    dropped: list[dict[str, Any]]
+    """Examples of documents that were left out on purpose."""
 
 
 def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
@@ -53,6 +53,8 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
     if data.is_chat:
         chosen |= data.model_dump(include={"template", "row_tokens", "pack"})
     chosen |= {"bad_rows": data.bad_rows} if data.bad_rows != "refuse" else {}
+    optional = data.model_dump(include=_OPTIONAL, exclude_defaults=True)
+    chosen |= {key: optional[key] for key in sorted(optional)}
     return chosen | ({"test_fraction": data.test_fraction} if data.test_fraction else {})
 
 
@@ -72,30 +74,11 @@ def build_spec(
     def note(text: str) -> None:
         report({"phase": "note", "text": text})
 
-    total = sum(file.size for file in sources)
     given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
-    tasks = [(spans, options, data.tokenizer.kind == "chars") for spans in _group_spans(sources)]
     if data.source == "text":
         note(describe_reading(sources))
-    results: dict[int, workers.FoundDocuments] = {}
-    done = 0
-    for number, part in run_tasks(workers.find_documents, tasks):
-        results[number] = part
-        done += part.read
-        report({"phase": "read", "done": done, "total": total})
-    parts = [results[number] for number in range(len(tasks))]
-    merged(part.problems for part in parts).raise_all()
-    skipped = merged(part.skipped for part in parts).as_note()
-    documents = np.concatenate([part.documents for part in parts])
-    if not len(documents):
-        raise UserError(
-            f"the corpus is empty: no text is left after cleaning in {plural(len(sources), 'file')} of {total:,} bytes"
-            + (f"; {skipped}" if skipped else "")
-        )
-    if skipped:
-        note(skipped)
-    if data.dedup:
-        documents = documents[np.sort(np.unique(documents["hash"], axis=0, return_index=True)[1])]
+    found = find_all(data, sources, options, run_tasks, report)
+    documents = found.documents
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)
     described = [shards.VERSION, clean.VERSION, chosen, sha256(given.encode()).hexdigest(), names]
@@ -103,31 +86,17 @@ def build_spec(
     large = _large_document(documents, data)
     if large is not None and (len(documents) > 1 or data.test_fraction):
         described.append("cut")  # such corpora were split otherwise before
-    digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes()).hexdigest()
-    characters = "".join(sorted(frozenset().union(*(part.characters for part in parts))))
+    meta = documents["meta"].tobytes() if options.has_meta else b""
+    digest = sha256(json.dumps(described).encode() + documents["hash"].tobytes() + meta).hexdigest()
     splits = _split_documents(
         documents, data, large, lambda row: workers.document_pieces(sources[int(row["file"])], row, options)
     )
     if large is None:
         _note_uneven_splits(splits, data, report)
-    return CorpusSpec(digest, chosen, splits, characters)
+    return CorpusSpec(digest, chosen, splits, found.characters, found.set_aside, found.dropped.examples)
 
 
-def _group_spans(sources: list[SourceFile]) -> Iterator[list[workers.ByteSpan]]:
-    """Lists of spans of about _SPAN bytes, in order: small files share a list, large files of lines are cut."""
-    group: list[workers.ByteSpan] = []
-    for number, file in enumerate(sources):
-        step = _SPAN if file.lines else max(file.size, 1)
-        for begin in range(0, max(file.size, 1), step):
-            group.append(workers.ByteSpan(number, file, begin, min(begin + step, file.size)))
-            if sum(span.end - span.begin for span in group) >= _SPAN:
-                yield group
-                group = []
-    if group:
-        yield group
-
-
-_Read = Callable[[np.void], Iterator[str]]
+_Read = Callable[[np.void], Iterator[Any]]
 """The text of a document in pieces."""
 
 
@@ -174,7 +143,8 @@ def _split_documents(
 
 
 def _cut_document(document: np.void, data: schema.DataConfig, read: _Read) -> dict[str, np.void]:
-    """The parts of a document, by split: characters [begin, end), and their bytes."""
+    """The parts of a document, by split: characters, or tokens, [begin, end), and the bytes of their text."""
+    options = read_options(data)
     length = sum(map(len, read(document)))
     middle, end = (int(length * (1 - held)) for held in (data.val_fraction + data.test_fraction, data.test_fraction))
     parts = {"train": (0, middle)}
@@ -186,7 +156,7 @@ def _cut_document(document: np.void, data: schema.DataConfig, read: _Read) -> di
     for name, (first, last) in parts.items():
         rows[name] = document.copy()
         rows[name]["begin"], rows[name]["end"] = first, last if last < length else workers.WHOLE
-        rows[name]["bytes"] = sum(len(piece.encode()) for piece in read(rows[name]))
+        rows[name]["bytes"] = sum(text_size(piece, options) for piece in read(rows[name]))
     return rows
 
 

@@ -26,8 +26,11 @@ from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import clean, workers
 from train.data.prepare.build import CorpusBuild, build_corpus, claim_folder
 from train.data.prepare.chat_shards import PackOptions
-from train.data.prepare.corpus_spec import ReportProgress, build_spec, corpus_settings
-from train.data.prepare.sources import SourceFile, list_files, read_options
+from train.data.prepare.corpus_spec import build_spec, corpus_settings
+from train.data.prepare.documents import read_options
+from train.data.prepare.first_pass import ReportProgress
+from train.data.sources import local_copies
+from train.data.sources.source_files import SourceFile, list_files
 from train.errors import UserError
 from train.util import io
 
@@ -60,7 +63,12 @@ def prepare(
         if (current := _find_current(data, sources)) is not None:
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
-        with workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks:
+        with (
+            local_copies.with_copies(
+                sources, Path(data.dir).parent if data.dir else Path("corpora"), data.encoding
+            ) as sources,
+            workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks,
+        ):
             if data.tokenizer.kind in ("bytes", "file"):
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
             packing = _packing(data) if data.is_chat else None
@@ -115,6 +123,8 @@ def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     stamps: list[tuple[int, int] | None] = [(file.st_size, file.st_mtime_ns) for file in given]
     fixed: list[Any] = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
     fixed += [_packing(data).template.digest] if data.is_chat else []
+    if data.decontaminate:
+        sources = [*sources, *list_files(data.model_copy(update={"paths": data.decontaminate}))]
     listed = [(file.path, file.size, file.mtime_ns) for file in sources]
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ never their text.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.util
 import os
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.corpus.shards import Ids, ShardEntry, write_shard
-from train.data.prepare.problems import BadText, Problems
-from train.data.prepare.sources import CHANGED, LABEL, Pieces, ReadOptions, SourceFile, read_document, read_span
+from train.data.prepare.documents import (
+    CHANGED,
+    LABEL,
+    Meta,
+    Pieces,
+    ReadOptions,
+    read_document,
+    read_span,
+    text_size,
+    token_maker,
+)
+from train.data.screening.screen import Dropped, Screen, ScreenOptions
+from train.data.sources.file_kinds import FileKind
+from train.data.sources.problems import BadText, Problems
+from train.data.sources.source_files import SourceFile
 from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ExitCode, UserError
 
@@ -43,6 +57,7 @@ DOCUMENT = np.dtype(
         ("split_hash", "<u8"),  # first 64 bits of the sha256 of the text alone: decides the split
         ("begin", "<i8"),  # characters [begin, end) of the cleaned text: all of it, unless the only
         ("end", "<i8"),  # document of a corpus is cut in two, for train and val
+        ("meta", "<u8"),  # first 64 bits of the sha256 of what is stored beside it; 0 if nothing is
     ]
 )
 WHOLE = np.iinfo(np.int64).max
@@ -62,50 +77,107 @@ class ByteSpan:
 
 @dataclass(frozen=True)
 class FoundDocuments:
-    """The documents of some spans in order, problems of reading, rows left out, characters if wanted, bytes read."""
+    """The documents of some spans in order, problems of reading, those that were set aside, characters if wanted, bytes
+    read.
+    """
 
     documents: Documents
     problems: Problems
     skipped: Problems
+    set_aside: list[BadText]
+    """Each problem in ``skipped``, to be listed beside the corpus."""
+    dropped: Dropped
+    """Documents that were left out on purpose."""
+    signatures: NDArray[np.uint32]
+    """MinHash signatures of the documents (documents, 112), if near-duplicates are looked for."""
     characters: frozenset[str]
     read: int
 
 
-def find_documents(spans: list[ByteSpan], options: ReadOptions, with_characters: bool) -> FoundDocuments:
-    """Read, clean and hash every document that begins in the spans; empty documents are left out."""
+def find_documents(
+    spans: list[ByteSpan], options: ReadOptions, screening: ScreenOptions, with_characters: bool, most: int
+) -> FoundDocuments:
+    """Read, clean, screen and hash every document that begins in the spans, or the first ``most``; empty ones are left
+    out.
+    """
     rows: list[tuple[Any, ...]] = []
-    problems, skipped = Problems(), Problems()
+    problems, set_aside = Problems(), list[BadText]()
     characters: set[str] | None = set() if with_characters else None
+    meta: Meta = {}
+    screen = Screen(screening)
+
+    def report(problem: BadText) -> None:
+        if options.skip_files or (problem.row and options.skip_rows):
+            set_aside.append(problem)
+        else:
+            problems.add(problem)
+
     for span in spans:
         try:
-            for offset, length, pieces in read_span(span.file, span.begin, span.end, options):
+            for offset, length, pieces in read_span(span.file, span.begin, span.end, options, meta):
                 try:
-                    if measured := _measure(pieces, characters):
-                        rows.append((span.number, offset, length, *measured, 0, WHOLE))
+                    kept = _screened(screen, span.file, offset, pieces, options) if screening.active else pieces
+                    if measured := _measure(kept, characters, options):
+                        rows.append((span.number, offset, length, *measured, 0, WHOLE, _meta_hash(meta)))
                 except BadText as problem:
-                    (skipped if problem.row and options.skip_rows else problems).add(problem)
+                    report(problem)
+                if len(rows) >= most:
+                    break
         except BadText as problem:
-            problems.add(problem)
+            report(problem)
         except OSError as error:
-            problems.add(BadText(span.file.path, error.strerror or str(error)))
+            report(BadText(span.file.path, error.strerror or str(error)))
+        if len(rows) >= most:
+            break
+    skipped = Problems()
+    for problem in set_aside:
+        skipped.add(problem)
     return FoundDocuments(
-        *(np.array(rows, DOCUMENT), problems, skipped),
+        *(np.array(rows, DOCUMENT), problems, skipped, set_aside, screen.dropped, screen.stacked()),
         *(frozenset(characters or ()), sum(span.end - span.begin for span in spans)),
     )
 
 
-def _measure(pieces: Pieces, characters: set[str] | None) -> tuple[int, tuple[int, int], int] | None:
+def _screened(screen: Screen, file: SourceFile, offset: int, pieces: Pieces, options: ReadOptions) -> Pieces:
+    """The pieces of a document that stays; none of one that is dropped."""
+    held = list(pieces)
+    texts = (piece if isinstance(piece, str) else _decoded(piece, options) for piece in held)
+    text = "".join(text for text in texts if not text.startswith(LABEL))
+    return iter(held if text and screen.keeps(file, offset, text) else [])
+
+
+def _decoded(ids: NDArray[Any], options: ReadOptions) -> str:
+    return "".join(token_maker(options).decode_parts(ids))
+
+
+def _meta_hash(meta: Meta) -> int:
+    return _hash128(sha256(json.dumps(meta, sort_keys=True).encode()))[0] if meta else 0
+
+
+def _measure(
+    pieces: Pieces, characters: set[str] | None, options: ReadOptions
+) -> tuple[int, tuple[int, int], int] | None:
     """(bytes, hash, split_hash) of a document, as DOCUMENT has them, or None if it is empty; adds its characters."""
     size, digest, text_digest = 0, sha256(), None
     for piece in pieces:
-        if piece.startswith(LABEL):
+        if _is_label(piece):
             text_digest = digest.copy()
         if characters is not None:
             characters.update(piece.removeprefix(LABEL))
-        encoded = piece.encode()
+        encoded = _piece_bytes(piece)
         digest.update(encoded)
-        size += len(encoded)
+        size += len(encoded) if isinstance(piece, str) else text_size(piece, options)
     return (size, _hash128(digest), _hash128(text_digest or digest)[0]) if size else None
+
+
+def _is_label(piece: Any) -> bool:
+    return isinstance(piece, str) and piece.startswith(LABEL)
+
+
+def _piece_bytes(piece: Any) -> bytes:
+    """The bytes by which a piece of a document is hashed."""
+    encoded: bytes = piece.encode() if isinstance(piece, str) else piece.tobytes()
+    return encoded
 
 
 def _hash128(digest: Any) -> tuple[int, int]:
@@ -114,15 +186,17 @@ def _hash128(digest: Any) -> tuple[int, int]:
     return high, low
 
 
-def document_pieces(file: SourceFile, document: np.void, options: ReadOptions) -> Pieces:
-    """The text that one record of DOCUMENT refers to in its file, in pieces, as ``read_document`` gives them.
+def document_pieces(file: SourceFile, document: np.void, options: ReadOptions, meta: Meta | None = None) -> Pieces:
+    """The text that one record of DOCUMENT refers to in its file, in pieces, as ``read_document`` gives them; ``meta``
+    holds what is stored beside it from the first piece on.
 
     Raises UserError, behind the last piece, if the file has changed since: what was made of the others is wrong then.
     """
     begin, end, position, digest = int(document["begin"]), int(document["end"]), 0, sha256()
-    for piece in read_document(file, int(document["offset"]), int(document["length"]), options):
-        digest.update(piece.encode())
-        if part := piece[max(begin - position, 0) : max(end - position, 0)]:
+    for piece in read_document(file, int(document["offset"]), int(document["length"]), options, meta):
+        digest.update(_piece_bytes(piece))
+        part = piece[max(begin - position, 0) : max(end - position, 0)]
+        if len(part):
             yield part
         position += len(piece)
     if _hash128(digest) != tuple(document["hash"].tolist()):
@@ -155,18 +229,27 @@ def encode_shard(job: ShardJob) -> tuple[ShardEntry, Ids, Counts]:
     tokenizer = _tokenizer(job.path.parent)
     unknown = 0
 
-    def stored() -> Iterator[tuple[str, int, Iterator[NDArray[Any]]]]:
+    def stored() -> Iterator[tuple[Meta, int, Iterator[NDArray[Any]]]]:
         for document in job.documents:
-            file = job.files[int(document["file"])]
-            parts = stored_ids(document_pieces(file, document, job.options))
-            yield file.name, int(document["bytes"]), (np.array(ids, job.dtype) for ids in parts)
+            file, meta = job.files[int(document["file"])], Meta()
+            pieces = document_pieces(file, document, job.options, meta)
+            if job.options.has_meta:
+                pieces = chain([next(pieces)], pieces)
+            parts = stored_ids(pieces, file.kind is FileKind.TOKENS)
+            about = {"source": file.name, **meta}
+            yield about, int(document["bytes"]), (np.array(ids, job.dtype) for ids in parts)
 
-    def stored_ids(pieces: Pieces) -> Iterator[list[int]]:  # eot, text, eot, and if it has a label that, and eot again
+    def stored_ids(
+        pieces: Pieces, from_ids: bool
+    ) -> Iterator[list[int]]:  # eot, text, eot, and if it has a label that, and eot again
         nonlocal unknown
         yield [tokenizer.eot]
-        for is_label, part in groupby(pieces, lambda piece: piece.startswith(LABEL)):
+        for is_label, part in groupby(pieces, _is_label):
             if is_label:
                 yield [tokenizer.eot]
+            if from_ids:
+                yield from (piece.tolist() for piece in part)
+                continue
             for text, ids in tokenizer.encode_pieces(piece.removeprefix(LABEL) for piece in part):
                 unknown += tokenizer.count_unknown(text, ids)
                 yield ids

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from train.errors import UserError, shown_name
 from train.util.format import plural
@@ -23,24 +24,31 @@ _POSITION = re.compile(r"(character|offset) \d+")
 class BadText(Exception):  # noqa: N818  collected and shown together, never raised to the user
     """Text that cannot be read: the file, what is wrong, and where; ``row`` if one row alone is at fault.
 
-    ``cure`` is set where the file as a whole is at fault, and all files of one kind have it; FILE stands for the path.
+    ``place`` names a row that has no line, such as "row 17"; lines are counted in the local file ``counted``, by
+    default the file itself. ``cure`` is set where the file as a whole is at fault, and all files of one kind have it;
+    FILE stands for the path.
     """
 
-    def __init__(
-        self, path: str, what: str, offset: int | None = None, *, row: bool = False, cure: str | None = None
-    ) -> None:
+    def __init__(self, path: str, what: str, offset: int | None = None, **more: Any) -> None:
         super().__init__(path, what, offset)
-        self.path, self.what, self.offset, self.row, self.cure = path, what, offset, row, cure
+        self.path, self.what, self.offset, self.more = path, what, offset, more
+        self.row: bool = more.get("row", False)
+        self.cure: str | None = more.get("cure")
+        self.place: str | None = more.get("place")
+        self.counted: str | None = more.get("counted")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Workers send it to the process that shows it."""
-        return _bad_text, (self.path, self.what, self.offset, self.row, self.cure)
+        return _bad_text, (self.path, self.what, self.offset, self.more)
 
     def __str__(self) -> str:
         """File, place and problem; a row is named by its number, which is counted only when it is shown."""
         name = shown_name(self.path)
+        if self.place is not None:
+            return f"{name}: {self.place} {self.what}"
         if self.offset is not None:
-            return f"{name}: line {_line_number(self.path, self.offset)} (offset {self.offset}) {self.what}"
+            line = _line_number(self.counted or self.path, self.offset)
+            return f"{name}: line {line} (offset {self.offset}) {self.what}"
         return f"{name}: {self.in_words()}"
 
     def in_words(self) -> str:
@@ -48,8 +56,8 @@ class BadText(Exception):  # noqa: N818  collected and shown together, never rai
         return self.what + (f"; {self.cure.replace('FILE', shlex.quote(self.path))}" if self.cure else "")
 
 
-def _bad_text(path: str, what: str, offset: int | None, row: bool, cure: str | None) -> BadText:
-    return BadText(path, what, offset, row=row, cure=cure)
+def _bad_text(path: str, what: str, offset: int | None, more: dict[str, Any]) -> BadText:
+    return BadText(path, what, offset, **more)
 
 
 def _line_number(path: str, offset: int) -> int:
@@ -110,12 +118,13 @@ class Problems:
         elif len(self.groups) < MAX_SHOWN:
             self.groups[key] = group
 
-    def as_note(self) -> str:
-        """The number of rows that were left out, with the first of them; "" if there are none."""
+    def as_note(self, key: str = "data.bad_rows") -> str:
+        """How many were left out, as ``key``=skip asks, with the first of them; "" if there are none."""
         if not self.count:
             return ""
         first = next(iter(self.groups.values())).first
-        return f"{plural(self.count, 'row')} left out (data.bad_rows=skip); the first: {first}"
+        what = plural(self.count, "row") if key == "data.bad_rows" else f"{self.count:,} rows or files"
+        return f"{what} left out ({key}=skip); the first: {first}"
 
     def raise_all(self) -> None:
         """Raise all problems as one UserError, if there are any."""

@@ -11,10 +11,11 @@ import pytest
 
 from train.config import schema
 from train.data.corpus.shards import Corpus
-from train.data.prepare import sources
+from train.data.prepare.documents import LABEL, read_options, read_span
 from train.data.prepare.prepare import prepare
-from train.data.prepare.problems import BadText, Problems, merged
-from train.data.prepare.sources import LABEL, describe_reading, list_files, read_options, read_span
+from train.data.sources import row_files
+from train.data.sources.problems import BadText, Problems, merged
+from train.data.sources.source_files import describe_reading, list_files
 from train.errors import UserError
 
 
@@ -65,7 +66,7 @@ def test_lines_belong_to_the_span_they_begin_in(tmp_path, text_data):
 
 @pytest.mark.parametrize("length", [1, 50, 300])
 def test_long_lines_are_read_once_whatever_the_span(tmp_path, text_data, monkeypatch, length):
-    monkeypatch.setattr(sources, "_BLOCK", 16)
+    monkeypatch.setattr(row_files, "BLOCK", 16)
     texts = ["a" * length, "中" * 100, "\U0001f600" * 9, "b"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
     data = text_data("a.jsonl")
@@ -77,7 +78,7 @@ def test_long_lines_are_read_once_whatever_the_span(tmp_path, text_data, monkeyp
 
 
 def test_large_file_is_decoded_across_its_blocks(tmp_path, text_data, monkeypatch):
-    monkeypatch.setattr(sources, "_BLOCK", 7)
+    monkeypatch.setattr(row_files, "BLOCK", 7)
     (tmp_path / "a.txt").write_text("中文é\U0001f600 " * 20)
     (tmp_path / "bad.txt").write_bytes("中".encode() * 10 + b"\xff")
     data = text_data("a.txt", "bad.txt")
@@ -190,7 +191,7 @@ def test_array_of_records_is_read_in_blocks(tmp_path, text_data, indent, monkeyp
     rows = [{"text": f'中 {number} "[]{{}}\\', "more": [number, {"a": None}]} for number in range(200)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), "utf-8")
     for block in (1, 7, 1 << 20):
-        monkeypatch.setattr("train.data.prepare.records._BLOCK", block)
+        monkeypatch.setattr("train.data.sources.records._BLOCK", block)
         assert documents(text_data("a.json")) == [row["text"] for row in rows]
 
 
@@ -214,19 +215,19 @@ def test_json_file_that_is_no_array_of_records_is_refused(tmp_path, text_data, c
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0), "compressed by gzip; unpack it: gunzip -k "),
+        ("x.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), r"compressed by gzip; .*\.gz, or unpack it: gunzip -k "),
         ("x.txt", b"BZh91AY&SY", "compressed by bzip2"),
-        ("x.parquet", b"PAR1\x15\x04", "a Parquet table; convert it: .*read_parquet"),
+        ("x.txt", b"PAR1\x15\x04", r"a Parquet table; give it the ending \.parquet"),
+        ("x.parquet", b"text", "not a Parquet table, for it does not begin as one"),
+        ("x.arrow", b"PAR1\x15\x04", r"a Parquet table; give it the ending \.parquet"),
         ("x.bin", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull"),
         ("x.docx", b"PK\x03\x04\x14\x00", "a Word document"),
         ("x.zip", b"PK\x03\x04\x14\x00", "a zip archive; unpack it"),
         ("x.pdf", b"%PDF-1.7\n", "a PDF document; .*pdftotext"),
-        ("x.tar", b"a.txt".ljust(257, b"\x00") + b"ustar", "a tar archive"),
+        ("x.txt", b"a.txt".ljust(257, b"\x00") + b"ustar", r"a tar archive; give it the ending \.tar"),
         ("x.npy", b"\x93NUMPY\x01\x00", "a NumPy array"),
         ("x.txt", pickle.dumps({"text": "a"}), "a Python pickle"),
         ("x.png", b"\x89PNG\r\n\x1a\n\x00", "a PNG image"),
-        ("x.csv", b"text,label\na,b\n", r"a table .*csv\.DictReader.* the ending \.txt"),
-        ("x.TSV", b"text\tlabel\n", r"delimiter=.\\t"),
         ("part-0", b'{"a": "b"}\n{"a": "c"}\n', r"rows of JSON, each a record; name it \.jsonl"),
         ("x.txt", b'{"text": "b"}\n{"text": "c"}\n', r"rows of JSON, each a record; name it \.jsonl"),
         ("x.jsonl", b'[\n{"text": "b"},\n{"text": "c"}\n]', r"not with a record on each line; .*\.json"),

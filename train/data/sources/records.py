@@ -1,4 +1,4 @@
-"""Records of JSON files: where they lie, and the text and the label of one."""
+"""Records: where they lie in a JSON file, and the text and the label of one of any format."""
 
 from __future__ import annotations
 
@@ -17,15 +17,20 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _NEAR_END = 16
 """Characters before the end of what was read where an error may only mean that the rest is missing."""
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
-_KINDS = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list", str: "a string"}
+_KINDS = {type(None): "null", bool: "a boolean", dict: "an object", list: "a list", str: "a string", bytes: "bytes"}
 
 
 class BadRecord(ValueError):  # noqa: N818  it is shown with others as a BadText
-    """A record, or the layout of its file, that cannot be read; the message follows the name of the place."""
+    """A record, or the layout of its file, that cannot be read; the message follows the name of the place.
 
-    def __init__(self, what: str, offset: int = 0) -> None:
+    ``place`` names it where ``offset`` names no line; ``cure`` is set where the file as a whole is at fault.
+    """
+
+    def __init__(
+        self, what: str, offset: int | None = None, *, place: str | None = None, cure: str | None = None
+    ) -> None:
         super().__init__(what)
-        self.offset = offset
+        self.offset, self.place, self.cure = offset, place, cure
 
 
 class _Ambiguous(dict[str, Any]):
@@ -71,21 +76,20 @@ def parse_record(text: str, keys: Sequence[str]) -> Any:
         raise BadRecord(f"is not JSON ({error.msg} at character {error.pos + 1}{_hint(text, error)})") from None
 
 
-def conversation_lines(text: str) -> list[str]:
-    """The conversation of a JSON record as one line; nothing of one that is not trained on. Raises BadRecord."""
+def conversation_lines(record: Any) -> list[str]:
+    """The conversation of a record as one line; nothing of one that is not trained on. Raises BadRecord."""
     try:
-        conversation = read_conversation(parse_record(text, ()))
+        conversation = read_conversation(record)
     except NotAConversation as error:
         raise BadRecord(str(error)) from None
     return [to_text(conversation)] if conversation else []
 
 
-def record_fields(text: str, text_key: str, label_key: str | None, *, replace: bool) -> list[str]:
-    """[text], or [text, label] if ``label_key`` is set, of a JSON record. Raises BadRecord.
+def record_fields(record: Any, text_key: str, label_key: str | None, *, replace: bool) -> list[str]:
+    """[text], or [text, label] if ``label_key`` is set, of a record of any format. Raises BadRecord.
 
     A half of a surrogate pair, which UTF-8 cannot encode, becomes U+FFFD if ``replace``.
     """
-    record = parse_record(text, [text_key, *([label_key] if label_key else [])])
     if not isinstance(record, dict):
         raise BadRecord(f"has no text in the field {text_key!r} (it is not an object, but {_kind(record)})")
     value = _field(record, text_key, "text")

@@ -4,32 +4,68 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
+from enum import Enum
 from pathlib import PurePath
 
 from train.util.io import LFS_POINTER
 
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 """Names of files of JSON Lines: each line is a record."""
-JSON_SUFFIX = ".json"
-"""A JSON array of records, or records one after another, laid out in any way."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+_SHORT = {".tgz": (".tar", ".gz"), ".tbz2": (".tar", ".bz2"), ".txz": (".tar", ".xz"), ".tzst": (".tar", ".zst")}
+
+
+class FileKind(Enum):
+    """How documents lie in a file."""
+
+    PLAIN = "the file is a document"
+    LINES = "JSON Lines"
+    JSON = "JSON: an array of records, or records one after another, laid out in any way"
+    TABLE = "a table of separated values"
+    PARQUET = "a Parquet table"
+    ARROW = "an Arrow table"
+    TAR = "a tar of samples"
+    TOKENS = "token ids"
+
+
+_KINDS = {
+    **dict.fromkeys(LINE_SUFFIXES, FileKind.LINES),
+    ".json": FileKind.JSON,
+    **dict.fromkeys((".csv", ".tsv"), FileKind.TABLE),
+    **dict.fromkeys((".parquet", ".pq"), FileKind.PARQUET),
+    **dict.fromkeys((".arrow", ".feather", ".ipc"), FileKind.ARROW),
+    ".tar": FileKind.TAR,
+    ".bin": FileKind.TOKENS,
+}
+TEXT_KINDS = (FileKind.PLAIN, FileKind.LINES, FileKind.JSON, FileKind.TABLE)
+"""Kinds of files that are text as a whole, in an encoding."""
+
+
+def inner_suffix(path: str) -> tuple[str, str | None]:
+    """The ending that tells the kind of a file, and that of its compression, None without: (".jsonl", ".gz")."""
+    pure = PurePath(path)
+    outer = pure.suffix.lower()
+    if outer in _SHORT:
+        return _SHORT[outer]
+    if outer not in COMPRESSIONS:
+        return outer, None
+    return PurePath(pure.stem).suffix.lower(), outer
+
+
+def kind_of(path: str) -> FileKind:
+    """The kind of a file by the ending of its name, or of a URL."""
+    return _KINDS.get(inner_suffix(path)[0], FileKind.PLAIN)
+
+
 HEAD = 1 << 16
 """Bytes at the start of a file by which its kind is known."""
 MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg")
 
 _AS_IT_STANDS = "to train on it as it stands, give it the ending .txt"
-_TABLE_CURE = (
-    "make rows of a .jsonl file of it: python3 -c 'import csv, json, sys; sys.stdout.writelines(json.dumps(row) + "
-    "chr(10) for row in csv.DictReader(sys.stdin{delimiter}))' <FILE >rows.jsonl; "
-    "data.text_key then names the column of the text. Or, " + _AS_IT_STANDS
-)
-_PANDAS = 'python3 -c \'import pandas; pandas.read_{}("FILE").to_json("rows.jsonl", orient="records", lines=True)\''
+_ANY_TABLE = 'convert it: python3 -c \'import pandas; pandas.read_{}("FILE").to_parquet("rows.parquet")\''
 
 _BY_NAME = {
-    ".csv": ("a table of comma-separated values, which has rows of its own", _TABLE_CURE.format(delimiter="")),
-    ".tsv": (
-        "a table of tab-separated values, which has rows of its own",
-        _TABLE_CURE.format(delimiter=', delimiter="\\t"'),
-    ),
     ".ipynb": (
         "a notebook, which is JSON with its outputs inside",
         "take its code out: jupyter nbconvert --to script FILE. Or, " + _AS_IT_STANDS,
@@ -48,21 +84,18 @@ _ZIPPED = {
 _NO_TEXT = "it has no text to train on: leave it out"
 _EXPORT = "export its text to a .txt or .jsonl file"
 _BY_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"\x1f\x8b", "compressed by gzip", "unpack it: gunzip -k FILE"),
-    (0, b"BZh", "compressed by bzip2", "unpack it: bunzip2 -k FILE"),
-    (0, b"\xfd7zXZ\x00", "compressed by xz", "unpack it: unxz -k FILE"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "unpack it: unzstd FILE"),
+    (0, b"\x1f\x8b", "compressed by gzip", "give it the ending .gz, or unpack it: gunzip -k FILE"),
+    (0, b"BZh", "compressed by bzip2", "give it the ending .bz2, or unpack it: bunzip2 -k FILE"),
+    (0, b"\xfd7zXZ\x00", "compressed by xz", "give it the ending .xz, or unpack it: unxz -k FILE"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by Zstandard", "give it the ending .zst, or unpack it: unzstd FILE"),
     (0, b"\x04\x22\x4d\x18", "compressed by LZ4", "unpack it: unlz4 FILE"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x FILE"),
     (0, b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x FILE"),
-    (257, b"ustar", "a tar archive", "unpack it: tar -xf FILE"),
-    (0, b"PAR1", "a Parquet table", f"convert it: {_PANDAS.format('parquet')}; data.text_key names the column"),
-    (0, b"ARROW1", "an Arrow table", f"convert it: {_PANDAS.format('feather')}; data.text_key names the column"),
-    (
-        *(0, b"\xff\xff\xff\xff", "an Arrow stream, as the library datasets caches it"),
-        'convert it: python3 -c \'from datasets import Dataset; Dataset.from_file("FILE").to_json("rows.jsonl")\'',
-    ),
-    (0, b"ORC", "an ORC table", f"convert it: {_PANDAS.format('orc')}; data.text_key names the column"),
+    (257, b"ustar", "a tar archive", "give it the ending .tar, or unpack it: tar -xf FILE"),
+    (0, b"PAR1", "a Parquet table", "give it the ending .parquet"),
+    (0, b"ARROW1", "an Arrow table", "give it the ending .arrow"),
+    (0, b"\xff\xff\xff\xff", "an Arrow stream, as the library datasets caches it", "give it the ending .arrow"),
+    (0, b"ORC", "an ORC table", _ANY_TABLE.format("orc")),
     (0, b"Obj\x01", "an Avro file", "convert it to .jsonl, as avro-tools tojson does"),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _EXPORT),
     (0, b"\x93NUMPY", "a NumPy array", "a corpus is made of text, not of token ids: give the text that it was made of"),
@@ -86,6 +119,11 @@ _BY_MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
         "fetch it in its repository: git annex get FILE",
     ),
 )
+_OWN_MAGIC = {
+    FileKind.PARQUET: (b"PAR1",),
+    FileKind.ARROW: (b"ARROW1", b"\xff\xff\xff\xff"),
+    FileKind.TAR: (b"ustar",),
+}
 _PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 _UTF8_MARK = b"\xef\xbb\xbf"
 _WIDE = {"UTF-32LE": 4, "UTF-32BE": 4, "UTF-16LE": 2, "UTF-16BE": 2}
@@ -96,22 +134,44 @@ _WIDE_SAMPLE = 4096
 def refusal(path: str, head: bytes, text_key: str) -> tuple[str, str] | None:
     """The kind of a file that holds no text as it stands, and the cure; None for a file to read.
 
-    ``head`` has its first bytes. In the cure FILE stands for the path.
+    ``head`` has its first bytes, unpacked. In the cure FILE stands for the path.
     """
-    suffix = PurePath(path).suffix.lower()
-    if head.startswith(b"PK\x03\x04"):
+    (suffix, _), kind = inner_suffix(path), kind_of(path)
+    if head.startswith(b"PK\x03\x04") and kind in TEXT_KINDS:
         zipped = _ZIPPED.get(suffix)
         return (zipped, _EXPORT) if zipped else ("a zip archive", "unpack it: unzip FILE")
     for offset, magic, what, cure in _BY_MAGIC:
         if head.startswith(magic, offset):
-            return what, cure
+            own = magic in _OWN_MAGIC.get(kind, ()) or (kind is FileKind.TOKENS and not _is_pointer(magic))
+            return None if own else (what, cure)
+    if kind not in TEXT_KINDS:
+        return _lacks_magic(kind, head)
     if head.startswith(_PICKLES) and b"." in head:
         return "a Python pickle", _EXPORT
     if encoding := _wide_encoding(head):
-        return f"{encoding} text, not UTF-8", f"convert it: iconv -f {encoding} -t UTF-8 FILE >new{suffix or '.txt'}"
+        iconv = f"iconv -f {encoding} -t UTF-8 FILE >new{suffix or '.txt'}"
+        return f"{encoding} text, not UTF-8", f"convert it: {iconv}; or take data.encoding={encoding}"
     if suffix in _BY_NAME:
         return _BY_NAME[suffix]
     return _misnamed_records(suffix, head, text_key)
+
+
+def file_state(path: str) -> tuple[int, ...]:
+    """Numbers that change when another file takes this path, or its content changes."""
+    stat = os.stat(path)  # noqa: PTH116
+    return stat.st_ino, stat.st_dev, stat.st_size, stat.st_mtime_ns
+
+
+def _is_pointer(magic: bytes) -> bool:
+    """Whether the first bytes tell that a file stands for another one; token ids may begin in any other way."""
+    return magic == LFS_POINTER or b"annex" in magic
+
+
+def _lacks_magic(kind: FileKind, head: bytes) -> tuple[str, str] | None:
+    """The problem of a table that begins as none does; an old tar and token ids have no mark."""
+    if kind in (FileKind.PARQUET, FileKind.ARROW) and head:
+        return f"not {kind.value}, for it does not begin as one", "give it the ending of what it is"
+    return None
 
 
 def _wide_encoding(head: bytes) -> str | None:
@@ -143,7 +203,7 @@ def _misnamed_records(suffix: str, head: bytes, text_key: str) -> tuple[str, str
     line, end, _ = head.removeprefix(_UTF8_MARK).lstrip().partition(b"\n")
     if suffix in LINE_SUFFIXES and (line.strip() in (b"{", b"[") or line.startswith(b"[{")):
         return "JSON, but not with a record on each line", "give it the ending .json, which may have any layout"
-    if suffix in (*LINE_SUFFIXES, JSON_SUFFIX):
+    if suffix in _KINDS:
         return None
     if not line.startswith(b"{") or not (end or len(head) < HEAD):
         return None
