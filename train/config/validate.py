@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from train.config.mixture_rules import mixture_problems
 from train.config.schema import Config, GenerationConfig, variants
 
 MIRROR_URL = re.compile(r"(?!.*::)[a-z][a-z0-9+.-]*://(?![^/]*:[^/@]*@)[^?]+")
@@ -153,14 +154,15 @@ def _objective_problems(config: Config) -> list[str]:
 
 
 def _data_problems(config: Config) -> list[str]:
-    d, problems = config.data, []
+    d, problems = config.data, mixture_problems(config)
     if d.val_fraction + d.test_fraction >= 1:
         both = f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction}"
         problems.append(f"{both} leave nothing to train on: lower them")
     if d.source == "text" and not d.paths:
         problems.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
-    if d.source == "stdlib" and d.paths:
-        problems.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
+    if d.source in ("stdlib", "mix") and d.paths:
+        cure = "give each source its own, in data.sources" if d.source == "mix" else "add data=text"
+        problems.append(f"data.paths is for data=text, and data.source is {d.source}: {cure}")
     t = d.tokenizer
     if t.kind == "file" and not t.path:
         problems.append("data.tokenizer.kind=file needs data.tokenizer.path, a tokenizer.json")

@@ -17,7 +17,8 @@ from train.config import schema
 from train.data.corpus.shards import Corpus, CorpusSplit
 from train.data.examples import build_examples
 from train.data.examples.example_builder import Columns, ExampleBuilder, ReadRows
-from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.mixing.stages import mixture_plan
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepPlan, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
 from train.distributed.process_group import DistContext
 from train.errors import UserError
@@ -58,7 +59,7 @@ class Loader:
     """
 
     def __init__(
-        self, split: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
+        self, split: CorpusSplit, plan: StepPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
     ) -> None:
         if share.world_size > plan.shape.streams:
             raise UserError(
@@ -254,6 +255,28 @@ class EvalLoader:
         return batch
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out split of each source of a mixture by its name; of a single corpus, without a name."""
+
+    parts: Mapping[str, EvalLoader]
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows of all sources."""
+        return sum(part.groups for part in self.parts.values())
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of text that all groups predict."""
+        return sum(part.bytes for part in self.parts.values())
+
+    def first_groups(self, tokens: int) -> HeldOut:
+        """Loaders of the first groups only, which hold ``tokens`` tokens, as many of every source."""
+        each = -(-tokens // len(self.parts))
+        return HeldOut({name: part.first_groups(each) for name, part in self.parts.items() if part.groups})
+
+
 def _slice_batch(batch: Batch, rows: slice) -> Batch:
     return {key: value[rows] for key, value in batch.items()}
 
@@ -265,22 +288,33 @@ def empty_batch(columns: Columns, rows: int, pin: bool) -> Batch:
 
 def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin: bool = False) -> Loader:
     """The loader of the training split. Raises UserError where streams, global batch and world size do not fit."""
-    data, split = config.data, corpus.split("train")
-    order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.pack)
-    examples = build_examples(config, corpus.tokenizer)
-    shape = StepShape(config.batch.global_, examples.row_tokens, data.streams or config.batch.global_, data.pack)
-    return Loader(split, BatchPlan(order, shape), share, examples, pin)
+    split, examples = corpus.split("train"), build_examples(config, corpus.tokenizer)
+    return Loader(split, training_plan(split, config, examples.row_tokens), share, examples, pin)
 
 
-def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> EvalLoader:
-    """The loader of this rank's part of a held-out split, in groups that are the same for any world size."""
+def training_plan(split: CorpusSplit, config: schema.Config, row_tokens: int) -> StepPlan:
+    """The plan of a training split, in rows of ``row_tokens`` tokens: of a corpus, or of a mixture."""
+    data = config.data
+    shape = StepShape(config.batch.global_, row_tokens, data.streams or config.batch.global_, data.pack)
+    orders = {
+        name: EpochOrder(split_sizes(part), Shuffle(config.seed, data.shuffle_shards), data.pack)
+        for name, part in split.parts.items()
+    }
+    if data.source == "mix":
+        return mixture_plan(config, split.parts, orders, shape)
+    return BatchPlan(orders[""], shape)
+
+
+def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> HeldOut:
+    """The loaders of this rank's part of a held-out split, in groups that are the same for any world size."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
     shape = StepShape(group, examples.row_tokens, 1, config.data.pack)
-    return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
+    share = RankShare(world.rank, world.size, group)
+    return HeldOut({name: EvalLoader(part, shape, share, examples) for name, part in corpus.split(split).parts.items()})
 
 
-def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, EvalLoader]:
+def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, HeldOut]:
     """This rank's loaders of the training split and of the validation split."""
     streams = config.data.streams or config.batch.global_
     rows_per_stream = config.batch.global_ // streams

@@ -6,4 +6,5 @@ encoder     BERT
 encdec      T5, the original Transformer
 recurrent   RNN, LSTM, GRU
 objectives  causal, masked, seq2seq, classify
+mixture     sources of a mixture of corpora, and stages of their shares
 """

@@ -13,6 +13,7 @@ reached by arithmetic.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -50,71 +51,41 @@ class StepShape:
     pack: bool = True
 
 
-class BatchPlan:
+class StepPlan(ABC):
     """Maps a cursor to the spans of documents that fill each row of the global batch."""
 
-    def __init__(self, order: EpochOrder, shape: StepShape) -> None:
+    def __init__(self, shape: StepShape) -> None:
         if shape.rows % shape.streams:
             raise UserError(
                 f"batch.global={shape.rows} is not a multiple of data.streams={shape.streams}: every stream gives the "
                 f"same number of rows to a step. Set data.streams to a divisor of {shape.rows}, or leave it out"
             )
-        self.order = order
         self.shape = shape
         self.rows_per_stream = shape.rows // shape.streams
-        self._units_per_row = shape.seq_len if shape.pack else 1
-        self._units_per_step = self.rows_per_stream * self._units_per_row  # of one stream
-        self._longest_stream = -(-order.units // shape.streams)
-        if not order.units:
-            raise UserError("nothing to train on: this split of the corpus holds no documents")
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch, the last of which may be short."""
-        return self.steps_left(Cursor())
-
+    @abstractmethod
     def after(self, cursor: Cursor, steps: int = 1) -> Cursor:
         """The cursor ``steps`` optimizer steps later, in a later epoch if need be."""
-        while steps >= (left := self.steps_left(cursor)):
-            cursor, steps = Cursor(cursor.epoch + 1, 0), steps - left
-        return Cursor(cursor.epoch, cursor.position + steps * self._units_per_step)
 
+    @abstractmethod
     def steps_left(self, cursor: Cursor) -> int:
         """Steps from the cursor to the end of its epoch, the last of which may be short."""
-        return -(-(self._longest_stream - cursor.position) // self._units_per_step)
 
+    @abstractmethod
     def check_cursor(self, cursor: Cursor) -> None:
         """Raise UserError unless the cursor lies inside an epoch of this plan."""
-        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest_stream:
-            raise UserError(
-                f"the saved data position (epoch {cursor.epoch}, {cursor.position}) does not lie in an epoch of "
-                f"{self.shape.streams} streams of {self._longest_stream} "
-                f"{'tokens' if self.shape.pack else 'documents'}: "
-                "resume with the data.streams, data.pack and corpus of the run that saved it"
-            )
 
+    @abstractmethod
     def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int, keep: bool = True) -> DocSpans:
         """Spans of the rows of ``steps`` steps from a cursor, all in its epoch: stream after stream, step after step.
 
         Each stream gives rows_per_stream * steps rows. Spans are cut where rows of seq_len tokens end; padding
         (sample -1) fills the rest of a row. ``keep``: see ``EpochOrder.spans``.
         """
-        number = np.fromiter(streams, np.int64)
-        low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
-        begins = np.minimum(low + cursor.position, high)
-        ends = np.minimum(begins + steps * self._units_per_step, high)
-        spans, owner = self.order.spans(cursor.epoch, begins, ends, keep)
-        rows = steps * self.rows_per_stream
-        if not self.shape.pack:
-            row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
-            return _one_sample_per_row(spans, row, rows * len(number), self.shape.seq_len)
-        missing = rows * self.shape.seq_len - (ends - begins)
-        short = np.flatnonzero(missing)
-        if len(short):
-            behind = np.searchsorted(owner, short, side="right")
-            padding = (-1, 0, missing[short])
-            spans = DocSpans(*(np.insert(column, behind, value) for column, value in zip(spans, padding, strict=True)))
-        return _cut_at_rows(spans, self.shape.seq_len)
+
+    @abstractmethod
+    def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
+        """Numbers for the record of the step from ``before`` to ``after``: how far the data have been read."""
 
     def step_table(self, cursor: Cursor, skipped: Collection[int] = ()) -> Ints:
         """Spans of the step at the cursor, (spans, 4): row, sample, start, length; by row, without ``skipped`` rows.
@@ -132,6 +103,67 @@ class BatchPlan:
     def data_hash(self, cursor: Cursor, skipped: Collection[int] = ()) -> str:
         """16 hex digits over ``step_table``: equal only for steps that train on the same spans in the same rows."""
         return blake2b(self.step_table(cursor, skipped).astype("<i8").tobytes(), digest_size=8).hexdigest()
+
+
+class BatchPlan(StepPlan):
+    """The plan of one corpus: see the head of this module."""
+
+    def __init__(self, order: EpochOrder, shape: StepShape) -> None:
+        super().__init__(shape)
+        self.order = order
+        self._units_per_row = shape.seq_len if shape.pack else 1
+        self._units_per_step = self.rows_per_stream * self._units_per_row  # of one stream
+        self._longest_stream = -(-order.units // shape.streams)
+        if not order.units:
+            raise UserError("nothing to train on: this split of the corpus holds no documents")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch, the last of which may be short."""
+        return self.steps_left(Cursor())
+
+    def after(self, cursor: Cursor, steps: int = 1) -> Cursor:
+        """Implements ``StepPlan.after``: streams end together, and then the next epoch begins."""
+        while steps >= (left := self.steps_left(cursor)):
+            cursor, steps = Cursor(cursor.epoch + 1, 0), steps - left
+        return Cursor(cursor.epoch, cursor.position + steps * self._units_per_step)
+
+    def steps_left(self, cursor: Cursor) -> int:
+        """Implements ``StepPlan.steps_left``: as many as the longest stream has."""
+        return -(-(self._longest_stream - cursor.position) // self._units_per_step)
+
+    def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
+        """Implements ``StepPlan.progress``: the epoch that the step was read in."""
+        return {"epoch": before.epoch}
+
+    def check_cursor(self, cursor: Cursor) -> None:
+        """Implements ``StepPlan.check_cursor`` for the positions of the longest stream."""
+        if cursor.epoch < 0 or not 0 <= cursor.position < self._longest_stream:
+            raise UserError(
+                f"the saved data position (epoch {cursor.epoch}, {cursor.position}) does not lie in an epoch of "
+                f"{self.shape.streams} streams of {self._longest_stream} "
+                f"{'tokens' if self.shape.pack else 'documents'}: "
+                "resume with the data.streams, data.pack and corpus of the run that saved it"
+            )
+
+    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int, keep: bool = True) -> DocSpans:
+        """Implements ``StepPlan.row_spans``: a stream's range of the epoch, cut where rows end."""
+        number = np.fromiter(streams, np.int64)
+        low, high = (self.order.units * n // self.shape.streams for n in (number, number + 1))
+        begins = np.minimum(low + cursor.position, high)
+        ends = np.minimum(begins + steps * self._units_per_step, high)
+        spans, owner = self.order.spans(cursor.epoch, begins, ends, keep)
+        rows = steps * self.rows_per_stream
+        if not self.shape.pack:
+            row = owner * rows + np.arange(len(owner)) - np.searchsorted(owner, owner)
+            return one_sample_per_row(spans, row, rows * len(number), self.shape.seq_len)
+        missing = rows * self.shape.seq_len - (ends - begins)
+        short = np.flatnonzero(missing)
+        if len(short):
+            behind = np.searchsorted(owner, short, side="right")
+            padding = (-1, 0, missing[short])
+            spans = DocSpans(*(np.insert(column, behind, value) for column, value in zip(spans, padding, strict=True)))
+        return _cut_at_rows(spans, self.shape.seq_len)
 
 
 def _cut_at_rows(spans: DocSpans, seq_len: int) -> DocSpans:
@@ -152,7 +184,7 @@ def _cut_at_rows(spans: DocSpans, seq_len: int) -> DocSpans:
     return DocSpans(sample, start, length)
 
 
-def _one_sample_per_row(spans: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
+def one_sample_per_row(spans: DocSpans, row: Ints, rows: int, seq_len: int) -> DocSpans:
     """Put each sample in its ``row``, truncated to seq_len; pad short rows and rows without a sample."""
     sample = np.full((rows, 2), -1, np.int64)
     length = np.zeros((rows, 2), np.int64)

@@ -1,0 +1,100 @@
+"""Streams and steps of a mixture: rows of all sources in the order of a schedule.
+
+Rows are numbered over the whole training: the cursor is Cursor(0, n), n the rows read before, and row j of the step
+there is row n + j. The schedule says which source it comes from, and which row of that source it is. So a global batch
+is a function of the step alone, whatever reads it, and no state of a source is kept.
+
+Samples of all sources have one numbering, and those of a later epoch of a source others than those of an earlier one,
+so that what is drawn by sample (masks, spans) is drawn anew:
+
+    sample = first number of the source + number in the source + epoch of the source * samples of all sources
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data.mixing.mixture_schedule import ENDLESS, MixtureSchedule
+from train.data.mixing.source_rows import SourceRows
+from train.data.sampling.batch_plan import Cursor, StepPlan, StepShape, one_sample_per_row
+from train.data.sampling.epoch_order import DocSpans, Ints, concat_spans, take_spans
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class MixtureSources:
+    """Names of the sources, and the number of each one's first sample, then of all samples: (sources + 1,)."""
+
+    names: tuple[str, ...]
+    first_samples: Ints
+
+
+class MixturePlan(StepPlan):
+    """Maps a cursor to the spans of documents of several sources."""
+
+    def __init__(
+        self, rows: Sequence[SourceRows], schedule: MixtureSchedule, sources: MixtureSources, shape: StepShape
+    ) -> None:
+        super().__init__(shape)
+        self.source_rows, self.schedule, self.names = list(rows), schedule, sources.names
+        self._first_samples = sources.first_samples
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps that the sources last, the last of which may be short; None: without end."""
+        return None if self.schedule.end == ENDLESS else -(-self.schedule.end // self.shape.rows)
+
+    def after(self, cursor: Cursor, steps: int = 1) -> Cursor:
+        """Implements ``StepPlan.after``: the rows of these steps are read."""
+        return Cursor(0, cursor.position + steps * self.shape.rows)
+
+    def steps_left(self, cursor: Cursor) -> int:
+        """Implements ``StepPlan.steps_left``: a mixture is one epoch, whose sources begin theirs when they must."""
+        return -(-(ENDLESS - cursor.position) // self.shape.rows)
+
+    def check_cursor(self, cursor: Cursor) -> None:
+        """Implements ``StepPlan.check_cursor``: the position is a number of whole steps."""
+        if cursor.epoch or cursor.position < 0 or cursor.position % self.shape.rows:
+            raise UserError(
+                f"the saved data position (epoch {cursor.epoch}, {cursor.position}) is not one of a mixture of "
+                f"{self.shape.rows} rows a step: resume with the batch.global and the data of the run that saved it"
+            )
+
+    def row_spans(self, streams: Iterable[int], cursor: Cursor, steps: int, keep: bool = True) -> DocSpans:
+        """Implements ``StepPlan.row_spans`` for rows of any sources beside each other."""
+        stream, step = np.fromiter(streams, np.int64), np.arange(steps)
+        turn = np.arange(self.rows_per_stream)
+        rows = stream[:, None, None] + step[:, None] * self.shape.rows + turn * self.shape.streams
+        return self._spans_of_rows(cursor.position + rows.ravel(), keep)
+
+    def _spans_of_rows(self, rows: Ints, keep: bool) -> DocSpans:
+        source, number = self.schedule.locate(rows)
+        parts, owners = [DocSpans(*(np.zeros(0, np.int64) for _ in range(3)))], [np.zeros(0, np.int64)]
+        for k in np.unique(source[source >= 0]).tolist():
+            mine = np.flatnonzero(source == k)
+            spans, owner, epoch = self.source_rows[k].spans(number[mine], keep)
+            parts.append(spans._replace(sample=spans.sample + self._first_samples[k] + epoch * self._first_samples[-1]))
+            owners.append(mine[owner])
+        owner = np.concatenate(owners)
+        by_row = np.argsort(owner, kind="stable")
+        spans, owner = take_spans(concat_spans(parts), by_row), owner[by_row]
+        if not self.shape.pack:
+            return one_sample_per_row(spans, owner, len(rows), self.shape.seq_len)
+        filled = np.bincount(owner, weights=spans.length, minlength=len(rows)).astype(np.int64)
+        short = np.flatnonzero(filled < self.shape.seq_len)
+        behind = np.searchsorted(owner, short, side="right")
+        padding = (-1, 0, self.shape.seq_len - filled[short])
+        return DocSpans(*(np.insert(column, behind, value) for column, value in zip(spans, padding, strict=True)))
+
+    def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
+        """Implements ``StepPlan.progress``: tokens read of each source, and epochs of it, in parts of one too."""
+        numbers: dict[str, float] = {}
+        for name, rows, count in zip(self.names, self.source_rows, self.schedule.counts(after.position), strict=True):
+            units = int(count) * rows.row_units
+            units = units if rows.limit is None else min(units, rows.limit)
+            numbers |= {f"tokens/{name}": units} if self.shape.pack else {f"documents/{name}": units}
+            numbers[f"epochs/{name}"] = round(units / rows.order.units, 6)
+        return numbers
