@@ -376,6 +376,11 @@ class CommandLine(Config):
     sweep: SweepConfig = SweepConfig()
 
 
+def source_names(config: Config) -> tuple[str, ...]:
+    """Names of the sources of a mixture, in the order of their numbers; of a single corpus there are none."""
+    return tuple(sorted(config.data.sources))
+
+
 DISCRIMINATORS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}
 """Sections with several variants, and the key that tells them apart: {"model": "family", "objective": "name"}."""
 

@@ -182,6 +182,9 @@ class Loader:
         if "memory" in batch:  # the row's number in the global batch; negative at the start of an epoch
             numbers = torch.tensor(self.row_numbers()) + 1
             batch["memory"][:used] = batch["memory"][:used] * numbers if cursor.position else -numbers
+        if (sources := self.plan.row_sources(cursor)) is not None:
+            batch |= empty_batch({"source": ((), torch.int64)}, self.micro_batches * micro, self._pin)
+            batch["source"][:used] = torch.from_numpy(sources[self.row_numbers()])
         if used < self.micro_batches * micro:
             mask_rows({key: value[used:] for key, value in batch.items()})
         if skipped := self._skipped.get(cursor):

@@ -123,6 +123,9 @@ def test_metrics_tell_tokens_epochs_and_held_out_loss_of_each_source(mixed):
     last = lines[-1]
     assert last["val_loss/talk"] < lines[3]["val_loss/talk"]
     assert last["epochs/talk"] > 0
+    assert last["loss/talk"] == pytest.approx(last["loss"])
+    assert lines[0]["loss"] == pytest.approx((3 * lines[0]["loss/code"] + lines[0]["loss/notes"]) / 4)
+    assert lines[0]["loss/talk"] is None
     by_source = [last[f"val_loss/{name}"] for name in WORDS]
     assert min(by_source) < last["val_loss"] < max(by_source)
     for step, sources in ((2, {"code", "notes"}), (7, {"talk"})):

@@ -86,8 +86,13 @@ class MixturePlan(StepPlan):
         filled = np.bincount(owner, weights=spans.length, minlength=len(rows)).astype(np.int64)
         short = np.flatnonzero(filled < self.shape.seq_len)
         behind = np.searchsorted(owner, short, side="right")
-        padding = (-1, 0, self.shape.seq_len - filled[short])
+        none = np.zeros(len(short), np.int64)
+        padding = DocSpans(none - 1, none, self.shape.seq_len - filled[short])
         return DocSpans(*(np.insert(column, behind, value) for column, value in zip(spans, padding, strict=True)))
+
+    def row_sources(self, cursor: Cursor) -> Ints:
+        """Implements ``StepPlan.row_sources``: as the schedule says."""
+        return self.schedule.locate(cursor.position + np.arange(self.shape.rows))[0] + 1
 
     def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
         """Implements ``StepPlan.progress``: tokens read of each source, and epochs of it, in parts of one too."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from train.config import schema
 from train.data.corpus.shards import INDEX, Corpus
@@ -40,7 +41,7 @@ def prepare_mixture(data: schema.DataConfig, prepare: Prepare) -> Path:
 def source_section(data: schema.DataConfig, name: str, tokenizer: Path | None) -> schema.DataConfig:
     """The data section that prepares one source: the mixture's, with its own text, and the ``tokenizer`` given."""
     source = data.sources[name]
-    own = {"source": source.source, "paths": source.paths, "dir": None, "sources": {}, "stages": []}
+    own: dict[str, Any] = {"source": source.source, "paths": source.paths, "dir": None, "sources": {}, "stages": []}
     if tokenizer is not None and data.tokenizer.kind in ("bpe", "chars"):
         given = {"kind": "file", "vocab_size": None, "path": str(tokenizer)}
         own["tokenizer"] = data.tokenizer.model_copy(update=given)

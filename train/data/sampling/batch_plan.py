@@ -87,6 +87,10 @@ class StepPlan(ABC):
     def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
         """Numbers for the record of the step from ``before`` to ``after``: how far the data have been read."""
 
+    def row_sources(self, cursor: Cursor) -> Ints | None:
+        """The number, from 1, of each row's source in the step at a cursor, (rows,); None without a mixture."""
+        return None
+
     def step_table(self, cursor: Cursor, skipped: Collection[int] = ()) -> Ints:
         """Spans of the step at the cursor, (spans, 4): row, sample, start, length; by row, without ``skipped`` rows.
 
