@@ -94,7 +94,7 @@ def train_rank(
     )
     activity.enter("first step")
     try:
-        services.finish(train(run))
+        services.finish(end := train(run), loader.plan.source_totals(end.cursor))
         saver.wait_for_mirror(MIRROR_WAIT_S)
     except Stopped:
         activity.charge("save")

@@ -122,8 +122,11 @@ class RunServices:
         if self.tracker:
             self.tracker.drop_after(state.step)
 
-    def finish(self, state: TrainState) -> None:
-        """Write the summary of a run that has made all its steps, or was ended early by its metric."""
+    def finish(self, state: TrainState, source_totals: Record) -> None:
+        """Write the summary of a run that has made all its steps, or was ended early by its metric.
+
+        ``source_totals``: what was read of each source of a mixture.
+        """
         part = state.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
         if self.held_out.groups and (self.evaluation is None or part):
             self.evaluate(state, whole=True)
@@ -141,6 +144,7 @@ class RunServices:
             **(evaluation.numbers() if evaluation else {}),
             "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": state.tokens,
+            **source_totals,
             **self.meter.summary(),
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -42,7 +43,14 @@ def mixed(texts, tmp_path: Path, monkeypatch):
     def composed(*overrides: str, name: str = "run") -> tuple[Config, Path]:
         sources = ", ".join(f"{source}: {{paths: [{folder}]}}" for source, folder in texts.items())
         text = [override for override in gloo_ranks.TEXT if override != "data=text"]
-        keys = ["data=mix", *text, f"data.sources={{{sources}}}", f"run.dir={tmp_path / name}", *overrides]
+        keys = [
+            "data=mix",
+            *text,
+            "data.workers=1",
+            f"data.sources={{{sources}}}",
+            f"run.dir={tmp_path / name}",
+            *overrides,
+        ]
         config = gloo_ranks.compose(*keys)
         folder = prepare_mixture(config.data, lambda data: prepare(data, lambda event: None))
         return settle_mixture(config, str(folder), lambda text: None), folder
@@ -126,6 +134,10 @@ def test_metrics_tell_tokens_epochs_and_held_out_loss_of_each_source(mixed):
     assert last["loss/talk"] == pytest.approx(last["loss"])
     assert lines[0]["loss"] == pytest.approx((3 * lines[0]["loss/code"] + lines[0]["loss/notes"]) / 4)
     assert lines[0]["loss/talk"] is None
+    summary = json.loads(RunDir(Path(config.run.dir or "")).summary.read_text())
+    told = [key for key in last if key.startswith(("tokens/", "epochs/", "val_loss/"))]
+    assert len(told) == 9
+    assert {key: summary[key] for key in told}.items() <= last.items()
     by_source = [last[f"val_loss/{name}"] for name in WORDS]
     assert min(by_source) < last["val_loss"] < max(by_source)
     for step, sources in ((2, {"code", "notes"}), (7, {"talk"})):

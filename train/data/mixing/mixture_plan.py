@@ -95,9 +95,13 @@ class MixturePlan(StepPlan):
         return self.schedule.locate(cursor.position + np.arange(self.shape.rows))[0] + 1
 
     def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
-        """Implements ``StepPlan.progress``: tokens read of each source, and epochs of it, in parts of one too."""
+        """Implements ``StepPlan.progress``: the totals of the sources."""
+        return self.source_totals(after)
+
+    def source_totals(self, cursor: Cursor) -> dict[str, float]:
+        """Implements ``StepPlan.source_totals``: tokens read of each source, and epochs of it, in parts of one too."""
         numbers: dict[str, float] = {}
-        for name, rows, count in zip(self.names, self.source_rows, self.schedule.counts(after.position), strict=True):
+        for name, rows, count in zip(self.names, self.source_rows, self.schedule.counts(cursor.position), strict=True):
             units = int(count) * rows.row_units
             units = units if rows.limit is None else min(units, rows.limit)
             numbers |= {f"tokens/{name}": units} if self.shape.pack else {f"documents/{name}": units}

@@ -87,6 +87,10 @@ class StepPlan(ABC):
     def progress(self, before: Cursor, after: Cursor) -> dict[str, float]:
         """Numbers for the record of the step from ``before`` to ``after``: how far the data have been read."""
 
+    def source_totals(self, cursor: Cursor) -> dict[str, float]:
+        """What has been read of each source of a mixture before a cursor; empty without a mixture."""
+        return {}
+
     def row_sources(self, cursor: Cursor) -> Ints | None:
         """The number, from 1, of each row's source in the step at a cursor, (rows,); None without a mixture."""
         return None
