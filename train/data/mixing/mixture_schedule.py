@@ -103,7 +103,9 @@ class MixtureSchedule:
         self.exhausted: list[tuple[int, int]] = []
         """(row, source): the sources that run out, with the number of the row after their last one."""
         self._segments: list[_Segment] = []
-        left = [rows if rows is None or rows > 0 else 0 for rows in budgets.rows]
+        left = list(budgets.rows)
+        # A stage that changes nothing begins no segment: rows depend on the shares alone, however they are written.
+        stages = [stage for before, stage in pairwise([None, *stages]) if before is None or before.parts != stage.parts]
         ends = [stage.first_row for stage in stages[1:]] + [ENDLESS]
         for stage, end in zip(stages, ends, strict=True):
             if self.end == ENDLESS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from train.config.keys.mixture import StageConfig
 from train.config.mixture_rules import last_step
@@ -30,7 +31,12 @@ def resolved_stages(config: Config, tokens: Mapping[str, int]) -> list[StageConf
         parts = parts_of([stage.weights.get(name, 0.0) for name in tokens], list(tokens))
         shares = {name: part / PARTS for name, part in zip(tokens, parts, strict=True)}
         resolved.append(StageConfig(until=None if stage is stages[-1] else end, weights=shares))
-    return resolved
+    return _merged(resolved)
+
+
+def _merged(stages: Sequence[StageConfig]) -> list[StageConfig]:
+    """The stages without those that the next one goes on with the same shares."""
+    return [stage for stage, after in pairwise([*stages, None]) if after is None or after.weights != stage.weights]
 
 
 def _weights(config: Config, tokens: Mapping[str, int]) -> dict[str, float]:
@@ -86,7 +92,7 @@ def continued_stages(
     after = [stage for stage in new if stage.until is None or stage.until > step]
     first = kept[0].model_copy(update={"until": step})
     last_end = before[-1].until if before else 0
-    return [*before, *([first] if last_end != step else []), *after]
+    return _merged([*before, *([first] if last_end != step else []), *after])
 
 
 def describe_stages(stages: Sequence[StageConfig]) -> str:

@@ -93,6 +93,18 @@ def test_new_shares_from_a_row_on_change_no_row_before_it():
     assert not same_until(old, new, 801)
 
 
+@given(mixtures(), st.integers(1, 1500))
+@settings(max_examples=40, deadline=None)
+def test_a_stage_cut_in_two_gives_the_same_rows(drawn, row):
+    stages, budgets = drawn
+    shares = [stage for stage in stages if stage.first_row < row][-1].parts
+    later = [stage for stage in stages if stage.first_row > row]
+    cut = [*(stage for stage in stages if stage.first_row < row), Stage(row, shares), *later]
+    expected = [stage for stage in stages if stage.first_row != row]
+    both = (MixtureSchedule(given, budgets).locate(np.arange(ROWS)) for given in (cut, expected))
+    assert all((a == b).all() for a, b in zip(*both, strict=True))
+
+
 def test_the_order_of_sources_stays_what_it_is():
     assert row_table(parts_of([0.5, 0.3, 0.2], "abc")).source[:10].tolist() == [0, 1, 2, 0, 0, 1, 0, 2, 1, 0]
 

@@ -43,8 +43,11 @@ OLD = [stage(40, 1, 0), stage(None, 0.5, 0.5)]
 
 def test_the_same_stages_go_on_without_a_word():
     assert continued_stages(OLD, OLD, 60, 100, reweight=False) == OLD
-    cut = [stage(20, 1, 0), stage(40, 1, 0), stage(None, 0.5, 0.5)]  # the same shares of every step
-    assert continued_stages(OLD, cut, 60, 100, reweight=False) == cut
+
+
+def test_a_stage_cut_in_two_is_one_stage():
+    one, other = "{until: 20, weights: {a: 2}}", "{until: 40, weights: {a: 1, b: 0}}"
+    assert resolve(f"data.stages=[{one}, {other}, {{weights: {{a: 3, b: 3}}}}]") == OLD
 
 
 @pytest.mark.parametrize("new", [[stage(None, 0.5, 0.5)], [stage(30, 1, 0), stage(None, 0.5, 0.5)]])
