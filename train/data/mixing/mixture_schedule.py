@@ -105,7 +105,10 @@ class MixtureSchedule:
         self._segments: list[_Segment] = []
         left = list(budgets.rows)
         # A stage that changes nothing begins no segment: rows depend on the shares alone, however they are written.
-        stages = [stage for before, stage in pairwise([None, *stages]) if before is None or before.parts != stage.parts]
+        before = (None, *stages)
+        stages = [
+            stage for stage, last in zip(stages, before, strict=False) if last is None or last.parts != stage.parts
+        ]
         ends = [stage.first_row for stage in stages[1:]] + [ENDLESS]
         for stage, end in zip(stages, ends, strict=True):
             if self.end == ENDLESS:
