@@ -39,6 +39,7 @@ from kernels.ops import (
     gated_mlp,
     layer_norm,
     linear_cross_entropy,
+    linear_cross_entropy_by_target,
     rms_norm,
     rope,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "gated_mlp",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_cross_entropy_by_target",
     "measuring_tiles",
     "rms_norm",
     "rope",

@@ -20,23 +20,25 @@ import torch
 from torch import Tensor
 
 import kernels.dispatch as dispatch
-from kernels.reference import upcast
 
 MIN_CHUNK_TOKENS, MAX_CHUNKS = 1024, 16
 
 
 def chunked_linear_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """(sum, count) of the losses of hidden (N, D) @ weight (V, D)^T at targets (N,); under autocast in its dtype."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum, count) of the losses of hidden (N, D) @ weight (V, D)^T at targets (N,), and the losses (N,) themselves.
+
+    Under autocast in its dtype. The single losses have no gradient.
+    """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-    total, *_ = linear_cross_entropy_forward(
+    total, *_, losses = linear_cross_entropy_forward(
         hidden, weight, targets, ignore_index, label_smoothing, z_loss, *needs_grad
     )
-    return total, (targets != ignore_index).sum()
+    return total, (targets != ignore_index).sum(), losses
 
 
 @torch.library.custom_op("trireme::linear_cross_entropy_forward", mutates_args=())
@@ -49,17 +51,16 @@ def linear_cross_entropy_forward(
     z_loss: float,
     needs_hidden_grad: bool,
     needs_weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of losses (), gradients of hidden (N, D) and weight (V, D)); a gradient that is not needed is (0,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(sum of losses (), gradients of hidden (N, D) and weight (V, D), losses (N,)); (0,) for a gradient not needed.
 
     The gradients belong to the backward pass, which may scale them in place.
     """
-    total, grad_hidden, grad_weight = _outputs(hidden, weight, needs_hidden_grad, needs_weight_grad)
+    total, grad_hidden, grad_weight, losses = _outputs(hidden, weight, needs_hidden_grad, needs_weight_grad)
     cross_entropy_with_grad = dispatch.implementation(hidden).cross_entropy_with_grad
     needs_grad = needs_hidden_grad or needs_weight_grad
     n_tokens = hidden.shape[0]
     chunk_tokens = tokens_per_chunk(n_tokens)
-    losses = upcast(hidden).new_empty(n_tokens)
     if not n_tokens:
         grad_weight.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
@@ -74,7 +75,7 @@ def linear_cross_entropy_forward(
             if needs_weight_grad:
                 torch.addmm(grad_weight, grad.T, hidden[chunk], beta=float(start > 0), out=grad_weight)
             del logits, grad  # free their memory before the next chunk's logits are allocated
-    return torch.sum(losses, 0, out=total), grad_hidden, grad_weight
+    return torch.sum(losses, 0, out=total), grad_hidden, grad_weight, losses
 
 
 @linear_cross_entropy_forward.register_fake
@@ -87,18 +88,19 @@ def _(
     z_loss: float,
     needs_hidden_grad: bool,
     needs_weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _outputs(hidden, weight, needs_hidden_grad, needs_weight_grad)
 
 
 def _outputs(
     hidden: Tensor, weight: Tensor, needs_hidden_grad: bool, needs_weight_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised sum of losses and gradients of hidden and weight, (0,) where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised sum of losses, gradients of hidden and weight, (0,) where not needed, and losses."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     grad_hidden = hidden.new_empty(hidden.shape if needs_hidden_grad else 0)
     grad_weight = weight.new_empty(weight.shape if needs_weight_grad else 0)
-    return hidden.new_empty((), dtype=dtype), grad_hidden, grad_weight
+    losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
+    return hidden.new_empty((), dtype=dtype), grad_hidden, grad_weight, losses
 
 
 def tokens_per_chunk(n_tokens: int) -> int:
@@ -120,8 +122,8 @@ def _(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    _, *grads = output
-    ctx.mark_non_differentiable(*grads)
+    _, *grads, losses = output
+    ctx.mark_non_differentiable(*grads, losses)
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients would be allocated
     ctx.save_for_backward(*grads)
     ctx.needs_grad = inputs[-2:]

@@ -120,4 +120,17 @@ def linear_cross_entropy(
 
     Under autocast the products have its dtype. Gradients are computed in the forward pass, if an input requires them.
     """
+    return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, label_smoothing, z_loss)[:2]
+
+
+def linear_cross_entropy_by_target(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``linear_cross_entropy``, and the loss of each target (N,), 0 for those ignored, without gradient."""
     return chunked_linear_cross_entropy(hidden, weight, targets, ignore_index, label_smoothing, z_loss)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from review.importance import ImportanceReport
+from review.lenient_io import finite_number
 from review.rank_times import is_notable, slowest_rank_text
 from review.run_differences import best_runs, comparability_warnings, differing_keys, seed_noise, verdict
 from review.run_reader import RunRecord, sweeps_of
@@ -65,6 +66,8 @@ def render_comment(runs: Sequence[RunRecord], importances: ImportanceReport | No
         lines += ["", *(_notes_line(run) for run in noted[:MAX_RUNS])]
     if slow := [line for run in order[:MAX_RUNS] if (line := _ranks_line(run))]:
         lines += ["", *slow]
+    if mixed := [line for run in order[:MAX_RUNS] if (line := _sources_line(run))]:
+        lines += ["", *mixed]
     if study is not None:
         lines += ["", "**Scaling law**", "", *(f"- {escape_cell(line)}" for line in report_lines(study))]
     return "\n".join(lines)
@@ -86,6 +89,19 @@ def _notes_line(run: RunRecord) -> str:
 def _ranks_line(run: RunRecord) -> str:
     """The sentence on a run's slowest rank, where it is slow enough to tell of."""
     return f"- {escape_cell(run.name)}: {slowest_rank_text(run.rank_windows)}" if is_notable(run.rank_windows) else ""
+
+
+def _sources_line(run: RunRecord) -> str:
+    """What a run has read of each source of its mixture, and its held-out loss there; empty without a mixture."""
+    parts = []
+    for name in (key.removeprefix("epochs/") for key in run.summary if key.startswith("epochs/")):
+        kinds = ("epochs", "tokens", "val_loss")
+        epochs, tokens, loss = (finite_number(run.summary.get(f"{kind}/{name}")) for kind in kinds)
+        facts = [f"{count(int(tokens))} tokens"] if tokens is not None else []
+        facts += [f"{epochs:.2f} epochs"] if epochs is not None else []
+        facts += [f"held-out loss {loss:.4f}"] if loss is not None else []
+        parts.append(f"{escape_cell(name)} {', '.join(facts)}")
+    return f"- {escape_cell(run.name)}: {'; '.join(parts)}" if parts else ""
 
 
 def escape_cell(text: Any) -> str:

@@ -157,7 +157,13 @@ text to tokenised shards; resumable, idempotent."""
     from train.data.prepare.progress_bar import prepare_with_progress
 
     config = configuration.load(argv)
-    prepare_with_progress(config.data, OUT, config.objective)
+    if config.data.source != "mix":
+        prepare_with_progress(config.data, OUT, config.objective)
+        return ExitCode.OK
+    from train.data.mixing.prepare_sources import prepare_mixture
+
+    folder = prepare_mixture(config.data, lambda data: prepare_with_progress(data, OUT, config.objective))
+    OUT.print(f"the mixture of {', '.join(config.data.sources)} is in {folder}")
     return ExitCode.OK
 
 

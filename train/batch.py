@@ -18,6 +18,7 @@ Batch = dict[str, Tensor]
 
 and what only some objectives and families have:
 
+    source           (B,) int64    number, from 1, of the row's source in a mixture; 0: padding
     memory           (B,) int64    slot, from 1, of the state that the row continues; negative: reset it first; 0: none
                                    (`train.models.carried_state`)
     types            (B, T) int64  0 in the first text of a pair, 1 in the second

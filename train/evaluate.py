@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from train.batch import Batch, Losses, to_device
-from train.data.loader import EvalLoader
+from train.data.loader import EvalLoader, HeldOut
 from train.distributed import process_group
 from train.errors import Stopped
 from train.reporting import metrics
@@ -40,6 +40,8 @@ class Evaluation:
     """Bytes of text behind the targets, where every token of it was predicted; else None, or 0 of a corpus in which
     only a part of each text is trained.
     """
+    by_source: Mapping[str, Evaluation] = field(default_factory=dict)
+    """The same of each source of a mixture alone, by its name."""
 
     @property
     def loss(self) -> float:
@@ -66,6 +68,8 @@ class Evaluation:
             numbers |= metrics.classification_metrics(self.sums["confusion"][0])
         if "scores" in self.sums:
             numbers |= metrics.regression_metrics(*self.sums["scores"][0].T)
+        for source, evaluation in self.by_source.items():
+            numbers |= {f"{name}/{source}": value for name, value in evaluation.numbers().items()}
         return numbers
 
     def details(self, classes: list[str]) -> dict[str, Any]:
@@ -77,8 +81,39 @@ class Evaluation:
         return float(total) / count if count else math.nan
 
 
-@torch.no_grad()
 def evaluate(
+    forward: Callable[[Batch], Losses],
+    held_out: HeldOut,
+    world: process_group.DistContext,
+    should_stop: Callable[[], bool],
+    whole_text: bool,
+) -> Evaluation:
+    """Evaluate on a held-out split, that of a mixture by source too. A collective: see ``sum_over``.
+
+    ``whole_text``: every token of the text is predicted.
+    """
+    parts = {}
+    for source, loader in held_out.parts.items():
+        sums = sum_over(forward, loader, world, should_stop)
+        parts[source] = Evaluation(sums, loader.bytes if whole_text else None)
+    if list(parts) == [""]:
+        return parts[""]
+    parts = {source: part for source, part in parts.items() if part.sums}
+    return Evaluation(_add_sums([part.sums for part in parts.values()]), held_out.bytes if whole_text else None, parts)
+
+
+def _add_sums(parts: list[Sums]) -> Sums:
+    """The sums over several splits: totals are added, rows of scores listed one after another."""
+    sums: Sums = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        totals = [part[name][0] for part in parts if name in part]
+        total = np.concatenate(totals) if name == "scores" else np.sum(totals, axis=0)
+        sums[name] = total, sum(part[name][1] for part in parts if name in part)
+    return sums
+
+
+@torch.no_grad()
+def sum_over(
     forward: Callable[[Batch], Losses],
     held_out: EvalLoader,
     world: process_group.DistContext,

@@ -217,7 +217,7 @@ def step_record(run: Training, state: TrainState, cursor: Cursor, measured: Reco
         "step": state.step,
         **measured,
         "tokens": state.tokens,
-        "epoch": cursor.epoch,
+        **run.loader.plan.progress(cursor, state.cursor),
         **({"data_hash": run.loader.data_hash(cursor)} if run.world.is_rank0 else {}),  # only rank 0 logs it
     }
 

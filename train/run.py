@@ -18,6 +18,7 @@ from train.config import load as configuration
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
 from train.data.loader import Loader, loaders
+from train.data.mixing.mixture_corpus import open_corpus
 from train.distributed import determinism, process_group
 from train.distributed.device import describe
 from train.engine.allocation import allocate_parameters
@@ -65,7 +66,7 @@ def train_rank(
     determinism.apply(config.cluster.deterministic)
     activity.enter("open corpus")
     process_group.assert_equal_across_ranks("configuration", configuration.digest(config))
-    corpus = Corpus(corpus_folder, config.model.special)
+    corpus = open_corpus(corpus_folder, config.model.special)
     process_group.assert_equal_across_ranks("corpus", corpus.fingerprint)
     note = partial(_note, world, emit)
     mirror = Mirror(config.save_mirror, run_dir.path, config, world, note) if config.save_mirror else None
@@ -94,7 +95,7 @@ def train_rank(
     )
     activity.enter("first step")
     try:
-        services.finish(train(run))
+        services.finish(end := train(run), loader.plan.source_totals(end.cursor))
         saver.wait_for_mirror(MIRROR_WAIT_S)
     except Stopped:
         activity.charge("save")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from train.checkpoint.writer import CheckpointWriter
 from train.config.schema import Config
 from train.data.corpus.shards import Corpus
-from train.data.loader import EvalLoader
+from train.data.loader import HeldOut
 from train.distributed import process_group
 from train.engine.engine import Engine
 from train.evaluate import Evaluation, evaluate
@@ -32,7 +32,7 @@ class RunServices:
     world: process_group.DistContext
     corpus: Corpus
     engine: Engine
-    held_out: EvalLoader
+    held_out: HeldOut
     saver: CheckpointWriter
     tracker: Tracker | None
     """Rank 0's; the others have none."""
@@ -64,8 +64,8 @@ class RunServices:
         with self.activity.phase("evaluate"):
             part = None if whole or state.step == self.config.steps else self.config.eval_tokens
             held_out = self.held_out if part is None else self.held_out.first_groups(part)
-            sums = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop)
-            self.evaluation = Evaluation(sums, held_out.bytes if self.engine.module.whole_text else None)
+            whole_text = self.engine.module.whole_text
+            self.evaluation = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop, whole_text)
             metrics = self.evaluation.numbers()
             self.emit(EvalEvent(state.step, time.monotonic() - began, metrics))
             self._sample(state)
@@ -122,8 +122,11 @@ class RunServices:
         if self.tracker:
             self.tracker.drop_after(state.step)
 
-    def finish(self, state: TrainState) -> None:
-        """Write the summary of a run that has made all its steps, or was ended early by its metric."""
+    def finish(self, state: TrainState, source_totals: Record) -> None:
+        """Write the summary of a run that has made all its steps, or was ended early by its metric.
+
+        ``source_totals``: what was read of each source of a mixture.
+        """
         part = state.step < self.config.steps and self.config.eval_tokens  # all that the last evaluation has seen
         if self.held_out.groups and (self.evaluation is None or part):
             self.evaluate(state, whole=True)
@@ -141,6 +144,7 @@ class RunServices:
             **(evaluation.numbers() if evaluation else {}),
             "params": sum(math.prod(self.engine.shapes[name]) for name in self.engine.names.values()),
             "tokens": state.tokens,
+            **source_totals,
             **self.meter.summary(),
             "wall_s": round(sum(seconds.values()), 2),
             "save_stall_s": round(seconds["save"], 3),

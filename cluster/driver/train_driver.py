@@ -26,6 +26,7 @@ from train.errors import ExitCode
 from train.events import JobEvent, NoteEvent, PhaseEvent
 from train.reporting.console import RunConsole
 from train.run_dir import resume
+from train.run_dir.mixture_stages import settle_mixture
 from train.util.format import plural
 from train.util.io import FileLock
 
@@ -88,12 +89,14 @@ class TrainDriver(Driver):
         self.run_dir = Path(config.run.dir or ".").absolute()
         self.lock = run_lock.lock_run_dir(self.run_dir)
         self.signals.on_exit.append(lambda: run_lock.remove_empty_run_dir(self.run_dir))
-        if summary := resume.finished_summary(config):
-            self.console.complete(config, summary)
+        if self._is_complete(config):
             return ExitCode.OK
         if (known := self.nodes_before_start(config)) is not None:
             plan_workers(config, known)  # what does not fit is told before text is read and Ray started
         corpus = self.find_corpus(config)
+        config = settle_mixture(config, corpus, self._note)
+        if self._is_complete(config):  # a mixture may end before its steps do
+            return ExitCode.OK
         clock.mark("corpus")
         self.connect_to_ray(config)
         nodes = status.living_nodes()
@@ -103,14 +106,13 @@ class TrainDriver(Driver):
         if workers_left_out and device == "gpu":
             text = placement.describe_held_gpus(nodes, config.cluster.worker_count, status.job_holdings())
             if text:
-                self.console.show(NoteEvent(text).to_json())
+                self._note(text)
         if packed.waiting:
             held = "; ".join(map(str, status.job_holdings()))
-            text = f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}"
-            self.console.show(NoteEvent(text).to_json())
+            self._note(f"waiting: no room yet for {plural(packed.waiting, 'worker')}: {held}")
         self.console.show(JobEvent(config.model_dump(by_alias=True), device, len(nodes)).to_json())
         if forwarded := worker_env.describe_forwarded(os.environ):
-            self.console.show(NoteEvent(forwarded).to_json())
+            self._note(forwarded)
         self.console.show(PhaseEvent("workers").to_json())
         folder = self.early.folder.name
         stop, signals = self.signals.stop, self.signals
@@ -128,6 +130,15 @@ class TrainDriver(Driver):
         )
         self.signals.install()
         self.clock.mark("ray")
+
+    def _is_complete(self, config: Config) -> bool:
+        """Whether the run has made all its steps already; then its summary is shown."""
+        if summary := resume.finished_summary(config):
+            self.console.complete(config, summary)
+        return summary is not None
+
+    def _note(self, text: str) -> None:
+        self.console.show(NoteEvent(text).to_json())
 
     def _show(self, event: dict) -> None:
         self.console.show(event)

@@ -39,6 +39,7 @@ from train.config.sweep_dir import ENDED, FINAL
 from train.config.sweep_space import SweepSpace
 from train.errors import UserError
 from train.run_dir import resume
+from train.run_dir.mixture_stages import settle_mixture
 from train.util.io import FileLock
 
 EVENTS_S = 0.2
@@ -178,6 +179,7 @@ class SweepScheduler:
         try:
             self.locks[trial.number] = run_lock.lock_run_dir(trial.folder)
             corpus = find_corpus(trial.config, self.board.show_preparing)
+            trial.config = settle_mixture(trial.config, corpus, lambda text: None)
         except UserError as error:
             self._end_trial(trial, "failed", str(error))
             self.pool.return_gang(gang)

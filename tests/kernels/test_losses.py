@@ -89,6 +89,19 @@ def test_linear_cross_entropy_equals_reference(
 
 
 @backends
+def test_losses_by_target_are_those_that_are_summed(backend, small_chunks):
+    targets = random_targets(9, 11, 0.3)
+    hidden, weight = normal(9, 4).requires_grad_(), normal(11, 4, seed=1).requires_grad_()
+    with kernels.force(backend):
+        total, count, losses = kernels.linear_cross_entropy_by_target(hidden, weight, targets)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(losses, expected.detach().to(losses.dtype))
+    torch.testing.assert_close(losses.sum(), total.detach())
+    assert count == (targets != IGNORE).sum()
+    assert not losses.requires_grad
+
+
+@backends
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_loss_sum_is_float32_or_wider_and_count_int64(backend, dtype):
     targets = random_targets(7, 5)

@@ -35,6 +35,15 @@ def test_comment_has_columns_of_speed_where_any_run_was_measured(tmp_path: Path)
     assert rows[1].endswith("| 5k |  |  |")
 
 
+def test_comment_tells_what_was_read_of_each_source_of_a_mixture(tmp_path: Path):
+    [run] = write_and_read(tmp_path, {})
+    assert " epochs" not in markdown.render_comment([run], None, None)
+    run.summary |= {"tokens/code": 84300, "epochs/code": 0.754, "val_loss/code": 2.5, "tokens/a|b": 5, "epochs/a|b": 2}
+    lines = markdown.render_comment([run], None, None).splitlines()
+    expected = f"- {run.name}: code 84.3k tokens, 0.75 epochs, held-out loss 2.5000; a\\|b 5 tokens, 2.00 epochs"
+    assert expected in lines
+
+
 def test_differing_keys_leave_out_names_and_logging(tmp_path: Path):
     runs = write_and_read(tmp_path, {"optimizer__lr": 1e-3, "log_every": 5}, {"optimizer__lr": 2e-3})
     assert differing_keys(runs) == ["log_every", "optimizer.lr"]

@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from train.data.corpus.shards import Corpus, open_trained_corpus
+from train.data.corpus.shards import Corpus
 from train.data.loader import held_out_loader, held_out_text
+from train.data.mixing.mixture_corpus import open_trained_corpus
 from train.distributed import process_group
 from train.errors import UserError, shown_name
 from train.evaluate import Evaluation, evaluate, gzip_bits_per_byte
@@ -43,17 +44,16 @@ def evaluate_run(folder: Path, which: str, split: str) -> EvaluatedRun:
                 f"nothing is held out of this corpus as {split} (data.{split}_fraction={_held_out_share(run, split)}, "
                 "of whole documents): prepare one with a larger share, or with more and shorter documents"
             )
-        sums = evaluate(run.objective.to(world.device), held_out, world, lambda: False)
+        evaluation = evaluate(run.objective.to(world.device), held_out, world, lambda: False, run.objective.whole_text)
     finally:
         process_group.destroy_group()
-    if not sums["loss"][1]:
+    if not evaluation.sums["loss"][1]:
         raise UserError(
             f"no token is to be predicted in what is held out of this corpus as {split}: its documents are too short, "
             f"or too few. Prepare a corpus of longer ones, or with a larger data.{split}_fraction, and train on it"
         )
-    evaluation = Evaluation(sums, held_out.bytes if run.objective.whole_text else None)
     classes = getattr(run.config.objective, "classes", [])
-    return EvaluatedRun(evaluation, run.checkpoint.progress.step, sums["loss"][1], classes, corpus)
+    return EvaluatedRun(evaluation, run.checkpoint.progress.step, evaluation.sums["loss"][1], classes, corpus)
 
 
 def _held_out_share(run: SavedRun, split: str) -> float:

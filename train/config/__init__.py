@@ -4,6 +4,7 @@ load         from the command line to a checked configuration; the only user of 
 schema       the typed tree: every key with its type, unit and bounds
 keys         the keys of each model family and objective
 validate     rules between keys
+mixture_rules  those of a mixture's sources and stages
 key_effects  keys that only some choices have
 suggest      "did you mean ...?" for unknown keys
 sweep_space  keys with several values, and their combinations

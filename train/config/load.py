@@ -15,7 +15,7 @@ import os
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -262,14 +262,14 @@ def keys(section: type[BaseModel] = CommandLine, prefix: str = "") -> dict[str, 
     """All keys of the schema, by their names on the command line."""
     entries: dict[str, KeyEntry] = {}
     for name, field in section.model_fields.items():
-        key, annotation = prefix + (field.alias or name), field.annotation
-        inner = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Section)]
+        key, annotation, arguments = prefix + (field.alias or name), field.annotation, get_args(field.annotation)
+        held = () if get_origin(annotation) in (dict, list) else arguments  # theirs are no keys of the tree
+        inner = [t for t in (annotation, *held) if isinstance(t, type) and issubclass(t, Section)]
         if inner:
             names = list(variants(name)) if field.discriminator else [name]
             trees = [keys(inner_section, key + ".") for inner_section in inner]
             entries |= _merge_variants(dict(zip(names, trees, strict=True)))
             continue
-        arguments = get_args(annotation)
         type_name = str(annotation).replace("typing.", "") if arguments else getattr(annotation, "__name__", "")
         default = "" if field.is_required() else str(field.get_default(call_default_factory=True))
         entries[key] = (type_name, default, field.description or "")

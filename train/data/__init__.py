@@ -6,6 +6,7 @@ loader      the micro-batches of one rank: training steps and held-out groups
 corpus      a prepared corpus on disk: shards, index, verification
 sampling    which tokens make up each step, as pure functions of seed, epoch and position
 chat        conversations: kinds of rows, templates, what is trained of them, packing
+mixing      several corpora as one: shares, stages, epochs of each source
 examples    rows of a batch from stored documents, one module an objective
 sources     files with text, of every format
 screening   documents that are left out on purpose: quality, evaluation passages, near-duplicates

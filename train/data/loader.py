@@ -17,7 +17,8 @@ from train.config import schema
 from train.data.corpus.shards import Corpus, CorpusSplit
 from train.data.examples import build_examples
 from train.data.examples.example_builder import Columns, ExampleBuilder, ReadRows
-from train.data.sampling.batch_plan import BatchPlan, Cursor, StepShape
+from train.data.mixing.stages import mixture_plan
+from train.data.sampling.batch_plan import BatchPlan, Cursor, StepPlan, StepShape
 from train.data.sampling.epoch_order import EpochOrder, Shuffle, SplitSizes, take_spans
 from train.distributed.process_group import DistContext
 from train.errors import UserError
@@ -63,7 +64,7 @@ class Loader:
     """
 
     def __init__(
-        self, split: CorpusSplit, plan: BatchPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
+        self, split: CorpusSplit, plan: StepPlan, share: RankShare, examples: ExampleBuilder, pin: bool = False
     ) -> None:
         if share.world_size > plan.shape.streams:
             raise UserError(
@@ -191,6 +192,9 @@ class Loader:
         if "memory" in batch:  # the row's number in the global batch; negative at the start of an epoch
             numbers = torch.tensor(self.row_numbers(cursor)) + 1
             batch["memory"][:used] = batch["memory"][:used] * numbers if cursor.position else -numbers
+        if (sources := self.plan.row_sources(cursor)) is not None:
+            batch |= empty_batch({"source": ((), torch.int64)}, held, self._pin)
+            batch["source"][:used] = torch.from_numpy(sources[self.row_numbers(cursor)])
         if used < held:
             mask_rows({key: value[used:] for key, value in batch.items()})
         if skipped := self._skipped.get(cursor):
@@ -264,6 +268,28 @@ class EvalLoader:
         return batch
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out split of each source of a mixture by its name; of a single corpus, without a name."""
+
+    parts: Mapping[str, EvalLoader]
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows of all sources."""
+        return sum(part.groups for part in self.parts.values())
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of text that all groups predict."""
+        return sum(part.bytes for part in self.parts.values())
+
+    def first_groups(self, tokens: int) -> HeldOut:
+        """Loaders of the first groups only, which hold ``tokens`` tokens, as many of every source."""
+        each = -(-tokens // len(self.parts))
+        return HeldOut({name: part.first_groups(each) for name, part in self.parts.items() if part.groups})
+
+
 def _slice_batch(batch: Batch, rows: slice) -> Batch:
     return {key: value[rows] for key, value in batch.items()}
 
@@ -275,24 +301,34 @@ def empty_batch(columns: Columns, rows: int, pin: bool) -> Batch:
 
 def training_loader(corpus: Corpus, config: schema.Config, share: RankShare, pin: bool = False) -> Loader:
     """The loader of the training split. Raises UserError where streams, global batch and world size do not fit."""
-    data, split = config.data, corpus.split("train")
-    order = EpochOrder(split_sizes(split), Shuffle(config.seed, data.shuffle_shards), data.cuts_rows)
-    examples = build_examples(config, corpus.tokenizer)
-    batch = config.batch
+    split, examples = corpus.split("train"), build_examples(config, corpus.tokenizer)
+    return Loader(split, training_plan(split, config, examples.row_tokens), share, examples, pin)
+
+
+def training_plan(split: CorpusSplit, config: schema.Config, row_tokens: int) -> StepPlan:
+    """The plan of a training split, in rows of ``row_tokens`` tokens: of a corpus, or of a mixture."""
+    data, batch = config.data, config.batch
     streams = data.streams or batch.default_streams
-    shape = StepShape(batch.global_, examples.row_tokens, streams, data.cuts_rows, batch.ramp_steps)
-    return Loader(split, BatchPlan(order, shape), share, examples, pin)
+    shape = StepShape(batch.global_, row_tokens, streams, data.cuts_rows, batch.ramp_steps)
+    orders = {
+        name: EpochOrder(split_sizes(part), Shuffle(config.seed, data.shuffle_shards), data.cuts_rows)
+        for name, part in split.parts.items()
+    }
+    if data.source == "mix":
+        return mixture_plan(config, split.parts, orders, shape)
+    return BatchPlan(orders[""], shape)
 
 
-def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> EvalLoader:
-    """The loader of this rank's part of a held-out split, in groups that are the same for any world size."""
+def held_out_loader(corpus: Corpus, config: schema.Config, world: DistContext, split: str = "val") -> HeldOut:
+    """The loaders of this rank's part of a held-out split, in groups that are the same for any world size."""
     group = config.batch.micro or max(1, EVAL_TOKENS_PER_GROUP // config.batch.seq_len)
     examples = build_examples(config, corpus.tokenizer)
     shape = StepShape(group, examples.row_tokens, 1, config.data.cuts_rows)
-    return EvalLoader(corpus.split(split), shape, RankShare(world.rank, world.size, group), examples)
+    share = RankShare(world.rank, world.size, group)
+    return HeldOut({name: EvalLoader(part, shape, share, examples) for name, part in corpus.split(split).parts.items()})
 
 
-def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, EvalLoader]:
+def loaders(corpus: Corpus, config: schema.Config, world: DistContext) -> tuple[Loader, HeldOut]:
     """This rank's loaders of the training split and of the validation split."""
     streams = config.data.streams or config.batch.default_streams
     rows_per_stream = config.batch.global_ // streams

@@ -103,7 +103,8 @@ class Engine:
             heartbeat.enter_phase("forward", n)
             self.engine.set_gradient_accumulation_boundary(n == len(micro_batches) - 1)  # a ramp has fewer at first
             losses = self.engine(batch)
-            loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, (s, _) in losses.items()]).sum()
+            trained = {name: total for name, (total, _) in losses.items() if name in counts}  # others are told only
+            loss = torch.stack([s * (self.world_size / max(counts[k], 1)) for k, s in trained.items()]).sum()
             heartbeat.enter_phase("backward", n)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             for name, (total, count) in losses.items():

@@ -4,6 +4,7 @@ causal      next-token prediction
 masked      masked language modelling and next-sentence prediction
 seq2seq     encoder-decoder: a target given a source
 classify    classes or scores of documents
+by_source   training losses of the sources of a mixture
 generative  shared base of the objectives that generate text
 lm_head     output matrix over the vocabulary and its loss
 """
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from train.config import schema
+from train.config.schema import source_names
 from train.config.validate import family_mismatch
 from train.errors import UserError
 from train.models.initial_weights import init_weights
@@ -39,7 +41,8 @@ def build_objective(config: schema.Config, vocab_size: int) -> nn.Module:
     """
     if problems := [*family_mismatch(config), *config.model.problems(config.batch.seq_len)]:
         raise UserError("; ".join(problems))
-    objective: nn.Module = OBJECTIVES[config.objective.name](config, vocab_size)
+    objective: Any = OBJECTIVES[config.objective.name](config, vocab_size)
+    objective.sources = source_names(config)
     init_weights(objective, config.seed)
     return objective
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import kernels
 from train.batch import IGNORE, Batch, Losses, trained_mask
@@ -11,6 +12,7 @@ from train.config import schema
 from train.models import build_backbone
 from train.models.backbone import Backbone
 from train.models.layers import Linear, dropout
+from train.objectives.by_source import losses_by_source
 
 
 class Classifier(nn.Module):
@@ -21,6 +23,7 @@ class Classifier(nn.Module):
     """
 
     whole_text = False
+    sources: tuple[str, ...] = ()
 
     def __init__(self, backbone: Backbone, objective: schema.Classify, isolate: bool) -> None:
         super().__init__()
@@ -35,6 +38,9 @@ class Classifier(nn.Module):
         known = trained_mask(targets)
         if self.classes:
             losses = {"loss": kernels.cross_entropy(logits, targets, ignore_index=IGNORE)}
+            if "source" in batch:
+                each = F.cross_entropy(logits.detach().float(), targets, ignore_index=IGNORE, reduction="none")
+                losses |= losses_by_source(batch, each, self.sources)
             if not self.training:
                 table = confusion_matrix(logits.argmax(-1), targets.where(known, 0), known, self.classes)
                 losses["confusion"] = table, known.sum()
@@ -42,6 +48,7 @@ class Classifier(nn.Module):
         scores = logits[:, 0].float()
         error = torch.where(known, scores - targets.nan_to_num(), 0)
         losses = {"loss": (error.square().sum(), known.sum())}
+        losses |= losses_by_source(batch, error.square(), self.sources)
         if not self.training:
             losses["scores"] = torch.stack((scores, targets), 1), known.sum()
         return losses

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from train.batch import Batch, Losses
 from train.models.backbone import GenerativeBackbone
+from train.objectives.by_source import losses_by_source
 from train.objectives.lm_head import LMHead
 
 
@@ -17,14 +18,18 @@ class GenerativeObjective(nn.Module):
     ``vocab_size`` is the tokenizer's: the padding rows of the embedding are never targets, and logits are cut to it.
     """
 
+    sources: tuple[str, ...] = ()
+    """Names of the sources of a mixture, by whose numbers the rows of a batch know them."""
+
     def __init__(self, backbone: GenerativeBackbone, head: LMHead, vocab_size: int, isolate: bool) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.vocab_size, self.isolate = vocab_size, isolate
 
     def forward(self, batch: Batch) -> Losses:
-        """Loss of a batch, in nats, as (sum, count)."""
-        return {"loss": self.head(self.backbone(batch, self.isolate), batch["targets"])}
+        """Loss of a batch, in nats, as (sum, count); of a mixture that of each source too."""
+        total, count, losses = self.head(self.backbone(batch, self.isolate), batch["targets"])
+        return {"loss": (total, count)} | losses_by_source(batch, losses, self.sources)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, T, vocab_size) of every position that predicts."""

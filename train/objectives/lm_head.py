@@ -30,7 +30,7 @@ class LMHead(nn.Module):
         self.weight = embed.weight if tied else nn.Parameter(torch.empty_like(embed.weight))
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Any:
-        """Logits (..., V) of hidden (..., D); or, given targets of its leading shape, their loss as (sum, count).
+        """Logits (..., V) of hidden (..., D); or, given targets of its leading shape, (sum, count, loss of each).
 
         In training the loss has the objective's label smoothing and z-loss; in evaluation it is the bare cross-entropy.
         """
@@ -38,6 +38,6 @@ class LMHead(nn.Module):
         if targets is None:
             return nn.functional.linear(hidden, self.weight)
         regularisers = self.regularisers if self.training else {}
-        return kernels.linear_cross_entropy(
+        return kernels.linear_cross_entropy_by_target(
             hidden.flatten(0, -2), self.weight, targets.flatten(), ignore_index=IGNORE, **regularisers
         )

@@ -12,6 +12,7 @@ from train.config import schema
 from train.models import build_backbone
 from train.models.backbone import BidirectionalBackbone
 from train.models.layers import ActivatedLinear, Linear, Norm
+from train.objectives.by_source import losses_by_source
 
 
 class MaskedHead(nn.Module):
@@ -38,6 +39,7 @@ class MaskedLM(nn.Module):
     """
 
     whole_text = False
+    sources: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -57,7 +59,12 @@ class MaskedLM(nn.Module):
         """Losses of a batch, in nats. Logits are computed for masked tokens only."""
         hidden = self.backbone(batch, self.isolate)
         masked = trained_mask(batch["targets"])
-        losses = self._losses("", self.head["tokens"](hidden[masked]), batch["targets"][masked])
+        logits, targets = self.head["tokens"](hidden[masked]), batch["targets"][masked]
+        losses = self._losses("", logits, targets)
+        if "source" in batch:
+            of_target = torch.zeros_like(masked, dtype=torch.float32)
+            of_target[masked] = F.cross_entropy(logits.detach().float(), targets, reduction="none")
+            losses |= losses_by_source(batch, of_target, self.sources)
         if self.next_sentence:
             losses |= self._losses("next_", self.head["next"](self.backbone.pooler(hidden)), batch["next_targets"])
         return losses

@@ -24,7 +24,10 @@ IDENTITY = ("model.", "objective.", "data.", "batch.global", "batch.ramp", "batc
 """Keys that identify a run: a run with other values is another run."""
 BEGINNING = ("init.", "stop.metric")
 """Keys that are fixed once a run has logged or saved; before, a start that failed may be repeated with others."""
-INCIDENTAL = ("data.dir", "data.workers", "data.paths", "model.checkpoint_activations", "model.checkpoint_blocks")
+INCIDENTAL = (
+    *("data.dir", "data.workers", "data.paths", "model.checkpoint_activations", "model.checkpoint_blocks"),
+    *("data.stages", "data.reweight"),
+)
 """Keys among them that may change, since they do not affect the result: the corpus is identified by its fingerprint."""
 
 
@@ -44,7 +47,7 @@ def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]
     changes = list(configuration.differences(old, redact_tree(configuration.to_dict(config))))
     begun = manifest.newest_step(run_dir.checkpoints) > 0 or run_dir.metrics.exists()
     kept = IDENTITY + BEGINNING if begun else IDENTITY
-    refused = [c for c in changes if c[0].startswith(kept) and c[0] not in INCIDENTAL]
+    refused = [c for c in changes if c[0].startswith(kept) and not _may_change(c[0], config)]
     if refused:
         lines = "\n".join(f"  - {key}: {was!r} there, {now!r} here" for key, was, now in refused)
         raise UserError(
@@ -57,6 +60,17 @@ def check_resumable(config: Config, corpus_fingerprint: str | None) -> list[str]
             if corpus_fingerprint is not None:
                 require_same_corpus(folder, was, corpus_fingerprint)
     return [f"{key}: {was} -> {now}" for key, was, now in changes]
+
+
+def _may_change(key: str, config: Config) -> bool:
+    """Whether a key that identifies a run may change: it does not affect the result, or is judged elsewhere.
+
+    Shares of a mixture are, once its corpora are known: see ``mixture_stages``.
+    """
+    if not key.startswith("data.sources."):
+        return key in INCIDENTAL
+    read = config.data.exhausted == "repeat" and key.endswith((".epochs", ".tokens"))
+    return read or key.endswith((".dir", ".paths", ".weight"))
 
 
 def require_same_corpus(folder: Path, was: str, now: str) -> None:

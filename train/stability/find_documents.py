@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from train.config import load as configuration
-from train.data.corpus.shards import Corpus, open_trained_corpus
+from train.data.corpus.shards import Corpus
 from train.data.loader import RankShare, training_loader
-from train.data.sampling.batch_plan import BatchPlan, Cursor
+from train.data.mixing.mixture_corpus import open_trained_corpus
+from train.data.sampling.batch_plan import Cursor, StepPlan
 from train.errors import UserError
 from train.stability.skipped_rows import read_skipped, rows_of
 from train.util.run_layout import RunDir
@@ -26,11 +27,13 @@ class DocumentPart:
     row: int
     stream: int
     document: str
-    """The key of its sample in the shards."""
+    """The key of its sample in the shards, after the name of its source in a mixture."""
     source: str
     """The file that the document was read from."""
     tokens: tuple[int, int]
     """Range [first, end) of the document's tokens that are predicted; one beyond the last is the end of the text."""
+    epoch: int
+    """How often it, or its source in a mixture, was read before."""
     skipped: bool
     words: str
 
@@ -40,7 +43,7 @@ class DocumentPart:
 
 
 def documents_of_step(
-    corpus: Corpus, plan: BatchPlan, cursor: Cursor, skipped: Collection[int] = ()
+    corpus: Corpus, plan: StepPlan, cursor: Cursor, skipped: Collection[int] = ()
 ) -> list[DocumentPart]:
     """The documents of the step at a cursor, row by row; ``skipped`` are the rows that ``skipped.jsonl`` leaves out."""
     split, parts = corpus.split("train"), []
@@ -48,10 +51,9 @@ def documents_of_step(
         text = split.document(sample, start, start + min(length, WORDS_SHOWN))
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
-        document = f"train/{sample:09d}"
-        parts.append(
-            DocumentPart(row, row % plan.shape.streams, document, split.source(sample), span, row in skipped, words)
-        )
+        document, epoch = split.name_of(sample)
+        where = row, row % plan.shape.streams, document, split.source(sample), span, cursor.epoch + epoch
+        parts.append(DocumentPart(*where, row in skipped, words))
     return parts
 
 

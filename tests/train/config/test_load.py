@@ -40,6 +40,7 @@ NEEDING_PATHS = [
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda v: str(v))
 def test_every_shipped_choice_composes_and_builds(group: str, choice: str):
     extra = ["data.paths=[x]"] if (group, choice) in NEEDING_PATHS else []
+    extra += ["data.sources={a: {dir: x}, b: {paths: [y]}}"] if choice == "mix" else []
     if group == "model":
         family = yaml.safe_load((configuration.CONF / f"model/{choice}.yaml").read_text())["family"]
         extra += [f"objective={schema.variants('model')[family].objectives[0]}"]

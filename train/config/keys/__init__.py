@@ -8,4 +8,5 @@ encdec      T5, the original Transformer
 recurrent   RNN, LSTM, GRU
 objectives  causal, masked, seq2seq, classify
 generation  decoding settings of generated text
+mixture     sources of a mixture of corpora, and stages of their shares
 """

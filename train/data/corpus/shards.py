@@ -19,7 +19,7 @@ import mmap
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -38,7 +38,6 @@ from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import UserError
 from train.util import io as files
 from train.util.reading import as_object, read_object, reading
-from train.util.run_layout import RunDir
 
 VERSION = 1
 INDEX = "index.json"
@@ -182,8 +181,19 @@ class CorpusSplit:
     def _check_table(self, path: Path) -> None:
         check_table(path, open_table(path), self.entries, self.dtype.itemsize)
 
-    def read_spans(self, spans: DocSpans, out: NDArray[Any]) -> None:
-        """Read the stored ids of all spans, one after another, into ``out`` (flat); padding reads as zeros.
+    @property
+    def parts(self) -> Mapping[str, CorpusSplit]:
+        """The splits that this one is made of, by the name of their source: itself, without a name."""
+        return {"": self}
+
+    def name_of(self, sample: int) -> tuple[str, int]:
+        """(key of a sample in the shards, epoch that its number stands for): a mixture numbers epochs apart."""
+        return f"train/{sample:09d}", 0
+
+    def read_spans(self, spans: DocSpans, out: NDArray[Any], at: Ids | None = None) -> None:
+        """Read the stored ids of all spans into ``out`` (flat); padding reads as zeros.
+
+        They are written one after another, or at the positions ``at`` (spans,), in ids.
 
         Raises UserError for a damaged shard; each shard is verified when it is first opened.
         """
@@ -194,8 +204,9 @@ class CorpusSplit:
         used = zip(numbers.tolist(), counts.tolist(), strict=True)
         opened = {shard: self._open_shard(shard, count) for shard, count in used if shard >= 0}
         buffer = memoryview(out.data).cast("B")
-        position = 0
-        for shard, begin, size in zip(shards.tolist(), begins.tolist(), (spans.length * width).tolist(), strict=True):
+        places = (np.cumsum(spans.length) - spans.length if at is None else at) * width
+        columns = (shards.tolist(), begins.tolist(), (spans.length * width).tolist(), places.tolist())
+        for shard, begin, size, position in zip(*columns, strict=True):
             end = position + size
             if shard < 0:
                 buffer[position:end] = bytes(size)
@@ -205,7 +216,6 @@ class CorpusSplit:
                 entry = self.entries[shard]
                 check_size(self.folder, entry.name, entry.size)
                 raise UserError(f"{self.folder / entry.name}: cut short while it was read. {CURE}")
-            position = end
 
     def document(self, sample: int, begin: int = 0, end: int | None = None) -> NDArray[Any]:
         """The ids [begin, end) of one document without the EOT on both sides; one inside separates text and label."""
@@ -319,18 +329,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: version {version}, this program reads {VERSION}: prepare the corpus again")
     check_index(path, index)
     return index
-
-
-def open_trained_corpus(run_dir: RunDir, special: Sequence[str] = ()) -> Corpus:
-    """The corpus that the run in a folder was trained on. Raises UserError where it is not there any more."""
-    cure = "Restore it: it names the corpus that the run was trained on"
-    about = read_object(run_dir.corpus, cure)
-    with reading(run_dir.corpus, cure):
-        folder, was = Path(about["folder"]), str(about["fingerprint"])
-    corpus = Corpus(folder, special)
-    if corpus.fingerprint != was:
-        raise UserError(f"{folder} is not the corpus that {run_dir.path} was trained on: prepare that one again")
-    return corpus
 
 
 def split_entry(entries: list[ShardEntry], table: dict[str, Any]) -> dict[str, Any]:

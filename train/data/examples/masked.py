@@ -147,7 +147,7 @@ class MaskedExamples:
 def _text_of_another(split: CorpusSplit, own: int, length: int, draws: tuple[float, float]) -> TokenRows:
     """At most ``length`` tokens from a random position of a random sample that is not ``own``."""
     sample = int(draws[0] * (split.samples - 1))
-    sample += sample >= own
+    sample += sample >= own % split.samples  # a mixture numbers the samples of later epochs apart
     size = int(split.sample_tokens[sample])
     start = min(1 + int(draws[1] * max(1, size - length)), size - 1)
     length = min(length, size - start)

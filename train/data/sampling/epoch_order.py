@@ -106,7 +106,7 @@ class EpochOrder:
             # Cut the ranges where windows end, then serve all cuts of a window together.
             first = np.searchsorted(borders, begins, side="right") - 1
             last = np.searchsorted(borders, ends, side="left") - 1
-            range_of_cut, window = _expand_ranges(first, np.where(begins < ends, last - first + 1, 0))
+            range_of_cut, window = expand_ranges(first, np.where(begins < ends, last - first + 1, 0))
             low = np.maximum(begins[range_of_cut], borders[window]) - borders[window]
             high = np.minimum(ends[range_of_cut], borders[window + 1]) - borders[window]
             parts, owners = [_NO_SPANS], [np.zeros(0, np.int64)]
@@ -116,7 +116,7 @@ class EpochOrder:
                 parts.append(spans)
                 owners.append(cuts[owner])
         cut_of_span = np.concatenate(owners)
-        spans = _concat_spans(parts)
+        spans = concat_spans(parts)
         if len(parts) > 2:
             order = np.argsort(cut_of_span, kind="stable")
             cut_of_span, spans = cut_of_span[order], take_spans(spans, order)
@@ -128,7 +128,7 @@ class EpochOrder:
         samples, sums = self._samples_of_window(epoch, window, keep)
         first = np.searchsorted(sums, begins, side="right")
         last = np.searchsorted(sums, ends, side="left")
-        owner, index = _expand_ranges(first, last - first + 1)
+        owner, index = expand_ranges(first, last - first + 1)
         sample = samples[index]
         length = self._sizes.sample_tokens[sample]
         start = np.zeros_like(sample)
@@ -178,7 +178,8 @@ class EpochOrder:
         return samples, ends
 
 
-def _concat_spans(parts: list[DocSpans]) -> DocSpans:
+def concat_spans(parts: list[DocSpans]) -> DocSpans:
+    """The spans of several parts, one part after another."""
     return DocSpans(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -187,7 +188,7 @@ def take_spans(spans: DocSpans, which: Ints) -> DocSpans:
     return DocSpans(*(column[which] for column in spans))
 
 
-def _expand_ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
+def expand_ranges(first: Ints, count: Ints) -> tuple[Ints, Ints]:
     """(i of each number, numbers): first[i], first[i] + 1, ..., count[i] of them, range after range."""
     owner = np.repeat(np.arange(len(first)), count)
     before = np.cumsum(count) - count
