@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 
 from train.config.keys.mixture import StageConfig
 from train.config.mixture_rules import last_step
@@ -36,7 +35,8 @@ def resolved_stages(config: Config, tokens: Mapping[str, int]) -> list[StageConf
 
 def _merged(stages: Sequence[StageConfig]) -> list[StageConfig]:
     """The stages without those that the next one goes on with the same shares."""
-    return [stage for stage, after in pairwise([*stages, None]) if after is None or after.weights != stage.weights]
+    following = zip(stages, [*stages[1:], None], strict=True)
+    return [stage for stage, after in following if after is None or after.weights != stage.weights]
 
 
 def _weights(config: Config, tokens: Mapping[str, int]) -> dict[str, float]:
@@ -79,8 +79,8 @@ def continued_stages(
 
     Up to ``step`` they are the old ones. Raises UserError where they differ after it, and ``reweight`` was not given.
     """
-    by_step = [stages_in_rows(stages, lambda step: step) for stages in (old, new)]
-    if not step or same_until(*by_step, steps):
+    was, wanted = (stages_in_rows(stages, lambda step: step) for stages in (old, new))
+    if not step or same_until(was, wanted, steps):
         return list(new)
     if not reweight:
         raise UserError(
