@@ -68,8 +68,8 @@ def _table(report: dict[str, Any]) -> Table:
     """The setting that was compared, and the largest difference in it."""
     targets = report["targets"]
     rows = {
-        "engine": f"ZeRO stage {report['stage']}, {plural(report['workers'], 'worker')}, accumulation {report['accumulation']}, "
-        f"{report['precision']}",
+        "engine": f"ZeRO stage {report['stage']}, {plural(report['workers'], 'worker')}, {report['precision']}",
+        "accumulation": str(report["accumulation"]),
         "batch": f"{plural(report['rows'], 'row')}, " + ", ".join(f"{n} targets of {k}" for k, n in targets.items()),
         "compared": f"{report['compared']} of {plural(report['parameters'], 'parameter')}",
         "largest difference": f"{report['largest']:.1e} of the norm of {report['worst']}; "
