@@ -66,10 +66,10 @@ def _verify(out: UserConsole, run: TrainProcess) -> int:
 
 def _table(report: dict[str, Any]) -> Table:
     """The setting that was compared, and the largest difference in it."""
-    accumulation, targets = plural(report["accumulation"], "micro-batch"), report["targets"]
+    targets = report["targets"]
     rows = {
-        "engine": f"ZeRO stage {report['stage']}, {plural(report['workers'], 'worker')}, {accumulation} a step, "
-        f"{report['precision']}",
+        "engine": f"ZeRO stage {report['stage']}, {plural(report['workers'], 'worker')}, {report['precision']}",
+        "accumulation": str(report["accumulation"]),
         "batch": f"{plural(report['rows'], 'row')}, " + ", ".join(f"{n} targets of {k}" for k, n in targets.items()),
         "compared": f"{report['compared']} of {plural(report['parameters'], 'parameter')}",
         "largest difference": f"{report['largest']:.1e} of the norm of {report['worst']}; "

@@ -1,4 +1,4 @@
-"""Keys of generated text."""
+"""Keys of generated text: how it is drawn, and where it ends."""
 
 from __future__ import annotations
 
