@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,13 @@ class DocumentPart:
     """Range [first, end) of the document's tokens that are predicted; one beyond the last is the end of the text."""
     skipped: bool
     words: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of its row that are stored beside it: data.meta_keys."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
-        return asdict(self)
+        """The fields as plain values, for JSON; without those of the row where there are none."""
+        values = asdict(self)
+        return values if self.fields else {key: value for key, value in values.items() if key != "fields"}
 
 
 def documents_of_step(
@@ -49,9 +52,10 @@ def documents_of_step(
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
         document = f"train/{sample:09d}"
-        parts.append(
-            DocumentPart(row, row % plan.shape.streams, document, split.source(sample), span, row in skipped, words)
-        )
+        about = split.about(sample)
+        source, stream = str(about.pop("source")), row % plan.shape.streams
+        del about["bytes"]
+        parts.append(DocumentPart(row, stream, document, source, span, row in skipped, words, about))
     return parts
 
 
