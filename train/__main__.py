@@ -124,7 +124,8 @@ def trace(argv: Sequence[str]) -> int:
     for part in parts:
         row = f"{part.row}{' (skipped)' if part.skipped else ''}"
         tokens = f"{part.tokens[0]:,} to {part.tokens[1]:,}"
-        table.add_row(row, str(part.stream), part.document, shown_name(part.source), tokens, part.words)
+        named = ", ".join([part.source, *(f"{key}={value}" for key, value in part.fields.items())])
+        table.add_row(row, str(part.stream), part.document, shown_name(named), tokens, part.words)
     OUT.print(table)
     return ExitCode.OK
 

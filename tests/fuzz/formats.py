@@ -39,9 +39,11 @@ from train.config import load as configuration
 from train.config import sweep_space
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
-from train.data.prepare import build, sources, workers
+from train.data.prepare import build, documents, workers
 from train.data.prepare.corpus_spec import CorpusSpec
 from train.data.prepare.prepare import prepare
+from train.data.screening.screen import ScreenOptions
+from train.data.sources.source_files import SourceFile
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.distributed.param_shard import MASTER
 from train.errors import UserError
@@ -113,7 +115,7 @@ def _of_corpora(folder: Path) -> list[Format]:
         with_hash("train-000000.tar", content)
 
     recipe = json.loads((corpus / "recipe.json").read_bytes())
-    spec = CorpusSpec(recipe["recipe"], recipe["settings"], {}, "")
+    spec = CorpusSpec(recipe["recipe"], recipe["settings"], {}, "", [], [])
     receipts = corpus / "receipts"
     tar = corpus / "train-000001.tar"
 
@@ -129,7 +131,7 @@ def _of_corpora(folder: Path) -> list[Format]:
         arrays.append(out.getvalue())
     verified = (corpus / "verified.txt").read_bytes()
     rows = folder / "rows.jsonl"
-    options = sources.ReadOptions("text", "strict", "label", None)
+    options = documents.ReadOptions("text", "strict", "label", None)
     lines = [
         b'{"text": "a b", "label": "good", "more": [1, {"a": null}]}\n{"text": "c", "label": "bad"}\n',
         b'{"text": "", "label": "good"}',
@@ -139,8 +141,8 @@ def _of_corpora(folder: Path) -> list[Format]:
 
     def read_rows(path: Path) -> None:
         size = path.stat().st_size
-        span = workers.ByteSpan(0, sources.SourceFile(str(path), path.name, size, 0), 0, size)
-        workers.find_documents([span], options, True).problems.raise_all()
+        span = workers.ByteSpan(0, SourceFile(str(path), path.name, size, 0), 0, size)
+        workers.find_documents([span], options, ScreenOptions(), True, workers.WHOLE).problems.raise_all()
 
     return [
         Format("corpus: index.json", [index], mutate.json_file, in_file(corpus / shards.INDEX, read_index)),

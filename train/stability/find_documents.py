@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ class DocumentPart:
     """How often it, or its source in a mixture, was read before."""
     skipped: bool
     words: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Fields of its row that are stored beside it: data.meta_keys."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
-        return asdict(self)
+        """The fields as plain values, for JSON; without those of the row where there are none."""
+        values = asdict(self)
+        return values if self.fields else {key: value for key, value in values.items() if key != "fields"}
 
 
 def documents_of_step(
@@ -52,8 +55,11 @@ def documents_of_step(
         words = " ".join(corpus.tokenizer.decode(text.tolist()).split())
         span = (start, start + length)
         document, epoch = split.name_of(sample)
-        where = row, row % plan.shape.streams, document, split.source(sample), span, cursor.epoch + epoch
-        parts.append(DocumentPart(*where, row in skipped, words))
+        about = split.about(sample)
+        source = str(about.pop("source"))
+        about.pop("bytes", None)
+        where = row, row % plan.shape.streams, document, source, span, cursor.epoch + epoch
+        parts.append(DocumentPart(*where, row in skipped, words, about))
     return parts
 
 

@@ -246,8 +246,7 @@ class CorpusSplit:
             if size > self.entries[shard].size:
                 raise ValueError(f"a member of {size:,} bytes is larger than the file")
             about = as_object(json.loads(os.pread(file.fileno(), size, begin + _BLOCK)))
-            about["source"] = str(about["source"])
-            return about
+            return about | {"source": str(about["source"]), "bytes": int(about["bytes"])}
 
     def _open_shard(self, shard: int, uses: int) -> _OpenShard:
         """An open shard: verified when first opened, mapped after many uses, closed with its last reference."""

@@ -115,10 +115,10 @@ class MixtureSplit(CorpusSplit):
         source, local = self._local(sample)
         return self._splits[source].document(local, begin, end)
 
-    def source(self, sample: int) -> str:
-        """The name of the file that a document came from, as stored in its shard."""
+    def about(self, sample: int) -> dict[str, Any]:
+        """As ``CorpusSplit.about``."""
         source, local = self._local(sample)
-        return self._splits[source].source(local)
+        return self._splits[source].about(local)
 
     def _local(self, sample: int) -> tuple[int, int]:
         number = sample % self.samples

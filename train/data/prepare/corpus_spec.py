@@ -61,6 +61,7 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
 def build_spec(
     data: schema.DataConfig,
     sources: list[SourceFile],
+    evaluation: list[SourceFile],
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
     report: ReportProgress,
@@ -77,7 +78,7 @@ def build_spec(
     given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
     if data.source == "text":
         note(describe_reading(sources))
-    found = find_all(data, sources, options, run_tasks, report)
+    found = find_all(data, sources, evaluation, options, run_tasks, report)
     documents = found.documents
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)

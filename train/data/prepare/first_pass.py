@@ -11,10 +11,11 @@ import numpy as np
 from train.config import schema
 from train.data.prepare import workers
 from train.data.prepare.documents import ReadOptions
+from train.data.screening.contamination import GRAM, evaluation_passages
 from train.data.screening.near_duplicates import SignatureFile, earlier_twins
 from train.data.screening.screen import NEAR, Dropped, ScreenOptions
 from train.data.sources.problems import BadText, merged
-from train.data.sources.source_files import SourceFile, list_files
+from train.data.sources.source_files import SourceFile
 from train.errors import UserError
 from train.util.format import plural
 
@@ -44,18 +45,25 @@ class AllDocuments:
 def find_all(
     data: schema.DataConfig,
     sources: list[SourceFile],
+    evaluation: list[SourceFile],
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
     report: ReportProgress,
 ) -> AllDocuments:
-    """Read all text once. Raises UserError with every problem of every file, or if no text is left."""
+    """Read all text once; ``evaluation`` are the files of data.decontaminate.
+
+    Raises UserError with every problem of every file, or if no text is left.
+    """
 
     def note(text: str) -> None:
         if text:
             report({"phase": "note", "text": text})
 
+    screening = _screen_options(data, evaluation)
     signatures = SignatureFile()
-    parts = _read_all(data, sources, options, lambda tasks: _run_wave(tasks, sources, run_tasks, report, signatures))
+    parts = _read_all(
+        data, sources, (options, screening), lambda tasks: _run_wave(tasks, sources, run_tasks, report, signatures)
+    )
     merged(part.problems for part in parts).raise_all()
     skipped = merged(part.skipped for part in parts).as_note("data.bad" if options.skip_files else "data.bad_rows")
     documents = np.concatenate([part.documents for part in parts])[: data.max_documents]
@@ -85,17 +93,27 @@ def find_all(
     return AllDocuments(documents[kept], characters, aside, dropped)
 
 
+def _screen_options(data: schema.DataConfig, evaluation: list[SourceFile]) -> ScreenOptions:
+    """What documents are screened for. Raises UserError for evaluation files without a passage."""
+    try:
+        if evaluation and not evaluation_passages(tuple(evaluation)):
+            raise UserError(
+                f"data.decontaminate={data.decontaminate}: no text of {GRAM} words or more is in these files"
+            )
+    except BadText as problem:
+        raise UserError(f"data.decontaminate: {problem}") from None
+    return ScreenOptions(tuple(data.filters), data.near_dedup, tuple(evaluation))
+
+
 def _read_all(
     data: schema.DataConfig,
     sources: list[SourceFile],
-    options: ReadOptions,
+    options: tuple[ReadOptions, ScreenOptions],
     run_wave: Callable[[list[Any]], list[workers.FoundDocuments]],
 ) -> list[workers.FoundDocuments]:
     """What all files have, in order; where few documents are wanted, of as many files as have them."""
     most = int(data.max_documents or workers.WHOLE)
-    evaluation = list_files(data.model_copy(update={"paths": data.decontaminate})) if data.decontaminate else []
-    screening = ScreenOptions(tuple(data.filters), data.near_dedup, tuple(evaluation))
-    tasks = [(spans, options, screening, data.tokenizer.kind == "chars", most) for spans in _group_spans(sources)]
+    tasks = [(spans, *options, data.tokenizer.kind == "chars", most) for spans in _group_spans(sources)]
     parts = list[workers.FoundDocuments]()
     for group in _waves(tasks, data.max_documents):
         parts += run_wave(group)

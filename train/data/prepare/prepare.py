@@ -30,7 +30,8 @@ from train.data.prepare.corpus_spec import build_spec, corpus_settings
 from train.data.prepare.documents import read_options
 from train.data.prepare.first_pass import ReportProgress
 from train.data.sources import local_copies
-from train.data.sources.source_files import SourceFile, list_files
+from train.data.sources.row_files import require_packages
+from train.data.sources.source_files import SourceFile, evaluation_files, list_files
 from train.errors import UserError
 from train.util import io
 
@@ -63,17 +64,19 @@ def prepare(
         if (current := _find_current(data, sources)) is not None:
             report({"phase": "ready", "folder": str(current), "new": False})
             return current
+        beside = Path(data.dir).parent if data.dir else Path("corpora")
+        evaluation = evaluation_files(data)
+        require_packages([*sources, *evaluation], near_dedup=data.near_dedup)
         with (
-            local_copies.with_copies(
-                sources, Path(data.dir).parent if data.dir else Path("corpora"), data.encoding
-            ) as sources,
+            local_copies.with_copies([*sources, *evaluation], beside, data.encoding) as placed,
             workers.task_runner(data.workers or len(os.sched_getaffinity(0))) as run_tasks,
         ):
+            sources, evaluation = placed[: len(sources)], placed[len(sources) :]
             if data.tokenizer.kind in ("bytes", "file"):
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
             packing = _packing(data) if data.is_chat else None
             digest = packing.template.digest if packing else ""
-            spec = build_spec(data, sources, read_options(data, objective), run_tasks, report, digest)
+            spec = build_spec(data, sources, evaluation, read_options(data, objective), run_tasks, report, digest)
             if data.tokenizer.kind == "chars":
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), spec.characters)))
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{spec.digest[:12]}"
@@ -123,9 +126,7 @@ def _stamp(data: schema.DataConfig, sources: list[SourceFile]) -> str:
     stamps: list[tuple[int, int] | None] = [(file.st_size, file.st_mtime_ns) for file in given]
     fixed: list[Any] = [shards.VERSION, clean.VERSION, corpus_settings(data), *(stamps or [None])]
     fixed += [_packing(data).template.digest] if data.is_chat else []
-    if data.decontaminate:
-        sources = [*sources, *list_files(data.model_copy(update={"paths": data.decontaminate}))]
-    listed = [(file.path, file.size, file.mtime_ns) for file in sources]
+    listed = [(file.path, file.size, file.mtime_ns) for file in [*sources, *evaluation_files(data)]]
     return sha256(json.dumps([fixed, listed]).encode()).hexdigest()
 
 

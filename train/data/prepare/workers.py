@@ -130,8 +130,8 @@ def find_documents(
         if len(rows) >= most:
             break
     skipped = Problems()
-    for left_out in set_aside:
-        skipped.add(left_out)
+    for bad in set_aside:
+        skipped.add(bad)
     return FoundDocuments(
         *(np.array(rows, DOCUMENT), problems, skipped, set_aside, screen.dropped, screen.stacked()),
         *(frozenset(characters or ()), sum(span.end - span.begin for span in spans)),

@@ -28,7 +28,7 @@ NEAR, _PASSAGE = "near-duplicate", "evaluation passage"
 
 @dataclass(frozen=True)
 class ScreenOptions:
-    """What documents are screened for."""
+    """The rules, files and signatures by which documents are screened."""
 
     filters: tuple[str, ...] = ()
     near_dedup: bool = False

@@ -68,12 +68,13 @@ def _batches(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of the first row, rows) of batches, in order; those that end before the row ``start`` may be left out."""
     arrow = import_extra("pyarrow", f"{path}: {kind.value}")
+    unreadable = (*UNREADABLE, arrow.ArrowException)  # known before: a reader may be closed when modules are gone
     first = start
     try:
         for first, batch in (_parquet if kind is FileKind.PARQUET else _arrow)(path, keys, start):
             batch.validate(full=True)
             yield first, batch.to_pylist()
-    except (*UNREADABLE, arrow.ArrowException) as error:
+    except unreadable as error:
         if isinstance(error, BadRecord):
             raise
         words = "; ".join(reason(error).split("\n")[:2])

@@ -12,11 +12,12 @@ from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO
 
-from train.data.sources import arrow_tables, csv_tables, records, tars
+from train.data.sources import arrow_tables, csv_tables, file_kinds, records, tars
 from train.data.sources.file_kinds import FileKind
 from train.data.sources.problems import BadText
 from train.data.sources.records import BadRecord
 from train.data.sources.source_files import SourceFile
+from train.util.extra_packages import require_extra
 
 BLOCK = 1 << 17
 """Bytes of a file, or characters of a text, that are read and cleaned at once: a document may be of any size."""
@@ -25,6 +26,17 @@ _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 LoadRow = Callable[[], dict[str, Any]]
 """Returns the fields of a row. Raises BadText for a row that cannot be read; those after it can."""
+
+
+def require_packages(files: Sequence[SourceFile], *, near_dedup: bool) -> None:
+    """Add the packages that reading these files takes, in words, if they are lacking: before processes need them."""
+    for file in files:
+        if file.kind in (FileKind.PARQUET, FileKind.ARROW):
+            require_extra("pyarrow", f"{file.path}: {file.kind.value}")
+        if file_kinds.COMPRESSIONS.get(file_kinds.inner_suffix(file.path)[1] or "") == "zstd":
+            require_extra("zstandard", f"{file.path}: compressed by Zstandard")
+    if near_dedup:
+        require_extra("rensa", "data.near_dedup=true: MinHash signatures")
 
 
 def has_rows(file: SourceFile) -> bool:

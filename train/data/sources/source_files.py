@@ -108,6 +108,13 @@ def list_files(data: schema.DataConfig) -> list[SourceFile]:
     return list(once.values())
 
 
+def evaluation_files(data: schema.DataConfig) -> list[SourceFile]:
+    """The files of data.decontaminate, with whose passages no document may be. Raises UserError."""
+    if not data.decontaminate:
+        return []
+    return list_files(data.model_copy(update={"source": "text", "paths": data.decontaminate}))
+
+
 def describe_reading(files: list[SourceFile]) -> str:
     """How the files are read, in words: in which ones a row is a document, by their endings."""
     endings: dict[str, Counter[str]] = {}

@@ -180,7 +180,7 @@ def test_val_fraction_zero_holds_nothing_out(tmp_path, text_data):
 
 
 def test_three_processes_write_the_same_bytes_as_one(tmp_path, text_data, monkeypatch):
-    monkeypatch.setattr("train.data.prepare.corpus_spec._SPAN", 4000)
+    monkeypatch.setattr("train.data.prepare.first_pass._SPAN", 4000)
     write_lines(tmp_path / "a.jsonl", 300)
     one = prepare(text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=2000, dir="one"), quiet)
     many = prepare(text_data("a.jsonl", kind="bpe", vocab_size=300, shard_tokens=2000, dir="many", workers=3), quiet)

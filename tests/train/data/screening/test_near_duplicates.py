@@ -74,6 +74,10 @@ def test_groups_are_linked_by_pairs_and_named_by_their_first():
     assert earlier_twins(rows, np.array([7, 3, 4, 1])).tolist() == [0, 1, 0, 0]
 
 
+def shard_bytes(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
 def write_rows(path) -> None:
     draw = random.Random(1)
     rows = []
@@ -107,6 +111,6 @@ def test_groups_are_the_same_for_any_number_of_workers(tmp_path, text_data, monk
     monkeypatch.setattr("train.data.prepare.first_pass._SPAN", 4000)
     write_rows(tmp_path / "a.jsonl")
     folders = [prepare(text_data("a.jsonl", near_dedup=True, dir=f"{n}", workers=n), print) for n in (1, 2)]
-    one, two = ({path.name: path.read_bytes() for path in folder.glob("*.tar")} for folder in folders)
+    one, two = map(shard_bytes, folders)
     assert one == two
     assert len({(folder / "dropped.jsonl").read_bytes() for folder in folders}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 
@@ -11,6 +12,7 @@ from train.data.corpus.shards import Corpus
 from train.data.prepare.prepare import find_prepared, prepare
 from train.data.screening.quality import quality_problem
 from train.data.screening.word_grams import words_of
+from train.errors import UserError
 
 GOOD = (
     "The town lies where the river leaves the hills, and its people have lived from wool since anyone can remember. "
@@ -107,3 +109,16 @@ def test_planted_passages_are_all_found_and_nothing_else(tmp_path, text_data, un
     assert json.loads((folder / "dropped.jsonl").read_text().splitlines()[0])["passage"]
     (tmp_path / "test.jsonl").write_text("{}\n")
     assert find_prepared(data) is None
+
+
+def test_evaluation_files_may_be_compressed_and_must_have_text(tmp_path, text_data):
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps({"q": GOOD}).encode()))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": GOOD}) + "\n" + json.dumps({"text": GOOD_CHINESE}) + "\n")
+    data = text_data("a.jsonl", decontaminate=["test.jsonl.gz"], val_fraction=0.0)
+    assert Corpus(prepare(data, lambda event: None)).split("train").samples == 1
+    (tmp_path / "short.txt").write_text("too few words")
+    with pytest.raises(UserError, match="no text of 13 words or more is in these files"):
+        prepare(text_data("a.jsonl", decontaminate=["short.txt"]), lambda event: None)
+    (tmp_path / "bad.txt").write_bytes(b"\x00" * 20)
+    with pytest.raises(UserError, match=r"data.decontaminate: bad.txt: a binary file"):
+        prepare(text_data("a.jsonl", decontaminate=["bad.txt"], bad="skip"), lambda event: None)
