@@ -64,7 +64,7 @@ class RunServices:
         with self.activity.phase("evaluate"):
             part = None if whole or state.step == self.config.steps else self.config.eval_tokens
             held_out = self.held_out if part is None else self.held_out.first_groups(part)
-            whole_text = self.engine.module.whole_text
+            whole_text = bool(self.engine.module.whole_text)
             self.evaluation = evaluate(self.engine.evaluate, held_out, self.world, self.should_stop, whole_text)
             metrics = self.evaluation.numbers()
             self.emit(EvalEvent(state.step, time.monotonic() - began, metrics))

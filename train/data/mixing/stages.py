@@ -36,7 +36,8 @@ def resolved_stages(config: Config, tokens: Mapping[str, int]) -> list[StageConf
 
 def _merged(stages: Sequence[StageConfig]) -> list[StageConfig]:
     """The stages without those that the next one goes on with the same shares."""
-    return [stage for stage, after in pairwise([*stages, None]) if after is None or after.weights != stage.weights]
+    changed = [stage for stage, after in pairwise(stages) if after.weights != stage.weights]
+    return [*changed, stages[-1]]
 
 
 def _weights(config: Config, tokens: Mapping[str, int]) -> dict[str, float]:
