@@ -92,7 +92,7 @@ def _ranks_line(run: RunRecord) -> str:
 
 
 def _sources_line(run: RunRecord) -> str:
-    """What a run has read of each source of its mixture, and its held-out loss there; empty without a mixture."""
+    """Tokens and epochs that a run has read of each source of its mixture, and its held-out loss; empty without one."""
     parts = []
     for name in (key.removeprefix("epochs/") for key in run.summary if key.startswith("epochs/")):
         kinds = ("epochs", "tokens", "val_loss")

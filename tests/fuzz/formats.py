@@ -38,6 +38,7 @@ from train.cli import generate
 from train.config import load as configuration
 from train.config import sweep_space
 from train.data.corpus import shards
+from train.data.mixing import mixture_corpus
 from train.data.corpus.verified_files import VerifiedFiles
 from train.data.prepare import build, documents, workers
 from train.data.prepare.corpus_spec import CorpusSpec
@@ -246,7 +247,7 @@ def _of_runs(folder: Path) -> list[Format]:
             "run: corpus.json",
             [json.dumps(about).encode()],
             mutate.json_file,
-            in_file(run.corpus, lambda: shards.open_trained_corpus(run)),
+            in_file(run.corpus, lambda: mixture_corpus.open_trained_corpus(run)),
         ),
         Format("run: summary.json", [summary.encode()], mutate.json_file, in_file(run.summary, finished)),
         Format("run: metrics.jsonl", [run.metrics.read_bytes()], mutate.json_lines, in_file(run.metrics, metrics)),

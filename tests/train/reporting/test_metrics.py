@@ -17,7 +17,7 @@ from train.batch import IGNORE
 from train.config import load as configuration
 from train.config import schema
 from train.data.prepare.prepare import prepare
-from train.evaluate import evaluate
+from train.evaluate import sum_over
 from train.reporting import metrics
 
 
@@ -93,7 +93,7 @@ def measured(world, emit, scores: bool) -> dict:
     with torch.no_grad():
         objective.head.weight.copy_(torch.arange(objective.head.weight.numel()).view_as(objective.head.weight).cos())
         objective.head.bias.zero_()
-    sums = evaluate(objective, HeldOut(world.rank, world.size, scores), world, lambda: False)
+    sums = sum_over(objective, HeldOut(world.rank, world.size, scores), world, lambda: False)
     return {name: (total.tolist(), count) for name, (total, count) in sums.items()}
 
 

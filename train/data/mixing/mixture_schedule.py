@@ -105,10 +105,7 @@ class MixtureSchedule:
         self._segments: list[_Segment] = []
         left = list(budgets.rows)
         # A stage that changes nothing begins no segment: rows depend on the shares alone, however they are written.
-        before = (None, *stages)
-        stages = [
-            stage for stage, last in zip(stages, before, strict=False) if last is None or last.parts != stage.parts
-        ]
+        stages = [*stages[:1], *(stage for last, stage in pairwise(stages) if last.parts != stage.parts)]
         ends = [stage.first_row for stage in stages[1:]] + [ENDLESS]
         for stage, end in zip(stages, ends, strict=True):
             if self.end == ENDLESS:

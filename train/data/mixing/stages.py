@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from train.config.keys.mixture import StageConfig
 from train.config.mixture_rules import last_step
@@ -35,8 +36,8 @@ def resolved_stages(config: Config, tokens: Mapping[str, int]) -> list[StageConf
 
 def _merged(stages: Sequence[StageConfig]) -> list[StageConfig]:
     """The stages without those that the next one goes on with the same shares."""
-    following = zip(stages, [*stages[1:], None], strict=True)
-    return [stage for stage, after in following if after is None or after.weights != stage.weights]
+    changed = [stage for stage, after in pairwise(stages) if after.weights != stage.weights]
+    return [*changed, stages[-1]]
 
 
 def _weights(config: Config, tokens: Mapping[str, int]) -> dict[str, float]:

@@ -118,7 +118,7 @@ class StepPlan(ABC):
         """Numbers for the record of the step from ``before`` to ``after``: how far the data have been read."""
 
     def source_totals(self, cursor: Cursor) -> dict[str, float]:
-        """What has been read of each source of a mixture before a cursor; empty without a mixture."""
+        """Tokens and epochs read of each source of a mixture before a cursor; empty without a mixture."""
         return {}
 
     def row_sources(self, cursor: Cursor) -> Ints | None:
