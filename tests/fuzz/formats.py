@@ -38,8 +38,8 @@ from train.cli import generate
 from train.config import load as configuration
 from train.config import sweep_space
 from train.data.corpus import shards
-from train.data.mixing import mixture_corpus
 from train.data.corpus.verified_files import VerifiedFiles
+from train.data.mixing import mixture_corpus
 from train.data.prepare import build, sources, workers
 from train.data.prepare.corpus_spec import CorpusSpec
 from train.data.prepare.prepare import prepare
