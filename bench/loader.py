@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
@@ -46,9 +46,7 @@ def documents(tokens: int) -> list[np.ndarray]:
 def write_corpus(folder: Path, texts: list[np.ndarray]) -> None:
     """Writes the documents to ``folder`` as a prepared corpus."""
     stamps = VerifiedFiles(folder)
-    io.write_whole(
-        folder / tokenizer.FILE, tokenizer.build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "").encode()
-    )
+    io.write_whole(folder / tokenizer.FILE, tokenizer.build_tokenizer(TokenizerConfig(kind="bytes"), [], "").encode())
     made = tokenizer.load_tokenizer(folder)
     eot = np.array([made.eot], np.uint16)
     numbers = np.cumsum([len(text) for text in texts]) // SHARD_TOKENS

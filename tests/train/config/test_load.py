@@ -29,6 +29,7 @@ FITTING = {
 """Overrides that an objective needs beside the default configuration."""
 DEFAULT = configuration.load([])
 NEEDING_PATHS = [
+    ("data", "chat"),
     ("data", "text"),
     ("experiment", "shakespeare_char"),
     ("experiment", "shakespeare_race"),

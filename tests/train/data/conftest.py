@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data import tokenizer
 from train.data.corpus import shards
 from train.data.corpus.verified_files import VerifiedFiles
@@ -20,7 +21,7 @@ def build_corpus(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         verified = VerifiedFiles(folder)
-        content = tokenizer.build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "")
+        content = tokenizer.build_tokenizer(TokenizerConfig(kind="bytes"), [], "")
         io.write_whole(folder / tokenizer.FILE, content.encode())
         loaded = tokenizer.load_tokenizer(folder)
         random = np.random.default_rng(0)
@@ -51,7 +52,7 @@ def text_data(tmp_path, monkeypatch):
 
     def data(*paths: Path | str, kind: str = "bytes", vocab_size: int | None = None, **keys) -> schema.DataConfig:
         given = {"path": keys.pop("tokenizer_path", None), "max_unknown": keys.pop("max_unknown", None)}
-        section = schema.TokenizerConfig(kind=kind, vocab_size=vocab_size, **given)
+        section = TokenizerConfig(kind=kind, vocab_size=vocab_size, **given)
         keys = {"workers": 1, **keys}
         return schema.DataConfig(source="text", paths=[str(path) for path in paths], tokenizer=section, **keys)
 

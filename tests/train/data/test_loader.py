@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from train.batch import IGNORE
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data import tokenizer
 from train.data.examples.causal import CausalExamples
 from train.data.loader import EvalLoader, Loader, RankShare, held_out_text, split_sizes
@@ -261,7 +261,7 @@ def test_held_out_text_comes_back_byte_for_byte(build_corpus):
 @pytest.mark.parametrize("at_once", [1, 3, 5])
 def test_long_held_out_text_comes_in_parts_cut_between_characters(at_once: int, monkeypatch):
     monkeypatch.setattr(tokenizer, "_DECODED_AT_ONCE", at_once)
-    settings = schema.TokenizerConfig(kind="bytes")
+    settings = TokenizerConfig(kind="bytes")
     of_bytes = tokenizer.Tokenizer(tokenizer.build_tokenizer(settings, (), ""))
     text = "a语b\U0001f600c" * 3 + "é"
     parts = list(of_bytes.decode_parts(np.array(of_bytes.encode(text))))

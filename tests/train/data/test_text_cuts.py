@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Fast
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.text_cuts import LONGEST_WORD, TextCuts, bounded_words
 from train.data.tokenizer import build_tokenizer
 
@@ -78,7 +78,7 @@ def wordpiece() -> Fast:
 
 
 def built(kind: str) -> Fast:
-    config = schema.TokenizerConfig(kind=kind, vocab_size=600 if kind == "bpe" else None)
+    config = TokenizerConfig(kind=kind, vocab_size=600 if kind == "bpe" else None)
     return Fast.from_str(build_tokenizer(config, TEXTS, "".join(sorted(set("".join(UNITS))))))
 
 

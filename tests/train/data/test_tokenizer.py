@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data import text_cuts
 from train.data.tokenizer import EOT, Tokenizer, build_tokenizer, encoding_digest, given_tokenizer
 from train.errors import UserError
@@ -22,15 +22,15 @@ TEXTS = ["def main():\n    return 0\n" * 40, "静夜思：床前明月光，疑�
 
 
 def bpe(vocab_size: int = 400) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bpe", vocab_size=vocab_size), TEXTS, ""))
+    return Tokenizer(build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=vocab_size), TEXTS, ""))
 
 
 def chars(characters: str) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], characters))
+    return Tokenizer(build_tokenizer(TokenizerConfig(kind="chars"), [], characters))
 
 
 BPE = bpe()
-BYTES = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+BYTES = Tokenizer(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
 
 
 @given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("床前 \n\t明a"))))
@@ -61,8 +61,8 @@ def test_text_that_spells_the_end_token_is_text():
 
 def test_bpe_is_a_function_of_its_text():
     code = (
-        "from train.data.tokenizer import build_tokenizer; from train.config import schema; import hashlib;"
-        f"t = build_tokenizer(schema.TokenizerConfig(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
+        "from train.data.tokenizer import build_tokenizer; from train.config.keys.data import TokenizerConfig; import hashlib;"
+        f"t = build_tokenizer(TokenizerConfig(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )
     root = Path(__file__).parents[3]
@@ -104,11 +104,11 @@ def test_bpe_too_small_for_all_bytes_is_refused(vocab_size):
 
 
 def test_given_tokenizer_keeps_its_end_token(tmp_path):
-    content = json.loads(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    content = json.loads(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
     content["added_tokens"][0]["content"] = "</s>"
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    assert Tokenizer(given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))).eot == 256
+    assert Tokenizer(given_tokenizer(TokenizerConfig(kind="file", path=str(path)))).eot == 256
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def test_given_tokenizer_without_an_end_token_is_refused(tmp_path, content, mess
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message) as caught:
-        given_tokenizer(schema.TokenizerConfig(kind="file", path=str(path)))
+        given_tokenizer(TokenizerConfig(kind="file", path=str(path)))
     assert str(path) in str(caught.value)
 
 
-def saved(folder: Path, fast: Fast, **changes) -> schema.TokenizerConfig:
+def saved(folder: Path, fast: Fast, **changes) -> TokenizerConfig:
     """Settings of a tokenizer.json of ``fast``, some of whose model's entries are changed."""
     values = json.loads(fast.to_str())
     values["model"] |= changes
     (folder / "tokenizer.json").write_text(json.dumps(values))
-    return schema.TokenizerConfig(kind="file", path=str(folder / "tokenizer.json"))
+    return TokenizerConfig(kind="file", path=str(folder / "tokenizer.json"))
 
 
 def words_of(*special: str, **keys) -> Fast:
@@ -182,7 +182,7 @@ def test_end_token_is_the_key_else_the_config_beside_else_a_known_one(tmp_path: 
 def test_git_lfs_note_in_the_place_of_a_tokenizer_is_told_from_one(tmp_path: Path):
     (tmp_path / "t.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match="git lfs pull"):
-        given_tokenizer(schema.TokenizerConfig(kind="file", path=str(tmp_path / "t.json")))
+        given_tokenizer(TokenizerConfig(kind="file", path=str(tmp_path / "t.json")))
 
 
 UNIGRAM = Fast(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -1.0)], unk_id=0))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
 from train.generation.prompts import check_given, with_prompts
 
-CHINESE = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "床前明月光"))
+CHINESE = Tokenizer(build_tokenizer(TokenizerConfig(kind="chars"), [], "床前明月光"))
 
 
 def config_of(make_config, source: str, prompts: list[str] | None, **keys):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
 from train.generation.text_streamer import TextStreamer, generate_text
@@ -83,7 +84,7 @@ def test_complete_characters_are_shown_at_once():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    return Tokenizer(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
 
 
 @pytest.fixture
@@ -133,6 +134,6 @@ def test_too_long_prompt_is_refused_before_any_text(model, tokenizer):
             )
         )
     assert not shown
-    chars = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
+    chars = Tokenizer(build_tokenizer(TokenizerConfig(kind="chars"), [], "abc"))
     with pytest.raises(UserError, match=r"prompt 'abd'.*'d'"):
         next(generate_text(model, chars, ["abd"], options()))

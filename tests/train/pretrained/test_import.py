@@ -14,7 +14,7 @@ from helpers import gloo_ranks
 from safetensors.torch import load_file, save_file
 
 from train.config import load as configuration
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.tokenizer import Tokenizer, build_tokenizer
 from train.errors import UserError
 from train.pretrained.export import head_logits
@@ -102,7 +102,7 @@ def probe() -> torch.Tensor:
 
 
 def bytes_for(config) -> Tokenizer:
-    return Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], "")).extended(config.model.special)
+    return Tokenizer(build_tokenizer(TokenizerConfig(kind="bytes"), [], "")).extended(config.model.special)
 
 
 def hf_logits(model, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -246,12 +246,12 @@ def test_truncated_weights_file_is_refused(copy: Path):
 
 
 def test_other_tokenizer_is_refused_unless_embedding_is_skipped(copy: Path):
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="chars"), [], "abc"))
+    (copy / "tokenizer.json").write_text(build_tokenizer(TokenizerConfig(kind="chars"), [], "abc"))
     assert "its tokens are not those of this corpus" in load(model_overrides(LLAMA), copy)
     report, _ = load([*model_overrides(LLAMA), "init.skip=['*embed*']"], copy)
     assert report.fresh == ["backbone.embed.weight"]
     assert report.left == ["model.embed_tokens.weight"]
-    (copy / "tokenizer.json").write_text(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    (copy / "tokenizer.json").write_text(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
     assert load(model_overrides(LLAMA), copy)[0].fresh == []
 
 
@@ -317,6 +317,6 @@ def test_weights_that_nothing_can_be_trained_from_are_refused_by_name(folder: Pa
 
 
 def test_tokenizer_with_another_beginning_of_a_text_is_the_same(copy: Path):
-    ours = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+    ours = Tokenizer(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
     (copy / "tokenizer.json").write_text(ours.wrapped(["<|endoftext|>"], []))
     assert load(model_overrides(LLAMA), copy)[0].fresh == []

@@ -2,6 +2,7 @@
 
 base        base classes of all sections and families
 batch_size  sequences of a step, and a ramp up to them
+data        the corpus and its tokenizer
 decoder     GPT-2, Llama
 encoder     BERT
 encdec      T5, the original Transformer

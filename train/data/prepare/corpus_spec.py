@@ -17,7 +17,7 @@ from train.data.prepare import clean, workers
 from train.data.prepare.documents import ReadOptions, read_options, text_size
 from train.data.prepare.first_pass import ReportProgress, find_all
 from train.data.sources.problems import BadText
-from train.data.sources.source_files import SourceFile, describe_reading
+from train.data.sources.source_files import CorpusFiles, describe_reading
 
 _OPTIONAL = {
     *("bad", "encoding", "max_documents", "meta_keys", "name_key"),
@@ -60,8 +60,7 @@ def corpus_settings(data: schema.DataConfig) -> dict[str, Any]:
 
 def build_spec(
     data: schema.DataConfig,
-    sources: list[SourceFile],
-    evaluation: list[SourceFile],
+    files: CorpusFiles,
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
     report: ReportProgress,
@@ -75,10 +74,11 @@ def build_spec(
     def note(text: str) -> None:
         report({"phase": "note", "text": text})
 
+    sources = files.sources
     given = tokenizer.given_tokenizer(data.tokenizer, note) if data.tokenizer.kind == "file" else ""
     if data.source == "text":
         note(describe_reading(sources))
-    found = find_all(data, sources, evaluation, options, run_tasks, report)
+    found = find_all(data, files, options, run_tasks, report)
     documents = found.documents
     names = sha256(json.dumps([sources[number].name for number in documents["file"]]).encode()).hexdigest()
     chosen = corpus_settings(data)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data import tokenizer
 from train.data.prepare.clean import clean_pieces
 from train.data.sources import file_kinds, local_copies, records, row_files, token_files
@@ -52,7 +53,7 @@ class ReadOptions:
     meta_keys: tuple[str, ...] = ()
     chat: bool = False
     """Whether rows are conversations."""
-    tokenizer: schema.TokenizerConfig | None = None
+    tokenizer: TokenizerConfig | None = None
     """The given tokenizer, by which files of token ids are read; None without one."""
 
     @property
@@ -162,7 +163,7 @@ def _refused_kind(file: SourceFile, stream: BinaryIO, options: ReadOptions) -> B
 
 @lru_cache(maxsize=1)
 def _named_tokenizer(path: str, end_token: str | None) -> tokenizer.Tokenizer:
-    settings = schema.TokenizerConfig(kind="file", path=path, end_token=end_token)
+    settings = TokenizerConfig(kind="file", path=path, end_token=end_token)
     return tokenizer.Tokenizer(tokenizer.given_tokenizer(settings))
 
 

@@ -15,7 +15,7 @@ from train.data.screening.contamination import GRAM, evaluation_passages
 from train.data.screening.near_duplicates import SignatureFile, earlier_twins
 from train.data.screening.screen import NEAR, Dropped, ScreenOptions
 from train.data.sources.problems import BadText, merged
-from train.data.sources.source_files import SourceFile
+from train.data.sources.source_files import CorpusFiles, SourceFile
 from train.errors import UserError
 from train.util.format import plural
 
@@ -44,22 +44,19 @@ class AllDocuments:
 
 def find_all(
     data: schema.DataConfig,
-    sources: list[SourceFile],
-    evaluation: list[SourceFile],
+    files: CorpusFiles,
     options: ReadOptions,
     run_tasks: workers.TaskRunner,
     report: ReportProgress,
 ) -> AllDocuments:
-    """Read all text once; ``evaluation`` are the files of data.decontaminate.
-
-    Raises UserError with every problem of every file, or if no text is left.
-    """
+    """Read all text once. Raises UserError with every problem of every file, or if no text is left."""
+    sources = files.sources
 
     def note(text: str) -> None:
         if text:
             report({"phase": "note", "text": text})
 
-    screening = _screen_options(data, evaluation)
+    screening = _screen_options(data, files.evaluation)
     signatures = SignatureFile()
     parts = _read_all(
         data, sources, (options, screening), lambda tasks: _run_wave(tasks, sources, run_tasks, report, signatures)

@@ -31,7 +31,7 @@ from train.data.prepare.documents import read_options
 from train.data.prepare.first_pass import ReportProgress
 from train.data.sources import local_copies
 from train.data.sources.row_files import require_packages
-from train.data.sources.source_files import SourceFile, evaluation_files, list_files
+from train.data.sources.source_files import CorpusFiles, SourceFile, evaluation_files, list_files
 from train.errors import UserError
 from train.util import io
 
@@ -76,7 +76,9 @@ def prepare(
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), "")))
             packing = _packing(data) if data.is_chat else None
             digest = packing.template.digest if packing else ""
-            spec = build_spec(data, sources, evaluation, read_options(data, objective), run_tasks, report, digest)
+            spec = build_spec(
+                data, CorpusFiles(sources, evaluation), read_options(data, objective), run_tasks, report, digest
+            )
             if data.tokenizer.kind == "chars":
                 check(tokenizer.Tokenizer(tokenizer.build_tokenizer(data.tokenizer, (), spec.characters)))
             folder = Path(data.dir) if data.dir else Path("corpora") / f"{data.source}-{spec.digest[:12]}"

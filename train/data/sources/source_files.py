@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 from train.config import schema, sweep_dir
 from train.data.corpus import shards
@@ -106,6 +107,13 @@ def list_files(data: schema.DataConfig) -> list[SourceFile]:
     for file in files:
         once.setdefault(os.path.realpath(file.path), file)
     return list(once.values())
+
+
+class CorpusFiles(NamedTuple):
+    """The files of a corpus, and those of data.decontaminate."""
+
+    sources: list[SourceFile]
+    evaluation: list[SourceFile]
 
 
 def evaluation_files(data: schema.DataConfig) -> list[SourceFile]:

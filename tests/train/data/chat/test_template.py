@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.chat.conversations import read_conversation
 from train.data.chat.sandbox import TemplateError
 from train.data.chat.template import ChatTemplate, TemplateSource, find_template, shown_text, template_names
 from train.data.tokenizer import EOT, Tokenizer, build_tokenizer
 from train.errors import UserError
 
-BYTES = Tokenizer(build_tokenizer(schema.TokenizerConfig(kind="bytes"), [], ""))
+BYTES = Tokenizer(build_tokenizer(TokenizerConfig(kind="bytes"), [], ""))
 U, A, S = "user", "assistant", "system"
 TOOLS = [{"type": "function", "function": {"name": "sky"}}]
 CALL = {"role": A, "content": "", "tool_calls": [{"function": {"name": "sky", "arguments": {"at": "Bern"}}}]}

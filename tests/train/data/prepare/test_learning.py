@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.corpus.shards import Corpus
 from train.data.prepare import build
 from train.data.prepare.prepare import prepare
 from train.data.tokenizer import Tokenizer, build_tokenizer
 
 TEXT = "".join(inspect.getsource(module) for module in (argparse, inspect))
-BPE = schema.TokenizerConfig(kind="bpe", vocab_size=600)
+BPE = TokenizerConfig(kind="bpe", vocab_size=600)
 
 
 def quiet(_event):
@@ -95,7 +95,7 @@ from train.data.prepare.prepare import prepare
 import webdataset, train.data.prepare.workers
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()
-tokenizer = schema.TokenizerConfig(kind={kind!r}, vocab_size={600 if kind == "bpe" else None})
+tokenizer = TokenizerConfig(kind={kind!r}, vocab_size={600 if kind == "bpe" else None})
 data = schema.DataConfig(source="text", paths=["a.txt"], tokenizer=tokenizer, workers=1)
 prepare(data, lambda event: None)
 print(peak() - before)

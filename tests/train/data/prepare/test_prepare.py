@@ -208,9 +208,10 @@ def test_damaged_file_is_made_again_and_the_rest_is_kept(tmp_path, text_data, na
 PREPARE = """
 import sys
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.prepare.prepare import prepare
 if __name__ == "__main__":
-    tokenizer = schema.TokenizerConfig(kind="bpe", vocab_size=300)
+    tokenizer = TokenizerConfig(kind="bpe", vocab_size=300)
     data = schema.DataConfig(
         source="text",
         paths=["a.jsonl"],

@@ -10,6 +10,7 @@ from itertools import chain
 import pytest
 
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.corpus.shards import Corpus
 from train.data.prepare.documents import LABEL, read_options, read_span
 from train.data.prepare.prepare import prepare
@@ -45,7 +46,7 @@ def test_folders_globs_and_files_are_listed_once_and_in_order(tmp_path, text_dat
 
 
 def test_standard_library_is_listed_without_its_tests():
-    data = schema.DataConfig(source="stdlib", tokenizer=schema.TokenizerConfig(kind="bytes"))
+    data = schema.DataConfig(source="stdlib", tokenizer=TokenizerConfig(kind="bytes"))
     files = list_files(data)
     assert "argparse.py" in [file.name for file in files]
     assert sum(file.size for file in files) > 5_000_000
