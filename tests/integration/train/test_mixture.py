@@ -51,7 +51,9 @@ def mixed(texts, tmp_path: Path, monkeypatch):
             f"run.dir={tmp_path / name}",
             *overrides,
         ]
-        config = gloo_ranks.compose(*keys)
+        bounded = "seq2seq" not in " ".join(overrides)  # t5 has no longest row
+        tiny = [override for override in gloo_ranks.TINY if bounded or override != "model.max_len=32"]
+        config = configuration.load([*tiny, *keys])
         folder = prepare_mixture(config.data, lambda data: prepare(data, lambda event: None))
         return settle_mixture(config, str(folder), lambda text: None), folder
 
