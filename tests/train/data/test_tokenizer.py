@@ -61,7 +61,8 @@ def test_text_that_spells_the_end_token_is_text():
 
 def test_bpe_is_a_function_of_its_text():
     code = (
-        "from train.data.tokenizer import build_tokenizer; from train.config.keys.data import TokenizerConfig; import hashlib;"
+        "from train.data.tokenizer import build_tokenizer; from train.config.keys.data import TokenizerConfig;"
+        "import hashlib;"
         f"t = build_tokenizer(TokenizerConfig(kind='bpe', vocab_size=400), {TEXTS!r}, '');"
         "print(hashlib.sha256(t.encode()).hexdigest())"
     )
