@@ -91,6 +91,7 @@ def test_memory_does_not_grow_with_the_document(tmp_path, kind):
     code = f"""
 import resource
 from train.config import schema
+from train.config.keys.data import TokenizerConfig
 from train.data.prepare.prepare import prepare
 import webdataset, train.data.prepare.workers
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
