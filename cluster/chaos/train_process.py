@@ -7,8 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,18 @@ class RankLocation:
         """The location in one entry of the "ranks" of ``world.json``."""
         keys = ("rank", "pid", "steward", "host", "ip", "node")
         return cls(*(record[key] for key in keys))
+
+
+@contextmanager
+def folder_of_verb(run_dir: str | None, verb: str) -> Iterator[Path]:
+    """A folder for the runs of a verb, removed in the end: beside ``run_dir``, where every worker sees it."""
+    parent = Path(run_dir or ".").absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{verb}-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def with_settings(overrides: Sequence[str], ours: Sequence[str]) -> list[str]:

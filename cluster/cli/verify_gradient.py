@@ -6,16 +6,13 @@ The run is the command ``train`` in a process and a temporary folder of its own,
 from __future__ import annotations
 
 import json
-import shutil
 import signal
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from cluster.chaos.train_process import COMPARABLE_SETTINGS, OWN_FILE, TrainProcess, with_settings
+from cluster.chaos.train_process import COMPARABLE_SETTINGS, OWN_FILE, TrainProcess, folder_of_verb, with_settings
 from train.config import load as configuration
 from train.errors import ExitCode, UserError, guard_verb
 from train.reporting.terminal import UserConsole
@@ -37,14 +34,9 @@ def run(overrides: Sequence[str]) -> int:
 
 def _verify_in_own_folder(out: UserConsole, overrides: Sequence[str]) -> int:
     config = configuration.load(overrides)
-    parent = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".verify-gradient-", dir=parent))
-    try:
+    with folder_of_verb(config.run.dir, "verify-gradient") as folder:
         settings = with_settings(overrides, ["verify.gradient=first_step", *COMPARABLE_SETTINGS])
         return _verify(out, TrainProcess(folder / "run", settings))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(out: UserConsole, run: TrainProcess) -> int:

@@ -7,9 +7,7 @@ own. ``steps``, and so the schedule, stays as configured; the runs are ended onc
 from __future__ import annotations
 
 import json
-import shutil
 import signal
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, with_settings
+from cluster.chaos.train_process import COMPARABLE_SETTINGS, TrainProcess, folder_of_verb, with_settings
 from train.config import load as configuration
 from train.errors import ExitCode, UserError, guard_verb
 from train.reporting.terminal import UserConsole
@@ -46,14 +44,9 @@ def _verify_in_own_folder(out: UserConsole, overrides: Sequence[str]) -> int:
     half = min(HALF, config.steps // 2)
     if not half:
         raise UserError(f"steps={config.steps}: it takes two to stop between them")
-    parent = Path(config.run.dir or ".").absolute().parent  # where every worker sees it
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".verify-resume-", dir=parent))
-    try:
+    with folder_of_verb(config.run.dir, "verify-resume") as folder:
         ours = [f"save_every={max(1, half // 2)}", "keep_last=1000", *COMPARABLE_SETTINGS]
         return _verify(out, folder, with_settings(overrides, ours), half)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _verify(out: UserConsole, folder: Path, settings: Sequence[str], half: int) -> int:
